@@ -1,0 +1,58 @@
+// What every CPU kernel file shares: dtype dispatch, 16-bit floats, the way into torch's thread pool.
+//
+// Each file is compiled once per instruction set (setup.py) into its own library, and Python loads one of them, so
+// nothing here asks at run time which instructions there are. Only torch's stable ABI is used: see
+// docs/architecture.md for why.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace fastssl {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// bfloat16 by integer arithmetic, which compilers vectorise; rounds to nearest even, keeps NaN a NaN.
+inline float to_float(BFloat16 x) { return std::bit_cast<float>(uint32_t(x.x) << 16); }
+inline float to_float(Half x) { return static_cast<float>(x); }
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
+
+template <typename T>
+inline T from_float(std::conditional_t<std::is_same_v<T, double>, double, float> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const uint32_t nan = 0x7fc0;
+    return BFloat16(uint16_t((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded), BFloat16::from_bits());
+  } else {
+    return T(x);
+  }
+}
+
+// Calls body(T{}) with the C++ type of a floating dtype; `what` begins the error sentence.
+template <typename Body>
+void with_float_type(ScalarType dtype, const char* what, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    case ScalarType::Half: return body(Half{});
+    default: STD_TORCH_CHECK(false, what, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+}  // namespace fastssl

@@ -1,0 +1,50 @@
+// fastssl._C: facts about this build and this processor. No tensors here: kernels reach torch through the dispatcher.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace {
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  std::stringstream list(FASTSSL_LEVELS);
+  for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+  return names;
+}
+
+// The highest of the built levels that this processor, and its operating system, can run.
+std::string processor_level() {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+  if (avx2 && avx512) return "avx512";
+  if (avx2) return "avx2";
+#endif
+  return "baseline";
+}
+
+pybind11::dict build_facts() {
+  using namespace pybind11::literals;
+#if defined(__clang__)
+  const char* compiler = "clang " __VERSION__;
+#elif defined(__GNUC__)
+  const char* compiler = "gcc " __VERSION__;
+#else
+  const char* compiler = "unknown compiler";
+#endif
+  return pybind11::dict("compiler"_a = compiler, "levels"_a = levels(), "cuda"_a = bool(FASTSSL_CUDA));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Facts about the native part of fastssl: how it was built, what this processor can run.";
+  module.def("build_facts", &build_facts, "compiler, instruction-set levels built, whether a CUDA part was built");
+  module.def("processor_level", &processor_level, "'avx512' (with bf16), 'avx2' or 'baseline'");
+}

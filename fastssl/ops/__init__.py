@@ -1,0 +1,12 @@
+"""The engine: each op is a contract (docstring), a plain-torch body, a gradient, and the kernels that serve it.
+
+Shape letters, everywhere: **B** batch · **L** tokens · **M** kept tokens, or keys of all ranks · **D** width ·
+**K** queue length · **H E** heads and head width · **P** values of a patch. A local carries the letters of its shape
+where shapes mix: ``logits_BK``.
+"""
+
+from .attention import attention
+from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
+from .masking import Masking, keep_tokens, random_masking, restore_tokens
+from .memory import ema_update_, enqueue_
+from .patches import keep_patches, masked_patch_mse, patchify, unpatchify

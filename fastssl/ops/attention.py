@@ -1,0 +1,106 @@
+"""Softmax attention on [B, L, H, E], read through its strides from a packed qkv."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import check
+from .dispatch import first_order, op, serves, wide
+
+LONGEST = 512  # tokens up to which a kernel keeps all keys of a head at hand; longer ones go to torch
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Softmax attention of every query over all keys, without mask or dropout.
+
+    Equals ``F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)``,
+    and that is what runs on a device that no kernel serves, and for sequences of more than 512 tokens.
+
+    Args:
+        q, k, v: [B, L, H, E] of one floating dtype and any strides: views ``qkv.unbind(2)`` of a packed
+            [B, L, 3, H, E] need no copy. Keys and values may be of another length than the queries, and both
+            lengths at least 1. Gradient to all three. Under autocast they are converted to its dtype first, as torch
+            does.
+        scale: factor of the scores, E^-0.5 if None.
+
+    Returns: [B, L, H, E] contiguous, in that dtype. Scores and softmax in float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape or device does not fit. TypeError: dtypes differ or are not floating.
+
+    Memory: no [L, L] matrix beyond what torch's own attention makes.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1; Dosovitskiy et al., 2021 (ViT).
+    """
+    check.tensor("attention", "q", q, "B L H E")
+    batch, _, heads, width = q.shape
+    check.tensor("attention", "k", k, "B L H E", B=batch, H=heads, E=width)
+    check.tensor("attention", "v", v, "B L H E", B=batch, L=k.shape[1], H=heads, E=width)
+    check.floating("attention", q=q, k=k, v=v)
+    check.same_device("attention", q=q, k=k, v=v)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        check.fail("attention", f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}", TypeError)
+    scale = width**-0.5 if scale is None else scale
+    if serves(_attention_fwd, q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST:
+        return _attention_fwd(q, k, v, scale)[0]
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2).contiguous()
+
+
+@op("attention_fwd")
+def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [B, L, H, E], lse [B, H, L] of the scaled scores, float32 or wider)."""
+    scores = _scores(q, k, scale)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp_()
+    return torch.einsum("bhlm,bmhe->blhe", weights, v.to(weights.dtype)).to(q.dtype).contiguous(), lse
+
+
+@_attention_fwd.register_fake
+def _(q, k, v, scale):
+    batch, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=wide(q))
+
+
+@op("attention_bwd")
+def _attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in q's dtype; the softmax is made again from q, k and lse."""
+    dtype = lse.dtype
+    weights = (_scores(q, k, scale) - lse.unsqueeze(-1)).exp_()
+    wide_dout = dout.to(dtype)
+    dv = torch.einsum("bhlm,blhe->bmhe", weights, wide_dout)
+    dweights = torch.einsum("blhe,bmhe->bhlm", wide_dout, v.to(dtype))
+    row_dot = (wide_dout * out.to(dtype)).sum(-1).transpose(1, 2).unsqueeze(-1)  # [B, H, L, 1]
+    dscores = weights * (dweights - row_dot) * scale
+    dq = torch.einsum("bhlm,bmhe->blhe", dscores, k.to(dtype))
+    dk = torch.einsum("bhlm,blhe->bmhe", dscores, q.to(dtype))
+    return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
+
+
+@_attention_bwd.register_fake
+def _(dout, q, k, v, out, lse, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse)
+
+
+@first_order
+def _backward(ctx, dout, _):
+    return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None
+
+
+_attention_fwd.register_autograd(_backward, setup_context=_save)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    dtype = wide(q)
+    return torch.einsum("blhe,bmhe->bhlm", q.to(dtype), k.to(dtype)) * scale

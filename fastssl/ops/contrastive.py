@@ -1,0 +1,290 @@
+"""InfoNCE over a queue (MoCo v1, v2), in the batch (MoCo v3) and NT-Xent (SimCLR).
+
+All three share one fact. With logits s_ij = q_i·k_j / τ the gradient of loss_i is
+
+    ∂loss_i/∂q_i = (Σ_j softmax(s_i)_j k_j − k_positive) / τ,
+
+attention whose values are its keys. So one pass over the keys leaves loss, rank and the query's gradient behind, and
+∂loss/∂τ = −q·∂loss/∂q / τ comes free. The plain-torch bodies below write the logits out; a kernel does not.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import check
+from .dispatch import first_order, op, wide
+
+
+class InfoNCE(NamedTuple):
+    """Loss and rank of each query."""
+
+    loss: Tensor  # [B] float32 (float64 for float64 queries)
+    rank: Tensor  # [B] int64, how many negatives score above the positive: 0 means top-1; no gradient
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNCE:
+    """InfoNCE of each query against its key and a queue of negatives.
+
+    Equals ``logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / tau``,
+    ``loss = F.cross_entropy(logits, zeros, reduction="none")``, ``rank = (logits[:, 1:] > logits[:, :1]).sum(1)``.
+    Queries and keys are taken as they are: MoCo normalises them to unit length before.
+
+    Args:
+        q: [B, D] any floating dtype, queries. Gradient.
+        k: [B, D] positive keys, no gradient.
+        queue: [K, D] negatives, rows contiguous, no gradient. Not copied, and not kept for the backward pass, so it
+            may be overwritten as soon as this returns.
+        tau: temperature > 0: a number, or a tensor with one element, which gets a gradient.
+
+    Returns: `InfoNCE` of loss [B] and rank [B]. Computed and summed in float32, in float64 for float64 queries,
+        whatever the input dtypes and under autocast too; the gradient of q has q's dtype.
+
+    Raises:
+        ValueError: a shape or device does not fit, tau ≤ 0, or k or queue requires a gradient.
+        TypeError: an argument is not floating.
+
+    Memory: the plain body makes logits [B, K] (and converts a queue of another dtype).
+
+    Source: van den Oord et al., 2018 (CPC), equation 4; He et al., 2020 (MoCo), equation 1 and algorithm 1.
+    """
+    check.tensor("info_nce", "q", q, "B D")
+    check.tensor("info_nce", "k", k, "B D", B=q.shape[0], D=q.shape[1])
+    check.tensor("info_nce", "queue", queue, "K D", D=q.shape[1])
+    check.floating("info_nce", q=q, k=k, queue=queue)
+    check.same_device("info_nce", q=q, k=k, queue=queue)
+    for name, value in (("k", k), ("queue", queue)):
+        if value.requires_grad:
+            check.fail("info_nce", f"{name} must not require a gradient, it gets none (pass {name}.detach())")
+    tau = check.temperature("info_nce", tau, like=q)
+    with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
+    loss, rank, _ = _info_nce_fwd(q, k, queue, tau, with_grad)
+    return InfoNCE(loss, rank)
+
+
+@op("info_nce_fwd")
+def _info_nce_fwd(q: Tensor, k: Tensor, queue: Tensor, tau: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [B], rank [B], dq [B, D] for an upstream gradient of 1; an empty dq without `with_grad`)."""
+    dtype = wide(q)
+    q, k, queue, tau = q.to(dtype), k.to(dtype), queue.to(dtype), tau.to(dtype)
+    positive_B1 = (q * k).sum(1, keepdim=True) / tau
+    logits = torch.cat([positive_B1, (q @ queue.T) / tau], dim=1)  # [B, 1 + K]
+    rank_B = (logits[:, 1:] > positive_B1).sum(1)
+    log_softmax = logits.log_softmax(1)
+    loss_B = -log_softmax[:, 0]
+    if not with_grad:
+        return loss_B, rank_B, q.new_empty(0)
+    others_BK = log_softmax[:, 1:].exp()
+    # 1 − p(positive) as a sum of what it is made of: the difference would cancel where the positive wins.
+    return loss_B, rank_B, (others_BK @ queue - others_BK.sum(1, keepdim=True) * k) / tau
+
+
+@_info_nce_fwd.register_fake
+def _(q, k, queue, tau, with_grad):
+    return _fake_rows(q, with_grad)
+
+
+def _save_dq(ctx, inputs, output):
+    q, _, _, tau, _ = inputs
+    dq = output[2]
+    ctx.mark_non_differentiable(output[1], dq)
+    ctx.save_for_backward(q, dq, tau)
+
+
+@first_order
+def _info_nce_backward(ctx, dloss, *_):
+    q, dq, tau = ctx.saved_tensors
+    dq = dq * dloss[:, None]
+    return dq.to(q.dtype), None, None, _tau_gradient(q, dq, tau) if ctx.needs_input_grad[3] else None, None
+
+
+_info_nce_fwd.register_autograd(_info_nce_backward, setup_context=_save_dq)
+
+
+def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, first: int = 0) -> InfoNCE:
+    """InfoNCE in the batch: the positive of row i is ``keys[first + i]``, every other key is a negative.
+
+    Equals ``logits = q @ keys.T / tau``, ``labels = first + arange(B)``,
+    ``loss = F.cross_entropy(logits, labels, reduction="none")``, ``rank = (logits > logits[i, labels[i]]).sum(1)``.
+    MoCo v3 gathers the keys of all ranks, passes ``first = rank * B``, and multiplies the mean loss by 2·τ.
+
+    Args:
+        q: [B, D] any floating dtype. Gradient.
+        keys: [M, D], M ≥ first + B. Gradient where they require one.
+        tau: temperature > 0: a number, or a tensor with one element, which gets a gradient.
+        first: the row of `keys` that is the positive of query 0.
+
+    Returns: `InfoNCE` of loss [B] and rank [B]. Computed and summed in float32, in float64 for float64 queries,
+        whatever the input dtypes and under autocast too; gradients have the dtype of their tensor.
+
+    Raises:
+        ValueError: a shape or device does not fit, tau ≤ 0, or a positive lies outside keys.
+        TypeError: an argument is not floating.
+
+    Memory: the plain body makes logits [B, M], and makes them again for the gradient of keys.
+
+    Source: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, algorithm 1.
+    """
+    check.tensor("batch_info_nce", "q", q, "B D")
+    check.tensor("batch_info_nce", "keys", keys, "M D", D=q.shape[1])
+    check.floating("batch_info_nce", q=q, keys=keys)
+    check.same_device("batch_info_nce", q=q, keys=keys)
+    if not 0 <= first <= keys.shape[0] - q.shape[0]:
+        wanted = f"first + B ≤ M = {keys.shape[0]} with B = {q.shape[0]}"
+        check.fail("batch_info_nce", f"first must be at least 0 and {wanted}, got first={first}")
+    tau = check.temperature("batch_info_nce", tau, like=q)
+    with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
+    loss, rank, _, _ = _batch_info_nce_fwd(q, keys, tau, first, with_grad)
+    return InfoNCE(loss, rank)
+
+
+@op("batch_info_nce_fwd")
+def _batch_info_nce_fwd(
+    q: Tensor, keys: Tensor, tau: Tensor, first: int, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [B], rank [B], dq [B, D] as in info_nce_fwd, lse [B] of the logits)."""
+    dtype = wide(q)
+    q, keys, tau = q.to(dtype), keys.to(dtype), tau.to(dtype)
+    logits_BM = (q @ keys.T) / tau
+    positive_B = logits_BM.diagonal(first)[: q.shape[0]]
+    rank_B = (logits_BM > positive_B[:, None]).sum(1)
+    lse_B = logits_BM.logsumexp(1)
+    loss_B = -logits_BM.log_softmax(1).diagonal(first)[: q.shape[0]]
+    dq = _softmax_minus_positive(logits_BM, lse_B, first) @ keys / tau if with_grad else q.new_empty(0)
+    return loss_B, rank_B, dq, lse_B
+
+
+@_batch_info_nce_fwd.register_fake
+def _(q, keys, tau, first, with_grad):
+    loss, rank, dq = _fake_rows(q, with_grad)
+    return loss, rank, dq, torch.empty_like(loss)
+
+
+@op("batch_info_nce_dkeys")
+def _batch_info_nce_dkeys(q: Tensor, keys: Tensor, tau: Tensor, first: int, lse: Tensor, dloss: Tensor) -> Tensor:
+    """dkeys [M, D] in float32 or wider."""
+    dtype = lse.dtype
+    q, keys, tau = q.to(dtype), keys.to(dtype), tau.to(dtype)
+    weights_BM = _softmax_minus_positive((q @ keys.T) / tau, lse, first) * dloss[:, None]
+    return weights_BM.T @ q / tau
+
+
+@_batch_info_nce_dkeys.register_fake
+def _(q, keys, tau, first, lse, dloss):
+    return keys.new_empty(keys.shape, dtype=lse.dtype)
+
+
+def _save_batch(ctx, inputs, output):
+    q, keys, tau, ctx.first, _ = inputs
+    _, rank, dq, lse = output
+    ctx.mark_non_differentiable(rank, dq, lse)
+    ctx.save_for_backward(q, keys, tau, dq, lse)
+
+
+@first_order
+def _batch_info_nce_backward(ctx, dloss, *_):
+    q, keys, tau, dq, lse = ctx.saved_tensors
+    needs_q, needs_keys, needs_tau, _, _ = ctx.needs_input_grad
+    dkeys = None
+    if needs_keys:
+        dkeys = _batch_info_nce_dkeys(q, keys, tau, ctx.first, lse, dloss).to(keys.dtype)
+    dq = dq * dloss[:, None] if needs_q or needs_tau else None
+    return dq.to(q.dtype) if needs_q else None, dkeys, _tau_gradient(q, dq, tau) if needs_tau else None, None, None
+
+
+_batch_info_nce_fwd.register_autograd(_batch_info_nce_backward, setup_context=_save_batch)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
+    """SimCLR's loss of 2B views: the positive of a view is the other view of its image, the rest are negatives.
+
+    Equals ``z = torch.cat([z1, z2])``, ``logits = (z @ z.T / tau).fill_diagonal_(-inf)``,
+    ``F.cross_entropy(logits, (arange(2B) + B) % 2B, reduction="none")``. Rows are taken as they are: SimCLR
+    compares cosines, so normalise them to unit length before.
+
+    Args:
+        z1, z2: [B, D] any floating dtype, B ≥ 1; row i of both shows the same image. Gradient to both.
+        tau: temperature > 0: a number, or a tensor with one element, which gets a gradient.
+
+    Returns: loss [2B], of z1's rows and then of z2's; float32, float64 for float64 inputs, computed and summed in
+        that dtype whatever the input dtypes and under autocast too; gradients have the dtype of their tensor.
+
+    Raises:
+        ValueError: shapes or devices differ, or tau ≤ 0. TypeError: an argument is not floating.
+
+    Memory: the plain body makes logits [2B, 2B], and makes them again for the gradient.
+
+    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, equation 1.
+    """
+    check.tensor("nt_xent", "z1", z1, "B D")
+    check.tensor("nt_xent", "z2", z2, "B D", B=z1.shape[0], D=z1.shape[1])
+    check.floating("nt_xent", z1=z1, z2=z2)
+    check.same_device("nt_xent", z1=z1, z2=z2)
+    return _nt_xent_fwd(torch.cat([z1, z2]), check.temperature("nt_xent", tau, like=z1))[0]
+
+
+@op("nt_xent_fwd")
+def _nt_xent_fwd(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss [2B], lse [2B] of the logits)."""
+    logits = _nt_xent_logits(z.to(wide(z)), tau)
+    log_softmax, half = logits.log_softmax(1), z.shape[0] // 2
+    return -torch.cat([log_softmax.diagonal(half), log_softmax.diagonal(-half)]), logits.logsumexp(1)
+
+
+@_nt_xent_fwd.register_fake
+def _(z, tau):
+    rows = z.new_empty(z.shape[0], dtype=wide(z))
+    return rows, torch.empty_like(rows)
+
+
+@op("nt_xent_bwd")
+def _nt_xent_bwd(z: Tensor, tau: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
+    """dz [2B, D] in float32 or wider: a view is query of its own row and key of all others."""
+    z, half = z.to(lse.dtype), z.shape[0] // 2
+    weights = (_nt_xent_logits(z, tau) - lse[:, None]).exp_()
+    weights.diagonal(half).sub_(1)
+    weights.diagonal(-half).sub_(1)
+    weights *= dloss[:, None]
+    return (weights + weights.T) @ z / tau.to(lse.dtype)
+
+
+@_nt_xent_bwd.register_fake
+def _(z, tau, lse, dloss):
+    return z.new_empty(z.shape, dtype=lse.dtype)
+
+
+def _save_nt_xent(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, output[1])
+
+
+@first_order
+def _nt_xent_backward(ctx, dloss, _):
+    z, tau, lse = ctx.saved_tensors
+    dz = _nt_xent_bwd(z, tau, lse, dloss)
+    # Each z_i·z_j appears in dz_i and in dz_j, so z·dz counts every logit twice.
+    return dz.to(z.dtype), _tau_gradient(z, dz, tau) / 2 if ctx.needs_input_grad[1] else None
+
+
+_nt_xent_fwd.register_autograd(_nt_xent_backward, setup_context=_save_nt_xent)
+
+
+def _fake_rows(q: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    loss = q.new_empty(q.shape[0], dtype=wide(q))
+    return loss, q.new_empty(q.shape[0], dtype=torch.int64), q.new_empty(q.shape if with_grad else 0, dtype=wide(q))
+
+
+def _softmax_minus_positive(logits_BM: Tensor, lse_B: Tensor, first: int) -> Tensor:
+    weights_BM = (logits_BM - lse_B[:, None]).exp_()
+    weights_BM.diagonal(first)[: weights_BM.shape[0]].sub_(1)
+    return weights_BM
+
+
+def _nt_xent_logits(z: Tensor, tau: Tensor) -> Tensor:
+    return ((z @ z.T) / tau.to(z.dtype)).fill_diagonal_(float("-inf"))
+
+
+def _tau_gradient(q: Tensor, dq: Tensor, tau: Tensor) -> Tensor:
+    """−Σ q·dq / τ, since every logit is bilinear in q and 1/τ."""
+    return (-(q.to(dq.dtype) * dq).sum() / tau.to(dq.dtype)).to(tau.dtype)

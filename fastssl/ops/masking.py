@@ -1,0 +1,249 @@
+"""MAE's random masking: which tokens stay, taking them out, and putting them back in their places."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import check
+from .dispatch import first_order, op, wide
+
+
+class Masking(NamedTuple):
+    """What `random_masking` decides for each sample."""
+
+    ids_keep: Tensor  # [B, keep] int64, the kept tokens in ascending-noise order
+    ids_masked: Tensor  # [B, L − keep] int64, the removed tokens in ascending-noise order
+    ids_restore: Tensor  # [B, L] int64, rank of each token's noise: where the token stands in (kept, removed)
+    mask: Tensor  # [B, L] float32, 0 kept, 1 removed
+
+
+def random_masking(noise: Tensor, keep: int) -> Masking:
+    """Keeps the `keep` tokens of smallest noise in each row.
+
+    Equals ``ids = noise.argsort(1, stable=True)``, ``ids_keep, ids_masked = ids[:, :keep], ids[:, keep:]``,
+    ``ids_restore = ids.argsort(1)`` and ``mask = (ids_restore >= keep).float()``. Equal noise is ordered by index and
+    NaN comes last, so the result is the same on every device.
+
+    Args:
+        noise: [B, L] floating, usually ``torch.rand(B, L)``. No gradient.
+        keep: tokens kept, 1 ≤ keep ≤ L; the reference takes ``int(L * (1 - mask_ratio))``, which cuts: 19 of 100 at
+            ratio 0.8.
+
+    Returns:
+        `Masking` of ids_keep [B, keep], ids_masked [B, L − keep], ids_restore [B, L], all int64, and mask [B, L]
+        float32, 0 kept, 1 removed. The kept tokens are in noise order, not in order of place.
+
+    Raises:
+        ValueError: noise is not [B, L], or keep is outside 1..L.
+        TypeError: noise is not floating.
+
+    Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021, section 3, "Masking".
+    """
+    check.tensor("random_masking", "noise", noise, "B L")
+    check.floating("random_masking", noise=noise)
+    length = noise.shape[1]
+    if not 1 <= keep <= length:
+        check.fail("random_masking", f"keep must be between 1 and L={length}, got {keep}")
+    return Masking(*_random_masking(noise.detach(), keep))
+
+
+@op("random_masking")
+def _random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ids = noise.argsort(dim=1, stable=True)
+    places = torch.arange(noise.shape[1], device=noise.device).expand_as(ids)
+    ids_restore = torch.empty_like(ids).scatter_(1, ids, places)
+    mask = (ids_restore >= keep).float()
+    ids_keep, ids_masked = (part.clone(memory_format=torch.contiguous_format) for part in ids.tensor_split([keep], 1))
+    return ids_keep, ids_masked, ids_restore, mask
+
+
+@_random_masking.register_fake
+def _(noise, keep):
+    batch, length = noise.shape
+    return (
+        noise.new_empty(batch, keep, dtype=torch.int64),
+        noise.new_empty(batch, length - keep, dtype=torch.int64),
+        noise.new_empty(batch, length, dtype=torch.int64),
+        noise.new_empty(batch, length, dtype=torch.float32),
+    )
+
+
+def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tensor:
+    """Takes the named tokens of each sample, with their positional embedding added.
+
+    Equals ``(x + pos).gather(1, ids_keep[..., None].expand(-1, -1, D))``; dtypes promote as in that sum.
+
+    Args:
+        x: [B, L, D] any floating dtype.
+        ids_keep: [B, M] int64, each in 0..L−1, none twice in a row (the gradient relies on it).
+        pos: [L, D] or [1, L, D], optional.
+
+    Returns: [B, M, D] of dtype ``torch.result_type(x, pos)``. Gradient to x and pos, summed in float32 or wider.
+
+    Raises:
+        ValueError: a shape or device does not fit. TypeError: ids_keep is not int64, or x or pos not floating.
+
+    Source: He et al., 2021 (MAE), section 3, "MAE encoder".
+    """
+    check.tensor("keep_tokens", "x", x, "B L D")
+    check.tensor("keep_tokens", "ids_keep", ids_keep, "B M", B=x.shape[0])
+    check.floating("keep_tokens", x=x)
+    check.index("keep_tokens", ids_keep=ids_keep)
+    check.same_device("keep_tokens", x=x, ids_keep=ids_keep)
+    pos = _positions("keep_tokens", pos, x, x.shape[1], "L")
+    return _keep_tokens_fwd(x, ids_keep, pos)
+
+
+@op("keep_tokens_fwd")
+def _keep_tokens_fwd(x: Tensor, ids_keep: Tensor, pos: Tensor | None) -> Tensor:
+    kept = _gather(x, ids_keep)
+    return kept if pos is None else kept + pos[ids_keep]
+
+
+@_keep_tokens_fwd.register_fake
+def _(x, ids_keep, pos):
+    dtype = x.dtype if pos is None else torch.result_type(x, pos)
+    return x.new_empty(*ids_keep.shape, x.shape[2], dtype=dtype)
+
+
+@op("keep_tokens_bwd")
+def _keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
+    """The gradient of x before any rounding: dkept's rows in their places, zeros elsewhere."""
+    dx = dkept.new_zeros(dkept.shape[0], length, dkept.shape[2])
+    return dx.scatter_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
+
+
+@_keep_tokens_bwd.register_fake
+def _(dkept, ids_keep, length):
+    return dkept.new_empty(dkept.shape[0], length, dkept.shape[2])
+
+
+def _save_keep(ctx, inputs, output):
+    x, ids_keep, pos = inputs
+    ctx.save_for_backward(ids_keep)
+    ctx.length, ctx.dtypes = x.shape[1], (x.dtype, pos.dtype if pos is not None else None)
+
+
+@first_order
+def _keep_backward(ctx, dkept):
+    (ids_keep,) = ctx.saved_tensors
+    needs_x, _, needs_pos = ctx.needs_input_grad
+    dx = _keep_tokens_bwd(dkept, ids_keep, ctx.length) if needs_x or needs_pos else None
+    return dx.to(ctx.dtypes[0]) if needs_x else None, None, _batch_sum(dx, ctx.dtypes[1]) if needs_pos else None
+
+
+_keep_tokens_fwd.register_autograd(_keep_backward, setup_context=_save_keep)
+
+
+def restore_tokens(
+    x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor | None = None, prefix: int = 1
+) -> Tensor:
+    """Puts the kept tokens back in their places, a mask token in each hole, and adds the positional embedding.
+
+    Equals ``torch.cat([x[:, :prefix], torch.cat([x[:, prefix:], mask_token.expand(B, L - M, D)], 1).gather(1,
+    ids_restore[..., None].expand(-1, -1, D))], 1) + pos``; dtypes promote as in that expression.
+
+    Args:
+        x: [B, prefix + M, D] any floating dtype: `prefix` tokens that pass through, then the M kept tokens in the
+            order of `Masking.ids_keep`.
+        mask_token: D values, as [D] or [1, 1, D].
+        ids_restore: [B, L] int64, L ≥ M: the rank of each token, as `random_masking` returns it.
+        pos: [prefix + L, D] or [1, prefix + L, D], optional.
+        prefix: tokens in front that have no place in the image: 1 for a class token, 0 for none.
+
+    Returns: [B, prefix + L, D] of the promoted dtype. Gradient to x, mask_token and pos, sums in float32 or wider.
+
+    Raises:
+        ValueError: a shape or device does not fit. TypeError: ids_restore is not int64, or another is not floating.
+
+    Source: He et al., 2021 (MAE), section 3, "MAE decoder".
+    """
+    check.tensor("restore_tokens", "x", x, "B prefix+M D")
+    batch, given, width = x.shape
+    check.tensor("restore_tokens", "ids_restore", ids_restore, "B L", B=batch)
+    length = ids_restore.shape[1]
+    if not 0 <= prefix <= given or given - prefix > length:
+        check.fail("restore_tokens", f"x must have prefix={prefix} to prefix+L={prefix + length} tokens, got {given}")
+    if mask_token.numel() != width or mask_token.shape[-1] != width:
+        check.fail("restore_tokens", f"mask_token must have shape [D={width}], got {list(mask_token.shape)}")
+    check.floating("restore_tokens", x=x, mask_token=mask_token)
+    check.index("restore_tokens", ids_restore=ids_restore)
+    check.same_device("restore_tokens", x=x, mask_token=mask_token, ids_restore=ids_restore)
+    pos = _positions("restore_tokens", pos, x, prefix + length, "prefix+L")
+    return _restore_tokens_fwd(x, mask_token.reshape(width), ids_restore, pos, prefix)
+
+
+@op("restore_tokens_fwd")
+def _restore_tokens_fwd(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor | None, prefix: int) -> Tensor:
+    batch, given, width = x.shape
+    dtype = torch.result_type(x, mask_token)
+    holes = mask_token.to(dtype).expand(batch, prefix + ids_restore.shape[1] - given, width)
+    tokens = _gather(torch.cat([x[:, prefix:].to(dtype), holes], dim=1), ids_restore)
+    restored = torch.cat([x[:, :prefix].to(dtype), tokens], dim=1)
+    return restored if pos is None else restored + pos
+
+
+@_restore_tokens_fwd.register_fake
+def _(x, mask_token, ids_restore, pos, prefix):
+    dtype = torch.result_type(x, mask_token)
+    if pos is not None:
+        dtype = torch.promote_types(dtype, pos.dtype)
+    return x.new_empty(x.shape[0], prefix + ids_restore.shape[1], x.shape[2], dtype=dtype)
+
+
+@op("restore_tokens_bwd")
+def _restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: int) -> tuple[Tensor, Tensor]:
+    """(dx [B, prefix + kept, D], dmask_token [D] in float32 or wider)."""
+    dtokens = dout[:, prefix:]
+    in_order = torch.empty_like(dtokens, memory_format=torch.contiguous_format)
+    in_order.scatter_(1, ids_restore.unsqueeze(-1).expand_as(dtokens), dtokens)
+    dx = torch.cat([dout[:, :prefix], in_order[:, :kept]], dim=1)
+    return dx, in_order[:, kept:].sum(dim=(0, 1), dtype=wide(dout))
+
+
+@_restore_tokens_bwd.register_fake
+def _(dout, ids_restore, prefix, kept):
+    width = dout.shape[2]
+    return dout.new_empty(dout.shape[0], prefix + kept, width), dout.new_empty(width, dtype=wide(dout))
+
+
+def _save_restore(ctx, inputs, output):
+    x, mask_token, ids_restore, pos, prefix = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.prefix, ctx.kept = prefix, x.shape[1] - prefix
+    ctx.dtypes = (x.dtype, mask_token.dtype, pos.dtype if pos is not None else None)
+
+
+@first_order
+def _restore_backward(ctx, dout):
+    (ids_restore,) = ctx.saved_tensors
+    needs_x, needs_mask_token, _, needs_pos, _ = ctx.needs_input_grad
+    dx = dmask_token = None
+    if needs_x or needs_mask_token:
+        dx, dmask_token = _restore_tokens_bwd(dout, ids_restore, ctx.prefix, ctx.kept)
+        dx, dmask_token = dx.to(ctx.dtypes[0]), dmask_token.to(ctx.dtypes[1])
+    return dx, dmask_token, None, _batch_sum(dout, ctx.dtypes[2]) if needs_pos else None, None
+
+
+_restore_tokens_fwd.register_autograd(_restore_backward, setup_context=_save_restore)
+
+
+def _positions(op_name: str, pos: Tensor | None, x: Tensor, tokens: int, letters: str) -> Tensor | None:
+    """pos as [tokens, D], checked."""
+    if pos is None:
+        return None
+    if pos.shape not in ((tokens, x.shape[2]), (1, tokens, x.shape[2])):
+        came = list(pos.shape)
+        check.fail(op_name, f"pos must have shape [{letters}={tokens}, D={x.shape[2]}] or that with a 1 in front, got {came}")  # fmt: skip
+    check.floating(op_name, pos=pos)
+    check.same_device(op_name, x=x, pos=pos)
+    return pos.reshape(tokens, x.shape[2])
+
+
+def _gather(x: Tensor, ids: Tensor) -> Tensor:
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def _batch_sum(dx: Tensor, dtype: torch.dtype) -> Tensor:
+    return dx.sum(0, dtype=wide(dx)).to(dtype)

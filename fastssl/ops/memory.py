@@ -1,0 +1,120 @@
+"""State that a momentum method carries from step to step: the EMA of its parameters and the queue of its keys."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import check
+from .dispatch import native, op, serve
+
+
+def ema_update_(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, shadows: Sequence[Tensor] | None = None
+) -> None:
+    """Moves each target towards its source, in place: the momentum encoder's update.
+
+    Equals, for each pair, ``t.lerp_(s.to(t.dtype), 1 - momentum)``, that is t ← m·t + (1 − m)·s, and then
+    ``shadow.copy_(t)``.
+
+    Args:
+        targets: n tensors of any shape, float32 or float64 (see Raises), changed in place. Computed in their dtype.
+        sources: n tensors of the same shapes and any floating dtype; not changed, no gradient.
+        momentum: m in [0, 1]; MoCo's 0.999. A number, so that it is known before the step is launched.
+        shadows: n tensors of the same shapes, usually bfloat16: low-precision copies written in the same pass, from
+            which a momentum encoder can compute its keys without casting its weights again.
+
+    Raises:
+        ValueError: counts, shapes or devices differ, or momentum is outside [0, 1].
+        TypeError: a target is bfloat16 or float16: 1.0 + 0.001·(2.0 − 1.0) rounds back to 1.0 there, so the average
+            would never move.
+
+    Memory: none beyond the arguments. Layout: any strides; pairs stored in the same dense order are fastest.
+
+    Source: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, equation 2.
+    """
+    targets, sources = list(targets), list(sources)
+    shadows = [] if shadows is None else list(shadows)
+    for name, others in (("sources", sources), ("shadows", shadows)):
+        if len(others) != len(targets) and (others or name == "sources"):
+            check.fail("ema_update_", f"{name} must hold {len(targets)} tensors like targets, got {len(others)}")
+    if not 0 <= momentum <= 1:
+        check.fail("ema_update_", f"momentum must be between 0 and 1, got {momentum}")
+    for i, target in enumerate(targets):
+        if target.dtype not in (torch.float32, torch.float64):
+            wanted = "float32 or float64 (steps of 1 - momentum vanish in 16 bits: keep float32 targets, pass shadows)"
+            came = str(target.dtype).removeprefix("torch.")
+            check.fail("ema_update_", f"targets[{i}] must be {wanted}, got {came}", TypeError)
+        for name, other in (("sources", sources[i]), *([("shadows", shadows[i])] if shadows else [])):
+            if other.shape != target.shape:
+                wanted, came = list(target.shape), list(other.shape)
+                check.fail("ema_update_", f"{name}[{i}] must have shape {wanted} like targets[{i}], got {came}")
+            check.floating("ema_update_", **{f"{name}[{i}]": other})
+            check.same_device("ema_update_", **{f"targets[{i}]": target, f"{name}[{i}]": other})
+    if targets:
+        _ema_update_([t.detach() for t in targets], [s.detach() for s in sources], float(momentum), shadows)
+
+
+@op("ema_update_", mutates_args=("targets", "shadows"))
+def _ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, shadows: Sequence[Tensor]) -> None:  # fmt: skip
+    torch._foreach_lerp_(targets, [s.to(t.dtype) for t, s in zip(targets, sources)], 1 - momentum)
+    if shadows:
+        torch._foreach_copy_(shadows, targets)
+
+
+@_ema_update_.register_fake
+def _(targets, sources, momentum, shadows):
+    pass
+
+
+def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
+    """Writes keys over the oldest rows of a ring of keys, in place and exactly first in, first out.
+
+    Equals ``queue[(ptr + arange(N)) % K] = keys; ptr = (ptr + N) % K`` for any N: the queue wraps in the middle of a
+    batch, and of more than K keys the last K stay.
+
+    Args:
+        queue: [K, D], rows contiguous, any floating dtype, changed in place; keys are converted to its dtype.
+        ptr: [1] int64 on the queue's device, changed in place; the row that is overwritten next. It is never read
+            by the host, so a GPU step does not wait for it.
+        keys: [N, D] any floating dtype and strides, N ≥ 0.
+
+    Raises:
+        ValueError: a shape or device does not fit, or the rows of the queue are not contiguous.
+        TypeError: ptr is not int64, or queue or keys are not floating.
+
+    Memory: none beyond the arguments.
+
+    Source: He et al., 2020 (MoCo), section 3.2, "Dictionary as a queue"; the reference asks that N divide K.
+    """
+    check.tensor("enqueue_", "queue", queue, "K D")
+    check.tensor("enqueue_", "ptr", ptr, "1")
+    if ptr.shape != (1,):
+        check.fail("enqueue_", f"ptr must have shape [1], got {list(ptr.shape)}")
+    check.tensor("enqueue_", "keys", keys, "N D", D=queue.shape[1])
+    check.floating("enqueue_", queue=queue, keys=keys)
+    check.index("enqueue_", ptr=ptr)
+    check.same_device("enqueue_", queue=queue, ptr=ptr, keys=keys)
+    if queue.shape[0] == 0:
+        check.fail("enqueue_", "queue must have at least one row, got shape " + str(list(queue.shape)))
+    if queue.stride(1) != 1 and queue.shape[1] > 1:
+        check.fail("enqueue_", f"the rows of queue [K, D] must be contiguous, got strides {list(queue.stride())}")
+    _enqueue_(queue, ptr, keys.detach())
+
+
+@op("enqueue_", mutates_args=("queue", "ptr"))
+def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
+    length, arriving = queue.shape[0], keys.shape[0]
+    kept = min(arriving, length)
+    steps = torch.arange(arriving - kept, arriving, device=ptr.device)
+    queue.index_copy_(0, (ptr + steps) % length, keys[arriving - kept :].to(queue.dtype))
+    ptr.add_(arriving).remainder_(length)
+
+
+@_enqueue_.register_fake
+def _(queue, ptr, keys):
+    pass
+
+
+serve(_ema_update_, cpu=native("ema_update_"))
+serve(_enqueue_, cpu=native("enqueue_"))

@@ -1,0 +1,247 @@
+"""Images as patches: cutting, putting together, taking only the kept ones, and MAE's loss on the masked ones."""
+
+import torch
+from torch import Tensor
+
+from . import check
+from .dispatch import first_order, op, wide
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Cuts images into rows of pixels.
+
+    Equals ``images.reshape(B, C, H//p, p, W//p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, L, p*p*C)``: patches in
+    row-major order, inside a patch row, column, and channel last, as in the reference implementation.
+
+    Args:
+        images: [B, C, H, W] any dtype and memory format; H and W divisible by `patch`, not necessarily equal.
+        patch: p, side of a patch in pixels.
+
+    Returns: [B, L, P] of the same dtype, L = (H/p)·(W/p), P = p·p·C. Gradient to images.
+
+    Raises:
+        ValueError: images is not [B, C, H, W], or H or W is not divisible by patch.
+
+    Source: He et al., 2021 (MAE), section 3.
+    """
+    _check_images("patchify", images, patch)
+    return _patchify(images, patch)
+
+
+@op("patchify")
+def _patchify(images: Tensor, patch: int) -> Tensor:
+    grid = _grid_view(images, patch)
+    batch, rows, columns, _, _, channels = grid.shape
+    return grid.clone(memory_format=torch.contiguous_format).view(batch, rows * columns, patch * patch * channels)
+
+
+@_patchify.register_fake
+def _(images, patch):
+    batch, channels, height, width = images.shape
+    return images.new_empty(batch, (height // patch) * (width // patch), patch * patch * channels)
+
+
+def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """Puts rows of pixels together to images: the inverse of `patchify`.
+
+    Args:
+        patches: [B, L, P] any dtype, L = (height/p)·(width/p), P = p·p·C.
+        patch: p, side of a patch in pixels.
+        height, width: of the images, in pixels, divisible by p.
+
+    Returns: [B, C, height, width] of the same dtype, contiguous. Gradient to patches.
+
+    Raises:
+        ValueError: height or width is not divisible by patch, or the shape of patches does not fit them.
+    """
+    _check_sides("unpatchify", height, width, patch)
+    count = (height // patch) * (width // patch)
+    check.tensor("unpatchify", "patches", patches, "B L P", L=count)
+    if patches.shape[2] % patch**2 or patches.shape[2] == 0:
+        check.fail("unpatchify", f"patches must have P divisible by patch² = {patch**2}, got P={patches.shape[2]}")
+    return _unpatchify(patches, patch, height, width)
+
+
+@op("unpatchify")
+def _unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
+    batch, _, values = patches.shape
+    grid = patches.reshape(batch, height // patch, width // patch, patch, patch, values // patch**2)
+    images = grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, values // patch**2, height, width)
+    return images.clone(memory_format=torch.contiguous_format)
+
+
+@_unpatchify.register_fake
+def _(patches, patch, height, width):
+    return patches.new_empty(patches.shape[0], patches.shape[2] // patch**2, height, width)
+
+
+def _save_patchify(ctx, inputs, output):
+    images, ctx.patch = inputs
+    ctx.sides = images.shape[2:]
+
+
+def _save_unpatchify(ctx, inputs, output):
+    _, ctx.patch, _, _ = inputs
+
+
+# Each is the other's gradient, so any order of derivative works.
+_patchify.register_autograd(
+    lambda ctx, dpatches: (_unpatchify(dpatches, ctx.patch, *ctx.sides), None), setup_context=_save_patchify
+)
+_unpatchify.register_autograd(
+    lambda ctx, dimages: (_patchify(dimages, ctx.patch), None, None, None), setup_context=_save_unpatchify
+)
+
+
+def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
+    """The kept patches' pixels, without making the others: mask **before** embedding.
+
+    Equals ``patchify(images, patch).gather(1, ids_keep[..., None].expand(-1, -1, P))``. With mask ratio 0.75 the patch
+    embedding that follows costs a quarter of embedding all and throwing away.
+
+    Args:
+        images: [B, C, H, W] any dtype and memory format; H and W divisible by `patch`.
+        ids_keep: [B, M] int64 patch numbers in row-major order, none twice in a row (the gradient relies on it).
+        patch: p, side of a patch in pixels.
+
+    Returns: [B, M, P] of the images' dtype, P = p·p·C, channel last inside a patch. Gradient to images.
+
+    Raises:
+        ValueError: a shape or device does not fit. TypeError: ids_keep is not int64.
+    """
+    _check_images("keep_patches", images, patch)
+    check.tensor("keep_patches", "ids_keep", ids_keep, "B M", B=images.shape[0])
+    check.index("keep_patches", ids_keep=ids_keep)
+    check.same_device("keep_patches", images=images, ids_keep=ids_keep)
+    return _keep_patches_fwd(images, ids_keep, patch)
+
+
+@op("keep_patches_fwd")
+def _keep_patches_fwd(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
+    grid = _grid_view(images, patch)
+    columns = grid.shape[2]
+    samples = torch.arange(grid.shape[0], device=images.device).unsqueeze(1)
+    kept = grid[samples, ids_keep // columns, ids_keep % columns]  # [B, M, p, p, C]: only these pixels are read
+    return kept.reshape(*ids_keep.shape, patch * patch * images.shape[1]).contiguous()
+
+
+@_keep_patches_fwd.register_fake
+def _(images, ids_keep, patch):
+    return images.new_empty(*ids_keep.shape, patch * patch * images.shape[1])
+
+
+@op("keep_patches_bwd")
+def _keep_patches_bwd(dkept: Tensor, ids_keep: Tensor, patch: int, height: int, width: int) -> Tensor:
+    dpatches = dkept.new_zeros(dkept.shape[0], (height // patch) * (width // patch), dkept.shape[2])
+    dpatches.scatter_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
+    return _unpatchify(dpatches, patch, height, width)
+
+
+@_keep_patches_bwd.register_fake
+def _(dkept, ids_keep, patch, height, width):
+    return dkept.new_empty(dkept.shape[0], dkept.shape[2] // patch**2, height, width)
+
+
+def _save_keep(ctx, inputs, output):
+    images, ids_keep, ctx.patch = inputs
+    ctx.sides = images.shape[2:]
+    ctx.save_for_backward(ids_keep)
+
+
+@first_order
+def _keep_backward(ctx, dkept):
+    return _keep_patches_bwd(dkept, *ctx.saved_tensors, ctx.patch, *ctx.sides), None, None
+
+
+_keep_patches_fwd.register_autograd(_keep_backward, setup_context=_save_keep)
+
+
+def masked_patch_mse(pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm_pix: bool = False) -> Tensor:
+    """MAE's loss: mean squared error between predictions and the pixels of the named patches.
+
+    Equals, with ``target = keep_patches(images, ids, patch)``, for `norm_pix` replaced by
+    ``(target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()`` (unbiased variance),
+    ``(pred - target).square().mean()``; the reference's mean over masked patches, since every sample has M of them.
+
+    Args:
+        pred: [B, M, P] any floating dtype: predictions for the patches `ids` alone.
+        images: [B, C, H, W] any dtype and memory format, as the model saw them. No gradient to images.
+        ids: [B, M] int64 patch numbers, M ≥ 1; `Masking.ids_masked` in MAE.
+        patch: p, side of a patch in pixels.
+        norm_pix: compare with each patch's own standardised pixels.
+
+    Returns: scalar float32 (float64 for a float64 pred), computed in that dtype. Gradient to pred, in its dtype,
+        left behind by the forward pass.
+
+    Raises:
+        ValueError: a shape or device does not fit. TypeError: ids is not int64, or pred is not floating.
+
+    Memory: one [B, M, P] gradient, none where pred needs no gradient.
+
+    Source: He et al., 2021 (MAE), section 3, "Reconstruction target"; unbiased variance and 1e-6 as in its code.
+    """
+    _check_images("masked_patch_mse", images, patch)
+    batch, channels = images.shape[:2]
+    check.tensor("masked_patch_mse", "ids", ids, "B M", B=batch)
+    values = patch * patch * channels
+    check.tensor("masked_patch_mse", "pred", pred, "B M P", B=batch, M=ids.shape[1], P=values)
+    check.floating("masked_patch_mse", pred=pred)
+    check.index("masked_patch_mse", ids=ids)
+    check.same_device("masked_patch_mse", pred=pred, images=images, ids=ids)
+    if ids.shape[1] == 0:
+        check.fail("masked_patch_mse", "ids must name at least one patch a sample, got shape " + str(list(ids.shape)))
+    with_grad = torch.is_grad_enabled() and pred.requires_grad
+    return _masked_patch_mse_fwd(pred, images.detach(), ids, patch, norm_pix, with_grad)[0]
+
+
+@op("masked_patch_mse_fwd")
+def _masked_patch_mse_fwd(
+    pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm_pix: bool, with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """(loss, dpred for an upstream gradient of 1; an empty dpred without `with_grad`)."""
+    dtype = wide(pred)
+    target = _keep_patches_fwd(images, ids, patch).to(dtype)
+    if norm_pix:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    difference = pred.to(dtype) - target
+    dpred = (difference * (2 / difference.numel() if difference.numel() else 0)).to(pred.dtype) if with_grad else None
+    return difference.square().mean(), dpred if with_grad else pred.new_empty(0)
+
+
+@_masked_patch_mse_fwd.register_fake
+def _(pred, images, ids, patch, norm_pix, with_grad):
+    loss = pred.new_empty((), dtype=wide(pred))
+    return loss, pred.new_empty(pred.shape if with_grad else 0)
+
+
+def _save_loss(ctx, inputs, output):
+    _, dpred = output
+    ctx.mark_non_differentiable(dpred)
+    ctx.save_for_backward(dpred)
+
+
+@first_order
+def _loss_backward(ctx, dloss, _):
+    (dpred,) = ctx.saved_tensors
+    return dpred * dloss.to(dpred.dtype), None, None, None, None, None
+
+
+_masked_patch_mse_fwd.register_autograd(_loss_backward, setup_context=_save_loss)
+
+
+def _grid_view(images: Tensor, patch: int) -> Tensor:
+    """[B, C, H, W] seen as [B, H/p, W/p, p, p, C]; a view wherever the strides allow it, which is nearly always."""
+    batch, channels, height, width = images.shape
+    grid = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 3, 5, 1)
+
+
+def _check_images(op_name: str, images: Tensor, patch: int) -> None:
+    check.tensor(op_name, "images", images, "B C H W")
+    _check_sides(op_name, *images.shape[2:], patch)
+
+
+def _check_sides(op_name: str, height: int, width: int, patch: int) -> None:
+    if patch < 1 or height % patch or width % patch or not height or not width:
+        check.fail(op_name, f"height and width must be divisible by patch={patch}, got {height}×{width}")

@@ -1,0 +1,59 @@
+"""What every op of the public surface must do, whatever it computes."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def tensors_of(result) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def gradcheck(function: Callable, *inputs) -> None:
+    """Analytic against numerical gradient in float64, for every floating input that requires one."""
+    assert torch.autograd.gradcheck(
+        lambda *args: [t for t in tensors_of(function(*args)) if t.requires_grad], inputs, fast_mode=False
+    )
+
+
+def refuses_second_derivative(function: Callable, x: Tensor) -> None:
+    """A gradient left behind by the forward pass is a constant to autograd: asking for its gradient must raise."""
+    (dx,) = torch.autograd.grad(tensors_of(function(x))[0].square().sum(), x, create_graph=True)
+    try:
+        dx.sum().backward()
+    except RuntimeError as error:
+        assert "once_differentiable" in str(error)
+    else:
+        raise AssertionError("a second derivative was returned")
+
+
+def compiles(function: Callable, *inputs) -> None:
+    """One graph, same values, same gradients, also at another batch size (dynamic shapes)."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    results = [tensors_of(f(*inputs)) for f in (function, compiled)]
+    for eager, traced in zip(*results):
+        torch.testing.assert_close(traced, eager)
+    if leaves:
+        gradients = [
+            torch.autograd.grad(sum(t.double().square().sum() for t in r if t.requires_grad), leaves) for r in results
+        ]
+        for eager, traced in zip(*gradients):
+            torch.testing.assert_close(traced, eager)
+
+
+def opcheck(op, *inputs) -> None:
+    """torch's own check of schema, fake tensors, autograd registration and AOT dispatch."""
+    torch.library.opcheck(op, inputs)
+
+
+def refused(sentence: str, error: type[Exception], function: Callable, *args, **kwargs) -> None:
+    """Raises `error` with exactly this one sentence."""
+    try:
+        function(*args, **kwargs)
+    except error as raised:
+        assert str(raised) == sentence, f"\n got: {raised}\nwant: {sentence}"
+    else:
+        raise AssertionError(f"accepted, but should say: {sentence}")
