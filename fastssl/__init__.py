@@ -1,0 +1,6 @@
+"""Fast kernels, thin models and a trainer for self-supervised visual pretraining.
+
+`fastssl.ops` computes, `fastssl.nn` are modules to drop in, `fastssl.methods` the models. See README.md.
+"""
+
+__version__ = "0.1.0"

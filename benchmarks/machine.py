@@ -1,0 +1,151 @@
+"""What a measurement must say about where it was made, and how fast that machine moves bytes and multiplies."""
+
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fastssl.ops import dispatch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+BUSY = 0.1  # share of the processors taken by other programs, above which a measurement means nothing
+
+
+def wait() -> None:
+    """Waits until the device has done what it was given; a CPU always has."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine(processor: str) -> dict:
+    """The hardware, by the names its makers gave it. The slug names the result file."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{processor}, {cores} cores"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return {"slug": slug, "name": name, "processor": processor, "cores": cores, "device": DEVICE.type}
+
+
+def environment() -> dict:
+    """The software: versions, commit, instruction-set level, and which implementation serves each op."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "fastssl": importlib.metadata.version("fastssl-engine"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "level": dispatch.native_level() or "no native kernels",
+        "threads": torch.get_num_threads(),
+        "served": {
+            op: kind for op, device, kind in dispatch.table() if device == DEVICE.type and kind != "plain torch"
+        },
+    }
+
+
+def implementation(kernel: str) -> str:
+    """What serves the op `fastssl::<kernel>` on the device of the benchmarks: "native avx2", "plain torch", …"""
+    return {(op, device): kind for op, device, kind in dispatch.table()}[kernel, DEVICE.type]
+
+
+class OtherPrograms:
+    """How much of the processors other programs take, from the making of this object on: Linux counts it, elsewhere
+    it is unknown. Time that a hypervisor gives to other machines counts too."""
+
+    def __init__(self):
+        self._start = self._counts()
+
+    def share(self) -> float | None:
+        """0 on a quiet machine, 1 where others take all; None where it is unknown."""
+        now = self._counts()
+        if now is None:
+            return None
+        busy, available, own = (after - before for before, after in zip(self._start, now))
+        return max(0.0, (busy - own) / available) if available else 0.0
+
+    @staticmethod
+    def _counts() -> tuple[float, float, float] | None:
+        """(busy seconds, all seconds, our own seconds) of the processors that this process may use."""
+        try:
+            lines = Path("/proc/stat").read_text().splitlines()
+        except OSError:
+            return None
+        busy = available = 0
+        for name, *ticks in map(str.split, lines):
+            if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in os.sched_getaffinity(0):
+                user, nice, system, idle, iowait, irq, softirq, steal = map(int, ticks[:8])
+                busy += user + nice + system + irq + softirq + steal
+                available += user + nice + system + irq + softirq + steal + idle + iowait
+        second = os.sysconf("SC_CLK_TCK")
+        return busy / second, available / second, time.process_time()
+
+
+def limit(bytes_moved: int, operations: int, dtype: torch.dtype) -> tuple[float, str]:
+    """The shortest time, in ms, that this machine could take, and why: the bytes at the measured bandwidth or the
+    floating-point operations at the measured matrix-product rate, whichever takes longer."""
+    reasons = []
+    if bytes_moved:
+        reasons.append((bytes_moved / bandwidth(), f"{bytes_moved / 1e6:.3g} MB at {bandwidth() / 1e9:.3g} GB/s"))
+    if operations:
+        rate = max(product_rate(dtype), product_rate(torch.float32))
+        reasons.append((operations / rate, f"{operations / 1e9:.3g} GFLOP at {rate / 1e9:.3g} GFLOP/s"))
+    seconds, reason = max(reasons)
+    return seconds * 1e3, reason
+
+
+@functools.cache
+def bandwidth() -> float:
+    """Bytes a second of main memory, on buffers that no cache holds: the best of a sum, a copy and an addition in
+    place, which move one, two and three bytes for each byte (a copy on a CPU may also read what it overwrites)."""
+    x, y = torch.ones(2, 2**26, device=DEVICE).unbind()
+    ways = {1: x.sum, 2: lambda: y.copy_(x), 3: lambda: y.add_(x)}
+    return max(moved * x.nbytes / _best(way) for moved, way in ways.items())
+
+
+@functools.cache
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second in a matrix product. On a CPU the better of `@` and of a 1×1 convolution:
+    torch sends the two to different libraries, whose speeds are far apart on some processors."""
+    n = 8192 if DEVICE.type == "cuda" else 1024
+    a, b = torch.ones(2, n, n, device=DEVICE, dtype=dtype).unbind()
+    seconds = _best(lambda: a @ b)
+    if DEVICE.type == "cpu":
+        pixels = b.reshape(1, n, 32, n // 32).to(memory_format=torch.channels_last)
+        kernel = a.reshape(n, n, 1, 1)
+        seconds = min(seconds, _best(lambda: F.conv2d(pixels, kernel)))
+    return 2 * n**3 / seconds
+
+
+def _best(run: Callable[[], object], window_s: float = 0.3, windows: int = 10) -> float:
+    """Seconds of the fastest of many calls, up to the end of the first window in which the machine was quiet."""
+    run()
+    best = float("inf")
+    for _ in range(windows):
+        programs, end = OtherPrograms(), time.perf_counter() + window_s
+        while time.perf_counter() < end:
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            best = min(best, time.perf_counter() - start)
+        if (programs.share() or 0) <= BUSY:
+            break
+    return best
+
+
+def _commit() -> str:
+    """The commit that was measured, with "-dirty" where tracked files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

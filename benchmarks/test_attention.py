@@ -1,0 +1,49 @@
+"""Attention of short ViT sequences, forward and backward, from a packed qkv and to its gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.ops import attention
+
+from .harness import DTYPES, Case, compare, forward_backward
+from .machine import DEVICE
+
+
+def ours(qkv: Tensor) -> Tensor:
+    return attention(*qkv.unbind(2))
+
+
+def official(qkv: Tensor) -> Tensor:
+    """The paper's formula: two batched products and a softmax between them."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2)
+
+
+def fused(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch, length, heads, width", [(32, 50, 12, 64), (4, 197, 16, 32), (2, 50, 3, 64)])
+def test_attention(benchmark, batch, length, heads, width, dtype):
+    qkv = torch.randn(batch, length, 3, heads, width, device=DEVICE).to(DTYPES[dtype]).requires_grad_()
+    upstream = torch.randn(batch, length, heads, width, device=DEVICE).to(DTYPES[dtype])
+    wide, wide_upstream = qkv.detach().float().requires_grad_(), upstream.float()
+    ways = {"ours": ours, "official": official, "SDPA": fused}
+    case = Case(
+        op="attention",
+        size=f"B={batch}, H={heads}, L={length}, E={width}, {dtype}, forward + backward",
+        kernel="attention_fwd",
+        contestants={
+            name: forward_backward(lambda way=way: way(qkv).contiguous(), qkv, upstream=upstream)
+            for name, way in ways.items()
+        },
+        expected=forward_backward(lambda: official(wide), wide, upstream=wide_upstream),
+        operations=12 * batch * heads * length**2 * width,  # two products forward, four backward
+        dtype=DTYPES[dtype],
+    )
+    compare(benchmark, case)

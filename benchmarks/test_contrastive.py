@@ -1,0 +1,155 @@
+"""InfoNCE over a queue, in the batch, and NT-Xent: forward and backward.
+
+Queries start unnormalised, as a projection head leaves them, and the mean loss is differentiated: each contestant does
+the whole of it.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.ops import batch_info_nce, info_nce, nt_xent
+
+from .harness import DTYPES, Case, compare, forward_backward
+from .machine import DEVICE
+
+TAU = 0.2
+
+
+def projections(rows: int, width: int) -> Tensor:
+    return torch.randn(rows, width, device=DEVICE)
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=1)
+
+
+def lightly_loss(queue: Tensor | None = None):
+    """lightly's NTXentLoss, with a copy of the queue as its memory bank, or None where lightly is not installed."""
+    try:
+        from lightly.loss import NTXentLoss
+    except ImportError:
+        return None
+    loss = NTXentLoss(TAU, memory_bank_size=0 if queue is None else tuple(queue.shape)).to(DEVICE)
+    if queue is not None:
+        loss.memory_bank.bank.copy_(queue)
+    return loss
+
+
+def attention_and_lse(q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax-weighted mean of the keys [B, D], log-sum-exp of the logits [B]): torch's fused attention with the keys
+    as values. Only its inner ops return the second."""
+    q, keys = q[None, None], keys[None, None]
+    if DEVICE.type == "cuda":
+        mean, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, keys, keys, None, True, scale=1 / TAU)
+    else:
+        mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, keys, scale=1 / TAU)
+    return mean[0, 0], lse[0, 0, : q.shape[2]]
+
+
+@pytest.mark.parametrize(
+    "batch, length, dtype",
+    [
+        (256, 65536, "fp32"),
+        (256, 65536, "bf16"),
+        (256, 4096, "fp32"),
+        (32, 65536, "fp32"),
+    ],
+)
+def test_info_nce(benchmark, batch, length, dtype, width=128):
+    raw = projections(batch, width).to(DTYPES[dtype]).requires_grad_()
+    key = unit(raw.detach().float() + 2 * projections(batch, width)).to(DTYPES[dtype])
+    queue = unit(projections(length, width)).to(DTYPES[dtype])
+    raw_32, key_32, queue_32 = raw.detach().float().requires_grad_(), key.float(), queue.float()
+
+    def official():
+        """MoCo's, with its queue cloned each step; in float32 also where ours gets bfloat16."""
+        q, negatives = unit(raw_32), queue_32.clone()
+        logits = torch.cat([(q * key_32).sum(1, keepdim=True), q @ negatives.T], dim=1) / TAU
+        return F.cross_entropy(logits, torch.zeros(batch, dtype=torch.int64, device=DEVICE))
+
+    def fused_attention():
+        q = unit(raw)
+        with torch.no_grad():
+            positive = (q * key).sum(1).float() / TAU
+            mean, lse = attention_and_lse(q, queue)
+            total = torch.logaddexp(positive, lse.float())
+            dq = (lse - total).exp().unsqueeze(1) * (mean - key).float() / (TAU * batch)
+        return (total - positive).mean(), *torch.autograd.grad(q, raw, dq.to(raw.dtype))
+
+    contestants = {
+        "ours": forward_backward(lambda: info_nce(unit(raw), key, queue, TAU).loss.mean(), raw),
+        "official": forward_backward(official, raw_32),
+        "SDPA with lse": fused_attention,
+    }
+    if dtype == "fp32" and (loss := lightly_loss(queue)):
+        contestants["lightly"] = forward_backward(lambda: loss(raw, key), raw)
+    case = Case(
+        op="info_nce",
+        size=f"B={batch}, D={width}, K={length:,}, {dtype}{' (official: fp32)' if dtype == 'bf16' else ''}"
+        ", forward + backward",
+        kernel="info_nce_fwd",
+        contestants=contestants,
+        operations=4 * batch * length * width,  # logits and the gradient of q
+        dtype=DTYPES[dtype],
+    )
+    compare(benchmark, case)
+
+
+@pytest.mark.parametrize("batch, keys_gradient", [(2048, False), (2048, True), (256, True)])
+def test_batch_info_nce(benchmark, batch, keys_gradient, width=256):
+    raw_q = projections(batch, width).requires_grad_()
+    raw_keys = (raw_q.detach() + 2 * projections(batch, width)).requires_grad_(keys_gradient)
+    inputs = (raw_q, raw_keys) if keys_gradient else (raw_q,)
+    labels = torch.arange(batch, device=DEVICE)
+
+    def official():
+        return F.cross_entropy(unit(raw_q) @ unit(raw_keys).T / TAU, labels)
+
+    contestants = {
+        "ours": forward_backward(lambda: batch_info_nce(unit(raw_q), unit(raw_keys), TAU).loss.mean(), *inputs),
+        "official": forward_backward(official, *inputs),
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+
+        def linear_cross_entropy():
+            return F.linear_cross_entropy(unit(raw_q) / TAU, unit(raw_keys), labels, options=options)
+
+        contestants["linear_cross_entropy"] = forward_backward(linear_cross_entropy, *inputs)
+    case = Case(
+        op="batch_info_nce",
+        size=f"B=M={batch:,}, D={width}, fp32, forward + backward" + (" of q and keys" if keys_gradient else " of q"),
+        kernel="batch_info_nce_fwd",
+        contestants=contestants,
+        operations=(4 + 2 * keys_gradient) * batch * batch * width,
+    )
+    compare(benchmark, case)
+
+
+@pytest.mark.parametrize("batch", [1024, 128])
+def test_nt_xent(benchmark, batch, width=256):
+    raw1 = projections(batch, width).requires_grad_()
+    raw2 = (raw1.detach() + 2 * projections(batch, width)).requires_grad_()
+    labels = (torch.arange(2 * batch, device=DEVICE) + batch) % (2 * batch)
+    itself = torch.eye(2 * batch, dtype=torch.bool, device=DEVICE)
+
+    def official():
+        z = unit(torch.cat([raw1, raw2]))
+        return F.cross_entropy((z @ z.T / TAU).masked_fill(itself, float("-inf")), labels)
+
+    contestants = {
+        "ours": forward_backward(lambda: nt_xent(unit(raw1), unit(raw2), TAU).mean(), raw1, raw2),
+        "official": forward_backward(official, raw1, raw2),
+    }
+    if loss := lightly_loss():
+        contestants["lightly"] = forward_backward(lambda: loss(raw1, raw2), raw1, raw2)
+    case = Case(
+        op="nt_xent",
+        size=f"2 × {batch:,}, D={width}, fp32, forward + backward",
+        kernel="nt_xent_fwd",
+        contestants=contestants,
+        operations=3 * (2 * batch) ** 2 * width,  # half of the symmetric logits, and their product with z
+    )
+    compare(benchmark, case)

@@ -1,0 +1,31 @@
+"""Features of a whole source, computed once."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastssl.data.loader import Loader
+from fastssl.data.recipe import plain
+from fastssl.data.source import Source
+
+
+@torch.no_grad()
+def extract(
+    features: Callable[[Tensor], Tensor],
+    source: Source,
+    size: tuple[int, int],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(features [N, F] float32, labels [N], indices [N]) of every image that can be decoded, resized to `size`.
+
+    `features` maps normalised images [B, 3, H, W] to [B, F]; a method's ``features`` in evaluation mode does.
+    """
+    loader = Loader(source, plain(size), batch_size, workers=workers, device=device, train=False, max_bad=1.0)
+    parts = [(features(batch.views[0]).float(), batch.label, batch.index) for batch in loader.epoch(0)]
+    if not parts:
+        raise ValueError("features: none of the images can be decoded")
+    return tuple(torch.cat(column) for column in zip(*parts))

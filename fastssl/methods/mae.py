@@ -1,0 +1,156 @@
+"""Masked autoencoder: encode a quarter of the patches, predict the pixels of the rest.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021, arXiv:2111.06377. Nothing is embedded that is not
+kept, and nothing is predicted that is not scored. Names in the state dict are those of the official code.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.data.recipe import Recipe, View
+from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions
+from fastssl.ops import Masking, keep_patches, keep_tokens, masked_patch_mse, random_masking, restore_tokens
+from fastssl.train.recipe import Training
+
+
+@dataclass
+class Config:
+    """MAE as in the paper (sections 3 and 4, appendix A.1, table 8); effective batch and epochs are its too."""
+
+    backbone: str = "vit_base"
+    """vit_mini, vit_tiny, vit_small, vit_base, vit_large or vit_huge"""
+    image_size: tuple[int, int] = (224, 224)
+    """height and width in pixels, divisible by the patch"""
+    mask_ratio: float = 0.75
+    """share of the patches that is removed"""
+    norm_pix: bool = True
+    """predict each patch's own standardised pixels"""
+    decoder_dim: int = 512
+    """width of the decoder"""
+    decoder_depth: int = 8
+    """blocks of the decoder"""
+    decoder_heads: int = 16
+    """heads of the decoder"""
+    crop_min: float = 0.2
+    """smallest share of the image that a training crop takes"""
+    flip_p: float = 0.5
+    """probability of a horizontal flip"""
+    training: Training = field(
+        default_factory=lambda: Training(
+            epochs=800, batch_size=4096, optimizer="adamw", lr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95),
+            warmup_epochs=40,
+        )  # fmt: skip
+    )
+
+    @classmethod
+    def small(cls) -> "Config":
+        """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
+        training = Training(epochs=120, batch_size=128, optimizer="adamw", lr=2e-3, weight_decay=0.05,
+                            betas=(0.9, 0.95), warmup_epochs=10)  # fmt: skip
+        return cls("vit_mini", (32, 32), norm_pix=False, decoder_dim=96, decoder_depth=2, decoder_heads=3,
+                   crop_min=0.6, flip_p=0.0, training=training)  # fmt: skip
+
+    @property
+    def recipe(self) -> Recipe:
+        crop = (self.crop_min, 1.0)
+        return Recipe((View(self.image_size, crop=crop, interpolation="bicubic", flip_p=self.flip_p),))
+
+
+def build(config: Config) -> "MAE":
+    if config.backbone not in SIZES:
+        raise ValueError(f"mae: unknown backbone {config.backbone!r}, there are {', '.join(SIZES)}")
+    dim, depth, heads, patch = SIZES[config.backbone]
+    return MAE(
+        config.image_size, patch, embed_dim=dim, depth=depth, num_heads=heads,
+        decoder_embed_dim=config.decoder_dim, decoder_depth=config.decoder_depth,
+        decoder_num_heads=config.decoder_heads, norm_pix_loss=config.norm_pix, mask_ratio=config.mask_ratio,
+    )  # fmt: skip
+
+
+class MAE(ViT):
+    """The encoder is the ViT itself; the decoder is thrown away after pretraining.
+
+    Arguments are the official ones, with `img_size` also as (height, width), and `mask_ratio` added.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_pix_loss: bool = False,
+        mask_ratio: float = 0.75,
+    ):
+        super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
+        self.norm_pix_loss, self.mask_ratio = norm_pix_loss, mask_ratio
+        self.length = self.grid[0] * self.grid[1]
+        self.keep = int(self.length * (1 - mask_ratio))  # the reference cuts, it does not round
+        if not 0 < self.keep < self.length:
+            raise ValueError(
+                f"MAE: mask_ratio must keep at least one and mask at least one of {self.length} patches, "
+                f"got {mask_ratio}, which keeps {self.keep}"
+            )
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_embed_dim, self.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # like the linear layer that it is
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+        (images,) = batch.views
+        return self.loss(images), {}
+
+    def after_step(self, progress: float) -> None:
+        """MAE carries no state from step to step."""
+
+    def loss(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Mean squared error of the masked patches, a scalar. `noise` [B, L] chooses the mask, random if None."""
+        masking = self.masking(images, noise)
+        tokens = self.decode(self.encode_kept(images, masking), masking)
+        pred = self.decoder_pred(self.decoder_norm(keep_tokens(tokens[:, 1:], masking.ids_masked)))
+        return masked_patch_mse(pred, images, masking.ids_masked, self.patch_size, self.norm_pix_loss)
+
+    def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(predictions of all patches [B, L, P], mask [B, L]: 0 kept, 1 removed)."""
+        masking = self.masking(images, noise)
+        tokens = self.decode(self.encode_kept(images, masking), masking)
+        return self.decoder_pred(self.decoder_norm(tokens[:, 1:])), masking.mask
+
+    def masking(self, images: Tensor, noise: Tensor | None = None) -> Masking:
+        if noise is None:
+            noise = torch.rand(images.shape[0], self.length, device=images.device)
+        return random_masking(noise, self.keep)
+
+    def encode_kept(self, images: Tensor, masking: Masking) -> Tensor:
+        """[B, 1 + keep, D], class token first, kept patches in noise order."""
+        tokens = self.patch_embed(keep_patches(images, masking.ids_keep, self.patch_size))
+        return self.encode(tokens + self.pos_embed[0, 1:][masking.ids_keep])
+
+    def decode(self, latent: Tensor, masking: Masking) -> Tensor:
+        """[B, 1 + keep, D] → tokens of all patches in their places, before the last norm [B, 1 + L, D_decoder]."""
+        x = restore_tokens(self.decoder_embed(latent), self.mask_token, masking.ids_restore, self.decoder_pos_embed)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return x

@@ -1,0 +1,124 @@
+"""A run folder: config.json says what was asked for, checkpoint.pt holds what was learned.
+
+    config.json      method, data, every option; enough to open or resume the run
+    metrics.jsonl    a line every few steps (train/log.py)
+    checkpoint.pt    the last one, whole
+    knn.json         accuracy of raw pixels, of the untrained and of the trained encoder
+    bad_files.txt    images that could not be decoded, where there were any
+    report.html      by `fastssl report`
+"""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+import fastssl.methods
+from fastssl.train import checkpoint
+
+
+def method_names() -> list[str]:
+    """The methods there are: the modules of fastssl/methods."""
+    return sorted(module.name for module in pkgutil.iter_modules(fastssl.methods.__path__))
+
+
+def method_module(name: str) -> ModuleType:
+    """The module of that name: it has `Config` and `build(config)`."""
+    if name not in method_names():
+        raise ValueError(f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}")
+    return importlib.import_module(f"fastssl.methods.{name}")
+
+
+@dataclass
+class Options:
+    """What a run needs beside its method."""
+
+    data: str
+    """digits, shapes or folder:PATH"""
+    run: Path | None = None
+    """folder of the run, runs/METHOD-DATA if not given"""
+    seed: int = 0
+    """of weights, order, augmentations and masks"""
+    workers: int | None = None
+    """processes that load data; a quarter of the cores on a CPU, up to 8 beside a GPU, if not given"""
+    device: str = "auto"
+    """cuda, cpu, or auto: cuda where there is one"""
+    precision: str = "fp32"
+    """fp32, or bf16 for autocast"""
+    log_every: int = 10
+    """steps between lines of metrics"""
+    checkpoint_every: int = 0
+    """steps between checkpoints, 0 for one an epoch"""
+    max_bad: float = 0.01
+    """share of images that may be undecodable"""
+
+
+@dataclass
+class Run:
+    """An opened run folder."""
+
+    folder: Path
+    method_name: str
+    options: Options
+    config: Any  # the method's Config
+    facts: dict = field(default_factory=dict)  # versions and machine it ran on
+
+    def save(self) -> None:
+        record = {"method": self.method_name, "options": dataclasses.asdict(self.options),
+                  "config": dataclasses.asdict(self.config), "facts": self.facts}  # fmt: skip
+        (self.folder / "config.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def build(self) -> nn.Module:
+        """The method with fresh weights."""
+        return method_module(self.method_name).build(self.config)
+
+    def load(self) -> nn.Module:
+        """The method with the weights of the last checkpoint, in evaluation mode."""
+        method = self.build()
+        method.load_state_dict(checkpoint.load(self.checkpoint, self.method_name)["model"])
+        return method.eval()
+
+
+def open_run(folder: Path) -> Run:
+    """Reads the config of a run folder.
+
+    Raises:
+        ValueError: it is no run folder, or its config does not fit this version.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"run: {folder} is no run folder: it has no config.json")
+    try:
+        record = json.loads(path.read_text())
+        options = _from_json(Options, record["options"])
+        config = _from_json(method_module(record["method"]).Config, record["config"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"run: {path} does not fit this version of fastssl ({error})") from error
+    return Run(folder, record["method"], options, config, record.get("facts", {}))
+
+
+def _from_json(cls: type, values: dict) -> Any:
+    """A dataclass from what dataclasses.asdict and JSON made of it: tuples are lists there, paths strings."""
+    hints = {f.name: f.type for f in dataclasses.fields(cls)}
+    if unknown := set(values) - set(hints):
+        raise TypeError(f"unknown field {sorted(unknown)[0]!r}")
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = _from_json(hints[name], value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif hints[name] == Path | None and value is not None:
+            value = Path(value)
+        made[name] = value
+    return cls(**made)

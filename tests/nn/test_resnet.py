@@ -1,0 +1,44 @@
+import pytest
+import torch
+from torch import nn
+
+from fastssl.nn.resnet import SplitBatchNorm2d, build_resnet
+
+
+def test_split_batch_norm_is_a_batch_norm_on_each_part():
+    split, plain = SplitBatchNorm2d(3, splits=4), nn.BatchNorm2d(3)
+    nn.init.normal_(split.weight)
+    plain.load_state_dict(split.state_dict())
+    x = torch.randn(8, 3, 5, 5, requires_grad=True)
+    out = split(x)
+    for part in range(4):
+        torch.testing.assert_close(out[part::4], plain(x[part::4]))
+        plain.load_state_dict(nn.BatchNorm2d(3).state_dict() | {"weight": split.weight, "bias": split.bias})
+    parts = [x[part::4].detach() for part in range(4)]
+    mean = torch.stack([p.mean((0, 2, 3)) for p in parts]).mean(0)
+    var = torch.stack([p.var((0, 2, 3)) for p in parts]).mean(0)
+    torch.testing.assert_close(split.running_mean, 0.1 * mean)
+    torch.testing.assert_close(split.running_var, 0.9 + 0.1 * var)
+    plain.load_state_dict(split.state_dict())
+    torch.testing.assert_close(split.eval()(x), plain.eval()(x))
+
+
+def test_split_batch_norm_refuses_a_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match=r"^SplitBatchNorm2d: the batch must be divisible by splits=4, got 6$"):
+        SplitBatchNorm2d(3, splits=4)(torch.randn(6, 3, 2, 2))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("small", [False, True])
+def test_state_dict_is_torchvisions(splits, small):
+    from torchvision.models import resnet18
+
+    ours, theirs = build_resnet("resnet18", 16, small, splits).state_dict(), resnet18(num_classes=16).state_dict()
+    assert set(ours) == set(theirs)
+    assert {k for k in ours if ours[k].shape != theirs[k].shape} == ({"conv1.weight"} if small else set())
+
+
+def test_mini():
+    model = build_resnet("resnet_mini", 16)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 16)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.23e6, rel=0.02)

@@ -1,0 +1,102 @@
+"""Who may import whom, and how large things may be: docs/architecture.md, read from the code."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PYTHON = sorted([*ROOT.glob("fastssl/**/*.py"), *ROOT.glob("kernels/*.py")])
+NATIVE = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.h")])
+OTHERS = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py"), ROOT / "setup.py"])
+
+# room: the rooms of ours that it may import (a module by its full name where only that one is allowed)
+MAY_IMPORT = {
+    "ops": {"kernels", "_C"},  # and these two through dispatch.py alone
+    "kernels": set(),
+    "nn": {"ops"},
+    "methods": {"nn", "ops", "data.recipe", "train.recipe"},
+    "data": set(),
+    "train": {"ops"},
+    "eval": {"ops", "nn", "data"},
+    "report": {"run", "ops", "data", "train.log", "eval"},
+    "run": {"methods", "train"},
+    "cli": {"run", "ops", "data", "eval", "report", "train", "_C"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL, MOST_PARAMETERS = 500, 60, 150, 8
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "kernels" else parts[1]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, also inside functions."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            names |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return names
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_table(path):
+    room = room_of(path)
+    for name in imports_of(path):
+        assert name.split(".")[0] != "kernels", f"{name}: the installed name is fastssl.kernels"
+        if not name.startswith("fastssl.") or name == "fastssl.__version__":
+            continue
+        target = name.removeprefix("fastssl.")
+        allowed = MAY_IMPORT[room] | {room}
+        fits = any(target == other or target.startswith(f"{other}.") for other in allowed)
+        is_parent = any(other.startswith(f"{target}.") for other in allowed)  # `from fastssl.data import recipe`
+        assert fits or is_parent, f"{room} may import {sorted(allowed)}, not {name}"
+        if target.split(".")[0] in ("kernels", "_C") and room == "ops":
+            assert path.name == "dispatch.py", f"{path.name}: kernels are reached through ops/dispatch.py alone"
+
+
+def test_the_table_refuses_what_it_should():
+    """The check above would be worthless if it read no imports."""
+    assert "fastssl.ops.check" in imports_of(ROOT / "fastssl/ops/memory.py")
+    assert "fastssl.train.recipe" in imports_of(ROOT / "fastssl/methods/mae.py")
+    assert room_of(ROOT / "fastssl/methods/mae.py") == "methods"
+
+
+@pytest.mark.parametrize("path", PYTHON + NATIVE + OTHERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("path", PYTHON + OTHERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_are_short(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            limit = LONGEST_KERNEL if path.parent.name == "kernels" else LONGEST_FUNCTION
+            assert node.end_lineno - node.lineno < limit, f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("fastssl/ops/*.py")), ids=lambda path: path.name)
+def test_public_ops_are_documented_and_small(path):
+    public = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"]
+    for function in public:
+        assert len(function.args.args + function.args.kwonlyargs) <= MOST_PARAMETERS
+        assert ast.get_docstring(function) or path.name == "check.py", f"{function.name} has no docstring"
+
+
+def test_setup_is_short():
+    assert len((ROOT / "setup.py").read_text().splitlines()) < 80
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_is_named_like_a_function_in_it(path):
+    """`from .attention import attention` in an __init__ hides the module; it is the one exception, used nowhere else."""
+    names = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    assert path.stem not in names or path.stem == "attention"
