@@ -100,7 +100,9 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     folder = options.run or Path("runs", f"{method_name}-{options.data.split(':')[0]}")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
-        raise ValueError(f"pretrain: {folder} holds a run already: go on with it (--resume {folder}) or name another (--run)")
+        raise ValueError(
+            f"pretrain: {folder} holds a run already: go on with it (--resume {folder}) or name another (--run)"
+        )
     run = Run(folder, method_name, options, config, _facts())
     run.build()  # refuses impossible sizes before anything is written
     Loader(source, config.recipe, config.training.batch_size)

@@ -1,11 +1,11 @@
 """A run folder: config.json says what was asked for, checkpoint.pt holds what was learned.
 
-    config.json      method, data, every option; enough to open or resume the run
-    metrics.jsonl    a line every few steps (train/log.py)
-    checkpoint.pt    the last one, whole
-    knn.json         accuracy of raw pixels, of the untrained and of the trained encoder
-    bad_files.txt    images that could not be decoded, where there were any
-    report.html      by `fastssl report`
+config.json      method, data, every option; enough to open or resume the run
+metrics.jsonl    a line every few steps (train/log.py)
+checkpoint.pt    the last one, whole
+knn.json         accuracy of raw pixels, of the untrained and of the trained encoder
+bad_files.txt    images that could not be decoded, where there were any
+report.html      by `fastssl report`
 """
 
 import dataclasses

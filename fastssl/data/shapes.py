@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw
 COLOURS = ((214, 69, 65), (245, 200, 80), (70, 160, 90), (60, 110, 200))
 GREYS = (30, 90, 165, 225)
 SLOPE = 25  # grey levels that the light side of a background has over its dark side
-FINER = 4  # drawn at four times the size, then averaged down: smooth edges
+TILT = math.radians(25)  # largest rotation to either side
+FINER = 3  # drawn at three times the size, then averaged down: smooth edges
 
 
 def _ring(radius: float, corners: int, inner: float | None = None, turn: float = 0.0) -> list[tuple[float, float]]:
@@ -81,13 +82,15 @@ class Shapes:
         random = np.random.Generator(np.random.Philox(key=[self._seed, self._first + index]))
         side = self.size[0] * FINER
         canvas = _background(side, GREYS[random.integers(4)], direction=random.integers(4))
-        radius = side * random.uniform(0.2, 0.4)
+        radius = side * random.uniform(0.25, 0.42)
         x, y = random.uniform(radius, side - radius, 2)
-        turn = random.uniform(0, 2 * math.pi)
+        turn = random.uniform(-TILT, TILT)
         stencil = Image.new("L", canvas.size)
         draw = ImageDraw.Draw(stencil)
         for outline, fill in zip(SHAPES[self.classes[self.label(index)]], (255, 0)):
-            points = radius * np.asarray(outline) @ [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
+            points = (
+                radius * np.asarray(outline) @ [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
+            )
             draw.polygon([(x + dx, y + dy) for dx, dy in points], fill=fill)
         canvas.paste(COLOURS[random.integers(4)], mask=stencil)
         return canvas.reduce(FINER)

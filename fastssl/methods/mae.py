@@ -39,7 +39,12 @@ class Config:
     """probability of a horizontal flip"""
     training: Training = field(
         default_factory=lambda: Training(
-            epochs=800, batch_size=4096, optimizer="adamw", lr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95),
+            epochs=800,
+            batch_size=4096,
+            optimizer="adamw",
+            lr=1.5e-4,
+            weight_decay=0.05,
+            betas=(0.9, 0.95),
             warmup_epochs=40,
         )  # fmt: skip
     )

@@ -41,7 +41,9 @@ def write_report(run: Run, method: torch.nn.Module, train_source: Source, test_s
         text = "Test images. The model sees the patches that are not grey and predicts the others."
         sections.append({"title": "Reconstructions", "text": text, "picture": pictures.reconstructions(method, images)})
     text = f"Left a test image, then the training images whose features are nearest, of {min(SEARCHED, len(train_source))}."
-    sections.append({"title": "Nearest neighbours", "text": text, "picture": _neighbours(run, method, train_source, images)})
+    sections.append(
+        {"title": "Nearest neighbours", "text": text, "picture": _neighbours(run, method, train_source, images)}
+    )
     sections.append({"title": "Environment", "rows": list(run.facts.items())})
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("fastssl.report", "."), autoescape=True, trim_blocks=True

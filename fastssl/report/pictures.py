@@ -23,7 +23,10 @@ def png(figure: Figure) -> str:
 def curves(metrics: list[dict]) -> str:
     """Loss, the method's own metrics, learning rate, speed and the share of time spent waiting for data, by epoch."""
     hidden = {"step", "epoch"}
-    names = ["loss", *(name for name in metrics[0] if name not in {"loss", "lr", "images_per_second", "data_wait"} | hidden)]
+    names = [
+        "loss",
+        *(name for name in metrics[0] if name not in {"loss", "lr", "images_per_second", "data_wait"} | hidden),
+    ]
     names += ["lr", "images_per_second", "data_wait"]
     columns = 2
     rows = -(-len(names) // columns)

@@ -18,7 +18,9 @@ def golden_model(name, dtype=torch.float64):
     meta.pop("norm_eps")
     model = MAE(**meta)
     model.load_state_dict(part(golden, "state."), strict=True)
-    return model.to(dtype), {key: value.to(dtype) if value.is_floating_point() else value for key, value in golden.items()}
+    return model.to(dtype), {
+        key: value.to(dtype) if value.is_floating_point() else value for key, value in golden.items()
+    }
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -61,7 +63,9 @@ def test_state_dict_has_the_official_names_and_shapes(name):
 @pytest.mark.parametrize(("cls_dim", "table"), [(64, "pos_embed_mae")])
 def test_positions(cls_dim, table):
     golden, meta = read(table)
-    ours = MAE(28, 4, embed_dim=cls_dim, depth=1, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    ours = MAE(
+        28, 4, embed_dim=cls_dim, depth=1, num_heads=4, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
+    )
     assert meta["grid"] == ours.grid[0]
     torch.testing.assert_close(ours.pos_embed[0].double(), golden["pos_embed"], rtol=1e-6, atol=1e-7)
     v3 = read("pos_embed_moco_v3")[0]["pos_embed"][0]
@@ -102,7 +106,9 @@ def test_presets_have_the_published_parameter_counts():
 
 def test_the_encoder_loads_into_timm_and_gives_the_same_features():
     ours = ViT(32, 8, embed_dim=48, depth=2, num_heads=4)
-    theirs = timm.models.VisionTransformer(32, 8, embed_dim=48, depth=2, num_heads=4, num_classes=0, global_pool="token")
+    theirs = timm.models.VisionTransformer(
+        32, 8, embed_dim=48, depth=2, num_heads=4, num_classes=0, global_pool="token"
+    )
     theirs.load_state_dict(ours.state_dict(), strict=True)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
@@ -111,7 +117,9 @@ def test_the_encoder_loads_into_timm_and_gives_the_same_features():
 def test_nothing_is_embedded_that_is_not_kept_and_nothing_predicted_that_is_not_scored():
     model, seen = mae.build(mae.Config.small()), {}
     for name in ("patch_embed", "decoder_pred"):
-        getattr(model, name).register_forward_hook(lambda _, args, out, name=name: seen.update({name: args[0].shape[1]}))
+        getattr(model, name).register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: args[0].shape[1]})
+        )
     model.loss(torch.randn(2, 3, 32, 32))
     assert seen == {"patch_embed": model.keep, "decoder_pred": model.length - model.keep}
 

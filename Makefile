@@ -1,0 +1,54 @@
+# Each target does all the set-up it needs, in .venv; a second run does no set-up again.
+#   make demo     set up, pretrain on embedded data, evaluate, report
+#   make test     set up, run all tests
+#   make lint · make bench · make install · make clean
+#
+# PYTHON=python3.12 make …       another interpreter (3.10 or later)
+# FASTSSL_BUILD=none make …      without a C++ compiler: every op runs in plain torch
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install -q -c .ci/constraints.txt
+EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(,)dali,dev)
+, := ,
+SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
+
+.PHONY: install demo test lint bench clean
+.DELETE_ON_ERROR:
+
+install: .venv/installed
+
+.venv/installed: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastssl needs Python 3.10 or later; name one: make PYTHON=python3.12 …"; exit 1; }
+	@test "$(FASTSSL_BUILD)" = none || command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || \
+	  command -v clang++ >/dev/null || { echo "no C++ compiler found: install g++ (Debian: apt-get install g++), or go on" \
+	  "without native kernels: FASTSSL_BUILD=none make …"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || \
+	  { echo "Python has no venv module: install it (Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "setting up .venv: torch and the other packages of pyproject.toml, several GB the first time"
+	$(PIP) setuptools wheel ninja pybind11 torch torchvision
+	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: .venv/installed
+	rm -rf runs/demo-mae runs/demo-moco
+	$(BIN)/fastssl pretrain mae --data digits --run runs/demo-mae
+	$(BIN)/fastssl pretrain moco_v2 --data shapes --run runs/demo-moco
+	@$(BIN)/fastssl report runs/demo-mae
+	@$(BIN)/fastssl report runs/demo-moco
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	@mkdir -p build
+	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmark.json
+	$(BIN)/python -m benchmarks.table build/benchmark.json
+
+clean:
+	rm -rf .venv build dist *.egg-info fastssl/*.so

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl.data import folder, shapes
+from fastssl.data.source import BadImage, names, open_source
+from tests.ops.contract import refused
+
+
+def noise(path, size=(20, 12), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path, **options)
+
+
+@pytest.mark.parametrize("name", ["digits", "shapes"])
+def test_embedded_sources(name):
+    train, test = open_source(name), open_source(name, "test")
+    assert len(train.classes) == 10
+    for source in (train, test):
+        image = source.image(7)
+        assert (image.mode, image.size[::-1]) == ("RGB", source.size)
+        assert set(map(source.label, range(50))) <= set(range(10))
+        assert np.array_equal(np.asarray(source.image(7)), np.asarray(image))
+    assert not any(np.array_equal(np.asarray(train.image(i)), np.asarray(test.image(i))) for i in range(20))
+
+
+def test_digits_are_all_there():
+    assert len(open_source("digits")) + len(open_source("digits", "test")) == 1797
+
+
+def test_shapes_take_count_size_and_seed():
+    source = open_source("shapes:count=30,size=48,seed=5")
+    assert (len(source), source.size) == (30, (48, 48))
+    assert not np.array_equal(np.asarray(source.image(0)), np.asarray(open_source("shapes:size=48").image(0)))
+    assert [source.label(i) for i in range(10)] == list(range(10))
+
+
+def test_backgrounds_of_shapes_are_few_and_shared_by_all_classes():
+    """Else instance discrimination could tell images apart without looking at the shape."""
+    source = open_source("shapes:count=2000")
+    backgrounds = {tuple(np.asarray(source.image(i))[[0, 0, -1, -1], [0, -1, 0, -1], 0]) for i in range(0, 2000, 3)}
+    assert len(backgrounds) <= 16 * 2, len(backgrounds)  # a shape touches a corner only now and then
+    assert len(shapes.COLOURS) * len(shapes.GREYS) * 4 == 64
+
+
+def test_every_class_has_its_own_outline():
+    areas = []
+    for label in range(10):
+        image = np.asarray(open_source("shapes").image(label)).astype(int)
+        areas.append((np.ptp(image, axis=2) > 20).mean())  # coloured pixels on a grey ground
+    assert min(areas) > 0.02
+
+
+def test_folder_with_classes_and_held_out_fifth(tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(10):
+            noise(tmp_path / name / "deep" / f"{i}.png")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    noise(tmp_path / ".hidden" / ".x.png")
+    train, test = open_source(f"folder:{tmp_path}"), open_source(f"folder:{tmp_path}", "test")
+    assert (train.classes, len(train), len(test)) == (["cat", "dog"], 20, 4)
+    assert [train.label(i) for i in (0, 19)] == [0, 1]
+
+
+def test_folder_without_classes(tmp_path):
+    for i in range(3):
+        noise(tmp_path / f"{i}.jpg")
+    source = open_source(f"folder:{tmp_path}")
+    assert source.classes is None
+    assert source.label(0) == -1
+
+
+def test_folder_with_its_own_split(tmp_path):
+    for part, count in (("train", 4), ("val", 2)):
+        for name in ("a", "b"):
+            for i in range(count):
+                noise(tmp_path / part / name / f"{i}.png")
+    assert len(open_source(f"folder:{tmp_path}")) == 8
+    test = open_source(f"folder:{tmp_path}", "test")
+    assert (len(test), test.classes) == (4, ["a", "b"])
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    if mode == "I;16":
+        Image.fromarray(np.full((4, 6), 40000, dtype=np.uint16)).save(path)
+    else:
+        Image.new("RGB", (6, 4), (200, 200, 200)).convert(mode).save(path)
+    image = open_source(f"folder:{tmp_path}").image(0)
+    assert (image.mode, image.size) == ("RGB", (6, 4))
+    if mode == "I;16":
+        assert np.asarray(image).max() == 40000 // 256
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90°
+    noise(tmp_path / "x.jpg", (20, 12), exif=exif)
+    assert open_source(f"folder:{tmp_path}").image(0).size == (12, 20)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
+def test_bad_images_say_which_and_why(tmp_path, damage):
+    path = tmp_path / "x.png"
+    noise(path)
+    data = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"hello", "truncated": data[: len(data) // 2]}[damage])
+    with pytest.raises(BadImage, match=str(path)):
+        open_source(f"folder:{tmp_path}").image(0)
+
+
+def test_error_sentences(tmp_path):
+    refused(
+        "data: unknown source 'cifar', there are digits, folder, shapes (folder:PATH for your images)",
+        ValueError, open_source, "cifar",
+    )  # fmt: skip
+    assert names() == ["digits", "folder", "shapes"]
+    refused(f"data: {tmp_path / 'no'} is not a folder", ValueError, open_source, f"folder:{tmp_path / 'no'}")
+    suffixes = ", ".join(sorted(folder.SUFFIXES))
+    refused(
+        f"data: {tmp_path} holds no image ({suffixes}), not in its subfolders either",
+        ValueError, open_source, f"folder:{tmp_path}",
+    )  # fmt: skip
+    refused("data: folder needs a path: folder:PATH", ValueError, open_source, "folder")
+    refused("data: digits takes no argument, got '5'", ValueError, open_source, "digits:5")
+    refused("data: shapes takes count=N, size=N and seed=N, got 'width=3'", ValueError, open_source, "shapes:width=3")
+    refused("data: shapes needs count ≥ 1 and size ≥ 8, got 'size=4'", ValueError, open_source, "shapes:size=4")
+
+
+def test_random_numbers_of_shapes_do_not_touch_the_global_generator():
+    before = torch.get_rng_state()
+    open_source("shapes").image(3)
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,130 @@
+"""The command line as a newcomer meets it: the main job, and one sentence for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from fastssl import cli
+
+FAST = ["--epochs", "1", "--batch-size", "32", "--workers", "0"]
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, words)])
+    cli.main()
+
+
+def refused(monkeypatch, sentence, *words):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *words)
+    assert str(stopped.value) == f"fastssl: {sentence}"
+
+
+def pictures(folder, count, bad=0):
+    for i in range(count):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        path = folder / "ab"[i % 2] / f"{i:03}.png"
+        if i < bad:
+            path.write_bytes(b"broken")
+        else:
+            Image.new("RGB", (16 + i % 5, 20), (i, 99, 255 - i)).save(path)
+    return f"folder:{folder}"
+
+
+def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "run"
+    run(monkeypatch, "pretrain", "mae", "--data", "digits", "--run", folder, *FAST)
+    out = capsys.readouterr().out
+    assert "preset `small`" in out
+    assert "raw pixels" in out
+    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "knn.json"} <= set(os.listdir(folder))
+    record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record.keys() == {"step", "epoch", "lr", "loss", "images_per_second", "data_wait"}
+    assert record["step"] == 1438 // 32
+    trained = json.loads((folder / "knn.json").read_text())["trained encoder"]
+    run(monkeypatch, "eval", "knn", folder)
+    assert f"{trained:.1%}" in capsys.readouterr().out
+    run(monkeypatch, "report", folder)
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    refused(
+        monkeypatch,
+        f"pretrain: {folder} holds a run already: go on with it (--resume {folder}) or name another (--run)",
+        "pretrain", "mae", "--data", "digits", "--run", folder, *FAST,
+    )  # fmt: skip
+    refused(
+        monkeypatch,
+        f"checkpoint: {folder / 'checkpoint.pt'} is of the method mae, not of moco_v2",
+        "pretrain", "moco_v2", "--resume", folder,
+    )  # fmt: skip
+
+
+def test_a_folder_with_a_bad_image_trains_to_the_end(monkeypatch, capsys, tmp_path):
+    data, folder = pictures(tmp_path / "data", 120, bad=1), tmp_path / "run"
+    run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--run", folder, *FAST)
+    assert "1 of 120 images could not be decoded" in capsys.readouterr().out
+    assert "000.png: UnidentifiedImageError" in (folder / "bad_files.txt").read_text()
+
+
+def test_too_many_bad_images_stop_the_run(monkeypatch, tmp_path):
+    data, folder = pictures(tmp_path / "data", 120, bad=2), tmp_path / "run"
+    with pytest.raises(SystemExit, match="2 of 120 images can't be decoded, more than the 1.0% allowed"):
+        run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--run", folder, *FAST)
+
+
+def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
+    new = tmp_path / "run"
+    refused(monkeypatch, "unknown command 'train', there are pretrain, eval, report, env", "train")
+    refused(
+        monkeypatch, "pretrain: unknown method 'dino', there are mae, moco_v2", "pretrain", "dino", "--data", "digits"
+    )
+    refused(
+        monkeypatch,
+        "data: unknown source 'cifar', there are digits, folder, shapes (folder:PATH for your images)",
+        "pretrain", "mae", "--data", "cifar", "--run", new,
+    )  # fmt: skip
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(SystemExit, match=f"data: {empty} holds no image"):
+        run(monkeypatch, "pretrain", "mae", "--data", f"folder:{empty}", "--run", new)
+    for words, sentence in {
+        ("mae", "--image-size", "30", "32"): "MAE: img_size must be divisible by patch_size=4, got 30×32",
+        ("mae", "--mask-ratio", "0.999"): "MAE: mask_ratio must keep at least one and mask at least one of 64 patches, "
+        "got 0.999, which keeps 0",
+        ("moco_v2", "--tau", "0"): "MoCo: tau must be > 0, got 0.0",
+        ("mae", "--batch-size", "5000"): "data: the batch of 5000 is larger than the data, which has 1438 images",
+        ("mae", "--preset", "huge"): "pretrain: --preset must be small or paper, got 'huge'",
+        ("mae", "--precision", "int4"): "pretrain: --precision must be fp32 or bf16, got 'int4'",
+    }.items():
+        refused(monkeypatch, sentence, "pretrain", *words, "--data", "digits", "--run", new)
+        assert not (new / "config.json").exists()
+    refused(monkeypatch, f"run: {empty} is no run folder: it has no config.json", "pretrain", "--resume", empty)
+    refused(monkeypatch, "eval: name an evaluation: knn, got nothing", "eval")
+
+
+def test_a_run_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"^fastssl: \[Errno 20\] Not a directory|^fastssl: \[Errno 17\] File exists"):
+        run(monkeypatch, "pretrain", "mae", "--data", "digits", "--run", tmp_path / "file" / "run", *FAST)
+
+
+def test_help_and_env_read_well(monkeypatch, capsys):
+    run(monkeypatch, "--help")
+    assert "fastssl pretrain METHOD --data SOURCE" in capsys.readouterr().out
+    run(monkeypatch, "env")
+    out = capsys.readouterr().out
+    assert "ema_update_" in out
+    assert "plain torch" in out
+    with pytest.raises(SystemExit, match="0"):
+        run(monkeypatch, "pretrain", "mae", "--help")
+    assert "--mask-ratio" in capsys.readouterr().out
+
+
+def test_import_is_light():
+    """`import fastssl` costs nothing over Python, `fastssl.ops` less than a second over torch."""
+    subprocess.run([sys.executable, "-c", "import sys, fastssl; assert 'torch' not in sys.modules"], check=True)
+    script = "import sys, fastssl.ops; bad = {'torchvision', 'sklearn', 'matplotlib', 'triton'} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", script], check=True)

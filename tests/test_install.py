@@ -1,0 +1,78 @@
+"""What is installed holds everything, as a wheel and in the working tree."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastssl.kernels
+from fastssl import _C
+from fastssl.ops import dispatch
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_this_installation_has_its_parts():
+    assert Path(fastssl.kernels.__file__).exists()
+    facts = _C.build_facts()
+    assert facts["levels"][0] == "baseline"
+    for level in facts["levels"]:
+        assert list(Path(_C.__file__).parent.glob(f"_native_{level}.*"))
+    assert dispatch.native_level() in facts["levels"]
+
+
+def test_a_build_without_native_kernels_says_so_once_and_runs():
+    script = (
+        "import sys, warnings; sys.modules['fastssl._C'] = None\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'fastssl._C' else find(name, *a)\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import torch, fastssl.ops as ops\n"
+        "said = [str(w.message) for w in said if 'native' in str(w.message)]\n"
+        "assert len(said) == 1 and 'FASTSSL_BUILD' in said[0], said\n"
+        "t = torch.ones(3); ops.ema_update_([t], [torch.zeros(3)], 0.5); assert (t == 0.5).all()\n"
+        "assert {row[2] for row in ops.dispatch.table()} == {'plain torch'}\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_kernels_extension_and_template(tmp_path):
+    """Built as a user would, and imported from the wheel alone, away from the repository."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q", "-w", tmp_path, ROOT]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("fastssl_engine-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    for wanted in (
+        "fastssl/kernels/__init__.py",
+        "fastssl/_C.",
+        "fastssl/_native_baseline.",
+        "fastssl/report/page.html",
+    ):
+        assert any(name.startswith(wanted) for name in names), wanted
+    assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
+    script = (
+        "import fastssl, fastssl.kernels, fastssl.ops as ops; from fastssl.ops import dispatch\n"
+        f"assert fastssl.__file__.startswith({str(tmp_path)!r}), fastssl.__file__\n"
+        "assert dict(row[::2] for row in dispatch.table() if row[1] == 'cpu')['ema_update_'].startswith('native')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [("gpu", "fastssl: FASTSSL_BUILD must be none, cpu or cuda, got 'gpu'"), ("cpu", "fastssl: no C++ compiler found")],
+)
+def test_setup_says_what_is_wrong(value, sentence, tmp_path):
+    environment = {"FASTSSL_BUILD": value, "PATH": str(tmp_path), "CXX": "none-such"}
+    command = [sys.executable, "setup.py", "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode != 0
+    assert run.stderr.strip().splitlines()[-1].startswith(sentence)

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from fastssl.train.optim import LARS
+from fastssl.train.recipe import Training
+from fastssl.train.schedule import cosine_momentum, learning_rate
+from tests.golden.golden import read
+
+
+def test_golden_schedules():
+    golden, meta = read("schedules")
+    mae = meta["mae"]
+    training = Training(mae["epochs"], 256, "adamw", mae["lr"], 0.0, warmup_epochs=mae["warmup"])
+    for epoch, lr, momentum in zip(*(golden[k].tolist() for k in ("epoch", "mae_lr", "moco_v3_momentum"))):
+        assert learning_rate(training, epoch) == pytest.approx(lr, rel=1e-9, abs=1e-15)
+        ours = cosine_momentum(meta["moco_v3"]["m"], epoch / meta["moco_v3"]["epochs"])
+        assert ours == pytest.approx(momentum, rel=1e-12)
+
+
+def test_learning_rate_scales_with_the_batch_and_may_change_by_epoch():
+    training = Training(10, 1024, "sgd", 0.03, 0.0, lr_by_epoch=True)
+    assert learning_rate(training, 0.9) == learning_rate(training, 0) == pytest.approx(0.12)
+    assert learning_rate(training, 1.0) < 0.12
+    assert learning_rate(training, 10) == pytest.approx(0)
+
+
+def test_golden_lars():
+    golden, meta = read("lars")
+    names = {"W": "gW", "b": "gb", "z": "gz"}
+    params = {name: golden[f"{name}0"].clone().requires_grad_() for name in names}
+    settings = {"lr": meta["lr"], "weight_decay": meta["weight_decay"], "momentum": meta["momentum"]}
+    optimizer = LARS(params.values(), **settings, trust=meta["trust_coefficient"])
+    for step in range(4):
+        for name, gradient in names.items():
+            params[name].grad = golden[f"{gradient}{step}"]
+        optimizer.step()
+        for name in names:
+            torch.testing.assert_close(params[name].data, golden[f"{name}{step + 1}"], rtol=1e-12, atol=1e-12)
