@@ -77,10 +77,10 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     if method_name is None:
         raise ValueError(f"pretrain: name a method: {', '.join(method_names())}")
     module = method_module(method_name)
-    data = next((word for flag, word in zip(words, words[1:]) if flag == "--data"), None)
+    data = _value_of("--data", words)
     source = open_source(data) if data else None
     small = source is not None and source.size is not None and max(source.size) <= 64
-    chosen = next((word for flag, word in zip(words, words[1:]) if flag == "--preset"), "small" if small else "paper")
+    chosen = _value_of("--preset", words) or ("small" if small else "paper")
     if chosen not in ("small", "paper"):
         raise ValueError(f"pretrain: --preset must be small or paper, got {chosen!r}")
     default = module.Config.small() if chosen == "small" else module.Config()
@@ -110,6 +110,16 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     print(f"{method_name} on {options.data} with the preset `{chosen}`: {config.training.epochs} epochs of "
           f"{len(source)} images, batch {config.training.batch_size} → {folder}")  # fmt: skip
     return run
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+    """What stands behind a flag (or after its =): needed before the flags' defaults are known."""
+    for i, word in enumerate(words):
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+        if word == flag and i + 1 < len(words):
+            return words[i + 1]
+    return None
 
 
 def _resumed(words: list[str], method_name: str | None) -> tuple[Run, dict]:
@@ -224,7 +234,7 @@ def _knn(features, data: str, run: Run, device: torch.device, k: int = 20, tau: 
     if splits[0].classes is None:
         return None
     size, workers = run.config.image_size, _share_cores(run.options, device)
-    (bank, bank_labels, bank_index), (queries, labels, _) = (
+    (bank, bank_labels, _), (queries, labels, _) = (
         extract(features, split, size, device=device, workers=workers) for split in splits
     )
     return knn_accuracy(bank, bank_labels, queries, labels, k, tau)

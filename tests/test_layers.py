@@ -97,6 +97,6 @@ def test_setup_is_short():
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_is_named_like_a_function_in_it(path):
-    """`from .attention import attention` in an __init__ hides the module; it is the one exception, used nowhere else."""
+    """`from .attention import attention` in an __init__ hides the module: the one exception."""
     names = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     assert path.stem not in names or path.stem == "attention"

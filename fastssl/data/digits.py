@@ -8,10 +8,10 @@ from PIL import Image
 
 
 class Digits:
-    classes = [str(digit) for digit in range(10)]
     size = (8, 8)
 
     def __init__(self, split: str):
+        self.classes = [str(digit) for digit in range(10)]
         from sklearn.datasets import load_digits  # here, because scikit-learn takes a second to import
 
         data = load_digits()

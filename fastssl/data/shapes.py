@@ -1,27 +1,26 @@
 """`shapes`: ten classes of drawn shapes, made on the fly from (seed, index), any size and count, labelled.
 
-    shapes                                   4,096 training and 1,000 test images of 32×32
+    shapes                                   8,192 training and 1,000 test images of 32×32
     shapes:count=20000,size=64,seed=1        …of your choice
 
 The nuisances are chosen so that a method must look at the form:
 
-* Place, size, rotation and colours vary from image to image, so two images of a class share hardly a pixel and raw
-  pixels say little about it.
+* Place, size, rotation, colour and background vary from image to image, so raw pixels say little about the class.
 * Instance discrimination (MoCo, SimCLR) takes whatever tells images apart most cheaply. A background of its own for
-  each image would do, and the shape would never be looked at. So there are only 16 backgrounds, shared by all images
-  and all classes: a plain grey of four levels, with a light or dark side in four directions, and only four colours of
-  shapes. That is 6 bits for thousands of images, and the colour jitter of the usual recipes takes most of them, as the
-  crop takes place and size. What remains to recognise an image by is its form and its rotation.
+  each image would do, and the shape would never be looked at; so would the pair of two colours out of a palette, since
+  colour jitter moves both and keeps their relation. So there are two backgrounds, dark grey and light grey, shared by
+  all images and all classes, one bit for thousands of images, and on a grey ground one colour stands in relation to
+  nothing: jitter takes its hue. The crop takes place and size, and the rotation stays within 25° so that it does not
+  become the cheapest mark of an image itself. What is left to recognise an image by is its form.
 """
 
+import colorsys
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = ((214, 69, 65), (245, 200, 80), (70, 160, 90), (60, 110, 200))
-GREYS = (30, 90, 165, 225)
-SLOPE = 25  # grey levels that the light side of a background has over its dark side
+GREYS = (40, 215)  # the two backgrounds
 TILT = math.radians(25)  # largest rotation to either side
 FINER = 3  # drawn at three times the size, then averaged down: smooth edges
 
@@ -66,11 +65,9 @@ SHAPES = {
 
 
 class Shapes:
-    classes = list(SHAPES)
-
     def __init__(self, split: str, count: int, size: int, seed: int):
         self._count, self._seed, self._first = count, seed, 2**40 if split == "test" else 0
-        self.size = (size, size)
+        self.classes, self.size = list(SHAPES), (size, size)
 
     def __len__(self) -> int:
         return self._count
@@ -81,8 +78,10 @@ class Shapes:
     def image(self, index: int) -> Image.Image:
         random = np.random.Generator(np.random.Philox(key=[self._seed, self._first + index]))
         side = self.size[0] * FINER
-        canvas = _background(side, GREYS[random.integers(4)], direction=random.integers(4))
-        radius = side * random.uniform(0.25, 0.42)
+        grey = GREYS[random.integers(len(GREYS))]
+        canvas = Image.new("RGB", (side, side), (grey, grey, grey))
+        colour = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(random.uniform(), 0.75, 0.8))
+        radius = side * random.uniform(0.18, 0.36)
         x, y = random.uniform(radius, side - radius, 2)
         turn = random.uniform(-TILT, TILT)
         stencil = Image.new("L", canvas.size)
@@ -92,17 +91,12 @@ class Shapes:
                 radius * np.asarray(outline) @ [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
             )
             draw.polygon([(x + dx, y + dy) for dx, dy in points], fill=fill)
-        canvas.paste(COLOURS[random.integers(4)], mask=stencil)
+        canvas.paste(colour, mask=stencil)
         return canvas.reduce(FINER)
 
 
-def _background(side: int, grey: int, direction: int) -> Image.Image:
-    ramp = np.linspace(grey - SLOPE / 2, grey + SLOPE / 2, side).round().astype(np.uint8)
-    return Image.fromarray(np.rot90(np.broadcast_to(ramp, (side, side)), direction).copy()).convert("RGB")
-
-
 def open_split(argument: str, split: str) -> Shapes:
-    settings = {"count": 4096 if split == "train" else 1000, "size": 32, "seed": 0}
+    settings = {"count": 8192 if split == "train" else 1000, "size": 32, "seed": 0}
     for part in filter(None, argument.split(",")):
         name, _, value = part.partition("=")
         if name not in settings or not value.isdecimal():

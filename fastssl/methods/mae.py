@@ -46,15 +46,15 @@ class Config:
             weight_decay=0.05,
             betas=(0.9, 0.95),
             warmup_epochs=40,
-        )  # fmt: skip
+        )
     )
 
     @classmethod
     def small(cls) -> "Config":
         """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
-        training = Training(epochs=120, batch_size=128, optimizer="adamw", lr=2e-3, weight_decay=0.05,
-                            betas=(0.9, 0.95), warmup_epochs=10)  # fmt: skip
-        return cls("vit_mini", (32, 32), norm_pix=False, decoder_dim=96, decoder_depth=2, decoder_heads=3,
+        training = Training(epochs=40, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=0.05,
+                            betas=(0.9, 0.95), warmup_epochs=4)  # fmt: skip
+        return cls("vit_mini", (24, 24), norm_pix=False, decoder_dim=64, decoder_depth=2, decoder_heads=4,
                    crop_min=0.6, flip_p=0.0, training=training)  # fmt: skip
 
     @property

@@ -35,12 +35,16 @@ class Config:
     """temperature"""
     twin_momentum: float = 0.999
     """of the key encoder"""
+    symmetric: bool = False
+    """each view is query once and key once"""
     bn_splits: int = 8
     """parts of the batch with batch statistics of their own, for the 8 GPUs of the paper"""
     small_images: bool = False
     """a stem without stride and pooling, for images of 32 pixels"""
     crop_min: float = 0.2
     """smallest share of the image that a crop takes"""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """strengths of brightness, contrast, saturation and hue jitter"""
     blur_p: float = 0.5
     """probability of Gaussian blur"""
     training: Training = field(
@@ -52,14 +56,14 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
-        training = Training(epochs=16, batch_size=128, optimizer="sgd", lr=0.12, weight_decay=1e-4, decay_all=True)
-        return cls("resnet_mini", (32, 32), queue_size=4096, twin_momentum=0.99, bn_splits=4,
-                   blur_p=0.0, training=training)  # fmt: skip
+        training = Training(epochs=10, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True)
+        return cls("resnet_mini", (32, 32), queue_size=512, twin_momentum=0.99, symmetric=True, bn_splits=1,
+                   crop_min=0.5, jitter=(0.4, 0.4, 0.2, 0.5), blur_p=0.0, training=training)  # fmt: skip
 
     @property
     def recipe(self) -> Recipe:
         view = View(
-            self.image_size, crop=(self.crop_min, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale_p=0.2,
+            self.image_size, crop=(self.crop_min, 1.0), jitter=self.jitter, jitter_p=0.8, grayscale_p=0.2,
             blur_p=self.blur_p, flip_p=0.5,
         )  # fmt: skip
         return Recipe((view, view))
@@ -71,7 +75,8 @@ def build(config: Config) -> "MoCo":
             f"moco_v2: batch_size must be divisible by bn_splits={config.bn_splits}, got {config.training.batch_size}"
         )
     encoder = build_resnet(config.backbone, config.dim, config.small_images, config.bn_splits)
-    return MoCo(encoder, config.queue_size, config.tau, config.twin_momentum, shuffle=config.bn_splits > 1)
+    momentum, shuffle = config.twin_momentum, config.bn_splits > 1
+    return MoCo(encoder, config.queue_size, config.tau, momentum, symmetric=config.symmetric, shuffle=shuffle)
 
 
 class MoCo(nn.Module):
@@ -83,6 +88,7 @@ class MoCo(nn.Module):
         tau: temperature.
         momentum: of the key encoder.
         mlp: replace `fc` by v2's head; False for v1.
+        symmetric: each view is query once and key once; the loss is the mean of both.
         shuffle: shuffle the batch for the key encoder, so that split batch norms see other company than the query's.
     """
 
@@ -93,6 +99,7 @@ class MoCo(nn.Module):
         tau: float = 0.2,
         momentum: float = 0.999,
         mlp: bool = True,
+        symmetric: bool = False,
         shuffle: bool = False,
     ):
         super().__init__()
@@ -103,7 +110,7 @@ class MoCo(nn.Module):
         dim = encoder.fc.out_features
         if mlp:
             encoder.fc = moco_v2_head(encoder.fc)
-        self.tau, self.shuffle = tau, shuffle
+        self.tau, self.symmetric, self.shuffle = tau, symmetric, shuffle
         self.encoder_q = encoder
         self.encoder_k = MomentumTwin(encoder, momentum)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
@@ -113,11 +120,12 @@ class MoCo(nn.Module):
         self._keys: Tensor | None = None  # of the step under way; they enter the queue after it
 
     def forward(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
-        view_q, view_k = batch.views
-        q = _unit(self.encoder_q(view_q))
-        k = self.keys(view_k)
-        loss, rank = info_nce(q, k, self.queue, self.tau)
-        self._keys = k
+        one, two = batch.views
+        pairs = [(one, two), (two, one)] if self.symmetric else [(one, two)]
+        keys = [self.keys(view) for _, view in pairs]
+        results = [info_nce(_unit(self.encoder_q(view)), k, self.queue, self.tau) for (view, _), k in zip(pairs, keys)]
+        self._keys = torch.cat(keys)
+        loss, rank = (torch.cat(both) for both in zip(*results))
         return loss.mean(), {"top1": (rank == 0).float().mean()}
 
     @torch.no_grad()

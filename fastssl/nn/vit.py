@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastssl.ops import attention, patchify
 
-# name: (embed_dim, depth, num_heads, patch_size). B, L, H as in Dosovitskiy et al., 2021, table 1; H with MAE's patch 14.
+# name: (embed_dim, depth, num_heads, patch_size). B, L, H: Dosovitskiy et al., 2021, table 1; H with MAE's patch 14.
 SIZES = {
     "vit_mini": (128, 4, 4, 4),
     "vit_tiny": (192, 12, 3, 16),

@@ -234,8 +234,8 @@ def _positions(op_name: str, pos: Tensor | None, x: Tensor, tokens: int, letters
     if pos is None:
         return None
     if pos.shape not in ((tokens, x.shape[2]), (1, tokens, x.shape[2])):
-        came = list(pos.shape)
-        check.fail(op_name, f"pos must have shape [{letters}={tokens}, D={x.shape[2]}] or that with a 1 in front, got {came}")  # fmt: skip
+        wanted = f"[{letters}={tokens}, D={x.shape[2]}] or that with a 1 in front"
+        check.fail(op_name, f"pos must have shape {wanted}, got {list(pos.shape)}")
     check.floating(op_name, pos=pos)
     check.same_device(op_name, x=x, pos=pos)
     return pos.reshape(tokens, x.shape[2])

@@ -56,7 +56,9 @@ def ema_update_(
 
 
 @op("ema_update_", mutates_args=("targets", "shadows"))
-def _ema_update_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, shadows: Sequence[Tensor]) -> None:  # fmt: skip
+def _ema_update_(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, shadows: Sequence[Tensor]
+) -> None:
     torch._foreach_lerp_(targets, [s.to(t.dtype) for t, s in zip(targets, sources)], 1 - momentum)
     if shadows:
         torch._foreach_copy_(shadows, targets)

@@ -40,7 +40,8 @@ def write_report(run: Run, method: torch.nn.Module, train_source: Source, test_s
     if hasattr(method, "reconstruct"):
         text = "Test images. The model sees the patches that are not grey and predicts the others."
         sections.append({"title": "Reconstructions", "text": text, "picture": pictures.reconstructions(method, images)})
-    text = f"Left a test image, then the training images whose features are nearest, of {min(SEARCHED, len(train_source))}."
+    searched = min(SEARCHED, len(train_source))
+    text = f"Left a test image, then the training images whose features are nearest, of {searched}."
     sections.append(
         {"title": "Nearest neighbours", "text": text, "picture": _neighbours(run, method, train_source, images)}
     )

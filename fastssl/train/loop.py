@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint
 from .log import Log
@@ -80,7 +80,7 @@ def _next(batches: Iterator) -> tuple[object, float] | None:
     return None if batch is None else (batch, time.perf_counter() - asked)
 
 
-def _state(method_name: str, method: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, str | int | dict | Tensor]:  # fmt: skip
+def _state(method_name: str, method: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
     return {
         "method": method_name,
         "model": method.state_dict(),

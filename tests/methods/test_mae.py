@@ -74,7 +74,9 @@ def test_positions(cls_dim, table):
 
 
 def test_rectangular_images_and_any_channels():
-    model = MAE((16, 40), 8, in_chans=2, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, mask_ratio=0.5)  # fmt: skip
+    sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    sizes |= {f"decoder_{name}": value for name, value in sizes.items()}
+    model = MAE((16, 40), 8, in_chans=2, **sizes, mask_ratio=0.5)
     images = torch.randn(3, 2, 16, 40)
     pred, mask = model.reconstruct(images)
     assert pred.shape == (3, 10, 128)

@@ -50,7 +50,7 @@ def test_four_golden_steps(name):
 
 def tiny():
     config = moco_v2.Config.small()
-    config.queue_size = 24
+    config.queue_size, config.bn_splits, config.symmetric = 24, 4, False
     return moco_v2.build(config)
 
 
@@ -109,10 +109,22 @@ def test_features_are_what_goes_into_the_head():
 def test_error_sentences():
     refused("MoCo: tau must be > 0, got 0", ValueError, MoCo, OneLayer(), tau=0)
     refused("MoCo: queue_size must be at least 1, got 0", ValueError, MoCo, OneLayer(), queue_size=0)
-    config = moco_v2.Config.small()
+    config = moco_v2.Config()
     config.training.batch_size = 30
-    refused("moco_v2: batch_size must be divisible by bn_splits=4, got 30", ValueError, moco_v2.build, config)
+    refused("moco_v2: batch_size must be divisible by bn_splits=8, got 30", ValueError, moco_v2.build, config)
     refused(
         "resnet: unknown backbone 'resnet5', there are resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152",
         ValueError, moco_v2.build, moco_v2.Config(backbone="resnet5"),
     )  # fmt: skip
+
+
+def test_symmetric_loss_is_the_mean_of_both_directions():
+    moco = tiny().eval()
+    moco.symmetric = moco.shuffle = False
+    one, two = batch().views
+    losses = [moco(Batch(views, None, None))[0] for views in ((one, two), (two, one))]
+    moco.symmetric = True
+    loss, _ = moco(Batch((one, two), None, None))
+    torch.testing.assert_close(loss, sum(losses) / 2)
+    moco.after_step(0)
+    assert moco.queue_ptr.item() == 16

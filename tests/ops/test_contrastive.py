@@ -138,7 +138,12 @@ def test_no_gradient_is_made_where_none_is_needed():
 
 def test_autocast_changes_nothing():
     q, k, queue = unit(4, 8, dtype=torch.float32).requires_grad_(), unit(4, 8, dtype=torch.float32), unit(9, 8).float()
-    for function in (lambda: info_nce(q, k, queue, 0.1).loss, lambda: batch_info_nce(q, k, 0.1).loss, lambda: nt_xent(q, k, 0.1)):  # fmt: skip
+    functions = (
+        lambda: info_nce(q, k, queue, 0.1).loss,
+        lambda: batch_info_nce(q, k, 0.1).loss,
+        lambda: nt_xent(q, k, 0.1),
+    )
+    for function in functions:
         with torch.autocast("cpu", torch.bfloat16):
             inside = function()
             (inside_grad,) = torch.autograd.grad(inside.sum(), q)

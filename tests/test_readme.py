@@ -1,0 +1,34 @@
+"""README says what is so: its Python runs, its commands and ops exist."""
+
+import re
+from pathlib import Path
+
+import fastssl.ops
+from fastssl.ops import dispatch
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_python_blocks_run():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_table_of_ops_is_true():
+    """Every public op has its row, and the row says what serves it."""
+    rows = re.findall(r"^\| (`.*?) \|.*\| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+    named = {name: (cpu, gpu) for ops, cpu, gpu in rows for name in re.findall(r"`(\w+)", ops)}
+    public = {n for n in vars(fastssl.ops) if callable(getattr(fastssl.ops, n)) and not n[0].isupper()}
+    assert set(named) == public
+    for op, device, implementation in dispatch.table():
+        name = re.sub(r"_(fwd|bwd|dkeys)$", "", op)
+        if name != "attention":
+            said = named[name][device == "cuda"]
+            assert (said == "C++") == implementation.startswith("native"), f"{op} on {device}: {implementation}"
+
+
+def test_pictures_are_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (Path(__file__).parent.parent / path).is_file(), path
