@@ -246,12 +246,17 @@ def _share_cores(options: Options, device: torch.device) -> int:
     Threads and workers must not share cores: an OpenMP thread that waits for a core which a worker holds stops all
     the others, and a step takes several times as long. So two cores load and compute in turn, without workers.
     """
-    cores = os.cpu_count() or 1
+    cores = _cores()
     if device.type != "cpu":
         return min(8, cores) if options.workers is None else options.workers
     workers = cores // 4 if options.workers is None else options.workers
     torch.set_num_threads(max(1, cores - workers))
     return workers
+
+
+def _cores() -> int:
+    """Those that this process may use, which in a container or a batch job are not all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(name: str) -> torch.device:
@@ -270,7 +275,7 @@ def _facts() -> dict[str, str]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    facts["processor"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    facts["processor"] = f"{platform.machine()}, {_cores()} cores, {torch.get_num_threads()} threads"
     facts["kernels"] = f"native {level}" if level else "none: this build has no native kernels"
     if level:
         from fastssl import _C

@@ -92,7 +92,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         run(monkeypatch, "pretrain", "mae", "--data", f"folder:{empty}", "--run", new)
     for words, sentence in {
         ("mae", "--image-size", "30", "32"): "MAE: img_size must be divisible by patch_size=4, got 30×32",
-        ("mae", "--mask-ratio", "0.999"): "MAE: mask_ratio must keep at least one and mask at least one of 64 patches, "
+        ("mae", "--mask-ratio", "0.999"): "MAE: mask_ratio must keep at least one and mask at least one of 36 patches, "
         "got 0.999, which keeps 0",
         ("moco_v2", "--tau", "0"): "MoCo: tau must be > 0, got 0.0",
         ("mae", "--batch-size", "5000"): "data: the batch of 5000 is larger than the data, which has 1438 images",

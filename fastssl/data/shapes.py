@@ -1,6 +1,6 @@
 """`shapes`: ten classes of drawn shapes, made on the fly from (seed, index), any size and count, labelled.
 
-    shapes                                   8,192 training and 1,000 test images of 32×32
+    shapes                                   4,096 training and 1,000 test images of 32×32
     shapes:count=20000,size=64,seed=1        …of your choice
 
 The nuisances are chosen so that a method must look at the form:
@@ -10,8 +10,9 @@ The nuisances are chosen so that a method must look at the form:
   each image would do, and the shape would never be looked at; so would the pair of two colours out of a palette, since
   colour jitter moves both and keeps their relation. So there are two backgrounds, dark grey and light grey, shared by
   all images and all classes, one bit for thousands of images, and on a grey ground one colour stands in relation to
-  nothing: jitter takes its hue. The crop takes place and size, and the rotation stays within 25° so that it does not
-  become the cheapest mark of an image itself. What is left to recognise an image by is its form.
+  nothing: jitter takes its hue. The crop takes place and size as long as they vary less than it does, so shapes are
+  large and the small preset crops down to a quarter; with more room an encoder learns to tell places and sizes. The
+  rotation stays within 25° so that it does not become the cheapest mark of an image itself. What is left to recognise an image by is its form.
 """
 
 import colorsys
@@ -81,7 +82,7 @@ class Shapes:
         grey = GREYS[random.integers(len(GREYS))]
         canvas = Image.new("RGB", (side, side), (grey, grey, grey))
         colour = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(random.uniform(), 0.75, 0.8))
-        radius = side * random.uniform(0.18, 0.36)
+        radius = side * random.uniform(0.26, 0.42)
         x, y = random.uniform(radius, side - radius, 2)
         turn = random.uniform(-TILT, TILT)
         stencil = Image.new("L", canvas.size)
@@ -96,7 +97,7 @@ class Shapes:
 
 
 def open_split(argument: str, split: str) -> Shapes:
-    settings = {"count": 8192 if split == "train" else 1000, "size": 32, "seed": 0}
+    settings = {"count": 4096 if split == "train" else 1000, "size": 32, "seed": 0}
     for part in filter(None, argument.split(",")):
         name, _, value = part.partition("=")
         if name not in settings or not value.isdecimal():

@@ -56,9 +56,9 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
-        training = Training(epochs=10, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True)
+        training = Training(epochs=14, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True)
         return cls("resnet_mini", (32, 32), queue_size=512, twin_momentum=0.99, symmetric=True, bn_splits=1,
-                   crop_min=0.5, jitter=(0.4, 0.4, 0.2, 0.5), blur_p=0.0, training=training)  # fmt: skip
+                   crop_min=0.25, jitter=(0.4, 0.4, 0.2, 0.5), blur_p=0.0, training=training)  # fmt: skip
 
     @property
     def recipe(self) -> Recipe:

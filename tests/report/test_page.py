@@ -52,10 +52,10 @@ def test_reconstruction_rows_show_what_they_say(monkeypatch):
     shown = {}
     monkeypatch.setattr(pictures, "grid", lambda rows: shown.update(rows) or "")
     model = mae.build(mae.Config.small()).eval()
-    images = torch.randn(3, 3, 32, 32)
+    images = torch.randn(3, 3, 24, 24)
     pictures.reconstructions(model, images)
     torch.testing.assert_close(shown["input"], pictures.pixels(images))
-    grey = pictures.pixels(torch.zeros(1, 3, 1, 1)).expand(3, 3, 32, 32)
+    grey = pictures.pixels(torch.zeros(1, 3, 1, 1)).expand(3, 3, 24, 24)
     kept = (shown["masked"] == shown["input"]).all(1)
     assert kept.float().mean() == pytest.approx(model.keep / model.length, abs=0.01)
     hidden = ~kept.unsqueeze(1).expand_as(images)

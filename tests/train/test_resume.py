@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 RUNS = {
-    "mae": ["mae", "--data", "digits", "--epochs", "2", "--batch-size", "256", "--backbone", "vit_mini"],
+    "mae": ["mae", "--data", "digits", "--epochs", "2", "--batch-size", "256", "--decoder-depth", "1"],
     "moco_v2": ["moco_v2", "--data", "shapes:count=256", "--epochs", "2", "--batch-size", "32", "--queue-size", "100"],
 }
 
