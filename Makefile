@@ -9,8 +9,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q -c .ci/constraints.txt
-EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(,)dali,dev)
 , := ,
+EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(,)dali,dev)
 SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 
 .PHONY: install demo test lint bench clean

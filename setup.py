@@ -1,5 +1,4 @@
 """Builds the native parts of fastssl from csrc/ (everything else is in pyproject.toml).
-
     fastssl._C                 module.cpp, pybind11: facts about this build and this processor
     fastssl._native_<level>    every other .cpp, once per instruction set; one of them is loaded at run time
     fastssl._native_cuda       every .cu, where nvcc and a CUDA build of torch are found
@@ -9,7 +8,9 @@ FASTSSL_BUILD=none|cpu|cuda overrides what was found.
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -30,6 +31,14 @@ if platform.machine() in ("x86_64", "AMD64"):
 CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # no device to ask on a build machine; TORCH_CUDA_ARCH_LIST overrides
 
 
+def find_toolkit():
+    """Names CUDA_HOME to torch as nvcc itself does: the nvcc on the PATH may be a wrapper far from its toolkit."""
+    if shutil.which("nvcc") and "CUDA_HOME" not in os.environ:
+        said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+        if top := re.search(r"TOP=(.+)", said):
+            os.environ["CUDA_HOME"] = os.path.realpath(top[1].strip())
+
+
 def native_parts():
     if not any(shutil.which(cxx) for cxx in (os.environ.get("CXX", "c++").split()[0], "c++", "g++", "clang++")):
         sys.exit(f"fastssl: no C++ compiler found: install g++ (Debian: apt-get install g++), {WITHOUT}")
@@ -40,6 +49,8 @@ def native_parts():
     from torch.version import cuda as torch_cuda
 
     cuda_sources = sorted(map(str, Path("csrc").glob("*.cu")))
+    if BUILD == "cuda" and not cuda_sources:
+        sys.exit("fastssl: FASTSSL_BUILD=cuda, but csrc/ has no .cu file")
     with_cuda = BUILD == "cuda" or (BUILD == "" and bool(CUDA_HOME and torch_cuda and cuda_sources))
     optimise = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
     # The stable ABI of torch 2.11: with this version set, any include of a torch-internal header is a compile error.
@@ -62,12 +73,11 @@ def native_parts():
 if BUILD == "none":
     setup()
 else:
+    find_toolkit()
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildParts(BuildExtension):
-        """Gives each part its own folder: the levels compile the same sources with different flags."""
-
-        def build_extension(self, ext):
+        def build_extension(self, ext):  # in a folder of its own: the levels compile the same sources
             shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
             super().build_extension(ext)
             self.build_temp = shared

@@ -143,7 +143,7 @@ void copy_rows(Q* queue, const K* keys, int64_t rows, int64_t width, int64_t que
     const K* from = keys + row * row_stride;
     if constexpr (std::is_same_v<Q, K>)
       if (column_stride == 1) {
-        std::memcpy(to, from, width * sizeof(Q));
+        std::memmove(to, from, width * sizeof(Q));  // keys may be rows of the queue itself
         continue;
       }
     for (int64_t d = 0; d < width; ++d) to[d] = from_float<Q>(to_float(from[d * column_stride]));
@@ -155,7 +155,8 @@ void enqueue_(Tensor queue, Tensor ptr, Tensor keys) {
   const int64_t length = queue.size(0), width = queue.size(1);
   const int64_t arriving = keys.size(0), kept = std::min(arriving, length);
   int64_t* position = static_cast<int64_t*>(ptr.mutable_data_ptr());
-  const int64_t start = (*position + arriving - kept) % length;  // keys that would be overwritten at once are skipped
+  const int64_t first = (*position % length + length) % length;  // as torch's remainder: never negative
+  const int64_t start = (first + arriving - kept) % length;  // keys that would be overwritten at once are skipped
   const int64_t before_wrap = std::min(kept, length - start);
   const int64_t queue_stride = queue.stride(0), row_stride = keys.stride(0), column_stride = keys.stride(1);
   with_float_type(queue.scalar_type(), "enqueue_: queue", [&](auto queue_type) {
@@ -169,7 +170,7 @@ void enqueue_(Tensor queue, Tensor ptr, Tensor keys) {
                 column_stride);
     });
   });
-  *position = (*position + arriving) % length;
+  *position = (first + arriving) % length;
 }
 
 }  // namespace

@@ -53,6 +53,8 @@ def main() -> None:
             raise ValueError(f"unknown command {words[0]!r}, there are {', '.join(commands)}")
         else:
             commands[words[0]](words[1:])
+    except KeyboardInterrupt:
+        sys.exit("fastssl: stopped; a run goes on from its last checkpoint with: fastssl pretrain --resume RUN")
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise
@@ -90,13 +92,18 @@ def _begun(words: list[str], method_name: str | None) -> Run:
         options: Options
         config: module.Config = dataclasses.field(default_factory=lambda: default)
         preset: str = chosen
-        """paper: its numbers; small: minutes on a laptop, the default for images of at most 64 pixels"""
+        """paper: its numbers; small: minutes on a laptop, the default for sources of fixed size up to 64 pixels"""
 
     Flags.__doc__ = f"{module.Config.__doc__}\n\nDefaults below are those of the preset `{chosen}`."
     flags = tyro.cli(tyro.conf.OmitArgPrefixes[Flags], args=words, prog=f"fastssl pretrain {method_name}")
     options, config = flags.options, flags.config
     if options.precision not in ("fp32", "bf16"):
         raise ValueError(f"pretrain: --precision must be fp32 or bf16, got {options.precision!r}")
+    for name, value in (("--log-every", options.log_every), ("--batch-size", config.training.batch_size),
+                        ("--epochs", config.training.epochs)):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"pretrain: {name} must be at least 1, got {value}")
+    _device(options.device)
     folder = options.run or Path("runs", f"{method_name}-{options.data.split(':')[0]}")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
@@ -122,12 +129,15 @@ def _value_of(flag: str, words: list[str]) -> str | None:
     return None
 
 
-def _resumed(words: list[str], method_name: str | None) -> tuple[Run, dict]:
+def _resumed(words: list[str], method_name: str | None) -> tuple[Run, dict | None]:
     if len(words) != 2 or words[0] != "--resume":
         raise ValueError("pretrain: --resume RUN takes every option from the run, and no other beside it")
     run = open_run(Path(words[1]))
-    state = checkpoint.load(run.checkpoint, method_name or run.method_name)
-    print(f"{run.method_name} on {run.options.data}: going on after step {state['step']} of {run.folder}")
+    if method_name not in (None, run.method_name):
+        raise ValueError(f"pretrain: {run.folder} is a run of {run.method_name}, not of {method_name}")
+    state = checkpoint.load(run.checkpoint, run.method_name) if run.checkpoint.exists() else None
+    step = state["step"] if state else 0
+    print(f"{run.method_name} on {run.options.data}: going on after step {step} of {run.folder}")
     return run, state
 
 
@@ -172,6 +182,8 @@ def evaluate(words: list[str]) -> None:
     if not words or words[0] != "knn":
         raise ValueError(f"eval: name an evaluation: knn, got {words[0] if words else 'nothing'}")
     flags = tyro.cli(Flags, args=words[1:], prog="fastssl eval knn")
+    if flags.k < 1 or not flags.tau > 0:
+        raise ValueError(f"eval: --k must be at least 1 and --tau > 0, got {flags.k} and {flags.tau}")
     run = open_run(flags.run)
     device = _device("auto")
     data = flags.data or run.options.data
@@ -222,7 +234,7 @@ def _write_knn(run: Run, method: torch.nn.Module, name: str, device: torch.devic
         return
     path = run.folder / "knn.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    if name == "untrained":
+    if name == "untrained" and max(run.config.image_size) <= 64:  # all pixels of larger images are too much to hold
         known["raw pixels"] = _knn(lambda images: images.flatten(1), run.options.data, run, device)
     known[f"{name} encoder"] = accuracy
     path.write_text(json.dumps(known) + "\n")
@@ -231,7 +243,7 @@ def _write_knn(run: Run, method: torch.nn.Module, name: str, device: torch.devic
 
 def _knn(features, data: str, run: Run, device: torch.device, k: int = 20, tau: float = 0.07) -> float | None:
     splits: list[Source] = [open_source(data, split) for split in ("train", "test")]
-    if splits[0].classes is None:
+    if any(split.classes is None for split in splits):
         return None
     size, workers = run.config.image_size, _share_cores(run.options, device)
     (bank, bank_labels, _), (queries, labels, _) = (
@@ -262,6 +274,8 @@ def _cores() -> int:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"pretrain: --device must be auto, cpu or a cuda device that is there, got {name!r}")
     return torch.device(name)
 
 

@@ -57,21 +57,21 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
     )  # fmt: skip
     refused(
         monkeypatch,
-        f"checkpoint: {folder / 'checkpoint.pt'} is of the method mae, not of moco_v2",
+        f"pretrain: {folder} is a run of mae, not of moco_v2",
         "pretrain", "moco_v2", "--resume", folder,
     )  # fmt: skip
 
 
 def test_a_folder_with_a_bad_image_trains_to_the_end(monkeypatch, capsys, tmp_path):
-    data, folder = pictures(tmp_path / "data", 120, bad=1), tmp_path / "run"
+    data, folder = pictures(tmp_path / "data", 200, bad=1), tmp_path / "run"
     run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--run", folder, *FAST)
-    assert "1 of 120 images could not be decoded" in capsys.readouterr().out
+    assert "1 of 160 images could not be decoded" in capsys.readouterr().out
     assert "000.png: UnidentifiedImageError" in (folder / "bad_files.txt").read_text()
 
 
 def test_too_many_bad_images_stop_the_run(monkeypatch, tmp_path):
-    data, folder = pictures(tmp_path / "data", 120, bad=2), tmp_path / "run"
-    with pytest.raises(SystemExit, match=r"2 of 120 images can't be decoded, more than the 1\.0% allowed"):
+    data, folder = pictures(tmp_path / "data", 200, bad=2), tmp_path / "run"
+    with pytest.raises(SystemExit, match=r"2 of 160 images can't be decoded, more than the 1\.0% allowed"):
         run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--run", folder, *FAST)
 
 
@@ -97,6 +97,8 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         ("moco_v2", "--tau", "0"): "MoCo: tau must be > 0, got 0.0",
         ("mae", "--batch-size", "5000"): "data: the batch of 5000 is larger than the data, which has 1438 images",
         ("mae", "--preset", "huge"): "pretrain: --preset must be small or paper, got 'huge'",
+        ("mae", "--device", "tpu"): "pretrain: --device must be auto, cpu or a cuda device that is there, got 'tpu'",
+        ("mae", "--log-every", "0"): "pretrain: --log-every must be at least 1, got 0",
         ("mae", "--precision", "int4"): "pretrain: --precision must be fp32 or bf16, got 'int4'",
     }.items():
         refused(monkeypatch, sentence, "pretrain", *words, "--data", "digits", "--run", new)

@@ -4,7 +4,7 @@
     PATH/1.jpg PATH/more/2.jpg               no classes, where images lie in PATH itself
     PATH/train/… PATH/test/… (or val)        split by the owner; else every fifth image is the test split
 
-A run without a split of the owner trains on all images; the fifth serves evaluation alone, as held-out queries.
+Without labels there is nothing to hold out for, and a run trains on all images.
 """
 
 import os
@@ -52,11 +52,13 @@ def open_split(argument: str, split: str) -> Folder:
     if (root / "train").is_dir() and owned_test:
         paths, labels, classes = _scan(root / "train")
         if split == "test":
-            paths, labels, _ = _scan(owned_test, classes)
+            paths, labels, classes = _scan(owned_test, classes)
         return Folder(paths, labels, classes)
     paths, labels, classes = _scan(root)
     if split == "test":
-        paths, labels = paths[4::5], labels[4::5]
+        return Folder(paths[4::5], labels[4::5], classes)
+    if classes is not None:  # what is asked at evaluation must not be among the answers
+        del paths[4::5], labels[4::5]
     return Folder(paths, labels, classes)
 
 

@@ -3,6 +3,7 @@
 So a run that is resumed in the middle of an epoch sees exactly what it would have seen, whatever the number of workers.
 """
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Loader:
         workers: processes that decode and augment; 0 does it in this one.
         device: where the batches go; pixels travel as bytes and become normalised floats there.
         train: shuffled and without the incomplete batch; else in order and complete.
-        bad_files: file that images which can't be decoded are named in; they are skipped.
+        bad_files: file that images which can't be decoded are named in; in training others of the batch stand in.
         max_bad: share of the source that may be bad; beyond it the run stops.
 
     Raises:
@@ -65,7 +66,7 @@ class Loader:
             _Samples(source, recipe, seed),
             batch_sampler=self._order,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=functools.partial(_collate, fill=train),
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one, and a resume once more
@@ -84,6 +85,10 @@ class Loader:
         self._order.epoch, self._order.start = number, start
         for views, index, label, bad in self._batches:
             self._note(bad)
+            if not len(index) and self._order.train:
+                raise ValueError(
+                    f"data: none of the {len(bad)} images of a batch can be decoded (the last: {bad[-1][1]})"
+                )
             if len(index):
                 yield Batch(
                     tuple(self._normalised(view, *scale) for view, scale in zip(views, self._scale)),
@@ -156,9 +161,11 @@ class _Samples(Dataset):
         return views, index, self.source.label(index)
 
 
-def _collate(samples: list):
+def _collate(samples: list, fill: bool):
     bad = [sample for sample in samples if len(sample) == 2]
     good = [sample for sample in samples if len(sample) == 3]
+    if fill and good:  # others of the batch again in the place of bad ones: a step never sees another batch size
+        good = (good * len(samples))[: len(samples)]
     views, index, label = zip(*good) if good else ((), (), ())
     stacked = [torch.stack(view) for view in zip(*views)]
     return stacked, torch.tensor(index, dtype=torch.int64), torch.tensor(label, dtype=torch.int64), bad

@@ -10,9 +10,10 @@ The nuisances are chosen so that a method must look at the form:
   each image would do, and the shape would never be looked at; so would the pair of two colours out of a palette, since
   colour jitter moves both and keeps their relation. So there are two backgrounds, dark grey and light grey, shared by
   all images and all classes, one bit for thousands of images, and on a grey ground one colour stands in relation to
-  nothing: jitter takes its hue. The crop takes place and size as long as they vary less than it does, so shapes are
-  large and the small preset crops down to a quarter; with more room an encoder learns to tell places and sizes. The
-  rotation stays within 25° so that it does not become the cheapest mark of an image itself. What is left to recognise an image by is its form.
+  nothing: jitter takes its hue.
+* The crop takes place and size as long as they vary less than it does. So shapes are large, and the small preset of
+  moco_v2 crops down to a quarter; with more room an encoder learns to tell places and sizes instead. The rotation stays
+  within 25° so that it does not become the cheapest mark of an image itself. What is left is the form.
 """
 
 import colorsys

@@ -20,7 +20,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         q, k, v: [B, L, H, E] of one floating dtype and any strides: views ``qkv.unbind(2)`` of a packed
             [B, L, 3, H, E] need no copy. Keys and values may be of another length than the queries, and both
             lengths at least 1. Gradient to all three. Under autocast they are converted to its dtype first, as torch
-            does.
+            does, but for float64.
         scale: factor of the scores, E^-0.5 if None.
 
     Returns: [B, L, H, E] contiguous, in that dtype. Scores and softmax in float32 (float64 for float64).
@@ -38,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check.tensor("attention", "v", v, "B L H E", B=batch, L=k.shape[1], H=heads, E=width)
     check.floating("attention", q=q, k=k, v=v)
     check.same_device("attention", q=q, k=k, v=v)
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         check.fail("attention", f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}", TypeError)

@@ -52,7 +52,9 @@ def ema_update_(
             check.floating("ema_update_", **{f"{name}[{i}]": other})
             check.same_device("ema_update_", **{f"targets[{i}]": target, f"{name}[{i}]": other})
     if targets:
-        _ema_update_([t.detach() for t in targets], [s.detach() for s in sources], float(momentum), shadows)
+        _ema_update_(
+            [t.detach() for t in targets], [s.detach() for s in sources], float(momentum), [s.detach() for s in shadows]
+        )
 
 
 @op("ema_update_", mutates_args=("targets", "shadows"))

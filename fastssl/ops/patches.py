@@ -176,7 +176,7 @@ def masked_patch_mse(pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm
     Raises:
         ValueError: a shape or device does not fit. TypeError: ids is not int64, or pred is not floating.
 
-    Memory: one [B, M, P] gradient, none where pred needs no gradient.
+    Memory: one [B, M, P] gradient in float32 or wider, none where pred needs no gradient.
 
     Source: He et al., 2021 (MAE), section 3, "Reconstruction target"; unbiased variance and 1e-6 as in its code.
     """
@@ -198,25 +198,27 @@ def masked_patch_mse(pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm
 def _masked_patch_mse_fwd(
     pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm_pix: bool, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """(loss, dpred for an upstream gradient of 1; an empty dpred without `with_grad`)."""
+    """(loss, dpred in the loss's dtype for an upstream gradient of 1; an empty dpred without `with_grad`)."""
     dtype = wide(pred)
     target = _keep_patches_fwd(images, ids, patch).to(dtype)
     if norm_pix:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()
     difference = pred.to(dtype) - target
-    dpred = (difference * (2 / difference.numel() if difference.numel() else 0)).to(pred.dtype) if with_grad else None
-    return difference.square().mean(), dpred if with_grad else pred.new_empty(0)
+    # Wide, because 2 / numel is below what float16 can hold before a loss scale has been applied.
+    dpred = difference * (2 / max(1, difference.numel())) if with_grad else difference.new_empty(0)
+    return difference.square().mean(), dpred
 
 
 @_masked_patch_mse_fwd.register_fake
 def _(pred, images, ids, patch, norm_pix, with_grad):
     loss = pred.new_empty((), dtype=wide(pred))
-    return loss, pred.new_empty(pred.shape if with_grad else 0)
+    return loss, pred.new_empty(pred.shape if with_grad else 0, dtype=loss.dtype)
 
 
 def _save_loss(ctx, inputs, output):
     _, dpred = output
+    ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(dpred)
     ctx.save_for_backward(dpred)
 
@@ -224,7 +226,7 @@ def _save_loss(ctx, inputs, output):
 @first_order
 def _loss_backward(ctx, dloss, _):
     (dpred,) = ctx.saved_tensors
-    return dpred * dloss.to(dpred.dtype), None, None, None, None, None
+    return (dpred * dloss).to(ctx.dtype), None, None, None, None, None
 
 
 _masked_patch_mse_fwd.register_autograd(_loss_backward, setup_context=_save_loss)

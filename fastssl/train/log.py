@@ -60,7 +60,9 @@ class Log:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if not math.isfinite(means["loss"]):
-            raise ValueError(f"train: the loss is {means['loss']} at step {step}; the last checkpoint is intact")
+            raise ValueError(
+                f"train: the loss is {means['loss']} at step {step}; checkpoints written before it are intact"
+            )
         self._values, self._images, self._waited, self._since = [], 0, 0.0, time.perf_counter()
         self._say(f"loss {means['loss']:.4f} · {speed:.0f} images/s · {wait:.0%} waiting for data", step, epoch)
 

@@ -68,7 +68,6 @@ def train(
                     log.write(step, step / steps_per_epoch, lr)
                 if at_checkpoint:
                     checkpoint.save(_state(method_name, method, optimizer, step), folder / "checkpoint.pt")
-            step = -(-step // steps_per_epoch) * steps_per_epoch  # an epoch whose last images were all bad ends early
     finally:
         log.close()
 

@@ -80,7 +80,9 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path, workers):
     log = tmp_path / "bad_files.txt"
     loader = Loader(Numbers(300, bad=[7, 100, 222]), plain((8, 8)), 10, workers=workers, bad_files=log)
     for epoch in (0, 1):
-        assert len(indices(loader, epoch)) == 297
+        seen = indices(loader, epoch)
+        assert len(seen) == 300  # others of the batch stand in, so that every step has a whole batch
+        assert set(seen) == set(range(300)) - {7, 100, 222}
     assert loader.bad == 3
     assert sorted(log.read_text().splitlines()) == [f"image {i}: broken" for i in (100, 222, 7)]
 
@@ -91,7 +93,13 @@ def test_too_many_bad_images_stop_the_run(tmp_path):
         ValueError, match=r"^data: 2 of 100 images can't be decoded, more than the 1.0% allowed, see .*bad.txt"
     ):
         list(loader.epoch(0))
-    assert len(indices(Loader(Numbers(100, bad=[3, 4]), plain((8, 8)), 100, max_bad=0.02), 0)) == 98
+    assert len(set(indices(Loader(Numbers(100, bad=[3, 4]), plain((8, 8)), 100, max_bad=0.02), 0))) == 98
+
+
+def test_a_batch_of_bad_images_alone_stops_the_run():
+    with pytest.raises(ValueError, match=r"^data: none of the 2 images of a batch can be decoded \(the last: image \d"):
+        list(Loader(Numbers(4, bad=range(4)), plain((8, 8)), 2, max_bad=1.0).epoch(0))
+    assert list(Loader(Numbers(4, bad=range(4)), plain((8, 8)), 2, max_bad=1.0, train=False).epoch(0)) == []
 
 
 def test_error_sentences():

@@ -113,6 +113,15 @@ def test_queue_is_first_in_first_out(backend, batches, dtypes):
     assert (queue[len(arrived) :] == 0).all()
 
 
+def test_a_pointer_outside_the_queue_wraps_into_it():
+    for start in (-3, 17):
+        queue, ptr = torch.zeros(10, 2), torch.tensor([start])
+        enqueue_(queue, ptr, torch.ones(4, 2))
+        rows = [(start + i) % 10 for i in range(4)]
+        assert queue[:, 0].nonzero().flatten().tolist() == sorted(rows)
+        assert ptr.item() == (start + 4) % 10
+
+
 def test_enqueue_reads_and_writes_strided_rows():
     store = torch.zeros(10, 8)
     enqueue_(store[:, 2:5], torch.tensor([9]), torch.arange(6.0).reshape(3, 2).T)

@@ -86,6 +86,15 @@ def test_norm_pix_of_flat_and_bright_patches():
     assert_exact(masked_patch_mse(pred, images, ids, 4, True), truth, loss_formula(pred, images, ids, 4, True))
 
 
+def test_a_float16_gradient_survives_a_loss_scale():
+    images, ids = images_of(8, 3, 64, 64, torch.float32), random_masking(torch.rand(8, 256), 64).ids_masked
+    pred = torch.randn(8, 192, 48).half().requires_grad_()
+    wide_pred = pred.detach().float().requires_grad_()
+    (masked_patch_mse(pred, images, ids, 4) * 65536.0).backward()
+    (masked_patch_mse(wide_pred, images, ids, 4) * 65536.0).backward()
+    torch.testing.assert_close(pred.grad, wide_pred.grad.half())
+
+
 def test_no_gradient_is_made_where_none_is_needed():
     images, ids = images_of(1, 3, 8, 8, torch.float32), torch.tensor([[1]])
     for with_grad, size in ((False, 0), (True, 48)):
