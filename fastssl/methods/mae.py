@@ -52,10 +52,10 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
-        training = Training(epochs=40, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=0.05,
+        training = Training(epochs=50, batch_size=64, optimizer="adamw", lr=6e-3, weight_decay=0.05,
                             betas=(0.9, 0.95), warmup_epochs=4)  # fmt: skip
         return cls("vit_mini", (24, 24), mask_ratio=0.6, norm_pix=False, decoder_dim=64, decoder_depth=2,
-                   decoder_heads=4, crop_min=0.6, flip_p=0.0, training=training)  # fmt: skip
+                   decoder_heads=4, crop_min=0.85, flip_p=0.0, training=training)  # fmt: skip
 
     @property
     def recipe(self) -> Recipe:
