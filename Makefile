@@ -33,7 +33,7 @@ install: .venv/installed
 
 demo: .venv/installed
 	rm -rf runs/demo-mae runs/demo-moco
-	$(BIN)/fastssl pretrain mae --data digits --epochs 30 --run runs/demo-mae
+	$(BIN)/fastssl pretrain mae --data digits --epochs 20 --run runs/demo-mae
 	$(BIN)/fastssl pretrain moco_v2 --data shapes --epochs 3 --run runs/demo-moco
 	@$(BIN)/fastssl report runs/demo-mae
 	@$(BIN)/fastssl report runs/demo-moco
