@@ -176,12 +176,7 @@ void enqueue_(Tensor queue, Tensor ptr, Tensor keys) {
 }  // namespace
 }  // namespace fastssl
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastssl_native, m) {
-  m.def("ema_update_(Tensor(a!)[] targets, Tensor[] sources, float momentum, Tensor(b!)[] shadows) -> ()");
-  m.def("enqueue_(Tensor(a!) queue, Tensor(b!) ptr, Tensor keys) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastssl_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("ema_update_", TORCH_BOX(&fastssl::ema_update_));
   m.impl("enqueue_", TORCH_BOX(&fastssl::enqueue_));
 }

@@ -5,8 +5,11 @@ Shape letters, everywhere: **B** batch · **L** tokens · **M** kept tokens, or 
 where shapes mix: ``logits_BK``.
 """
 
+from . import dispatch
 from .attention import attention
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
 from .memory import ema_update_, enqueue_
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
+
+dispatch.load_native()

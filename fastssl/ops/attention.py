@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import first_order, op, serves, wide
+from .dispatch import fake, first_order, op, serves, wide
 
 LONGEST = 512  # tokens up to which a kernel keeps all keys of a head at hand; longer ones go to torch
 
@@ -43,8 +43,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if not q.dtype == k.dtype == v.dtype:
         check.fail("attention", f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}", TypeError)
     scale = width**-0.5 if scale is None else scale
-    if serves(_attention_fwd, q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST:
-        return _attention_fwd(q, k, v, scale)[0]
+    if serves("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST:
+        return _Attention.apply(q, k, v, scale)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2).contiguous()
 
@@ -58,7 +58,7 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     return torch.einsum("bhlm,bmhe->blhe", weights, v.to(weights.dtype)).to(q.dtype).contiguous(), lse
 
 
-@_attention_fwd.register_fake
+@fake(_attention_fwd)
 def _(q, k, v, scale):
     batch, length, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=wide(q))
@@ -81,24 +81,23 @@ def _attention_bwd(
     return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
 
 
-@_attention_bwd.register_fake
+@fake(_attention_bwd)
 def _(dout, q, k, v, out, lse, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs, output):
-    q, k, v, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, lse = _attention_fwd(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
 
-
-@first_order
-def _backward(ctx, dout, _):
-    return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None
-
-
-_attention_fwd.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    @first_order
+    def backward(ctx, dout):
+        return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import first_order, op, wide
+from .dispatch import fake, first_order, op, wide
 
 
 class InfoNCE(NamedTuple):
@@ -59,8 +59,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
             check.fail("info_nce", f"{name} must not require a gradient, it gets none (pass {name}.detach())")
     tau = check.temperature("info_nce", tau, like=q)
     with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
-    loss, rank, _ = _info_nce_fwd(q, k, queue, tau, with_grad)
-    return InfoNCE(loss, rank)
+    return InfoNCE(*_InfoNCE.apply(q, k, queue, tau, with_grad))
 
 
 @op("info_nce_fwd")
@@ -80,26 +79,25 @@ def _info_nce_fwd(q: Tensor, k: Tensor, queue: Tensor, tau: Tensor, with_grad: b
     return loss_B, rank_B, (others_BK @ queue - others_BK.sum(1, keepdim=True) * k) / tau
 
 
-@_info_nce_fwd.register_fake
+@fake(_info_nce_fwd)
 def _(q, k, queue, tau, with_grad):
     return _fake_rows(q, with_grad)
 
 
-def _save_dq(ctx, inputs, output):
-    q, _, _, tau, _ = inputs
-    dq = output[2]
-    ctx.mark_non_differentiable(output[1], dq)
-    ctx.save_for_backward(q, dq, tau)
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, queue, tau, with_grad):
+        loss, rank, dq = _info_nce_fwd(q, k, queue, tau, with_grad)
+        ctx.mark_non_differentiable(rank)
+        ctx.save_for_backward(q, dq, tau)
+        return loss, rank
 
-
-@first_order
-def _info_nce_backward(ctx, dloss, *_):
-    q, dq, tau = ctx.saved_tensors
-    dq = dq * dloss[:, None]
-    return dq.to(q.dtype), None, None, _tau_gradient(q, dq, tau) if ctx.needs_input_grad[3] else None, None
-
-
-_info_nce_fwd.register_autograd(_info_nce_backward, setup_context=_save_dq)
+    @staticmethod
+    @first_order
+    def backward(ctx, dloss, _):
+        q, dq, tau = ctx.saved_tensors
+        dq = dq * dloss[:, None]
+        return dq.to(q.dtype), None, None, _tau_gradient(q, dq, tau) if ctx.needs_input_grad[3] else None, None
 
 
 def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, first: int = 0) -> InfoNCE:
@@ -135,8 +133,7 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, first: int = 0)
         check.fail("batch_info_nce", f"first must be at least 0 and {wanted}, got first={first}")
     tau = check.temperature("batch_info_nce", tau, like=q)
     with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
-    loss, rank, _, _ = _batch_info_nce_fwd(q, keys, tau, first, with_grad)
-    return InfoNCE(loss, rank)
+    return InfoNCE(*_BatchInfoNCE.apply(q, keys, tau, first, with_grad))
 
 
 @op("batch_info_nce_fwd")
@@ -155,7 +152,7 @@ def _batch_info_nce_fwd(
     return loss_B, rank_B, dq, lse_B
 
 
-@_batch_info_nce_fwd.register_fake
+@fake(_batch_info_nce_fwd)
 def _(q, keys, tau, first, with_grad):
     loss, rank, dq = _fake_rows(q, with_grad)
     return loss, rank, dq, torch.empty_like(loss)
@@ -170,30 +167,30 @@ def _batch_info_nce_dkeys(q: Tensor, keys: Tensor, tau: Tensor, first: int, lse:
     return weights_BM.T @ q / tau
 
 
-@_batch_info_nce_dkeys.register_fake
+@fake(_batch_info_nce_dkeys)
 def _(q, keys, tau, first, lse, dloss):
     return keys.new_empty(keys.shape, dtype=lse.dtype)
 
 
-def _save_batch(ctx, inputs, output):
-    q, keys, tau, ctx.first, _ = inputs
-    _, rank, dq, lse = output
-    ctx.mark_non_differentiable(rank, dq, lse)
-    ctx.save_for_backward(q, keys, tau, dq, lse)
+class _BatchInfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, keys, tau, first, with_grad):
+        loss, rank, dq, lse = _batch_info_nce_fwd(q, keys, tau, first, with_grad)
+        ctx.first = first
+        ctx.mark_non_differentiable(rank)
+        ctx.save_for_backward(q, keys, tau, dq, lse)
+        return loss, rank
 
-
-@first_order
-def _batch_info_nce_backward(ctx, dloss, *_):
-    q, keys, tau, dq, lse = ctx.saved_tensors
-    needs_q, needs_keys, needs_tau, _, _ = ctx.needs_input_grad
-    dkeys = None
-    if needs_keys:
-        dkeys = _batch_info_nce_dkeys(q, keys, tau, ctx.first, lse, dloss).to(keys.dtype)
-    dq = dq * dloss[:, None] if needs_q or needs_tau else None
-    return dq.to(q.dtype) if needs_q else None, dkeys, _tau_gradient(q, dq, tau) if needs_tau else None, None, None
-
-
-_batch_info_nce_fwd.register_autograd(_batch_info_nce_backward, setup_context=_save_batch)
+    @staticmethod
+    @first_order
+    def backward(ctx, dloss, _):
+        q, keys, tau, dq, lse = ctx.saved_tensors
+        needs_q, needs_keys, needs_tau, _, _ = ctx.needs_input_grad
+        dkeys = None
+        if needs_keys:
+            dkeys = _batch_info_nce_dkeys(q, keys, tau, ctx.first, lse, dloss).to(keys.dtype)
+        dq = dq * dloss[:, None] if needs_q or needs_tau else None
+        return dq.to(q.dtype) if needs_q else None, dkeys, _tau_gradient(q, dq, tau) if needs_tau else None, None, None
 
 
 def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
@@ -221,7 +218,7 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
     check.tensor("nt_xent", "z2", z2, "B D", B=z1.shape[0], D=z1.shape[1])
     check.floating("nt_xent", z1=z1, z2=z2)
     check.same_device("nt_xent", z1=z1, z2=z2)
-    return _nt_xent_fwd(torch.cat([z1, z2]), check.temperature("nt_xent", tau, like=z1))[0]
+    return _NTXent.apply(torch.cat([z1, z2]), check.temperature("nt_xent", tau, like=z1))
 
 
 @op("nt_xent_fwd")
@@ -232,7 +229,7 @@ def _nt_xent_fwd(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     return -torch.cat([log_softmax.diagonal(half), log_softmax.diagonal(-half)]), logits.logsumexp(1)
 
 
-@_nt_xent_fwd.register_fake
+@fake(_nt_xent_fwd)
 def _(z, tau):
     rows = z.new_empty(z.shape[0], dtype=wide(z))
     return rows, torch.empty_like(rows)
@@ -249,25 +246,25 @@ def _nt_xent_bwd(z: Tensor, tau: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
     return (weights + weights.T) @ z / tau.to(lse.dtype)
 
 
-@_nt_xent_bwd.register_fake
+@fake(_nt_xent_bwd)
 def _(z, tau, lse, dloss):
     return z.new_empty(z.shape, dtype=lse.dtype)
 
 
-def _save_nt_xent(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, output[1])
+class _NTXent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, tau):
+        loss, lse = _nt_xent_fwd(z, tau)
+        ctx.save_for_backward(z, tau, lse)
+        return loss
 
-
-@first_order
-def _nt_xent_backward(ctx, dloss, _):
-    z, tau, lse = ctx.saved_tensors
-    dz = _nt_xent_bwd(z, tau, lse, dloss)
-    # Each z_i·z_j appears in dz_i and in dz_j, so z·dz counts every logit twice.
-    return dz.to(z.dtype), _tau_gradient(z, dz, tau) / 2 if ctx.needs_input_grad[1] else None
-
-
-_nt_xent_fwd.register_autograd(_nt_xent_backward, setup_context=_save_nt_xent)
+    @staticmethod
+    @first_order
+    def backward(ctx, dloss):
+        z, tau, lse = ctx.saved_tensors
+        dz = _nt_xent_bwd(z, tau, lse, dloss)
+        # Each z_i·z_j appears in dz_i and in dz_j, so z·dz counts every logit twice.
+        return dz.to(z.dtype), _tau_gradient(z, dz, tau) / 2 if ctx.needs_input_grad[1] else None
 
 
 def _fake_rows(q: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import first_order, op, wide
+from .dispatch import fake, first_order, op, wide
 
 
 class Masking(NamedTuple):
@@ -58,7 +58,7 @@ def _random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, T
     return ids_keep, ids_masked, ids_restore, mask
 
 
-@_random_masking.register_fake
+@fake(_random_masking)
 def _(noise, keep):
     batch, length = noise.shape
     return (
@@ -92,7 +92,7 @@ def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tenso
     check.index("keep_tokens", ids_keep=ids_keep)
     check.same_device("keep_tokens", x=x, ids_keep=ids_keep)
     pos = _positions("keep_tokens", pos, x, x.shape[1], "L")
-    return _keep_tokens_fwd(x, ids_keep, pos)
+    return _KeepTokens.apply(x, ids_keep, pos)
 
 
 @op("keep_tokens_fwd")
@@ -101,7 +101,7 @@ def _keep_tokens_fwd(x: Tensor, ids_keep: Tensor, pos: Tensor | None) -> Tensor:
     return kept if pos is None else kept + pos[ids_keep]
 
 
-@_keep_tokens_fwd.register_fake
+@fake(_keep_tokens_fwd)
 def _(x, ids_keep, pos):
     dtype = x.dtype if pos is None else torch.result_type(x, pos)
     return x.new_empty(*ids_keep.shape, x.shape[2], dtype=dtype)
@@ -114,26 +114,25 @@ def _keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
     return dx.scatter_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
 
 
-@_keep_tokens_bwd.register_fake
+@fake(_keep_tokens_bwd)
 def _(dkept, ids_keep, length):
     return dkept.new_empty(dkept.shape[0], length, dkept.shape[2])
 
 
-def _save_keep(ctx, inputs, output):
-    x, ids_keep, pos = inputs
-    ctx.save_for_backward(ids_keep)
-    ctx.length, ctx.dtypes = x.shape[1], (x.dtype, pos.dtype if pos is not None else None)
+class _KeepTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, ids_keep, pos):
+        ctx.save_for_backward(ids_keep)
+        ctx.length, ctx.dtypes = x.shape[1], (x.dtype, None if pos is None else pos.dtype)
+        return _keep_tokens_fwd(x, ids_keep, pos)
 
-
-@first_order
-def _keep_backward(ctx, dkept):
-    (ids_keep,) = ctx.saved_tensors
-    needs_x, _, needs_pos = ctx.needs_input_grad
-    dx = _keep_tokens_bwd(dkept, ids_keep, ctx.length) if needs_x or needs_pos else None
-    return dx.to(ctx.dtypes[0]) if needs_x else None, None, _batch_sum(dx, ctx.dtypes[1]) if needs_pos else None
-
-
-_keep_tokens_fwd.register_autograd(_keep_backward, setup_context=_save_keep)
+    @staticmethod
+    @first_order
+    def backward(ctx, dkept):
+        (ids_keep,) = ctx.saved_tensors
+        needs_x, _, needs_pos = ctx.needs_input_grad
+        dx = _keep_tokens_bwd(dkept, ids_keep, ctx.length) if needs_x or needs_pos else None
+        return dx.to(ctx.dtypes[0]) if needs_x else None, None, _batch_sum(dx, ctx.dtypes[1]) if needs_pos else None
 
 
 def restore_tokens(
@@ -171,7 +170,7 @@ def restore_tokens(
     check.index("restore_tokens", ids_restore=ids_restore)
     check.same_device("restore_tokens", x=x, mask_token=mask_token, ids_restore=ids_restore)
     pos = _positions("restore_tokens", pos, x, prefix + length, "prefix+L")
-    return _restore_tokens_fwd(x, mask_token.reshape(width), ids_restore, pos, prefix)
+    return _RestoreTokens.apply(x, mask_token.reshape(width), ids_restore, pos, prefix)
 
 
 @op("restore_tokens_fwd")
@@ -184,7 +183,7 @@ def _restore_tokens_fwd(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos:
     return restored if pos is None else restored + pos
 
 
-@_restore_tokens_fwd.register_fake
+@fake(_restore_tokens_fwd)
 def _(x, mask_token, ids_restore, pos, prefix):
     dtype = torch.result_type(x, mask_token)
     if pos is not None:
@@ -202,31 +201,30 @@ def _restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: in
     return dx, in_order[:, kept:].sum(dim=(0, 1), dtype=wide(dout))
 
 
-@_restore_tokens_bwd.register_fake
+@fake(_restore_tokens_bwd)
 def _(dout, ids_restore, prefix, kept):
     width = dout.shape[2]
     return dout.new_empty(dout.shape[0], prefix + kept, width), dout.new_empty(width, dtype=wide(dout))
 
 
-def _save_restore(ctx, inputs, output):
-    x, mask_token, ids_restore, pos, prefix = inputs
-    ctx.save_for_backward(ids_restore)
-    ctx.prefix, ctx.kept = prefix, x.shape[1] - prefix
-    ctx.dtypes = (x.dtype, mask_token.dtype, pos.dtype if pos is not None else None)
+class _RestoreTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mask_token, ids_restore, pos, prefix):
+        ctx.save_for_backward(ids_restore)
+        ctx.prefix, ctx.kept = prefix, x.shape[1] - prefix
+        ctx.dtypes = (x.dtype, mask_token.dtype, None if pos is None else pos.dtype)
+        return _restore_tokens_fwd(x, mask_token, ids_restore, pos, prefix)
 
-
-@first_order
-def _restore_backward(ctx, dout):
-    (ids_restore,) = ctx.saved_tensors
-    needs_x, needs_mask_token, _, needs_pos, _ = ctx.needs_input_grad
-    dx = dmask_token = None
-    if needs_x or needs_mask_token:
-        dx, dmask_token = _restore_tokens_bwd(dout, ids_restore, ctx.prefix, ctx.kept)
-        dx, dmask_token = dx.to(ctx.dtypes[0]), dmask_token.to(ctx.dtypes[1])
-    return dx, dmask_token, None, _batch_sum(dout, ctx.dtypes[2]) if needs_pos else None, None
-
-
-_restore_tokens_fwd.register_autograd(_restore_backward, setup_context=_save_restore)
+    @staticmethod
+    @first_order
+    def backward(ctx, dout):
+        (ids_restore,) = ctx.saved_tensors
+        needs_x, needs_mask_token, _, needs_pos, _ = ctx.needs_input_grad
+        dx = dmask_token = None
+        if needs_x or needs_mask_token:
+            dx, dmask_token = _restore_tokens_bwd(dout, ids_restore, ctx.prefix, ctx.kept)
+            dx, dmask_token = dx.to(ctx.dtypes[0]), dmask_token.to(ctx.dtypes[1])
+        return dx, dmask_token, None, _batch_sum(dout, ctx.dtypes[2]) if needs_pos else None, None
 
 
 def _positions(op_name: str, pos: Tensor | None, x: Tensor, tokens: int, letters: str) -> Tensor | None:

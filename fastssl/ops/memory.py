@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version  # a kernel writes without autograd's knowledge
 
 from . import check
-from .dispatch import native, op, serve
+from .dispatch import fake, op
 
 
 def ema_update_(
@@ -52,9 +53,9 @@ def ema_update_(
             check.floating("ema_update_", **{f"{name}[{i}]": other})
             check.same_device("ema_update_", **{f"targets[{i}]": target, f"{name}[{i}]": other})
     if targets:
-        _ema_update_(
-            [t.detach() for t in targets], [s.detach() for s in sources], float(momentum), [s.detach() for s in shadows]
-        )
+        with torch.no_grad():
+            _ema_update_(targets, sources, float(momentum), shadows)
+        increment_version([*targets, *shadows])
 
 
 @op("ema_update_", mutates_args=("targets", "shadows"))
@@ -66,7 +67,7 @@ def _ema_update_(
         torch._foreach_copy_(shadows, targets)
 
 
-@_ema_update_.register_fake
+@fake(_ema_update_)
 def _(targets, sources, momentum, shadows):
     pass
 
@@ -103,7 +104,9 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
         check.fail("enqueue_", "queue must have at least one row, got shape " + str(list(queue.shape)))
     if queue.stride(1) != 1 and queue.shape[1] > 1:
         check.fail("enqueue_", f"the rows of queue [K, D] must be contiguous, got strides {list(queue.stride())}")
-    _enqueue_(queue, ptr, keys.detach())
+    with torch.no_grad():
+        _enqueue_(queue, ptr, keys)
+    increment_version((queue, ptr))
 
 
 @op("enqueue_", mutates_args=("queue", "ptr"))
@@ -115,10 +118,6 @@ def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
     ptr.add_(arriving).remainder_(length)
 
 
-@_enqueue_.register_fake
+@fake(_enqueue_)
 def _(queue, ptr, keys):
     pass
-
-
-serve(_ema_update_, cpu=native("ema_update_"))
-serve(_enqueue_, cpu=native("enqueue_"))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import first_order, op, wide
+from .dispatch import fake, first_order, op, wide
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -25,7 +25,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     Source: He et al., 2021 (MAE), section 3.
     """
     _check_images("patchify", images, patch)
-    return _patchify(images, patch)
+    return _Patchify.apply(images, patch)
 
 
 @op("patchify")
@@ -35,7 +35,7 @@ def _patchify(images: Tensor, patch: int) -> Tensor:
     return grid.clone(memory_format=torch.contiguous_format).view(batch, rows * columns, patch * patch * channels)
 
 
-@_patchify.register_fake
+@fake(_patchify)
 def _(images, patch):
     batch, channels, height, width = images.shape
     return images.new_empty(batch, (height // patch) * (width // patch), patch * patch * channels)
@@ -59,7 +59,7 @@ def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
     check.tensor("unpatchify", "patches", patches, "B L P", L=count)
     if patches.shape[2] % patch**2 or patches.shape[2] == 0:
         check.fail("unpatchify", f"patches must have P divisible by patch² = {patch**2}, got P={patches.shape[2]}")
-    return _unpatchify(patches, patch, height, width)
+    return _Unpatchify.apply(patches, patch, height, width)
 
 
 @op("unpatchify")
@@ -70,27 +70,33 @@ def _unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
     return images.clone(memory_format=torch.contiguous_format)
 
 
-@_unpatchify.register_fake
+@fake(_unpatchify)
 def _(patches, patch, height, width):
     return patches.new_empty(patches.shape[0], patches.shape[2] // patch**2, height, width)
 
 
-def _save_patchify(ctx, inputs, output):
-    images, ctx.patch = inputs
-    ctx.sides = images.shape[2:]
+class _Patchify(torch.autograd.Function):
+    """Its gradient is `unpatchify`, and the other way round, so any order of derivative works."""
+
+    @staticmethod
+    def forward(ctx, images, patch):
+        ctx.patch, ctx.sides = patch, images.shape[2:]
+        return _patchify(images, patch)
+
+    @staticmethod
+    def backward(ctx, dpatches):
+        return _Unpatchify.apply(dpatches, ctx.patch, *ctx.sides), None
 
 
-def _save_unpatchify(ctx, inputs, output):
-    _, ctx.patch, _, _ = inputs
+class _Unpatchify(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, patches, patch, height, width):
+        ctx.patch = patch
+        return _unpatchify(patches, patch, height, width)
 
-
-# Each is the other's gradient, so any order of derivative works.
-_patchify.register_autograd(
-    lambda ctx, dpatches: (_unpatchify(dpatches, ctx.patch, *ctx.sides), None), setup_context=_save_patchify
-)
-_unpatchify.register_autograd(
-    lambda ctx, dimages: (_patchify(dimages, ctx.patch), None, None, None), setup_context=_save_unpatchify
-)
+    @staticmethod
+    def backward(ctx, dimages):
+        return _Patchify.apply(dimages, ctx.patch), None, None, None
 
 
 def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
@@ -113,7 +119,7 @@ def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
     check.tensor("keep_patches", "ids_keep", ids_keep, "B M", B=images.shape[0])
     check.index("keep_patches", ids_keep=ids_keep)
     check.same_device("keep_patches", images=images, ids_keep=ids_keep)
-    return _keep_patches_fwd(images, ids_keep, patch)
+    return _KeepPatches.apply(images, ids_keep, patch)
 
 
 @op("keep_patches_fwd")
@@ -125,7 +131,7 @@ def _keep_patches_fwd(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
     return kept.reshape(*ids_keep.shape, patch * patch * images.shape[1]).contiguous()
 
 
-@_keep_patches_fwd.register_fake
+@fake(_keep_patches_fwd)
 def _(images, ids_keep, patch):
     return images.new_empty(*ids_keep.shape, patch * patch * images.shape[1])
 
@@ -137,23 +143,22 @@ def _keep_patches_bwd(dkept: Tensor, ids_keep: Tensor, patch: int, height: int, 
     return _unpatchify(dpatches, patch, height, width)
 
 
-@_keep_patches_bwd.register_fake
+@fake(_keep_patches_bwd)
 def _(dkept, ids_keep, patch, height, width):
     return dkept.new_empty(dkept.shape[0], dkept.shape[2] // patch**2, height, width)
 
 
-def _save_keep(ctx, inputs, output):
-    images, ids_keep, ctx.patch = inputs
-    ctx.sides = images.shape[2:]
-    ctx.save_for_backward(ids_keep)
+class _KeepPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, ids_keep, patch):
+        ctx.patch, ctx.sides = patch, images.shape[2:]
+        ctx.save_for_backward(ids_keep)
+        return _keep_patches_fwd(images, ids_keep, patch)
 
-
-@first_order
-def _keep_backward(ctx, dkept):
-    return _keep_patches_bwd(dkept, *ctx.saved_tensors, ctx.patch, *ctx.sides), None, None
-
-
-_keep_patches_fwd.register_autograd(_keep_backward, setup_context=_save_keep)
+    @staticmethod
+    @first_order
+    def backward(ctx, dkept):
+        return _keep_patches_bwd(dkept, *ctx.saved_tensors, ctx.patch, *ctx.sides), None, None
 
 
 def masked_patch_mse(pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm_pix: bool = False) -> Tensor:
@@ -191,7 +196,7 @@ def masked_patch_mse(pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm
     if ids.shape[1] == 0:
         check.fail("masked_patch_mse", "ids must name at least one patch a sample, got shape " + str(list(ids.shape)))
     with_grad = torch.is_grad_enabled() and pred.requires_grad
-    return _masked_patch_mse_fwd(pred, images.detach(), ids, patch, norm_pix, with_grad)[0]
+    return _MaskedPatchMSE.apply(pred, images.detach(), ids, patch, norm_pix, with_grad)
 
 
 @op("masked_patch_mse_fwd")
@@ -210,26 +215,25 @@ def _masked_patch_mse_fwd(
     return difference.square().mean(), dpred
 
 
-@_masked_patch_mse_fwd.register_fake
+@fake(_masked_patch_mse_fwd)
 def _(pred, images, ids, patch, norm_pix, with_grad):
     loss = pred.new_empty((), dtype=wide(pred))
     return loss, pred.new_empty(pred.shape if with_grad else 0, dtype=loss.dtype)
 
 
-def _save_loss(ctx, inputs, output):
-    _, dpred = output
-    ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(dpred)
-    ctx.save_for_backward(dpred)
+class _MaskedPatchMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred, images, ids, patch, norm_pix, with_grad):
+        loss, dpred = _masked_patch_mse_fwd(pred, images, ids, patch, norm_pix, with_grad)
+        ctx.dtype = pred.dtype
+        ctx.save_for_backward(dpred)
+        return loss
 
-
-@first_order
-def _loss_backward(ctx, dloss, _):
-    (dpred,) = ctx.saved_tensors
-    return (dpred * dloss).to(ctx.dtype), None, None, None, None, None
-
-
-_masked_patch_mse_fwd.register_autograd(_loss_backward, setup_context=_save_loss)
+    @staticmethod
+    @first_order
+    def backward(ctx, dloss):
+        (dpred,) = ctx.saved_tensors
+        return (dpred * dloss).to(ctx.dtype), None, None, None, None, None
 
 
 def _grid_view(images: Tensor, patch: int) -> Tensor:

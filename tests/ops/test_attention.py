@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from fastssl.ops import attention
-from fastssl.ops.attention import _attention_bwd, _attention_fwd
+from fastssl.ops.attention import _Attention, _attention_bwd, _attention_fwd
 from tests.close import assert_exact
 from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative
 
@@ -20,7 +20,7 @@ def formula(q, k, v, scale):
 
 
 def op(q, k, v, scale):
-    return _attention_fwd(q, k, v, scale)[0]
+    return _Attention.apply(q, k, v, scale)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
