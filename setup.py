@@ -59,9 +59,10 @@ def native_parts():
     facts = [f'-DFASTSSL_LEVELS="{",".join(LEVELS)}"', f"-DFASTSSL_CUDA={int(with_cuda)}"]
     parts = [Extension("fastssl._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()], language="c++",
                        extra_compile_args=[*optimise, *facts])]  # fmt: skip
+    headers = sorted(map(str, Path("csrc").glob("*.h")))
     sources = sorted(str(source) for source in Path("csrc").glob("*.cpp") if source.name != "module.cpp")
     for level, flags in LEVELS.items():
-        parts.append(CppExtension(f"fastssl._native_{level}", sources, depends=["csrc/common.h"], py_limited_api=True,
+        parts.append(CppExtension(f"fastssl._native_{level}", sources, depends=headers, py_limited_api=True,
                                   extra_compile_args=[*optimise, *stable, *flags]))  # fmt: skip
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)

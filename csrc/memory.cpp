@@ -12,21 +12,33 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 15;  // elements: 128 kB of float32, a fair share of L2, and long enough to hide the call
 
+using Dims = torch::headeronly::IntHeaderOnlyArrayRef;
+
 struct Strided {
   void* data;
-  std::vector<int64_t> strides;
+  Dims strides;
 };
 
 struct Entry {  // one target with its source and, maybe, its shadow
   Strided target, source, shadow;
   ScalarType source_dtype, shadow_dtype;
-  std::vector<int64_t> sizes;
+  Dims sizes;
   int64_t numel;
   bool flat;  // all in the same dense order of storage: element i of one belongs to element i of the others
 };
 
+bool is_contiguous(Dims sizes, Dims strides) {
+  int64_t expected = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
 // True where the tensor's elements fill numel consecutive cells, in any order of dimensions.
-bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+bool is_dense(Dims sizes, Dims strides) {
+  if (is_contiguous(sizes, strides)) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
@@ -39,20 +51,27 @@ bool is_dense(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
   return true;
 }
 
-bool same_order(const std::vector<int64_t>& sizes, const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
+bool same_order(Dims sizes, Dims a, Dims b) {
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1 && a[d] != b[d]) return false;
   return true;
 }
 
-std::vector<int64_t> to_vector(torch::headeronly::IntHeaderOnlyArrayRef values) {
-  return std::vector<int64_t>(values.begin(), values.end());
+bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Half;
 }
 
-Strided strided(const Tensor& tensor) { return {tensor.mutable_data_ptr(), to_vector(tensor.strides())}; }
+bool fits(const Tensor& other, Dims sizes) {
+  const Dims own = other.sizes();
+  return is_floating(other.scalar_type()) && other.is_cpu() && own.size() == sizes.size() &&
+         std::equal(own.begin(), own.end(), sizes.begin());
+}
+
+Strided strided(const Tensor& tensor) { return {tensor.mutable_data_ptr(), tensor.strides()}; }
 
 // Where element `index` (row-major) of a tensor lies.
-int64_t offset_of(int64_t index, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+int64_t offset_of(int64_t index, Dims sizes, Dims strides) {
   int64_t offset = 0;
   for (size_t d = sizes.size(); d-- > 0;) {
     offset += index % sizes[d] * strides[d];
@@ -118,18 +137,28 @@ void ema_all(const std::vector<Entry>& entries, T weight) {
   torch::stable::parallel_for(0, first_chunk.back(), grain, run);
 }
 
+// Looks at everything before it writes anything. What does not fit is refused in one word: which tensor, and why, the
+// caller finds out (it would cost more to ask in Python each time than small lists take).
 void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, double momentum,
                  std::vector<Tensor> shadows) {
+  const bool shadowed = !shadows.empty();
+  STD_TORCH_CHECK(sources.size() == targets.size() && (!shadowed || shadows.size() == targets.size()),
+                  "ema_update_: the lists differ in length");
   std::vector<Entry> of_float, of_double;
+  of_float.reserve(targets.size());
   for (size_t i = 0; i < targets.size(); ++i) {
-    const bool shadowed = !shadows.empty();
+    const Dims sizes = targets[i].sizes();
+    const ScalarType dtype = targets[i].scalar_type();
+    STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::Double) && targets[i].is_cpu() &&
+                        fits(sources[i], sizes) && (!shadowed || fits(shadows[i], sizes)),
+                    "ema_update_: tensors do not fit together at ", i);
     Entry entry{strided(targets[i]), strided(sources[i]), shadowed ? strided(shadows[i]) : Strided{nullptr, {}},
                 sources[i].scalar_type(), shadowed ? shadows[i].scalar_type() : ScalarType::Float,
-                to_vector(targets[i].sizes()), targets[i].numel(), false};
-    entry.flat = is_dense(entry.sizes, entry.target.strides) &&
-                 same_order(entry.sizes, entry.target.strides, entry.source.strides) &&
-                 (!shadowed || same_order(entry.sizes, entry.target.strides, entry.shadow.strides));
-    (targets[i].scalar_type() == ScalarType::Double ? of_double : of_float).push_back(std::move(entry));
+                sizes, targets[i].numel(), false};
+    entry.flat = is_dense(sizes, entry.target.strides) &&
+                 same_order(sizes, entry.target.strides, entry.source.strides) &&
+                 (!shadowed || same_order(sizes, entry.target.strides, entry.shadow.strides));
+    (dtype == ScalarType::Double ? of_double : of_float).push_back(entry);
   }
   ema_all<float>(of_float, static_cast<float>(1.0 - momentum));
   ema_all<double>(of_double, 1.0 - momentum);

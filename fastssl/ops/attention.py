@@ -14,12 +14,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """Softmax attention of every query over all keys, without mask or dropout.
 
     Equals ``F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)``,
-    and that is what runs on a device that no kernel serves, and for sequences of more than 512 tokens.
+    and that is what runs on a device that no kernel serves, and for sequences of more than 512 tokens. The C++ kernel
+    takes all four dtypes and any strides, and gives the same bits on any number of threads.
 
     Args:
         q, k, v: [B, L, H, E] of one floating dtype and any strides: views ``qkv.unbind(2)`` of a packed
-            [B, L, 3, H, E] need no copy. Keys and values may be of another length than the queries, and both
-            lengths at least 1. Gradient to all three. Under autocast they are converted to its dtype first, as torch
+            [B, L, 3, H, E] need no copy. Keys and values may be of another length than the queries, at least 1.
+            Gradient to all three. Under autocast they are converted to its dtype first, as torch
             does, but for float64.
         scale: factor of the scores, E^-0.5 if None.
 
@@ -42,6 +43,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         check.fail("attention", f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}", TypeError)
+    if k.shape[1] == 0:
+        check.fail("attention", f"k must have at least one token, got {list(k.shape)}")
     scale = width**-0.5 if scale is None else scale
     if serves("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST:
         return _Attention.apply(q, k, v, scale)

@@ -18,12 +18,17 @@ def fail(op: str, message: str, error: type[Exception] = ValueError):
 def tensor(op: str, name: str, value: object, dims: str, **sizes: int) -> None:
     """`value` is a tensor of the dims named in `dims` ("B L D"); those named in `sizes` have that size."""
     letters = dims.split()
-    if not isinstance(value, Tensor):
-        fail(op, f"{name} must be a tensor of shape [{', '.join(letters)}], got {type(value).__name__}", TypeError)
-    fits = value.ndim == len(letters) and all(sizes.get(d, n) == n for d, n in zip(letters, value.shape))
-    if not fits:
+    if isinstance(value, Tensor):
+        shape = value.shape
+        if len(shape) == len(letters):
+            for letter, size in sizes.items():
+                if shape[letters.index(letter)] != size:
+                    break
+            else:
+                return
         wanted = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in letters)
-        fail(op, f"{name} must have shape [{wanted}], got {list(value.shape)}")
+        fail(op, f"{name} must have shape [{wanted}], got {list(shape)}")
+    fail(op, f"{name} must be a tensor of shape [{', '.join(letters)}], got {type(value).__name__}", TypeError)
 
 
 def floating(op: str, **tensors: Tensor) -> None:

@@ -41,6 +41,17 @@ def ema_update_(
             check.fail("ema_update_", f"{name} must hold {len(targets)} tensors like targets, got {len(others)}")
     if not 0 <= momentum <= 1:
         check.fail("ema_update_", f"momentum must be between 0 and 1, got {momentum}")
+    if targets:
+        try:
+            with torch.no_grad():
+                _ema_update_(targets, sources, float(momentum), shadows)
+        except RuntimeError:  # a kernel refuses lists that do not fit before it writes, without saying which and why
+            _check_lists(targets, sources, shadows)
+            raise
+        increment_version([*targets, *shadows])
+
+
+def _check_lists(targets: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor]) -> None:
     for i, target in enumerate(targets):
         if target.dtype not in (torch.float32, torch.float64):
             wanted = "float32 or float64 (steps of 1 - momentum vanish in 16 bits: keep float32 targets, pass shadows)"
@@ -52,16 +63,13 @@ def ema_update_(
                 check.fail("ema_update_", f"{name}[{i}] must have shape {wanted} like targets[{i}], got {came}")
             check.floating("ema_update_", **{f"{name}[{i}]": other})
             check.same_device("ema_update_", **{f"targets[{i}]": target, f"{name}[{i}]": other})
-    if targets:
-        with torch.no_grad():
-            _ema_update_(targets, sources, float(momentum), shadows)
-        increment_version([*targets, *shadows])
 
 
 @op("ema_update_", mutates_args=("targets", "shadows"))
 def _ema_update_(
     targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, shadows: Sequence[Tensor]
 ) -> None:
+    _check_lists(targets, sources, shadows)
     torch._foreach_lerp_(targets, [s.to(t.dtype) for t, s in zip(targets, sources)], 1 - momentum)
     if shadows:
         torch._foreach_copy_(shadows, targets)

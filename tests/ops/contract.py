@@ -1,13 +1,51 @@
 """What every op of the public surface must do, whatever it computes."""
 
-from collections.abc import Callable
+import contextlib
+import math
+import mmap
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from fastssl.ops import dispatch
+from tests.close import assert_same
+
 
 def tensors_of(result) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
+
+
+def plain(op, *args) -> list[Tensor]:
+    """What the op's plain torch makes of it."""
+    with dispatch.reference():
+        return tensors_of(op(*args))
+
+
+def equals_body(op, *args) -> list[Tensor]:
+    """The results of the op that is served, which must be those of its plain torch, bit for bit."""
+    results = tensors_of(op(*args))
+    for i, (result, expected) in enumerate(zip(results, plain(op, *args), strict=True)):
+        assert_same(result, expected, f"{op.name()}, result {i}")
+        assert result.is_contiguous()
+    return results
+
+
+def sparse(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of zeros spread over more memory than there is: only the pages that are touched exist."""
+    numel = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    memory = mmap.mmap(-1, math.ceil(numel * dtype.itemsize / mmap.PAGESIZE) * mmap.PAGESIZE)
+    return torch.frombuffer(memory, dtype=dtype, count=numel).as_strided(shape, strides)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def gradcheck(function: Callable, *inputs) -> None:

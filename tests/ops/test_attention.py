@@ -1,13 +1,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastssl.ops import attention
+from fastssl.ops import attention, dispatch
 from fastssl.ops.attention import _Attention, _attention_bwd, _attention_fwd
-from tests.close import assert_exact
-from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative
+from tests.close import assert_exact, assert_same
+from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, sparse, torch_threads
 
-SIZES = [(1, 1, 1, 1), (2, 13, 3, 8), (1, 63, 2, 80), (2, 197, 2, 32), (0, 5, 2, 4)]  # B, L, H, E
+# B, L, H, E
+SIZES = [(1, 1, 1, 1), (2, 13, 3, 8), (1, 63, 2, 80), (2, 197, 2, 32), (0, 5, 2, 4), (3, 50, 2, 64), (1, 512, 1, 17)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def packed(batch, length, heads, width, dtype=torch.float64):
@@ -41,22 +45,111 @@ def test_keys_may_be_of_another_length():
     torch.testing.assert_close(op(q, k, v, 8**-0.5), formula(q, k, v, 8**-0.5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_op_errs_no_more_than_torch(dtype):
-    qkv = packed(2, 50, 2, 32, dtype)
-    dout = torch.randn(2, 50, 2, 32).to(dtype)
+def check_exact(q, k, v, dout, scale):
+    """Output and gradients against float64, beside what the formula makes of the same inputs in their dtype."""
     results = []
-    for cast, function in ((torch.float64, formula), (dtype, formula), (dtype, op)):
-        q, k, v = (x.to(cast).requires_grad_() for x in qkv)
-        out = function(q, k, v, 32**-0.5)
-        results.append([out, *torch.autograd.grad(out, (q, k, v), dout.to(cast))])
+    for cast, function in ((torch.float64, formula), (q.dtype, formula), (q.dtype, op)):
+        leaves = [x.detach().to(cast).requires_grad_() for x in (q, k, v)]
+        views = [
+            leaf.as_strided(x.shape, x.stride()) if 0 in x.stride() else leaf for leaf, x in zip(leaves, (q, k, v))
+        ]
+        out = function(*views, scale)
+        results.append([out, *torch.autograd.grad(out, leaves, dout.to(cast))])
     for name, truth, plain, ours in zip(("out", "dq", "dk", "dv"), *results):
         assert_exact(ours, truth, plain, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_op_errs_no_more_than_torch(dtype, size):
+    check_exact(*packed(*size, dtype), torch.randn(size).to(dtype), size[3] ** -0.5)
+
+
+@given(
+    batch=st.integers(0, 3), lengths=st.tuples(st.integers(1, 130), st.integers(1, 130)), heads=st.integers(1, 3),
+    width=st.integers(1, 70), dtype=st.sampled_from(DTYPES), scale=st.sampled_from([0.1, 1.0, 0.0, -0.5]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_shape(batch, lengths, heads, width, dtype, scale):
+    torch.manual_seed(0)
+    q, dout = (torch.randn(batch, lengths[0], heads, width).to(dtype) for _ in range(2))
+    k, v = (torch.randn(batch, lengths[1], heads, width).to(dtype) for _ in range(2))
+    with dispatch.reference():
+        expected = _attention_fwd(q, k, v, scale)
+        gradients = _attention_bwd(dout, q, k, v, *expected, scale)
+    found = _attention_fwd(q, k, v, scale)
+    tolerance = dict(rtol=2e-5, atol=2e-5) if dtype == torch.float32 else {}
+    for ours, theirs in zip(
+        (*found, *_attention_bwd(dout, q, k, v, *expected, scale)), (*expected, *gradients), strict=True
+    ):
+        assert ours.dtype == theirs.dtype and ours.is_contiguous()
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        lambda x: torch.stack([x, x], -1)[..., 0],
+        lambda x: x[:, :, :1].expand(x.shape),
+        lambda x: x[:1].expand(x.shape),
+    ],
+    ids=["heads before tokens", "width first", "every other value", "one head expanded", "one sample expanded"],
+)
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_any_strides(view, dtype):
+    q, k, v = (view(x) for x in packed(2, 20, 3, 32, dtype))
+    dout = view(torch.randn(2, 20, 3, 32).to(dtype))
+    dense = [x.clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
+    ours, same = _attention_fwd(q, k, v, 0.2), _attention_fwd(*dense, 0.2)
+    ours, same = (
+        (*found, *_attention_bwd(upstream, *inputs, *same, 0.2))
+        for found, upstream, inputs in ((ours, dout, (q, k, v)), (same, dout.contiguous(), dense))
+    )
+    for strided, contiguous in zip(ours, same):
+        assert_same(strided, contiguous)
+
+
+def test_offsets_beyond_32_bits():
+    """Heads 2³⁰ values apart, in memory that is mapped and never touched between them."""
+    distance = 2**30 + 8
+    far = sparse((1, 5, 3, 8), (0, 8, distance, 1))
+    near = torch.randn(1, 5, 3, 8)
+    far.copy_(near)
+    for x, y in zip(_attention_fwd(far, far, far, 0.3), _attention_fwd(near, near, near, 0.3)):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_same_bits_on_one_thread_and_on_two(dtype):
+    q, k, v = packed(3, 70, 5, 32, dtype)
+    results = []
+    for threads in (1, 2):
+        with torch_threads(threads):
+            out = _attention_fwd(q, k, v, 0.2)
+            results.append((*out, *_attention_bwd(v, q, k, v, *out, 0.2)))
+    for one, two in zip(*results):
+        assert_same(two, one)
+
+
+def test_a_nan_stays_with_its_query():
+    q, k, v = packed(1, 20, 1, 8, torch.float32)
+    q = q.clone()
+    q[0, 3] = float("nan")
+    out = op(q, k, v, 1.0)
+    assert out[0, 3].isnan().all() and out[0, [i for i in range(20) if i != 3]].isfinite().all()
 
 
 def test_large_scores_stay_finite():
     q, k, v = (1000 * x for x in packed(1, 20, 1, 8, torch.float32))
     assert op(q, k, v, 1.0).isfinite().all()
+
+
+def test_long_sequences_go_to_torch():
+    q, k, v = packed(1, 513, 1, 4, torch.float32)
+    theirs = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    assert torch.equal(attention(q, k, v), theirs.transpose(1, 2))
 
 
 def test_gradients():
@@ -71,8 +164,10 @@ def test_autocast_converts_like_torch():
     with torch.autocast("cpu", torch.bfloat16):
         ours = attention(q, k, v)
         theirs = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, theirs.transpose(1, 2))
+    truth = formula(*(x.bfloat16().double() for x in (q, k, v)), 8**-0.5)
+    assert_exact(ours, truth, theirs.transpose(1, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(q.double(), k.double(), v.double()).dtype == torch.float64
 
 
 def test_contract():
@@ -86,6 +181,7 @@ def test_contract():
 
 def test_error_sentences():
     q, k, v = packed(2, 9, 2, 8, torch.float32)
+    refused("attention: k must have at least one token, got [2, 0, 2, 8]", ValueError, attention, q, k[:, :0], v[:, :0])
     refused("attention: q must have shape [B, L, H, E], got [9, 2, 8]", ValueError, attention, q[0], k, v)
     refused(
         "attention: k must have shape [B=2, L, H=2, E=8], got [2, 9, 1, 8]", ValueError, attention, q, k[:, :, :1], v

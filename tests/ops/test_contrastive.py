@@ -1,10 +1,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastssl.ops import batch_info_nce, contrastive, info_nce, nt_xent
-from tests.close import assert_exact
-from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative
+from benchmarks.harness import peak_memory
+from fastssl.ops import batch_info_nce, contrastive, dispatch, info_nce, nt_xent
+from fastssl.ops.dispatch import wide
+from tests.close import assert_exact, assert_same
+from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, sparse, torch_threads
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FLOATS = st.sampled_from(DTYPES)
 
 
 def unit(*shape, dtype=torch.float64):
@@ -82,26 +89,135 @@ def test_gradients_with_a_learnable_temperature():
         refuses_second_derivative(function, q)  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def ops_of(q, k, queue, tau, first):
+    """Every op of the family on the same inputs, with the backward ones on log-sum-exps in the ops' own dtype."""
+    z, dloss = torch.cat([q, k]), torch.linspace(0.5, 2, len(q)).to(wide(q))
+    exact = torch.cat([z, queue])[len(z) :], z.double(), tau.double()
+    lse = torch.logsumexp(q.double() @ exact[0].double().T / exact[2], 1).to(wide(q))
+    logits = (exact[1] @ exact[1].T / exact[2]).fill_diagonal_(float("-inf"))
+    results = {
+        "info_nce": contrastive._info_nce_fwd(q, k, queue, tau, True),
+        "batch_info_nce": contrastive._batch_info_nce_fwd(q, queue, tau, first, True),
+        "dkeys": [contrastive._batch_info_nce_dkeys(q, queue, tau, first, lse, dloss)],
+        "nt_xent": contrastive._nt_xent_fwd(z, tau),
+        "dz": [contrastive._nt_xent_bwd(z, tau, logits.logsumexp(1).to(wide(q)), dloss.repeat(2))],
+    }
+    return {f"{name}, result {i}": tensor for name, tensors in results.items() for i, tensor in enumerate(tensors)}
+
+
+def check_exact(q, k, queue, tau, first):
+    ours = ops_of(q, k, queue, tau, first)
+    with dispatch.reference():
+        plain = ops_of(q, k, queue, tau, first)
+        truth = ops_of(q.double(), k.double(), queue.double(), tau.double(), first)
+    for name, result in ours.items():
+        if result.dtype == torch.int64:
+            assert torch.equal(result, plain[name]), name
+        else:
+            assert_exact(result, truth[name], plain[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("tau", [0.07, 0.2])
-def test_errs_no_more_than_torch_that_sums_in_float32(dtype, tau):
-    q, k, queue = unit(32, 128, dtype=dtype), unit(32, 128, dtype=dtype), unit(1000, 128, dtype=dtype)
-    runs = {}
-    for kind, cast, functions in (
-        ("truth", torch.float64, (info_nce_formula, batch_formula, nt_xent_formula)),
-        ("plain", torch.float32, (info_nce_formula, batch_formula, nt_xent_formula)),
-        ("ours", dtype, (info_nce, batch_info_nce, nt_xent)),
+@pytest.mark.parametrize("size", [(13, 63, 5), (32, 1000, 128), (197, 197, 64), (300, 1111, 100)], ids=str)
+def test_errs_no_more_than_torch_that_sums_in_float32(dtype, tau, size):
+    """The body computes in float32 whatever the inputs, so it is torch at its best."""
+    batch, length, width = size
+    q, k, queue = unit(batch, width, dtype=dtype), unit(batch, width, dtype=dtype), unit(length, width, dtype=dtype)
+    check_exact(q, k, queue, torch.tensor(tau), (length - batch) // 2)
+
+
+@given(
+    batch=st.integers(1, 140), extra=st.integers(0, 300), width=st.integers(1, 70), dtypes=st.tuples(*[FLOATS] * 3),
+    tau=st.sampled_from([0.05, 0.2, 2.0, -0.3]), length=st.sampled_from([1, 1, 20]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_shape(batch, extra, width, dtypes, tau, length):
+    """Also of long vectors, of negative temperature, and of mixed dtypes."""
+    torch.manual_seed(0)
+    count = batch + extra
+    q, k, queue = (length * unit(n, width).to(dtype) for n, dtype in zip((batch, batch, count), dtypes))
+    tau = torch.tensor(tau, dtype=torch.float64)
+    args = q, k, queue, tau, extra // 2
+    if dtypes[0] != dtypes[1]:
+        k = k.to(q.dtype)  # torch.cat of z1 and z2 has promoted them by then
+    with dispatch.reference():
+        expected = ops_of(q, k, *args[2:])
+    largest_logit = max(1, length) ** 2 / abs(tau.item())
+    for name, ours in ops_of(q, k, *args[2:]).items():
+        wanted = expected[name]
+        assert ours.dtype == wanted.dtype and ours.is_contiguous(), name
+        unit_roundoff = 2.0**-52 if wide(q) == torch.float64 else 2.0**-23
+        scale = max(largest_logit, wanted.abs().max().item())  # of a gradient's terms, before they cancel
+        error = (ours.double() - wanted.double()).abs().max().item()
+        assert error <= 30 * unit_roundoff * (1 + largest_logit) * scale, f"{name}: error {error}"
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], 1)[:, : x.shape[1]], lambda x: x[:1].expand_as(x),
+     lambda x: x[:, :1].expand_as(x), lambda x: x.repeat_interleave(2, 0)[::2]],
+    ids=["columns first", "wider rows", "one row expanded", "one column expanded", "every other row"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_any_strides(view, dtype):
+    q, k, queue = (view(unit(n, 24, dtype=dtype)) for n in (20, 20, 150))
+    tau = torch.tensor(0.2)
+    for ours, same in zip(
+        ops_of(q, k, queue, tau, 3).values(), ops_of(q.clone(), k.clone(), queue.clone(), tau, 3).values()
     ):
-        x, y = q.to(cast).requires_grad_(), k.to(cast).requires_grad_()
-        losses = (
-            functions[0](x, y.detach(), queue.to(cast), tau)[0],
-            functions[1](x, y, tau)[0],
-            functions[2](x, y, tau),
-        )
-        grads = [torch.autograd.grad(loss.sum(), x, retain_graph=True)[0] for loss in losses]
-        runs[kind] = [*losses, *[g.to(dtype) if kind == "plain" else g for g in grads]]
-    for i, result in enumerate(runs["ours"]):
-        assert_exact(result, runs["truth"][i], runs["plain"][i], f"{'loss' if i < 3 else 'dq'} of op {i % 3}")
+        assert_same(ours, same)
+
+
+def test_offsets_beyond_32_bits():
+    queue = sparse((5, 8), (2**29 + 8, 1))
+    near = unit(5, 8, dtype=torch.float32)
+    queue.copy_(near)
+    q, k, tau = near[:3] + 0.1, near[:3], torch.tensor(0.2)
+    for far, same in zip(ops_of(q, k, queue, tau, 1).values(), ops_of(q, k, near, tau, 1).values()):
+        assert_same(far, same)
+
+
+@pytest.mark.parametrize("size", [(3, 5000, 32), (70, 900, 33), (600, 700, 16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_same_bits_on_one_thread_and_on_two(size, dtype):
+    batch, length, width = size
+    q, k, queue = (unit(n, width, dtype=dtype) for n in (batch, batch, length))
+    results = []
+    for threads in (1, 2):
+        with torch_threads(threads):
+            results.append(ops_of(q, k, queue, torch.tensor(0.1), 5))
+    for name, one in results[0].items():
+        assert_same(results[1][name], one, name)
+
+
+def test_a_key_equal_to_the_positive_is_not_above_it():
+    q, k = unit(50, 33, dtype=torch.float32), unit(50, 33, dtype=torch.float32)
+    assert torch.equal(info_nce(q, k, k[7:8].repeat(300, 1), 0.1).rank[7], torch.tensor(0))
+    ranks = info_nce(q, k, k.repeat_interleave(3, 0), 0.1).rank
+    scores = q.double() @ k.double().T
+    assert torch.equal(ranks, 3 * (scores > scores.diagonal()[:, None]).sum(1))
+
+
+def test_a_nan_stays_with_its_query_and_one_in_the_queue_reaches_all():
+    q, k, queue = (unit(n, 8, dtype=torch.float32) for n in (20, 20, 200))
+    q[3, 2] = float("nan")
+    loss, _, dq = contrastive._info_nce_fwd(q, k, queue, torch.tensor(0.1), True)
+    others = [i for i in range(20) if i != 3]
+    assert loss[3].isnan() and dq[3].isnan().all() and loss[others].isfinite().all() and dq[others].isfinite().all()
+    queue[150, 1] = float("nan")
+    assert info_nce(unit(20, 8).float(), k, queue, 0.1).loss.isnan().all()
+    assert nt_xent(q, k, 0.1).isnan().all()
+
+
+def test_extra_memory_does_not_grow_with_the_queue():
+    """MoCo's sizes: no logits, no copy of the queue."""
+    q, key, tau = unit(256, 128, dtype=torch.float32), unit(1, 128, dtype=torch.float32), torch.tensor(0.2)
+
+    def peak(length):
+        return peak_memory(lambda: contrastive._info_nce_fwd(q, q, key.expand(length, 128), tau, True))
+
+    assert peak(65536) == peak(262144) < 4e6
 
 
 def test_queue_may_have_another_dtype():

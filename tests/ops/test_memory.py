@@ -1,14 +1,9 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from fastssl import _C
 from fastssl.ops import dispatch, ema_update_, enqueue_, memory
 from tests.close import assert_exact, assert_same
-from tests.ops.contract import opcheck, refused
+from tests.ops.contract import opcheck, refused, torch_threads
 
 SIZES = [(), (1,), (13,), (63, 7), (1000, 33), (0, 4), (40, 1000)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -78,10 +73,8 @@ def test_ema_is_the_same_on_one_thread_and_on_two():
     for threads in (1, 2):
         torch.manual_seed(0)
         targets, sources = map(list, zip(*(pair(size, torch.bfloat16) for size in SIZES)))
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        ema_update_(targets, sources, 0.99)
-        torch.set_num_threads(before)
+        with torch_threads(threads):
+            ema_update_(targets, sources, 0.99)
         results.append(targets)
     for one, two in zip(*results):
         assert_same(two, one)
@@ -173,18 +166,3 @@ def test_error_sentences():
         "enqueue_: the rows of queue [K, D] must be contiguous, got strides [1, 6]",
         ValueError, enqueue_, torch.zeros(2, 6).T, ptr, torch.zeros(3, 2),
     )  # fmt: skip
-
-
-@pytest.mark.skipif(bool(os.environ.get("ATEN_CPU_CAPABILITY")), reason="already inside a forced level")
-@pytest.mark.parametrize("level", dispatch.LEVELS)
-def test_every_level_that_this_processor_has(level):
-    """Runs this file again with torch's own switch, which our kernels follow."""
-    if level not in dispatch.LEVELS[: dispatch.LEVELS.index(_C.processor_level()) + 1]:
-        pytest.skip(f"this processor has no {level}")
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": {"baseline": "default"}.get(level, level)}
-    script = f"from fastssl.ops import dispatch; assert dispatch.native_level() == {level!r}, dispatch.native_level()"
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
-    if level != dispatch.native_level():
-        command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "ema or queue or shadows or enqueue"]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-3000:]
