@@ -30,6 +30,8 @@ from .machine import BUSY, DEVICE, OtherPrograms, implementation, limit, wait
 ROUND_S = 0.005  # a contestant is called so often in a round that its turn takes at least this long
 BUDGET_S = 3.0  # of all rounds of a case together, but for the least number of rounds
 ROUNDS = (7, 100)  # least and most
+LONG_S = 4.0  # a round that takes longer than this is repeated only SHORTEST times
+SHORTEST = 3
 ATTEMPTS = 2  # to find the machine quiet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as the sizes call them
@@ -64,6 +66,8 @@ class Case:
     bytes_moved: int = 0
     operations: int = 0
     dtype: torch.dtype = torch.float32
+    # The curves of benchmarks/plots.py to which the row belongs: {what the horizontal axis shows: the row's place on it}
+    points: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def compare(benchmark, case: Case) -> None:
@@ -125,7 +129,7 @@ def time_in_turn(contestants: dict[str, Callable[[], Any]]) -> dict[str, list[fl
         seconds = seconds if seconds > ROUND_S else _time_calls(run, 10)
         calls[name] = max(1, math.ceil(ROUND_S / seconds))
         round_s += calls[name] * seconds
-    rounds = min(max(int(BUDGET_S / round_s), ROUNDS[0]), ROUNDS[1])
+    rounds = SHORTEST if round_s > LONG_S else min(max(int(BUDGET_S / round_s), ROUNDS[0]), ROUNDS[1])
 
     names = list(contestants)
     times = {name: [] for name in names}
@@ -176,6 +180,11 @@ def forward_backward(forward: Callable[[], Tensor], *inputs: Tensor, upstream: T
         return result.detach(), *torch.autograd.grad(result, inputs, upstream)
 
     return run
+
+
+def compiled(forward: Callable[[], Tensor], *inputs: Tensor, upstream: Tensor | None = None) -> Callable:
+    """The same with `forward` given to torch.compile."""
+    return forward_backward(torch.compile(forward, dynamic=False), *inputs, upstream=upstream)
 
 
 class Clock:
@@ -244,6 +253,8 @@ def _row(case: Case, times: dict[str, list[float]], memory: dict[str, int]) -> d
         },
         "memory_mb": {name: _short(value / 1e6) for name, value in memory.items()},
     }
+    if case.points:
+        row["points"] = case.points
     if case.bytes_moved or case.operations:
         milliseconds, reason = limit(case.bytes_moved, case.operations, case.dtype)
         row |= {"limit_ms": _short(milliseconds), "limit": reason}

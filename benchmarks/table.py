@@ -13,6 +13,8 @@ import json
 import sys
 from pathlib import Path
 
+from .plots import draw
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
@@ -96,6 +98,9 @@ def main(arguments: list[str] | None = None, results: Path = RESULTS, pages: tup
     except Problem as problem:
         print(f"benchmarks.table: {problem}", file=sys.stderr)
         return 1
+    if not options.check:
+        for picture in draw(results, pages[-1].parent):
+            print(f"wrote {picture}")
     stale = [page for page, text in new.items() if page.read_text() != text]
     for page in stale:
         if options.check:

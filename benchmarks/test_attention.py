@@ -27,8 +27,19 @@ def fused(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch, length, heads, width", [(32, 50, 12, 64), (4, 197, 16, 32), (2, 50, 3, 64)])
+SIZES = [
+    (64, 50, 12, 64, "fp32"),
+    (64, 197, 16, 32, "fp32"),
+    (16, 50, 12, 64, "bf16"),
+    (8, 197, 16, 32, "bf16"),
+    (1, 50, 3, 64, "fp32"),
+    (2, 16, 3, 64, "fp32"),
+    (2, 16, 3, 64, "bf16"),
+    *((3200 // length, length, 12, 64, "fp32") for length in (16, 128, 256, 512)),
+]
+
+
+@pytest.mark.parametrize("batch, length, heads, width, dtype", SIZES)
 def test_attention(benchmark, batch, length, heads, width, dtype):
     qkv = torch.randn(batch, length, 3, heads, width, device=DEVICE).to(DTYPES[dtype]).requires_grad_()
     upstream = torch.randn(batch, length, heads, width, device=DEVICE).to(DTYPES[dtype])
@@ -45,5 +56,6 @@ def test_attention(benchmark, batch, length, heads, width, dtype):
         expected=forward_backward(lambda: official(wide), wide, upstream=wide_upstream),
         operations=12 * batch * heads * length**2 * width,  # two products forward, four backward
         dtype=DTYPES[dtype],
+        points={"tokens L": length} if batch * length in range(3000, 3201) and dtype == "fp32" else {},
     )
     compare(benchmark, case)

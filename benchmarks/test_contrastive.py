@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastssl.ops import batch_info_nce, info_nce, nt_xent
 
-from .harness import DTYPES, Case, compare, forward_backward
+from .harness import DTYPES, Case, compare, compiled, forward_backward
 from .machine import DEVICE
 
 TAU = 0.2
@@ -53,8 +53,15 @@ def attention_and_lse(q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     [
         (256, 65536, "fp32"),
         (256, 65536, "bf16"),
+        (256, 1024, "fp32"),
         (256, 4096, "fp32"),
+        (256, 16384, "fp32"),
+        (256, 262144, "fp32"),
+        (256, 1048576, "fp32"),
+        (128, 65536, "fp32"),
         (32, 65536, "fp32"),
+        (8, 65536, "fp32"),
+        (8, 1024, "fp32"),
     ],
 )
 def test_info_nce(benchmark, batch, length, dtype, width=128):
@@ -83,8 +90,13 @@ def test_info_nce(benchmark, batch, length, dtype, width=128):
         "official": forward_backward(official, raw_32),
         "SDPA with lse": fused_attention,
     }
-    if dtype == "fp32" and (loss := lightly_loss(queue)):
+    if dtype == "fp32" and length <= 65536 and (loss := lightly_loss(queue)):
         contestants["lightly"] = forward_backward(lambda: loss(raw, key), raw)
+    if (batch, length, dtype) == (256, 65536, "fp32"):
+        contestants["torch.compile"] = compiled(official, raw_32)
+    points = {"queue length K": length} if batch == 256 and dtype == "fp32" else {}
+    if length == 65536 and dtype == "fp32":
+        points["batch B"] = batch
     case = Case(
         op="info_nce",
         size=f"B={batch}, D={width}, K={length:,}, {dtype}{' (official: fp32)' if dtype == 'bf16' else ''}"
@@ -93,11 +105,12 @@ def test_info_nce(benchmark, batch, length, dtype, width=128):
         contestants=contestants,
         operations=4 * batch * length * width,  # logits and the gradient of q
         dtype=DTYPES[dtype],
+        points=points,
     )
     compare(benchmark, case)
 
 
-@pytest.mark.parametrize("batch, keys_gradient", [(2048, False), (2048, True), (256, True)])
+@pytest.mark.parametrize("batch, keys_gradient", [(4096, False), (4096, True), (256, False), (8, True)])
 def test_batch_info_nce(benchmark, batch, keys_gradient, width=256):
     raw_q = projections(batch, width).requires_grad_()
     raw_keys = (raw_q.detach() + 2 * projections(batch, width)).requires_grad_(keys_gradient)
@@ -128,7 +141,7 @@ def test_batch_info_nce(benchmark, batch, keys_gradient, width=256):
     compare(benchmark, case)
 
 
-@pytest.mark.parametrize("batch", [1024, 128])
+@pytest.mark.parametrize("batch", [2048, 4096, 128, 8])
 def test_nt_xent(benchmark, batch, width=256):
     raw1 = projections(batch, width).requires_grad_()
     raw2 = (raw1.detach() + 2 * projections(batch, width)).requires_grad_()

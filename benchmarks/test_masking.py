@@ -11,12 +11,13 @@ from fastssl.ops import keep_tokens, random_masking, restore_tokens
 from .harness import Case, compare, forward_backward
 from .machine import DEVICE
 
-LENGTH, KEEP = 196, 49  # 224² pixels in patches of 16²; a quarter is kept
+MAE = (196, 49)  # tokens and kept tokens: 224² pixels in patches of 16², a quarter is kept
+TINY = (16, 4)
 
 
-def distinct_noise(batch: int) -> torch.Tensor:
+def distinct_noise(batch: int, length: int) -> torch.Tensor:
     """Noise without ties: their order is the one thing that torch's argsort leaves open."""
-    return torch.rand(batch, LENGTH, device=DEVICE).argsort(1).float() / LENGTH
+    return torch.rand(batch, length, device=DEVICE).argsort(1).float() / length
 
 
 def rows_as_index(ids: torch.Tensor, width: int) -> torch.Tensor:
@@ -24,49 +25,92 @@ def rows_as_index(ids: torch.Tensor, width: int) -> torch.Tensor:
     return ids.unsqueeze(-1).repeat(1, 1, width)
 
 
-@pytest.mark.parametrize("batch", [256, 16])
-def test_random_masking(benchmark, batch):
-    noise = distinct_noise(batch)
+@pytest.mark.parametrize("batch, tokens", [(256, MAE), (2, TINY)])
+def test_random_masking(benchmark, batch, tokens):
+    length, keep = tokens
+    noise = distinct_noise(batch, length)
 
     def official():
         ids = noise.argsort(1)
         ids_restore = ids.argsort(1)
-        mask = torch.ones(batch, LENGTH, device=DEVICE)
-        mask[:, :KEEP] = 0
-        return ids[:, :KEEP], ids[:, KEEP:], ids_restore, mask.gather(1, ids_restore)
+        mask = torch.ones(batch, length, device=DEVICE)
+        mask[:, :keep] = 0
+        return ids[:, :keep], ids[:, keep:], ids_restore, mask.gather(1, ids_restore)
 
     def one_sort():
         ids = noise.argsort(1)
-        places = torch.arange(LENGTH, device=DEVICE).expand(batch, LENGTH)
+        places = torch.arange(length, device=DEVICE).expand(batch, length)
         ids_restore = torch.empty_like(ids).scatter_(1, ids, places)
-        return ids[:, :KEEP], ids[:, KEEP:], ids_restore, (ids_restore >= KEEP).float()
+        return ids[:, :keep], ids[:, keep:], ids_restore, (ids_restore >= keep).float()
 
     case = Case(
         op="random_masking",
-        size=f"B={batch}, L={LENGTH}, keep {KEEP}",
+        size=f"B={batch}, L={length}, keep {keep}",
         kernel="random_masking",
-        contestants={"ours": lambda: random_masking(noise, KEEP), "official": official, "argsort, scatter_": one_sort},
+        contestants={"ours": lambda: random_masking(noise, keep), "official": official, "argsort, scatter_": one_sort},
     )
     compare(benchmark, case)
 
 
-@pytest.mark.parametrize("batch, width, gradient", [(64, 768, False), (64, 768, True), (4, 192, True)])
-def test_keep_tokens(benchmark, batch, width, gradient):
-    x = torch.randn(batch, LENGTH, width, device=DEVICE, requires_grad=gradient)
-    pos = torch.randn(1, LENGTH, width, device=DEVICE)
-    ids = random_masking(torch.rand(batch, LENGTH, device=DEVICE), KEEP).ids_keep
+@pytest.mark.parametrize("batch", [256, 1])
+def test_random_masking_with_gather(benchmark, batch, width=768):
+    """The reference's function of that name: it masks and takes the kept tokens out."""
+    length, keep = MAE
+    x, noise = torch.randn(batch, length, width, device=DEVICE), distinct_noise(batch, length)
+
+    def ours():
+        masking = random_masking(noise, keep)
+        return keep_tokens(x, masking.ids_keep), masking.mask, masking.ids_restore
+
+    def way(rows):
+        ids = noise.argsort(1)
+        ids_restore = ids.argsort(1)
+        mask = torch.ones(batch, length, device=DEVICE)
+        mask[:, :keep] = 0
+        return rows(ids[:, :keep]), mask.gather(1, ids_restore), ids_restore
+
+    case = Case(
+        op="random_masking, keep_tokens",
+        size=f"B={batch}, {length} → {keep} tokens, D={width}, fp32, forward",
+        kernel="keep_tokens_fwd",
+        contestants={
+            "ours": ours,
+            "official": lambda: way(lambda ids: x.gather(1, rows_as_index(ids, width))),
+            "gather, expand": lambda: way(lambda ids: x.gather(1, ids.unsqueeze(-1).expand(-1, -1, width))),
+        },
+        bytes_moved=0 if batch < 64 else 2 * batch * keep * width * 4,
+    )
+    compare(benchmark, case)
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, width, gradient",
+    [(256, MAE, 768, False), (256, MAE, 768, True), (64, MAE, 768, True), (1, MAE, 768, True), (2, TINY, 64, False),
+     (2, TINY, 64, True)],
+)  # fmt: skip
+def test_keep_tokens(benchmark, batch, tokens, width, gradient):
+    length, keep = tokens
+    x = torch.randn(batch, length, width, device=DEVICE, requires_grad=gradient)
+    pos = torch.randn(1, length, width, device=DEVICE)
+    ids = random_masking(torch.rand(batch, length, device=DEVICE), keep).ids_keep
     samples = torch.arange(batch, device=DEVICE).unsqueeze(1)
+
+    def official():
+        return (x + pos).gather(1, rows_as_index(ids, width))
+
     forwards = {
         "ours": lambda: keep_tokens(x, ids, pos),
-        "official": lambda: (x + pos).gather(1, rows_as_index(ids, width)),
+        "official": official,
         "gather, expand": lambda: (x + pos).gather(1, ids.unsqueeze(-1).expand(-1, -1, width)),
         "indexing": lambda: x[samples, ids] + pos[0][ids],
     }
-    upstream = torch.randn(batch, KEEP, width, device=DEVICE)
+    if batch == 64:
+        forwards["torch.compile"] = torch.compile(official, dynamic=False)
+    upstream = torch.randn(batch, keep, width, device=DEVICE)
     kept, whole = upstream.nbytes, x.nbytes
     case = Case(
         op="keep_tokens",
-        size=f"B={batch}, {LENGTH} → {KEEP} tokens, D={width}, fp32" + _direction(gradient),
+        size=f"B={batch}, {length} → {keep} tokens, D={width}, fp32" + _direction(gradient),
         kernel="keep_tokens_fwd",
         contestants=_contestants(forwards, gradient, x, upstream=upstream),
         bytes_moved=0 if batch < 64 else 2 * kept + gradient * (kept + whole),
@@ -74,26 +118,31 @@ def test_keep_tokens(benchmark, batch, width, gradient):
     compare(benchmark, case)
 
 
-@pytest.mark.parametrize("batch, width, gradient", [(64, 512, False), (64, 512, True), (4, 192, True)])
-def test_restore_tokens(benchmark, batch, width, gradient):
-    x = torch.randn(batch, 1 + KEEP, width, device=DEVICE, requires_grad=gradient)
+@pytest.mark.parametrize(
+    "batch, tokens, width, gradient",
+    [(256, MAE, 512, False), (256, MAE, 512, True), (64, MAE, 512, True), (1, MAE, 512, True), (2, TINY, 64, False),
+     (2, TINY, 64, True)],
+)  # fmt: skip
+def test_restore_tokens(benchmark, batch, tokens, width, gradient):
+    length, keep = tokens
+    x = torch.randn(batch, 1 + keep, width, device=DEVICE, requires_grad=gradient)
     mask_token = torch.randn(1, 1, width, device=DEVICE, requires_grad=gradient)
-    pos = torch.randn(1, 1 + LENGTH, width, device=DEVICE)
-    ids = random_masking(torch.rand(batch, LENGTH, device=DEVICE), KEEP).ids_restore
+    pos = torch.randn(1, 1 + length, width, device=DEVICE)
+    ids = random_masking(torch.rand(batch, length, device=DEVICE), keep).ids_restore
 
     def official():
-        tokens = torch.cat([x[:, 1:], mask_token.repeat(batch, LENGTH - KEEP, 1)], dim=1)
+        tokens = torch.cat([x[:, 1:], mask_token.repeat(batch, length - keep, 1)], dim=1)
         return torch.cat([x[:, :1], tokens.gather(1, rows_as_index(ids, width))], dim=1) + pos
 
     def expanded():
-        tokens = torch.cat([x[:, 1:], mask_token.expand(batch, LENGTH - KEEP, width)], dim=1)
+        tokens = torch.cat([x[:, 1:], mask_token.expand(batch, length - keep, width)], dim=1)
         tokens = tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, width))
         return torch.cat([x[:, :1], tokens], dim=1) + pos
 
     def chosen():
         ranks = ids.unsqueeze(-1)
-        tokens = x[:, 1:].gather(1, ranks.clamp(max=KEEP - 1).expand(-1, -1, width))
-        return torch.cat([x[:, :1], torch.where(ranks < KEEP, tokens, mask_token)], dim=1) + pos
+        tokens = x[:, 1:].gather(1, ranks.clamp(max=keep - 1).expand(-1, -1, width))
+        return torch.cat([x[:, :1], torch.where(ranks < keep, tokens, mask_token)], dim=1) + pos
 
     forwards = {
         "ours": lambda: restore_tokens(x, mask_token, ids, pos),
@@ -101,10 +150,12 @@ def test_restore_tokens(benchmark, batch, width, gradient):
         "gather, expand": expanded,
         "gather, where": chosen,
     }
-    upstream = torch.randn(batch, 1 + LENGTH, width, device=DEVICE)
+    if batch == 64:
+        forwards["torch.compile"] = torch.compile(official, dynamic=False)
+    upstream = torch.randn(batch, 1 + length, width, device=DEVICE)
     case = Case(
         op="restore_tokens",
-        size=f"B={batch}, {1 + KEEP} → {1 + LENGTH} tokens, D={width}, fp32" + _direction(gradient),
+        size=f"B={batch}, {1 + keep} → {1 + length} tokens, D={width}, fp32" + _direction(gradient),
         kernel="restore_tokens_fwd",
         contestants=_contestants(forwards, gradient, x, mask_token, upstream=upstream),
         bytes_moved=0 if batch < 64 else (1 + gradient) * (x.nbytes + upstream.nbytes),

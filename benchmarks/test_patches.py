@@ -6,12 +6,12 @@ import torch.nn.functional as F
 
 from fastssl.ops import keep_patches, masked_patch_mse, patchify, random_masking
 
-from .harness import Case, compare, forward_backward
+from .harness import Case, compare, compiled, forward_backward
 from .machine import DEVICE
 
 SIDE, PATCH, LENGTH, KEEP = 224, 16, 196, 49
 VALUES = PATCH * PATCH * 3
-BATCHES = [64, 4]
+BATCHES = [256, 64, 1]
 
 
 def cut(images: torch.Tensor) -> torch.Tensor:
@@ -100,8 +100,9 @@ def test_masked_patch_mse(benchmark, batch):
             "ours": forward_backward(lambda: masked_patch_mse(pred, images, ids, PATCH, norm_pix=True), pred),
             "official": forward_backward(official, pred_all),
             "masked patches only": forward_backward(masked_only, pred),
-        },
-        adapt={"official": lambda result: (result[0], rows(result[1], ids))},
+        }
+        | ({"torch.compile": compiled(official, pred_all)} if batch == 64 else {}),
+        adapt=dict.fromkeys(("official", "torch.compile"), lambda result: (result[0], rows(result[1], ids))),
         bytes_moved=0 if batch < 64 else 3 * pred.nbytes,
     )
     compare(benchmark, case)

@@ -91,8 +91,11 @@ void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, T scale, T* 
       }
       sum += piece;
     }
-    const Vec<T> share = T(1) / sum;
-    for (int64_t j = 0; j < keys; ++j) store(scores + j * group, load(scores + j * group) * share);
+    const Vec<T> share = T(1) / sum, rest = (T(1) - share * sum) * share;  // what the rounding of share leaves out
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec<T> weight = load(scores + j * group);
+      store(scores + j * group, weight * share + weight * rest);
+    }
     for (int64_t i = 0; i < kLanes<T>; ++i) lse[lane + i] = top[i] + std::log2(sum[i]);
   }
 }

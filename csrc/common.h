@@ -73,7 +73,8 @@ constexpr ScalarType kDtype = std::is_same_v<T, float>      ? ScalarType::Float
 inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 1 << 21;
-  const uintptr_t begin = (uintptr_t(data) + kPage - 1) / kPage * kPage, end = (uintptr_t(data) + bytes) / kPage * kPage;
+  const uintptr_t begin = (uintptr_t(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (uintptr_t(data) + bytes) / kPage * kPage;
   if (bytes >= 32 << 20) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

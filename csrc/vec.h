@@ -25,10 +25,10 @@ namespace fastssl {
 #endif
 constexpr int kVectorBytes = FASTSSL_VECTOR_BYTES;
 
-template <typename T>
+template <typename T, int kBytes = kVectorBytes>
 struct VecOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  typedef T type __attribute__((vector_size(kBytes)));
+  typedef T unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
 };
 template <typename T>
 using Vec = typename VecOf<T>::type;

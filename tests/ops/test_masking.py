@@ -1,11 +1,26 @@
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastssl.ops import keep_tokens, masking, random_masking, restore_tokens
-from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative
+from fastssl.ops import dispatch, keep_tokens, masking, random_masking, restore_tokens
+from tests.close import assert_exact
+from tests.ops.contract import (
+    compiles,
+    equals_body,
+    gradcheck,
+    opcheck,
+    plain,
+    refused,
+    refuses_second_derivative,
+    sparse,
+)
 
 SIZES = [(1, 1, 1), (2, 13, 4), (3, 63, 16), (2, 196, 49), (1, 1000, 999), (0, 16, 4)]  # B, L, keep
 WIDTH = 7
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def masked(batch, length, keep, dtype=torch.float64, prefix=1):
@@ -87,6 +102,146 @@ def test_mask_token_gradient_is_summed_in_float32():
     out = restore_tokens(kept, token.requires_grad_(), masks.ids_restore)
     out.backward(torch.ones_like(out))
     assert token.grad.tolist() == [float(torch.tensor(64.0 * 147).bfloat16())] * WIDTH
+
+
+def ids_of(batch, length, keep):
+    return random_masking(torch.rand(batch, length), keep)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 13, 63, 64, 65, 128, 129, 197, 256, 257, 513, 1000])
+def test_ranks_are_the_body_s(length, dtype):
+    special = torch.tensor([float("nan"), -float("nan"), 0.0, -0.0, float("inf"), -float("inf"), 1e-40, -1.0])
+    noise = torch.cat([torch.randn(3, length), special[torch.randint(8, (3, length))]]).to(dtype)
+    for layout in (noise, noise.T.contiguous().T, noise[:1].expand(3, length), noise[:, :1].expand(6, length)):
+        equals_body(masking._random_masking, layout, (length + 1) // 2)
+        equals_body(masking._random_masking, layout, length)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_are_the_body_s_in_all_mixed_dtypes(dtype):
+    masks, x, kept, token, pos = masked(2, 13, 5)
+    wide_rows = [t.repeat(*[1] * (t.ndim - 1), 5) for t in (x, kept, token, pos)]  # 35 columns: vectors and a tail
+    x, kept, token, pos = wide_rows
+    for other, third in itertools.product(DTYPES, [None, *DTYPES]):
+        home = None if third is None else pos.to(third)
+        equals_body(masking._restore_tokens_fwd, kept.to(dtype), token.to(other), masks.ids_restore, home, 1)
+        equals_body(masking._keep_tokens_fwd, x.to(dtype), masks.ids_keep, None if third is None else home[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 13, 63, 197, 1000])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_gradients_are_the_body_s(width, prefix, dtype):
+    masks = ids_of(3, 29, 7)
+    for dkept in (torch.randn(3, 7, width), torch.randn(3, width, 7).mT, torch.randn(1, 7, 1)):
+        equals_body(masking._keep_tokens_bwd, dkept.expand(3, 7, width).to(dtype), masks.ids_keep, 29)
+    for kept in (0, 7, 29):
+        dout = torch.randn(3, prefix + 29, width).to(dtype)
+        for layout in (dout, dout.mT.contiguous().mT, dout[:1].expand_as(dout)):
+            dx, dtoken = masking._restore_tokens_bwd(layout, masks.ids_restore, prefix, kept)
+            plain_dx, plain_sum = plain(masking._restore_tokens_bwd, layout, masks.ids_restore, prefix, kept)
+            assert torch.equal(dx, plain_dx)
+            holes = layout[:, prefix:].double()[masks.ids_restore >= kept]
+            assert_exact(dtoken, holes.sum(0), plain_sum, "dmask_token")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mask_token_gradient_of_a_large_batch(dtype):
+    """More samples than there are partial sums, and a sum that float32 alone would lose digits of."""
+    dout, ids = (torch.rand(700, 17, 33) + 100).to(dtype), ids_of(700, 16, 3).ids_restore
+    dtoken = masking._restore_tokens_bwd(dout, ids, 1, 3)[1]
+    plain_sum = plain(masking._restore_tokens_bwd, dout, ids, 1, 3)[1]
+    assert_exact(dtoken, dout[:, 1:].double()[ids >= 3].sum(0), plain_sum, "dmask_token")
+
+
+def test_any_strides():
+    masks, x, kept, token, pos = masked(4, 16, 5, torch.float32)
+    ids_keep, ids_restore = masks.ids_keep.T.contiguous().T, masks.ids_restore[:1].expand(4, 16)
+    transposed = x.mT.contiguous().mT, kept.mT.contiguous().mT
+    expanded = x[:1].expand(4, 16, 7), kept[..., :1].expand(4, 6, 7)
+    for x, kept in (transposed, expanded):
+        for home in (pos, pos.T.contiguous().T, pos[:, :1].expand(17, 7), None):
+            equals_body(masking._keep_tokens_fwd, x, ids_keep, None if home is None else home[1:])
+            equals_body(masking._restore_tokens_fwd, kept, token, ids_restore, home, 1)
+            equals_body(masking._restore_tokens_fwd, kept, token[:1].expand(7), ids_restore, home, 1)
+        equals_body(masking._keep_tokens_bwd, x[:, :5], ids_keep, 16)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.data())
+def test_any_shape(data):
+    batch, length, width = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (1, 70), (0, 40)))
+    keep, prefix = data.draw(st.integers(1, length)), data.draw(st.integers(0, 3))
+    dtype, with_pos = data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans())
+    noise = torch.randint(8, (batch, length)).to(dtype)
+    ids_keep, _, ids_restore, _ = equals_body(masking._random_masking, noise, keep)
+    x, pos = torch.randn(batch, length, width).to(dtype), torch.randn(prefix + length, width)
+    kept = equals_body(masking._keep_tokens_fwd, x, ids_keep, pos[prefix:] if with_pos else None)[0]
+    equals_body(masking._keep_tokens_bwd, kept, ids_keep, length)
+    kept = torch.cat([torch.randn(batch, prefix, width).to(kept), kept], 1)
+    token = torch.randn(width, dtype=dtype)
+    out = equals_body(masking._restore_tokens_fwd, kept, token, ids_restore, pos if with_pos else None, prefix)[0]
+    dx = masking._restore_tokens_bwd(out, ids_restore, prefix, keep)[0]
+    assert torch.equal(dx, plain(masking._restore_tokens_bwd, out, ids_restore, prefix, keep)[0])
+
+
+def test_offsets_beyond_31_bits():
+    """The last rows and columns lie beyond 2**31 elements."""
+    far, far_column = sparse((2, 3, 4), (2**31, 2**30, 1)), sparse((2, 3, 4), (1, 2, 2**30))
+    for x in (far, far_column):
+        x.copy_(torch.randn(2, 3, 4))
+        ids = torch.tensor([[2, 0], [1, 2]])
+        equals_body(masking._keep_tokens_fwd, x, ids, x[1])
+        equals_body(masking._keep_tokens_bwd, x[:, 1:], ids, 3)
+        equals_body(masking._restore_tokens_fwd, x, x[1, 2], torch.tensor([[2, 0, 1], [1, 2, 0]]), None, 1)
+        dx = masking._restore_tokens_bwd(x, torch.tensor([[1, 0], [0, 1]]), 1, 1)[0]
+        assert torch.equal(dx, torch.stack([x[0, [0, 2]], x[1, [0, 1]]]))
+        equals_body(masking._random_masking, x[:, 0], 2)
+
+
+def test_threads_change_no_bit():
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            masks, x, kept, token, pos = masked(300, 50, 13, torch.float32)
+            dout = torch.randn(300, 51, 200)
+            results.append([
+                *masks, keep_tokens(x, masks.ids_keep, pos[1:]), restore_tokens(kept, token, masks.ids_restore, pos),
+                masking._keep_tokens_bwd(dout[:, :13], masks.ids_keep, 50),
+                *masking._restore_tokens_bwd(dout, masks.ids_restore, 1, 13),
+            ])  # fmt: skip
+        assert all(torch.equal(one, two) for one, two in zip(*results))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("wrong", [-1, 16, 2**62, -(2**63)])
+def test_ids_outside_raise(wrong):
+    _, x, kept, token, pos = masked(2, 16, 4, torch.float32)
+    keep, restore = torch.zeros(2, 4, dtype=torch.int64), torch.arange(16).repeat(2, 1)
+    keep[1, 3] = restore[1, 15] = wrong
+    for call in (
+        lambda: masking._keep_tokens_fwd(x, keep, pos[1:]),
+        lambda: masking._keep_tokens_bwd(x[:, :4], keep, 16),
+        lambda: masking._restore_tokens_fwd(kept, token, restore, pos, 1),
+        lambda: masking._restore_tokens_bwd(pos.expand(2, 17, 7), restore, 1, 4),
+    ):
+        with pytest.raises(
+            (RuntimeError, IndexError), match=r"must be between 0 and L-1=15|out of bounds|out of range"
+        ):
+            call()
+
+
+def test_ids_named_twice_leave_nothing_unwritten():
+    x = torch.randn(2, 5, WIDTH)
+    twice = torch.tensor([[3, 3, 0, 0, 3], [1, 1, 1, 1, 1]])
+    assert masking._keep_tokens_bwd(x, twice, 5).isfinite().all()
+    if dispatch.serves("restore_tokens_bwd", "cpu"):  # the body leaves them as they are in memory
+        assert all(t.isfinite().all() for t in masking._restore_tokens_bwd(x, twice[:, :4], 1, 3))
 
 
 def test_contract():

@@ -1,12 +1,25 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastssl.ops import keep_patches, masked_patch_mse, patches, patchify, random_masking, unpatchify
+from fastssl.ops import dispatch, keep_patches, masked_patch_mse, patches, patchify, random_masking, unpatchify
 from tests.close import assert_exact
-from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative
+from tests.ops.contract import (
+    compiles,
+    equals_body,
+    gradcheck,
+    opcheck,
+    plain,
+    refused,
+    refuses_second_derivative,
+    sparse,
+)
 
 SIZES = [(1, 1, 4, 4, 4), (2, 3, 32, 32, 8), (3, 3, 14, 35, 7), (2, 4, 6, 2, 1), (0, 3, 8, 8, 4)]  # B, C, H, W, p
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
 
 
 def images_of(batch, channels, height, width, dtype=torch.float64, layout=torch.contiguous_format):
@@ -107,6 +120,137 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         inside = masked_patch_mse(pred, images, ids, 4, True)
     assert inside.dtype == torch.float32 and torch.equal(inside, masked_patch_mse(pred, images, ids, 4, True))
+
+
+def in_all_layouts(images):
+    """The same shape at the strides that occur: usual, channels-last, cut from a larger image, expanded, flipped."""
+    b, c, h, w = images.shape
+    yield images
+    yield images.contiguous(memory_format=torch.channels_last)
+    yield torch.nn.functional.pad(images.to(torch.complex128).real, (1, 2, 3, 0)).to(images.dtype)[..., 3:, 1 : w + 1]
+    yield images.mT.contiguous().mT
+    yield images[:1, :1, :, :1].expand(b, c, h, w)
+
+
+def ids_for(images, patch, count):
+    """`count` patches of each image in random order, at strides that are not the usual ones."""
+    length = (images.shape[2] // patch) * (images.shape[3] // patch)
+    return torch.rand(images.shape[0], length).argsort(1)[:, :count].T.contiguous().T
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("patch", [1, 2, 3, 5, 8, 14, 16])
+def test_moving_patches_is_the_body_s(patch, channels, dtype):
+    for images in in_all_layouts(torch.randint(0, 2**8, (2, channels, 2 * patch, 3 * patch)).to(dtype)):
+        ids = ids_for(images, patch, 4)
+        (rows,) = equals_body(patches._patchify, images, patch)
+        (kept,) = equals_body(patches._keep_patches_fwd, images, ids, patch)
+        for column in (1, 2):  # rows side by side, and rows with gaps
+            rows, kept = (torch.stack([t] * column, -1)[..., 0] for t in (rows, kept))
+            equals_body(patches._unpatchify, rows, patch, *images.shape[2:])
+            equals_body(patches._keep_patches_bwd, kept, ids, patch, *images.shape[2:])
+
+
+@pytest.mark.parametrize("pixels", [*FLOATS, *INTEGERS], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_loss_of_all_dtypes_errs_no_more_than_the_body(norm_pix, dtype, pixels):
+    for patch, channels in ((1, 1 + norm_pix), (2, 3), (5, 3), (3, 1), (8, 2), (14, 4)):
+        for images in in_all_layouts((torch.randn(2, channels, 2 * patch, 3 * patch) * 50).to(pixels)):
+            ids = ids_for(images, patch, 5)
+            pred = torch.randn(2, 5, channels * patch**2, 2).to(dtype)[..., 0]
+            loss, dpred = patches._masked_patch_mse_fwd(pred, images, ids, patch, norm_pix, True)
+            plain_loss, plain_dpred = plain(patches._masked_patch_mse_fwd, pred, images, ids, patch, norm_pix, True)
+            truth_pred = pred.double().requires_grad_()
+            truth = loss_formula(truth_pred, images.to(plain_loss.dtype).double(), ids, patch, norm_pix)
+            truth.backward()
+            assert_exact(loss, truth, plain_loss, "loss")
+            assert_exact(dpred, truth_pred.grad, plain_dpred, "dpred")
+            assert norm_pix or torch.equal(dpred, plain_dpred)
+
+
+def test_a_single_value_has_no_variance():
+    images, ids = torch.randn(2, 1, 3, 4), torch.tensor([[3], [0]])
+    if dispatch.serves("masked_patch_mse_fwd", "cpu"):  # torch warns of it, then gives NaN
+        assert masked_patch_mse(torch.zeros(2, 1, 1), images, ids, 1, True).isnan()
+
+
+def test_loss_of_no_images_is_nan_and_of_long_patches_exact():
+    no_ids, images = torch.zeros(0, 3, dtype=torch.int64), torch.rand(1, 3, 160, 160) + 1
+    loss, dpred = patches._masked_patch_mse_fwd(torch.zeros(0, 3, 12), torch.zeros(0, 3, 4, 4), no_ids, 2, True, True)
+    assert loss.isnan() and dpred.shape == (0, 3, 12)
+    pred, ids = torch.randn(1, 1, 76800), torch.zeros(1, 1, dtype=torch.int64)
+    for norm_pix in (False, True):
+        truth = loss_formula(pred.double(), images.double(), ids, 160, norm_pix)
+        (plain_loss, _) = plain(patches._masked_patch_mse_fwd, pred, images, ids, 160, norm_pix, False)
+        assert_exact(masked_patch_mse(pred, images, ids, 160, norm_pix), truth, plain_loss, "loss")
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.data())
+def test_any_shape(data):
+    batch, channels, rows, columns, patch = (data.draw(st.integers(low, 5)) for low in (0, 1, 1, 1, 1))
+    dtype, layout = data.draw(st.sampled_from([*FLOATS, *INTEGERS])), data.draw(st.integers(0, 3))
+    images = [*in_all_layouts(torch.randn(batch, channels, rows * patch, columns * patch).to(dtype))][layout]
+    ids = ids_for(images, patch, data.draw(st.integers(1, rows * columns)))
+    (whole,) = equals_body(patches._patchify, images, patch)
+    assert torch.equal(equals_body(patches._unpatchify, whole, patch, *images.shape[2:])[0], images)
+    (kept,) = equals_body(patches._keep_patches_fwd, images, ids, patch)
+    equals_body(patches._keep_patches_bwd, kept, ids, patch, *images.shape[2:])
+    pred = torch.randn(kept.shape)
+    (loss, dpred), (plain_loss, plain_dpred) = (
+        run(patches._masked_patch_mse_fwd, pred, images, ids, patch, False, True)
+        for run in (lambda op, *args: op(*args), plain)
+    )
+    assert torch.equal(dpred, plain_dpred)
+    truth = (pred.double() - kept.double()).square().mean()
+    assert_exact(loss, truth, plain_loss) if batch else plain_loss.isnan()
+
+
+def test_offsets_beyond_31_bits():
+    """Batch, channel, row or column of pixels lies beyond 2**31 elements."""
+    for strides in ((2**31, 16, 4, 1), (16, 2**30, 4, 1), (48, 16, 2**29, 1), (48, 16, 1, 2**29)):
+        images = sparse((2, 3, 4, 4), strides)
+        images.copy_(torch.randn(2, 3, 4, 4))
+        ids = torch.tensor([[3, 1], [2, 0]])
+        (rows,) = equals_body(patches._patchify, images, 2)
+        (kept,) = equals_body(patches._keep_patches_fwd, images, ids, 2)
+        far = sparse((2, 4, 12), (2**31, 2**29, 1)).copy_(rows)
+        equals_body(patches._unpatchify, far, 2, 4, 4)
+        equals_body(patches._keep_patches_bwd, far[:, :2], ids, 2, 4, 4)
+        _, dpred = patches._masked_patch_mse_fwd(far[:, 1:3], images, ids, 2, False, True)
+        assert torch.equal(dpred, (rows[:, 1:3] - kept) * (2 / 48))
+
+
+def test_threads_change_no_bit():
+    images, threads = torch.randn(32, 3, 64, 96), torch.get_num_threads()
+    ids = ids_for(images, 16, 18)
+    pred = torch.randn(32, 18, 768)
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            (rows, kept) = patchify(images, 16), keep_patches(images, ids, 16)
+            results.append([
+                rows, kept, unpatchify(rows, 16, 64, 96), patches._keep_patches_bwd(kept, ids, 16, 64, 96),
+                *patches._masked_patch_mse_fwd(pred, images, ids, 16, True, True),
+            ])  # fmt: skip
+        assert all(torch.equal(one, two) for one, two in zip(*results))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("wrong", [6, 2**62, -7, -(2**63)])
+def test_ids_outside_raise(wrong):
+    images, ids = torch.randn(2, 3, 8, 12), torch.tensor([[5, 0], [2, wrong]])
+    for call in (
+        lambda: keep_patches(images, ids, 4),
+        lambda: patches._keep_patches_bwd(torch.randn(2, 2, 48), ids, 4, 8, 12),
+        lambda: masked_patch_mse(torch.randn(2, 2, 48), images, ids, 4),
+    ):
+        with pytest.raises((RuntimeError, IndexError), match=r"must be between 0 and L-1=5|out of bounds|out of range"):
+            call()
 
 
 def test_contract():

@@ -1,0 +1,62 @@
+"""Draws docs/benchmarks-*.png from benchmarks/results: time against K, B and L, memory against K.
+
+Each picture shows the rows that carry its axis (`Case.points`), one line a contestant, logarithmic both ways. Several
+machines are several pictures.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a machine that measures has no screen
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
+
+COLOURS = {"ours": "#c2410c", "official": "#64748b"}  # the others take matplotlib's own
+TITLES = {
+    "queue length K": "info_nce, forward + backward, B=256, D=128, float32",
+    "batch B": "info_nce, forward + backward, K=65,536, D=128, float32",
+    "tokens L": "attention, forward + backward, 12 heads of 64, 3,200 tokens in all, float32",
+}
+
+
+def draw(results: Path, docs: Path) -> list[Path]:
+    """Writes the pictures of all machines; returns their paths."""
+    written = []
+    for path in sorted(results.glob("*.json")):
+        document = json.loads(path.read_text())
+        rows = [row for run in document["runs"] for row in run["rows"] if not row["busy"]]
+        for axis, title in TITLES.items():
+            points = sorted((row for row in rows if axis in row.get("points", {})), key=lambda row: row["points"][axis])
+            if len(points) < 2:
+                continue
+            panels = ["ms", "memory_mb"] if axis == "queue length K" else ["ms"]
+            figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
+            for panel, kind in zip(axes[0], panels):
+                _lines(panel, points, kind, [row["points"][axis] for row in points])
+                panel.set_xlabel(axis)
+            figure.suptitle(f"{title} · {document['machine']['name']}", fontsize=9)
+            figure.tight_layout()
+            target = docs / f"benchmarks-{axis.split()[-1]}-{path.stem}.png"
+            figure.savefig(target, dpi=110, metadata={"Software": None})  # the same bytes for the same numbers
+            plt.close(figure)
+            written.append(target)
+    return written
+
+
+def _lines(panel, points: list[dict], kind: str, places: list[int]) -> None:
+    for name in sorted({name for row in points for name in row[kind]}, key=lambda name: (name != "ours", name)):
+        x = [place for place, row in zip(places, points) if name in row[kind]]
+        values = [row[kind][name] for row in points if name in row[kind]]
+        y = [value[1] for value in values] if kind == "ms" else values
+        panel.plot(x, y, marker="o", markersize=3.5, label=name, color=COLOURS.get(name))
+    if kind == "ms" and all("limit_ms" in row for row in points):
+        panel.plot(places, [row["limit_ms"] for row in points], "k:", label="limit", linewidth=1)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.tick_params(axis="x", labelrotation=30, labelsize=8)
+    panel.set_ylabel("time, ms" if kind == "ms" else "memory beyond the inputs, MB")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7)
