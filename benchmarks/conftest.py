@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from .harness import CLOCK
-from .machine import environment, machine
+from .machine import environment, keep_memory, machine
+
+
+def pytest_sessionstart():
+    keep_memory()
 
 
 def pytest_collection_modifyitems(items):

@@ -66,7 +66,7 @@ class Case:
     bytes_moved: int = 0
     operations: int = 0
     dtype: torch.dtype = torch.float32
-    # The curves of benchmarks/plots.py to which the row belongs: {what the horizontal axis shows: the row's place on it}
+    # The curves of benchmarks/plots.py to which the row belongs: {what the horizontal axis shows: its place there}
     points: dict[str, int] = dataclasses.field(default_factory=dict)
 
 

@@ -20,10 +20,6 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace fastssl {
 
 using torch::headeronly::BFloat16;
@@ -68,17 +64,6 @@ constexpr ScalarType kDtype = std::is_same_v<T, float>      ? ScalarType::Float
                               : std::is_same_v<T, Half>     ? ScalarType::Half
                                                             : ScalarType::Long;
 
-// Memory beyond 32 MB goes back to the system at each free. Having it again in pages of 4 kB takes longer than filling
-// it: 38 MB are filled in 24 ms then, in 5 ms with pages of 2 MB. A hint only: where it is refused nothing changes.
-inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 1 << 21;
-  const uintptr_t begin = (uintptr_t(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (uintptr_t(data) + bytes) / kPage * kPage;
-  if (bytes >= 32 << 20) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // A new contiguous tensor on the CPU, uninitialised.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[8], stride = 1;
@@ -90,9 +75,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, code,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor result(handle);
-  ask_for_huge_pages(result.mutable_data_ptr(), result.numel() * aoti_torch_dtype_element_size(code));
-  return result;
+  return Tensor(handle);
 }
 
 }  // namespace fastssl

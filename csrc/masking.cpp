@@ -197,10 +197,14 @@ Tensor keep_tokens_fwd(Tensor x, Tensor ids_keep, std::optional<Tensor> pos) {
     const Rows<S> tokens(x);
     const Rows<O> rows(out), positions(pos ? *pos : out);
     torch::stable::parallel_for(0, batch * kept, grain(width), [&](int64_t begin, int64_t end) {
+      std::vector<O> scratch(goes_past_cache(out) ? width : 0);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / kept, m = i % kept, l = ids(b, m);
-        add_row(rows.at(b, m), tokens.at(b, l), tokens.column, pos ? positions.at(0, l) : nullptr, width);
+        const O* position = pos ? positions.at(0, l) : nullptr;
+        write_row(rows.at(b, m), width, scratch,
+                  [&](O* row) { add_row(row, tokens.at(b, l), tokens.column, position, width); });
       }
+      finish_past_cache();
     });
   });
   return out;
@@ -230,11 +234,13 @@ Tensor keep_tokens_bwd(Tensor dkept, Tensor ids_keep, int64_t length) {
     const Rows<T> from(dkept), to(dx);
     torch::stable::parallel_for(0, batch * length, grain(width), [&](int64_t begin, int64_t end) {
       std::vector<int64_t> place(length);
+      std::vector<T> scratch(goes_past_cache(dx) ? width : 0);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / length, l = i % length;
         if (i == begin || l == 0) invert(ids, b, kept, place);
-        copy_or_zero(to.at(b, l), from, b, place[l], width);
+        write_row(to.at(b, l), width, scratch, [&](T* row) { copy_or_zero(row, from, b, place[l], width); });
       }
+      finish_past_cache();
     });
   });
   return dx;
@@ -255,15 +261,19 @@ Tensor restore_tokens_fwd(Tensor x, Tensor mask_token, Tensor ids_restore, std::
     const Rows<O> rows(out), positions(pos ? *pos : out);
     const O* hole = static_cast<const O*>(mask_token.const_data_ptr());
     torch::stable::parallel_for(0, batch * (prefix + length), grain(width), [&](int64_t begin, int64_t end) {
+      std::vector<O> scratch(goes_past_cache(out) ? width : 0);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / (prefix + length), t = i % (prefix + length);
         const int64_t place = t < prefix ? t - prefix : ids(b, t - prefix);  // among x's tokens after the prefix
         const O* position = pos ? positions.at(0, t) : nullptr;
-        if (place < kept)
-          add_row(rows.at(b, t), tokens.at(b, prefix + place), tokens.column, position, width);
-        else
-          add_row(rows.at(b, t), hole, 1, position, width);
+        write_row(rows.at(b, t), width, scratch, [&](O* row) {
+          if (place < kept)
+            add_row(row, tokens.at(b, prefix + place), tokens.column, position, width);
+          else
+            add_row(row, hole, 1, position, width);
+        });
       }
+      finish_past_cache();
     });
   });
   return out;

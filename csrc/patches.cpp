@@ -101,15 +101,30 @@ void for_each_patch(const Grid& grid, int64_t count, const Move& move) {
   });
 }
 
+// Row m of sample b becomes patch number(b, m).
+template <typename T, typename Number>
+void cut(const Images<T>& from, const Tensor& out, int64_t count, const Number& number) {
+  const Grid& grid = from.grid;
+  const Rows<T> to(out);
+  const int64_t pixel = grid.channels;
+  torch::stable::parallel_for(0, grid.batch * count, grain(grid.values()), [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(goes_past_cache(out) ? grid.values() : 0);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / count, m = i % count;
+      write_row(to.at(b, m), grid.values(), scratch, [&](T* row) {
+        copy_patch(Patch<T>{row, grid.patch * pixel, pixel, 1}, from.at(b, number(b, m)), grid);
+      });
+    }
+    finish_past_cache();
+  });
+}
+
 Tensor patchify(Tensor images, int64_t patch) {
   const Grid grid = grid_of(images, patch);
   Tensor out = empty({grid.batch, grid.length(), grid.values()}, images.scalar_type());
   with_size_of(images, [&](auto type) {
     using T = decltype(type);
-    const Images<T> from(images, grid);
-    const Rows<T> to(out);
-    for_each_patch(grid, grid.length(),
-                   [&](int64_t b, int64_t l) { copy_patch(patch_in(to, b, l, grid), from.at(b, l), grid); });
+    cut(Images<T>(images, grid), out, grid.length(), [](int64_t, int64_t l) { return l; });
   });
   return out;
 }
@@ -134,10 +149,7 @@ Tensor keep_patches_fwd(Tensor images, Tensor ids_keep, int64_t patch) {
   Tensor out = empty({grid.batch, kept, grid.values()}, images.scalar_type());
   with_size_of(images, [&](auto type) {
     using T = decltype(type);
-    const Images<T> from(images, grid);
-    const Rows<T> to(out);
-    for_each_patch(grid, kept,
-                   [&](int64_t b, int64_t m) { copy_patch(patch_in(to, b, m, grid), from.at(b, ids(b, m)), grid); });
+    cut(Images<T>(images, grid), out, kept, [&](int64_t b, int64_t m) { return ids(b, m); });
   });
   return out;
 }
@@ -256,6 +268,7 @@ std::tuple<Tensor, Tensor> masked_patch_mse_of(const Tensor& pred, const Tensor&
     std::vector<T> moved(values);
     std::vector<W> row(values);
     std::vector<S> contiguous(predictions.column == 1 ? 0 : values);
+    std::vector<W> scratch(with_grad && goes_past_cache(dpred) ? values : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / masked, m = i % masked;
       copy_patch(Patch<T>{moved.data(), grid.patch * grid.channels, grid.channels, 1}, pixels.at(b, ids(b, m)), grid);
@@ -266,8 +279,14 @@ std::tuple<Tensor, Tensor> masked_patch_mse_of(const Tensor& pred, const Tensor&
         prediction = contiguous.data();
       }
       const W scale = norm_pix ? centre(row.data(), values) : W(1);
-      sums[i] = compare(prediction, row.data(), scale, gradient ? gradient + i * values : nullptr, dscale, values);
+      if (gradient)
+        write_row(gradient + i * values, values, scratch, [&](W* difference) {
+          sums[i] = compare(prediction, row.data(), scale, difference, dscale, values);
+        });
+      else
+        sums[i] = compare<S, W>(prediction, row.data(), scale, nullptr, dscale, values);
     }
+    finish_past_cache();
   });
   double sum = 0;
   for (const double of_patch : sums) sum += of_patch;

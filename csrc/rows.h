@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace fastssl {
 
@@ -13,6 +14,42 @@ namespace fastssl {
 // moves about this much.
 inline int64_t grain(int64_t elements_each) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_each));
+}
+
+// Results of this many bytes are written past the caches, which could not hold them: an ordinary store first reads what
+// it overwrites, a third of the traffic of a copy.
+constexpr int64_t kPastCache = 16 << 20;
+
+inline bool goes_past_cache(const Tensor& x) { return x.numel() * int64_t(x.element_size()) >= kPastCache; }
+
+// As memcpy. The last of them is to be followed by `finish_past_cache` in the same thread.
+inline void copy_past_cache([[maybe_unused]] void* to, const void* from, int64_t bytes) {
+#if defined(__SSE2__)
+  auto* target = static_cast<char*>(to);
+  const auto* source = static_cast<const char*>(from);
+  const int64_t head = std::min<int64_t>(bytes, -uintptr_t(target) % 16), whole = (bytes - head) / 16 * 16;
+  std::memcpy(target, source, head);
+  for (int64_t i = head; i < head + whole; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
+  std::memcpy(target + head + whole, source + head + whole, bytes - head - whole);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+inline void finish_past_cache() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Calls write(row) with where row `to` is to be written: itself, or a scratch row that is then moved past the caches.
+template <typename T, typename Write>
+void write_row(T* to, int64_t width, std::vector<T>& scratch, const Write& write) {
+  if (scratch.empty()) return write(to);
+  write(scratch.data());
+  copy_past_cache(to, scratch.data(), width * sizeof(T));
 }
 
 // A tensor [B, N, D] of any strides; [N, D] is one whose batch stride is 0.

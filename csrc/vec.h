@@ -4,7 +4,7 @@
 
 #include "common.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
