@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 namespace fastssl {
 namespace {
@@ -57,7 +58,33 @@ Patch<T> patch_in(const Rows<T>& rows, int64_t b, int64_t n, const Grid& grid) {
   return {rows.at(b, n), grid.patch * pixel, pixel, rows.column};
 }
 
-// One row of pixels. Compilers turn the loops over three channels into shuffles.
+// Three vectors of one channel each become vectors of whole pixels: result number `kPart` of three.
+template <int kPart, typename T, int... I>
+inline Vec<T> interleave(Vec<T> red, Vec<T> green, Vec<T> blue, std::integer_sequence<int, I...>) {
+  constexpr int n = kLanes<T>;
+  constexpr auto value = [](int i) { return kPart * n + i; };  // in the pixels' order: channel value % 3 of value / 3
+  const Vec<T> red_green =
+      __builtin_shufflevector(red, green, (value(I) % 3 == 2 ? 0 : value(I) / 3 + value(I) % 3 * n)...);
+  return __builtin_shufflevector(red_green, blue, (value(I) % 3 == 2 ? n + value(I) / 3 : I)...);
+}
+
+// The same for a row of pixels, a vector of them at a time; returns how many are done.
+template <typename T>
+int64_t interleave(T* to, const T* red, const T* green, const T* blue, int64_t pixels) {
+  int64_t q = 0;
+  if constexpr (sizeof(T) == 4 || sizeof(T) == 8) {
+    using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+    for (; q + kLanes<T> <= pixels; q += kLanes<T>) {
+      const Vec<T> r = load(red + q), g = load(green + q), b = load(blue + q);
+      store(to + 3 * q, interleave<0, T>(r, g, b, Lanes{}));
+      store(to + 3 * q + kLanes<T>, interleave<1, T>(r, g, b, Lanes{}));
+      store(to + 3 * q + 2 * kLanes<T>, interleave<2, T>(r, g, b, Lanes{}));
+    }
+  }
+  return q;
+}
+
+// One row of pixels.
 template <typename T>
 void copy_pixels(const Patch<T>& to_patch, const Patch<T>& from_patch, int64_t row, int64_t pixels, int64_t channels) {
   T* __restrict to = to_patch.data + row * to_patch.row;
@@ -69,7 +96,7 @@ void copy_pixels(const Patch<T>& to_patch, const Patch<T>& from_patch, int64_t r
     std::memcpy(static_cast<void*>(to), from, pixels * channels * sizeof(T));
   } else if (channels == 3 && is_run(to_patch) && from_patch.column == 1) {
     const T *red = from, *green = from + from_patch.channel, *blue = from + 2 * from_patch.channel;
-    for (int64_t q = 0; q < pixels; ++q) {
+    for (int64_t q = interleave(to, red, green, blue, pixels); q < pixels; ++q) {
       to[3 * q] = red[q];
       to[3 * q + 1] = green[q];
       to[3 * q + 2] = blue[q];
@@ -241,7 +268,7 @@ double compare(const S* pred, const W* row, W scale, W* dpred, W dscale, int64_t
   return sum_over<W>(n, square);
 }
 
-// One value after the other as W. Pixels are moved first and widened then: moving is the same for all dtypes.
+// One value after the other as W.
 template <typename W, typename T>
 void widen(W* to, const T* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -265,14 +292,15 @@ std::tuple<Tensor, Tensor> masked_patch_mse_of(const Tensor& pred, const Tensor&
   const Rows<S> predictions(pred);
   std::vector<double> sums(grid.batch * masked);  // of each patch, so that threads change no bit of the loss
   torch::stable::parallel_for(0, grid.batch * masked, grain(values), [&](int64_t begin, int64_t end) {
-    std::vector<T> moved(values);
     std::vector<W> row(values);
+    std::vector<T> other(std::is_same_v<T, W> ? 0 : values);  // pixels of another dtype are moved first, then widened
+    T* const moved = std::is_same_v<T, W> ? reinterpret_cast<T*>(row.data()) : other.data();
     std::vector<S> contiguous(predictions.column == 1 ? 0 : values);
     std::vector<W> scratch(with_grad && goes_past_cache(dpred) ? values : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / masked, m = i % masked;
-      copy_patch(Patch<T>{moved.data(), grid.patch * grid.channels, grid.channels, 1}, pixels.at(b, ids(b, m)), grid);
-      widen(row.data(), moved.data(), values);
+      copy_patch(Patch<T>{moved, grid.patch * grid.channels, grid.channels, 1}, pixels.at(b, ids(b, m)), grid);
+      if constexpr (!std::is_same_v<T, W>) widen(row.data(), moved, values);
       const S* prediction = predictions.at(b, m);
       if (predictions.column != 1) {
         copy_row(contiguous.data(), prediction, predictions.column, values);
