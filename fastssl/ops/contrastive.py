@@ -6,6 +6,8 @@ All three share one fact. With logits s_ij = q_i·k_j / τ the gradient of loss_
 
 attention whose values are its keys. So one pass over the keys leaves loss, rank and the query's gradient behind, and
 ∂loss/∂τ = −q·∂loss/∂q / τ comes free. The plain-torch bodies below write the logits out; a kernel does not.
+
+The C++ kernels take all four dtypes, any strides and any mixture of them, and give the same bits on any number of threads.
 """
 
 from typing import NamedTuple
@@ -45,7 +47,9 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
         ValueError: a shape or device does not fit, tau ≤ 0, or k or queue requires a gradient.
         TypeError: an argument is not floating.
 
-    Memory: the plain body makes logits [B, K] (and converts a queue of another dtype).
+    Memory: a kernel needs 3·B·D + min(24, K/192)·B·(D + 3) values, at most, for B ≤ 256, and less than B·D more a query for
+        larger B; nothing grows with K beyond that. The plain body makes logits [B, K] (and converts a queue of another
+        dtype).
 
     Source: van den Oord et al., 2018 (CPC), equation 4; He et al., 2020 (MoCo), equation 1 and algorithm 1.
     """
@@ -120,7 +124,7 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, first: int = 0)
         ValueError: a shape or device does not fit, tau ≤ 0, or a positive lies outside keys.
         TypeError: an argument is not floating.
 
-    Memory: the plain body makes logits [B, M], and makes them again for the gradient of keys.
+    Memory: a kernel needs O((B + M)·D). The plain body makes logits [B, M], and makes them again for the gradient of keys.
 
     Source: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, algorithm 1.
     """
@@ -210,7 +214,8 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
     Raises:
         ValueError: shapes or devices differ, or tau ≤ 0. TypeError: an argument is not floating.
 
-    Memory: the plain body makes logits [2B, 2B], and makes them again for the gradient.
+    Memory: a kernel needs O(B·D), three copies of z, and computes each pair's logit once. The plain body makes logits
+        [2B, 2B], and makes them again for the gradient.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, equation 1.
     """
