@@ -26,9 +26,9 @@ BUSY = 0.1  # share of the processors taken by other programs, above which a mea
 def keep_memory() -> None:
     """Tells the C library to keep what is freed, as jemalloc and tcmalloc do.
 
-    glibc returns blocks of 32 MB and more to the system at each free, unless a gap is left in its heap, and getting them
-    back, one page fault for 4 kB, can take ten times as long as filling them. Whether it happens depends on what ran
-    before, so without this the same case is now one thing, now another.
+    glibc returns blocks of 32 MB and more to the system at each free, unless its heap has a gap of that size, and to
+    get them back, one page fault for 4 kB, can take ten times as long as to fill them. Whether it happens depends on
+    what ran before, so without this the same case is now one thing, now another.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL(None)

@@ -10,6 +10,7 @@ of benchmarks/) that it measured; those of other families stay, under the enviro
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from .plots import draw
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measurements.md")
+SUMMARY, PAGE = ROOT / "README.md", ROOT / "docs" / "measurements.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+# The sizes that README shows, those of the papers' recipes; the other page shows all.
+HEADLINE = re.compile(r"B=256, (D=128, K=65,536|L=196|196|50|224)|B=M=4,096|2 × 4,096|ViT-B|B=\d+, H=1[26], L=(50|197)")
 
 FAMILIES = ("memory", "masking", "patches", "contrastive", "attention")  # order of the rows; others follow by name
 
@@ -62,14 +66,16 @@ def take_in(raw_path: Path, results: Path) -> Path:
     return path
 
 
-def render(results: Path) -> str:
-    """The tables of all machines, as Markdown."""
+def render(results: Path, summary: bool = False) -> str:
+    """The tables of all machines, as Markdown; of the headline sizes alone for a summary."""
     parts = []
     for path in sorted(results.glob("*.json")):
         document = json.loads(path.read_text())
         for run in document["runs"]:
-            parts.append(_about(document["machine"], run["environment"]))
-            parts.append(_markdown_table([_cells(row) for row in sorted(run["rows"], key=_place)]))
+            rows = [row for row in sorted(run["rows"], key=_place) if not summary or HEADLINE.search(row["size"])]
+            if rows:
+                parts.append(_about(document["machine"], run["environment"]))
+                parts.append(_markdown_table([_cells(row) for row in rows]))
     return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: `make bench` makes them."
 
 
@@ -84,7 +90,9 @@ def insert(tables: str, page: Path) -> str:
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
 
 
-def main(arguments: list[str] | None = None, results: Path = RESULTS, pages: tuple[Path, ...] = PAGES) -> int:
+def main(
+    arguments: list[str] | None = None, results: Path = RESULTS, pages: tuple[Path, Path] = (SUMMARY, PAGE)
+) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.split("\n")[0])
     either = parser.add_mutually_exclusive_group()
     either.add_argument("raw", nargs="?", type=Path, help="JSON that pytest --benchmark-json wrote: taken in first")
@@ -93,13 +101,12 @@ def main(arguments: list[str] | None = None, results: Path = RESULTS, pages: tup
     try:
         if options.raw:
             _take_in_and_tell(options.raw, results)
-        tables = render(results)
-        new = {page: insert(tables, page) for page in pages}
+        new = {page: insert(render(results, summary=page is pages[0]), page) for page in pages}
     except Problem as problem:
         print(f"benchmarks.table: {problem}", file=sys.stderr)
         return 1
     if not options.check:
-        for picture in draw(results, pages[-1].parent):
+        for picture in draw(results, pages[1].parent):
             print(f"wrote {picture}")
     stale = [page for page, text in new.items() if page.read_text() != text]
     for page in stale:

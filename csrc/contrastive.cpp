@@ -14,8 +14,8 @@
 namespace fastssl {
 namespace {
 
-constexpr int64_t kTasks = 24;          // enough pieces for many threads; shared evenly by 2, 3, 4, 6, 8, 12
-constexpr int64_t kQueryBlock = 256;    // queries of one piece: the keys are read and packed once for them
+constexpr int64_t kTasks = 16;          // pieces, where there is work for so many: 3 MB of partial sums at MoCo's sizes
+constexpr int64_t kQueryBlock = 256;    // queries of one piece, at most: the keys are read and packed once for them
 constexpr int64_t kShortest = 2 * kKeyBlock;  // keys of one piece, at least
 constexpr int64_t kLongest = 1 << 22;   // keys of one piece, at most: their rank is counted in float
 constexpr float kLowest = -1e30f;       // below every logit; finite, so that differences stay numbers
@@ -44,10 +44,12 @@ struct Cut {
   int64_t queries, keys, blocks, block, stretches, stretch;
 
   Cut(int64_t queries, int64_t keys, int64_t lanes) : queries(queries), keys(keys) {
-    blocks = std::max<int64_t>(1, (queries + kQueryBlock - 1) / kQueryBlock);
+    const int64_t most_stretches = 1 + keys / kShortest;
+    const int64_t few = kTasks / std::min(kTasks, most_stretches);  // blocks that make up for too few keys
+    blocks = std::max({int64_t(1), (queries + kQueryBlock - 1) / kQueryBlock, std::min(few, queries / (3 * lanes))});
     block = round_up(std::max<int64_t>(1, (queries + blocks - 1) / blocks), lanes);
     blocks = std::max<int64_t>(1, (queries + block - 1) / block);
-    const int64_t wanted = std::clamp<int64_t>(kTasks / blocks, 1 + keys / kLongest, 1 + keys / kShortest);
+    const int64_t wanted = std::clamp<int64_t>(kTasks / blocks, 1 + keys / kLongest, most_stretches);
     stretch = round_up(std::max<int64_t>(1, (keys + wanted - 1) / wanted), kKeyBlock);
     stretches = std::max<int64_t>(1, (keys + stretch - 1) / stretch);
   }
@@ -320,6 +322,7 @@ void tournament(int64_t groups, const Play& play) {
 
 template <typename T>
 struct Views {
+  static constexpr int64_t kLargestGroup = 4 * kGroup<T>;
   T *rows, *panels, *columns;  // [N, D], as lanes, and cut into panels of columns, [c][N][kPanel]
   int64_t count, width, padded, group, groups;
   double scale;  // log2 e / |τ|
@@ -330,11 +333,19 @@ struct Views {
   Views(const Matrix& z, double tau, T* memory)
       : rows(memory), panels(rows + z.rows * z.width), columns(panels + (z.rows + kPanel<T>) * z.width), count(z.rows),
         width(z.width), padded(panels_of<T>(z.width) * kPanel<T>),
-        group(std::clamp<int64_t>(round_up<int64_t>(z.rows / 32, kGroup<T>), kGroup<T>, 4 * kGroup<T>)),
-        groups((z.rows + group - 1) / group), scale(kLog2E / std::abs(tau)) {
-    widen(z, 0, count, rows);
-    pack_rows(rows, width, count, width, T(tau < 0 ? -1 : 1), panels);
-    pack_columns(rows, count, width, columns);
+        group(group_of(z.rows)), groups((z.rows + group - 1) / group), scale(kLog2E / std::abs(tau)) {
+    for_tasks(panels_of<T>(count), 50.0 * count * width, rows, 0, [&](int64_t p, T*) {
+      const int64_t from = p * kPanel<T>, some = std::min<int64_t>(kPanel<T>, count - from);
+      widen(z, from, some, rows + from * width);
+      pack_rows(rows + from * width, width, some, width, T(tau < 0 ? -1 : 1), panels + from * width);
+      pack_columns(rows + from * width, some, width, columns + from * kPanel<T>, count);
+    });
+  }
+  // Four groups, or eight, …: as many games a round as there may be threads, of at most 192 views each (AVX2).
+  static int64_t group_of(int64_t count) {
+    int64_t groups = 4;
+    while (count > groups * kLargestGroup) groups *= 2;
+    return std::max<int64_t>(kPanel<T>, round_up<int64_t>((count + groups - 1) / groups, kPanel<T>));
   }
   int64_t first(int64_t g) const { return g * group; }
   int64_t last(int64_t g) const { return std::min(count, (g + 1) * group); }
@@ -374,7 +385,7 @@ void negatives(const Views<T>& z, T shift, T* tiles, T* sums) {
       for (int64_t i = 0; i < queries; ++i)
         for (const int64_t other : {z.positive(query + i), query + i})
           if (key <= other && other < key + keys) tile[(other - key) * z.group + i] = T(kLowest);
-      T by_query[4 * kGroup<T>] = {};
+      T by_query[Views<T>::kLargestGroup] = {};
       const int64_t whole = queries / kLanes<T> * kLanes<T>;
       for (int64_t j = 0; j < keys; ++j) {
         const T* row = tile + j * z.group;
@@ -434,20 +445,23 @@ void nt_xent_gradient(const Views<T>& z, const T* shift, const T* shift_rest, co
   });
 }
 
+template <typename T>
+double dot(const T* a, const T* b, int64_t width) {
+  Vec<T> lanes{};
+  double rest = 0;
+  int64_t d = 0;
+  for (; d + kLanes<T> <= width; d += kLanes<T>) lanes = load(a + d) * load(b + d) + lanes;
+  for (; d < width; ++d) rest += double(a[d]) * double(b[d]);
+  return rest + double(sum<T>(lanes));
+}
+
 // The largest |logit · log2 e / τ| that vectors of this length can have.
 template <typename T>
 double largest_logit(const Views<T>& z) {
   double square = 0;
   for (int64_t i = 0; i < z.count; ++i) {
-    Vec<T> lanes{};
-    double own = 0;
-    int64_t d = 0;
-    for (const T* row = z.rows + i * z.width; d + kLanes<T> <= z.width; d += kLanes<T>) {
-      const Vec<T> x = load(row + d);
-      lanes = x * x + lanes;
-    }
-    for (; d < z.width; ++d) own += double(z.rows[i * z.width + d]) * z.rows[i * z.width + d];
-    own += sum<T>(lanes);
+    const T* row = z.rows + i * z.width;
+    const double own = dot(row, row, z.width);
     square = own <= square ? square : own;  // a NaN stays
   }
   return square * z.scale;
@@ -458,7 +472,7 @@ std::tuple<Tensor, Tensor> nt_xent_fwd(Tensor z_tensor, Tensor tau_tensor) {
     using T = decltype(type);
     const Matrix z(z_tensor);
     const double tau = value_of(tau_tensor);
-    const int64_t tile = torch::stable::get_num_threads() * kKeyBlock * 4 * kGroup<T>;
+    const int64_t tile = torch::stable::get_num_threads() * kKeyBlock * Views<T>::kLargestGroup;
     Tensor loss = empty({z.rows}, kDtype<T>), lse = empty({z.rows}, kDtype<T>);
     const Tensor workspace = empty({Views<T>::size(z.rows, z.width) + tile + z.rows}, kDtype<T>);
     T* memory = data<T>(workspace);
@@ -476,9 +490,7 @@ std::tuple<Tensor, Tensor> nt_xent_fwd(Tensor z_tensor, Tensor tau_tensor) {
     const double sign = tau < 0 ? -1 : 1;
     for (int64_t i = 0; i < z.rows; ++i) {
       const T *own = views.rows + i * z.width, *other = views.rows + views.positive(i) * z.width;
-      double dot = 0;
-      for (int64_t d = 0; d < z.width; ++d) dot += double(own[d]) * double(other[d]);
-      const double positive = sign * dot * views.scale, shift = double(T(bound));
+      const double positive = sign * dot(own, other, z.width) * views.scale, shift = double(T(bound));
       const double value = std::log1p(sums[i] * std::exp2(shift - positive));  // at most 2^120 times as large
       data<T>(loss)[i] = T(value);
       data<T>(lse)[i] = T(value + positive * kLn2);
@@ -492,7 +504,7 @@ Tensor nt_xent_bwd(Tensor z_tensor, Tensor tau_tensor, Tensor lse, Tensor dloss)
     using T = decltype(type);
     const Matrix z(z_tensor);
     const double tau = value_of(tau_tensor);
-    const int64_t tile = torch::stable::get_num_threads() * kKeyBlock * 4 * kGroup<T>;
+    const int64_t tile = torch::stable::get_num_threads() * kKeyBlock * Views<T>::kLargestGroup;
     const int64_t lanes = z.rows + kGroup<T>, padded = panels_of<T>(z.width) * kPanel<T>;
     Tensor dz = empty({z.rows, z.width}, kDtype<T>);
     const bool in_place = padded == z.width;

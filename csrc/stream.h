@@ -40,11 +40,13 @@ void widen(const Matrix& from, int64_t first, int64_t count, T* to) {
   with_float_type(from.dtype, "rows", [&](auto type) { widen<T, decltype(type)>(from, first, count, to); });
 }
 
-// [count, width] -> [panels_of(width)][count][kPanel]: columns cut into panels, the last filled up with zeros.
+// [count, width] -> [panels_of(width)][of][kPanel]: columns cut into panels, the last filled up with zeros. The rows may
+// be some of a matrix of `of` rows.
 template <typename T>
-void pack_columns(const T* rows, int64_t count, int64_t width, T* panels) {
-  for (int64_t first = 0; first < width; first += kPanel<T>) {
+void pack_columns(const T* rows, int64_t count, int64_t width, T* to, int64_t of) {
+  for (int64_t first = 0; first < width; first += kPanel<T>, to += of * kPanel<T>) {
     const int64_t filled = std::min<int64_t>(kPanel<T>, width - first);
+    T* panels = to;
     for (int64_t r = 0; r < count; ++r, panels += kPanel<T>) {
       const T* from = rows + r * width + first;
       if (filled == kPanel<T>) {
@@ -82,7 +84,7 @@ void stream(const Matrix& keys, int64_t begin, int64_t end, const T* query_panel
     const int64_t count = std::min(kKeyBlock, end - first);
     const T* rows = in_place ? static_cast<const T*>(keys.data) + first * width : scratch.rows;
     if (!in_place) widen(keys, first, count, scratch.rows);
-    if (sums) pack_columns(rows, count, width, scratch.columns);
+    if (sums) pack_columns(rows, count, width, scratch.columns, count);
     for (int64_t query = 0; query < queries; query += kGroup<T>) {
       const int64_t left = std::min<int64_t>(kGroup<T>, queries - query), panels = panels_of<T>(left);
       for (int64_t p = 0; p < panels; ++p)

@@ -47,9 +47,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
         ValueError: a shape or device does not fit, tau ≤ 0, or k or queue requires a gradient.
         TypeError: an argument is not floating.
 
-    Memory: a kernel needs 3·B·D + min(24, K/192)·B·(D + 3) values, at most, for B ≤ 256, and less than B·D more a query for
-        larger B; nothing grows with K beyond that. The plain body makes logits [B, K] (and converts a queue of another
-        dtype).
+    Memory: a kernel needs O(B·D), under 4 MB at B = 256, D = 128, whatever K. The plain body makes logits [B, K] (and
+        converts a queue of another dtype).
 
     Source: van den Oord et al., 2018 (CPC), equation 4; He et al., 2020 (MoCo), equation 1 and algorithm 1.
     """

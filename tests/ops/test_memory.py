@@ -3,7 +3,7 @@ import torch
 
 from fastssl.ops import dispatch, ema_update_, enqueue_, memory
 from tests.close import assert_exact, assert_same
-from tests.ops.contract import opcheck, refused, torch_threads
+from tests.ops.contract import opcheck, refused, sparse, torch_threads
 
 SIZES = [(), (1,), (13,), (63, 7), (1000, 33), (0, 4), (40, 1000)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -66,6 +66,15 @@ def test_ema_of_an_expanded_source():
     expected = torch.lerp(target, source, 0.1)
     ema_update_([target], [source], 0.9)
     torch.testing.assert_close(target, expected)
+
+
+def test_offsets_beyond_32_bits():
+    target, source = sparse((3, 2), (2**30 + 8, 1)), torch.randn(3, 2)
+    ema_update_([target], [source], 0.25)
+    torch.testing.assert_close(target, 0.75 * source)
+    queue, ptr = sparse((5, 2), (2**29 + 8, 1)), torch.tensor([3])
+    enqueue_(queue, ptr, source)
+    assert_same(queue[[3, 4, 0]], source)
 
 
 def test_ema_is_the_same_on_one_thread_and_on_two():
