@@ -49,7 +49,7 @@ Rows<T> rows_of(const Heads& x, int64_t sample, int64_t head, T* scratch) {
     if (x.strides[3] == 1)
       for (; e + kLanes<T> <= x.width; e += kLanes<T>) store(to + e, load_wide(row + e));
     for (; e < x.width; ++e) to[e] = T(to_float(row[e * x.strides[3]]));
-    std::fill(to + e, to + padded<T>(x.width), T(0));
+    std::fill(to + e, to + padded<T>(x.width), T(0));  // their results are dropped, but denormals would be slow
   }
   return {scratch, padded<T>(x.width)};
 }

@@ -78,4 +78,24 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
+// The value of a 0-d tensor.
+inline double value_of(const Tensor& scalar) {
+  double value = 0;
+  with_float_type(scalar.scalar_type(), "tau", [&](auto type) {
+    value = to_float(*static_cast<const decltype(type)*>(scalar.const_data_ptr()));
+  });
+  return value;
+}
+
+// Calls body(T{}) with the type in which an op computes: double for double, else float.
+template <typename Body>
+auto with_wide_type(const Tensor& tensor, const Body& body) {
+  return tensor.scalar_type() == ScalarType::Double ? body(double{}) : body(float{});
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
 }  // namespace fastssl

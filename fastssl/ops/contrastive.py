@@ -7,7 +7,8 @@ All three share one fact. With logits s_ij = q_i·k_j / τ the gradient of loss_
 attention whose values are its keys. So one pass over the keys leaves loss, rank and the query's gradient behind, and
 ∂loss/∂τ = −q·∂loss/∂q / τ comes free. The plain-torch bodies below write the logits out; a kernel does not.
 
-The C++ kernels take all four dtypes, any strides and any mixture of them, and give the same bits on any number of threads.
+The C++ kernels take all four dtypes, any strides and any mixture of them, and give the same bits on any number of
+threads.
 """
 
 from typing import NamedTuple
@@ -123,7 +124,7 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, first: int = 0)
         ValueError: a shape or device does not fit, tau ≤ 0, or a positive lies outside keys.
         TypeError: an argument is not floating.
 
-    Memory: a kernel needs O((B + M)·D). The plain body makes logits [B, M], and makes them again for the gradient of keys.
+    Memory: a kernel needs O((B + M)·D). The plain body makes logits [B, M], and again for the gradient of keys.
 
     Source: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, algorithm 1.
     """

@@ -141,9 +141,14 @@ def test_a_nan_stays_with_its_query():
     assert out[0, 3].isnan().all() and out[0, [i for i in range(20) if i != 3]].isfinite().all()
 
 
-def test_large_scores_stay_finite():
+def test_a_key_that_wins_by_far_may_stand_anywhere():
+    """Scores of thousands, which no exponential holds: the largest must be found wherever it is."""
     q, k, v = (1000 * x for x in packed(1, 20, 1, 8, torch.float32))
-    assert op(q, k, v, 1.0).isfinite().all()
+    torch.testing.assert_close(op(q, k, v, 1.0), formula(q.double(), k.double(), v.double(), 1.0).float())
+    for place in range(len(k[0])):
+        k = torch.zeros(1, 20, 1, 8)
+        k[0, place] = 1e4
+        torch.testing.assert_close(op(k.new_ones(1, 3, 1, 8), k, v, 1.0), v[:, place : place + 1].expand(1, 3, 1, 8))
 
 
 def test_long_sequences_go_to_torch():

@@ -225,6 +225,17 @@ def test_queue_may_have_another_dtype():
     assert torch.equal(info_nce(q, k, queue, 0.1).loss, info_nce(q, k, queue.float(), 0.1).loss)
 
 
+def test_a_key_that_wins_by_far_may_stand_anywhere():
+    """Logits of thousands, which no exponential holds: the largest must be found wherever it is."""
+    q, k = unit(3, 8), unit(3, 8)
+    for place in (0, 1, 95, 96, 191, 192, 199):
+        queue = unit(200, 8)
+        queue[place] *= 1000
+        ours, truth = (info_nce(*(x.to(dtype) for x in (q, k, queue)), 0.1)[0] for dtype in (torch.float32, q.dtype))
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(truth, info_nce_formula(q, k, queue, 0.1)[0])
+
+
 def test_small_temperature_and_equal_keys_stay_finite():
     q = unit(4, 8, dtype=torch.float32).requires_grad_()
     keys = q.detach()[:1].expand(4, 8)
