@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import fastssl.ops
+from benchmarks import table
 from fastssl.ops import dispatch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -28,6 +29,10 @@ def test_table_of_ops_is_true():
         if name != "attention":
             said = named[name][device == "cuda"]
             assert (said == "C++") == implementation.startswith("native"), f"{op} on {device}: {implementation}"
+
+
+def test_measured_tables_are_those_of_the_results():
+    assert table.main(["--check"]) == 0
 
 
 def test_pictures_are_there():
