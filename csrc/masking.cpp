@@ -190,6 +190,7 @@ Tensor keep_tokens_fwd(Tensor x, Tensor ids_keep, std::optional<Tensor> pos) {
   const Ids ids(ids_keep, "keep_tokens: ids_keep", length);
   const ScalarType dtype = pos ? promoted(x.scalar_type(), pos->scalar_type()) : x.scalar_type();
   Tensor out = empty({batch, kept, width}, dtype);
+  if (out.numel() == 0) return out;
   if (pos) pos = ready(*pos, dtype);
   with_promotion(x.scalar_type(), dtype, [&](auto source, auto output) {
     using S = decltype(source);
@@ -229,6 +230,7 @@ Tensor keep_tokens_bwd(Tensor dkept, Tensor ids_keep, int64_t length) {
   const int64_t batch = dkept.size(0), kept = dkept.size(1), width = dkept.size(2);
   const Ids ids(ids_keep, "keep_tokens: ids_keep", length);
   Tensor dx = empty({batch, length, width}, dkept.scalar_type());
+  if (dx.numel() == 0) return dx;
   with_size_of(dkept, [&](auto type) {
     using T = decltype(type);
     const Rows<T> from(dkept), to(dx);
@@ -252,6 +254,7 @@ Tensor restore_tokens_fwd(Tensor x, Tensor mask_token, Tensor ids_restore, std::
   ScalarType dtype = promoted(x.scalar_type(), mask_token.scalar_type());
   if (pos) dtype = promoted(dtype, pos->scalar_type());
   Tensor out = empty({batch, prefix + length, width}, dtype);
+  if (out.numel() == 0) return out;
   if (pos) pos = ready(*pos, dtype);
   mask_token = torch::stable::contiguous(torch::stable::to(mask_token, dtype));
   with_promotion(x.scalar_type(), dtype, [&](auto source, auto output) {
@@ -333,6 +336,7 @@ std::tuple<Tensor, Tensor> restore_tokens_bwd(Tensor dout, Tensor ids_restore, i
   const int64_t groups = std::min(batch, kMostGroups), share = groups ? (batch + groups - 1) / groups : 0;
   Tensor dx = empty({batch, prefix + kept, width}, dtype);
   Tensor dmask_token = empty({width}, promoted(dtype, ScalarType::Float));
+  if (width == 0) return {dx, dmask_token};
   with_float_type(dtype, "restore_tokens: dout", [&](auto type) {
     using T = decltype(type);
     using W = Wide<T>;

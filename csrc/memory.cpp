@@ -167,7 +167,7 @@ void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, doubl
 template <typename Q, typename K>
 void copy_rows(Q* queue, const K* keys, int64_t rows, int64_t width, int64_t queue_stride, int64_t row_stride,
                int64_t column_stride) {
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < rows && width > 0; ++row) {
     Q* to = queue + row * queue_stride;
     const K* from = keys + row * row_stride;
     if constexpr (std::is_same_v<Q, K>)

@@ -149,6 +149,7 @@ void cut(const Images<T>& from, const Tensor& out, int64_t count, const Number& 
 Tensor patchify(Tensor images, int64_t patch) {
   const Grid grid = grid_of(images, patch);
   Tensor out = empty({grid.batch, grid.length(), grid.values()}, images.scalar_type());
+  if (out.numel() == 0) return out;
   with_size_of(images, [&](auto type) {
     using T = decltype(type);
     cut(Images<T>(images, grid), out, grid.length(), [](int64_t, int64_t l) { return l; });
@@ -159,6 +160,7 @@ Tensor patchify(Tensor images, int64_t patch) {
 Tensor unpatchify(Tensor patches, int64_t patch, int64_t height, int64_t width) {
   const Grid grid = grid_of(patches, patch, height, width);
   Tensor out = empty({grid.batch, grid.channels, height, width}, patches.scalar_type());
+  if (out.numel() == 0) return out;
   with_size_of(patches, [&](auto type) {
     using T = decltype(type);
     const Rows<T> from(patches);
@@ -174,6 +176,7 @@ Tensor keep_patches_fwd(Tensor images, Tensor ids_keep, int64_t patch) {
   const Ids ids(ids_keep, "keep_patches: ids_keep", grid.length());
   const int64_t kept = ids_keep.size(1);
   Tensor out = empty({grid.batch, kept, grid.values()}, images.scalar_type());
+  if (out.numel() == 0) return out;
   with_size_of(images, [&](auto type) {
     using T = decltype(type);
     cut(Images<T>(images, grid), out, kept, [&](int64_t b, int64_t m) { return ids(b, m); });
@@ -187,6 +190,7 @@ Tensor keep_patches_bwd(Tensor dkept, Tensor ids_keep, int64_t patch, int64_t he
   const Ids ids(ids_keep, "keep_patches: ids_keep", grid.length());
   const int64_t kept = ids_keep.size(1), pixels = grid.channels * height * width;
   Tensor out = empty({grid.batch, grid.channels, height, width}, dkept.scalar_type());
+  if (out.numel() == 0) return out;
   with_size_of(dkept, [&](auto type) {
     using T = decltype(type);
     const Rows<T> from(dkept);
@@ -291,7 +295,7 @@ std::tuple<Tensor, Tensor> masked_patch_mse_of(const Tensor& pred, const Tensor&
   const Images<T> pixels(images, grid);
   const Rows<S> predictions(pred);
   std::vector<double> sums(grid.batch * masked);  // of each patch, so that threads change no bit of the loss
-  torch::stable::parallel_for(0, grid.batch * masked, grain(values), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, numel ? grid.batch * masked : 0, grain(values), [&](int64_t begin, int64_t end) {
     std::vector<W> row(values);
     std::vector<T> other(std::is_same_v<T, W> ? 0 : values);  // pixels of another dtype are moved first, then widened
     T* const moved = std::is_same_v<T, W> ? reinterpret_cast<T*>(row.data()) : other.data();

@@ -107,6 +107,7 @@ void with_size_of(const Tensor& x, const Body& body) {
 
 template <typename T>
 void copy_row(T* to, const T* from, int64_t column, int64_t width) {
+  if (width == 0) return;  // memcpy wants a pointer even for nothing
   if (column == 1) {
     std::memcpy(to, from, width * sizeof(T));
   } else {

@@ -66,7 +66,7 @@ def run(variant: str, arguments: list[str]) -> int:
         "ATEN_CPU_CAPABILITY": "default" if variant == "baseline" else "avx2",  # also keeps tests/ops/test_levels out
     }
     chosen = ["-k", "not contract and not compile and not error_sentences and not golden"]
-    command = [sys.executable, "-m", "pytest", "-p", "tests.sanitize", "tests/ops", "-q", "-x", *chosen, *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.sanitize", "tests/ops", "-q", "-x", "-s", *chosen, *arguments]
     print(f"-- {variant}", flush=True)
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
