@@ -65,8 +65,8 @@ def run(variant: str, arguments: list[str]) -> int:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they allocate until the end
         "ATEN_CPU_CAPABILITY": "default" if variant == "baseline" else "avx2",  # also keeps tests/ops/test_levels out
     }
-    chosen = ["-k", "not contract and not compile and not error_sentences and not golden"]
-    command = [sys.executable, "-m", "pytest", "-p", "tests.sanitize", "tests/ops", "-q", "-x", "-s", *chosen, *arguments]
+    options = ["-q", "-x", "-s", "-k", "not contract and not compile and not error_sentences and not golden"]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.sanitize", "tests/ops", *options, *arguments]
     print(f"-- {variant}", flush=True)
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
