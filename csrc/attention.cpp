@@ -3,8 +3,8 @@
 // One head of one sample is a task. Its scores exist for one group of queries at a time, transposed: lanes are queries,
 // so the softmax works lane by lane over all keys at once, and q, k and v are read through their strides where they lie
 // (16-bit dtypes are widened first: two cores have no faster product for them below AVX-512). The backward pass makes
-// the weights again from q and k (not from the log-sum-exp, whose rounding in float would double their error) and adds up dk and dv
-// in the task that owns them: no atomics, the same bits on any number of threads.
+// the weights again from q and k, not from the log-sum-exp, whose rounding in float would double their error, and adds
+// up dk and dv in the task that owns them: no atomics, the same bits on any number of threads.
 #include "gemm.h"
 
 namespace fastssl {
@@ -28,7 +28,6 @@ struct Rows {  // of one head, widened; columns filled up to whole panels where 
   int64_t stride;
   const T* row(int64_t l) const { return data + l * stride; }
   Operand<T> operand() const { return {data, stride, 1}; }
-  Rows from(int64_t first) const { return {data + first * stride, stride}; }
 };
 
 template <typename T>
@@ -172,19 +171,6 @@ void softmax_gradient(const T* weights, T* dweights, int64_t keys, int64_t group
     }
 }
 
-// Σ dout·out of each row.
-template <typename T>
-void row_products(Rows<T> dout, Rows<T> out, int64_t count, int64_t width, T* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    Vec<T> lanes{};
-    T rest = 0;
-    int64_t e = 0;
-    for (; e + kLanes<T> <= width; e += kLanes<T>) lanes = load(dout.row(i) + e) * load(out.row(i) + e) + lanes;
-    for (; e < width; ++e) rest += dout.row(i)[e] * out.row(i)[e];
-    sums[i] = sum<T>(lanes) + rest;
-  }
-}
-
 template <typename T, typename S>
 void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out, int64_t task,
                    double scale, S* dq, S* dk, S* dv, T* scratch) {
@@ -207,7 +193,7 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
     pack_rows(queries.row(first), queries.stride, count, width, T(1), q_panels);
     pack_rows(upstream.row(first), upstream.stride, count, width, T(1), dout_panels);
-    row_products(upstream.from(first), outputs.from(first), count, width, row_dot);
+    for (int64_t i = 0; i < count; ++i) row_dot[i] = T(dot(upstream.row(first + i), outputs.row(first + i), width));
     products(keys, k.length, width, q_panels, lanes, scores, group);
     products(values, k.length, width, dout_panels, lanes, dweights, group);
     softmax(scores, k.length, group, lanes, T(scale * kLog2E), lse);

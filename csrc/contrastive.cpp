@@ -227,16 +227,6 @@ void nt_xent_gradient(const Views<T>& z, const T* shift, const T* shift_rest, co
   });
 }
 
-template <typename T>
-double dot(const T* a, const T* b, int64_t width) {
-  Vec<T> lanes{};
-  double rest = 0;
-  int64_t d = 0;
-  for (; d + kLanes<T> <= width; d += kLanes<T>) lanes = load(a + d) * load(b + d) + lanes;
-  for (; d < width; ++d) rest += double(a[d]) * double(b[d]);
-  return rest + double(sum<T>(lanes));
-}
-
 // The largest |logit · log2 e / τ| that vectors of this length can have.
 template <typename T>
 double largest_logit(const Views<T>& z) {

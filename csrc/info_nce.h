@@ -15,7 +15,7 @@
 
 namespace fastssl {
 
-constexpr int64_t kTasks = 16;          // pieces, where there is work for so many: 3 MB of partial sums at MoCo's sizes
+constexpr int64_t kTasks = 16;          // pieces, where there is work for so many: 2 MB of partial sums at MoCo's sizes
 constexpr int64_t kQueryBlock = 256;    // queries of one piece, at most: the keys are read and packed once for them
 constexpr int64_t kShortest = 2 * kKeyBlock;  // keys of one piece, at least
 constexpr int64_t kLongest = 1 << 22;   // keys of one piece, at most: their rank is counted in float

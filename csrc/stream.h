@@ -10,7 +10,7 @@ namespace fastssl {
 constexpr int kGroupPanels = 3;  // 48 queries of AVX2's 16 a panel: 8 tiles of 6 rows, no remainder in the second product
 template <typename T>
 constexpr int kGroup = kGroupPanels * kPanel<T>;
-constexpr int64_t kKeyBlock = 96;  // whole tiles; at D = 128 rows and panels of a block 48 kB each, weights of a group 18 kB
+constexpr int64_t kKeyBlock = 96;  // whole tiles; at D = 128 rows and panels take 48 kB each, a group's weights 18 kB
 
 struct Matrix {  // rows of any floating dtype and strides
   const void* data;

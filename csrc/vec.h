@@ -108,11 +108,15 @@ inline T sum(Vec<T> x) {  // by halves, as the compiler would shuffle it
   return lanes[0];
 }
 
+// Σ a·b: whole vectors in T, their lanes and what is left in double.
 template <typename T>
-inline T largest(Vec<T> x) {
-  T result = x[0];
-  for (int i = 1; i < kLanes<T>; ++i) result = x[i] > result || x[i] != x[i] ? x[i] : result;
-  return result;
+inline double dot(const T* a, const T* b, int64_t n) {
+  Vec<T> lanes{};
+  double rest = 0;
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) lanes = load(a + i) * load(b + i) + lanes;
+  for (; i < n; ++i) rest += double(a[i]) * double(b[i]);
+  return rest + double(sum<T>(lanes));
 }
 
 // 2^x for x of at most 126. Below -126 it is 2^-126: small enough to be nothing beside a sum that holds a 1. NaN stays.
