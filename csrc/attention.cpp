@@ -42,13 +42,9 @@ Rows<T> rows_of(const Heads& x, int64_t sample, int64_t head, T* scratch) {
   if constexpr (std::is_same_v<T, S>)
     if (x.strides[3] == 1 && x.width % kPanel<T> == 0) return {from, x.strides[1]};
   for (int64_t l = 0; l < x.length; ++l) {
-    const S* row = from + l * x.strides[1];
     T* to = scratch + l * padded<T>(x.width);
-    int64_t e = 0;
-    if (x.strides[3] == 1)
-      for (; e + kLanes<T> <= x.width; e += kLanes<T>) store(to + e, load_wide(row + e));
-    for (; e < x.width; ++e) to[e] = T(to_float(row[e * x.strides[3]]));
-    std::fill(to + e, to + padded<T>(x.width), T(0));  // their results are dropped, but denormals would be slow
+    widen(from + l * x.strides[1], x.strides[3], x.width, to);
+    std::fill(to + x.width, to + padded<T>(x.width), T(0));  // their results are dropped, but denormals would be slow
   }
   return {scratch, padded<T>(x.width)};
 }
@@ -228,9 +224,9 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q_tensor, Tensor k_tensor, Tenso
     lse = empty({q.batch, q.heads, q.length}, kDtype<T>);
     const int64_t tasks = q.batch * q.heads, scratch = round_up<int64_t>(forward_scratch<T>(q, k), 16);
     const Tensor workspace = empty({torch::stable::get_num_threads() * scratch}, kDtype<T>);
-    S* to = static_cast<S*>(out.mutable_data_ptr());
-    T *sums = static_cast<T*>(lse.mutable_data_ptr()), *memory = static_cast<T*>(workspace.mutable_data_ptr());
-    for_tasks(tasks, 4.0 * tasks * q.length * k.length * q.width, memory, scratch,
+    S* to = data<S>(out);
+    T* sums = data<T>(lse);
+    for_tasks(tasks, 4.0 * tasks * q.length * k.length * q.width, data<T>(workspace), scratch,
               [&](int64_t task, T* own) { forward_head<T, S>(q, k, v, task, scale, to, sums, own); });
   });
   return {out, lse};
@@ -248,10 +244,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor q_tensor, T
     using T = Wide<S>;
     const int64_t tasks = q.batch * q.heads, scratch = round_up<int64_t>(backward_scratch<T>(q, k), 16);
     const Tensor workspace = empty({torch::stable::get_num_threads() * scratch}, kDtype<T>);
-    const auto pointer = [](const Tensor& tensor) { return static_cast<S*>(tensor.mutable_data_ptr()); };
-    for_tasks(tasks, 10.0 * tasks * q.length * k.length * q.width, static_cast<T*>(workspace.mutable_data_ptr()),
-              scratch, [&](int64_t task, T* own) {
-                backward_head<T, S>(dout, q, k, v, out, task, scale, pointer(dq), pointer(dk), pointer(dv), own);
+    S *to_q = data<S>(dq), *to_k = data<S>(dk), *to_v = data<S>(dv);
+    for_tasks(tasks, 10.0 * tasks * q.length * k.length * q.width, data<T>(workspace), scratch,
+              [&](int64_t task, T* own) {
+                backward_head<T, S>(dout, q, k, v, out, task, scale, to_q, to_k, to_v, own);
               });
   });
   return {dq, dk, dv};

@@ -175,7 +175,7 @@ void info_nce(const Matrix& q, const Matrix& positive_keys, const Positives& pos
   const int64_t queries = cut.blocks * cut.block, threads = torch::stable::get_num_threads();
   const int64_t partial = Partial<T>::size(cut.block, mean_width), scratch = Scratch<T>::size(width);
   const Tensor workspace = empty({queries * (3 * width + 1) + cut.pieces() * partial + threads * scratch}, kDtype<T>);
-  T* memory = static_cast<T*>(workspace.mutable_data_ptr());
+  T* memory = data<T>(workspace);
   const Queries<T> rows{memory, memory + queries * width, memory + 2 * queries * width, memory + 3 * queries * width};
   T *partials = rows.positive + queries, *scratches = partials + cut.pieces() * partial;
   const T sign = tau < 0 ? T(-1) : T(1);

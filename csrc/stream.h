@@ -27,11 +27,7 @@ template <typename T, typename S>
 void widen(const Matrix& from, int64_t first, int64_t count, T* to) {
   for (int64_t r = 0; r < count; ++r, to += from.width) {
     const S* row = static_cast<const S*>(from.data) + (first + r) * from.row_stride;
-    int64_t d = 0;
-    if constexpr (std::is_same_v<Wide<S>, T>)
-      if (from.column_stride == 1)
-        for (; d + kLanes<T> <= from.width; d += kLanes<T>) store(to + d, load_wide(row + d));
-    for (; d < from.width; ++d) to[d] = T(to_float(row[d * from.column_stride]));
+    widen(row, from.column_stride, from.width, to);
   }
 }
 

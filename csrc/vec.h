@@ -78,6 +78,16 @@ inline Vec<float> load_wide(const Half* from) {
 #endif
 }
 
+// n values of any dtype and stride as T, side by side.
+template <typename T, typename S>
+inline void widen(const S* from, int64_t stride, int64_t n, T* to) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<Wide<S>, T>)
+    if (stride == 1)
+      for (; i + kLanes<T> <= n; i += kLanes<T>) store(to + i, load_wide(from + i));
+  for (; i < n; ++i) to[i] = T(to_float(from[i * stride]));
+}
+
 // Rounds to nearest even where S is narrower.
 inline void store_narrow(float* to, Vec<float> x) { store(to, x); }
 inline void store_narrow(double* to, Vec<double> x) { store(to, x); }
