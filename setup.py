@@ -59,15 +59,16 @@ def native_parts():
     facts = [f'-DFASTSSL_LEVELS="{",".join(LEVELS)}"', f"-DFASTSSL_CUDA={int(with_cuda)}"]
     parts = [Extension("fastssl._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()], language="c++",
                        extra_compile_args=[*optimise, *facts])]  # fmt: skip
-    headers = sorted(map(str, Path("csrc").glob("*.h")))
+    headers = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc").glob("*.cuh")]))
     sources = sorted(str(source) for source in Path("csrc").glob("*.cpp") if source.name != "module.cpp")
     for level, flags in LEVELS.items():
         parts.append(CppExtension(f"fastssl._native_{level}", sources, depends=headers, py_limited_api=True,
                                   extra_compile_args=[*optimise, *stable, *flags]))  # fmt: skip
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-        flags = {"cxx": [*optimise, *stable], "nvcc": ["-O3", "-std=c++20", "-Xptxas=-warn-spills", *stable]}
-        parts.append(CUDAExtension("fastssl._native_cuda", cuda_sources, py_limited_api=True, extra_compile_args=flags))
+        nvcc = ["-O3", "-std=c++20", "-Xptxas=-warn-spills", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *stable]
+        parts.append(CUDAExtension("fastssl._native_cuda", cuda_sources, depends=headers, py_limited_api=True,
+                                   extra_compile_args={"cxx": [*optimise, *stable], "nvcc": nvcc}))  # fmt: skip
     return parts
 
 
@@ -79,8 +80,10 @@ else:
 
     class BuildParts(BuildExtension):
         def build_extension(self, ext):  # in a folder of its own: the levels compile the same sources
-            shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
+            shared = self.build_temp, self.force
+            self.build_temp = os.path.join(self.build_temp, ext.name)
+            self.force |= ext.name == "fastssl._C"  # whose flags tell what this build has: newer than any source
             super().build_extension(ext)
-            self.build_temp = shared
+            self.build_temp, self.force = shared
 
     setup(ext_modules=native_parts(), cmdclass={"build_ext": BuildParts})

@@ -20,6 +20,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "floats.h"
+
 namespace fastssl {
 
 using torch::headeronly::BFloat16;
@@ -27,22 +29,17 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// bfloat16 by integer arithmetic, which compilers vectorise; rounds to nearest even, keeps NaN a NaN.
-inline float to_float(BFloat16 x) { return std::bit_cast<float>(uint32_t(x.x) << 16); }
+inline float to_float(BFloat16 x) { return bfloat16_to_float(x.x); }
 inline float to_float(Half x) { return static_cast<float>(x); }
 inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
 
 template <typename T>
 inline T from_float(std::conditional_t<std::is_same_v<T, double>, double, float> x) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const uint32_t nan = 0x7fc0;
-    return BFloat16(uint16_t((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded), BFloat16::from_bits());
-  } else {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return BFloat16(float_to_bfloat16(x), BFloat16::from_bits());
+  else
     return T(x);
-  }
 }
 
 // Calls body(T{}) with the C++ type of a floating dtype; `what` begins the error sentence.

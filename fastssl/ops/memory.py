@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version  # a kernel writes without autograd's knowledge
 
 from . import check
-from .dispatch import fake, op
+from .dispatch import fake, op, serve, triton
 
 
 def ema_update_(
@@ -57,6 +57,9 @@ def _check_lists(targets: Sequence[Tensor], sources: Sequence[Tensor], shadows: 
             wanted = "float32 or float64 (steps of 1 - momentum vanish in 16 bits: keep float32 targets, pass shadows)"
             came = str(target.dtype).removeprefix("torch.")
             check.fail("ema_update_", f"targets[{i}] must be {wanted}, got {came}", TypeError)
+        if target.device != targets[0].device:
+            wanted = f"{targets[0].device} like targets[0] (call once a device)"
+            check.fail("ema_update_", f"targets[{i}] must be on {wanted}, got {target.device}")
         for name, other in (("sources", sources[i]), *([("shadows", shadows[i])] if shadows else [])):
             if other.shape != target.shape:
                 wanted, came = list(target.shape), list(other.shape)
@@ -129,3 +132,6 @@ def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
 @fake(_enqueue_)
 def _(queue, ptr, keys):
     pass
+
+
+serve(_enqueue_, cuda=triton("memory", "enqueue_"))

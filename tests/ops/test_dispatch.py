@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastssl import _C
 from fastssl.ops import dispatch
 
 
@@ -11,6 +12,34 @@ def implementations(device):
 def test_table_names_every_op_on_every_device():
     assert implementations("cpu").keys() == implementations("cuda").keys() >= {"info_nce_fwd", "enqueue_"}
     assert implementations("cpu")["enqueue_"] == f"native {dispatch.native_level()}"
+    assert implementations("cuda")["ema_update_"] == ("native cuda" if dispatch.native_cuda() else "plain torch")
+
+
+def test_the_cuda_part_is_loaded_where_build_and_torch_have_cuda():
+    assert dispatch.native_cuda() == bool(_C.build_facts()["cuda"] and torch.version.cuda)
+
+
+def test_a_cuda_file_of_an_earlier_build_is_left_alone(monkeypatch):
+    def never(path):
+        raise AssertionError(f"loaded {path}")
+
+    monkeypatch.setattr(torch.ops, "load_library", never)
+    monkeypatch.setattr(_C, "build_facts", lambda: {"cuda": False})
+    assert not dispatch.native_cuda.__wrapped__()
+    monkeypatch.setattr(_C, "build_facts", lambda: {"cuda": True})
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not dispatch.native_cuda.__wrapped__()
+
+
+def test_a_cuda_part_that_does_not_load_says_so(monkeypatch):
+    def broken(path):
+        raise OSError(f"Could not load this library: {path}") from OSError("libcudart.so.99: no")
+
+    monkeypatch.setattr(torch.ops, "load_library", broken)
+    monkeypatch.setattr(_C, "build_facts", lambda: {"cuda": True})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.warns(UserWarning, match=r"could not be loaded \(libcudart.so.99: no\), .* FASTSSL_BUILD=cpu"):
+        assert not dispatch.native_cuda.__wrapped__()
 
 
 def test_serves_and_reference():
