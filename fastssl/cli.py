@@ -281,6 +281,7 @@ def _device(name: str) -> torch.device:
 
 def _facts() -> dict[str, str]:
     from fastssl.ops import dispatch
+    from fastssl.ops.attention import LONGEST
 
     level = dispatch.native_level()
     facts = {"fastssl": fastssl.__version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -297,5 +298,9 @@ def _facts() -> dict[str, str]:
         build = _C.build_facts()
         cuda = "with" if build["cuda"] else "without"
         facts["build"] = f"{build['compiler']}, levels {' '.join(build['levels'])}, {cuda} CUDA"
+    beyond = (
+        "torch" if facts["xformers"] == "not installed" else "xformers on GPUs where it supports the call, else torch"
+    )
+    facts["attention"] = f"kernels up to {LONGEST} tokens, beyond that {beyond}"
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return facts

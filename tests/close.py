@@ -25,3 +25,25 @@ def assert_same(result: Tensor, expected: Tensor, what: str = "result") -> None:
     assert result.dtype == expected.dtype, f"{what}: dtype {result.dtype}, expected {expected.dtype}"
     assert result.shape == expected.shape, f"{what}: shape {list(result.shape)}, expected {list(expected.shape)}"
     assert torch.equal(result.nan_to_num(), expected.nan_to_num()), f"{what}: values differ"
+
+
+def assert_as_exact_on_average(result: Tensor, truth: Tensor, plain: Tensor, what: str = "result") -> None:
+    """The root mean square error is at most plain torch's and one rounding, the largest at most twice its largest.
+
+    For sums of many terms, where which of two orders of summation errs more in its worst cell is chance.
+    """
+
+    def errors(x: Tensor) -> tuple[Tensor, Tensor]:
+        difference = x.double() - truth
+        return difference.square().mean().sqrt(), difference.abs().max()
+
+    assert (result.dtype, result.shape) == (plain.dtype, plain.shape), f"{what}: {result.dtype} {list(result.shape)}"
+    if result.numel() == 0:
+        return
+    (mean, most), (plain_mean, plain_most) = errors(result), errors(plain)
+    floor = FLOOR[result.dtype] * truth.square().mean().sqrt()
+    assert mean <= plain_mean + floor, (
+        f"{what}: mean error {mean:.3e}, plain torch {plain_mean:.3e} + floor {floor:.3e}"
+    )
+    floor = FLOOR[result.dtype] * truth.abs().max()
+    assert most <= 2 * plain_most + floor, f"{what}: error {most:.3e}, plain torch {plain_most:.3e}, floor {floor:.3e}"

@@ -1,21 +1,29 @@
 """Softmax attention on [B, L, H, E], read through its strides from a packed qkv."""
 
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, serves, wide
+from .dispatch import fake, first_order, op, serve, serves, triton, wide
 
-LONGEST = 512  # tokens up to which a kernel keeps all keys of a head at hand; longer ones go to torch
+LONGEST = 512  # tokens up to which a kernel is the best choice
+WIDEST = {2: 128, 4: 64, 8: 64}  # head width that a GPU's registers hold, by bytes of an element; the CPU takes any
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Softmax attention of every query over all keys, without mask or dropout.
 
     Equals ``F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)``,
-    and that is what runs on a device that no kernel serves, and for sequences of more than 512 tokens. The C++ kernel
-    takes all four dtypes and any strides, and gives the same bits on any number of threads.
+    and `backend` says what runs: our kernels for sequences of up to 512 tokens; longer ones, and heads too wide for
+    a GPU kernel (over 128, over 64 in float32), go to xformers where it is installed and supports the call, else to
+    torch.
+    The kernels take all four dtypes and any strides, and always give the same bits, on any number of threads.
 
     Args:
         q, k, v: [B, L, H, E] of one floating dtype and any strides: views ``qkv.unbind(2)`` of a packed
@@ -29,7 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Raises:
         ValueError: a shape or device does not fit. TypeError: dtypes differ or are not floating.
 
-    Memory: the kernel holds the scores of one head's 96 queries at a time, for each thread, forward and backward.
+    Memory: the C++ kernel holds the scores of one head's 96 queries at a time, for each thread, forward and backward; a
+        GPU kernel holds nothing outside the multiprocessors.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1; Dosovitskiy et al., 2021 (ViT).
     """
@@ -46,10 +55,32 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if k.shape[1] == 0:
         check.fail("attention", f"k must have at least one token, got {list(k.shape)}")
     scale = width**-0.5 if scale is None else scale
-    if serves("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST:
+    name = backend(q, k)
+    if name == "kernel":
         return _Attention.apply(q, k, v, scale)
+    if name == "xformers":
+        return _fmha().memory_efficient_attention(q, k, v, scale=scale).contiguous()
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2).contiguous()
+
+
+def backend(q: Tensor, k: Tensor) -> str:
+    """What runs `attention` on these tensors: "kernel", "xformers" or "torch". The one place where that is decided."""
+    fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
+    if serves("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
+        return "kernel"
+    if q.is_cuda and not torch.compiler.is_compiling() and _fmha() is not None:
+        call = _fmha().Inputs(query=q, key=k, value=k)
+        directions = (_fmha().ALL_FW_OPS, _fmha().ALL_BW_OPS if torch.is_grad_enabled() else _fmha().ALL_FW_OPS)
+        if all(any(operator.supports(call) for operator in operators) for operators in directions):
+            return "xformers"
+    return "torch"
+
+
+@functools.cache
+def _fmha() -> ModuleType | None:
+    """xformers' attention, or None where it is not installed; one that is installed and broken raises on import."""
+    return importlib.import_module("xformers.ops.fmha") if importlib.util.find_spec("xformers") else None
 
 
 @op("attention_fwd")
@@ -65,6 +96,9 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 def _(q, k, v, scale):
     batch, length, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=wide(q))
+
+
+serve(_attention_fwd, cuda=triton("attention", "attention_fwd"))
 
 
 @op("attention_bwd")
@@ -87,6 +121,9 @@ def _attention_bwd(
 @fake(_attention_bwd)
 def _(dout, q, k, v, out, lse, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+serve(_attention_bwd, cuda=triton("attention", "attention_bwd"))
 
 
 class _Attention(torch.autograd.Function):

@@ -7,8 +7,9 @@ All three share one fact. With logits s_ij = q_i·k_j / τ the gradient of loss_
 attention whose values are its keys. So one pass over the keys leaves loss, rank and the query's gradient behind, and
 ∂loss/∂τ = −q·∂loss/∂q / τ comes free. The plain-torch bodies below write the logits out; a kernel does not.
 
-The C++ kernels take all four dtypes, any strides and any mixture of them, and give the same bits on any number of
-threads.
+The kernels take all four dtypes, any strides and any mixture of them, and always give the same bits, the C++ ones on
+any number of threads. On GPUs the softmax of 16-bit inputs is rounded to their dtype before it is multiplied with the
+keys, as in flash attention; loss and rank are not touched by that.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, wide
+from .dispatch import fake, first_order, op, serve, triton, wide
 
 
 class InfoNCE(NamedTuple):
@@ -48,7 +49,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
         ValueError: a shape or device does not fit, tau ≤ 0, or k or queue requires a gradient.
         TypeError: an argument is not floating.
 
-    Memory: a kernel needs O(B·D), under 4 MB at B = 256, D = 128, whatever K. The plain body makes logits [B, K] (and
+    Memory: a kernel needs O(B·D) whatever K: under 4 MB at B = 256, D = 128 on a CPU, and on a GPU a partial result of
+        each query for each multiprocessor, 10 MB there. The plain body makes logits [B, K] (and
         converts a queue of another dtype).
 
     Source: van den Oord et al., 2018 (CPC), equation 4; He et al., 2020 (MoCo), equation 1 and algorithm 1.
@@ -86,6 +88,9 @@ def _info_nce_fwd(q: Tensor, k: Tensor, queue: Tensor, tau: Tensor, with_grad: b
 @fake(_info_nce_fwd)
 def _(q, k, queue, tau, with_grad):
     return _fake_rows(q, with_grad)
+
+
+serve(_info_nce_fwd, cuda=triton("contrastive", "info_nce_fwd"))
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -162,6 +167,9 @@ def _(q, keys, tau, first, with_grad):
     return loss, rank, dq, torch.empty_like(loss)
 
 
+serve(_batch_info_nce_fwd, cuda=triton("contrastive", "batch_info_nce_fwd"))
+
+
 @op("batch_info_nce_dkeys")
 def _batch_info_nce_dkeys(q: Tensor, keys: Tensor, tau: Tensor, first: int, lse: Tensor, dloss: Tensor) -> Tensor:
     """dkeys [M, D] in float32 or wider."""
@@ -174,6 +182,9 @@ def _batch_info_nce_dkeys(q: Tensor, keys: Tensor, tau: Tensor, first: int, lse:
 @fake(_batch_info_nce_dkeys)
 def _(q, keys, tau, first, lse, dloss):
     return keys.new_empty(keys.shape, dtype=lse.dtype)
+
+
+serve(_batch_info_nce_dkeys, cuda=triton("contrastive", "batch_info_nce_dkeys"))
 
 
 class _BatchInfoNCE(torch.autograd.Function):
@@ -214,8 +225,8 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
     Raises:
         ValueError: shapes or devices differ, or tau ≤ 0. TypeError: an argument is not floating.
 
-    Memory: a kernel needs O(B·D), three copies of z, and computes each pair's logit once. The plain body makes logits
-        [2B, 2B], and makes them again for the gradient.
+    Memory: a kernel needs O(B·D), three copies of z; the C++ kernel computes each pair's logit once. The plain body
+        makes logits [2B, 2B], and makes them again for the gradient.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, equation 1.
     """
@@ -240,6 +251,9 @@ def _(z, tau):
     return rows, torch.empty_like(rows)
 
 
+serve(_nt_xent_fwd, cuda=triton("contrastive", "nt_xent_fwd"))
+
+
 @op("nt_xent_bwd")
 def _nt_xent_bwd(z: Tensor, tau: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
     """dz [2B, D] in float32 or wider: a view is query of its own row and key of all others."""
@@ -254,6 +268,9 @@ def _nt_xent_bwd(z: Tensor, tau: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
 @fake(_nt_xent_bwd)
 def _(z, tau, lse, dloss):
     return z.new_empty(z.shape, dtype=lse.dtype)
+
+
+serve(_nt_xent_bwd, cuda=triton("contrastive", "nt_xent_bwd"))
 
 
 class _NTXent(torch.autograd.Function):

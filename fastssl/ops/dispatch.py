@@ -26,6 +26,7 @@ _TORCH_LEVELS = {"AVX2": "avx2", "AVX512": "avx512"}  # what torch calls them; a
 _library = torch.library.Library("fastssl", "DEF")
 _bodies: dict[str, Callable] = {}  # of every op, its plain torch
 _served: dict[tuple[str, str], str] = {}  # (op, device) -> "native avx2", "triton"
+_launchers: dict[str, Callable] = {}  # of every op that Triton serves
 
 
 def op(name: str, mutates_args=()) -> Callable[[Callable], OpOverload]:
@@ -74,7 +75,7 @@ def serve(op: OpOverload, **kernels: Callable | None) -> None:
         if kernel is not None:
             name = op.name().removeprefix("fastssl::")
             _library.impl(name, kernel, device.upper())
-            _served[name, device] = "triton"
+            _served[name, device], _launchers[name] = "triton", kernel
 
 
 def serves(name: str, device: str) -> bool:
@@ -83,10 +84,25 @@ def serves(name: str, device: str) -> bool:
 
 
 def triton(module: str, name: str) -> Callable | None:
-    """The launcher `fastssl.kernels.<module>.<name>`, or None where Triton is not installed (CPU builds of torch)."""
+    """The launcher `fastssl.kernels.<module>.<name>`, or None where Triton is not installed (CPU builds of torch).
+
+    The file is imported at the first call: who has no GPU does not wait for it. Triton launches on the current device,
+    so the device of the first tensor is made that.
+    """
     if importlib.util.find_spec("triton") is None:
         return None
-    return getattr(importlib.import_module(f"fastssl.kernels.{module}"), name)
+    if importlib.util.find_spec(f"fastssl.kernels.{module}") is None:
+        raise ModuleNotFoundError(f"fastssl: there is no file kernels/{module}.py with a kernel {name}")
+
+    @functools.cache
+    def launcher() -> Callable:
+        return getattr(importlib.import_module(f"fastssl.kernels.{module}"), name)
+
+    def launch(x: torch.Tensor, *args):
+        with torch.cuda.device_of(x):
+            return launcher()(x, *args)
+
+    return launch
 
 
 _reference_depth = 0
@@ -114,11 +130,12 @@ def table() -> list[tuple[str, str, str]]:
 
 
 def load_native() -> None:
-    """Loads the C++ kernels, which register themselves for the CPU; called once, when all ops are defined."""
+    """Loads the C++ kernels, which register themselves with torch; called once, when all ops are defined."""
     if level := native_level():
-        for name in _bodies:
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{name}", "CPU"):
-                _served[name, "cpu"] = f"native {level}"
+        for device, part in (("cpu", level), *([("cuda", "cuda")] if native_cuda() else [])):
+            for name in _bodies:
+                if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{name}", device.upper()):
+                    _served.setdefault((name, device), f"native {part}")
 
 
 @functools.cache
@@ -144,3 +161,26 @@ def native_level() -> str | None:
     library = next(Path(_C.__file__).parent.glob(f"_native_{level}.*"))
     torch.ops.load_library(library)
     return level
+
+
+@functools.cache
+def native_cuda() -> bool:
+    """Loads the kernels in CUDA C++; False where they were not built, or where torch itself has no CUDA."""
+    from fastssl import _C
+
+    if not (_C.build_facts()["cuda"] and torch.version.cuda):  # the file may still lie there from an earlier build
+        return False
+    folder = Path(_C.__file__).parent
+    try:
+        library = next(folder.glob("_native_cuda.*"), folder / "_native_cuda.so")
+        torch.ops.load_library(library)
+    except OSError as error:
+        warnings.warn(
+            f"fastssl: the CUDA part of this build could not be loaded ({error.__cause__ or error}), so its ops run in "
+            "plain torch on GPUs, while those on CPUs are as ever: run `pip install -e .` again to build it for this "
+            "torch, or with FASTSSL_BUILD=cpu to build without it",
+            UserWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, wide
+from .dispatch import fake, first_order, op, serve, triton, wide
 
 
 class Masking(NamedTuple):
@@ -69,6 +69,9 @@ def _(noise, keep):
     )
 
 
+serve(_random_masking, cuda=triton("masking", "random_masking"))
+
+
 def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tensor:
     """Takes the named tokens of each sample, with their positional embedding added.
 
@@ -107,6 +110,9 @@ def _(x, ids_keep, pos):
     return x.new_empty(*ids_keep.shape, x.shape[2], dtype=dtype)
 
 
+serve(_keep_tokens_fwd, cuda=triton("masking", "keep_tokens_fwd"))
+
+
 @op("keep_tokens_bwd")
 def _keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
     """The gradient of x before any rounding: dkept's rows in their places, zeros elsewhere."""
@@ -117,6 +123,9 @@ def _keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
 @fake(_keep_tokens_bwd)
 def _(dkept, ids_keep, length):
     return dkept.new_empty(dkept.shape[0], length, dkept.shape[2])
+
+
+serve(_keep_tokens_bwd, cuda=triton("masking", "keep_tokens_bwd"))
 
 
 class _KeepTokens(torch.autograd.Function):
@@ -191,6 +200,9 @@ def _(x, mask_token, ids_restore, pos, prefix):
     return x.new_empty(x.shape[0], prefix + ids_restore.shape[1], x.shape[2], dtype=dtype)
 
 
+serve(_restore_tokens_fwd, cuda=triton("masking", "restore_tokens_fwd"))
+
+
 @op("restore_tokens_bwd")
 def _restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: int) -> tuple[Tensor, Tensor]:
     """(dx [B, prefix + kept, D], dmask_token [D] in float32 or wider)."""
@@ -205,6 +217,9 @@ def _restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: in
 def _(dout, ids_restore, prefix, kept):
     width = dout.shape[2]
     return dout.new_empty(dout.shape[0], prefix + kept, width), dout.new_empty(width, dtype=wide(dout))
+
+
+serve(_restore_tokens_bwd, cuda=triton("masking", "restore_tokens_bwd"))
 
 
 class _RestoreTokens(torch.autograd.Function):

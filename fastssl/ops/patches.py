@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, wide
+from .dispatch import fake, first_order, op, serve, triton, wide
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -41,6 +41,9 @@ def _(images, patch):
     return images.new_empty(batch, (height // patch) * (width // patch), patch * patch * channels)
 
 
+serve(_patchify, cuda=triton("patches", "patchify"))
+
+
 def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
     """Puts rows of pixels together to images: the inverse of `patchify`.
 
@@ -73,6 +76,9 @@ def _unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
 @fake(_unpatchify)
 def _(patches, patch, height, width):
     return patches.new_empty(patches.shape[0], patches.shape[2] // patch**2, height, width)
+
+
+serve(_unpatchify, cuda=triton("patches", "unpatchify"))
 
 
 class _Patchify(torch.autograd.Function):
@@ -136,6 +142,9 @@ def _(images, ids_keep, patch):
     return images.new_empty(*ids_keep.shape, patch * patch * images.shape[1])
 
 
+serve(_keep_patches_fwd, cuda=triton("patches", "keep_patches_fwd"))
+
+
 @op("keep_patches_bwd")
 def _keep_patches_bwd(dkept: Tensor, ids_keep: Tensor, patch: int, height: int, width: int) -> Tensor:
     dpatches = dkept.new_zeros(dkept.shape[0], (height // patch) * (width // patch), dkept.shape[2])
@@ -146,6 +155,9 @@ def _keep_patches_bwd(dkept: Tensor, ids_keep: Tensor, patch: int, height: int, 
 @fake(_keep_patches_bwd)
 def _(dkept, ids_keep, patch, height, width):
     return dkept.new_empty(dkept.shape[0], dkept.shape[2] // patch**2, height, width)
+
+
+serve(_keep_patches_bwd, cuda=triton("patches", "keep_patches_bwd"))
 
 
 class _KeepPatches(torch.autograd.Function):
@@ -219,6 +231,9 @@ def _masked_patch_mse_fwd(
 def _(pred, images, ids, patch, norm_pix, with_grad):
     loss = pred.new_empty((), dtype=wide(pred))
     return loss, pred.new_empty(pred.shape if with_grad else 0, dtype=loss.dtype)
+
+
+serve(_masked_patch_mse_fwd, cuda=triton("patches", "masked_patch_mse_fwd"))
 
 
 class _MaskedPatchMSE(torch.autograd.Function):

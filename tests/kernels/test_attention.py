@@ -1,0 +1,176 @@
+"""The Triton kernels of attention, interpreted, behind the public op."""
+
+import importlib
+import types
+
+import pytest
+import torch
+from fastssl.kernels import attention as kernels
+from fastssl.kernels import tile
+
+from benchmarks import model
+from fastssl.ops import attention, dispatch
+from tests.close import assert_as_exact_on_average
+from tests.kernels.interpreter import triton_on_cpu, watch
+from tests.ops.contract import sparse
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def packed(B, L, H, E, dtype, seed=0):
+    qkv = torch.randn(B, L, 3, H, E, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return qkv.unbind(2)
+
+
+def compare(q, k, v, scale=None):
+    """Result and gradients against float64, and no further from it than plain torch is in that dtype."""
+    weights = torch.randn(q.shape)
+
+    def run(*inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = attention(*leaves, scale=scale)
+        return out.detach(), *torch.autograd.grad(out, leaves, weights.to(out.dtype))
+
+    with triton_on_cpu() as seen:
+        ours = run(q, k, v)
+    assert [kernel for kernel, _ in seen.launches] in (
+        ["_forward", "_backward_resident"],
+        ["_forward", "_backward_by_block"],
+    )
+    with dispatch.reference():
+        truth, plain = run(q.double(), k.double(), v.double()), run(q, k, v)
+    for name, *results in zip(("out", "dq", "dk", "dv"), ours, truth, plain):
+        assert_as_exact_on_average(*results, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, L, H, E", [(1, 1, 1, 1), (2, 13, 2, 20), (1, 50, 2, 32), (1, 65, 1, 64)])
+def test_sizes(B, L, H, E, dtype):
+    compare(*packed(B, L, H, E, dtype))
+
+
+@pytest.mark.parametrize("arch", tile.ARCHITECTURES)
+@pytest.mark.parametrize("L, E", [(100, 32), (130, 64), (197, 32), (70, 80), (257, 32)])
+def test_every_row_of_the_tables(arch, L, E):
+    with tile.pretend(arch):
+        compare(*packed(1, L, 1, E, torch.float16))
+
+
+@pytest.mark.parametrize("arch", tile.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_every_row_of_the_wide_dtypes(arch, dtype):
+    with tile.pretend(arch):
+        compare(*packed(1, 40, 1, 40, dtype))
+
+
+def test_other_lengths_of_keys_and_other_layouts():
+    q, k, v = torch.randn(2, 9, 2, 16), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 16)
+    compare(q, k, v, scale=0.5)
+    compare(k, q, q.flip(0))
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in packed(2, 9, 3, 16, torch.float32)]
+    compare(*heads_first)
+    compare(*[x.transpose(1, 3).contiguous().transpose(1, 3) for x in heads_first])  # heads' values far apart: copied
+    compare(q[:, ::2], k[:, 1:], v[:, :69])
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v = packed(1, 20, 1, 16, torch.float32)
+    with watch():
+        out, lse = kernels.attention_fwd(100 * q, 100 * k, v, 1.0)
+        gradients = kernels.attention_bwd(out, 100 * q, 100 * k, v, out, lse, 1.0)
+    best = (q[0, :, 0] @ k[0, :, 0].T).argmax(1)
+    torch.testing.assert_close(out, v[:, best])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_offsets_beyond_32_bits():
+    far = sparse((2, 3, 1, 4), (2**31, 2**22, 4, 1), torch.float16)
+    far[1, 2] = 1.0
+    q = torch.ones(2, 3, 1, 4, dtype=torch.float16)
+    with watch():
+        out, lse = kernels.attention_fwd(q, far, far, 1.0)
+    expected = torch.tensor([0.0, 4.0, 4.0])
+    torch.testing.assert_close(lse[:, 0, 0], torch.stack([torch.tensor([0.0, 0, 0]), expected.new_tensor([0, 0, 4.0])])
+                               .logsumexp(1))  # fmt: skip
+    assert not out[0].any() and (out[1] > 0.9).all()
+
+
+def test_empty():
+    none = torch.empty(0, 5, 2, 8)
+    with watch() as seen:
+        out, lse = kernels.attention_fwd(none, none, none, 1.0)
+        kernels.attention_bwd(out, none, none, none, out, lse, 1.0)
+        q, k = torch.empty(1, 0, 2, 8), torch.randn(1, 3, 2, 8)
+        out, lse = kernels.attention_fwd(q, k, k, 1.0)
+        _, dk, dv = kernels.attention_bwd(out, q, k, k, out, lse, 1.0)
+    assert not seen.launches and not dk.any() and not dv.any()
+
+
+@pytest.mark.parametrize("B, L, H, E, dtype", [
+    (2, 50, 2, 32, torch.bfloat16), (1, 257, 1, 20, torch.float16), (1, 70, 2, 40, torch.float32),
+])  # fmt: skip
+def test_bytes_and_operations_are_the_model(B, L, H, E, dtype):
+    q, k, v = packed(B, L, H, E, dtype)
+    with watch() as seen:
+        out, lse = kernels.attention_fwd(q, k, v, 1.0)
+    expected = model.attention_fwd(B, L, H, E, dtype.itemsize)
+    assert (seen.bytes, seen.operations) == (expected.requested, expected.operations)
+    with watch() as seen:
+        kernels.attention_bwd(out, q, k, v, out, lse, 1.0)
+    expected = model.attention_bwd(B, L, H, E, dtype.itemsize)
+    assert (seen.bytes, seen.operations) == (expected.requested, expected.operations)
+
+
+def test_what_is_too_long_or_too_wide_goes_to_torch(monkeypatch):
+    """The rule of `backend`, with a device that no kernel limit applies to and one that it does."""
+    rule = importlib.import_module("fastssl.ops.attention")
+
+    class OnGPU:
+        is_cuda, device = True, torch.device("cuda")
+
+        def __init__(self, L, E, size):
+            self.shape, self.size = (1, L, 1, E), size
+
+        def element_size(self):
+            return self.size
+
+    monkeypatch.setattr(rule, "_fmha", lambda: None)
+    named = {(L, E, size): rule.backend(OnGPU(L, E, size), OnGPU(L, E, size)) for L, E, size in
+             [(512, 128, 2), (513, 64, 2), (50, 129, 2), (50, 64, 4), (50, 65, 4)]}  # fmt: skip
+    assert list(named.values()) == ["kernel", "torch", "torch", "kernel", "torch"]
+    assert rule.backend(torch.empty(1, 50, 1, 200), torch.empty(1, 50, 1, 200)) == "kernel"
+    assert rule.backend(torch.empty(1, 513, 1, 8), torch.empty(1, 5, 1, 8)) == "torch"
+
+
+def test_xformers_takes_long_sequences_that_it_supports(monkeypatch):
+    """With a stand-in for xformers, which has no operator for CPUs: asked with the call, used where it says yes."""
+    rule, calls = importlib.import_module("fastssl.ops.attention"), []
+
+    class Operator:
+        @staticmethod
+        def supports(call):
+            return call.query.shape[3] <= 64
+
+    class FMHA:
+        ALL_FW_OPS = ALL_BW_OPS = (Operator,)
+        Inputs = types.SimpleNamespace
+
+        @staticmethod
+        def memory_efficient_attention(q, k, v, scale):
+            calls.append(q.shape)
+            return torch.nn.functional.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), scale=scale
+            ).transpose(1, 2)
+
+    monkeypatch.setattr(rule, "_fmha", lambda: FMHA)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    q, k, v = packed(1, 600, 1, 32, torch.float32)
+    out = attention(q, k, v)
+    assert calls == [(1, 600, 1, 32)]
+    wide = packed(1, 600, 1, 80, torch.float32)
+    attention(*wide)
+    assert len(calls) == 1
+    monkeypatch.setattr(rule, "_fmha", lambda: None)
+    torch.testing.assert_close(out, attention(q, k, v))
