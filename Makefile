@@ -1,7 +1,7 @@
 # Each target does all the set-up it needs, in .venv; a second run does no set-up again.
 #   make demo     set up, pretrain on embedded data, evaluate, report
 #   make test     set up, run all tests
-#   make lint · make bench · make sanitize · make install · make clean
+#   make lint · make bench · make sanitize · make static · make install · make clean
 #
 # PYTHON=python3.12 make …       another interpreter (3.10 or later)
 # FASTSSL_BUILD=none make …      without a C++ compiler: every op runs in plain torch
@@ -13,7 +13,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install -q -c .ci/constraints.txt
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(,)dali,dev)
 SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 
-.PHONY: install demo test lint bench sanitize clean
+.PHONY: install demo test lint bench sanitize static clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -52,6 +52,9 @@ bench: .venv/installed
 
 sanitize: .venv/installed
 	$(BIN)/python -m tests.sanitize
+
+static: .venv/installed
+	$(BIN)/python -m benchmarks.static --all --check
 
 clean:
 	rm -rf .venv build dist *.egg-info fastssl/*.so

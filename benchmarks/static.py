@@ -1,0 +1,236 @@
+"""GPU kernels without a GPU: compiled ahead of time for each architecture, with what they take and should take.
+
+    python -m benchmarks.static                 # the sizes of the papers' recipes, as a table
+    python -m benchmarks.static --json          # the same as JSON
+    python -m benchmarks.static --all --check   # every configuration: exit status 1 for a spill, for more shared memory
+                                                # than there is, for a matrix product without tensor cores, or for over
+                                                # 10 % more registers than benchmarks/resources.json records
+    python -m benchmarks.static --write         # records today's registers there, and writes docs/gpu-kernels.md
+
+`predicted_us` is a prediction, not a measurement: the longer of bytes / bandwidth and operations / rate, at the data
+sheet's numbers of the card named in CARDS, divided by the part of its multiprocessors that the programs fill. Launches,
+latencies and what a kernel loses against its limits are not in it.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from fastssl.kernels import tile
+
+from . import model, nvcc
+from .ahead_of_time import Launch, Resources, ahead_of_time
+from .static_cases import Case, recipes, variants
+
+RESOURCES = Path(__file__).parent / "resources.json"
+PAGE = Path(__file__).parent.parent / "docs" / "gpu-kernels.md"
+VIT_B = 86_567_656  # parameters of timm's vit_base_patch16_224
+GROWTH = 1.1  # registers that a kernel may take, as a multiple of those recorded
+
+
+class Card(NamedTuple):
+    """Numbers of the data sheet."""
+
+    name: str
+    bandwidth: float  # bytes a second
+    rate: dict[int, float]  # operations a second, by bytes of a factor; float32 is three products of tf32 parts
+    shared_bytes: int  # the most that a block may have
+
+
+CARDS = {
+    "sm_80": Card("A100 80 GB", 2.04e12, {2: 312e12, 4: 156e12 / 3, 8: 19.5e12}, 163 * 1024),
+    "sm_90": Card("H100 SXM", 3.35e12, {2: 989e12, 4: 495e12 / 3, 8: 67e12}, 227 * 1024),
+    "sm_100": Card("B200", 8.0e12, {2: 2250e12, 4: 1125e12 / 3, 8: 40e12}, 227 * 1024),
+    "sm_120": Card("RTX 5090", 1.79e12, {2: 209e12, 4: 104e12 / 3, 8: 1.6e12}, 99 * 1024),
+    "gfx942": Card("MI300X", 5.3e12, {2: 1307e12, 4: 163e12, 8: 163e12}, 64 * 1024),
+}
+
+
+def rows_of(case: Case, arch: str) -> list[dict]:
+    """One row a kernel that the case launches. Bytes, operations and the prediction are those of the op, and stand in
+    the row of its first kernel."""
+    with ahead_of_time(arch) as launches:
+        case.launcher(*case.args)
+    return _rows(case, arch, launches)
+
+
+def ema_rows(arch: str) -> list[dict]:
+    """The one kernel in CUDA C++, where nvcc is found. Chunks are of 16,384 parameters."""
+    if not nvcc.found() or arch not in nvcc.ARCHITECTURES:
+        return []
+    found, rows = nvcc.resources(arch)["fastssl::ema_update"], []
+    taken = Resources(
+        found["registers"], found["spill_bytes"] + found["stack_bytes"], found["shared_bytes"], None, False
+    )
+    for what, source_bytes, shadow_bytes in (
+        ("fp32", 4, 0),
+        ("bf16 sources", 2, 0),
+        ("bf16 sources, bf16 shadows", 2, 2),
+    ):
+        moved = model.ema_update_(VIT_B, source_bytes, shadow_bytes)
+        case = Case("ema_update_", f"ViT-B, {what}", ema_rows, (), lambda _, moved=moved: moved)
+        rows += _rows(case, arch, [Launch("ema_update", "", VIT_B // 16384, taken)])
+    return rows
+
+
+def _rows(case: Case, arch: str, launches: list[Launch]) -> list[dict]:
+    rows = []
+    for launch in launches:
+        row = {"op": case.op, "size": case.size, "kernel": launch.kernel, "arch": arch, "config": launch.config}
+        row |= launch.resources._asdict() | {"programs": launch.programs}
+        if case.moved and not rows:
+            row |= prediction(case, arch, launch.programs)
+        rows.append(row)
+    return rows
+
+
+def prediction(case: Case, arch: str, programs: int) -> dict:
+    card, moved = CARDS[arch], case.moved(arch)
+    fill = min(1.0, programs / tile.CARDS[arch].multiprocessors)
+    seconds = max(moved.moved / card.bandwidth, moved.operations / card.rate[case.factor_bytes]) / fill
+    rate = card.rate[case.factor_bytes] / 1e12
+    at = f"{card.name}: {card.bandwidth / 1e12:.3g} TB/s" + (f", {rate:.4g} TFLOP/s" if moved.operations else "")
+    return {
+        "bytes_moved": moved.moved, "bytes_min": moved.least, "flops": moved.operations,
+        "predicted_us": float(f"{1e6 * seconds:.3g}"), "predicted_at": at,
+    }  # fmt: skip
+
+
+def compile_all(everything: bool, archs: list[str]) -> list[dict]:
+    """All rows, two architectures at a time."""
+    with ProcessPoolExecutor(min(2, len(archs))) as pool:
+        return list(itertools.chain(*pool.map(_compile_for, archs, itertools.repeat(everything))))
+
+
+def _compile_for(arch: str, everything: bool) -> list[dict]:
+    cases = recipes() + (variants() if everything else [])
+    return [*itertools.chain(*(rows_of(case, arch) for case in cases)), *ema_rows(arch)]
+
+
+def key(row: dict) -> str:
+    return f"{row['arch']} {row['op']}, {row['size']}: {row['kernel']}"
+
+
+def faults(rows: list[dict], recorded: dict[str, int] | None) -> list[str]:
+    """One sentence for each thing that is wrong; registers are compared where `recorded` is given."""
+    wrong = []
+    for row in rows:
+        name, limit = key(row), CARDS[row["arch"]].shared_bytes
+        if row["spill_bytes"]:
+            wrong.append(f"{name}: {row['spill_bytes']} bytes are spilled or in local memory")
+        if row["shared_bytes"] > limit:
+            wrong.append(f"{name}: {row['shared_bytes']} bytes of shared memory, {limit} is the most")
+        # GeForce cards have no tensor cores for float64.
+        if row["product"] and not row["tensor_core"] and not (row["arch"] == "sm_120" and row["size"].endswith("fp64")):
+            wrong.append(f"{name}: a matrix product without tensor-core instructions")
+        if recorded is not None:
+            if name not in recorded:
+                wrong.append(f"{name}: not in {RESOURCES.name}: run `python -m benchmarks.static --write`")
+            elif row["registers"] > GROWTH * recorded[name]:
+                wrong.append(f"{name}: {row['registers']} registers, {recorded[name]} were recorded")
+    return wrong
+
+
+def recorded() -> dict[str, int] | None:
+    """Registers by `key`, or None where another Triton recorded them: it compiles otherwise."""
+    known = json.loads(RESOURCES.read_text())
+    return known["registers"] if known["triton"] == triton.__version__ else None
+
+
+def table(rows: list[dict]) -> str:
+    names = ("op", "size", "kernel", "arch", "registers", "spill_bytes", "shared_bytes", "tensor_core", "programs",
+             "bytes_moved", "bytes_min", "flops", "predicted_us")  # fmt: skip
+    return markdown(names, [[_cell(row.get(name)) for name in names] for row in rows])
+
+
+def page(rows: list[dict]) -> str:
+    """docs/gpu-kernels.md: one line a kernel, with registers, kB of shared memory and predicted µs on each card."""
+    archs, lines = list(CARDS), {}
+    for row in rows:
+        lines.setdefault((row["op"], row["size"], row["kernel"]), {})[row["arch"]] = row
+    cells = []
+    for (op, size, kernel), by_arch in lines.items():
+        some = next(iter(by_arch.values()))
+        work = [f"{some['bytes_moved'] / 1e6:,.4g} / {some['bytes_min'] / 1e6:,.4g}" if "bytes_moved" in some else "–",
+                f"{some['flops'] / 1e9:,.3g}" if some.get("flops") else "–"]  # fmt: skip
+        cells.append([f"`{op.split(',')[0]}`{op[len(op.split(',')[0]) :]}", size, f"`{kernel}`", *work,
+                      *(_taken(by_arch.get(arch)) for arch in archs)])  # fmt: skip
+    cards = [f"{arch}, {CARDS[arch].name}" for arch in archs]
+    header = ("op", "size", "kernel", "MB moved / least", "GFLOP", *cards)
+    rates = [
+        f"- {arch}, {card.name}: {card.bandwidth / 1e12:.3g} TB/s; in TFLOP/s bf16 {card.rate[2] / 1e12:.4g}, "
+        f"fp32 {card.rate[4] / 1e12:.3g}, fp64 {card.rate[8] / 1e12:.3g}"
+        for arch, card in CARDS.items()
+    ]
+    return PAGE_TEXT.format(table=markdown(header, cells), rates="\n".join(rates), triton=triton.__version__)
+
+
+PAGE_TEXT = """\
+# GPU kernels, compiled and predicted
+
+Written by `python -m benchmarks.static --write` with Triton {triton}. **Nothing here was measured on a GPU.** Registers
+and shared memory are the compiler's; times are predictions.
+
+A cell holds registers a thread / kB of shared memory a program / predicted µs. No kernel spills a register or uses
+local memory, in any configuration of any architecture (`make static`). Bytes are those that memory sees with sm_80's
+tiles, against the least that any implementation must move; that the formulas are right is tested by counting them in
+Triton's interpreter. A prediction is the longer of bytes / bandwidth and operations / rate at the data sheets' numbers
+below, divided by the part of the multiprocessors that the programs fill: a bound from below, without launches and
+latencies. It stands with the first kernel of an op, for all of the op's kernels together.
+
+{rates}
+
+{table}
+"""
+
+
+def _taken(row: dict | None) -> str:
+    if row is None:
+        return "plain torch"
+    predicted = f" / {row['predicted_us']:,.3g}" if "predicted_us" in row else ""
+    return f"{row['registers']} / {row['shared_bytes'] / 1024:.3g}{predicted}"
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)
+
+
+def markdown(header: Sequence[str], cells: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every configuration, not only the recipes' sizes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--check", action="store_true", help="print nothing, compare with benchmarks/resources.json")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/resources.json and docs/gpu-kernels.md")
+    parser.add_argument("--arch", action="append", choices=tile.ARCHITECTURES, help="only this one")
+    options = parser.parse_args(arguments)
+    rows = compile_all(options.all or options.write, options.arch or list(tile.ARCHITECTURES))
+    if options.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif not (options.check or options.write):
+        print(table(rows))
+    if options.write:
+        document = {"triton": triton.__version__, "registers": {key(row): row["registers"] for row in rows}}
+        RESOURCES.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        predicted = {(row["op"], row["size"]) for row in rows if "predicted_us" in row}
+        PAGE.write_text(page([row for row in rows if (row["op"], row["size"]) in predicted]))
+    wrong = faults(rows, recorded() if options.check else None)
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
+    counts = collections.Counter(row["arch"] for row in rows)
+    print(f"compiled {dict(counts)}, {len(wrong)} faults", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

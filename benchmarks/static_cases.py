@@ -1,0 +1,172 @@
+"""What benchmarks/static.py compiles: the recipes' sizes, and what reaches every row of the tables."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fastssl.kernels import attention, contrastive, masking, memory, patches, tile
+
+from . import model
+
+FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+NAMES = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
+
+
+@dataclasses.dataclass
+class Case:
+    op: str
+    size: str
+    launcher: Callable[..., Any]
+    args: tuple
+    moved: Callable[[str], model.Moved] | None = None  # of an architecture; None where only the code is of interest
+    factor_bytes: int = 2  # of what is multiplied
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return meta(*shape, dtype=torch.int64)
+
+
+def recipes() -> list[Case]:
+    """The sizes of the papers' recipes."""
+    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_attention()]
+
+
+def variants() -> list[Case]:
+    """The other rows of the tables, the other dtypes, the paths that the recipes do not take."""
+    return [*_contrastive_tables(), *_attention_tables(), *_tokens_and_pixels_in_other_dtypes()]
+
+
+def _moco() -> list[Case]:
+    cases, tau = [], meta(dtype=FP32)
+    for length, dtype in ((65_536, BF16), (1_048_576, BF16), (65_536, FP32)):
+        q, queue, size = meta(256, 128, dtype=dtype), meta(length, 128, dtype=dtype), dtype.itemsize
+
+        def moved(arch, length=length, size=size):
+            return model.info_nce_fwd(256, length, 128, size, True, arch)
+
+        what = f"B=256, D=128, K={length:,}, {NAMES[dtype]}"
+        cases.append(Case("info_nce", what, contrastive.info_nce_fwd, (q, q, queue, tau, True), moved, size))
+    moved = lambda arch: model.enqueue_(65_536, 128, 256, 2, 2, arch)  # noqa: E731
+    args = (meta(65_536, 128), ids(1), meta(256, 128))
+    return [*cases, Case("enqueue_", "256 into K=65,536, D=128, bf16", memory.enqueue_, args, moved)]
+
+
+def _in_batch() -> list[Case]:
+    tau, q, z = meta(dtype=FP32), meta(4096, 256), meta(8192, 128)
+    per_q, per_z = meta(4096, dtype=FP32), meta(8192, dtype=FP32)
+    moco_v3, simclr = "B=M=4,096, D=256, bf16", "2 × 4,096, D=128, bf16"
+    return [
+        Case("batch_info_nce", moco_v3, contrastive.batch_info_nce_fwd, (q, q, tau, 0, True),
+             lambda arch: model.batch_info_nce_fwd(4096, 4096, 256, 2, True, arch)),
+        Case("batch_info_nce, keys", moco_v3, contrastive.batch_info_nce_dkeys, (q, q, tau, 0, per_q, per_q),
+             lambda arch: model.batch_info_nce_dkeys(4096, 4096, 256, 2, arch)),
+        Case("nt_xent", simclr, contrastive.nt_xent_fwd, (z, tau), lambda arch: model.nt_xent_fwd(8192, 128, 2, arch)),
+        Case("nt_xent, backward", simclr, contrastive.nt_xent_bwd, (z, tau, per_z, per_z),
+             lambda arch: model.nt_xent_bwd(8192, 128, 2, arch)),
+    ]  # fmt: skip
+
+
+def _tokens() -> list[Case]:
+    keep, restore = "B=256, 49 of 196, D=768, bf16", "B=256, 50 to 197, D=512, bf16"
+    return [
+        Case("random_masking", "B=256, L=196", masking.random_masking, (meta(256, 196, dtype=FP32), 49),
+             lambda _: model.random_masking(256, 196, 4)),
+        Case("keep_tokens", keep, masking.keep_tokens_fwd, (meta(256, 196, 768), ids(256, 49), meta(196, 768)),
+             lambda _: model.keep_tokens_fwd(256, 196, 49, 768, 2, 2)),
+        Case("keep_tokens, backward", keep, masking.keep_tokens_bwd, (meta(256, 49, 768), ids(256, 49), 196),
+             lambda arch: model.keep_tokens_bwd(256, 196, 49, 768, 2, arch)),
+        Case("restore_tokens", restore, masking.restore_tokens_fwd,
+             (meta(256, 50, 512), meta(512), ids(256, 196), meta(197, 512), 1),
+             lambda arch: model.restore_tokens_fwd(256, 196, 49, 512, 1, 2, 2, 2, arch)),
+        Case("restore_tokens, backward", restore, masking.restore_tokens_bwd,
+             (meta(256, 197, 512), ids(256, 196), 1, 49),
+             lambda arch: model.restore_tokens_bwd(256, 196, 49, 512, 1, 2, arch)),
+    ]  # fmt: skip
+
+
+def _pixels() -> list[Case]:
+    images = meta(256, 3, 224, 224, dtype=FP32)
+    return [
+        Case("patchify", "B=256, 224², p=16, fp32", patches.patchify, (images, 16),
+             lambda _: model.patchify(256, 196, 768, 4)),
+        Case("keep_patches", "B=256, 49 of 196, p=16, fp32", patches.keep_patches_fwd, (images, ids(256, 49), 16),
+             lambda _: model.keep_patches_fwd(256, 49, 768, 4)),
+        Case("masked_patch_mse", "B=256, 147 of 196, p=16, bf16 pred", patches.masked_patch_mse_fwd,
+             (meta(256, 147, 768), images, ids(256, 147), 16, True, True),
+             lambda arch: model.masked_patch_mse_fwd(256, 147, 768, 2, 4, 16, True, arch)),
+    ]  # fmt: skip
+
+
+def _attention() -> list[Case]:
+    cases = []
+    for name, length, heads, width in (("encoder", 50, 12, 64), ("decoder", 197, 16, 32), ("ViT-B", 197, 12, 64)):
+
+        def forward(arch, shape=(256, length, heads, width)):
+            return model.attention_fwd(*shape, 2, arch)
+
+        def backward(arch, shape=(256, length, heads, width)):
+            return model.attention_bwd(*shape, 2, arch)
+
+        what = f"{name}: B=256, L={length}, H={heads}, E={width}, bf16"
+        cases += _both_directions(256, length, heads, width, BF16, what, forward, backward)
+    return cases
+
+
+def _both_directions(B, L, H, E, dtype, what, forward=None, backward=None) -> list[Case]:
+    q, k, v = meta(B, L, 3, H, E, dtype=dtype).unbind(2)
+    out, lse = meta(B, L, H, E, dtype=dtype), meta(B, H, L, dtype=tile.wide(dtype))
+    return [
+        Case("attention", what, attention.attention_fwd, (q, k, v, 0.1), forward),
+        Case("attention, backward", what, attention.attention_bwd, (out, q, k, v, out, lse, 0.1), backward),
+    ]
+
+
+def _contrastive_tables() -> list[Case]:
+    cases, tau = [], meta(dtype=FP32)
+    for dtype, width in itertools.product((BF16, FP32, FP64), (16, 64, 128, 256, 512, 1024)):
+        q, queue, lse = meta(256, width, dtype=dtype), meta(8192, width, dtype=dtype), meta(256, dtype=tile.wide(dtype))
+        for op, launcher, args in (
+            ("info_nce", contrastive.info_nce_fwd, (q, q, queue, tau, True)),
+            ("batch_info_nce", contrastive.batch_info_nce_fwd, (q, q, tau, 0, True)),
+            ("batch_info_nce, keys", contrastive.batch_info_nce_dkeys, (q, queue, tau, 0, lse, lse)),
+            ("nt_xent", contrastive.nt_xent_fwd, (q, tau)),
+            ("nt_xent, backward", contrastive.nt_xent_bwd, (q, tau, lse, lse)),
+        ):
+            cases.append(Case(op, f"D={width}, {NAMES[dtype]}", launcher, args))
+    return cases
+
+
+def _attention_tables() -> list[Case]:
+    resident = itertools.product((50, 65, 197, 257), (32, 64))
+    shapes = [(BF16, *shape) for shape in (*resident, (197, 80), (65, 128))]
+    shapes += [(dtype, 197, width) for dtype in (FP16, FP32, FP64) for width in (32, 64)]
+    return list(itertools.chain(*(_both_directions(2, L, 4, E, d, f"L={L}, E={E}, {NAMES[d]}") for d, L, E in shapes)))
+
+
+def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
+    cases, keep, places, rest = [], ids(8, 49), ids(8, 196), ids(8, 147)
+    for dtype in (FP32, FP64, FP16):
+        images, x, kept = (meta(8, *shape, dtype=dtype) for shape in ((3, 224, 224), (196, 768), (49, 768)))
+        pred, pos, row = (meta(*shape, dtype=dtype) for shape in ((8, 147, 768), (196, 768), (768,)))
+        for op, launcher, args in (
+            ("random_masking, L=196", masking.random_masking, (meta(8, 196, dtype=dtype), 49)),
+            ("random_masking, L=1,000", masking.random_masking, (meta(8, 1000, dtype=dtype), 49)),
+            ("keep_tokens", masking.keep_tokens_fwd, (x, keep, pos)),
+            ("keep_tokens, backward", masking.keep_tokens_bwd, (kept, keep, 196)),
+            ("restore_tokens", masking.restore_tokens_fwd, (kept, row, places, pos, 0)),
+            ("restore_tokens, backward", masking.restore_tokens_bwd, (x, places, 0, 49)),
+            ("patchify, p=14", patches.patchify, (images, 14)),
+            ("keep_patches", patches.keep_patches_fwd, (images, keep, 16)),
+            ("keep_patches, backward", patches.keep_patches_bwd, (kept, keep, 16, 224, 224)),
+            ("masked_patch_mse", patches.masked_patch_mse_fwd, (pred, images, rest, 16, False, True)),
+            ("masked_patch_mse, norm_pix", patches.masked_patch_mse_fwd, (pred, images, rest, 16, True, True)),
+            ("enqueue_", memory.enqueue_, (meta(99, 128, dtype=dtype), ids(1), meta(9, 128))),
+        ):
+            cases.append(Case(op, NAMES[dtype], launcher, args))
+    return cases
