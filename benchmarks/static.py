@@ -161,7 +161,7 @@ def page(rows: list[dict]) -> str:
         work = [f"{some['bytes_moved'] / 1e6:,.4g} / {some['bytes_min'] / 1e6:,.4g}" if "bytes_moved" in some else "–",
                 f"{some['flops'] / 1e9:,.3g}" if some.get("flops") else "–"]  # fmt: skip
         cells.append([f"`{op.split(',')[0]}`{op[len(op.split(',')[0]) :]}", size, f"`{kernel}`", *work,
-                      *(_taken(by_arch.get(arch)) for arch in archs)])  # fmt: skip
+                      *(_taken(op, by_arch.get(arch)) for arch in archs)])  # fmt: skip
     cards = [f"{arch}, {CARDS[arch].name}" for arch in archs]
     header = ("op", "size", "kernel", "MB moved / least", "GFLOP", *cards)
     rates = [
@@ -182,8 +182,9 @@ A cell holds registers a thread / kB of shared memory a program / predicted µs.
 local memory, in any configuration of any architecture (`make static`). Bytes are those that memory sees with sm_80's
 tiles, against the least that any implementation must move; that the formulas are right is tested by counting them in
 Triton's interpreter. A prediction is the longer of bytes / bandwidth and operations / rate at the data sheets' numbers
-below, divided by the part of the multiprocessors that the programs fill: a bound from below, without launches and
-latencies. It stands with the first kernel of an op, for all of the op's kernels together.
+below, divided by the part of the multiprocessors that the programs fill: a bound from below, without launches,
+latencies and exponentials (which may be what limits attention with narrow heads on the fastest cards). It stands with
+the first kernel of an op, for all of the op's kernels together.
 
 {rates}
 
@@ -191,9 +192,9 @@ latencies. It stands with the first kernel of an op, for all of the op's kernels
 """
 
 
-def _taken(row: dict | None) -> str:
-    if row is None:
-        return "plain torch"
+def _taken(op: str, row: dict | None) -> str:
+    if row is None:  # EMA is CUDA C++; of the two ways back through attention, a card's table chooses one
+        return "plain torch" if op == "ema_update_" else "–"
     predicted = f" / {row['predicted_us']:,.3g}" if "predicted_us" in row else ""
     return f"{row['registers']} / {row['shared_bytes'] / 1024:.3g}{predicted}"
 

@@ -39,7 +39,7 @@ def recipes() -> list[Case]:
 
 def variants() -> list[Case]:
     """The other rows of the tables, the other dtypes, the paths that the recipes do not take."""
-    return [*_contrastive_tables(), *_attention_tables(), *_tokens_and_pixels_in_other_dtypes()]
+    return [*_contrastive_tables(), *_attention_tables(), *_tokens_and_pixels_in_other_dtypes(), *_ones()]
 
 
 def _moco() -> list[Case]:
@@ -169,4 +169,33 @@ def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
             ("enqueue_", memory.enqueue_, (meta(99, 128, dtype=dtype), ids(1), meta(9, 128))),
         ):
             cases.append(Case(op, NAMES[dtype], launcher, args))
+    return cases
+
+
+def _ones() -> list[Case]:
+    """Sizes and strides of 1, which Triton makes constants: a kernel must compile with each number as a constant."""
+    tau, q, row, lse = meta(dtype=FP32), meta(1, 1), meta(1), meta(1, dtype=FP32)
+    launches = {
+        "info_nce": (contrastive.info_nce_fwd, (q, q, q, tau, True)),
+        "batch_info_nce": (contrastive.batch_info_nce_fwd, (q, meta(2, 1), tau, 1, True)),
+        "batch_info_nce, keys": (contrastive.batch_info_nce_dkeys, (q, q, tau, 1, lse, lse)),
+        "nt_xent": (contrastive.nt_xent_fwd, (meta(2, 1), tau)),
+        "nt_xent, backward": (contrastive.nt_xent_bwd, (meta(2, 1), tau, meta(2, dtype=FP32), meta(2, dtype=FP32))),
+        "random_masking": (masking.random_masking, (meta(1, 1, dtype=FP32), 1)),
+        "keep_tokens": (masking.keep_tokens_fwd, (meta(1, 1, 1), ids(1, 1), q)),
+        "keep_tokens without pos": (masking.keep_tokens_fwd, (meta(1, 1, 1), ids(1, 1), None)),
+        "keep_tokens, backward": (masking.keep_tokens_bwd, (meta(1, 1, 1), ids(1, 1), 1)),
+        "restore_tokens": (masking.restore_tokens_fwd, (meta(1, 2, 1), row, ids(1, 1), meta(2, 1), 1)),
+        "restore_tokens without pos": (masking.restore_tokens_fwd, (meta(1, 1, 1), row, ids(1, 1), None, 0)),
+        "restore_tokens, backward": (masking.restore_tokens_bwd, (meta(1, 2, 1), ids(1, 1), 1, 1)),
+        "patchify": (patches.patchify, (meta(1, 1, 1, 1), 1)),
+        "unpatchify": (patches.unpatchify, (meta(1, 1, 1), 1, 1, 1)),
+        "keep_patches": (patches.keep_patches_fwd, (meta(1, 1, 1, 1), ids(1, 1), 1)),
+        "keep_patches, backward": (patches.keep_patches_bwd, (meta(1, 1, 1), ids(1, 1), 1, 1, 1)),
+        "masked_patch_mse": (patches.masked_patch_mse_fwd, (meta(1, 1, 1), meta(1, 1, 1, 1), ids(1, 1), 1, True, True)),
+        "enqueue_": (memory.enqueue_, (q, ids(1), q)),
+    }
+    cases = [Case(op, "sizes of 1, bf16", launcher, args) for op, (launcher, args) in launches.items()]
+    for dtype in (BF16, FP32):
+        cases += _both_directions(1, 1, 1, 1, dtype, f"sizes of 1, {NAMES[dtype]}")
     return cases

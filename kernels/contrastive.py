@@ -78,7 +78,12 @@ TILES["sm_120"] = TILES["sm_80"] | {
     8: {128: (16, 16, 32, 8, 1, 2)},  # no tensor cores for float64
 }
 TILES["gfx942"] = TILES["sm_80"] | {
-    2: {128: (128, 64, 32, 8, 2, 1), 256: (64, 32, 32, 4, 2, 1), 512: (64, 32, 64, 8, 2, 1)},
+    2: {
+        32: (128, 32, 32, 8, 2, 1),
+        128: (128, 64, 32, 8, 2, 1),
+        256: (64, 32, 32, 4, 2, 1),
+        512: (64, 32, 64, 8, 2, 1),
+    },
 }
 
 QUEUE, BATCH, VIEWS = (tl.constexpr(i) for i in range(3))  # where the positive of a row is, and what a row must skip
