@@ -45,8 +45,8 @@ RESIDENT = {
     "sm_80": {2: {(64, 32): (32, 4), (128, 32): (32, 4), (256, 32): (32, 8), (64, 64): (32, 4), (128, 64): (32, 8)}}
 }
 RESIDENT["sm_90"] = {2: RESIDENT["sm_80"][2] | {(256, 64): (32, 8)}}
-RESIDENT["sm_100"] = {2: RESIDENT["sm_90"][2] | {(128, 64): (64, 8)}}
-RESIDENT["sm_120"] = RESIDENT["sm_80"]
+RESIDENT["sm_100"] = {2: RESIDENT["sm_80"][2] | {(128, 64): (64, 8), (256, 64): (16, 8)}}
+RESIDENT["sm_120"] = {2: RESIDENT["sm_80"][2] | {(128, 64): (64, 8)}}
 RESIDENT["gfx942"] = {2: RESIDENT["sm_80"][2] | {(256, 32): (16, 8)}}
 
 # {architecture: {bytes of an element: {widest head: (BLOCK, warps, stages)}}} of a backward pass by blocks
@@ -141,8 +141,8 @@ def _gradients(
     """(weights, dscores) of a tile [queries, keys], dscores without the factor `scale`."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=WIDE) * scale
     weights = tl.exp2((scores - lse[:, None]) * LOG2E)
-    exists = (tl.arange(0, BLOCK_L) < L - first)[:, None] & (tl.arange(0, BLOCK_M) < M - start)[None, :]
-    weights = tl.where(exists, weights, 0.0)
+    # A key that does not exist has score 0, which may be far above a row's sum; a query that does not exist has dout 0.
+    weights = tl.where((tl.arange(0, BLOCK_M) < M - start)[None, :], weights, 0.0)
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=WIDE)
     return weights, weights * (dweights - delta[:, None])
 

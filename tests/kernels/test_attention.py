@@ -85,6 +85,26 @@ def test_large_scores_do_not_overflow():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+def by_formula(dout, q, k, v, scale):
+    with dispatch.reference():
+        out, lse = torch.ops.fastssl.attention_fwd(q, k, v, scale)
+        return out, *torch.ops.fastssl.attention_bwd(dout, q, k, v, out, lse, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_scores_far_below_zero(dtype):
+    """The tiles' ends are filled with keys of score 0, next to which every true score here is nothing."""
+    q, k, v = packed(1, 20, 1, 16, dtype)
+    q, k, dout = q.abs() + 7, -k.abs() - 7, torch.randn(1, 20, 1, 16).to(dtype)
+    with watch():
+        out, lse = kernels.attention_fwd(q, k, v, 0.25)
+        gradients = kernels.attention_bwd(dout, q, k, v, out, lse, 0.25)
+    assert lse.max() < -100  # exp(100) is no float32
+    truth = by_formula(*(x.double() for x in (dout, q, k, v)), 0.25)
+    for result, exact in zip((out, *gradients), truth):
+        assert (result - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 def test_offsets_beyond_32_bits():
     far = sparse((2, 3, 1, 4), (2**31, 2**22, 4, 1), torch.float16)
     far[1, 2] = 1.0
@@ -95,6 +115,16 @@ def test_offsets_beyond_32_bits():
     torch.testing.assert_close(lse[:, 0, 0], torch.stack([torch.tensor([0.0, 0, 0]), expected.new_tensor([0, 0, 4.0])])
                                .logsumexp(1))  # fmt: skip
     assert not out[0].any() and (out[1] > 0.9).all()
+
+
+def test_products_beyond_32_bits():
+    """Strides that fit 32 bits, times a token or a sample that makes a number that does not."""
+    far = sparse((3, 300, 1, 2), (2**30, 2**23 - 8, 2, 1), torch.float16)
+    far[2, 299] = 20.0
+    q = torch.ones(3, 1, 1, 2, dtype=torch.float16)
+    with watch():
+        out, _ = kernels.attention_fwd(q, far, far, 1.0)
+    assert not out[:2].any() and (out[2] > 19.9).all()
 
 
 def test_empty():
