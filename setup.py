@@ -65,7 +65,7 @@ def native_parts():
         parts.append(CppExtension(f"fastssl._native_{level}", sources, depends=headers, py_limited_api=True,
                                   extra_compile_args=[*optimise, *stable, *flags]))  # fmt: skip
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES if torch_cuda >= "12.8" else "8.0;9.0+PTX")
         nvcc = ["-O3", "-std=c++20", "-Xptxas=-warn-spills", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *stable]
         parts.append(CUDAExtension("fastssl._native_cuda", cuda_sources, depends=headers, py_limited_api=True,
                                    extra_compile_args={"cxx": [*optimise, *stable], "nvcc": nvcc}))  # fmt: skip

@@ -61,6 +61,7 @@ def ahead_of_time(arch: str) -> Iterator[list[Launch]]:
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
         launches.append(Launch(kernel.fn.__name__, config, math.prod(grid), resources(compiled)))
 
+    active = triton.runtime.driver._active
     triton.runtime.driver.set_active(Driver(arch))
     JITFunction.run = compile_only
     try:
@@ -68,6 +69,7 @@ def ahead_of_time(arch: str) -> Iterator[list[Launch]]:
             yield launches
     finally:
         JITFunction.run = run
+        triton.runtime.driver._active = active
 
 
 def resources(compiled) -> Resources:

@@ -139,12 +139,19 @@ def _contrastive_tables() -> list[Case]:
             ("nt_xent, backward", contrastive.nt_xent_bwd, (q, tau, lse, lse)),
         ):
             cases.append(Case(op, f"D={width}, {NAMES[dtype]}", launcher, args))
+    for query, others in ((BF16, FP64), (FP16, FP32), (FP64, BF16)):
+        q, queue, lse = meta(256, 128, dtype=query), meta(8192, 128, dtype=others), meta(256, dtype=tile.wide(query))
+        what = f"D=128, {NAMES[query]} with {NAMES[others]}"
+        cases.append(Case("info_nce", what, contrastive.info_nce_fwd, (q, q, queue, tau, True)))
+        args = (q, queue, tau, 0, lse, lse)
+        cases.append(Case("batch_info_nce, keys", what, contrastive.batch_info_nce_dkeys, args))
     return cases
 
 
 def _attention_tables() -> list[Case]:
     resident = itertools.product((50, 65, 197, 257), (32, 64))
     shapes = [(BF16, *shape) for shape in (*resident, (197, 80), (65, 128))]
+    shapes += [(BF16, 17, width) for width in (32, 64, 128)]
     shapes += [(dtype, 197, width) for dtype in (FP16, FP32, FP64) for width in (32, 64)]
     return list(itertools.chain(*(_both_directions(2, L, 4, E, d, f"L={L}, E={E}, {NAMES[d]}") for d, L, E in shapes)))
 

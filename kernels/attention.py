@@ -21,6 +21,7 @@ then over the keys for dq, with two more products, since logits are made twice.
     operations   10·B·H·L²·E resident, 14 by block
 """
 
+import struct
 from typing import NamedTuple
 
 import triton
@@ -52,7 +53,7 @@ RESIDENT["gfx942"] = {2: RESIDENT["sm_80"][2] | {(256, 32): (16, 8)}}
 # {architecture: {bytes of an element: {widest head: (BLOCK, warps, stages)}}} of a backward pass by blocks
 BY_BLOCK = {"sm_80": {2: {64: (64, 4, 1), 128: (32, 4, 1)}, 4: {64: (16, 4, 1)}, 8: {64: (16, 4, 1)}}}
 BY_BLOCK |= {arch: BY_BLOCK["sm_80"] for arch in ("sm_90", "sm_100")}
-BY_BLOCK["sm_120"] = BY_BLOCK["sm_80"] | {2: {128: (32, 4, 1)}, 8: {64: (16, 8, 1)}}
+BY_BLOCK["sm_120"] = BY_BLOCK["sm_80"] | {2: {64: (32, 4, 2), 128: (32, 4, 1)}, 8: {64: (16, 8, 1)}}
 BY_BLOCK["gfx942"] = BY_BLOCK["sm_80"] | {2: {64: (32, 4, 1), 128: (32, 8, 1)}}
 
 
@@ -89,10 +90,11 @@ def _head(x_ptr, head, H, stride_b, stride_h):
 
 
 @triton.jit
-def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, L, M, H, E, scale, blocks, stride_qb, stride_ql, stride_qh,
+def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, L, M, H, E, scale, rest, blocks, stride_qb, stride_ql, stride_qh,
              stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
              WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr,
              BLOCK_E: tl.constexpr):  # fmt: skip
+    scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
     head = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK_L
     q_ptr = _head(q_ptr, head, H, stride_qb, stride_qh)
@@ -154,11 +156,12 @@ def _delta(out_ptr, dout, first, L, stride, E, WIDE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale,
+def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale, rest,
                        stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
                        stride_kh, stride_vb, stride_vl, stride_vh, WIDE: tl.constexpr, PRECISION: tl.constexpr,
                        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One head: its queries and their gradients stay while the keys pass, BLOCK_M at a time."""
+    scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
     head = tl.program_id(0)
     q_ptr = _head(q_ptr, head, H, stride_qb, stride_qh)
     k_ptr = _head(k_ptr, head, H, stride_kb, stride_kh)
@@ -190,11 +193,12 @@ def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
 
 
 @triton.jit
-def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale,
+def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale, rest,
                        blocks, stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
                        stride_kh, stride_vb, stride_vl, stride_vh, WIDE: tl.constexpr, PRECISION: tl.constexpr,
                        BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One tile of keys, which meets all queries, and one tile of queries, which meets all keys."""
+    scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
     head = tl.program_id(0) // blocks
     own = tl.program_id(0) % blocks * BLOCK
     at = tl.arange(0, BLOCK)
@@ -237,10 +241,16 @@ def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
 
 def _block(L: int, longest: int) -> int:
     """Queries a program: as many as there are, unless the last program would then be idle for the most part (257)."""
-    block, shortest = min(longest, power_of_2(L)), min(longest, 64)
+    block, shortest = min(longest, power_of_2(L, 64)), min(longest, 64)
     while block > shortest and triton.cdiv(L, block) * block > 4 / 3 * triton.cdiv(L, shortest) * shortest:
         block //= 2
     return block
+
+
+def _two_floats(x: float) -> tuple[float, float]:
+    """x as a float32 and what is left of it: Triton passes numbers as float32, and float64 needs the bits of both."""
+    (first,) = struct.unpack("f", struct.pack("f", x))
+    return first, x - first
 
 
 def _near(x: Tensor) -> Tensor:
@@ -281,9 +291,9 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         cut = forward_plan(L, E, q.element_size(), card(q).arch)
         blocks = triton.cdiv(L, cut.block_l)
         _forward[(B * H * blocks,)](
-            q, k, v, out, lse, L, M, H, E, scale, blocks, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            WIDE=TRITON_DTYPES[dtype], PRECISION=precision(q.dtype), BLOCK_L=cut.block_l, BLOCK_M=cut.block_m,
-            BLOCK_E=cut.block_e, num_warps=cut.warps, num_stages=cut.stages,
+            q, k, v, out, lse, L, M, H, E, *_two_floats(scale), blocks, *q.stride()[:3], *k.stride()[:3],
+            *v.stride()[:3], WIDE=TRITON_DTYPES[dtype], PRECISION=precision(q.dtype), BLOCK_L=cut.block_l,
+            BLOCK_M=cut.block_m, BLOCK_E=cut.block_e, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
     return out, lse
 
@@ -297,7 +307,7 @@ def attention_bwd(
     if not lse.numel():
         return dq, dk.zero_(), dv.zero_()
     cut = backward_plan(L, M, E, q.element_size(), card(q).arch)
-    tensors = (dout, q, k, v, out, lse, dq, dk, dv, L, M, H, E, scale)
+    tensors = (dout, q, k, v, out, lse, dq, dk, dv, L, M, H, E, *_two_floats(scale))
     strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     options = {
         "WIDE": TRITON_DTYPES[lse.dtype], "PRECISION": precision(q.dtype), "BLOCK_E": cut.block_e,

@@ -247,7 +247,7 @@ def _gather(own_ptr, others_ptr, tau_ptr, lse_ptr, dloss_ptr, unit_ptr, grad_ptr
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     tau = tl.load(tau_ptr).to(WIDE)
     unit = tl.load(unit_ptr).to(WIDE)  # weights are divided by it before they are rounded to 16 bits
-    per_unit = tl.where(unit > 0, 1 / unit, 0.0)
+    per_unit = 1 / unit
     if CHUNK == 0:
         own = _rows(own_ptr, row, in_r, column, stride_own, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
     if KIND == VIEWS:
@@ -335,7 +335,7 @@ def plan(B: int, K: int, D: int, size: int, on: Card) -> Plan:
     width = min(power_of_2(D, 32), max(table))
     block_b, block_k, chunk, warps, stages, programs = choose(table, width)
     chunk = min(chunk or width, width) if chunk or width < D else 0
-    blocks, columns = triton.cdiv(B, block_b), triton.cdiv(D, width)
+    blocks, columns = triton.cdiv(B, block_b), max(1, triton.cdiv(D, width))
     parts, each = splits(blocks * columns, triton.cdiv(K, block_k), programs * on.multiprocessors)
     return Plan((blocks, parts, columns), each, block_b, block_k, chunk, width, warps, stages)
 
@@ -351,7 +351,9 @@ def _forward(
     if B == 0:
         return loss, rank, lse, dq
     q, keys, positives = rows(q), rows(keys), rows(positives)
-    multiplied = operand(q, keys)
+    multiplied = operand(dtype, q, keys)
+    if multiplied == torch.float64:  # Triton fails to compile a product of float64 made from 16 bits
+        q, keys = q.double(), keys.double()
     cut = plan(B, K, D, multiplied.itemsize, card(q))
     parts = cut.grid[1]
     top, total = q.new_empty(parts, B, dtype=dtype), q.new_empty(parts, B, dtype=dtype)
@@ -377,11 +379,13 @@ def _backward(
     if R == 0:
         return grad
     own, others, dloss = rows(own), rows(others), dloss.contiguous()
-    multiplied = operand(own, others)
+    multiplied = operand(lse.dtype, own, others)
+    if multiplied == torch.float64:  # as above
+        own, others = own.double(), others.double()
     cut = plan(R, C, D, multiplied.itemsize, card(own))
     parts = cut.grid[1]
     # float16 has no room for softmax times a loss's gradient: the largest weight is made 256 there.
-    unit = dloss.abs().max() / 256 if multiplied == torch.float16 and C else dloss.new_ones(())
+    unit = (dloss.abs().max() / 256).clamp(min=1e-30) if multiplied == torch.float16 and C else dloss.new_ones(())
     partial = grad if parts == 1 else own.new_empty(parts, R, D, dtype=lse.dtype)
     _gather[cut.grid](
         own, others, tau, lse, dloss, unit, partial, R, C, D, first, cut.each, own.stride(0), others.stride(0),

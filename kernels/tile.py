@@ -71,6 +71,11 @@ def pretend(arch: str, multiprocessors: int | None = None) -> Iterator[Card]:
 def _card(index: int) -> Card:
     facts = torch.cuda.get_device_properties(index)
     if torch.version.hip:
+        if not facts.gcnArchName.startswith(("gfx94", "gfx95")):
+            raise RuntimeError(
+                f"fastssl: the Triton kernels are made for gfx942 (MI300), this card is {facts.gcnArchName}; plain "
+                "torch runs there: `with fastssl.ops.dispatch.reference(): …`"
+            )
         return Card("gfx942", facts.multi_processor_count)
     capability = (facts.major, facts.minor)
     if capability < (8, 0):
@@ -109,10 +114,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def operand(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype in which tensors are multiplied: their own where they agree, else the wide one that holds them all."""
-    first, *others = {x.dtype for x in tensors}
-    return first if not others else functools.reduce(torch.promote_types, others, wide(first))
+def operand(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.dtype:
+    """The dtype in which tensors are multiplied for sums of `dtype`: their own if they agree and it is no wider."""
+    own = {x.dtype for x in tensors}
+    return own.pop() if len(own) == 1 and wide(next(iter(own))) == dtype else dtype
 
 
 def precision(dtype: torch.dtype) -> str:

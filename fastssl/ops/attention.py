@@ -38,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         ValueError: a shape or device does not fit. TypeError: dtypes differ or are not floating.
 
     Memory: the C++ kernel holds the scores of one head's 96 queries at a time, for each thread, forward and backward; a
-        GPU kernel holds nothing outside the multiprocessors.
+        GPU kernel holds no scores outside its multiprocessors. Both keep one number a query for the gradient.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1; Dosovitskiy et al., 2021 (ViT).
     """
@@ -55,7 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if k.shape[1] == 0:
         check.fail("attention", f"k must have at least one token, got {list(k.shape)}")
     scale = width**-0.5 if scale is None else scale
-    name = backend(q, k)
+    name = backend(q, k, v)
     if name == "kernel":
         return _Attention.apply(q, k, v, scale)
     if name == "xformers":
@@ -64,13 +64,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     return out.transpose(1, 2).contiguous()
 
 
-def backend(q: Tensor, k: Tensor) -> str:
+def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
     """What runs `attention` on these tensors: "kernel", "xformers" or "torch". The one place where that is decided."""
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
     if serves("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
         return "kernel"
     if q.is_cuda and not torch.compiler.is_compiling() and _fmha() is not None:
-        call = _fmha().Inputs(query=q, key=k, value=k)
+        call = _fmha().Inputs(query=q, key=k, value=v)
         directions = (_fmha().ALL_FW_OPS, _fmha().ALL_BW_OPS if torch.is_grad_enabled() else _fmha().ALL_FW_OPS)
         if all(any(operator.supports(call) for operator in operators) for operators in directions):
             return "xformers"

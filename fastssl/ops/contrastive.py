@@ -9,7 +9,8 @@ attention whose values are its keys. So one pass over the keys leaves loss, rank
 
 The kernels take all four dtypes, any strides and any mixture of them, and always give the same bits, the C++ ones on
 any number of threads. On GPUs the softmax of 16-bit inputs is rounded to their dtype before it is multiplied with the
-keys, as in flash attention; loss and rank are not touched by that.
+keys, as in flash attention; loss and rank are not touched by that. They multiply float32 as exactly as float32 does,
+unless torch is allowed to use tf32 (`torch.set_float32_matmul_precision`).
 """
 
 from typing import NamedTuple
@@ -49,8 +50,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
         ValueError: a shape or device does not fit, tau ≤ 0, or k or queue requires a gradient.
         TypeError: an argument is not floating.
 
-    Memory: a kernel needs O(B·D) whatever K: under 4 MB at B = 256, D = 128 on a CPU, and on a GPU a partial result of
-        each query for each multiprocessor, 10 MB there. The plain body makes logits [B, K] (and
+    Memory: a kernel needs O(B·D) whatever K: under 4 MB at B = 256, D = 128 on a CPU, and on a GPU a few rows of
+        partial results for each multiprocessor, 10 MB there. The plain body makes logits [B, K] (and
         converts a queue of another dtype).
 
     Source: van den Oord et al., 2018 (CPC), equation 4; He et al., 2020 (MoCo), equation 1 and algorithm 1.
@@ -225,7 +226,7 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
     Raises:
         ValueError: shapes or devices differ, or tau ≤ 0. TypeError: an argument is not floating.
 
-    Memory: a kernel needs O(B·D), three copies of z; the C++ kernel computes each pair's logit once. The plain body
+    Memory: a kernel needs O(B·D), on a CPU three copies of z, and computes each pair's logit once there. The plain body
         makes logits [2B, 2B], and makes them again for the gradient.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, equation 1.

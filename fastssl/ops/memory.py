@@ -30,7 +30,9 @@ def ema_update_(
         TypeError: a target is bfloat16 or float16: 1.0 + 0.001·(2.0 − 1.0) rounds back to 1.0 there, so the average
             would never move.
 
-    Memory: none beyond the arguments. Layout: any strides; pairs stored in the same dense order are fastest.
+    Memory: none beyond the arguments (on a GPU a table of their addresses, made when it meets new ones, for which the
+        host waits once: keep the tensors from step to step). Layout: any strides; pairs stored in the same dense order
+        are fastest.
 
     Source: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, equation 2.
     """

@@ -14,7 +14,8 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     row-major order, inside a patch row, column, and channel last, as in the reference implementation.
 
     Args:
-        images: [B, C, H, W] any dtype and memory format; H and W divisible by `patch`, not necessarily equal.
+        images: [B, C, H, W] any dtype (on a GPU of up to 8 bytes) and memory format; H and W divisible by `patch`, not
+            necessarily equal.
         patch: p, side of a patch in pixels.
 
     Returns: [B, L, P] of the same dtype, L = (H/p)·(W/p), P = p·p·C. Gradient to images.

@@ -132,6 +132,7 @@ def _replacements() -> list[tuple[type, str, object]]:
         return binary(self, a, b, op)
 
     def watched_call(self, *args, **kwargs):
+        args = [_as_passed(x) for x in args]
         names = dict(zip(self.arg_names, args)) | kwargs
         kernel = self.fn.__name__
         _watch.args = [Argument(f"{kernel}.{n}", x) for n, x in names.items() if isinstance(x, torch.Tensor)]
@@ -169,6 +170,11 @@ def _touch(builder, ptrs, mask, writes: bool) -> None:
     if addresses.size:
         kernel = _watch.launches[-1][0]
         raise IndexError(f"{kernel}: {addresses.size} lanes {'store' if writes else 'load'} outside every argument")
+
+
+def _as_passed(x):
+    """A number as a GPU kernel gets it: Triton passes float32, its interpreter what it is given."""
+    return float(np.float32(x)) if isinstance(x, float) else x
 
 
 def _number(x) -> np.ndarray:

@@ -167,11 +167,11 @@ def test_what_is_too_long_or_too_wide_goes_to_torch(monkeypatch):
             return self.size
 
     monkeypatch.setattr(rule, "_fmha", lambda: None)
-    named = {(L, E, size): rule.backend(OnGPU(L, E, size), OnGPU(L, E, size)) for L, E, size in
+    named = {(L, E, size): rule.backend(*[OnGPU(L, E, size)] * 3) for L, E, size in
              [(512, 128, 2), (513, 64, 2), (50, 129, 2), (50, 64, 4), (50, 65, 4)]}  # fmt: skip
     assert list(named.values()) == ["kernel", "torch", "torch", "kernel", "torch"]
-    assert rule.backend(torch.empty(1, 50, 1, 200), torch.empty(1, 50, 1, 200)) == "kernel"
-    assert rule.backend(torch.empty(1, 513, 1, 8), torch.empty(1, 5, 1, 8)) == "torch"
+    assert rule.backend(*[torch.empty(1, 50, 1, 200)] * 3) == "kernel"
+    assert rule.backend(torch.empty(1, 513, 1, 8), *[torch.empty(1, 5, 1, 8)] * 2) == "torch"
 
 
 def test_xformers_takes_long_sequences_that_it_supports(monkeypatch):

@@ -96,7 +96,15 @@ def test_nt_xent(B, D, dtype):
     )
 
 
-@pytest.mark.parametrize("q_dtype, queue_dtype", [(torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "q_dtype, queue_dtype",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float64),
+        (torch.float64, torch.float32),
+    ],
+)
 def test_mixed_dtypes_are_widened(q_dtype, queue_dtype):
     q, k = unit(5, 9, dtype=q_dtype).requires_grad_(), unit(5, 9, dtype=torch.float32)
     compare(lambda q, k, queue: info_nce(q, k, queue, 0.07), q, k, unit(20, 9, dtype=queue_dtype))
@@ -160,6 +168,8 @@ def test_no_negatives_and_no_queries():
         loss, rank = info_nce(unit(3, 8), unit(3, 8), unit(0, 8), 0.2)
         assert loss.abs().max() < 1e-6 and rank.tolist() == [0, 0, 0]
         assert info_nce(unit(0, 8), unit(0, 8), unit(5, 8), 0.2).loss.shape == (0,)
+        no_width = torch.empty(3, 0)
+        torch.testing.assert_close(info_nce(no_width, no_width, no_width, 0.2).loss, torch.full((3,), math.log(4)))
         keys = unit(5, 8).requires_grad_()
         batch_info_nce(unit(0, 8), keys, 0.2).loss.sum().backward()
         assert keys.grad.shape == keys.shape and not keys.grad.any()

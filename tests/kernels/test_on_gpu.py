@@ -28,7 +28,7 @@ from tests.ops.contract import compiles, tensors_of
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def unit(*shape, dtype=torch.float32):
@@ -67,7 +67,7 @@ def agrees(function, *tensors, exact=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("B, K, D", [(256, 65536, 128), (37, 4099, 100), (1, 5, 16), (64, 3000, 600)])
+@pytest.mark.parametrize("B, K, D", [(256, 65536, 128), (37, 4099, 100), (8, 40, 16), (64, 3000, 600)])
 def test_info_nce(B, K, D, dtype):
     q, k, queue = unit(B, D, dtype=dtype).requires_grad_(), unit(B, D, dtype=dtype), unit(K, D, dtype=dtype)
     agrees(lambda q, k, queue: info_nce(q, k, queue, 0.2).loss, q, k, queue)
@@ -86,7 +86,7 @@ def test_in_batch(B, M, D, dtype):
     "L, H, E", [(50, 12, 64), (65, 3, 32), (197, 16, 32), (197, 12, 64), (257, 4, 80), (512, 2, 64)]
 )
 def test_attention(L, H, E, dtype):
-    if dtype == torch.float32 and E > 64:
+    if dtype.itemsize > 2 and E > 64:
         pytest.skip("goes to torch")
     qkv = noise(4, L, 3, H, E, dtype=dtype).requires_grad_()
     agrees(lambda qkv: attention(*qkv.unbind(2)), qkv)
@@ -163,16 +163,67 @@ def test_memory_does_not_grow_with_the_queue():
     assert torch.cuda.max_memory_allocated() - before < 64e6
 
 
-def test_a_second_stream_and_no_wait_for_the_host():
-    """The ops run under torch's sync detector, which raises where the host would wait for the GPU."""
-    q, k, queue = unit(64, 128).requires_grad_(), unit(64, 128), unit(4096, 128)
-    ptr, mask_noise = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.rand(8, 196, device=DEVICE)
-    info_nce(q, k, queue, 0.2).loss.mean().backward()  # compiles
+def test_strides_mixtures_and_nothing():
+    q, queue = unit(40, 18)[:, ::2].requires_grad_(), unit(100, 12)[::2, 3:]
+    agrees(lambda q, k, queue: info_nce(q, k, queue, 0.2).loss, q, unit(9, 40).T, queue)
+    wide = queue.double()
+    agrees(lambda q, k, queue: info_nce(q, k, queue, 0.2).loss, q, unit(40, 9).bfloat16(), wide)
+    heads_first = noise(2, 3, 50, 16).transpose(1, 2).requires_grad_()
+    agrees(lambda q: attention(q, q, q).sum((0, 1)), heads_first)  # an expanded gradient
+    agrees(lambda x: keep_tokens(x, torch.zeros(2, 0, dtype=torch.int64, device=DEVICE)), noise(2, 5, 7), exact=True)
+    assert info_nce(noise(0, 8), noise(0, 8), queue[:, :8], 0.2).loss.shape == (0,)
+
+
+def every_op(q, k, queue, ptr, noises, x, images, targets, sources):
+    """One call of each op, on inputs that do not change but for the queue and the targets."""
+    masking = random_masking(noises, 49)
+    loss = info_nce(q, k, queue, 0.2).loss.mean() + batch_info_nce(q, k, 0.2).loss.mean() + nt_xent(q, k, 0.2).mean()
+    kept = keep_tokens(x, masking.ids_keep)
+    restored = restore_tokens(kept, x[0, 0], masking.ids_restore, prefix=0)
+    pixels = keep_patches(images, masking.ids_masked, 16)
+    loss = loss + masked_patch_mse(pixels + 0.1, images, masking.ids_masked, 16, True)
+    loss = loss + attention(*restored.reshape(8, 196, 3, 2, 32).unbind(2)).square().mean()
+    (dq,) = torch.autograd.grad(loss, q)
+    enqueue_(queue, ptr, k)
+    ema_update_(targets, sources, 0.9)
+    return [loss.detach(), dq, queue, ptr, *targets]
+
+
+def test_another_stream_and_no_wait_for_the_host():
+    """Under torch's detector, which raises if the host waits for the GPU; the same values on both streams."""
+    q, k, queue, noises = (
+        unit(64, 128).requires_grad_(),
+        unit(64, 128),
+        unit(4096, 128),
+        torch.rand(8, 196, device=DEVICE),
+    )
+    x, images, source = noise(8, 196, 192), noise(8, 3, 224, 224), noise(1000)
+
+    def state():
+        return [
+            q,
+            k,
+            queue.clone(),
+            torch.zeros(1, dtype=torch.int64, device=DEVICE),
+            noises,
+            x,
+            images,
+            [source * 0],
+            [source],
+        ]
+
+    first, second = state(), state()
+    expected = every_op(*first)  # compiles, and makes the table of addresses
+    every_op(*second)
+    second[2].copy_(queue), second[3].zero_(), second[7][0].zero_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            info_nce(q, k, queue, 0.2).loss.mean().backward()
-            enqueue_(queue, ptr, k)
-            random_masking(mask_noise, 49)
+        with torch.cuda.stream(stream):
+            results = every_op(*second)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    for result, wanted in zip(results, expected, strict=True):
+        assert_same(result, wanted)
