@@ -17,8 +17,16 @@ tile's dk and dv are complete at once, and dq grows in registers: 5 products. Ot
 long or wide heads) a program owns a tile of keys and a tile of queries: it passes over the queries for dk and dv, and
 then over the keys for dq, with two more products, since logits are made twice.
 
-    bytes        resident 8·B·H·L·E·s; by block up to twice the tiles' share of that, from the L2 cache
+    bytes        resident 8·B·H·L·E·s; by block also q, dout and out again for each tile of keys, and k and v again for
+                 each tile of queries, from the L2 cache
     operations   10·B·H·L²·E resident, 14 by block
+
+Why the tiles are as they are: forward, 256 queries by 32 keys on 8 warps hold all of a 197-token head, so that keys and
+values pass once; scores are 32 registers a thread, the result 64 at E = 64, which leaves room for two programs a
+multiprocessor at E = 32. 257 tokens take three programs of 128, not two of 256 that would idle half the time. Backward,
+two tiles of scores and the gradient of the queries must be held at once: 256 queries of width 32 fit everywhere, of
+width 64 only where products read their operands from 148 kB of shared memory (Hopper, Blackwell). float32 is multiplied
+in three parts and float64 takes twice the registers: smaller tiles, and heads of up to 64.
 """
 
 import struct
