@@ -131,23 +131,8 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, L, M, H, E, scale, rest, blo
 
 
 @triton.jit
-def _gradients(
-    q,
-    k,
-    v,
-    dout,
-    lse,
-    delta,
-    first,
-    L,
-    start,
-    M,
-    scale,
-    BLOCK_L: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+def _gradients(q, k, v, dout, lse, delta, start, M, scale, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+               WIDE: tl.constexpr):  # fmt: skip
     """(weights, dscores) of a tile [queries, keys], dscores without the factor `scale`."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=WIDE) * scale
     weights = tl.exp2((scores - lse[:, None]) * LOG2E)
@@ -188,9 +173,7 @@ def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
     for start in range(0, M, BLOCK_M):
         k = _rows(k_ptr, start, M, stride_kl, E, BLOCK_M, BLOCK_E)
         v = _rows(v_ptr, start, M, stride_vl, E, BLOCK_M, BLOCK_E)
-        weights, dscores = _gradients(
-            q, k, v, dout, lse, delta, 0, L, start, M, scale, BLOCK_L, BLOCK_M, PRECISION, WIDE
-        )
+        weights, dscores = _gradients(q, k, v, dout, lse, delta, start, M, scale, BLOCK_M, PRECISION, WIDE)
         dv = tl.dot(tl.trans(weights.to(q.dtype)), dout, input_precision=PRECISION, out_dtype=WIDE)
         dscores = dscores.to(q.dtype)
         dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION, out_dtype=WIDE)
@@ -227,8 +210,7 @@ def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
         dout = _rows(dout_ptr, start, L, stride_ol, E, BLOCK, BLOCK_E)
         lse = tl.load(lse_ptr + start + at, mask=at < L - start, other=0.0)
         delta = _delta(out_ptr, dout, start, L, H * E, E, WIDE, BLOCK, BLOCK_E)
-        weights, dscores = _gradients(q, k, v, dout, lse, delta, start, L, own, M, scale, BLOCK, BLOCK, PRECISION,
-                                       WIDE)  # fmt: skip
+        weights, dscores = _gradients(q, k, v, dout, lse, delta, own, M, scale, BLOCK, PRECISION, WIDE)
         dv = tl.dot(tl.trans(weights.to(q.dtype)), dout, dv, input_precision=PRECISION, out_dtype=WIDE)
         dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=WIDE)
     _put(dk_ptr, own, M, H * E, E, dk * scale, BLOCK, BLOCK_E)
@@ -242,7 +224,7 @@ def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
     for start in range(0, M, BLOCK):
         k = _rows(k_ptr, start, M, stride_kl, E, BLOCK, BLOCK_E)
         v = _rows(v_ptr, start, M, stride_vl, E, BLOCK, BLOCK_E)
-        _, dscores = _gradients(q, k, v, dout, lse, delta, own, L, start, M, scale, BLOCK, BLOCK, PRECISION, WIDE)
+        _, dscores = _gradients(q, k, v, dout, lse, delta, start, M, scale, BLOCK, PRECISION, WIDE)
         dq = tl.dot(dscores.to(q.dtype), k, dq, input_precision=PRECISION, out_dtype=WIDE)
     _put(dq_ptr, own, L, H * E, E, dq * scale, BLOCK, BLOCK_E)
 
