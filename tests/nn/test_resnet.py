@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.nn.resnet import SplitBatchNorm2d, build_resnet
+from fastssl.nn.norm import SplitBatchNorm2d
+from fastssl.nn.resnet import build_resnet
 
 
 def test_split_batch_norm_is_a_batch_norm_on_each_part():

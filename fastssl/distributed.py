@@ -1,0 +1,120 @@
+"""Ranks, and the few collectives that methods need, on torch.distributed. In one process each does nothing.
+
+All ranks must call a collective together and with equal shapes. Those that carry a gradient sum over the ranks' losses:
+DistributedDataParallel then averages, which gives the gradient of the mean loss of all ranks.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if hasattr(dist, "all_gather_single"):  # their names from torch 2.14 on; the older ones warn there
+    _all_gather, _reduce_scatter = dist.all_gather_single, dist.reduce_scatter_single
+elif dist.is_available():
+    _all_gather, _reduce_scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 … world_size() − 1."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """[B, …] of every rank → [world · B, …] in rank order; no gradient."""
+    return _gather(x) if world_size() > 1 else x
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """[B, …] of every rank → [world · B, …] in rank order, with gradient to every rank's part."""
+    return _Gather.apply(x) if world_size() > 1 else x
+
+
+def exchange(x: Tensor) -> Tensor:
+    """[world, …] → [world, …]: row d goes to rank d, row r of the result came from rank r. With gradient."""
+    return _Exchange.apply(x) if world_size() > 1 else x
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of every rank's x, with gradient."""
+    return _Sum.apply(x) if world_size() > 1 else x
+
+
+@torch.no_grad()
+def shuffle(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Deals the samples [B, …] of all ranks out again at random; also returns the order that `unshuffle` needs.
+
+    Every rank sends an equal share of its batch, chosen at random, to every rank. So each sample meets other company,
+    which is what it is for, and B samples move per rank where gathering everything moves world · B.
+
+    Source: He et al., 2020 (MoCo), section 3.3, "Shuffling BN".
+    """
+    order = torch.randperm(x.shape[0], device=x.device)
+    return _deal(x[order], back=False), order
+
+
+@torch.no_grad()
+def unshuffle(x: Tensor, order: Tensor) -> Tensor:
+    """Undoes `shuffle` for what was made of the samples, [B, …]: row i is again that of this rank's sample i."""
+    return _deal(x, back=True)[order.argsort()]
+
+
+def _deal(x: Tensor, back: bool) -> Tensor:
+    world, here = world_size(), rank()
+    if world == 1:
+        return x
+    shares = [len(part) for part in torch.arange(x.shape[0]).tensor_split(world)]
+    sent = [shares[(other - here) % world] for other in range(world)]  # to each rank; everyone receives B in all
+    received = [shares[(here - other) % world] for other in range(world)]
+    if back:
+        sent, received = received, sent
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), received, sent)
+    return out
+
+
+def _gather(x: Tensor) -> Tensor:
+    out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+    _all_gather(out, x.contiguous())
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return _gather(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        dx = dout.new_empty(dout.shape[0] // world_size(), *dout.shape[1:])
+        _reduce_scatter(dx, dout.contiguous())
+        return dx
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return _Exchange.apply(dout)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return _Sum.apply(dout)

@@ -1,0 +1,86 @@
+"""Batch norms whose statistics are of less than the batch (MoCo v1, v2) or of more than it (MoCo v3)."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastssl.distributed import sum_over_ranks, world_size
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose training statistics are those of each of `splits` parts of the batch.
+
+    On one process this stands for MoCo's shuffled batch norm over as many GPUs: with common statistics a query could
+    recognise its key by the company it keeps. The running statistics are the mean over the parts.
+
+    Source: He et al., 2020 (MoCo), section 3.3, "Shuffling BN".
+    """
+
+    def __init__(self, num_features: int, splits: int = 1):
+        super().__init__(num_features)
+        self.splits = splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        batch, channels, height, width = x.shape
+        if batch % self.splits:
+            raise ValueError(f"SplitBatchNorm2d: the batch must be divisible by splits={self.splits}, got {batch}")
+        parts = x.reshape(batch // self.splits, self.splits * channels, height, width)
+        mean, var = (stat.repeat(self.splits) for stat in (self.running_mean, self.running_var))
+        weight, bias = self.weight.repeat(self.splits), self.bias.repeat(self.splits)
+        out = F.batch_norm(parts, mean, var, weight, bias, True, self.momentum, self.eps)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.copy_(mean.view(self.splits, channels).mean(0))
+            self.running_var.copy_(var.view(self.splits, channels).mean(0))
+        return out.view(batch, channels, height, width)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm whose training statistics are those of all ranks' batches, of any shape [B, C, …] and on any device.
+
+    torch's own is for GPUs alone, and DistributedDataParallel refuses it on a CPU.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dims will do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        others = [d for d in range(x.ndim) if d != 1]
+        column = (1, -1, *[1] * (x.ndim - 2))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        here = wide.new_tensor([x.numel() / x.shape[1]])
+        total, count = sum_over_ranks(torch.cat([wide.sum(others), here])).split([x.shape[1], 1])
+        mean = total / count
+        centred = wide - mean.view(column)  # two passes: E[x²] − mean² would cancel
+        var = sum_over_ranks(centred.square().sum(others)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            for running, now in ((self.running_mean, mean), (self.running_var, var * count / (count - 1))):
+                running.lerp_(now.to(running.dtype), self.momentum)
+        out = centred * (var + self.eps).rsqrt().view(column)
+        if self.affine:
+            out = out * self.weight.view(column) + self.bias.view(column)
+        return out.to(x.dtype)
+
+
+def sync_batch_norms(module: nn.Module) -> nn.Module:
+    """Replaces every batch norm inside `module` by one over all ranks, and returns it; parameters and buffers are the
+    same objects with the same names. In one process there is nothing to do, and with NCCL torch's own does it."""
+    if world_size() == 1:
+        return module
+    if "nccl" in str(dist.get_backend()):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm):
+            synced = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            synced._parameters, synced._buffers = child._parameters, child._buffers
+            setattr(module, name, synced.train(child.training))
+        else:
+            sync_batch_norms(child)
+    return module

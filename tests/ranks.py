@@ -1,0 +1,34 @@
+"""Runs a function in several processes joined by gloo, as torchrun would."""
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Processes are forked from one that has imported these and has no threads: importing them anew takes seconds each.
+multiprocessing.set_forkserver_preload(
+    ["pytest", "timm", "torch.distributed", "torch.testing", "torch.nn.parallel", "fastssl.nn", "fastssl.methods.mae",
+     "fastssl.methods.moco_v3"]
+)  # fmt: skip
+
+
+def run_ranks(world: int, function: Callable, *args) -> list:
+    """What ``function(*args)`` returned in each of `world` processes, in rank order. An assertion that fails in one of
+    them fails here. The function must be at the top level of its module."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (world, folder, function, args), world, start_method="forkserver")
+        return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world)]
+
+
+def _rank(rank: int, world: int, folder: str, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    try:
+        torch.save(function(*args), Path(folder, f"result{rank}"))
+    finally:
+        dist.destroy_process_group()
