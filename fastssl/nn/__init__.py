@@ -1,0 +1,9 @@
+"""Modules to drop into other people's models. README.md has a table: you have … → write …"""
+
+from .attention import Attention
+from .losses import InfoNCELoss, NTXentLoss
+from .masking import MaskedPatchLoss, random_masking, seeded_noise
+from .queue import KeyQueue
+from .swap import accelerate
+from .twin import MomentumTwin
+from .vit import ViT

@@ -48,8 +48,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check.tensor("attention", "v", v, "B L H E", B=batch, L=k.shape[1], H=heads, E=width)
     check.floating("attention", q=q, k=k, v=v)
     check.same_device("attention", q=q, k=k, v=v)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    device = q.device.type
+    # The meta device has no autocast, and asking for it raises.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         check.fail("attention", f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}", TypeError)
     if k.shape[1] == 0:

@@ -28,3 +28,5 @@ class Training:
     """epochs over which the learning rate rises from 0"""
     lr_by_epoch: bool = False
     """change the learning rate once an epoch instead of every step"""
+    lr_drops: tuple[int, ...] = ()
+    """epochs at which the learning rate falls to a tenth, instead of along a cosine"""

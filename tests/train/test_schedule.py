@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from fastssl.nn.twin import cosine_momentum
 from fastssl.train.optim import LARS
 from fastssl.train.recipe import Training
-from fastssl.train.schedule import cosine_momentum, learning_rate
+from fastssl.train.schedule import learning_rate
 from tests.golden.golden import read
 
 
@@ -22,6 +23,12 @@ def test_learning_rate_scales_with_the_batch_and_may_change_by_epoch():
     assert learning_rate(training, 0.9) == learning_rate(training, 0) == pytest.approx(0.12)
     assert learning_rate(training, 1.0) < 0.12
     assert learning_rate(training, 10) == pytest.approx(0)
+
+
+def test_learning_rate_drops_to_a_tenth_at_moco_v1s_epochs():
+    training = Training(200, 256, "sgd", 0.03, 0.0, lr_drops=(120, 160))
+    lrs = [learning_rate(training, epoch) for epoch in (0, 119.99, 120, 159, 160, 200)]
+    assert lrs == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
 
 
 def test_golden_lars():

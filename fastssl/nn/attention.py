@@ -1,0 +1,92 @@
+"""Multi-head self-attention on the engine's op, in the shapes of timm's and torchvision's modules."""
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import ops
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention from one packed qkv projection: [B, L, D] → [B, L, D]. In place of timm's `Attention`.
+
+    Arguments, their defaults and the names in the state dict are timm's. Dropout of attention weights, masks and
+    causal attention are refused: the kernels have none.
+
+    Args:
+        dim: D, divisible by num_heads.
+        num_heads: H.
+        qkv_bias, proj_bias: biases of the two projections.
+        qk_norm: normalise queries and keys of each head by `norm_layer`.
+        proj_drop: dropout after the last projection.
+        norm_layer: makes the two norms of `qk_norm` from the width of a head.
+
+    Raises:
+        ValueError: dim is not divisible, or a call brings a mask.
+
+    Source: Vaswani et al., 2017, section 3.2.2; Dosovitskiy et al., 2021 (ViT).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"Attention: dim must be divisible by num_heads={num_heads}, got {dim}")
+        head = dim // num_heads
+        self.num_heads, self.scale = num_heads, head**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = norm_layer(head) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(head) if qk_norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()  # timm's `scale_norm` and `gated` have these two
+        self.gate: nn.Module | None = None
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    @classmethod
+    def of(cls, theirs: nn.Module) -> "Attention":
+        """Ours from the parts of a module with timm's names: the same parameters, not copies of them."""
+        ours = cls.__new__(cls)
+        nn.Module.__init__(ours)
+        ours.num_heads, ours.scale = theirs.num_heads, theirs.scale
+        for name in ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"):
+            part = getattr(theirs, name, None)
+            setattr(ours, name, nn.Identity() if part is None and name != "gate" else part)
+        ours.training = theirs.training
+        return ours
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("Attention: attn_mask and is_causal are not supported: every token sees all tokens")
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # views [B, L, H, E]
+        out = self.norm(ops.attention(self.q_norm(q), self.k_norm(k), v, self.scale).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+class TorchvisionAttention(nn.Module):
+    """torch's `nn.MultiheadAttention` as torchvision's ViT calls it: of one sequence with itself, without weights.
+
+    Made from such a module, whose parameters and names it takes over.
+    """
+
+    def __init__(self, theirs: nn.MultiheadAttention):
+        super().__init__()
+        self.num_heads = theirs.num_heads
+        self.in_proj_weight, self.in_proj_bias = theirs.in_proj_weight, theirs.in_proj_bias
+        self.out_proj = theirs.out_proj
+        self.training = theirs.training
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+        if not query is key is value or need_weights:
+            raise ValueError("TorchvisionAttention: query, key and value must be one tensor, and need_weights False")
+        qkv = torch.nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        return self.out_proj(ops.attention(q, k, v).flatten(2)), None

@@ -1,0 +1,95 @@
+"""The ring of keys that MoCo contrasts with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.distributed import gather, rank, world_size
+from fastssl.ops import enqueue_
+
+
+class KeyQueue(nn.Module):
+    """The last K keys of all ranks, exactly first in, first out at any batch size.
+
+    Buffers `queue` [K, D] and `queue_ptr` [1]; both are saved, in the official layout: in state dicts `queue` is
+    [D, K].
+
+    Args:
+        dim: D.
+        queue_size: K. It begins with random unit vectors.
+        shard: each rank keeps K / world keys: those of number n with n mod world = rank. Buffers are then hidden from
+            DistributedDataParallel, which would overwrite them with rank 0's. State dicts still hold the whole queue,
+            so all ranks must call `state_dict()` together.
+
+    Raises:
+        ValueError: queue_size < 1, or the shards would not be equal.
+
+    Source: He et al., 2020 (MoCo), section 3.2, "Dictionary as a queue".
+    """
+
+    def __init__(self, dim: int, queue_size: int, shard: bool = False):
+        super().__init__()
+        name = type(self).__name__
+        if queue_size < 1:
+            raise ValueError(f"{name}: queue_size must be at least 1, got {queue_size}")
+        if shard and queue_size % world_size():
+            raise ValueError(f"{name}: queue_size must be divisible by the {world_size()} ranks, got {queue_size}")
+        self.shard = shard
+        queue = F.normalize(torch.randn(queue_size, dim), dim=1)
+        ptr = torch.zeros(1, dtype=torch.int64)
+        if shard:
+            self.queue, self.queue_ptr = self._own(queue), ptr
+        else:
+            self.register_buffer("queue", queue)
+            self.register_buffer("queue_ptr", ptr)
+        self.register_state_dict_post_hook(_save)
+        self.register_load_state_dict_pre_hook(_load)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Writes the keys [B, D] of all ranks, in rank order, over the oldest."""
+        keys = gather(keys.detach())
+        enqueue_(self.queue, self.queue_ptr, self._own(keys) if self.shard else keys)
+
+    def whole(self) -> Tensor:
+        """All keys [K, D], gathered from the ranks where the queue is sharded."""
+        if not self.shard:
+            return self.queue
+        parts = gather(self.queue).unflatten(0, (world_size(), -1))
+        return parts.transpose(0, 1).flatten(0, 1)
+
+    def _own(self, keys: Tensor) -> Tensor:
+        return keys[rank() :: world_size()].contiguous()
+
+    def _apply(self, fn, recurse=True):
+        """What `.to(…)` and its like call: shards are no buffers, so they are moved here."""
+        super()._apply(fn, recurse)
+        if self.shard:
+            self.queue, self.queue_ptr = fn(self.queue), fn(self.queue_ptr)
+        return self
+
+
+def _save(module: KeyQueue, state: dict, prefix: str, metadata: dict) -> None:
+    state[f"{prefix}queue"] = module.whole().detach().T.contiguous()
+    if module.shard:
+        state[f"{prefix}queue_ptr"] = module.queue_ptr * world_size()
+
+
+def _load(module: KeyQueue, state: dict, prefix: str, metadata: dict, strict: bool, missing: list, *_) -> None:
+    names = [f"{prefix}queue", f"{prefix}queue_ptr"]
+    if not module.shard:
+        if names[0] in state:
+            state[names[0]] = state[names[0]].T.contiguous()
+        return
+    found = [state.pop(name) for name in names if name in state]
+    if len(found) < 2:
+        missing.extend(names)
+        return
+    queue_DK, ptr = found
+    if queue_DK.shape != (module.queue.shape[1], module.queue.shape[0] * world_size()):
+        came = list(queue_DK.shape)
+        raise ValueError(f"{type(module).__name__}: the queue to load must have shape [D, K] of this one, got {came}")
+    beyond = int(ptr) % world_size()  # the shards' pointers stand for multiples of world; a ring may be turned
+    with torch.no_grad():
+        module.queue.copy_(module._own(queue_DK.T.roll(-beyond, 0)))
+        module.queue_ptr.copy_(ptr.div(world_size(), rounding_mode="floor"))

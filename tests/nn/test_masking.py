@@ -1,0 +1,136 @@
+import pytest
+import torch
+
+from fastssl.data.loader import Batch
+from fastssl.distributed import rank
+from fastssl.methods.mae import MAE
+from fastssl.nn import MaskedPatchLoss, random_masking, seeded_noise
+from fastssl.ops import masked_patch_mse
+from tests.golden.golden import read
+from tests.ops.contract import refused
+from tests.ranks import run_ranks
+
+
+def official_random_masking(x, mask_ratio):
+    """MAE's method of this name, by the paper's description: shuffle, take the first, restore."""
+    batch, length, dim = x.shape
+    keep = int(length * (1 - mask_ratio))
+    noise = torch.rand(batch, length, device=x.device)
+    ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    kept = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, dim))
+    mask = torch.ones(batch, length)
+    mask[:, :keep] = 0
+    return kept, mask.gather(1, ids_restore), ids_restore
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.9, 0.0])
+def test_random_masking_is_the_official_one_with_the_same_seed(ratio):
+    x = torch.randn(3, 196, 8)
+    torch.manual_seed(7)
+    expected = official_random_masking(x, ratio)
+    torch.manual_seed(7)
+    for ours, theirs in zip(random_masking(x, ratio), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_random_masking_takes_noise_and_a_generator():
+    x = torch.randn(2, 10, 4, requires_grad=True)
+    noise = torch.rand(2, 10, generator=torch.Generator().manual_seed(3))
+    by_noise, by_generator = (
+        random_masking(x, 0.5, noise),
+        random_masking(x, 0.5, generator=torch.Generator().manual_seed(3)),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(by_noise, by_generator))
+    by_noise[0].sum().backward()
+    assert x.grad.sum() == 2 * 5 * 4
+    refused("random_masking: mask_ratio must keep at least one of 10 patches, got 0.95, which keeps 0",
+            ValueError, random_masking, x, 0.95)  # fmt: skip
+    refused("random_masking: noise must have shape [B=2, L=10], got [2, 9]",
+            ValueError, random_masking, x, 0.5, noise[:, :9])  # fmt: skip
+
+
+def splitmix64(key, count):
+    """Its published form, in Python's integers."""
+
+    def finalise(z):
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    state = 0
+    for part in key:
+        state = finalise((state + part + 0x9E3779B97F4A7C15) % 2**64)
+    return [finalise((state + i * 0x9E3779B97F4A7C15) % 2**64) >> 40 for i in range(1, count + 1)]
+
+
+def test_seeded_noise_is_splitmix64():
+    samples = torch.tensor([0, 1, 2**62, -5])
+    noise = seeded_noise(9, 11, 2**40, samples)
+    assert noise.dtype == torch.float32
+    for row, sample in zip(noise, samples.tolist()):
+        assert (row.double() * 2**24).tolist() == splitmix64((11, 2**40, sample % 2**64), 9)
+
+
+def test_seeded_noise_is_uniform_and_its_rows_are_unrelated():
+    noise = seeded_noise(196, 0, 5, torch.arange(4000)).double()
+    counts = torch.histc(noise, 64, 0, 1)
+    expected = noise.numel() / 64
+    assert ((counts - expected) ** 2 / expected).sum() < 104  # chi² of 63 degrees of freedom: 1 in 1,000 is above
+    kept = (noise.argsort(1).argsort(1) < 49).double().mean(0)  # how often each place stays
+    assert (kept - 0.25).abs().max() < 4.5 * (0.25 * 0.75 / 4000) ** 0.5
+    rows = noise - 0.5
+    neighbours = (rows[1:] * rows[:-1]).mean() * 12
+    assert neighbours.abs() < 5 / rows[1:].numel() ** 0.5
+
+
+def tiny_mae():
+    torch.manual_seed(0)
+    return MAE(16, 4, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+
+
+def losses_of_a_rank(batches):
+    torch.manual_seed(rank())  # ranks draw different numbers from torch's generator, and none of them matters
+    model, (images, index) = tiny_mae(), batches[rank()]
+    torch.manual_seed(100 + rank())
+    return model(Batch((images,), index, None, index * 7919))[0].detach()
+
+
+def test_masks_do_not_depend_on_how_samples_are_dealt_out():
+    images, index = torch.randn(6, 3, 16, 16), torch.arange(6)
+    whole = tiny_mae()(Batch((images,), index, None, index * 7919))[0]
+    shares = [(images[part], index[part]) for part in ([4, 0, 2], [5, 3, 1])]
+    torch.testing.assert_close(torch.stack(run_ranks(2, losses_of_a_rank, shares)).mean(), whole.detach())
+
+
+@pytest.mark.parametrize("name", ["mae_raw_pixels", "mae_norm_pixels"])
+def test_masked_patch_loss_is_the_official_forward_loss(name):
+    golden, meta = read(name)
+    images, pred, mask = (golden[key].double() for key in ("images", "pred", "mask"))
+    for masked in (None, int(mask[0].sum())):
+        criterion = MaskedPatchLoss(meta["patch_size"], meta["norm_pix_loss"], masked)
+        torch.testing.assert_close(criterion(images, pred, mask), golden["loss"][0].double(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(criterion(images, pred, mask.bool()), golden["loss"][0].double(), rtol=1e-9, atol=0)
+
+
+def test_masked_patch_loss_takes_ids_and_predictions_of_the_masked_alone():
+    images, ids = torch.randn(2, 3, 16, 16), torch.tensor([[0, 5, 9], [3, 2, 15]])
+    pred = torch.randn(2, 16, 48, requires_grad=True)
+    criterion = MaskedPatchLoss(4, True)
+    masked_alone = torch.stack([row[i] for row, i in zip(pred, ids)])
+    expected = masked_patch_mse(masked_alone, images, ids, 4, True)
+    torch.testing.assert_close(criterion(images, pred, ids), expected)
+    torch.testing.assert_close(criterion(images, masked_alone, ids), expected)
+    criterion(images, pred, ids).backward()
+    assert (pred.grad.abs().sum(2) > 0).sum(1).tolist() == [3, 3]
+
+
+def test_masked_patch_loss_refuses_uneven_masks():
+    images, pred = torch.randn(2, 3, 16, 16), torch.randn(2, 16, 48)
+    mask = torch.zeros(2, 16)
+    mask[0, :3] = mask[1, :4] = 1
+    refused("MaskedPatchLoss: mask must remove the same number in each row, got from 3 to 4",
+            ValueError, MaskedPatchLoss(4), images, pred, mask)  # fmt: skip
+    mask[0, 3] = 1
+    refused("MaskedPatchLoss: mask must remove masked=12 in each row, got from 4 to 4",
+            ValueError, MaskedPatchLoss(4, masked=12), images, pred, mask)  # fmt: skip
