@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     views: tuple[Tensor, ...]  # of the recipe, each [B, 3, H, W] float32, normalised
     index: Tensor  # [B] int64, number of the image in its source
     label: Tensor  # [B] int64, −1 where there is none; for evaluation, never for the loss
+    seed: Tensor | None = None  # [B] int64, of (run, epoch, image): what a method draws from it, any rank would draw
 
 
 class Loader:
@@ -83,7 +84,7 @@ class Loader:
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch `number`, from batch `start` on."""
         self._order.epoch, self._order.start = number, start
-        for views, index, label, bad in self._batches:
+        for views, index, label, seed, bad in self._batches:
             self._note(bad)
             if not len(index) and self._order.train:
                 raise ValueError(
@@ -94,6 +95,7 @@ class Loader:
                     tuple(self._normalised(view, *scale) for view, scale in zip(views, self._scale)),
                     index.to(self.device, non_blocking=True),
                     label.to(self.device, non_blocking=True),
+                    seed.to(self.device, non_blocking=True),
                 )
 
     def _normalised(self, pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -155,20 +157,21 @@ class _Samples(Dataset):
         # The transforms draw from torch's global generator, which is put back for a loader without workers.
         generator = torch.default_generator
         before = generator.get_state()
-        generator.manual_seed(_mix(self.seed, epoch, index))
+        seed = _mix(self.seed, epoch, index)
+        generator.manual_seed(seed)
         views = [augment(image) for augment in self.augment]
         generator.set_state(before)
-        return views, index, self.source.label(index)
+        return views, index, self.source.label(index), seed
 
 
 def _collate(samples: list, fill: bool):
     bad = [sample for sample in samples if len(sample) == 2]
-    good = [sample for sample in samples if len(sample) == 3]
+    good = [sample for sample in samples if len(sample) == 4]
     if fill and good:  # others of the batch again in the place of bad ones: a step never sees another batch size
         good = (good * len(samples))[: len(samples)]
-    views, index, label = zip(*good) if good else ((), (), ())
+    views, *numbers = zip(*good) if good else ((), (), (), ())
     stacked = [torch.stack(view) for view in zip(*views)]
-    return stacked, torch.tensor(index, dtype=torch.int64), torch.tensor(label, dtype=torch.int64), bad
+    return stacked, *(torch.tensor(column, dtype=torch.int64) for column in numbers), bad
 
 
 def _mix(*numbers: int) -> int:

@@ -9,7 +9,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class View:
     """One augmented picture of an image. The defaults change nothing but the size: a resize and no randomness.
 
-    The steps run in the order of the fields, as in the reference code of MoCo v2 and v3.
+    The steps run in the order of the fields, as in the reference code of MoCo v2 and v3, but for `grayscale_first`.
     """
 
     size: tuple[int, int]  # (height, width) in pixels
@@ -18,6 +18,7 @@ class View:
     jitter: tuple[float, float, float, float] = (0, 0, 0, 0)  # strengths of brightness, contrast, saturation, hue
     jitter_p: float = 1.0
     grayscale_p: float = 0.0
+    grayscale_first: bool = False  # before the jitter, as in MoCo v1
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize_p: float = 0.0

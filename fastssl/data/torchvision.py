@@ -28,10 +28,11 @@ def augmentation(view: View) -> v2.Compose:
         steps = [v2.RandomResizedCrop(view.size, scale=view.crop, interpolation=interpolation)]
     else:
         steps = [v2.Resize(view.size, interpolation=interpolation)]
+    grayscale = [v2.RandomGrayscale(view.grayscale_p)] if view.grayscale_p else []
+    steps += grayscale if view.grayscale_first else []
     if any(view.jitter):
         steps.append(v2.RandomApply([v2.ColorJitter(*view.jitter)], p=view.jitter_p))
-    if view.grayscale_p:
-        steps.append(v2.RandomGrayscale(view.grayscale_p))
+    steps += [] if view.grayscale_first else grayscale
     if view.blur_p:
         steps.append(v2.RandomApply([PillowBlur(view.blur_sigma)], p=view.blur_p))
     if view.solarize_p:

@@ -7,11 +7,12 @@ kept, and nothing is predicted that is not scored. Names in the state dict are t
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fastssl.data.recipe import Recipe, View
-from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions
-from fastssl.ops import Masking, keep_patches, keep_tokens, masked_patch_mse, random_masking, restore_tokens
+from fastssl.nn.masking import kept_tokens, seeded_noise
+from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions, xavier_
+from fastssl.ops import Masking, check, keep_patches, keep_tokens, masked_patch_mse, random_masking, restore_tokens
 from fastssl.train.recipe import Training
 
 
@@ -38,16 +39,13 @@ class Config:
     flip_p: float = 0.5
     """probability of a horizontal flip"""
     training: Training = field(
-        default_factory=lambda: Training(
-            epochs=800,
-            batch_size=4096,
-            optimizer="adamw",
-            lr=1.5e-4,
-            weight_decay=0.05,
-            betas=(0.9, 0.95),
-            warmup_epochs=40,
-        )
-    )
+        default_factory=lambda: Training(epochs=800, batch_size=4096, optimizer="adamw", lr=1.5e-4, weight_decay=0.05,
+                                         betas=(0.9, 0.95), warmup_epochs=40)
+    )  # fmt: skip
+
+    @classmethod
+    def paper(cls, backbone: str = "vit_base") -> "Config":
+        return cls(backbone)  # one recipe for all sizes
 
     @classmethod
     def small(cls) -> "Config":
@@ -67,11 +65,8 @@ def build(config: Config) -> "MAE":
     if config.backbone not in SIZES:
         raise ValueError(f"mae: unknown backbone {config.backbone!r}, there are {', '.join(SIZES)}")
     dim, depth, heads, patch = SIZES[config.backbone]
-    return MAE(
-        config.image_size, patch, embed_dim=dim, depth=depth, num_heads=heads,
-        decoder_embed_dim=config.decoder_dim, decoder_depth=config.decoder_depth,
-        decoder_num_heads=config.decoder_heads, norm_pix_loss=config.norm_pix, mask_ratio=config.mask_ratio,
-    )  # fmt: skip
+    return MAE(config.image_size, patch, 3, dim, depth, heads, config.decoder_dim, config.decoder_depth,
+               config.decoder_heads, norm_pix_loss=config.norm_pix, mask_ratio=config.mask_ratio)  # fmt: skip
 
 
 class MAE(ViT):
@@ -80,30 +75,17 @@ class MAE(ViT):
     Arguments are the official ones, with `img_size` also as (height, width), and `mask_ratio` added.
     """
 
+    tables = ("pos_embed", "decoder_pos_embed")
+
     def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        norm_pix_loss: bool = False,
-        mask_ratio: float = 0.75,
-    ):
+        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768,
+        depth: int = 12, num_heads: int = 12, decoder_embed_dim: int = 512, decoder_depth: int = 8,
+        decoder_num_heads: int = 16, mlp_ratio: float = 4.0, norm_pix_loss: bool = False, mask_ratio: float = 0.75,
+    ):  # fmt: skip
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
         self.norm_pix_loss, self.mask_ratio = norm_pix_loss, mask_ratio
         self.length = self.grid[0] * self.grid[1]
-        self.keep = int(self.length * (1 - mask_ratio))  # the reference cuts, it does not round
-        if not 0 < self.keep < self.length:
-            raise ValueError(
-                f"MAE: mask_ratio must keep at least one and mask at least one of {self.length} patches, "
-                f"got {mask_ratio}, which keeps {self.keep}"
-            )
+        self.keep = kept_tokens("MAE", self.length, mask_ratio, fewest_masked=1)
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_embed_dim, self.grid), requires_grad=False)
@@ -112,40 +94,36 @@ class MAE(ViT):
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # like the linear layer that it is
-        nn.init.normal_(self.cls_token, std=0.02)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
+            module.apply(xavier_)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
         (images,) = batch.views
-        return self.loss(images), {}
+        noise = None if batch.seed is None else seeded_noise(self.length, batch.seed)
+        return self.loss(images, noise), {}
 
     def after_step(self, progress: float) -> None:
         """MAE carries no state from step to step."""
 
-    def loss(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Mean squared error of the masked patches, a scalar. `noise` [B, L] chooses the mask, random if None."""
-        masking = self.masking(images, noise)
-        tokens = self.decode(self.encode_kept(images, masking), masking)
-        pred = self.decoder_pred(self.decoder_norm(keep_tokens(tokens[:, 1:], masking.ids_masked)))
+    def loss(self, images: Tensor, noise: Tensor | None = None, generator: Generator | None = None) -> Tensor:
+        """Mean squared error of the masked patches, a scalar. `noise` [B, L] chooses the mask; `generator` draws it."""
+        masking = self.masking(images, noise, generator)
+        tokens = self.decode(self.encode_kept(images, masking), masking)[:, 1:]
+        pred = self.decoder_pred(self.decoder_norm(keep_tokens(tokens, masking.ids_masked)))
         return masked_patch_mse(pred, images, masking.ids_masked, self.patch_size, self.norm_pix_loss)
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(predictions of all patches [B, L, P], mask [B, L]: 0 kept, 1 removed)."""
         masking = self.masking(images, noise)
-        tokens = self.decode(self.encode_kept(images, masking), masking)
-        return self.decoder_pred(self.decoder_norm(tokens[:, 1:])), masking.mask
+        tokens = self.decode(self.encode_kept(images, masking), masking)[:, 1:]
+        return self.decoder_pred(self.decoder_norm(tokens)), masking.mask
 
-    def masking(self, images: Tensor, noise: Tensor | None = None) -> Masking:
+    def masking(self, images: Tensor, noise: Tensor | None = None, generator: Generator | None = None) -> Masking:
+        self.check_images(images)
         if noise is None:
-            noise = torch.rand(images.shape[0], self.length, device=images.device)
+            noise = torch.rand(images.shape[0], self.length, device=images.device, generator=generator)
+        check.tensor("MAE", "noise", noise, "B L", B=images.shape[0], L=self.length)
         return random_masking(noise, self.keep)
 
     def encode_kept(self, images: Tensor, masking: Masking) -> Tensor:
@@ -159,3 +137,7 @@ class MAE(ViT):
         for block in self.decoder_blocks:
             x = block(x)
         return x
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The encoder alone, in timm's names."""
+        return {name: x for name, x in self.state_dict().items() if not name.startswith(("decoder_", "mask_token"))}

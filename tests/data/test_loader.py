@@ -131,6 +131,30 @@ def test_blur_takes_edges_away():
     assert blurred < 0.6 * sharp
 
 
+def test_moco_v1_takes_the_grayscale_before_the_jitter():
+    """A grey picture stays grey under jitter of saturation and hue, where a jittered one would be made grey of other
+    brightness: red turned to blue is darker."""
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    seen = {}
+    for first in (False, True):
+        torch.manual_seed(0)
+        view = View((8, 8), jitter=(0, 0, 0, 0.5), grayscale_p=1.0, grayscale_first=first)
+        names = [type(step).__name__ for step in augmentation(view).transforms]
+        order = ["RandomGrayscale", "RandomApply"] if first else ["RandomApply", "RandomGrayscale"]
+        assert names == ["Resize", *order, "PILToTensor"]
+        seen[first] = {int(augmentation(view)(red)[0, 0, 0]) for _ in range(20)}
+    assert seen[True] == {76}  # the grey of red, always
+    assert len(seen[False]) > 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_sample_brings_a_seed_of_run_epoch_and_image(workers):
+    loader = Loader(Numbers(8, bad={3}), plain((8, 8)), 4, seed=5, workers=workers, max_bad=1.0)
+    for epoch in (0, 1):
+        for batch in loader.epoch(epoch):
+            assert batch.seed.tolist() == [_mix(5, epoch, index) for index in batch.index.tolist()]
+
+
 def test_seeds_of_neighbours_differ():
     seeds = {_mix(seed, epoch, index) for seed in range(5) for epoch in range(5) for index in range(200)}
     assert len(seeds) == 5000

@@ -3,12 +3,15 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.data.loader import Batch
-from fastssl.methods import moco_v2
-from fastssl.methods.moco_v2 import MoCo
+from fastssl.distributed import gather, rank, world_size
+from fastssl.methods import moco_v1, moco_v2
+from fastssl.methods.moco_v1 import MoCo
 from tests.golden.golden import part, read
 from tests.ops.contract import refused
+from tests.ranks import run_ranks
 
 
 class OneLayer(nn.Module):
@@ -45,7 +48,7 @@ def test_four_golden_steps(name):
         moco.after_step(0.0)
     # The file holds the queue as it was after the last step under the name of every step (tests/golden/README.md).
     torch.testing.assert_close(moco.state_dict()["queue"], expected["queue"], rtol=1e-9, atol=1e-9)
-    assert torch.equal(moco.queue_ptr, expected["queue_ptr"])
+    assert torch.equal(moco.state_dict()["queue_ptr"], expected["queue_ptr"])
 
 
 def tiny():
@@ -68,7 +71,7 @@ def test_state_dict_round_trip_is_bit_equal_and_official():
     assert "encoder_k.fc.2.weight" in state
     other.load_state_dict(state, strict=True)
     assert all(torch.equal(a, b) for a, b in zip(state.values(), other.state_dict().values(), strict=True))
-    assert other.queue.shape == (24, 128)
+    assert other.criterion.queue.shape == (24, 128)
 
 
 def test_forward_reads_and_after_step_writes():
@@ -80,7 +83,7 @@ def test_forward_reads_and_after_step_writes():
     assert all("running_" in key or "num_batches" in key for key in changed)
     torch.optim.SGD(moco.encoder_q.parameters(), lr=0.1).step()
     moco.after_step(0)
-    assert moco.queue_ptr.item() == 8
+    assert moco.criterion.queue_ptr.item() == 8
     assert not torch.equal(moco.state_dict()["encoder_k.conv1.weight"], before["encoder_k.conv1.weight"])
 
 
@@ -94,7 +97,7 @@ def test_shuffled_keys_come_back_in_their_places():
     moco = tiny().eval()  # in evaluation batch norm knows no company
     images = batch().views[1]
     shuffled = moco.keys(images)
-    moco.shuffle = False
+    moco.shuffled = False
     torch.testing.assert_close(shuffled, moco.keys(images))
 
 
@@ -107,11 +110,11 @@ def test_features_are_what_goes_into_the_head():
 
 
 def test_error_sentences():
-    refused("MoCo: tau must be > 0, got 0", ValueError, MoCo, OneLayer(), tau=0)
-    refused("MoCo: queue_size must be at least 1, got 0", ValueError, MoCo, OneLayer(), queue_size=0)
+    refused("InfoNCELoss: tau must be > 0, got 0", ValueError, MoCo, OneLayer(), tau=0)
+    refused("InfoNCELoss: queue_size must be at least 1, got 0", ValueError, MoCo, OneLayer(), queue_size=0)
     config = moco_v2.Config()
     config.training.batch_size = 30
-    refused("moco_v2: batch_size must be divisible by bn_splits=8, got 30", ValueError, moco_v2.build, config)
+    refused("moco: batch_size must be divisible by bn_splits=8, got 30", ValueError, moco_v2.build, config)
     refused(
         "resnet: unknown backbone 'resnet5', there are resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152",
         ValueError, moco_v2.build, moco_v2.Config(backbone="resnet5"),
@@ -120,11 +123,76 @@ def test_error_sentences():
 
 def test_symmetric_loss_is_the_mean_of_both_directions():
     moco = tiny().eval()
-    moco.symmetric = moco.shuffle = False
+    moco.symmetric = moco.shuffled = False
     one, two = batch().views
     losses = [moco(Batch(views, None, None))[0] for views in ((one, two), (two, one))]
     moco.symmetric = True
     loss, _ = moco(Batch((one, two), None, None))
     torch.testing.assert_close(loss, sum(losses) / 2)
     moco.after_step(0)
-    assert moco.queue_ptr.item() == 16
+    assert moco.criterion.queue_ptr.item() == 16
+
+
+def test_recipes_are_the_papers():
+    """Settings of section 4 of MoCo, and section 3 and table 1 of MoCo v2; the jitter of v1 follows the grayscale."""
+    v1, v2 = moco_v1.Config.paper(), moco_v2.Config.paper("resnet101")
+    assert (v1.tau, v2.tau, v1.queue_size, v1.twin_momentum, v1.dim) == (0.07, 0.2, 65536, 0.999, 128)
+    assert (v1.training.lr_drops, v2.training.lr_drops) == ((120, 160), ())
+    for config in (v1, v2):
+        t = config.training
+        assert (t.optimizer, t.lr, t.momentum, t.weight_decay, t.decay_all) == ("sgd", 0.03, 0.9, 1e-4, True)
+        assert (t.epochs, t.batch_size, config.recipe.views[0]) == (200, 256, config.recipe.views[1])
+    one, two = v1.recipe.views[0], v2.recipe.views[0]
+    assert (one.jitter, one.jitter_p, one.grayscale_first, one.blur_p) == ((0.4, 0.4, 0.4, 0.4), 1.0, True, 0.0)
+    assert (two.jitter, two.jitter_p, two.grayscale_first, two.blur_p) == ((0.4, 0.4, 0.4, 0.1), 0.8, False, 0.5)
+    assert v2.backbone == "resnet101"
+
+
+def test_v1_has_a_linear_head_and_v2_an_mlp():
+    heads = [module.build(module.Config.small()).encoder_q.fc for module in (moco_v1, moco_v2)]
+    assert [type(head) for head in heads] == [nn.Linear, nn.Sequential]
+    assert [type(layer) for layer in heads[1]] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def four_steps(shard=False, world=1, here=0):
+    """(mean losses, state) of four SGD steps, of a rank on its part of the batch under DDP."""
+    torch.manual_seed(0)
+    moco = MoCo(OneLayer(), 24, 0.2, 0.9, mlp=True, shuffled=True, shard_queue=shard).double()
+    wrapped = DistributedDataParallel(moco, broadcast_buffers=False) if world > 1 else moco
+    optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=0.1)
+    losses = []
+    for step in range(4):  # 10 keys a step wrap in the queue of 24
+        generator = torch.Generator().manual_seed(step)
+        views = torch.randn(2, 10, 20, dtype=torch.float64, generator=generator)
+        loss, metrics = wrapped(Batch(tuple(view.chunk(world)[here] for view in views), None, None))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moco.after_step(0)
+        losses.append(torch.stack([gather(x.detach().double().view(1)).mean() for x in (loss, metrics["top1"])]))
+    return torch.stack(losses), moco.state_dict()
+
+
+def four_steps_of_a_rank(shard):
+    return four_steps(shard, world_size(), rank())
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_are_one_process_with_their_batch(shard):
+    """Shuffled and unshuffled keys, the queue's order, and DDP's mean of gradients; whole queues or shards."""
+    losses, state = four_steps()
+    for found, of_rank in run_ranks(2, four_steps_of_a_rank, shard):
+        torch.testing.assert_close(found, losses, rtol=1e-11, atol=0)
+        torch.testing.assert_close(of_rank, state, rtol=1e-10, atol=1e-12)
+
+
+def splits_of_a_rank():
+    config = moco_v1.Config("resnet_mini", queue_size=24)
+    config.training.batch_size = 16
+    return moco_v1.build(config).encoder_q.bn1.splits
+
+
+def test_ranks_share_the_splits_of_batch_norm():
+    """8 parts of the whole batch, as on the paper's 8 GPUs: four of each of two ranks' parts."""
+    assert splits_of_a_rank() == 8
+    assert run_ranks(2, splits_of_a_rank) == [4, 4]

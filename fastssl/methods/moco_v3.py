@@ -1,0 +1,138 @@
+"""MoCo v3: keys of the batch itself, symmetric, with a prediction head, for ViTs and ResNets.
+
+Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, arXiv:2104.02057. Names in the
+state dict are those of the official code.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.data.recipe import Recipe, View
+from fastssl.distributed import gather, rank
+from fastssl.nn.heads import moco_v3_head
+from fastssl.nn.losses import unit
+from fastssl.nn.norm import sync_batch_norms
+from fastssl.nn.resnet import build_resnet, features_before
+from fastssl.nn.twin import MomentumTwin, cosine_momentum
+from fastssl.nn.vit import MOCO_V3_SIZES, moco_v3_vit
+from fastssl.ops import batch_info_nce
+from fastssl.train.recipe import Training
+
+
+@dataclass
+class Config:
+    """MoCo v3 as in its paper (section 4) and code: a ViT of 300 epochs; `paper` has the ResNet's numbers too."""
+
+    backbone: str = "vit_small"
+    """vit_mini, vit_small, vit_base, vit_conv_small, vit_conv_base, or a ResNet: resnet_mini, resnet50, …"""
+    image_size: tuple[int, int] = (224, 224)
+    """height and width in pixels, for a ViT divisible by the patch"""
+    dim: int = 256
+    """width of queries and keys"""
+    hidden: int = 4096
+    """width inside projector and predictor"""
+    tau: float = 0.2
+    """temperature"""
+    twin_momentum: float = 0.99
+    """of the momentum encoder at the start; rises to 1 along a cosine"""
+    freeze_patch_embed: bool = True
+    """leave the patch embedding at its random weights: stable training of a ViT"""
+    small_images: bool = False
+    """a ResNet's stem without stride and pooling, for images of 32 pixels"""
+    crop_min: float = 0.08
+    """smallest share of the image that a crop takes"""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """strengths of brightness, contrast, saturation and hue jitter"""
+    blur_p: tuple[float, float] = (1.0, 0.1)
+    """probability of Gaussian blur, for either view"""
+    solarize_p: tuple[float, float] = (0.0, 0.2)
+    """probability of solarization, for either view"""
+    training: Training = field(
+        default_factory=lambda: Training(epochs=300, batch_size=4096, optimizer="adamw", lr=1.5e-4, weight_decay=0.1,
+                                         decay_all=True, warmup_epochs=40)
+    )  # fmt: skip
+
+    @classmethod
+    def paper(cls, backbone: str = "vit_small") -> "Config":
+        """ViT: 300 epochs, AdamW. ResNet: 1000 epochs, LARS (of the code's README; for 100 epochs it has lr 0.6, weight
+        decay 1e-6 and momentum 0.99, for 300 lr 0.3 and those)."""
+        if not backbone.startswith("resnet"):
+            return cls(backbone)
+        training = Training(1000, 4096, "lars", lr=0.3, weight_decay=1.5e-6, warmup_epochs=10)
+        return cls(backbone, tau=1.0, twin_momentum=0.996, crop_min=0.2, training=training)
+
+    @classmethod
+    def small(cls) -> "Config":
+        """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
+        training = Training(epochs=14, batch_size=64, optimizer="sgd", lr=0.6, weight_decay=5e-4, decay_all=True,
+                            warmup_epochs=1)  # fmt: skip
+        return cls("resnet_mini", (32, 32), dim=128, hidden=256, crop_min=0.25, jitter=(0.4, 0.4, 0.2, 0.5),
+                   blur_p=(0.0, 0.0), solarize_p=(0.0, 0.0), training=training)  # fmt: skip
+
+    @property
+    def recipe(self) -> Recipe:
+        views = [View(self.image_size, crop=(self.crop_min, 1.0), jitter=self.jitter, jitter_p=0.8, grayscale_p=0.2,
+                      blur_p=blur, solarize_p=solarize, flip_p=0.5)
+                 for blur, solarize in zip(self.blur_p, self.solarize_p)]  # fmt: skip
+        return Recipe(tuple(views))
+
+
+def build(config: Config) -> "MoCoV3":
+    name, hidden, dim = config.backbone, config.hidden, config.dim
+    if name.startswith("resnet"):
+        encoder = build_resnet(name, dim, config.small_images, zero_init_residual=True)
+        encoder.fc = moco_v3_head(2, encoder.fc.in_features, hidden, dim)
+    elif name in MOCO_V3_SIZES:
+        encoder = moco_v3_vit(name, config.image_size, config.freeze_patch_embed)
+        encoder.head = moco_v3_head(3, encoder.norm.normalized_shape[0], hidden, dim)
+    else:
+        raise ValueError(f"moco_v3: unknown backbone {name!r}, there are {', '.join(MOCO_V3_SIZES)} and ResNets")
+    predictor = moco_v3_head(2, dim, hidden, dim, last_bn=not name.startswith("resnet"))
+    return sync_batch_norms(MoCoV3(encoder, predictor, config.tau, config.twin_momentum))
+
+
+class MoCoV3(nn.Module):
+    """Base encoder with projector, predictor, and momentum encoder (the paper's algorithm 1).
+
+    Args:
+        base_encoder: backbone whose last layer, `head` or `fc`, is the projector.
+        predictor: on the side of the queries alone.
+        tau: temperature.
+        momentum: of the momentum encoder at the start.
+    """
+
+    def __init__(self, base_encoder: nn.Module, predictor: nn.Module, tau: float = 0.2, momentum: float = 0.99):
+        super().__init__()
+        if not tau > 0:
+            raise ValueError(f"MoCoV3: tau must be > 0, got {tau}")
+        self.tau, self.momentum = tau, momentum
+        self.base_encoder = base_encoder
+        self.momentum_encoder = MomentumTwin(base_encoder, momentum)
+        self.predictor = predictor
+        self.projector_name = "head" if hasattr(base_encoder, "head") else "fc"
+
+    def forward(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+        q1, q2 = (unit(self.predictor(self.base_encoder(view))) for view in batch.views)
+        k1, k2 = (unit(self.momentum_encoder(view)) for view in batch.views)
+        (loss1, rank1), (loss2, rank2) = self.contrast(q1, k2), self.contrast(q2, k1)
+        return loss1 + loss2, {"top1": (torch.cat([rank1, rank2]) == 0).float().mean()}
+
+    def contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(2τ · mean InfoNCE of the queries among the keys of all ranks, rank of each query's own key)."""
+        loss, place = batch_info_nce(q, gather(k), self.tau, first=rank() * k.shape[0])
+        return 2 * self.tau * loss.mean(), place
+
+    def after_step(self, progress: float) -> None:
+        """The reference does this at the start of the next step, with that step's momentum."""
+        self.momentum_encoder.update(self.base_encoder, cosine_momentum(self.momentum, progress))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the base encoder hands to its projector, [B, features]."""
+        return features_before(self.projector_name, self.base_encoder, images)
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """The base encoder without projector, in timm's or torchvision's names."""
+        projector = f"{self.projector_name}."
+        return {name: x for name, x in self.base_encoder.state_dict().items() if not name.startswith(projector)}
