@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -23,6 +23,7 @@ from fastssl.eval.knn import knn_accuracy
 from fastssl.run import Options, Run, method_module, method_names, open_run
 from fastssl.train import checkpoint
 from fastssl.train.loop import train
+from fastssl.weights import FORMATS, export, load_weights
 
 HELP = f"""fastssl {fastssl.__version__} · fast self-supervised visual pretraining
 
@@ -30,6 +31,7 @@ HELP = f"""fastssl {fastssl.__version__} · fast self-supervised visual pretrain
   fastssl pretrain --resume RUN            go on with a run that was stopped
   fastssl eval knn RUN                     how well do the features separate the classes?
   fastssl report RUN                       one self-contained report.html of a run
+  fastssl export RUN --format FORMAT       weights for timm, torchvision, the official code, or as safetensors
   fastssl env                              versions, processor level, and which kernel serves which op
 
   METHOD   {", ".join(method_names())}
@@ -42,7 +44,7 @@ HELP = f"""fastssl {fastssl.__version__} · fast self-supervised visual pretrain
 
 def main() -> None:
     words = [word for word in sys.argv[1:] if word != "--debug"]
-    commands = {"pretrain": pretrain, "eval": evaluate, "report": report, "env": env}
+    commands = {"pretrain": pretrain, "eval": evaluate, "report": report, "export": export_weights, "env": env}
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return
@@ -85,7 +87,9 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     chosen = _value_of("--preset", words) or ("small" if small else "paper")
     if chosen not in ("small", "paper"):
         raise ValueError(f"pretrain: --preset must be small or paper, got {chosen!r}")
-    default = module.Config.small() if chosen == "small" else module.Config()
+    backbone = _value_of("--backbone", words)
+    paper = module.Config.paper(backbone) if backbone else module.Config.paper()  # its numbers may depend on it
+    default = module.Config.small() if chosen == "small" else paper
 
     @dataclasses.dataclass
     class Flags:
@@ -111,7 +115,9 @@ def _begun(words: list[str], method_name: str | None) -> Run:
             f"pretrain: {folder} holds a run already: go on with it (--resume {folder}) or name another (--run)"
         )
     run = Run(folder, method_name, options, config, _facts())
-    run.build()  # refuses impossible sizes before anything is written
+    method = run.build()  # refuses impossible sizes before anything is written
+    if options.weights:
+        load_weights(method, options.weights)
     Loader(source, config.recipe, config.training.batch_size)
     run.save()
     print(f"{method_name} on {options.data} with the preset `{chosen}`: {config.training.epochs} epochs of "
@@ -146,7 +152,10 @@ def _pretrain(run: Run, state: dict | None) -> None:
     device = _device(options.device)
     workers = _share_cores(options, device)
     torch.manual_seed(options.seed)
-    method = run.build().to(device)
+    method = run.build()
+    if options.weights and state is None:
+        load_weights(method, options.weights)
+    method.to(device)
     source = open_source(options.data)
     if state is None:
         _write_knn(run, method, "untrained", device)
@@ -208,6 +217,26 @@ def report(words: list[str]) -> None:
     run = open_run(tyro.cli(Flags, args=words, prog="fastssl report").run)
     train_source, test_source = (open_source(run.options.data, split) for split in ("train", "test"))
     print(write_report(run, run.load(), train_source, test_source))
+
+
+def export_weights(words: list[str]) -> None:
+    """fastssl export RUN --format timm|torchvision|safetensors|moco|mae"""
+
+    @dataclasses.dataclass
+    class Flags:
+        """The weights of a run's last checkpoint in another layout."""
+
+        run: tyro.conf.Positional[Path]
+        """folder of the run"""
+        format: Literal[FORMATS]
+        """timm, torchvision: the encoder in their names; mae, moco: an official checkpoint; safetensors: the whole"""
+        to: Path | None = None
+        """file to write, RUN/METHOD-FORMAT if not given; its suffix is set"""
+
+    flags = tyro.cli(Flags, args=words, prog="fastssl export")
+    run = open_run(flags.run)
+    to = flags.to or run.folder / f"{run.method_name}-{flags.format}"
+    print(export(run.load(), flags.format, to, run.config.backbone))
 
 
 def env(words: list[str]) -> None:

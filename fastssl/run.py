@@ -47,6 +47,8 @@ class Options:
     """of weights, order, augmentations and masks"""
     workers: int | None = None
     """processes that load data; a quarter of the cores on a CPU, up to 8 beside a GPU, if not given"""
+    weights: Path | None = None
+    """file to start from: an official checkpoint of the method, or a whole model that `fastssl export` wrote"""
     device: str = "auto"
     """cuda, cpu, or auto: cuda where there is one"""
     precision: str = "fp32"

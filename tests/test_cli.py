@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from fastssl import cli
 
@@ -62,6 +63,37 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
     )  # fmt: skip
 
 
+def test_export_and_start_from_weights(monkeypatch, capsys, tmp_path):
+    folder, more = tmp_path / "run", tmp_path / "more"
+    data = ["--data", "shapes:count=64", *FAST, "--hidden", "32", "--backbone", "vit_mini", "--dim", "16"]
+    run(monkeypatch, "pretrain", "moco_v3", "--run", folder, *data)
+    capsys.readouterr()
+    for layout, name in (("timm", "moco_v3-timm.safetensors"), ("moco", "moco_v3-moco.pth")):
+        run(monkeypatch, "export", folder, "--format", layout)
+        assert capsys.readouterr().out.strip() == str(folder / name)
+    assert "patch_embed.proj.weight" in load_file(folder / "moco_v3-timm.safetensors")
+    run(monkeypatch, "export", folder, "--format", "moco", "--to", tmp_path / "other.pth")
+    run(monkeypatch, "pretrain", "moco_v3", "--run", more, "--weights", tmp_path / "other.pth", *data)
+    first, second = (json.loads((f / "knn.json").read_text()) for f in (folder, more))
+    assert second["untrained encoder"] == first["trained encoder"]
+    refused(
+        monkeypatch, "export: MoCoV3 has no weights in the format mae, but in moco", "export", folder, "--format", "mae"
+    )
+    with pytest.raises(SystemExit, match=r"moco_v3-moco\.pth lacks encoder_k\.bn1\.bias and"):
+        words = ["pretrain", "moco_v1", "--data", "shapes:count=64", "--run", tmp_path / "third", *FAST]
+        run(monkeypatch, *words, "--weights", folder / "moco_v3-moco.pth")
+
+
+def test_the_papers_numbers_follow_the_backbone(monkeypatch, capsys):
+    """`--preset paper --backbone resnet50` takes the ResNet's recipe."""
+    for backbone, tau in (("vit_small", "0.2"), ("resnet50", "1.0")):
+        with pytest.raises(SystemExit, match="0"):
+            run(monkeypatch, "pretrain", "moco_v3", "--data", "digits", "--preset", "paper",
+                "--backbone", backbone, "--help")  # fmt: skip
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert f"--tau FLOAT temperature (default: {tau})" in text
+
+
 def test_a_folder_with_a_bad_image_trains_to_the_end(monkeypatch, capsys, tmp_path):
     data, folder = pictures(tmp_path / "data", 200, bad=1), tmp_path / "run"
     run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--run", folder, *FAST)
@@ -77,9 +109,14 @@ def test_too_many_bad_images_stop_the_run(monkeypatch, tmp_path):
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     new = tmp_path / "run"
-    refused(monkeypatch, "unknown command 'train', there are pretrain, eval, report, env", "train")
+    refused(monkeypatch, "unknown command 'train', there are pretrain, eval, report, export, env", "train")
     refused(
-        monkeypatch, "pretrain: unknown method 'dino', there are mae, moco_v2", "pretrain", "dino", "--data", "digits"
+        monkeypatch,
+        "pretrain: unknown method 'dino', there are mae, moco_v1, moco_v2, moco_v3",
+        "pretrain",
+        "dino",
+        "--data",
+        "digits",
     )
     refused(
         monkeypatch,
@@ -94,7 +131,8 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         ("mae", "--image-size", "30", "32"): "MAE: img_size must be divisible by patch_size=4, got 30×32",
         ("mae", "--mask-ratio", "0.999"): "MAE: mask_ratio must keep at least one and mask at least one of 36 patches, "
         "got 0.999, which keeps 0",
-        ("moco_v2", "--tau", "0"): "MoCo: tau must be > 0, got 0.0",
+        ("moco_v2", "--tau", "0"): "InfoNCELoss: tau must be > 0, got 0.0",
+        ("moco_v3", "--tau", "0"): "MoCoV3: tau must be > 0, got 0.0",
         ("mae", "--batch-size", "5000"): "data: the batch of 5000 is larger than the data, which has 1438 images",
         ("mae", "--preset", "huge"): "pretrain: --preset must be small or paper, got 'huge'",
         ("mae", "--device", "tpu"): "pretrain: --device must be auto, cpu or a cuda device that is there, got 'tpu'",

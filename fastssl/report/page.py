@@ -100,7 +100,8 @@ class _Head:
 def _command(run: Run) -> str:
     """The command line with every option that is not a default of the paper's preset."""
     words = [f"fastssl pretrain {run.method_name} --data {run.options.data} --seed {run.options.seed} --preset paper"]
-    default = type(run.config)()
+    words.append(f"--backbone {run.config.backbone}")
+    default = type(run.config).paper(run.config.backbone)
     pairs = [(f.name, getattr(run.config, f.name), getattr(default, f.name)) for f in dataclasses.fields(default)]
     pairs += [
         (f.name, getattr(run.config.training, f.name), getattr(default.training, f.name))
