@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import pytest
@@ -9,6 +10,8 @@ from fastssl.data.loader import Batch
 from fastssl.distributed import gather, rank, world_size
 from fastssl.methods import moco_v1, moco_v2
 from fastssl.methods.moco_v1 import MoCo
+from fastssl.ops import dispatch
+from tests.close import FLOOR
 from tests.golden.golden import part, read
 from tests.ops.contract import refused
 from tests.ranks import run_ranks
@@ -49,6 +52,39 @@ def test_four_golden_steps(name):
     # The file holds the queue as it was after the last step under the name of every step (tests/golden/README.md).
     torch.testing.assert_close(moco.state_dict()["queue"], expected["queue"], rtol=1e-9, atol=1e-9)
     assert torch.equal(moco.state_dict()["queue_ptr"], expected["queue_ptr"])
+
+
+@pytest.mark.parametrize("name", ["moco_v1", "moco_v2"])
+def test_golden_gradients_in_float32_err_no_more_than_plain_torchs(name):
+    """At each of the four golden steps from the exact weights, so that errors do not run on from step to step."""
+    golden, meta = read(name)
+    sizes = meta["K"], meta["temperature"], meta["momentum"], meta["mlp"]
+    exact = MoCo(OneLayer(), *sizes).double()
+    exact.load_state_dict(part(golden, "state."), strict=True)
+    optimizer = torch.optim.SGD(exact.encoder_q.parameters(), lr=meta["sgd_lr"])
+    exact.encoder_k.update(exact.encoder_q)
+    errors, losses = {"kernel": [], "plain": []}, {"kernel": [], "plain": []}
+    for step in range(4):
+        expected = part(golden, f"step{step}.")
+        views = expected["im_q"], expected["im_k"]
+        for which, context in (("kernel", contextlib.nullcontext), ("plain", dispatch.reference)):
+            moco = MoCo(OneLayer(), *sizes)
+            moco.load_state_dict(exact.state_dict())
+            with context():
+                loss, _ = moco(Batch(tuple(view.float() for view in views), None, None))
+                loss.backward()
+            losses[which].append(loss.detach().double() - expected["loss"][0])
+            for key, truth in part(expected, "grad.encoder_q.").items():
+                wrong = moco.encoder_q.get_parameter(key).grad.double() - truth
+                errors[which].append((wrong / truth.square().mean().sqrt()).flatten())
+        exact(Batch(tuple(view.double() for view in views), None, None))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        exact.after_step(0.0)
+    kernel, plain = (torch.cat(errors[which]).square().mean().sqrt() for which in ("kernel", "plain"))
+    assert kernel <= plain + FLOOR[torch.float32]
+    kernel, plain = (torch.stack(losses[which]).square().mean().sqrt() for which in ("kernel", "plain"))
+    assert kernel <= plain + FLOOR[torch.float32] * expected["loss"][0]
 
 
 def tiny():
