@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL, MOST_PARAMETERS = 500, 60, 150, 8
+LONGEST_METHOD = 150  # the whole file
 
 
 def room_of(path: Path) -> str:
@@ -92,6 +93,11 @@ def test_public_ops_are_documented_and_small(path):
     for function in public:
         assert len(function.args.args + function.args.kwonlyargs) <= MOST_PARAMETERS
         assert ast.get_docstring(function) or path.name == "check.py", f"{function.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("fastssl/methods/*.py")), ids=lambda path: path.name)
+def test_methods_fit_a_few_screens(path):
+    assert len(path.read_text().splitlines()) <= LONGEST_METHOD
 
 
 def test_setup_is_short():
