@@ -1,4 +1,4 @@
-"""What one changed line brings: a timm ViT with `accelerate`, ours in the place of lightly's, timm's and MAE's calls."""
+"""What one changed line brings: `accelerate` on a timm ViT, ours for calls of lightly, timm, MoCo and MAE."""
 
 import copy
 import itertools
