@@ -66,9 +66,9 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
-        training = Training(epochs=14, batch_size=64, optimizer="sgd", lr=0.6, weight_decay=5e-4, decay_all=True,
-                            warmup_epochs=1)  # fmt: skip
-        return cls("resnet_mini", (32, 32), dim=128, hidden=256, crop_min=0.25, jitter=(0.4, 0.4, 0.2, 0.5),
+        training = Training(epochs=14, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True,
+                            warmup_epochs=0.5)  # fmt: skip
+        return cls("resnet_mini", (32, 32), 128, 512, twin_momentum=0.95, crop_min=0.25, jitter=(0.4, 0.4, 0.2, 0.5),
                    blur_p=(0.0, 0.0), solarize_p=(0.0, 0.0), training=training)  # fmt: skip
 
     @property

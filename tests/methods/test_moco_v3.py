@@ -56,7 +56,7 @@ def test_three_golden_steps(dtype):
 
 def tiny(backbone="vit_mini", **changes):
     config = moco_v3.Config.small()
-    config.backbone, config.hidden, config.dim = backbone, 32, 16
+    config.backbone, config.hidden, config.dim, config.twin_momentum = backbone, 32, 16, 0.99
     for name, value in changes.items():
         setattr(config, name, value)
     return moco_v3.build(config)
