@@ -40,7 +40,7 @@ class Options:
     """What a run needs beside its method."""
 
     data: str
-    """digits, shapes or folder:PATH"""
+    """digits, shapes, folder:PATH, arrays:FILE or idx:PATH"""
     run: Path | None = None
     """folder of the run, runs/METHOD-DATA if not given"""
     seed: int = 0

@@ -120,7 +120,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     )
     refused(
         monkeypatch,
-        "data: unknown source 'cifar', there are digits, folder, shapes (folder:PATH for your images)",
+        "data: unknown source 'cifar', there are arrays, digits, folder, idx, shapes (folder:PATH for your images)",
         "pretrain", "mae", "--data", "cifar", "--run", new,
     )  # fmt: skip
     empty = tmp_path / "empty"

@@ -1,3 +1,6 @@
+import gzip
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +9,8 @@ from PIL import Image
 from fastssl.data import folder, shapes
 from fastssl.data.source import BadImage, names, open_source
 from tests.ops.contract import refused
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def noise(path, size=(20, 12), **options):
@@ -114,10 +119,10 @@ def test_bad_images_say_which_and_why(tmp_path, damage):
 
 def test_error_sentences(tmp_path):
     refused(
-        "data: unknown source 'cifar', there are digits, folder, shapes (folder:PATH for your images)",
+        "data: unknown source 'cifar', there are arrays, digits, folder, idx, shapes (folder:PATH for your images)",
         ValueError, open_source, "cifar",
     )  # fmt: skip
-    assert names() == ["digits", "folder", "shapes"]
+    assert names() == ["arrays", "digits", "folder", "idx", "shapes"]
     refused(f"data: {tmp_path / 'no'} is not a folder", ValueError, open_source, f"folder:{tmp_path / 'no'}")
     suffixes = ", ".join(sorted(folder.SUFFIXES))
     refused(
@@ -128,6 +133,105 @@ def test_error_sentences(tmp_path):
     refused("data: digits takes no argument, got '5'", ValueError, open_source, "digits:5")
     refused("data: shapes takes count=N, size=N and seed=N, got 'width=3'", ValueError, open_source, "shapes:width=3")
     refused("data: shapes needs count ≥ 1 and size ≥ 8, got 'size=4'", ValueError, open_source, "shapes:size=4")
+
+
+def pixels(count=10, shape=(4, 6)):
+    return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def seen(source):
+    return np.stack([np.asarray(source.image(i)) for i in range(len(source))])
+
+
+@pytest.mark.parametrize("layout", ["grey", "grey channel", "channels last", "channels first"])
+def test_arrays_of_every_layout(tmp_path, layout):
+    shape = {"grey": (4, 6), "grey channel": (4, 6, 1), "channels last": (4, 6, 3), "channels first": (3, 4, 6)}[layout]
+    images, path = pixels(10, shape), tmp_path / "images.npy"
+    np.save(path, images)
+    source = open_source(f"arrays:{path}")
+    assert (len(source), source.size, source.classes, source.label(3)) == (10, (4, 6), None, -1)
+    assert isinstance(source._pixels, np.memmap)  # a view of one too
+    expected = np.moveaxis(images, 1, 3) if layout == "channels first" else images.reshape(10, 4, 6, -1)
+    assert np.array_equal(seen(source), np.broadcast_to(expected, (10, 4, 6, 3)))
+
+
+def test_arrays_with_labels_hold_every_fifth_out(tmp_path):
+    images, labels = pixels(), np.arange(10) % 3
+    for name, value in (("x", images), ("y", labels)):
+        np.save(tmp_path / f"{name}.npy", value)
+    np.savez(tmp_path / "both.npz", images=images, labels=labels)
+    for spec in (f"arrays:{tmp_path / 'x.npy'},{tmp_path / 'y.npy'}", f"arrays:{tmp_path / 'both.npz'}"):
+        train, test = open_source(spec), open_source(spec, "test")
+        assert train.classes == ["0", "1", "2"]
+        assert [test.label(i) for i in range(len(test))] == labels[4::5].tolist()
+        assert np.array_equal(seen(test)[..., 0], images[4::5])
+        assert [train.label(i) for i in range(len(train))] == np.delete(labels, [4, 9]).tolist()
+
+
+def test_arrays_with_a_split_of_their_own(tmp_path):
+    images, labels = pixels(), np.arange(10) % 2
+    path = tmp_path / "mnist.npz"
+    np.savez_compressed(path, x_train=images[:7], y_train=labels[:7], x_test=images[7:], y_test=labels[7:])
+    train, test = open_source(f"arrays:{path}"), open_source(f"arrays:{path}", "test")
+    assert (len(train), len(test), test.label(0)) == (7, 3, 1)
+    assert np.array_equal(seen(test)[..., 2], images[7:])
+
+
+def idx_file(path, values):
+    header = bytes((0, 0, 8, values.ndim)) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    data = header + values.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files(tmp_path, suffix):
+    images, labels = pixels(), (np.arange(10) % 4).astype(np.uint8)
+    for name, rows in (("train", slice(0, 7)), ("t10k", slice(7, 10))):
+        idx_file(tmp_path / f"{name}-images-idx3-ubyte{suffix}", images[rows])
+        idx_file(tmp_path / f"{name}-labels-idx1-ubyte{suffix}", labels[rows])
+    train, test = open_source(f"idx:{tmp_path}"), open_source(f"idx:{tmp_path}", "test")
+    assert (len(train), len(test), train.size, train.classes) == (7, 3, (4, 6), ["0", "1", "2", "3"])
+    assert np.array_equal(seen(test)[..., 0], images[7:])
+    assert [test.label(i) for i in range(3)] == [3, 0, 1]
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_fashion_mnist_of_debian():
+    train, test = (open_source(f"idx:{FASHION}", split) for split in ("train", "test"))
+    assert (len(train), len(test), train.size, len(train.classes)) == (60000, 10000, (28, 28), 10)
+
+
+def test_arrays_and_idx_that_do_not_fit_get_one_sentence(tmp_path):
+    def says(spec, sentence):
+        with pytest.raises(ValueError, match=f"^data: .*{sentence}"):
+            open_source(spec)
+
+    says("arrays", "arrays needs a file: arrays:FILE.npy, arrays:FILE.npz or two .npy, got ''")
+    says(f"arrays:{tmp_path}/no.npy", r"no\.npy does not exist")
+    wrong = tmp_path / "wrong.npy"
+    wrong.write_bytes(b"nothing")
+    says(f"arrays:{wrong}", "is no NumPy file of plain numbers")
+    np.save(wrong, np.array([{}], dtype=object))
+    says(f"arrays:{wrong}", "is no NumPy file of plain numbers")
+    np.save(wrong, pixels().astype(np.float32))
+    says(f"arrays:{wrong}", r"images must be uint8 .* got float32 \[10, 4, 6\]")
+    np.save(wrong, pixels(10, (5, 4, 6)))
+    says(f"arrays:{wrong}", r"got uint8 \[10, 5, 4, 6\]")
+    np.save(wrong, pixels(0))
+    says(f"arrays:{wrong}", "holds no images")
+    np.save(tmp_path / "y.npy", np.arange(9))
+    np.save(wrong, pixels())
+    says(f"arrays:{wrong},{tmp_path / 'y.npy'}", r"labels must be integers ≥ 0 of shape \[10\], got int64 \[9\]")
+    np.savez(tmp_path / "z.npz", a=pixels())
+    says(f"arrays:{tmp_path / 'z.npz'}", "it holds a")
+    says(f"idx:{tmp_path / 'no'}", "idx needs a folder: idx:PATH, got")
+    says(f"idx:{tmp_path}", "has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz")
+    path = tmp_path / "train-images-idx3-ubyte"
+    for data in (b"", b"\0\0\x08\x01\0\0\0\x02ab", bytes((0, 0, 8, 3)) + bytes(12) + b"x"):
+        path.write_bytes(data)
+        says(f"idx:{tmp_path}", "is no idx file of 3 dims of bytes, or is cut short")
+    path.rename(f"{path}.gz")
+    says(f"idx:{tmp_path}", "can't be read")
 
 
 def test_random_numbers_of_shapes_do_not_touch_the_global_generator():
