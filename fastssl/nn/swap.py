@@ -83,6 +83,8 @@ def _unlike(module: nn.Module, parent: nn.Module) -> str | None:
     """Why the module can't be swapped, or None if it can."""
     if any(vars(module)[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
         return "has hooks, which a swap would lose"
+    if "forward" in vars(module):
+        return "has a forward of its own, put in the place of its class's"
     if _of_torch(module):
         return _unlike_torchvisions(module, parent)
     takes = inspect.signature(module.forward).parameters

@@ -162,6 +162,11 @@ def test_an_attention_that_computes_something_else_is_refused():
     model = official_like()
     model.blocks[0].attn.register_forward_hook(lambda *_: None)
     refused(f"accelerate: {where} has hooks, which a swap would lose{LEAVE}", ValueError, accelerate, model)
+    model, _ = of_timm("vit_tiny_patch16_224")
+    model.blocks[0].attn.forward = lambda x, **_: x
+    of_its_own = "has a forward of its own, put in the place of its class's"
+    refused(f"accelerate: blocks.0.attn (timm.layers.attention.Attention) {of_its_own}{LEAVE}",
+            ValueError, accelerate, model)  # fmt: skip
     with torch.device("meta"):
         model = official_like()
     reason = "is not timm's, and on the meta device its results can't be compared with ours, and 1 more"

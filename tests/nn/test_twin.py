@@ -1,13 +1,11 @@
 import copy
 
+import pytest
 import torch
-import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
 
-from fastssl.nn.heads import moco_v3_head
 from fastssl.nn.twin import MomentumTwin
-from fastssl.ops import batch_info_nce
-from tests.golden.golden import part, read
 
 
 def net():
@@ -28,6 +26,26 @@ def test_update_is_the_formula_and_leaves_buffers_alone():
     assert torch.equal(twin.state_dict()["0.weight"], module[0].weight)
 
 
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_buffers_may_follow(buffers):
+    """Averaged they are timm's ModelEmaV3 with its defaults: floating ones too, and the count of batches copied."""
+    module = net()
+    twin, theirs = MomentumTwin(module, 0.9, buffers), ModelEmaV3(module, 0.9)
+    for _ in range(3):
+        module(torch.randn(6, 3))
+        with torch.no_grad():
+            module[0].weight.add_(1)
+        twin.update(module)
+        theirs.update(module)
+        if buffers == "average":
+            torch.testing.assert_close(twin.state_dict(), theirs.module.state_dict())
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), module.buffers(), strict=True))
+    assert not torch.equal(twin.state_dict()["0.weight"], module[0].weight)
+    with pytest.raises(ValueError, match="MomentumTwin: buffers must be 'own', 'average' or 'copy', got 'mean'"):
+        MomentumTwin(module, buffers="mean")
+
+
 def test_names_are_those_of_the_module():
     holder = nn.Module()
     holder.encoder_k = MomentumTwin(net())
@@ -43,44 +61,3 @@ def test_twin_is_copied_and_gives_no_gradient():
     assert all(p.requires_grad for p in module.parameters())
     assert not twin(torch.randn(5, 3, requires_grad=True)).requires_grad
     assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in module.parameters()}
-
-
-class Encoder(nn.Module):
-    """The golden file's encoder: body, ReLU, projector."""
-
-    def __init__(self, mlp_dim, dim):
-        super().__init__()
-        self.body = nn.Linear(20, 32)
-        self.head = moco_v3_head(3, 32, mlp_dim, dim)
-
-    def forward(self, x):
-        return self.head(F.relu(self.body(x)))
-
-
-def test_three_golden_steps_of_moco_v3():
-    """Heads, twin and loss put together as in the paper's algorithm 1."""
-    golden, meta = read("moco_v3_vit")
-    tau = meta["temperature"]
-    model = nn.Module()
-    model.base_encoder = Encoder(meta["mlp_dim"], meta["dim"])
-    model.momentum_encoder = MomentumTwin(model.base_encoder, meta["momentum"])
-    model.predictor = moco_v3_head(2, meta["dim"], meta["mlp_dim"], meta["dim"])
-    model.load_state_dict(part(golden, "state."), strict=True)
-    model.double()
-    trained = [*model.base_encoder.parameters(), *model.predictor.parameters()]
-    optimizer = torch.optim.SGD(trained, lr=meta["sgd_lr"])
-    for step in range(3):
-        expected = part(golden, f"step{step}.")
-        x1, x2 = expected["x1"].double(), expected["x2"].double()
-        q1, q2 = (F.normalize(model.predictor(model.base_encoder(x)), dim=1) for x in (x1, x2))
-        model.momentum_encoder.update(model.base_encoder)
-        k1, k2 = (F.normalize(model.momentum_encoder(x), dim=1) for x in (x1, x2))
-        loss = 2 * tau * sum(batch_info_nce(q, k, tau).loss.mean() for q, k in ((q1, k2), (q2, k1)))
-        loss.backward()
-        torch.testing.assert_close(loss.detach(), expected["loss"][0], rtol=1e-9, atol=1e-9)
-        for key, value in part(expected, "grad.").items():
-            torch.testing.assert_close(model.get_parameter(key).grad, value, rtol=1e-8, atol=1e-9)
-        for key, value in part(expected, "momentum_encoder.").items():
-            torch.testing.assert_close(model.momentum_encoder.state_dict()[key], value, rtol=1e-9, atol=1e-9)
-        optimizer.step()
-        optimizer.zero_grad()
