@@ -103,10 +103,13 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     options, config = flags.options, flags.config
     if options.precision not in ("fp32", "bf16"):
         raise ValueError(f"pretrain: --precision must be fp32 or bf16, got {options.precision!r}")
-    for name, value in (("--log-every", options.log_every), ("--batch-size", config.training.batch_size),
-                        ("--epochs", config.training.epochs)):  # fmt: skip
-        if value < 1:
-            raise ValueError(f"pretrain: {name} must be at least 1, got {value}")
+    counts = {"log_every": options.log_every, "batch_size": config.training.batch_size,
+              "epochs": config.training.epochs, **vars(config)}  # fmt: skip
+    for name, value in counts.items():  # sizes and numbers are all at least 1, whatever the method has of them
+        values = value if isinstance(value, tuple) else (value,)
+        if any(type(number) is int and number < 1 for number in values):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"pretrain: {flag} must be at least 1, got {' '.join(map(str, values))}")
     _device(options.device)
     folder = options.run or Path("runs", f"{method_name}-{options.data.split(':')[0]}")
     folder.mkdir(parents=True, exist_ok=True)

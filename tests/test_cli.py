@@ -136,6 +136,9 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         ("mae", "--batch-size", "5000"): "data: the batch of 5000 is larger than the data, which has 1438 images",
         ("mae", "--preset", "huge"): "pretrain: --preset must be small or paper, got 'huge'",
         ("mae", "--device", "tpu"): "pretrain: --device must be auto, cpu or a cuda device that is there, got 'tpu'",
+        ("moco_v1", "--bn-splits", "0"): "pretrain: --bn-splits must be at least 1, got 0",
+        ("moco_v3", "--hidden", "0"): "pretrain: --hidden must be at least 1, got 0",
+        ("moco_v1", "--image-size", "32", "0"): "pretrain: --image-size must be at least 1, got 32 0",
         ("mae", "--log-every", "0"): "pretrain: --log-every must be at least 1, got 0",
         ("mae", "--precision", "int4"): "pretrain: --precision must be fp32 or bf16, got 'int4'",
     }.items():

@@ -72,7 +72,7 @@ class Config:
 
 def build(config: Config, mlp: bool = False) -> "MoCo":
     batch, splits = config.training.batch_size, max(1, config.bn_splits // world_size())
-    if batch % config.bn_splits:
+    if config.bn_splits < 1 or batch % config.bn_splits:
         raise ValueError(f"moco: batch_size must be divisible by bn_splits={config.bn_splits}, got {batch}")
     encoder = build_resnet(config.backbone, config.dim, config.small_images, splits)
     momentum, shuffled = config.twin_momentum, config.bn_splits > 1
