@@ -23,7 +23,7 @@ from fastssl.eval.knn import knn_accuracy
 from fastssl.run import Options, Run, method_module, method_names, open_run
 from fastssl.train import checkpoint
 from fastssl.train.loop import train
-from fastssl.weights import FORMATS, export, load_weights
+from fastssl.weights import FORMATS, export, load_weights, read_weights
 
 HELP = f"""fastssl {fastssl.__version__} · fast self-supervised visual pretraining
 
@@ -82,7 +82,7 @@ def _begun(words: list[str], method_name: str | None) -> Run:
         raise ValueError(f"pretrain: name a method: {', '.join(method_names())}")
     module = method_module(method_name)
     data = _value_of("--data", words)
-    source = open_source(data) if data else None
+    source = open_source(data) if data is not None else None
     small = source is not None and source.size is not None and max(source.size) <= 64
     chosen = _value_of("--preset", words) or ("small" if small else "paper")
     if chosen not in ("small", "paper"):
@@ -110,9 +110,16 @@ def _begun(words: list[str], method_name: str | None) -> Run:
         if any(type(number) is int and number < 1 for number in values):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"pretrain: {flag} must be at least 1, got {' '.join(map(str, values))}")
+    for name, value in {**vars(options), **vars(config), **vars(config.training)}.items():
+        if isinstance(value, float) and not 0 <= value < float("inf"):
+            raise ValueError(f"pretrain: --{name.replace('_', '-')} must be a number from 0 on, got {value}")
+    for name, value in (("--workers", options.workers or 0), ("--seed", options.seed)):
+        if not 0 <= value < 2**63:
+            raise ValueError(f"pretrain: {name} must be a number from 0 on, got {value}")
+    if drops := [epoch for epoch in config.training.lr_drops if epoch >= config.training.epochs]:
+        raise ValueError(f"pretrain: --lr-drops must lie before --epochs {config.training.epochs}, got {drops[0]}")
     _device(options.device)
     folder = options.run or Path("runs", f"{method_name}-{options.data.split(':')[0]}")
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
         raise ValueError(
             f"pretrain: {folder} holds a run already: go on with it (--resume {folder}) or name another (--run)"
@@ -120,12 +127,21 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     run = Run(folder, method_name, options, config, _facts())
     method = run.build()  # refuses impossible sizes before anything is written
     if options.weights:
-        load_weights(method, options.weights)
+        _start_from(method, options.weights)
     Loader(source, config.recipe, config.training.batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
     run.save()
     print(f"{method_name} on {options.data} with the preset `{chosen}`: {config.training.epochs} epochs of "
           f"{len(source)} images, batch {config.training.batch_size} → {folder}")  # fmt: skip
     return run
+
+
+def _start_from(method: torch.nn.Module, path: Path) -> bool:
+    """Loads the weights to begin with; True where they are of a MAE's encoder alone."""
+    has_decoder = any(name.startswith("decoder_") for name in method.state_dict())
+    alone = has_decoder and not any(name.startswith("decoder_") for name in read_weights(path))
+    load_weights(method, path, encoder_only=alone)
+    return alone
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:
@@ -156,12 +172,12 @@ def _pretrain(run: Run, state: dict | None) -> None:
     workers = _share_cores(options, device)
     torch.manual_seed(options.seed)
     method = run.build()
-    if options.weights and state is None:
-        load_weights(method, options.weights)
+    if options.weights and state is None and _start_from(method, options.weights):
+        print(f"{options.weights} holds an encoder alone: the decoder starts from random weights")
     method.to(device)
     source = open_source(options.data)
     if state is None:
-        _write_knn(run, method, "untrained", device)
+        _write_knn(run, method, "given" if options.weights else "untrained", device)
     loader = Loader(
         source, run.config.recipe, training.batch_size, seed=options.seed, workers=workers, device=device,
         bad_files=run.folder / "bad_files.txt", max_bad=options.max_bad,
@@ -266,7 +282,7 @@ def _write_knn(run: Run, method: torch.nn.Module, name: str, device: torch.devic
         return
     path = run.folder / "knn.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    if name == "untrained" and max(run.config.image_size) <= 64:  # all pixels of larger images are too much to hold
+    if name != "trained" and max(run.config.image_size) <= 64:  # all pixels of larger images are too much to hold
         known["raw pixels"] = _knn(lambda images: images.flatten(1), run.options.data, run, device)
     known[f"{name} encoder"] = accuracy
     path.write_text(json.dumps(known) + "\n")

@@ -17,7 +17,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ def export(method: nn.Module, layout: str, path: Path, arch: str = "") -> Path:
     Args:
         method: has `encoder_state()` and the official names in its state dict.
         layout: one of `FORMATS`.
-        path: without suffix, or with that of the layout.
+        path: in a folder that exists; a suffix of weights files is replaced by that of the layout.
         arch: name of the backbone, which the moco layout carries.
 
     Raises:
@@ -43,12 +42,15 @@ def export(method: nn.Module, layout: str, path: Path, arch: str = "") -> Path:
         raise ValueError(f"export: {type(method).__name__} has no weights in the format {layout}, but in {official}")
     if layout in ("timm", "torchvision"):
         state = method.encoder_state()
+        if "patch_embed.proj.0.weight" in state:
+            other = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
+            raise ValueError(f"export: {other}: use --format moco or safetensors")
         if layout == "torchvision" and "cls_token" in state:
             state = _torchvision_vit(state)
     else:
         state = method.state_dict()
     state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
-    path = path.with_name(path.name.removesuffix(".pth").removesuffix(".safetensors"))
+    path = _beside(path)
     if layout in ("timm", "safetensors"):
         path = path.with_name(f"{path.name}.safetensors")
         save_file(state, path, {"format": "pt", "architecture": arch})
@@ -62,13 +64,24 @@ def export(method: nn.Module, layout: str, path: Path, arch: str = "") -> Path:
     return path
 
 
+def _beside(path: Path | str) -> Path:
+    """The path without the suffix of a weights file."""
+    path = Path(path)
+    if not path.name or path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"export: the file must be named, in a folder that exists, got {path}")
+    for suffix in (".safetensors", ".pth.tar", ".pth", ".pt"):
+        if path.name.endswith(suffix):
+            return path.with_name(path.name.removesuffix(suffix))
+    return path
+
+
 def load_weights(module: nn.Module, path: Path, encoder_only: bool = False) -> None:
     """Loads a file that `export` or the official code wrote, strictly.
 
     Args:
         module: a method, or a `ViT` where the file holds an encoder in timm's names.
-        path: .safetensors, or what torch.load reads: {"model": …}, {"state_dict": …} or bare names, "module." before
-            them or not.
+        path: .safetensors, or what torch.load reads: {"model": …}, {"state_dict": …} or bare names, with the "module."
+            of DistributedDataParallel and the "_orig_mod." of torch.compile before them or not.
         encoder_only: loads the encoder of a MAE file, with its decoder or without, into a `MAE` or `ViT`; a decoder of
             the module keeps its weights.
 
@@ -84,7 +97,8 @@ def load_weights(module: nn.Module, path: Path, encoder_only: bool = False) -> N
     for names, what in ((set(wanted) - set(state), "lacks"), (set(state) - set(wanted), "has beside the model")):
         if names:
             more = f" and {len(names) - 1} more names" if len(names) > 1 else ""
-            way_out = "" if encoder_only else " (a file of a MAE's encoder alone loads with encoder_only=True)"
+            alone = not encoder_only and set(state) and set(state) < set(wanted) and "decoder_pred.weight" in names
+            way_out = " (it holds an encoder alone: encoder_only=True loads that)" if alone else ""
             raise ValueError(f"weights: {path} {what} {min(names)}{more}{way_out}")
     try:
         module.load_state_dict(state, strict=not encoder_only)
@@ -96,27 +110,28 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Names and tensors of a weights file, without the wrapping of the official checkpoints."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"weights: {path} does not exist")
+        raise ValueError(f"weights: {path} is no file")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"weights: {path} holds more than weights, and reading that could run code of its author. If you trust it, "
-            f"c = torch.load('{path}', weights_only=False), and then "
-            "torch.save({'model': c.get('model', c.get('state_dict'))}, 'clean.pth') makes a file of the weights alone"
-        ) from error
-    except (RuntimeError, EOFError, SafetensorError) as error:
+    except Exception as error:  # pickle, zip and key errors of a damaged file have no common base
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            raise ValueError(
+                f"weights: {path} holds more than weights, and reading that could run code of its author. If you trust "
+                f"it, c = torch.load('{path}', weights_only=False), and then "
+                "torch.save({'model': c.get('model', c.get('state_dict'))}, 'clean.pth') makes a file of weights alone"
+            ) from error
         raise ValueError(f"weights: {path} is damaged or no weights file ({type(error).__name__})") from error
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    named = isinstance(state, dict) and all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items())
+    if not named:
         raise ValueError(f"weights: {path} holds no state dict: a name with its tensor for each weight")
-    return {name.removeprefix("module."): x for name, x in state.items()}
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): x for name, x in state.items()}
 
 
 _TORCHVISION = (  # timm's names of a ViT → torchvision's
@@ -134,8 +149,6 @@ _TORCHVISION = (  # timm's names of a ViT → torchvision's
 
 
 def _torchvision_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if "patch_embed.proj.0.weight" in state:
-        raise ValueError("export: torchvision's ViT has another convolutional stem than MoCo v3's: use --format timm")
     renamed = {}
     for name, x in state.items():
         for pattern, replacement in _TORCHVISION:

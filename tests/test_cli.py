@@ -75,7 +75,7 @@ def test_export_and_start_from_weights(monkeypatch, capsys, tmp_path):
     run(monkeypatch, "export", folder, "--format", "moco", "--to", tmp_path / "other.pth")
     run(monkeypatch, "pretrain", "moco_v3", "--run", more, "--weights", tmp_path / "other.pth", *data)
     first, second = (json.loads((f / "knn.json").read_text()) for f in (folder, more))
-    assert second["untrained encoder"] == first["trained encoder"]
+    assert second["given encoder"] == first["trained encoder"]
     refused(
         monkeypatch, "export: MoCoV3 has no weights in the format mae, but in moco", "export", folder, "--format", "mae"
     )
@@ -139,6 +139,10 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         ("moco_v1", "--bn-splits", "0"): "pretrain: --bn-splits must be at least 1, got 0",
         ("moco_v3", "--hidden", "0"): "pretrain: --hidden must be at least 1, got 0",
         ("moco_v1", "--image-size", "32", "0"): "pretrain: --image-size must be at least 1, got 32 0",
+        ("moco_v1", "--preset", "paper", "--bn-splits", "1", "--epochs", "100"): "pretrain: --lr-drops must lie before "
+        "--epochs 100, got 120",
+        ("mae", "--lr", "nan"): "pretrain: --lr must be a number from 0 on, got nan",
+        ("mae", "--workers", "-2"): "pretrain: --workers must be a number from 0 on, got -2",
         ("mae", "--log-every", "0"): "pretrain: --log-every must be at least 1, got 0",
         ("mae", "--precision", "int4"): "pretrain: --precision must be fp32 or bf16, got 'int4'",
     }.items():

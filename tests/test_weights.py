@@ -24,8 +24,9 @@ def trained(method):
     """With other numbers everywhere than a fresh one has."""
     with torch.no_grad():
         for x in method.state_dict().values():
-            if x.is_floating_point():
-                x.copy_(torch.randn_like(x))
+            x.copy_(torch.randn_like(x)) if x.is_floating_point() else x.add_(3)
+    if hasattr(method, "criterion"):  # whose queue is saved as a copy, in another layout
+        method.criterion.queue_ptr.fill_(7)
     return method
 
 
@@ -149,7 +150,7 @@ def test_official_mae_files_load(tmp_path):
     assert torch.equal(whole.decoder_pred.weight, decoder)
     refused(
         f"weights: {path} lacks decoder_blocks.0.attn.proj.bias and 19 more names "
-        "(a file of a MAE's encoder alone loads with encoder_only=True)",
+        "(it holds an encoder alone: encoder_only=True loads that)",
         ValueError, load_weights, whole, path,
     )  # fmt: skip
     torch.save({"model": source.state_dict(), "epoch": 799}, path)
@@ -161,15 +162,20 @@ def test_official_mae_files_load(tmp_path):
 
 def test_files_that_do_not_fit_get_one_sentence(tmp_path):
     path = tmp_path / "file.pth"
-    refused(f"weights: {path} does not exist", ValueError, read_weights, path)
+    refused(f"weights: {path} is no file", ValueError, read_weights, path)
+    refused(f"weights: {tmp_path} is no file", ValueError, read_weights, tmp_path)
     torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, path)
     with pytest.raises(ValueError, match=r"holds more than weights, and reading that could run code of its author"):
         read_weights(path)
     path.write_bytes(path.read_bytes()[:100])
     refused(f"weights: {path} is damaged or no weights file (RuntimeError)", ValueError, read_weights, path)
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"file\.pth (is damaged or no weights file|holds more than weights)"):
-        read_weights(path)
+    for garbage in (b"not a checkpoint", b"hello", b"<html>404</html>", b""):
+        path.write_bytes(garbage)
+        with pytest.raises(ValueError, match=r"file\.pth is damaged or no weights file \([A-Za-z]+\)$"):
+            read_weights(path)
+    torch.save({1: torch.zeros(2)}, path)
+    refused(f"weights: {path} holds no state dict: a name with its tensor for each weight", ValueError,
+            read_weights, path)  # fmt: skip
     torch.save({"model": {"epoch": 3}}, path)
     refused(f"weights: {path} holds no state dict: a name with its tensor for each weight", ValueError,
             read_weights, path)  # fmt: skip
@@ -189,5 +195,16 @@ def test_files_that_do_not_fit_get_one_sentence(tmp_path):
     refused("export: MAE has no weights in the format moco, but in mae",
             ValueError, export, small_mae(), "moco", tmp_path / "x")  # fmt: skip
     stem = moco_v3.build(moco_v3.Config("vit_conv_small", (32, 32), dim=16, hidden=32))
-    refused("export: torchvision's ViT has another convolutional stem than MoCo v3's: use --format timm",
-            ValueError, export, stem, "torchvision", tmp_path / "x")  # fmt: skip
+    for layout in ("timm", "torchvision"):
+        refused("export: neither timm's ViT nor torchvision's has MoCo v3's convolutional stem: use --format moco or "
+                "safetensors", ValueError, export, stem, layout, tmp_path / "x")  # fmt: skip
+    for wrong in (tmp_path / "no" / "x", tmp_path):
+        refused(f"export: the file must be named, in a folder that exists, got {wrong}",
+                ValueError, export, small_mae(), "mae", wrong)  # fmt: skip
+    assert export(small_mae(), "mae", str(tmp_path / "vit.b.pth.tar")) == tmp_path / "vit.b.pth"
+
+
+def test_names_of_wrapped_models_are_read(tmp_path):
+    state = small_mae().state_dict()
+    torch.save({"model": {f"module._orig_mod.{name}": x for name, x in state.items()}}, tmp_path / "x.pth")
+    assert equal(read_weights(tmp_path / "x.pth"), dict(state))

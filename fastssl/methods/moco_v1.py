@@ -38,7 +38,7 @@ class Config:
     symmetric: bool = False
     """each view is query once and key once"""
     bn_splits: int = 8
-    """parts of the whole batch with batch statistics of their own, for the 8 GPUs of the paper"""
+    """parts of the whole batch with batch statistics of their own, for the 8 GPUs of the paper; at least one a rank"""
     shard_queue: bool = False
     """each rank keeps its share of the queue, instead of a copy of it"""
     small_images: bool = False
@@ -75,7 +75,7 @@ def build(config: Config, mlp: bool = False) -> "MoCo":
     if config.bn_splits < 1 or batch % config.bn_splits:
         raise ValueError(f"moco: batch_size must be divisible by bn_splits={config.bn_splits}, got {batch}")
     encoder = build_resnet(config.backbone, config.dim, config.small_images, splits)
-    momentum, shuffled = config.twin_momentum, config.bn_splits > 1
+    momentum, shuffled = config.twin_momentum, max(config.bn_splits, world_size()) > 1
     return MoCo(encoder, config.queue_size, config.tau, momentum, mlp, config.symmetric, shuffled, config.shard_queue)
 
 

@@ -1,7 +1,7 @@
 """Modules to drop into other people's models. README.md has a table: you have … → write …"""
 
 from .attention import Attention
-from .losses import InfoNCELoss, NTXentLoss
+from .losses import InfoNCELoss, NTXentLoss, unit
 from .masking import MaskedPatchLoss, random_masking, seeded_noise
 from .queue import KeyQueue
 from .swap import accelerate

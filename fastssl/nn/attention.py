@@ -4,24 +4,29 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.ops import check
 
 
 class Attention(nn.Module):
     """Multi-head self-attention from one packed qkv projection: [B, L, D] → [B, L, D]. In place of timm's `Attention`.
 
-    Arguments, their defaults and the names in the state dict are timm's. Dropout of attention weights, masks and
-    causal attention are refused: the kernels have none.
+    Arguments have timm's names and defaults (without `gated`, `attn_head_dim` and `dim_out`), the state dict has timm's
+    names, and timm's `Block(…, attn_layer=Attention)` takes it. Dropout of attention weights, masks and causal
+    attention are refused: the kernels have none.
 
     Args:
         dim: D, divisible by num_heads.
         num_heads: H.
         qkv_bias, proj_bias: biases of the two projections.
         qk_norm: normalise queries and keys of each head by `norm_layer`.
+        scale_norm: normalise what the heads return, before the last projection.
+        attn_drop: 0.
         proj_drop: dropout after the last projection.
-        norm_layer: makes the two norms of `qk_norm` from the width of a head.
+        norm_layer: makes the norms from their width; LayerNorm if None.
+        device, dtype: of the weights.
 
     Raises:
-        ValueError: dim is not divisible, or a call brings a mask.
+        ValueError: dim is not divisible, attn_drop is not 0, or a call brings a mask.
 
     Source: Vaswani et al., 2017, section 3.2.2; Dosovitskiy et al., 2021 (ViT).
     """
@@ -32,21 +37,27 @@ class Attention(nn.Module):
         num_heads: int = 8,
         qkv_bias: bool = False,
         qk_norm: bool = False,
+        scale_norm: bool = False,
         proj_bias: bool = True,
+        attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: type[nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"Attention: dim must be divisible by num_heads={num_heads}, got {dim}")
-        head = dim // num_heads
+        if attn_drop:
+            raise ValueError(f"Attention: attn_drop must be 0, the kernels drop no attention weights, got {attn_drop}")
+        head, norm_layer, factory = dim // num_heads, norm_layer or nn.LayerNorm, {"device": device, "dtype": dtype}
         self.num_heads, self.scale = num_heads, head**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = norm_layer(head) if qk_norm else nn.Identity()
-        self.k_norm = norm_layer(head) if qk_norm else nn.Identity()
-        self.norm: nn.Module = nn.Identity()  # timm's `scale_norm` and `gated` have these two
-        self.gate: nn.Module | None = None
-        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.q_norm = norm_layer(head, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(head, **factory) if qk_norm else nn.Identity()
+        self.norm = norm_layer(dim, **factory) if scale_norm else nn.Identity()
+        self.gate: nn.Module | None = None  # timm's `gated` has one
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     @classmethod
@@ -55,7 +66,9 @@ class Attention(nn.Module):
         ours = cls.__new__(cls)
         nn.Module.__init__(ours)
         ours.num_heads, ours.scale = theirs.num_heads, theirs.scale
-        for name in ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"):
+        parts = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
+        theirs_first = [name for name in theirs._modules if name in parts]  # the order of parameters stays
+        for name in dict.fromkeys((*theirs_first, *parts)):
             part = getattr(theirs, name, None)
             setattr(ours, name, nn.Identity() if part is None and name != "gate" else part)
         ours.training = theirs.training
@@ -64,6 +77,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("Attention: attn_mask and is_causal are not supported: every token sees all tokens")
+        check.tensor("Attention", "x", x, "B L D")
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # views [B, L, H, E]
         out = self.norm(ops.attention(self.q_norm(q), self.k_norm(k), v, self.scale).flatten(2))
         if self.gate is not None:

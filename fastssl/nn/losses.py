@@ -19,7 +19,7 @@ class InfoNCELoss(KeyQueue):
     """MoCo's loss with its queue: ``loss = criterion(q, k)``, and in training the keys enter the queue.
 
     Replaces MoCo's `_dequeue_and_enqueue` and logits, and lightly's `NTXentLoss` with a memory bank. The queue is never
-    copied, no logits are kept, and the loss of rows that a wrapped queue overwrites is as exact as any.
+    copied and no logits are kept. All ranks must bring batches of one size (drop the last, incomplete one).
 
     Args:
         dim: D of queries and keys.
@@ -67,6 +67,7 @@ class InfoNCELoss(KeyQueue):
         return (unit(q), unit(k.detach())) if self.normalize else (q, k.detach())
 
     def _contrast(self, q: Tensor, k: Tensor) -> InfoNCE:
+        self._check_ranks()
         if not self.shard or world_size() == 1:
             return info_nce(q, k, self.queue, self.tau)
         # Every rank contrasts all queries with its shard; each then joins what the shards say of its own.
@@ -89,7 +90,8 @@ class NTXentLoss(nn.Module):
 
     Args:
         tau: temperature: a number, or an `nn.Parameter` with one element, which is trained.
-        gather: contrast with the views of all ranks, with gradient to them. Every rank computes all rows then.
+        gather: contrast with the views of all ranks, with gradient to them. Every rank computes all rows then; their
+            batches must be of one size.
 
     Source: Chen et al., 2020 (SimCLR), equation 1.
     """

@@ -38,7 +38,7 @@ def random_masking(
 
 def kept_tokens(name: str, length: int, mask_ratio: float, fewest_masked: int = 0) -> int:
     """Tokens that stay: the reference cuts, it does not round. Refuses to keep none, or to mask too few."""
-    keep = int(length * (1 - mask_ratio))
+    keep = int(length * (1 - mask_ratio)) if 0 <= mask_ratio < 1 else 0
     if not 0 < keep <= length - fewest_masked:
         wanted = "keep at least one" + " and mask at least one" * fewest_masked
         came = f"{mask_ratio}, which keeps {keep}"
@@ -58,7 +58,10 @@ def seeded_noise(length: int, *key: int | Tensor) -> Tensor:
 
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014, figure 15 and its finaliser.
     """
-    state = next(part for part in key if isinstance(part, Tensor)).new_zeros(1)
+    tensors = [part for part in key if isinstance(part, Tensor)]
+    if not tensors or tensors[0].dtype != torch.int64:
+        raise ValueError("seeded_noise: the key must hold an int64 tensor [B], one number for each sample")
+    state = tensors[0].new_zeros(1)
     for part in key:
         state = _finalise(state + part + _GOLDEN)
     steps = torch.arange(1, length + 1, device=state.device) * _GOLDEN
@@ -110,7 +113,14 @@ class MaskedPatchLoss(nn.Module):
         Raises:
             ValueError: a shape does not fit, or the rows of mask remove different numbers.
         """
-        ids = mask if mask.dtype == torch.int64 else self._ids(mask)
+        ids = mask
+        if mask.dtype != torch.int64:
+            ids = self._ids(mask)
+        elif mask.shape[1] * self.patch_size**2 == imgs.shape[2] * imgs.shape[3]:
+            raise ValueError(
+                f"MaskedPatchLoss: int64 numbers of removed patches must be fewer than all {mask.shape[1]} patches: a "
+                "mask of zeros and ones must be floating or bool"
+            )
         if pred.shape[1] != ids.shape[1]:
             pred = ops.keep_tokens(pred, ids)
         return ops.masked_patch_mse(pred, imgs, ids, self.patch_size, self.norm_pix_loss)
@@ -118,6 +128,8 @@ class MaskedPatchLoss(nn.Module):
     def _ids(self, mask: Tensor) -> Tensor:
         masked = self.masked
         if masked is None or (mask.device.type == "cpu" and not torch.compiler.is_compiling()):
+            if not ((mask == 0) | (mask == 1)).all():
+                raise ValueError("MaskedPatchLoss: mask must hold zeros and ones alone, 0 kept and 1 removed")
             fewest, most = map(int, torch.stack(mask.sum(1).aminmax()).tolist())
             if fewest != most or masked not in (None, most):
                 wanted = "the same number" if masked is None else f"masked={masked}"

@@ -70,17 +70,18 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def sync_batch_norms(module: nn.Module) -> nn.Module:
-    """Replaces every batch norm inside `module` by one over all ranks, and returns it; parameters and buffers are the
-    same objects with the same names. In one process there is nothing to do, and with NCCL torch's own does it."""
+    """Replaces every batch norm of `module` by one over all ranks, and returns it; parameters and buffers are the same
+    objects with the same names. In one process there is nothing to do, and with NCCL torch's own does it."""
     if world_size() == 1:
         return module
     if "nccl" in str(dist.get_backend()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if isinstance(module, _BatchNorm):
+        if module.momentum is None or not module.track_running_stats:
+            raise ValueError("sync_batch_norms: batch norms must have a momentum and running statistics")
+        synced = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+        synced._parameters, synced._buffers = module._parameters, module._buffers
+        return synced.train(module.training)
     for name, child in module.named_children():
-        if isinstance(child, _BatchNorm):
-            synced = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
-            synced._parameters, synced._buffers = child._parameters, child._buffers
-            setattr(module, name, synced.train(child.training))
-        else:
-            sync_batch_norms(child)
+        setattr(module, name, sync_batch_norms(child))
     return module

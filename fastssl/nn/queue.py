@@ -14,6 +14,9 @@ class KeyQueue(nn.Module):
     Buffers `queue` [K, D] and `queue_ptr` [1]; both are saved, in the official layout: in state dicts `queue` is
     [D, K].
 
+    All ranks must bring equal numbers of keys. Queues that are not sharded begin alike where the ranks' seeds are
+    equal, or where DistributedDataParallel broadcasts buffers.
+
     Args:
         dim: D.
         queue_size: K. It begins with random unit vectors.
@@ -22,7 +25,7 @@ class KeyQueue(nn.Module):
             so all ranks must call `state_dict()` together.
 
     Raises:
-        ValueError: queue_size < 1, or the shards would not be equal.
+        ValueError: queue_size or dim < 1, or the shards would not be equal.
 
     Source: He et al., 2020 (MoCo), section 3.2, "Dictionary as a queue".
     """
@@ -30,11 +33,12 @@ class KeyQueue(nn.Module):
     def __init__(self, dim: int, queue_size: int, shard: bool = False):
         super().__init__()
         name = type(self).__name__
-        if queue_size < 1:
-            raise ValueError(f"{name}: queue_size must be at least 1, got {queue_size}")
+        for argument, value in (("queue_size", queue_size), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"{name}: {argument} must be at least 1, got {value}")
         if shard and queue_size % world_size():
             raise ValueError(f"{name}: queue_size must be divisible by the {world_size()} ranks, got {queue_size}")
-        self.shard = shard
+        self.shard, self._ranks = shard, world_size()
         queue = F.normalize(torch.randn(queue_size, dim), dim=1)
         ptr = torch.zeros(1, dtype=torch.int64)
         if shard:
@@ -48,6 +52,7 @@ class KeyQueue(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Writes the keys [B, D] of all ranks, in rank order, over the oldest."""
+        self._check_ranks()
         keys = gather(keys.detach())
         enqueue_(self.queue, self.queue_ptr, self._own(keys) if self.shard else keys)
 
@@ -55,8 +60,14 @@ class KeyQueue(nn.Module):
         """All keys [K, D], gathered from the ranks where the queue is sharded."""
         if not self.shard:
             return self.queue
+        self._check_ranks()
         parts = gather(self.queue).unflatten(0, (world_size(), -1))
         return parts.transpose(0, 1).flatten(0, 1)
+
+    def _check_ranks(self) -> None:
+        if self.shard and self._ranks != world_size():
+            came = f"sharded over {self._ranks} ranks, and there are {world_size()}"
+            raise RuntimeError(f"{type(self).__name__}: this queue was {came}: build it after init_process_group")
 
     def _own(self, keys: Tensor) -> Tensor:
         return keys[rank() :: world_size()].contiguous()
@@ -90,6 +101,9 @@ def _load(module: KeyQueue, state: dict, prefix: str, metadata: dict, strict: bo
         came = list(queue_DK.shape)
         raise ValueError(f"{type(module).__name__}: the queue to load must have shape [D, K] of this one, got {came}")
     beyond = int(ptr) % world_size()  # the shards' pointers stand for multiples of world; a ring may be turned
-    with torch.no_grad():
-        module.queue.copy_(module._own(queue_DK.T.roll(-beyond, 0)))
-        module.queue_ptr.copy_(ptr.div(world_size(), rounding_mode="floor"))
+    own, at = module._own(queue_DK.T.roll(-beyond, 0)), ptr.div(world_size(), rounding_mode="floor")
+    if metadata.get("assign_to_params_buffers"):
+        module.queue, module.queue_ptr = own, at
+    else:
+        module.queue.copy_(own)
+        module.queue_ptr.copy_(at)

@@ -28,6 +28,8 @@ class MomentumTwin(nn.Module):
 
     def __init__(self, module: nn.Module, momentum: float = 0.999, buffers: Literal["own", "average", "copy"] = "own"):
         super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"MomentumTwin: momentum must be between 0 and 1, got {momentum}")
         if buffers not in ("own", "average", "copy"):
             raise ValueError(f"MomentumTwin: buffers must be 'own', 'average' or 'copy', got {buffers!r}")
         self.momentum, self.buffers_follow = momentum, buffers

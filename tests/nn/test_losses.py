@@ -248,6 +248,18 @@ def refused_shards():
     return True
 
 
+def too_early():
+    ranks = KeyQueue(D, 8, shard=True)
+    ranks._ranks = 1  # as if it had been built before the ranks met
+    with pytest.raises(RuntimeError, match="sharded over 1 ranks, and there are 2: build it after init_process_group"):
+        ranks.enqueue(torch.randn(2, D))
+    return True
+
+
+def test_a_queue_sharded_before_the_ranks_met_is_refused():
+    assert all(run_ranks(2, too_early))
+
+
 def test_error_sentences():
     refused("InfoNCELoss: tau must be > 0, got 0", ValueError, InfoNCELoss, D, K, 0)
     refused("InfoNCELoss: queue_size must be at least 1, got 0", ValueError, InfoNCELoss, D, 0)

@@ -72,6 +72,11 @@ def test_seeded_noise_is_splitmix64():
         assert (row.double() * 2**24).tolist() == splitmix64((11, 2**40, sample % 2**64), 9)
 
 
+def test_seeded_noise_needs_numbers_of_samples():
+    refused("seeded_noise: the key must hold an int64 tensor [B], one number for each sample",
+            ValueError, seeded_noise, 4, 0, 1)  # fmt: skip
+
+
 def test_seeded_noise_is_uniform_and_its_rows_are_unrelated():
     noise = seeded_noise(196, 0, 5, torch.arange(4000)).double()
     counts = torch.histc(noise, 64, 0, 1)
@@ -131,6 +136,10 @@ def test_masked_patch_loss_refuses_uneven_masks():
     mask[0, :3] = mask[1, :4] = 1
     refused("MaskedPatchLoss: mask must remove the same number in each row, got from 3 to 4",
             ValueError, MaskedPatchLoss(4), images, pred, mask)  # fmt: skip
+    refused("MaskedPatchLoss: int64 numbers of removed patches must be fewer than all 16 patches: a mask of zeros and "
+            "ones must be floating or bool", ValueError, MaskedPatchLoss(4), images, pred, mask.long())  # fmt: skip
+    refused("MaskedPatchLoss: mask must hold zeros and ones alone, 0 kept and 1 removed",
+            ValueError, MaskedPatchLoss(4), images, pred, mask / 2)  # fmt: skip
     mask[0, 3] = 1
     refused("MaskedPatchLoss: mask must remove masked=12 in each row, got from 4 to 4",
             ValueError, MaskedPatchLoss(4, masked=12), images, pred, mask)  # fmt: skip

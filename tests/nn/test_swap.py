@@ -114,16 +114,23 @@ def test_torchvisions_vit():
 class OfficialAttention(nn.Module):
     """With the parts of timm 0.3.2's, which the official MAE uses: the class itself has another home today."""
 
-    def __init__(self, dim, num_heads, scale=None, times=1.0):
+    def __init__(self, dim, num_heads, scale=None, times=1.0, window=None, drops=0.0, cap=None):
         super().__init__()
         self.num_heads, self.scale, self.times = num_heads, scale or (dim // num_heads) ** -0.5, times
+        self.window, self.drops, self.cap = window, drops, cap
         self.qkv, self.attn_drop = nn.Linear(dim, 3 * dim), nn.Dropout(0.0)
         self.proj, self.proj_drop = nn.Linear(dim, dim), nn.Dropout(0.0)
 
     def forward(self, x):
         batch, length, dim = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
-        weights = self.attn_drop((qkv[0] @ qkv[1].transpose(-2, -1) * self.scale * self.times).softmax(-1))
+        scores = qkv[0] @ qkv[1].transpose(-2, -1) * self.scale * self.times
+        if self.cap:
+            scores = self.cap * (scores / self.cap).tanh()
+        if self.window:
+            places = torch.arange(length)
+            scores = scores.masked_fill((places[:, None] - places).abs() > self.window, float("-inf"))
+        weights = self.attn_drop(nn.functional.dropout(scores.softmax(-1), self.drops, self.training))
         return self.proj_drop(self.proj((weights @ qkv[2]).transpose(1, 2).reshape(batch, length, dim)))
 
 
@@ -150,8 +157,22 @@ def test_an_attention_of_unknown_home_is_swapped_once_it_gave_the_same_results(s
 
 def test_an_attention_that_computes_something_else_is_refused():
     where = f"blocks.0.attn ({__name__}.Attention)"
-    refused(f"accelerate: {where} gives other results than multi-head attention, and 1 more{LEAVE}",
-            ValueError, accelerate, official_like(times=1.01))  # fmt: skip
+    for options in ({"times": 1.01}, {"window": 8}, {"drops": 0.5}, {"cap": 50.0}):
+        model = official_like(**options).bfloat16()
+        for block in model.blocks:  # a zero projection hides everything behind it
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.attn.proj.bias)
+        refused(f"accelerate: {where} gives other results than multi-head attention, and 1 more{LEAVE}",
+                ValueError, accelerate, model)  # fmt: skip
+    model = official_like()
+    del model.blocks[0].attn.attn_drop
+    model.blocks[0].attn.attn_drop = 0.5
+    does = "does something to its attention weights (attn_drop is a float)"
+    refused(f"accelerate: {where} {does}{LEAVE}", ValueError, accelerate, model)
+    refused("accelerate: the model itself is an attention, and can't be swapped inside itself",
+            ValueError, accelerate, OfficialAttention(16, 2))  # fmt: skip
+    refused("accelerate: leave must name modules of the model, got 'nope'",
+            ValueError, accelerate, official_like(), ["nope"])  # fmt: skip
     model = official_like()
     model.blocks[0].attn.attn_drop.p = 0.1
     refused(f"accelerate: {where} drops attention weights (attn_drop=0.1), which the kernels do not{LEAVE}",
@@ -161,7 +182,8 @@ def test_an_attention_that_computes_something_else_is_refused():
     refused(f"accelerate: {where} is not a kind of attention that fastssl knows{LEAVE}", ValueError, accelerate, model)
     model = official_like()
     model.blocks[0].attn.register_forward_hook(lambda *_: None)
-    refused(f"accelerate: {where} has hooks, which a swap would lose{LEAVE}", ValueError, accelerate, model)
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda *_: None)
+    refused(f"accelerate: {where} has hooks, which a swap would lose, and 1 more{LEAVE}", ValueError, accelerate, model)
     model, _ = of_timm("vit_tiny_patch16_224")
     model.blocks[0].attn.forward = lambda x, **_: x
     of_its_own = "has a forward of its own, put in the place of its class's"
@@ -171,6 +193,22 @@ def test_an_attention_that_computes_something_else_is_refused():
         model = official_like()
     reason = "is not timm's, and on the meta device its results can't be compared with ours, and 1 more"
     refused(f"accelerate: {where} {reason}{LEAVE}", ValueError, accelerate, model)
+
+
+def test_a_class_of_timm_whose_forward_was_replaced_is_compared(monkeypatch):
+    model, _ = of_timm("vit_tiny_patch16_224")
+    monkeypatch.setattr(timm.layers.attention.Attention, "forward", lambda self, x, **_: self.proj(x))
+    with pytest.raises(ValueError, match="gives other results than multi-head attention, and 1 more"):
+        accelerate(model)
+
+
+def test_parameters_keep_their_order():
+    model = official_like()
+    attn = model.blocks[0].attn
+    attn._modules = dict(reversed(attn._modules.items()))
+    before = list(map(id, model.parameters()))
+    accelerate(model)
+    assert list(map(id, model.parameters())) == before
 
 
 def test_a_module_that_stands_in_two_places_is_swapped_in_both():
@@ -197,6 +235,10 @@ def test_our_attention_is_timms():
     torch.testing.assert_close(ours(x), theirs(x))
     assert Attention(8).num_heads == timm.layers.attention.Attention(8).num_heads
     assert Attention(8).qkv.bias is None
+    block = timm.models.vision_transformer.Block(24, 3, scale_attn_norm=True, attn_layer=Attention)
+    assert block(x).shape == x.shape
+    refused("Attention: attn_drop must be 0, the kernels drop no attention weights, got 0.1",
+            ValueError, Attention, 8, attn_drop=0.1)  # fmt: skip
     refused("Attention: dim must be divisible by num_heads=3, got 8", ValueError, Attention, 8, 3)
     refused("Attention: attn_mask and is_causal are not supported: every token sees all tokens",
             ValueError, ours, x, torch.zeros(7, 7))  # fmt: skip
