@@ -101,23 +101,7 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     Flags.__doc__ = f"{module.Config.__doc__}\n\nDefaults below are those of the preset `{chosen}`."
     flags = tyro.cli(tyro.conf.OmitArgPrefixes[Flags], args=words, prog=f"fastssl pretrain {method_name}")
     options, config = flags.options, flags.config
-    if options.precision not in ("fp32", "bf16"):
-        raise ValueError(f"pretrain: --precision must be fp32 or bf16, got {options.precision!r}")
-    counts = {"log_every": options.log_every, "batch_size": config.training.batch_size,
-              "epochs": config.training.epochs, **vars(config)}  # fmt: skip
-    for name, value in counts.items():  # sizes and numbers are all at least 1, whatever the method has of them
-        values = value if isinstance(value, tuple) else (value,)
-        if any(type(number) is int and number < 1 for number in values):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"pretrain: {flag} must be at least 1, got {' '.join(map(str, values))}")
-    for name, value in {**vars(options), **vars(config), **vars(config.training)}.items():
-        if isinstance(value, float) and not 0 <= value < float("inf"):
-            raise ValueError(f"pretrain: --{name.replace('_', '-')} must be a number from 0 on, got {value}")
-    for name, value in (("--workers", options.workers or 0), ("--seed", options.seed)):
-        if not 0 <= value < 2**63:
-            raise ValueError(f"pretrain: {name} must be a number from 0 on, got {value}")
-    if drops := [epoch for epoch in config.training.lr_drops if epoch >= config.training.epochs]:
-        raise ValueError(f"pretrain: --lr-drops must lie before --epochs {config.training.epochs}, got {drops[0]}")
+    _check_numbers(options, config)
     _device(options.device)
     folder = options.run or Path("runs", f"{method_name}-{options.data.split(':')[0]}")
     if (folder / "config.json").exists():
@@ -134,6 +118,30 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     print(f"{method_name} on {options.data} with the preset `{chosen}`: {config.training.epochs} epochs of "
           f"{len(source)} images, batch {config.training.batch_size} → {folder}")  # fmt: skip
     return run
+
+
+def _check_numbers(options: Options, config) -> None:
+    """Refuses what no method can be asked for; what a method alone can know, its `build` refuses."""
+    training = config.training
+    if options.precision not in ("fp32", "bf16"):
+        raise ValueError(f"pretrain: --precision must be fp32 or bf16, got {options.precision!r}")
+    counts = {"log_every": options.log_every, "batch_size": training.batch_size, "epochs": training.epochs}
+    for name, value in {**counts, **vars(config)}.items():  # whole numbers of a method are all sizes
+        values = value if isinstance(value, tuple) else (value,)
+        if any(type(number) is int and number < 1 for number in values):
+            raise ValueError(f"pretrain: {_flag(name)} must be at least 1, got {' '.join(map(str, values))}")
+    for name, value in {**vars(options), **vars(config), **vars(training)}.items():
+        if isinstance(value, float) and not 0 <= value < float("inf"):
+            raise ValueError(f"pretrain: {_flag(name)} must be a number from 0 on, got {value}")
+    for name, value in (("workers", options.workers or 0), ("seed", options.seed)):
+        if not 0 <= value < 2**63:
+            raise ValueError(f"pretrain: {_flag(name)} must be a number from 0 on, got {value}")
+    if drops := [epoch for epoch in training.lr_drops if epoch >= training.epochs]:
+        raise ValueError(f"pretrain: --lr-drops must lie before --epochs {training.epochs}, got {drops[0]}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _start_from(method: torch.nn.Module, path: Path) -> bool:

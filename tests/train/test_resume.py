@@ -13,6 +13,7 @@ import pytest
 RUNS = {
     "mae": ["mae", "--data", "digits", "--epochs", "2", "--batch-size", "256", "--decoder-depth", "1"],
     "moco_v2": ["moco_v2", "--data", "shapes:count=256", "--epochs", "2", "--batch-size", "32", "--queue-size", "100"],
+    "moco_v3": ["moco_v3", "--data", "shapes:count=256", "--epochs", "2", "--batch-size", "32", "--hidden", "64"],
 }
 
 
@@ -41,7 +42,7 @@ def killed_after(words: list[str], run: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "workers"), [("mae", 0), ("moco_v2", 1)])
+@pytest.mark.parametrize(("name", "workers"), [("mae", 0), ("moco_v2", 1), ("moco_v3", 0)])
 def test_killed_and_resumed_is_bit_equal(tmp_path, name, workers):
     options = [*RUNS[name], "--log-every", "1", "--checkpoint-every", "3", "--workers", str(workers)]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
