@@ -72,7 +72,7 @@ def build(config: Config) -> "MAE":
 class MAE(ViT):
     """The encoder is the ViT itself; the decoder is thrown away after pretraining.
 
-    Arguments are the official ones, with `img_size` also as (height, width), and `mask_ratio` added.
+    Arguments are the official ones but `norm_layer`, with `img_size` also as (height, width), and `mask_ratio` added.
     """
 
     tables = ("pos_embed", "decoder_pos_embed")
@@ -120,6 +120,7 @@ class MAE(ViT):
         return self.decoder_pred(self.decoder_norm(tokens)), masking.mask
 
     def masking(self, images: Tensor, noise: Tensor | None = None, generator: Generator | None = None) -> Masking:
+        """Which patches of images [B, C, H, W] stay: those of smallest `noise` [B, L], uniform if None."""
         self.check_images(images)
         if noise is None:
             noise = torch.rand(images.shape[0], self.length, device=images.device, generator=generator)

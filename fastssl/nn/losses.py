@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from fastssl.distributed import exchange, gather, gather_with_grad, rank, world_size
 from fastssl.ops import InfoNCE, info_nce, nt_xent
+from fastssl.ops.dispatch import wide
 
 from .queue import KeyQueue
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of unit length, in float32 or wider also where autocast made x."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+    """Rows [B, D] of unit length, in float32 (float64 for float64) also where autocast made x."""
+    return F.normalize(x.to(wide(x)), dim=1)
 
 
 class InfoNCELoss(KeyQueue):
@@ -79,9 +80,9 @@ class InfoNCELoss(KeyQueue):
 def _joined(losses_WB: Tensor) -> Tensor:
     """The loss over all negatives from those over disjoint parts of them: e^loss − 1 = Σ (e^loss_r − 1), since both are
     sums over negatives of e^(s_j − s_positive)."""
-    wide = losses_WB.double()
-    largest = wide.detach().amax(0)
-    others = (-torch.expm1(-wide) * (wide - largest).exp()).sum(0)
+    losses = losses_WB.double()
+    largest = losses.detach().amax(0)
+    others = (-torch.expm1(-losses) * (losses - largest).exp()).sum(0)
     return (largest + torch.log((-largest).exp() + others)).to(losses_WB.dtype)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.distributed import sum_over_ranks, world_size
+from fastssl.ops.dispatch import wide
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -53,11 +54,11 @@ class SyncBatchNorm(_BatchNorm):
             return super().forward(x)
         others = [d for d in range(x.ndim) if d != 1]
         column = (1, -1, *[1] * (x.ndim - 2))
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        here = wide.new_tensor([x.numel() / x.shape[1]])
-        total, count = sum_over_ranks(torch.cat([wide.sum(others), here])).split([x.shape[1], 1])
+        values = x.to(wide(x))
+        here = values.new_tensor([x.numel() / x.shape[1]])
+        total, count = sum_over_ranks(torch.cat([values.sum(others), here])).split([x.shape[1], 1])
         mean = total / count
-        centred = wide - mean.view(column)  # two passes: E[x²] − mean² would cancel
+        centred = values - mean.view(column)  # two passes: E[x²] − mean² would cancel
         var = sum_over_ranks(centred.square().sum(others)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from .attention import Attention, TorchvisionAttention
 
 TIMM = ("timm.layers.attention", "timm.models.vision_transformer")  # homes of timm's plain `Attention`
 PARTS = {"qkv", "attn_drop", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"}  # what such a module is made of
-
-
-HOOKS = (
+HOOKS = (  # where a module keeps them
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
@@ -71,7 +69,7 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
     return list(swaps)
 
 
-def _attention_in(model: nn.Module, leave: Collection[str]):
+def _attention_in(model: nn.Module, leave: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of everything that looks like attention, outermost only, shared modules under each name."""
     found: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):

@@ -23,6 +23,10 @@ class MomentumTwin(nn.Module):
             sees itself, as in the reference code of MoCo; "average": floating ones follow like parameters and others
             are copied, as in timm; "copy": all are copied.
 
+    Raises:
+        ValueError: momentum is outside [0, 1], or buffers is another word.
+        TypeError: by `update`, parameters are of 16 bits.
+
     Source: He et al., 2020 (MoCo), equation 2.
     """
 
