@@ -19,7 +19,7 @@ from .plots import draw
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SUMMARY, PAGE = ROOT / "README.md", ROOT / "docs" / "measurements.md"
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+MARKERS = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 # The sizes that README shows, those of the papers' recipes; the other page shows all.
 HEADLINE = re.compile(
@@ -33,6 +33,7 @@ FAMILIES = (
     "patches",
     "contrastive",
     "attention",
+    "augment",
     "dropin",
 )  # order of the rows; others follow by name
 
@@ -89,15 +90,16 @@ def render(results: Path, summary: bool = False) -> str:
     return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: `make bench` makes them."
 
 
-def insert(tables: str, page: Path) -> str:
+def insert(tables: str, page: Path, markers: tuple[str, str] = MARKERS) -> str:
     """The page's text with the tables between its markers."""
+    begin, end = markers
     if not page.is_file():
-        raise Problem(f"{page} does not exist: make it, with the lines {BEGIN} and {END}, between which the tables go")
+        raise Problem(f"{page} does not exist: make it, with the lines {begin} and {end}, between which the tables go")
     text = page.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise Problem(f"{page} must hold the lines {BEGIN} and {END}, once each and in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise Problem(f"{page} must hold the lines {begin} and {end}, once each and in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
 
 
 def main(
@@ -188,8 +190,8 @@ def _cells(row: dict) -> list[str]:
         number(row["ms"]["official"][1]),
         "<br>".join(f"{number(row['ms'][name][1])} ({_code(name)})" for name in others) or "–",
         number(row["limit_ms"]) if "limit_ms" in row else "–",
-        _times(ratio.get("official")),
-        _times(ratio.get(others[0]) if others else None),
+        times(ratio.get("official")),
+        times(ratio.get(others[0]) if others else None),
         " / ".join(_megabytes(row["memory_mb"][name]) for name in compared),
     ]
 
@@ -199,7 +201,7 @@ def _code(name: str) -> str:
     return f"`{name}`" if "_" in name else name
 
 
-def _times(ratio: float | None) -> str:
+def times(ratio: float | None) -> str:
     return "–" if ratio is None else f"{number(ratio, 2)}×"
 
 

@@ -26,7 +26,7 @@ def tensor(op: str, name: str, value: object, dims: str, **sizes: int) -> None:
                     break
             else:
                 return
-        wanted = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in letters)
+        wanted = ", ".join(f"{d}={sizes[d]}" if d in sizes and d != str(sizes[d]) else d for d in letters)
         fail(op, f"{name} must have shape [{wanted}], got {list(shape)}")
     fail(op, f"{name} must be a tensor of shape [{', '.join(letters)}], got {type(value).__name__}", TypeError)
 
