@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fastssl
-from fastssl.data.loader import Loader
+from fastssl import cli_data
+from fastssl.data.loader import Loader, has_dali
 from fastssl.data.source import Source, open_source
 from fastssl.data.source import names as source_names
 from fastssl.eval.features import extract
@@ -32,6 +33,9 @@ HELP = f"""fastssl {fastssl.__version__} · fast self-supervised visual pretrain
   fastssl eval knn RUN                     how well do the features separate the classes?
   fastssl report RUN                       one self-contained report.html of a run
   fastssl export RUN --format FORMAT       weights for timm, torchvision, the official code, or as safetensors
+  fastssl data check SOURCE                every image: sizes, formats, bad files, images/s of each engine
+  fastssl data show SOURCE --recipe METHOD augmented views, as a picture
+  fastssl bench --data SOURCE              images/s of each recipe and engine
   fastssl env                              versions, processor level, and which kernel serves which op
 
   METHOD   {", ".join(method_names())}
@@ -44,7 +48,8 @@ HELP = f"""fastssl {fastssl.__version__} · fast self-supervised visual pretrain
 
 def main() -> None:
     words = [word for word in sys.argv[1:] if word != "--debug"]
-    commands = {"pretrain": pretrain, "eval": evaluate, "report": report, "export": export_weights, "env": env}
+    commands = {"pretrain": pretrain, "eval": evaluate, "report": report, "export": export_weights, "env": env,
+                "data": cli_data.data, "bench": cli_data.bench}  # fmt: skip
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return
@@ -102,7 +107,7 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     flags = tyro.cli(tyro.conf.OmitArgPrefixes[Flags], args=words, prog=f"fastssl pretrain {method_name}")
     options, config = flags.options, flags.config
     _check_numbers(options, config)
-    _device(options.device)
+    options.engine = _engine(options.engine, _device(options.device))
     folder = options.run or Path("runs", f"{method_name}-{options.data.split(':')[0]}")
     if (folder / "config.json").exists():
         raise ValueError(
@@ -112,7 +117,7 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     method = run.build()  # refuses impossible sizes before anything is written
     if options.weights:
         _start_from(method, options.weights)
-    Loader(source, config.recipe, config.training.batch_size)
+    Loader(source, config.recipe, config.training.batch_size, engine=options.engine)
     folder.mkdir(parents=True, exist_ok=True)
     run.save()
     print(f"{method_name} on {options.data} with the preset `{chosen}`: {config.training.epochs} epochs of "
@@ -188,7 +193,7 @@ def _pretrain(run: Run, state: dict | None) -> None:
         _write_knn(run, method, "given" if options.weights else "untrained", device)
     loader = Loader(
         source, run.config.recipe, training.batch_size, seed=options.seed, workers=workers, device=device,
-        bad_files=run.folder / "bad_files.txt", max_bad=options.max_bad,
+        engine=_engine(options.engine, device), bad_files=run.folder / "bad_files.txt", max_bad=options.max_bad,
     )  # fmt: skip
     train(
         method, run.method_name, loader.epoch, len(loader), training, run.folder, precision=options.precision,
@@ -303,7 +308,8 @@ def _knn(features, data: str, run: Run, device: torch.device, k: int = 20, tau: 
         return None
     size, workers = run.config.image_size, _share_cores(run.options, device)
     (bank, bank_labels, _), (queries, labels, _) = (
-        extract(features, split, size, device=device, workers=workers) for split in splits
+        extract(features, split, size, device=device, workers=workers, engine=_engine(run.options.engine, device))
+        for split in splits
     )
     return knn_accuracy(bank, bank_labels, queries, labels, k, tau)
 
@@ -320,6 +326,13 @@ def _share_cores(options: Options, device: torch.device) -> int:
     workers = cores // 4 if options.workers is None else options.workers
     torch.set_num_threads(max(1, cores - workers))
     return workers
+
+
+def _engine(name: str, device: torch.device) -> str:
+    """The engine meant by "auto". On a CPU DALI is slower: it resamples in several times torchvision's time."""
+    if name == "auto":
+        return "dali" if device.type == "cuda" and has_dali() else "torchvision"
+    return name
 
 
 def _cores() -> int:

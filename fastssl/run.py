@@ -40,13 +40,15 @@ class Options:
     """What a run needs beside its method."""
 
     data: str
-    """digits, shapes, folder:PATH, arrays:FILE or idx:PATH"""
+    """digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH or cifar100:PATH"""
     run: Path | None = None
     """folder of the run, runs/METHOD-DATA if not given"""
     seed: int = 0
     """of weights, order, augmentations and masks"""
     workers: int | None = None
-    """processes that load data; a quarter of the cores on a CPU, up to 8 beside a GPU, if not given"""
+    """processes (dali: threads) that load data; if not given, a quarter of the cores, beside a GPU up to 8"""
+    engine: str = "auto"
+    """torchvision, dali, or auto: dali on a GPU where it is installed"""
     weights: Path | None = None
     """file to start from: an official checkpoint of the method, or a whole model that `fastssl export` wrote"""
     device: str = "auto"

@@ -10,6 +10,12 @@ if not torch.cuda.is_available():
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """What sources remember does not go into the home of whoever runs the tests."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

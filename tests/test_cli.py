@@ -109,7 +109,7 @@ def test_too_many_bad_images_stop_the_run(monkeypatch, tmp_path):
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     new = tmp_path / "run"
-    refused(monkeypatch, "unknown command 'train', there are pretrain, eval, report, export, env", "train")
+    refused(monkeypatch, "unknown command 'train', there are pretrain, eval, report, export, env, data, bench", "train")
     refused(
         monkeypatch,
         "pretrain: unknown method 'dino', there are mae, moco_v1, moco_v2, moco_v3",

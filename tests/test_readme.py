@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import fastssl.ops
-from benchmarks import table
+from benchmarks import loader, table
 from fastssl.ops import dispatch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -39,6 +39,7 @@ def test_table_of_ops_is_true():
 
 def test_measured_tables_are_those_of_the_results():
     assert table.main(["--check"]) == 0
+    assert loader.main(["--check"]) == 0
 
 
 def test_pictures_are_there():

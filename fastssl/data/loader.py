@@ -1,20 +1,23 @@
-"""Batches from a source by a recipe, in an order and with augmentations that depend on (seed, epoch, index) alone.
+"""Batches on the device, from a source by a recipe.
 
-So a run that is resumed in the middle of an epoch sees exactly what it would have seen, whatever the number of workers.
+Order and augmentations depend on (seed, epoch, index) alone. So the state of a loader is (epoch, batch): a run that is
+resumed in the middle of an epoch sees exactly what it would have seen, whatever the engine and the number of workers.
 """
 
-import functools
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from .order import Order
 from .recipe import Recipe
-from .source import BadImage, Source
-from .torchvision import augmentation
+from .samples import Samples
+from .source import Source
+
+ENGINES = ("torchvision", "dali")
 
 
 class Batch(NamedTuple):
@@ -32,16 +35,19 @@ class Loader:
     Args:
         source: the images.
         recipe: the views to make of each.
-        batch_size: samples a batch. In training the last, incomplete batch of an epoch is left out.
+        batch_size: samples a batch, on each rank. In training the last, incomplete batch of an epoch is left out.
         seed: of the order and of the augmentations.
-        workers: processes that decode and augment; 0 does it in this one.
+        workers: processes (torchvision) or threads (dali) that decode and augment; 0 does it in this process.
         device: where the batches go; pixels travel as bytes and become normalised floats there.
         train: shuffled and without the incomplete batch; else in order and complete.
+        engine: "torchvision" or "dali". Same order, same draws; pixels differ by what two ways to resample differ.
+        rank, world: which part of every batch is wanted, see `Order`.
         bad_files: file that images which can't be decoded are named in; in training others of the batch stand in.
         max_bad: share of the source that may be bad; beyond it the run stops.
 
     Raises:
-        ValueError: the batch is larger than the source, or, while iterating, too many images are bad.
+        ValueError: the batch is larger than the source, an engine is unknown or not installed, or, while iterating, too
+            many images are bad.
     """
 
     def __init__(
@@ -54,24 +60,22 @@ class Loader:
         workers: int = 0,
         device: torch.device | str = "cpu",
         train: bool = True,
+        engine: str = "torchvision",
+        rank: int = 0,
+        world: int = 1,
         bad_files: Path | None = None,
         max_bad: float = 0.01,
     ):
-        if train and batch_size > len(source):
-            raise ValueError(f"data: the batch of {batch_size} is larger than the data, which has {len(source)} images")
+        if train and batch_size * world > len(source):
+            each = f" on each of {world} ranks" if world > 1 else ""
+            raise ValueError(
+                f"data: the batch of {batch_size}{each} is larger than the data, which has {len(source)} images"
+            )
         self.device = torch.device(device)
         self.recipe, self.bad_files, self.max_bad, self.total = recipe, bad_files, max_bad, len(source)
         self._bad: set[int] = set()
-        self._order = _Order(len(source), batch_size, seed, train)
-        self._batches = DataLoader(
-            _Samples(source, recipe, seed),
-            batch_sampler=self._order,
-            num_workers=workers,
-            collate_fn=functools.partial(_collate, fill=train),
-            persistent_workers=workers > 0,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else each epoch would draw from the global one, and a resume once more
-        )
+        self._order = Order(len(source), batch_size, seed, train, source.shards, rank, world)
+        self._engine = _engine(engine, source, recipe, batch_size, seed, workers, self.device, train)
         self._scale = [
             tuple(torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (view.mean, view.std))
             for view in recipe.views
@@ -83,23 +87,37 @@ class Loader:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch `number`, from batch `start` on."""
-        self._order.epoch, self._order.start = number, start
-        for views, index, label, seed, bad in self._batches:
-            self._note(bad)
-            if not len(index) and self._order.train:
+        samples = self._checked(self._engine.run(number, self._order.batches(number, start)))
+        return map(self._batch, samples) if self.device.type == "cpu" else self._beside_the_step(samples)
+
+    def _checked(self, made: Iterator[Samples]) -> Iterator[Samples]:
+        for samples in made:
+            self._note(samples.bad)
+            if len(samples.index):
+                yield samples
+            elif samples.bad and self._order.train:
                 raise ValueError(
-                    f"data: none of the {len(bad)} images of a batch can be decoded (the last: {bad[-1][1]})"
-                )
-            if len(index):
-                yield Batch(
-                    tuple(self._normalised(view, *scale) for view, scale in zip(views, self._scale)),
-                    index.to(self.device, non_blocking=True),
-                    label.to(self.device, non_blocking=True),
-                    seed.to(self.device, non_blocking=True),
+                    f"data: none of the {len(samples.bad)} images of a batch can be decoded "
+                    f"(the last: {samples.bad[-1][1]})"
                 )
 
-    def _normalised(self, pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        return pixels.to(self.device, non_blocking=True).float().sub_(mean).div_(std)
+    def _batch(self, samples: Samples) -> Batch:
+        """Bytes to normalised floats, on the device."""
+        there = [tensor.to(self.device, non_blocking=True) for tensor in (*samples.views, *samples[1:4])]
+        views = (view.float().sub_(mean).div_(std) for view, (mean, std) in zip(there, self._scale))
+        return Batch(tuple(views), *there[-3:])
+
+    def _beside_the_step(self, made: Iterator[Samples]) -> Iterator[Batch]:
+        """On a stream of its own: copy and normalisation pass while the GPU still computes the step before."""
+        stream = torch.cuda.Stream(self.device)
+        for samples in made:
+            with torch.cuda.stream(stream):
+                batch = self._batch(samples)
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_stream(stream)
+            for tensor in (*batch.views, *batch[1:]):
+                tensor.record_stream(computing)  # its memory may not be used again before the step is through with it
+            yield batch
 
     def _note(self, bad: list[tuple[int, str]]) -> None:
         new = [(index, reason) for index, reason in bad if index not in self._bad]
@@ -122,64 +140,20 @@ class Loader:
         return len(self._bad)
 
 
-class _Order:
-    """Batch sampler: lists of (epoch, index). The epoch travels with each index to workers that outlive it."""
-
-    def __init__(self, count: int, batch_size: int, seed: int, train: bool):
-        self.count, self.batch_size, self.seed, self.train = count, batch_size, seed, train
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.count // self.batch_size if self.train else -(-self.count // self.batch_size)
-
-    def __iter__(self):
-        order = torch.arange(self.count)
-        if self.train:
-            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(_mix(self.seed, self.epoch)))
-        for batch in order.split(self.batch_size)[self.start : len(self)]:
-            yield [(self.epoch, index) for index in batch.tolist()]
+def has_dali() -> bool:
+    """True where NVIDIA's DALI is installed."""
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-class _Samples(Dataset):
-    def __init__(self, source: Source, recipe: Recipe, seed: int):
-        self.source, self.seed = source, seed
-        self.augment = [augmentation(view) for view in recipe.views]
+def _engine(name, source, recipe, batch_size, seed, workers, device, train):
+    if name == "torchvision":
+        from .torchvision import Engine
 
-    def __len__(self) -> int:
-        return len(self.source)
+        return Engine(source, recipe, seed, workers=workers, pin=device.type == "cuda", fill=train)
+    if name != "dali":
+        raise ValueError(f"data: unknown engine {name!r}, there are {', '.join(ENGINES)}")
+    if not has_dali():
+        raise ValueError("data: the engine dali is not installed: pip install 'fastssl-engine[dali]' (Linux)")
+    from .dali import Engine
 
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
-        try:
-            image = self.source.image(index)
-        except BadImage as error:
-            return index, str(error)
-        # The transforms draw from torch's global generator, which is put back for a loader without workers.
-        generator = torch.default_generator
-        before = generator.get_state()
-        seed = _mix(self.seed, epoch, index)
-        generator.manual_seed(seed)
-        views = [augment(image) for augment in self.augment]
-        generator.set_state(before)
-        return views, index, self.source.label(index), seed
-
-
-def _collate(samples: list, fill: bool):
-    bad = [sample for sample in samples if len(sample) == 2]
-    good = [sample for sample in samples if len(sample) == 4]
-    if fill and good:  # others of the batch again in the place of bad ones: a step never sees another batch size
-        good = (good * len(samples))[: len(samples)]
-    views, *numbers = zip(*good) if good else ((), (), (), ())
-    stacked = [torch.stack(view) for view in zip(*views)]
-    return stacked, *(torch.tensor(column, dtype=torch.int64) for column in numbers), bad
-
-
-def _mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers (SplitMix64's finaliser, chained): neighbours get unrelated streams."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
-        state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) % 2**64
-        state = ((state ^ state >> 27) * 0x94D049BB133111EB) % 2**64
-        state ^= state >> 31
-    return state % 2**63
+    return Engine(source, recipe, seed, batch_size=batch_size, threads=max(1, workers), device=device, fill=train)

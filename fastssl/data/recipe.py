@@ -14,7 +14,10 @@ class View:
 
     size: tuple[int, int]  # (height, width) in pixels
     crop: tuple[float, float] | None = None  # share of the image's area that a random crop takes (aspect 3:4 to 4:3)
-    interpolation: str = "bilinear"  # or "bicubic"
+    centre: float | None = (
+        None  # without `crop`: what a centre crop takes of the sides (0.875: 224 of 256), undistorted
+    )
+    interpolation: str = "bilinear"  # or "bicubic"; always antialiased
     jitter: tuple[float, float, float, float] = (0, 0, 0, 0)  # strengths of brightness, contrast, saturation, hue
     jitter_p: float = 1.0
     grayscale_p: float = 0.0
@@ -26,6 +29,18 @@ class View:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+    def __post_init__(self):
+        shares = {"crop": self.crop or (1, 1), "centre": (self.centre or 1,), "blur_sigma": self.blur_sigma}
+        for name, values in shares.items():
+            if not (0 < values[0] <= values[-1] and (name == "blur_sigma" or values[-1] <= 1)):
+                limit = "" if name == "blur_sigma" else ", up to 1"
+                came = " ".join(map(str, values))
+                raise ValueError(f"recipe: {name} must lie above 0{limit}, and rise, got {came}")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"recipe: interpolation must be bilinear or bicubic, got {self.interpolation!r}")
+        if min(*self.jitter, 0.5 - self.jitter[3]) < 0:
+            raise ValueError(f"recipe: jitter must be four strengths from 0 on, the hue's up to 0.5, got {self.jitter}")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -35,5 +50,21 @@ class Recipe:
 
 
 def plain(size: tuple[int, int]) -> Recipe:
-    """The whole image, resized: what evaluation and the pictures of a report see."""
+    """The whole image, resized, whatever its aspect."""
     return Recipe((View(size=size, interpolation="bicubic"),))
+
+
+def evaluation(size: tuple[int, int], centre: float = 0.875) -> Recipe:
+    """The middle of the image, undistorted: the protocol of the papers, 224 pixels of a side of 256, at any size."""
+    return Recipe((View(size=size, centre=centre, interpolation="bicubic"),))
+
+
+def multi_crop(size: tuple[int, int] = (224, 224), small_size: tuple[int, int] = (96, 96), small: int = 6) -> Recipe:
+    """Two large and several small crops, each with SimCLR's colours.
+
+    Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020 (SwAV),
+    section 3.3 and its code: areas 0.14 to 1 and 0.05 to 0.14.
+    """
+    colours = {"jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": 0.5, "flip_p": 0.5}
+    views = [View(size, crop=(0.14, 1.0), **colours)] * 2 + [View(small_size, crop=(0.05, 0.14), **colours)] * small
+    return Recipe(tuple(views))

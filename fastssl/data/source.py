@@ -1,17 +1,18 @@
-"""Where images come from. A source is a module of this folder: `folder:PATH` is opened by `data/folder.py`.
+"""Where images come from. A source is a module of `sources`: `folder:PATH` is opened by `sources/folder.py`.
 
 Each such module has ``open_split(argument, split)``, with split "train" or "test", which returns a `Source`.
 """
 
 import importlib
+import os
 import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
-from PIL import Image
+import numpy as np
 
-import fastssl.data
-
-NOT_SOURCES = {"loader", "recipe", "source", "torchvision"}
+import fastssl.data.sources
 
 
 class BadImage(Exception):
@@ -23,19 +24,68 @@ class Source(Protocol):
 
     classes: list[str] | None  # names of the labels, or None where there are none
     size: tuple[int, int] | None  # (height, width) of every image, or None where they differ
+    shards: np.ndarray | None  # first image of each file that is best read in a row, and the end; None: any order
 
     def __len__(self) -> int: ...
 
-    def image(self, index: int) -> Image.Image:
-        """RGB. Raises `BadImage` where it can't be decoded."""
+    def read(self, index: int) -> np.ndarray:
+        """uint8, writable: pixels [H, W, 3], or the bytes [N] of a file, which `decode` turns into pixels.
+
+        Raises:
+            BadImage: it can't be read.
+        """
+
+    def name(self, index: int) -> str:
+        """What a user would look for: a path."""
 
     def label(self, index: int) -> int:
         """The class of the image, or −1 where the source has no labels."""
 
 
+class Strings:
+    """A list of strings as one run of bytes: of a million Python strings, whose references are counted where they lie,
+    every worker would come to own a copy."""
+
+    def __init__(self, strings: Sequence[str]):
+        encoded = [os.fsencode(string) for string in strings]
+        self._bytes, self._ends = np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+
+
+class Subset:
+    """Some images of a source, as a source."""
+
+    shards = None
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices, self.classes, self.size = source, indices, source.classes, source.size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> np.ndarray:
+        return self.source.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def label(self, index: int) -> int:
+        return self.source.label(self.indices[index])
+
+
 def names() -> list[str]:
     """The sources there are."""
-    return sorted(m.name for m in pkgutil.iter_modules(fastssl.data.__path__) if m.name not in NOT_SOURCES)
+    return sorted(module.name for module in pkgutil.iter_modules(fastssl.data.sources.__path__))
+
+
+def cache_folder() -> Path:
+    """Where a source may keep what took long to find out: $XDG_CACHE_HOME/fastssl or ~/.cache/fastssl."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastssl")
 
 
 def open_source(spec: str, split: str = "train") -> Source:
@@ -47,4 +97,4 @@ def open_source(spec: str, split: str = "train") -> Source:
     name, _, argument = spec.partition(":")
     if name not in names():
         raise ValueError(f"data: unknown source {name!r}, there are {', '.join(names())} (folder:PATH for your images)")
-    return importlib.import_module(f"fastssl.data.{name}").open_split(argument, split)
+    return importlib.import_module(f"fastssl.data.sources.{name}").open_split(argument, split)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import torch
 
-from fastssl.data.source import Source
+from fastssl.data.source import Source, Subset
 from fastssl.eval.features import extract
 from fastssl.eval.knn import nearest
 from fastssl.run import Run
@@ -63,38 +63,22 @@ def write_report(run: Run, method: torch.nn.Module, train_source: Source, test_s
 
 def _first_images(source: Source, size: tuple[int, int]) -> torch.Tensor:
     """The first test images that can be decoded, normalised [≤ SHOWN, 3, H, W]."""
-    images, *_ = extract(lambda images: images, _Head(source, range(min(SHOWN, len(source)))), size, batch_size=SHOWN)
+    images, *_ = extract(lambda images: images, Subset(source, range(min(SHOWN, len(source)))), size, batch_size=SHOWN)
     return images
 
 
 def _neighbours(run: Run, method: torch.nn.Module, train_source: Source, images: torch.Tensor) -> str:
     size, queries = run.config.image_size, images[:6]
     step = max(1, len(train_source) // SEARCHED)
-    head = _Head(train_source, range(0, len(train_source), step)[:SEARCHED])
+    head = Subset(train_source, range(0, len(train_source), step)[:SEARCHED])
     bank, _, index = extract(method.features, head, size)
     with torch.no_grad():
         rows = nearest(bank, method.features(queries), SHOWN - 1)
     pictured = []
     for query, found in zip(queries, rows):
-        neighbours, *_ = extract(lambda images: images, _Head(head, index[found].tolist()), size)
+        neighbours, *_ = extract(lambda images: images, Subset(head, index[found].tolist()), size)
         pictured.append(("", pictures.pixels(torch.cat([query[None], neighbours]))))
     return pictures.grid(pictured)
-
-
-class _Head:
-    """Some images of a source, as a source."""
-
-    def __init__(self, source: Source, indices):
-        self.source, self.indices, self.classes, self.size = source, indices, source.classes, source.size
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def image(self, index: int):
-        return self.source.image(self.indices[index])
-
-    def label(self, index: int) -> int:
-        return self.source.label(self.indices[index])
 
 
 def _command(run: Run) -> str:

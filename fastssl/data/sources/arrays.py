@@ -10,7 +10,6 @@ Without a split of its own every fifth image is the test split, where there are 
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 KEYS = {"train": (("images", "labels"), ("x_train", "y_train")), "test": (("images", "labels"), ("x_test", "y_test"))}
 
@@ -23,19 +22,27 @@ class Arrays:
         labels: [N] integers, or None.
         classes: names of the labels.
         rows: numbers of the images that belong to this split.
+        what: the file, in messages.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray | None, classes: list[str] | None, rows: np.ndarray):
-        self._pixels, self._labels, self.classes, self._rows = pixels, labels, classes, rows
+    shards = None
+
+    def __init__(
+        self, pixels: np.ndarray, labels: np.ndarray | None, classes: list[str] | None, rows: np.ndarray, what: str
+    ):
+        self._pixels, self._labels, self.classes, self._rows, self._what = pixels, labels, classes, rows, what
         self.size = pixels.shape[1:3]
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def image(self, index: int) -> Image.Image:
+    def read(self, index: int) -> np.ndarray:
         pixels = np.asarray(self._pixels[self._rows[index]])
-        grey = pixels.ndim == 3 and pixels.shape[2] == 1
-        return Image.fromarray(pixels[..., 0] if grey else pixels).convert("RGB")
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        return np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+    def name(self, index: int) -> str:
+        return f"{self._what}, image {self._rows[index]}"
 
     def label(self, index: int) -> int:
         return -1 if self._labels is None else int(self._labels[self._rows[index]])
@@ -65,7 +72,20 @@ def labelled(pixels: np.ndarray, labels: np.ndarray | None, split: str, owned: b
     rows = np.arange(len(pixels))
     if not owned and (split == "test" or labels is not None):
         rows = rows[4::5] if split == "test" else np.delete(rows, slice(4, None, 5))
-    return Arrays(pixels, labels, classes, rows)
+    return Arrays(pixels, labels, classes, rows, what)
+
+
+def of_torchvision(dataset: type, root: str, split: str) -> Arrays:
+    """A data set of torchvision's that keeps `data` [N, H, W, C] and `targets`, already on disk."""
+    if not root:
+        raise ValueError(f"data: {dataset.__name__.lower()} needs a folder: {dataset.__name__.lower()}:PATH")
+    try:
+        held = dataset(Path(root).expanduser(), train=split == "train", download=False)
+    except RuntimeError as error:
+        raise ValueError(f"data: {root}: {dataset.__name__} is not there, or damaged ({error})") from error
+    source = labelled(held.data, np.asarray(held.targets), split, True, root)
+    source.classes = held.classes
+    return source
 
 
 def _load(path: Path, mapped: bool = True):

@@ -5,41 +5,49 @@
     PATH/train/… PATH/test/… (or val)        split by the owner; else every fifth image is the test split
 
 Without labels there is nothing to hold out for, and a run trains on all images.
+
+What a folder holds is remembered in ~/.cache/fastssl (or $XDG_CACHE_HOME), and holds as long as none of its folders
+changed: adding, removing or renaming a file changes the time of the folder that it lies in.
 """
 
+import hashlib
+import json
 import os
+import time
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import numpy as np
 
-from .source import BadImage
+from ..source import BadImage, Strings, cache_folder
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TEST_NAMES = ("test", "val", "validation")
+SETTLED = 2 * 10**9  # nanoseconds: a file that comes in the tick in which the folder was read would not be noticed
 
 
 class Folder:
-    size = None
+    """Files below a root."""
 
-    def __init__(self, paths: list[Path], labels: list[int], classes: list[str] | None):
-        self._paths, self._labels, self.classes = paths, labels, classes
+    size = shards = None
+
+    def __init__(self, root: Path, paths: list[str], labels: list[int], classes: list[str] | None):
+        self._root, self._paths, self.classes = root, Strings(paths), classes
+        self._labels = np.array(labels, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._labels)
 
     def label(self, index: int) -> int:
-        return self._labels[index]
+        return int(self._labels[index])
 
-    def image(self, index: int) -> Image.Image:
-        path = self._paths[index]
+    def name(self, index: int) -> str:
+        return os.path.join(self._root, self._paths[index])
+
+    def read(self, index: int) -> np.ndarray:
         try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)  # decodes: a truncated file fails here
-                if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey: keep the high byte
-                    image = image.convert("I").point(lambda value: value / 256).convert("L")
-                return image.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on broken files
-            raise BadImage(f"{path}: {type(error).__name__}: {error}") from error
+            return np.fromfile(self.name(index), np.uint8)
+        except OSError as error:
+            raise BadImage(f"{self.name(index)}: {error.strerror or error}") from error
 
 
 def open_split(argument: str, split: str) -> Folder:
@@ -51,32 +59,72 @@ def open_split(argument: str, split: str) -> Folder:
     owned_test = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
     if (root / "train").is_dir() and owned_test:
         paths, labels, classes = _scan(root / "train")
-        if split == "test":
-            paths, labels, classes = _scan(owned_test, classes)
-        return Folder(paths, labels, classes)
+        if split == "train":
+            return Folder(root / "train", paths, labels, classes)
+        return Folder(owned_test, *_scan(owned_test, classes))
     paths, labels, classes = _scan(root)
     if split == "test":
-        return Folder(paths[4::5], labels[4::5], classes)
+        return Folder(root, paths[4::5], labels[4::5], classes)
     if classes is not None:  # what is asked at evaluation must not be among the answers
         del paths[4::5], labels[4::5]
-    return Folder(paths, labels, classes)
+    return Folder(root, paths, labels, classes)
 
 
-def _scan(root: Path, classes: list[str] | None = None) -> tuple[list[Path], list[int], list[str] | None]:
-    """Paths in sorted order, so that index i is the same image on every machine, with their labels."""
-    paths = sorted(
-        Path(folder, file)
-        for folder, _, files in os.walk(root, followlinks=True)
-        for file in files
-        if Path(file).suffix.lower() in SUFFIXES and not file.startswith(".")
-    )
+def _scan(root: Path, classes: list[str] | None = None) -> tuple[list[str], list[int], list[str] | None]:
+    """Paths below the root in sorted order, so that index i is the same image on every machine, with their labels."""
+    paths = _remembered(root)
     if not paths:
-        raise ValueError(f"data: {root} holds no image ({', '.join(sorted(SUFFIXES))}), not in its subfolders either")
-    tops = [path.relative_to(root).parts[0] for path in paths]
-    if any(path.parent == root for path in paths) or (classes is None and len(set(tops)) < 2):
+        raise ValueError(f"data: {root} holds no image ({', '.join(SUFFIXES)}), not in its subfolders either")
+    tops = [path.partition(os.sep) for path in paths]
+    names = sorted({top for top, _, _ in tops})
+    if any(not rest for _, _, rest in tops) or (classes is None and len(names) < 2):
         return paths, [-1] * len(paths), None
-    classes = sorted(set(tops)) if classes is None else classes
-    unknown = sorted(set(tops) - set(classes))
+    classes = names if classes is None else classes
+    unknown = sorted(set(names) - set(classes))
     if unknown:
         raise ValueError(f"data: {root} has the class {unknown[0]!r}, which the training folder lacks")
-    return paths, [classes.index(top) for top in tops], classes
+    numbers = {name: number for number, name in enumerate(classes)}
+    return paths, [numbers[top] for top, _, _ in tops], classes
+
+
+def _remembered(root: Path) -> list[str]:
+    """`_walk`'s paths, from the cache where no folder has changed since."""
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
+    cache = cache_folder() / f"folder-{name}.json"
+    try:
+        known = json.loads(cache.read_text())
+        if all(os.stat(root / folder).st_mtime_ns == changed for folder, changed in known["folders"].items()):
+            return known["paths"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a folder is gone, or the file is damaged
+        pass
+    folders, paths = _walk(root)
+    if max(folders.values()) > time.time_ns() - SETTLED:
+        return paths
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({"folders": folders, "paths": paths}))
+        partial.replace(cache)
+    except (OSError, ValueError):  # no room, no right, or a name that is no text: it is read again next time
+        pass
+    return paths
+
+
+def _walk(root: Path) -> tuple[dict[str, int], list[str]]:
+    """{folder below the root: time of its last change}, and the images' paths below the root, sorted."""
+    folders, paths = {}, []
+    seen, waiting = set(), [""]
+    while waiting:
+        folder = waiting.pop()
+        found = os.stat(root / folder)
+        if (found.st_dev, found.st_ino) in seen:  # a link back up
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        folders[folder] = found.st_mtime_ns
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    waiting.append(os.path.join(folder, entry.name))
+                elif entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."):
+                    paths.append(os.path.join(folder, entry.name))
+    return folders, sorted(paths)

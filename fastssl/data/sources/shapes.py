@@ -67,6 +67,8 @@ SHAPES = {
 
 
 class Shapes:
+    shards = None
+
     def __init__(self, split: str, count: int, size: int, seed: int):
         self._count, self._seed, self._first = count, seed, 2**40 if split == "test" else 0
         self.classes, self.size = list(SHAPES), (size, size)
@@ -77,7 +79,10 @@ class Shapes:
     def label(self, index: int) -> int:
         return index % len(SHAPES)
 
-    def image(self, index: int) -> Image.Image:
+    def name(self, index: int) -> str:
+        return f"shapes, image {index}"
+
+    def read(self, index: int) -> np.ndarray:
         random = np.random.Generator(np.random.Philox(key=[self._seed, self._first + index]))
         side = self.size[0] * FINER
         grey = GREYS[random.integers(len(GREYS))]
@@ -94,7 +99,7 @@ class Shapes:
             )
             draw.polygon([(x + dx, y + dy) for dx, dy in points], fill=fill)
         canvas.paste(colour, mask=stencil)
-        return canvas.reduce(FINER)
+        return np.array(canvas.reduce(FINER))
 
 
 def open_split(argument: str, split: str) -> Shapes:

@@ -1,0 +1,235 @@
+"""Images a second and processor time of each loader, recipe and source.
+
+    python -m benchmarks.loader            # measures, keeps benchmarks/results/loader/<machine>.json, writes the tables
+    python -m benchmarks.loader --render   # writes the tables again from what was kept
+    python -m benchmarks.loader --check    # writes nothing; exit status 1 where a table is out of date
+
+The baseline is what the reference code does: torchvision's ImageFolder, its transforms on Pillow images, normalised in
+the workers, and a DataLoader; for tar shards the webdataset package. All have the same number of workers (DALI: of
+threads), run in turn in one process, and a ratio is the median over the rounds.
+
+The photographs are real: scikit-learn's two and some of those that scikit-image brings, as JPEG of quality 90 at
+several sizes, each repeated.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import statistics
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from fastssl.cli_data import engines, recipe_of
+from fastssl.data.loader import Loader
+from fastssl.data.recipe import Recipe, View
+from fastssl.data.source import open_source
+from fastssl.data.timing import speed
+
+from .machine import environment, keep_memory, machine
+from .plain_transforms import augmentation
+from .table import PAGE, RESULTS, SUMMARY, insert, number, times
+
+KEPT = RESULTS / "loader"
+RECIPES = ("mae", "moco_v2", "moco_v3", "evaluation")
+SIDES = (256, 400, 1024)  # pixels of the shorter side
+WORKERS, BATCH, ROUNDS, SECONDS, COPIES = 2, 64, 3, 4.0, 40
+HEADLINE = 400  # the side that README shows
+MARKERS = "<!-- loaders:begin -->", "<!-- loaders:end -->"
+HEADER = ("recipe", "source", "torchvision engine", "DALI engine", "baseline", "× baseline", "CPU s / 1,000 images")
+
+LEGEND = """\
+Images a second; × of the torchvision engine and of DALI's; processor seconds for 1,000 images: torchvision engine /
+DALI engine / baseline, with what it takes to start them. *Baseline*: torchvision's `ImageFolder` and transforms in a
+`DataLoader`; of `webdataset` the package of that name with the same transforms. Two workers (threads of DALI) on two
+cores, batch 64, in turn in one process, medians of three rounds. Photographs as JPEG of quality 90, by their shorter
+side."""
+
+
+def photographs() -> list[Image.Image]:
+    """Eight, colour, each at least 300 pixels high."""
+    import skimage.data
+    from sklearn.datasets import load_sample_images
+
+    found = [*load_sample_images().images, skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee(),
+             skimage.data.rocket(), skimage.data.hubble_deep_field(), skimage.data.stereo_motorcycle()[0]]  # fmt: skip
+    return [Image.fromarray(pixels) for pixels in found]
+
+
+def write_photographs(root: Path, side: int) -> None:
+    """Class folders root/0 … root/7, and the same as tar shards root/../shards-SIDE."""
+    shards = root.parent / f"shards-{side}"
+    shards.mkdir()
+    for label, photo in enumerate(photographs()):
+        size = [round(length * side / min(photo.size)) for length in photo.size]
+        file = io.BytesIO()
+        photo.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90)
+        (root / str(label)).mkdir(parents=True)
+        with tarfile.open(shards / f"{label}.tar", "w") as tar:
+            for copy in range(COPIES):
+                (root / str(label) / f"{copy:03d}.jpg").write_bytes(file.getvalue())
+                for suffix, data in (("jpg", file.getvalue()), ("cls", str(label).encode())):
+                    info = tarfile.TarInfo(f"{label}-{copy:03d}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+class Views:
+    """The views of a recipe by torchvision's transforms, normalised as the reference code's workers do it."""
+
+    def __init__(self, recipe: Recipe):
+        self.views = [self._transform(view) for view in recipe.views]
+
+    @staticmethod
+    def _transform(view: View):
+        return v2.Compose(
+            [augmentation(view), v2.ToDtype(torch.float32, scale=True), v2.Normalize(view.mean, view.std)]
+        )
+
+    def __call__(self, image: Image.Image) -> list[torch.Tensor]:
+        return [view(image) for view in self.views]
+
+
+def ours(source: str, recipe: Recipe, engine: str) -> Callable[[], Iterator[int]]:
+    def start():
+        loader = Loader(open_source(source), recipe, BATCH, workers=WORKERS, engine=engine)
+        return (len(batch.index) for epoch in itertools.count() for batch in loader.epoch(epoch))
+
+    return start
+
+
+def image_folder(root: Path, recipe: Recipe) -> Callable[[], Iterator[int]]:
+    def start():
+        data = torchvision.datasets.ImageFolder(str(root), Views(recipe))
+        loader = DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS, drop_last=True, persistent_workers=True)
+        return (len(labels) for _ in itertools.count() for _, labels in loader)
+
+    return start
+
+
+def webdataset(shards: Path, recipe: Recipe) -> Callable[[], Iterator[int]]:
+    import webdataset as wds
+
+    def start():
+        paths = sorted(map(str, shards.glob("*.tar")))
+        data = (
+            wds.WebDataset(paths, shardshuffle=len(paths), nodesplitter=wds.split_by_node).shuffle(1000).decode("pil")
+        )
+        data = data.to_tuple("jpg", "cls").map_tuple(Views(recipe), int).batched(BATCH, partial=False)
+        loader = wds.WebLoader(data, batch_size=None, num_workers=WORKERS, persistent_workers=True)
+        return (len(labels) for _ in itertools.count() for _, labels in loader)
+
+    return start
+
+
+def compare(contestants: dict[str, Callable[[], Iterator[int]]]) -> dict:
+    """One row: medians, and the ratios to the baseline as medians over the rounds."""
+    seen: dict[str, list] = {name: [] for name in contestants}
+    names = list(contestants)
+    for turn in range(ROUNDS):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seen[name].append(speed(contestants[name], SECONDS, warm_up=2 * WORKERS + 2))
+    rates = {name: [one.images_per_second for one in runs] for name, runs in seen.items()}
+    ratios = {name: [a / b for a, b in zip(rates[name], rates["baseline"])] for name in names if name != "baseline"}
+    seconds = {name: [one.cpu_seconds for one in runs] for name, runs in seen.items()}
+    columns = {"images_per_second": (rates, 1), "ratio": (ratios, 2), "cpu_seconds": (seconds, 2)}
+    return {
+        column: {name: round(statistics.median(runs), digits) for name, runs in values.items()}
+        for column, (values, digits) in columns.items()
+    }
+
+
+def measure(side: int, recipes: tuple[str, ...]) -> Iterator[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, f"photos-{side}")
+        write_photographs(root, side)
+        sources = [("folder", root, image_folder)]
+        if side == HEADLINE:
+            sources.append(("webdataset", root.parent / f"shards-{side}", webdataset))
+        for name, (kind, path, baseline) in itertools.product(recipes, sources):
+            if kind == "webdataset" and name not in ("mae", "moco_v2"):
+                continue
+            recipe = recipe_of(name, open_source(f"{kind}:{path}"))
+            contestants = {engine: ours(f"{kind}:{path}", recipe, engine) for engine in engines()}
+            row = {"recipe": name, "source": kind, "side": side}
+            row |= compare({**contestants, "baseline": baseline(path, recipe)})
+            print(row, flush=True)
+            yield row
+
+
+def render(summary: bool) -> str:
+    parts = []
+    for path in sorted(KEPT.glob("*.json")):
+        kept = json.loads(path.read_text())
+        made = kept["environment"]
+        rows = [row for row in kept["rows"] if not summary or row["side"] == HEADLINE]
+        versions = ", ".join(f"{name} {made[name.lower()]}" for name in ("torch", "torchvision", "DALI", "Pillow"))
+        about = f"**{kept['machine']['name']}** · level {made['level']} · {versions} · commit `{made['commit']}`"
+        parts.append(f"{about} · {made['date']}")
+        rule = ["---"] * 2 + ["---:"] * (len(HEADER) - 2)
+        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, rule, *map(_cells, rows))))
+    return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: `python -m benchmarks.loader` makes them."
+
+
+def _cells(row: dict) -> list[str]:
+    names = ("torchvision", "dali", "baseline")
+    return [
+        f"`{row['recipe']}`",
+        f"`{row['source']}`, {row['side']:,}",
+        *(number(row["images_per_second"][name]) if name in row["images_per_second"] else "–" for name in names),
+        " · ".join(times(row["ratio"].get(name)) for name in names[:2]),
+        " / ".join(number(row["cpu_seconds"][name]) if name in row["cpu_seconds"] else "–" for name in names),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.split("\n")[0])
+    parser.add_argument("--render", action="store_true", help="write the tables from what was kept")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a table is out of date")
+    options = parser.parse_args(arguments)
+    if not (options.render or options.check):
+        _measure_and_keep()
+    stale = 0
+    for page in (SUMMARY, PAGE):
+        text = insert(render(summary=page is SUMMARY), page, MARKERS)
+        stale += text != page.read_text()
+        if not options.check:
+            page.write_text(text)
+    return int(options.check and stale > 0)
+
+
+def _measure_and_keep() -> None:
+    from importlib.metadata import version
+
+    import cpuinfo
+
+    keep_memory()
+    about = machine(cpuinfo.get_cpu_info()["brand_raw"])
+    software = {"torchvision": version("torchvision"), "pillow": version("pillow"), "dali": _dali()}
+    rows = [row for side in SIDES for row in measure(side, RECIPES)]
+    KEPT.mkdir(parents=True, exist_ok=True)
+    held = {"machine": about, "environment": {**environment(), **software}}
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    text = json.dumps(held, ensure_ascii=False)[:-1] + f', "rows": [\n{lines}\n ]}}\n'
+    (KEPT / f"{about['slug']}.json").write_text(text)
+
+
+def _dali() -> str:
+    try:
+        import nvidia.dali
+    except ImportError:
+        return "not installed"
+    return nvidia.dali.__version__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

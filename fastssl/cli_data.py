@@ -1,0 +1,173 @@
+"""The commands that look at data: `fastssl data check`, `fastssl data show`, `fastssl bench --data`."""
+
+import dataclasses
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastssl.data import recipe as recipes
+from fastssl.data.contact_sheet import sheet
+from fastssl.data.findings import check
+from fastssl.data.loader import ENGINES, Loader, has_dali
+from fastssl.data.recipe import Recipe
+from fastssl.data.source import Source, open_source
+from fastssl.data.timing import Speed, speed
+from fastssl.run import method_module, method_names
+
+OTHER_RECIPES = ("multi_crop", "evaluation")
+SHOWN_BAD = 20  # bad files that are named; all of them go into the file that --bad-files names
+
+
+def data(words: list[str]) -> None:
+    """fastssl data check SOURCE | fastssl data show SOURCE --recipe RECIPE"""
+    commands = {"check": _check, "show": _show}
+    if not words or words[0] not in commands:
+        raise ValueError(f"data: name a command: {', '.join(commands)}, got {words[0] if words else 'nothing'}")
+    commands[words[0]](words[1:])
+
+
+def _check(words: list[str]) -> None:
+    @dataclasses.dataclass
+    class Flags:
+        """Decodes every image of a source: counts, sizes, formats, bad files; then images/s of each engine."""
+
+        source: tyro.conf.Positional[str]
+        """folder:PATH, webdataset:SHARDS, …"""
+        split: str = "train"
+        """train or test"""
+        workers: int = 2
+        """processes that decode"""
+        seconds: float = 5.0
+        """to time each engine for, with the recipe of MoCo v2; 0 for not at all"""
+        bad_files: Path | None = None
+        """file to write the names of all bad files to"""
+
+    flags = tyro.cli(Flags, args=words, prog="fastssl data check")
+    console, source = Console(highlight=False), open_source(flags.source, flags.split)
+    began = time.perf_counter()
+    found = check(source, flags.workers)
+    took = time.perf_counter() - began
+    for name, value in _facts(found, len(source), took):
+        console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
+    for line in found.bad[:SHOWN_BAD]:
+        console.print(f"bad          {line}", soft_wrap=True, markup=False)
+    if len(found.bad) > SHOWN_BAD:
+        console.print(f"bad          … and {len(found.bad) - SHOWN_BAD} more: --bad-files FILE names all")
+    if flags.bad_files:
+        flags.bad_files.write_text("".join(f"{line}\n" for line in found.bad))
+    if flags.seconds and found.good:
+        recipe = recipe_of("moco_v2", source)
+        for engine in engines():
+            seen = measured(source, recipe, engine, min(64, len(source)), flags.workers, flags.seconds)
+            console.print(f"{engine:<12} {_said(seen)} with the recipe of MoCo v2, {flags.workers} workers")
+
+
+def _facts(found, total: int, took: float):
+    yield "images", f"{total:,}, {len(found.bad):,} bad; looked at {total / took:,.0f} a second"
+    if found.good:
+        classes = len(found.labels) - (-1 in found.labels)
+        counts = [count for label, count in found.labels.items() if label >= 0]
+        yield "classes", f"{classes:,}, of {min(counts):,} to {max(counts):,} images" if counts else "no labels"
+        yield "formats", ", ".join(f"{name} {count:,}" for name, count in found.formats.most_common())
+        for name, sides in (("heights", found.heights), ("widths", found.widths)):
+            low, middle, high = np.percentile(sides, (0, 50, 100)).astype(int)
+            yield name, f"{low:,} to {high:,} pixels, the median {middle:,}"
+        yield "size", f"{found.bytes / 1e6:,.1f} MB, {found.bytes / found.good / 1e3:,.1f} KB an image"
+
+
+def _show(words: list[str]) -> None:
+    @dataclasses.dataclass
+    class Flags:
+        """A contact sheet: each row an image, in several draws of the recipe's views, as a method would see them."""
+
+        source: tyro.conf.Positional[str]
+        """folder:PATH, webdataset:SHARDS, …"""
+        recipe: str = "moco_v2"
+        """a method, multi_crop or evaluation"""
+        engine: str = "torchvision"
+        """torchvision or dali"""
+        rows: int = 4
+        """images"""
+        columns: int = 4
+        """draws of each"""
+        image_size: tuple[int, int] | None = None
+        """height and width of a view, the recipe's own if not given"""
+        seed: int = 0
+        """of the draws"""
+        to: Path = Path("views.png")
+        """file to write"""
+
+    flags = tyro.cli(Flags, args=words, prog="fastssl data show")
+    for name, value in (("--rows", flags.rows), ("--columns", flags.columns)):
+        if value < 1:
+            raise ValueError(f"data: {name} must be at least 1, got {value}")
+    source = open_source(flags.source)
+    recipe = recipe_of(flags.recipe, source, flags.image_size)
+    sheet(source, recipe, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
+    print(flags.to)
+
+
+def bench(words: list[str]) -> None:
+    """fastssl bench --data SOURCE"""
+
+    @dataclasses.dataclass
+    class Flags:
+        """Images/s and processor seconds of each recipe and engine, in turn."""
+
+        data: str
+        """folder:PATH, webdataset:SHARDS, …"""
+        recipe: tuple[str, ...] = ("mae", "moco_v2", "moco_v3", "evaluation")
+        """methods, multi_crop, evaluation"""
+        engine: tuple[str, ...] = engines()
+        """torchvision, dali"""
+        workers: int = 2
+        """processes, or threads of DALI"""
+        batch_size: int = 64
+        """images"""
+        seconds: float = 5.0
+        """for each"""
+
+    flags = tyro.cli(Flags, args=words, prog="fastssl bench")
+    source = open_source(flags.data)
+    table = Table("recipe", "engine", "images/s", "CPU s / 1,000 images")
+    for name, engine in itertools.product(flags.recipe, flags.engine):
+        recipe = recipe_of(name, source)
+        seen = measured(source, recipe, engine, min(flags.batch_size, len(source)), flags.workers, flags.seconds)
+        table.add_row(name, engine, f"{seen.images_per_second:,.0f}", f"{seen.cpu_seconds:,.2f}")
+    Console().print(table)
+
+
+def measured(source: Source, recipe: Recipe, engine: str, batch_size: int, workers: int, seconds: float) -> Speed:
+    """Of a loader on the CPU, epoch after epoch."""
+
+    def start():
+        loader = Loader(source, recipe, batch_size, workers=workers, engine=engine, max_bad=1.0)
+        return (len(batch.index) for epoch in itertools.count() for batch in loader.epoch(epoch))
+
+    return speed(start, seconds, warm_up=2 * max(1, workers) + 2)
+
+
+def recipe_of(name: str, source: Source, size: tuple[int, int] | None = None) -> Recipe:
+    """The recipe of a method (its preset `small` for small images), or another of `data.recipe`."""
+    if name in OTHER_RECIPES:
+        return getattr(recipes, name)(size or (224, 224))
+    if name not in method_names():
+        raise ValueError(f"data: unknown recipe {name!r}, there are {', '.join((*method_names(), *OTHER_RECIPES))}")
+    config = method_module(name).Config
+    small = source.size is not None and max(source.size) <= 64
+    chosen = config.small() if small else config.paper()
+    return (dataclasses.replace(chosen, image_size=size) if size else chosen).recipe
+
+
+def engines() -> tuple[str, ...]:
+    """Those that are installed."""
+    return tuple(engine for engine in ENGINES if engine != "dali" or has_dali())
+
+
+def _said(seen: Speed) -> str:
+    return f"{seen.images_per_second:,.0f} images/s, {seen.cpu_seconds:,.2f} processor seconds for 1,000"

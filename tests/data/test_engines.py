@@ -1,0 +1,248 @@
+"""Both engines against plain torchvision: from the same draws the same pixels, over many the same statistics."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from benchmarks.plain_transforms import augmentation
+from fastssl.data.decoding import open_image
+from fastssl.data.draws import draw, mix, windows
+from fastssl.data.loader import Loader, has_dali
+from fastssl.data.recipe import Recipe, View, evaluation, multi_crop
+from fastssl.data.source import Subset, open_source
+from fastssl.data.sources.arrays import Arrays
+from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
+from tests.data.test_loader import digest, engines, indices
+
+needs_dali = pytest.mark.skipif(not has_dali(), reason="needs DALI")
+SIZE = (64, 96)
+RECIPES = {
+    "mae": mae.Config(image_size=SIZE).recipe,
+    "moco_v1": moco_v1.Config(image_size=SIZE).recipe,
+    "moco_v2": moco_v2.Config(image_size=SIZE).recipe,
+    "moco_v3": moco_v3.Config(image_size=SIZE).recipe,
+    "multi_crop": multi_crop(SIZE, (32, 32), 2),
+    "evaluation": evaluation(SIZE),
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two real photographs, 8 files."""
+    folder = tmp_path_factory.mktemp("photos")
+    for name, image in zip("ab", load_sample_images().images):
+        for i in range(4):
+            path = folder / name / f"{i}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(image).save(path, quality=90)
+    return Subset(open_source(f"folder:{folder}"), range(6))
+
+
+def made(engine, source, recipe, count=None, train=True, **options):
+    """Views [B, 3, H, W] in bytes' values, of as many epochs as it takes."""
+    loader = Loader(source, recipe, len(source), train=train, engine=engine.partition(" ")[0], **options)
+    if engine == "dali graph":
+        loader._engine.colours = True
+    batches, seen = [], 0
+    while not batches or seen < (count or 0):
+        (batch,) = loader.epoch(len(batches))
+        batches.append(batch)
+        seen += len(batch.index)
+    views = [torch.cat([batch.views[v] for batch in batches]) for v in range(len(recipe.views))]
+    scales = [torch.tensor(x).view(1, 3, 1, 1) * 255 for x in (recipe.views[0].mean, recipe.views[0].std)]
+    return [view * scales[1] + scales[0] for view in views], [batch.index for batch in batches]
+
+
+def by_torchvision(image: Image.Image, view: View, seed: int, number: int) -> torch.Tensor:
+    """What torchvision's own functions make of one image from our draws, on Pillow and bytes."""
+    draws = draw(view, number, np.array([seed]))
+    top, left, height, width = windows(view, draws, np.array([image.size[::-1]]))[0].tolist()
+    image = F.resized_crop(image, top, left, height, width, view.size, InterpolationMode(view.interpolation))
+    brightness, contrast, saturation, hue = draws.jitter[0].tolist()
+    steps = (
+        lambda x: F.adjust_brightness(x, brightness),
+        lambda x: F.adjust_contrast(x, contrast),
+        lambda x: F.adjust_saturation(x, saturation),
+        lambda x: F.adjust_hue(x, hue),
+    )
+    if draws.grey[0] and view.grayscale_first:
+        image = F.to_grayscale(image, 3)
+    if draws.jitter[0].tolist() != [1, 1, 1, 0]:
+        for step in draws.order[0]:
+            image = steps[step](image)
+    if draws.grey[0]:
+        image = F.to_grayscale(image, 3)
+    pixels = F.pil_to_tensor(image)
+    if (sigma := float(draws.sigma[0])) > 0:
+        window = 2 * int(np.ceil(3 * sigma)) + 1
+        pixels = F.gaussian_blur(pixels, [window, window], [sigma, sigma])
+    if draws.solarize[0]:
+        pixels = F.solarize(pixels, 128)
+    return F.horizontal_flip(pixels) if draws.flip[0] else pixels
+
+
+@pytest.mark.parametrize(
+    "engine", ["torchvision", pytest.param("dali", marks=needs_dali), pytest.param("dali graph", marks=needs_dali)]
+)
+@pytest.mark.parametrize("name", RECIPES)
+def test_views_are_torchvision_s(photos, name, engine):
+    """To the rounding of bytes between its steps: half a value each, which the hue's tables and contrast multiply."""
+    recipe = RECIPES[name]
+    views, epochs = made(engine, photos, recipe, count=24)
+    differences = []
+    for number, view in enumerate(recipe.views):
+        seeds = np.concatenate([mix(0, epoch, index.numpy()) for epoch, index in enumerate(epochs)])
+        for pixels, seed, index in zip(views[number], seeds, torch.cat(epochs).tolist()):
+            with Image.open(photos.name(index)) as image:
+                expected = by_torchvision(image, view, seed, number)
+            flipped_over = (
+                (expected.int() - 128).abs() <= 3 if view.solarize_p else torch.zeros_like(expected, dtype=bool)
+            )
+            differences.append((pixels - expected).abs()[~flipped_over])  # 127 stays, 128 becomes 127, 130 125
+    difference = torch.cat(differences)
+    assert difference.mean() < 1.2
+    assert (difference > 6).float().mean() < 2e-3
+
+
+@needs_dali
+@pytest.mark.parametrize("name", RECIPES)
+def test_engines_agree_and_the_graph_of_a_gpu_too(photos, name):
+    recipe = RECIPES[name]
+    (ours, order), (theirs, same), (graph, _) = (
+        made(engine, photos, recipe, count=24) for engine in ("torchvision", "dali", "dali graph")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(order, same))
+    for number, view in enumerate(recipe.views):
+        apart = (ours[number] - theirs[number]).abs()
+        assert apart.mean() < 0.5
+        assert (apart > 6).float().mean() < 2e-3
+        rounded = (
+            theirs[number] - graph[number]
+        ).abs()  # the same resampled bytes, colours by ours or by DALI's operators
+        assert rounded.mean() < 0.01
+        assert (rounded > 1.01).float().mean() < (1e-4 if view.solarize_p else 1e-6)
+
+
+@pytest.mark.parametrize("engine", ["torchvision", pytest.param("dali", marks=needs_dali)])
+@pytest.mark.parametrize("name", ["mae", "moco_v2", "moco_v3"])
+def test_statistics_over_many_draws_are_those_of_plain_torchvision(photos, name, engine):
+    """Mean and standard deviation per channel, and the energy of edges, over 1,500 views of one photograph, against the
+    transforms with torch's random numbers. Pillow's blur is three boxes, no Gaussian: 4 % of the energy of edges."""
+    recipe, count = RECIPES[name], 1500
+    pixels = open_image(photos, 0).pixels()[:, ::3, ::3].permute(1, 2, 0).numpy()
+    image, photo = Image.fromarray(pixels), Arrays(np.stack([pixels] * 50), None, None, np.arange(50), "a photograph")
+    views, _ = made(engine, photo, recipe, count=count)
+    for ours, view in zip(views, recipe.views):
+        plain = augmentation(view)
+        theirs = torch.stack([plain(image) for _ in range(count)]).float()
+        for what, allowed in ((means, 0.01), (spreads, 0.01), (edges, 0.04)):
+            a, b = what(ours), what(theirs)
+            by_chance = 4 * (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+            assert ((a.mean(0) - b.mean(0)).abs() <= by_chance + allowed * b.mean(0)).all(), what.__name__
+            assert ((a.std(0) / b.std(0)).log().abs() < 0.15).all(), what.__name__
+
+
+def means(x):
+    return x.mean((2, 3))
+
+
+def spreads(x):
+    return x.std((2, 3))
+
+
+def edges(x):
+    return x.diff(dim=3).square().mean((1, 2, 3))[:, None]
+
+
+def poison(folder, good):
+    """A folder of images of all kinds, and of files that are none; returns the names of the bad ones."""
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    for i in range(good):
+        image.save(folder / f"{i:03d}.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "turned.jpg", exif=exif)
+    image.convert("L").save(folder / "grey.jpg")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.save(folder / "progressive.jpg", progressive=True)
+    image.save(folder / "x.webp")
+    image.save(folder / "x.bmp")
+    image.save(folder / "x.tif")
+    image.convert("RGBA").save(folder / "x.png")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
+    image.convert("P").save(folder / "palette.gif")
+    whole = (folder / "000.jpg").read_bytes()
+    bad = {
+        "bad-zero.jpg": b"", "bad-text.jpg": b"not an image", "bad-cut.jpg": whole[: len(whole) // 2],
+        "bad-head.jpg": whole[:30], "bad-cut.png": (folder / "x.png").read_bytes()[:200],
+        "bad-cut.webp": (folder / "x.webp").read_bytes()[:100], "bad-noise.jpg": whole[:2] + bytes(500),
+        "bad-bomb.png": bomb(),
+    }  # fmt: skip
+    for name, data in bad.items():
+        (folder / name).write_bytes(data)
+    (folder / "bad-gone.jpg").symlink_to("nowhere")
+    return sorted([*bad, "bad-gone.jpg"])
+
+
+def bomb():
+    """A header that claims 20,000 × 20,000 pixels."""
+    import struct
+    import zlib
+
+    body = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + bytes(100)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@engines
+def test_a_poisoned_folder_trains_to_the_end(tmp_path, engine, workers):
+    bad = poison(tmp_path / "data", good=45)
+    source, log = open_source(f"folder:{tmp_path / 'data'}"), tmp_path / "bad_files.txt"
+    recipe = Recipe((View((16, 16), crop=(0.3, 1.0), blur_p=0.5),) * 2)
+    loader = Loader(source, recipe, 8, workers=workers, bad_files=log, max_bad=0.2, engine=engine)
+    for epoch in range(3):
+        for batch in loader.epoch(epoch):
+            assert len(batch.index) == 8
+            assert torch.isfinite(batch.views[0]).all()
+            assert not {source.name(i).rpartition("/")[2] for i in batch.index.tolist()} & set(bad)
+    assert loader.bad == len(bad)
+    assert sorted(line.partition(": ")[0].rpartition("/")[2] for line in log.read_text().splitlines()) == bad
+
+
+@needs_dali
+def test_dali_decodes_what_pillow_decodes(tmp_path):
+    """Every format and mode of the poisoned folder, in the size of the file: the pixels of the other engine."""
+    poison(tmp_path / "data", good=1)
+    source = open_source(f"folder:{tmp_path / 'data'}")
+    whole = [
+        Loader(source, Recipe((View((40, 60)),)), 8, train=False, max_bad=1.0, engine=e)
+        for e in ("torchvision", "dali")
+    ]
+    ours, theirs = ([batch for batch in loader.epoch(0)] for loader in whole)
+    assert indices(whole[0], 0) == indices(whole[1], 0)
+    assert sum(len(batch.index) for batch in ours) == 11
+    for a, b in zip(ours, theirs):
+        # only the turned one, whose sides are exchanged, is resampled
+        still = torch.tensor(["turned" not in source.name(i) for i in a.index.tolist()])
+        assert torch.equal(a.views[0][still], b.views[0][still])
+        assert (a.views[0] - b.views[0]).abs().max() < 0.2
+        assert torch.equal(a.index, b.index)
+
+
+@needs_dali
+def test_a_broken_pipeline_leaves_the_other_batches_bit_equal(tmp_path):
+    """The files that DALI fails on cost their own batch the engine, and no other batch anything."""
+    poison(tmp_path / "data", good=45)
+    source = open_source(f"folder:{tmp_path / 'data'}")
+    recipe = Recipe((View((16, 16), crop=(0.3, 1.0)),))
+    loader = Loader(source, recipe, 8, max_bad=1.0, engine="dali")
+    first, again = ([(batch.index.tolist(), digest(batch)) for batch in loader.epoch(0)] for _ in range(2))
+    assert [index for index, _ in first] == [index for index, _ in again]
+    same = sum(a == b for a, b in zip(first, again))
+    assert len(first) - 3 <= same < len(first)  # batches of cut and noisy JPEGs: by Pillow at first, then by DALI

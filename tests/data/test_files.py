@@ -1,0 +1,287 @@
+"""Sources that read files: what is remembered of folders and shards, and what they say of broken ones."""
+
+import functools
+import http.server
+import io
+import os
+import pickle
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from fastssl.data.decoding import open_image
+from fastssl.data.loader import Loader
+from fastssl.data.recipe import plain
+from fastssl.data.source import BadImage, Strings, open_source
+from fastssl.data.sources import folder, webdataset
+from tests.data.test_loader import engines, indices
+from tests.ops.contract import refused
+
+RANDOM = np.random.default_rng(0)
+
+
+def jpeg(shape=(12, 20, 3)):
+    file = io.BytesIO()
+    Image.fromarray(RANDOM.integers(0, 256, shape, dtype=np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def settle(root):
+    """As if nothing had changed for a minute: what changed just now is not remembered."""
+    then = time.time() - 60
+    for path in [root, *root.rglob("*")]:
+        if path.is_dir():
+            os.utime(path, (then, then))
+
+
+@pytest.fixture
+def classes(tmp_path):
+    root = tmp_path / "data"
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(5):
+            (root / name / f"{i}.jpg").write_bytes(jpeg())
+    settle(root)
+    return root
+
+
+def names(source):
+    return [Path(source.name(i)).name for i in range(len(source))]
+
+
+def test_a_folder_is_walked_once(classes, monkeypatch):
+    first = open_source(f"folder:{classes}")
+    monkeypatch.setattr(folder, "_walk", None)  # a second walk would fail
+    second = open_source(f"folder:{classes}")
+    assert names(first) == names(second)
+    assert [first.label(i) for i in range(8)] == [second.label(i) for i in range(8)] == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "folder added", "folder removed"])
+def test_a_changed_folder_is_walked_again(classes, change):
+    before = len(open_source(f"folder:{classes}")) + len(open_source(f"folder:{classes}", "test"))
+    if change == "added":
+        (classes / "cat" / "new.jpg").write_bytes(jpeg())
+    elif change == "removed":
+        (classes / "dog" / "0.jpg").unlink()
+    elif change == "renamed":
+        (classes / "dog" / "0.jpg").rename(classes / "dog" / "z.jpg")
+    elif change == "folder added":
+        (classes / "fox").mkdir()
+        (classes / "fox" / "0.jpg").write_bytes(jpeg())
+    else:
+        for path in (classes / "dog").iterdir():
+            path.unlink()
+        (classes / "dog").rmdir()
+        (classes / "cow").mkdir()
+        (classes / "cow" / "0.jpg").write_bytes(jpeg())
+    source, test = (open_source(f"folder:{classes}", split) for split in ("train", "test"))
+    expected = {"added": 1, "removed": -1, "renamed": 0, "folder added": 1, "folder removed": -4}[change]
+    assert len(source) + len(test) == before + expected
+    if change == "renamed":
+        assert "z.jpg" in names(source) + names(test)
+    if change.startswith("folder"):
+        assert source.classes == {"folder added": ["cat", "dog", "fox"], "folder removed": ["cat", "cow"]}[change]
+
+
+def test_what_changed_just_now_is_not_remembered(tmp_path):
+    """A file that comes in the same tick of the clock would not change the folder's time."""
+    (tmp_path / "x.jpg").write_bytes(jpeg())
+    before = set(Path(os.environ["XDG_CACHE_HOME"]).rglob("*"))
+    open_source(f"folder:{tmp_path}")
+    assert set(Path(os.environ["XDG_CACHE_HOME"]).rglob("*")) == before
+
+
+def test_a_damaged_or_forbidden_cache_costs_a_walk_alone(classes, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    first = names(open_source(f"folder:{classes}"))
+    (cached,) = (tmp_path / "home" / "fastssl").iterdir()
+    for content in ("", "{", "[]", '{"folders": {}}'):
+        cached.write_text(content)
+        assert names(open_source(f"folder:{classes}")) == first
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cached))  # no folder
+    assert names(open_source(f"folder:{classes}")) == first
+
+
+def test_links_that_lead_back_and_names_that_are_no_text(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    (tmp_path / "gone").symlink_to("nowhere")
+    name = os.fsdecode(b"\xff\xfe.jpg")
+    (tmp_path / "a" / name).write_bytes(jpeg())
+    (tmp_path / "a" / "Ünïcode 日本.JPEG").write_bytes(jpeg())
+    settle(tmp_path)
+    for _ in range(2):
+        source = open_source(f"folder:{tmp_path}")
+        assert sorted(names(source)) == sorted([name, "Ünïcode 日本.JPEG"])
+        assert all(open_image(source, i).pixels().shape == (3, 12, 20) for i in range(2))
+
+
+def test_strings_are_the_strings():
+    strings = ["", "a", "Ünï", os.fsdecode(b"\xff")]
+    held = Strings(strings)
+    assert [held[i] for i in range(4)] == strings
+    assert len(held) == 4
+    assert [pickle.loads(pickle.dumps(held))[i] for i in range(4)] == strings
+
+
+def shard(path, samples):
+    """A tar of {member name: bytes}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in samples.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def samples(first, count, labelled=True):
+    made = {}
+    for i in range(first, first + count):
+        made[f"a/b.c/{i:04d}.jpg"] = jpeg()  # a dot in the folder is no suffix
+        if labelled:
+            made[f"a/b.c/{i:04d}.cls"] = str(i % 3).encode()
+        made[f"a/b.c/{i:04d}.json"] = b"{}"
+    return made
+
+
+@pytest.fixture
+def shards(tmp_path):
+    held = {}
+    for number, count in enumerate((4, 7, 1)):
+        made = samples(10 * number, count)
+        shard(tmp_path / "shards" / f"s-{number:02d}.tar", made)
+        held |= made
+    return tmp_path / "shards", {name: data for name, data in held.items() if name.endswith("jpg")}
+
+
+@pytest.mark.parametrize("pattern", ["", "/s-{00..02}.tar", "/s-0{0,1,2}.tar"])
+def test_shards_give_their_images_and_labels(shards, pattern):
+    root, images = shards
+    splits = [open_source(f"webdataset:{root}{pattern}", split) for split in ("train", "test")]
+    assert [len(split) for split in splits] == [10, 2]
+    seen = {}
+    for split in splits:
+        assert (split.classes, split.size) == (["0", "1", "2"], None)
+        for i in range(len(split)):
+            path, _, name = split.name(i).partition(": ")
+            assert Path(path).is_file()
+            assert split.read(i).tobytes() == images[name]
+            assert split.label(i) == int(name[-8:-4]) % 3
+            seen[name] = open_image(split, i).pixels().shape
+    assert set(seen) == set(images)
+    assert set(seen.values()) == {(3, 12, 20)}
+
+
+def test_shards_are_read_in_a_row_and_all_of_them(shards):
+    source = open_source(f"webdataset:{shards[0]}")
+    assert source.shards.tolist() == [0, 4, 9, 10]
+    for number, (first, end) in enumerate(zip(source.shards, source.shards[1:])):
+        assert all(f"s-{number:02d}.tar" in source.name(i) for i in range(first, end))
+
+
+@engines
+@pytest.mark.parametrize("workers", [0, 2])
+def test_three_ranks_share_the_shards_out(shards, engine, workers):
+    source = open_source(f"webdataset:{shards[0]}")
+    seen = [
+        set(indices(Loader(source, plain((8, 8)), 1, rank=r, world=3, engine=engine, workers=workers), 2))
+        for r in range(3)
+    ]
+    assert [len(part) for part in seen] == [3, 3, 3]
+    assert len(set.union(*seen)) == 9
+
+
+def test_shards_of_a_split_and_without_labels(tmp_path):
+    shard(tmp_path / "train-0.tar", samples(0, 6))
+    shard(tmp_path / "val-0.tar", samples(6, 3))
+    assert [len(open_source(f"webdataset:{tmp_path}", split)) for split in ("train", "test")] == [6, 3]
+    shard(tmp_path / "plain" / "x.tar", samples(0, 5, labelled=False))
+    source = open_source(f"webdataset:{tmp_path}/plain")
+    assert (len(source), source.classes, source.label(0)) == (5, None, -1)
+
+
+def test_the_index_of_a_shard_is_remembered_until_it_changes(shards, monkeypatch):
+    path = f"webdataset:{shards[0]}/s-00.tar"
+    assert len(open_source(path)) == 4
+    with monkeypatch.context() as patched:
+        patched.setattr(webdataset, "_scanned", None)
+        assert len(open_source(path)) == 4
+    shard(shards[0] / "s-00.tar", samples(0, 3))
+    assert len(open_source(path)) == 3
+
+
+def test_a_shard_cut_after_it_was_indexed_has_bad_images(shards):
+    path = shards[0] / "s-00.tar"
+    source = open_source(f"webdataset:{path}")
+    data = path.read_bytes()
+    path.write_bytes(data[:3000])
+    with pytest.raises(BadImage, match=r"s-00\.tar: .*\.jpg: the shard ends before the image does"):
+        source.read(3)
+    path.unlink()
+    with pytest.raises(BadImage, match=r"s-00\.tar: .*\.jpg: No such file"):
+        source.read(0)
+
+
+def test_shards_from_an_address_are_fetched_once(shards):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shards[0]))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"webdataset:http://127.0.0.1:{server.server_port}/s-{{00..02}}.tar"
+    assert len(open_source(address)) == 10
+    server.shutdown()
+    server.server_close()
+    assert open_image(open_source(address), 0).pixels().shape == (3, 12, 20)
+
+
+def test_shards_that_do_not_fit_get_one_sentence(tmp_path):
+    refused(
+        "data: webdataset needs shards: webdataset:PATH or webdataset:PATH/train-{000..146}.tar",
+        ValueError, open_source, "webdataset",
+    )  # fmt: skip
+    refused(f"data: {tmp_path} holds no *.tar", ValueError, open_source, f"webdataset:{tmp_path}")
+    refused(
+        f"data: {tmp_path}/x-1.tar does not exist", ValueError, open_source, f"webdataset:{tmp_path}/x-{{1..3}}.tar"
+    )
+    (tmp_path / "no.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(ValueError, match=r"^data: .*no\.tar is no tar file, is compressed or cut short"):
+        open_source(f"webdataset:{tmp_path}/no.tar")
+    with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("x"))
+    with pytest.raises(ValueError, match=r"^data: .*z\.tar is no tar file, is compressed or cut short"):
+        open_source(f"webdataset:{tmp_path}/z.tar")
+    shard(tmp_path / "text.tar", {"a.txt": b"x"})
+    with pytest.raises(ValueError, match=r"^data: no image in .*text\.tar"):
+        open_source(f"webdataset:{tmp_path}/text.tar")
+    shard(tmp_path / "label.tar", {"a.jpg": jpeg(), "a.cls": b"cat"})
+    with pytest.raises(ValueError, match=r"^data: .*label\.tar: a\.cls must hold the number of a class"):
+        open_source(f"webdataset:{tmp_path}/label.tar")
+
+
+@pytest.mark.parametrize("dataset", [CIFAR10, CIFAR100])
+def test_cifar_as_torchvision_finds_it(tmp_path, monkeypatch, dataset):
+    """Files of its layout with few images; their checksums are taken for the true ones."""
+    name, key = dataset.__name__.lower(), "fine_labels" if dataset is CIFAR100 else "labels"
+    root = tmp_path / dataset.base_folder
+    root.mkdir()
+    pixels = RANDOM.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+    held = {"data": pixels.reshape(4, -1), key: [0, 1, 2, 1]}
+    for file, _ in dataset.train_list + dataset.test_list:
+        (root / file).write_bytes(pickle.dumps(held))
+    (root / dataset.meta["filename"]).write_bytes(pickle.dumps({dataset.meta["key"]: ["ant", "bee", "cat"]}))
+    refused_name = f"data: {tmp_path}: {dataset.__name__} is not there, or damaged"
+    with pytest.raises(ValueError, match=refused_name):
+        open_source(f"{name}:{tmp_path}")
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())
+    train, test = (open_source(f"{name}:{tmp_path}", split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (4 * len(dataset.train_list), 4)
+    assert (train.classes, train.size, train.label(1)) == (["ant", "bee", "cat"], (32, 32), 1)
+    assert np.array_equal(open_image(test, 2).pixels().numpy(), pixels[2])
+    refused(f"data: {name} needs a folder: {name}:PATH", ValueError, open_source, name)

@@ -1,0 +1,139 @@
+"""The commands that look at data, and the benchmark of loaders."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import loader as benchmark
+from fastssl.cli_data import recipe_of
+from fastssl.data.contact_sheet import GAP, sheet
+from fastssl.data.findings import check
+from fastssl.data.loader import has_dali
+from fastssl.data.recipe import Recipe, View
+from fastssl.data.source import open_source
+from fastssl.data.timing import speed
+from fastssl.methods import moco_v2, moco_v3
+from tests.data.test_engines import poison
+from tests.data.test_loader import engines
+from tests.test_cli import refused, run
+
+ENGINES = ["torchvision", *(["dali"] if has_dali() else [])]
+
+
+def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp_path):
+    bad = poison(tmp_path / "data", good=40)
+    run(monkeypatch, "data", "check", f"folder:{tmp_path / 'data'}", "--workers", 2, "--seconds", 0.1,
+        "--bad-files", tmp_path / "bad.txt")  # fmt: skip
+    said = capsys.readouterr().out
+    assert f"images       59, {len(bad)} bad" in said
+    assert "JPEG RGB 42" in said
+    assert all(kind in said for kind in ("JPEG L 1", "JPEG CMYK 1", "PNG I;16 1", "GIF P 1", "WEBP RGB 1", "no labels"))
+    assert "heights      40 to 60 pixels, the median 40" in said
+    named = [line.partition(": ")[0].rpartition("/")[2] for line in (tmp_path / "bad.txt").read_text().splitlines()]
+    assert sorted(named) == bad
+    assert said.count("\nbad ") == len(bad)
+    for engine in ENGINES:
+        assert f"\n{engine:<12} " in said
+        assert "images/s" in said
+
+
+def test_check_of_pixels_and_labels():
+    found = check(open_source("shapes:count=23,size=16"))
+    assert (found.good, found.bad, found.formats) == (23, [], {"pixels RGB": 23})
+    assert found.labels == {label: 3 if label < 3 else 2 for label in range(10)}
+    assert set(found.heights.tolist()) | set(found.widths.tolist()) == {16}
+
+
+def test_check_of_nothing_but_bad_files(monkeypatch, capsys, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"")
+    run(monkeypatch, "data", "check", f"folder:{tmp_path}", "--workers", 0)
+    assert "images       1, 1 bad" in capsys.readouterr().out
+
+
+@engines
+def test_show_writes_what_a_method_sees(engine, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "views.png"
+    run(monkeypatch, "data", "show", "shapes:count=40", "--recipe", "moco_v3", "--engine", engine, "--rows", 3,
+        "--columns", 2, "--image-size", 24, 32, "--to", path)  # fmt: skip
+    assert capsys.readouterr().out.strip() == str(path)
+    assert Image.open(path).size == (4 * (32 + GAP) - GAP, 3 * (24 + GAP) - GAP)
+
+
+@engines
+def test_a_sheet_shows_the_pixels_themselves(engine):
+    source = open_source("shapes:count=40")
+    canvas = np.asarray(sheet(source, Recipe((View((32, 32)),)), engine, rows=4, columns=1))
+    for row, index in enumerate((0, 13, 26, 39)):
+        assert np.array_equal(canvas[row * (32 + GAP) :][:32], source.read(index))
+
+
+def test_bench_prints_a_row_for_each_recipe_and_engine(monkeypatch, capsys):
+    run(monkeypatch, "bench", "--data", "shapes:count=64", "--recipe", "moco_v2", "evaluation", "--workers", 0,
+        "--seconds", 0.05, "--batch-size", 16)  # fmt: skip
+    said = capsys.readouterr().out
+    for name, engine in itertools.product(("moco_v2", "evaluation"), ENGINES):
+        (line,) = [line for line in said.splitlines() if name in line and engine in line]
+        rate, cpu = (float(cell.replace(",", "")) for cell in line.split("│")[3:5])
+        assert rate > 0
+        assert cpu > 0
+
+
+def test_recipes_by_name(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (90, 70)).save(photos / "x.png")
+    large, small = open_source(f"folder:{photos}"), open_source("shapes")
+    assert recipe_of("moco_v3", large) == moco_v3.Config.paper().recipe
+    assert recipe_of("moco_v2", small) == moco_v2.Config.small().recipe
+    assert recipe_of("moco_v2", large, (32, 64)).views[0].size == (32, 64)
+    assert len(recipe_of("multi_crop", large).views) == 8
+    assert recipe_of("evaluation", large, (32, 32)).views[0].centre == 0.875
+
+
+def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
+    refused(monkeypatch, "data: name a command: check, show, got nothing", "data")
+    refused(monkeypatch, "data: name a command: check, show, got look", "data", "look")
+    refused(
+        monkeypatch,
+        "data: unknown recipe 'x', there are mae, moco_v1, moco_v2, moco_v3, multi_crop, evaluation",
+        "data", "show", "shapes", "--recipe", "x",
+    )  # fmt: skip
+    refused(monkeypatch, "data: --rows must be at least 1, got 0", "data", "show", "shapes", "--rows", "0")
+    refused(
+        monkeypatch, "data: unknown engine 'x', there are torchvision, dali", "data", "show", "shapes", "--engine", "x"
+    )
+
+
+def test_speed_counts_images_and_seconds():
+    """Batches of 10 that take 10 ms each: a thousand a second, the slow start not counted."""
+
+    def start():
+        time.sleep(0.3)
+        for _ in iter(int, 1):
+            time.sleep(0.01)
+            yield 10
+
+    seen = speed(start, 0.3, warm_up=2)
+    assert 500 < seen.images_per_second <= 1000
+    assert 0 <= seen.cpu_seconds < 2
+
+
+def test_the_benchmark_of_loaders_gives_a_row_for_each_contestant(tmp_path, monkeypatch):
+    """The whole of it at a size that takes seconds: what it compares are loaders of the same data."""
+    pytest.importorskip("skimage")
+    pytest.importorskip("webdataset")
+    for name, value in {"ROUNDS": 1, "SECONDS": 0.05, "BATCH": 8, "COPIES": 4, "HEADLINE": 32, "WORKERS": 1}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    rows = list(benchmark.measure(32, ("moco_v2",)))
+    assert [(row["recipe"], row["source"], row["side"]) for row in rows] == [
+        ("moco_v2", "folder", 32),
+        ("moco_v2", "webdataset", 32),
+    ]
+    for row in rows:
+        assert set(row["images_per_second"]) == {*ENGINES, "baseline"}
+        assert set(row["ratio"]) == set(ENGINES)
+        assert min(row["images_per_second"].values()) > 0
+        assert benchmark._cells(row)[:2] == ["`moco_v2`", f"`{row['source']}`, 32"]
