@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastssl import cli
+from fastssl.data.source import names as source_names
 
 FAST = ["--epochs", "1", "--batch-size", "32", "--workers", "0"]
 
@@ -120,7 +121,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     )
     refused(
         monkeypatch,
-        "data: unknown source 'cifar', there are arrays, digits, folder, idx, shapes (folder:PATH for your images)",
+        f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images)",
         "pretrain", "mae", "--data", "cifar", "--run", new,
     )  # fmt: skip
     empty = tmp_path / "empty"
