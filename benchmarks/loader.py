@@ -16,10 +16,13 @@ import argparse
 import io
 import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -166,6 +169,28 @@ def measure(side: int, recipes: tuple[str, ...]) -> Iterator[dict]:
             yield row
 
 
+def start_up(folders: int = 1000, files: int = 100) -> dict:
+    """Seconds to open a folder of 100,000 files for the first time, and again."""
+    with tempfile.TemporaryDirectory() as home:
+        for number in range(folders):
+            folder = Path(home, "data", f"{number:04d}")
+            folder.mkdir(parents=True)
+            for file in range(files):
+                (folder / f"{file:03d}.jpg").touch()
+        time.sleep(2.5)  # what changed just now is not remembered
+        command = "import sys, time; from fastssl.data.source import open_source; start = time.perf_counter();"
+        command += "open_source('folder:' + sys.argv[1]); print(time.perf_counter() - start)"
+        environment = {**os.environ, "XDG_CACHE_HOME": f"{home}/cache"}
+        runs = [
+            subprocess.run(
+                [sys.executable, "-c", command, f"{home}/data"], env=environment, capture_output=True, check=True
+            )
+            for _ in range(4)
+        ]
+        first, *again = (float(run.stdout) for run in runs)
+    return {"files": folders * files, "first": round(first, 2), "again": round(statistics.median(again), 2)}
+
+
 def render(summary: bool) -> str:
     parts = []
     for path in sorted(KEPT.glob("*.json")):
@@ -176,7 +201,10 @@ def render(summary: bool) -> str:
         about = f"**{kept['machine']['name']}** · level {made['level']} · {versions} · commit `{made['commit']}`"
         parts.append(f"{about} · {made['date']}")
         rule = ["---"] * 2 + ["---:"] * (len(HEADER) - 2)
+        opened = kept["start_up"]
         parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, rule, *map(_cells, rows))))
+        parts.append(f"A folder of {opened['files']:,} files opens in {opened['first']} s the first time, then in "
+                     f"{opened['again']} s.")  # fmt: skip
     return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: `python -m benchmarks.loader` makes them."
 
 
@@ -217,7 +245,7 @@ def _measure_and_keep() -> None:
     software = {"torchvision": version("torchvision"), "pillow": version("pillow"), "dali": _dali()}
     rows = [row for side in SIDES for row in measure(side, RECIPES)]
     KEPT.mkdir(parents=True, exist_ok=True)
-    held = {"machine": about, "environment": {**environment(), **software}}
+    held = {"machine": about, "environment": {**environment(), **software}, "start_up": start_up()}
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     text = json.dumps(held, ensure_ascii=False)[:-1] + f', "rows": [\n{lines}\n ]}}\n'
     (KEPT / f"{about['slug']}.json").write_text(text)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -143,10 +144,11 @@ def bench(words: list[str]) -> None:
 
 
 def measured(source: Source, recipe: Recipe, engine: str, batch_size: int, workers: int, seconds: float) -> Speed:
-    """Of a loader on the CPU, epoch after epoch."""
+    """Of a loader, epoch after epoch, on a GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def start():
-        loader = Loader(source, recipe, batch_size, workers=workers, engine=engine, max_bad=1.0)
+        loader = Loader(source, recipe, batch_size, workers=workers, engine=engine, device=device, max_bad=1.0)
         return (len(batch.index) for epoch in itertools.count() for batch in loader.epoch(epoch))
 
     return speed(start, seconds, warm_up=2 * max(1, workers) + 2)

@@ -80,43 +80,44 @@ class Engine:
         good = [i for i, file in enumerate(files) if not isinstance(file, BadImage)]
         rows = stand_in(good, len(batch)) if self.fill else good
         draws = [draw(view, number, seeds).take(rows) for number, view in enumerate(self.recipe.views)]
-        return _Read(epoch, batch, [files[row] for row in rows], batch[rows], seeds[rows], draws, bad)
+        inputs = dict(self._inputs([files[row] for row in rows], draws)) if rows else {}
+        return _Read(epoch, batch, inputs, batch[rows], seeds[rows], draws, bad)
 
     def _read_one(self, index: int) -> "_File | BadImage":
         if index in self._broken:
             return self._broken[index]
         try:
             opened = open_image(self.source, index)
-            if opened.format == "JPEG":
+            if opened.format in ("JPEG", "MPO"):  # MPO: a JPEG with more pictures behind it, as phones write
                 return _File(opened.data, opened.size)
             return _File(opened.pixels().permute(1, 2, 0).numpy(), opened.size)
         except BadImage as error:
             return error
 
     def _start(self, read: "_Read") -> "_Read":
-        if read.files:
+        if read.inputs:
             self._pipeline = self._pipeline or _graph(self.recipe, self.colours, **self._built)
-            for name, column in self._inputs(read):
+            for name, column in read.inputs.items():
                 self._pipeline.feed_input(name, column)
             self._pipeline.schedule_run()
         return read
 
-    def _inputs(self, read: "_Read") -> Iterator[tuple[str, list]]:
+    def _inputs(self, files: "list[_File]", draws: list[Draws]) -> Iterator[tuple[str, list[np.ndarray]]]:
         nothing, black = np.zeros(1, np.uint8), np.zeros((1, 1, 3), np.uint8)
-        is_file = [file.data.ndim == 1 for file in read.files]
+        is_file = [file.data.ndim == 1 for file in files]
         yield "is_file", [np.array(x) for x in is_file]
-        yield "file", [file.data if x else nothing for x, file in zip(is_file, read.files)]
-        yield "pixels", [black if x else file.data for x, file in zip(is_file, read.files)]
-        sizes = np.array([file.size for file in read.files])
-        for number, (view, draws) in enumerate(zip(self.recipe.views, read.draws)):
-            window = windows(view, draws, sizes).astype(np.int32)
+        yield "file", [file.data if x else nothing for x, file in zip(is_file, files)]
+        yield "pixels", [black if x else file.data for x, file in zip(is_file, files)]
+        sizes = np.array([file.size for file in files])
+        for number, (view, drawn) in enumerate(zip(self.recipe.views, draws)):
+            window = windows(view, drawn, sizes).astype(np.int32)
             yield f"start {number}", list(window[:, :2])
             yield f"end {number}", list(window[:, :2] + window[:, 2:])
             if self.colours:
-                jittered = (draws.jitter != np.float32([1, 1, 1, 0])).any(axis=1)
-                fields = {"jitter": draws.jitter, "order": draws.order.astype(np.int32), "grey": draws.grey,
-                          "jittered": jittered, "blurred": draws.sigma > 0, "sigma": np.maximum(draws.sigma, 1e-3),
-                          "solarize": draws.solarize, "flip": draws.flip.astype(np.int32)}  # fmt: skip
+                jittered = (drawn.jitter != np.float32([1, 1, 1, 0])).any(axis=1)
+                fields = {"jitter": drawn.jitter, "order": drawn.order.astype(np.int32), "grey": drawn.grey,
+                          "jittered": jittered, "blurred": drawn.sigma > 0, "sigma": np.maximum(drawn.sigma, 1e-3),
+                          "solarize": drawn.solarize, "flip": drawn.flip.astype(np.int32)}  # fmt: skip
                 yield from ((f"{name} {number}", list(map(np.asarray, column))) for name, column in fields.items())
 
     def _finish(self, under_way: "deque[_Read]") -> Samples:
@@ -124,7 +125,7 @@ class Engine:
         read = under_way.popleft()
         labels = torch.tensor([self.source.label(index) for index in read.index.tolist()], dtype=torch.int64)
         numbers = torch.from_numpy(read.index), labels, torch.from_numpy(read.seed)
-        if not read.files:
+        if not read.inputs:
             return Samples([], *numbers, read.bad)
         try:
             outputs = self._pipeline.share_outputs()
@@ -153,7 +154,7 @@ class _File(NamedTuple):
 class _Read(NamedTuple):
     epoch: int
     batch: np.ndarray  # image numbers that were asked for
-    files: list[_File]  # of those that stand in the batch
+    inputs: dict[str, list[np.ndarray]]  # of the graph, which reads them where they lie: they must outlive it
     index: np.ndarray
     seed: np.ndarray
     draws: list[Draws]  # of each view

@@ -38,7 +38,8 @@ class Opened:
             raise self._bad(error) from error
         if image.width * image.height > MOST_PIXELS:
             raise BadImage(f"{name}: {image.width}×{image.height} are more than {MOST_PIXELS:,} pixels")
-        turned = "exif" in image.info and _orientation(image) in TURNED
+        self._orientation = _orientation(image)
+        turned = self._orientation in TURNED and image.format != "TIFF"  # whose size Pillow has turned already
         self.size = (image.width, image.height) if turned else (image.height, image.width)  # as it is shown
         self.format, self.mode = image.format, image.mode  # as Pillow calls them: "PNG", "I;16"
 
@@ -55,7 +56,7 @@ class Opened:
             return torch.from_numpy(self.data).permute(2, 0, 1)
         try:
             image = self._image
-            if "exif" in image.info:
+            if self._orientation != 1:
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits of grey, as "I;16" or in 32
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -109,10 +109,13 @@ class Loader:
 
     def _beside_the_step(self, made: Iterator[Samples]) -> Iterator[Batch]:
         """On a stream of its own: copy and normalisation pass while the GPU still computes the step before."""
-        stream = torch.cuda.Stream(self.device)
+        stream, read, before = torch.cuda.Stream(self.device), torch.cuda.Event(), None
         for samples in made:
+            if before is not None:
+                read.synchronize()  # long done; until then DALI may not have its memory back
             with torch.cuda.stream(stream):
-                batch = self._batch(samples)
+                batch, before = self._batch(samples), samples
+                read.record()
             computing = torch.cuda.current_stream(self.device)
             computing.wait_stream(stream)
             for tensor in (*batch.views, *batch[1:]):

@@ -49,11 +49,6 @@ class Recipe:
     views: tuple[View, ...]
 
 
-def plain(size: tuple[int, int]) -> Recipe:
-    """The whole image, resized, whatever its aspect."""
-    return Recipe((View(size=size, interpolation="bicubic"),))
-
-
 def evaluation(size: tuple[int, int], centre: float = 0.875) -> Recipe:
     """The middle of the image, undistorted: the protocol of the papers, 224 pixels of a side of 256, at any size."""
     return Recipe((View(size=size, centre=centre, interpolation="bicubic"),))

@@ -1,6 +1,7 @@
 """The engine for every machine and every source: worker processes decode once, torchvision resamples every view of it,
 and `augment_` does the colours of a whole batch."""
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -101,7 +102,7 @@ class _Plan:
     epoch, batches = 0, ()
 
     def __iter__(self):
-        return ((self.epoch, batch) for batch in self.batches)
+        return zip(itertools.repeat(self.epoch), self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -1,5 +1,7 @@
 """Both engines against plain torchvision: from the same draws the same pixels, over many the same statistics."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -246,3 +248,25 @@ def test_a_broken_pipeline_leaves_the_other_batches_bit_equal(tmp_path):
     assert [index for index, _ in first] == [index for index, _ in again]
     same = sum(a == b for a, b in zip(first, again))
     assert len(first) - 3 <= same < len(first)  # batches of cut and noisy JPEGs: by Pillow at first, then by DALI
+
+
+@needs_dali
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_graph_of_a_gpu_keeps_pixels_on_it(name):
+    """What can be seen without one: DALI accepts the graph, and whatever touches pixels runs on the GPU."""
+    from fastssl.data import dali
+
+    graph = dali._graph(RECIPES[name], True, batch_size=8, num_threads=2, device_id=0, prefetch_queue_depth=1)
+    graph._build_graph()
+    assert [output.device for output in graph._graph_outputs] == ["gpu"] * len(RECIPES[name].views)
+    devices: dict[str, set[str]] = {}
+    for operator in graph._ops:
+        spec = str(operator.spec)
+        kind, device = (re.search(pattern, spec)[1] for pattern in (r"OpSpec for (\w+)", r"device: (\w+)"))
+        devices.setdefault(kind, set()).add(device)
+    assert devices["decoders__Image"] == {"mixed"}
+    pixels = {"Slice", "Resize", "Cast", "GaussianBlur", "CropMirrorNormalize", "reductions__Mean", "Cat"}
+    assert {kind: device for kind, device in devices.items() if kind in pixels and device != {"gpu"}} == {}
+    assert {"Slice", "Resize", "CropMirrorNormalize"} <= set(devices)
+    on_host = {kind for kind, device in devices.items() if "cpu" in device}
+    assert on_host <= {"ExternalSource", "_TensorSubscript", "_ArithmeticGenericOp", "_conditional__Split"}

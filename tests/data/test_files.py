@@ -17,10 +17,9 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from fastssl.data.decoding import open_image
 from fastssl.data.loader import Loader
-from fastssl.data.recipe import plain
 from fastssl.data.source import BadImage, Strings, open_source
 from fastssl.data.sources import folder, webdataset
-from tests.data.test_loader import engines, indices
+from tests.data.test_loader import engines, indices, plain
 from tests.ops.contract import refused
 
 RANDOM = np.random.default_rng(0)

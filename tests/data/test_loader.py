@@ -9,7 +9,7 @@ from PIL import Image
 from fastssl.data.draws import mix
 from fastssl.data.loader import Loader, has_dali
 from fastssl.data.order import BUFFER, Order
-from fastssl.data.recipe import Recipe, View, multi_crop, plain
+from fastssl.data.recipe import Recipe, View, multi_crop
 from fastssl.data.source import BadImage, open_source
 from tests.ops.contract import refused
 
@@ -19,6 +19,11 @@ VIEW = View(
 TWO = Recipe((VIEW, VIEW))
 ENGINES = ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI"))]
 engines = pytest.mark.parametrize("engine", ENGINES)
+
+
+def plain(size):
+    """The whole image, resized."""
+    return Recipe((View(size),))
 
 
 class Numbers:

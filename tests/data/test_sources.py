@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastssl.data.decoding import open_image
 from fastssl.data.source import BadImage, names, open_source
@@ -111,12 +111,24 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert np.array_equal(np.unique(image), expected)
 
 
-def test_exif_rotation_is_applied(tmp_path):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path, kind, orientation):
+    """…and known from the header: the windows of crops are drawn before anything is decoded."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90°
-    noise(tmp_path / "x.jpg", (20, 12), exif=exif)
-    assert open_source(f"folder:{tmp_path}").size is None
-    assert shown(open_source(f"folder:{tmp_path}"), 0).shape == (20, 12, 3)
+    exif[0x0112] = orientation
+    path = tmp_path / f"x.{kind.lower()}"
+    noise(path, (20, 12), exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    opened = open_image(open_source(f"folder:{tmp_path}"), 0)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert opened.size == expected.shape[:2] == ((20, 12) if orientation > 4 else (12, 20))
+    assert np.array_equal(opened.pixels().permute(1, 2, 0).numpy(), expected)
+
+
+def test_damaged_exif_is_passed_over(tmp_path):
+    noise(tmp_path / "x.jpg", exif=b"Exif\0\0nonsense")
+    assert open_image(open_source(f"folder:{tmp_path}"), 0).pixels().shape == (3, 12, 20)
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
