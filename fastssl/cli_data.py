@@ -65,7 +65,8 @@ def _check(words: list[str]) -> None:
         recipe = recipe_of("moco_v2", source)
         for engine in engines():
             seen = measured(source, recipe, engine, min(64, len(source)), flags.workers, flags.seconds)
-            console.print(f"{engine:<12} {_said(seen)} with the recipe of MoCo v2, {flags.workers} workers")
+            said = f"{_said(seen)} with the recipe of MoCo v2, {flags.workers} workers"
+            console.print(f"{engine:<12} {said}", soft_wrap=True)
 
 
 def _facts(found, total: int, took: float):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fastssl.ops
 from benchmarks import loader, table
+from fastssl.data.source import names, open_source
 from fastssl.ops import dispatch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -40,6 +41,16 @@ def test_table_of_ops_is_true():
 def test_measured_tables_are_those_of_the_results():
     assert table.main(["--check"]) == 0
     assert loader.main(["--check"]) == 0
+
+
+def test_the_data_section_shows_every_source():
+    """Those that are embedded are opened; tests/data/ opens the others on files of its own."""
+    shown = re.findall(r'^fastssl data check "?([^\s"]+)', README, re.MULTILINE)
+    specs = [spec for spec in shown if spec != "SOURCE"]
+    assert sorted(spec.partition(":")[0] for spec in specs) == names()
+    for spec in specs:
+        if spec.partition(":")[0] in ("digits", "shapes"):
+            assert len(open_source(spec)) > 100
 
 
 def test_pictures_are_there():

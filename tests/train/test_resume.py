@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastssl.data.loader import has_dali
+
 RUNS = {
     "mae": ["mae", "--data", "digits", "--epochs", "2", "--batch-size", "256", "--decoder-depth", "1"],
     "moco_v2": ["moco_v2", "--data", "shapes:count=256", "--epochs", "2", "--batch-size", "32", "--queue-size", "100"],
@@ -42,9 +44,18 @@ def killed_after(words: list[str], run: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "workers"), [("mae", 0), ("moco_v2", 1), ("moco_v3", 0)])
-def test_killed_and_resumed_is_bit_equal(tmp_path, name, workers):
+@pytest.mark.parametrize(
+    ("name", "workers", "engine"),
+    [
+        ("mae", 0, "torchvision"),
+        ("moco_v2", 1, "torchvision"),
+        pytest.param("moco_v2", 1, "dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI")),
+        ("moco_v3", 0, "auto"),
+    ],
+)
+def test_killed_and_resumed_is_bit_equal(tmp_path, name, workers, engine):
     options = [*RUNS[name], "--log-every", "1", "--checkpoint-every", "3", "--workers", str(workers)]
+    options += ["--engine", engine]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(command(*options, "--run", str(whole)), check=True, stdout=subprocess.DEVNULL)
     killed_after(command(*options, "--run", str(broken)), broken, step=5)
