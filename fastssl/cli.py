@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastssl import cli_data
 from fastssl.data.loader import Loader, has_dali
 from fastssl.data.source import Source, open_source
 from fastssl.data.source import names as source_names
+from fastssl.data.timing import cores
 from fastssl.eval.features import extract
 from fastssl.eval.knn import knn_accuracy
 from fastssl.run import Options, Run, method_module, method_names, open_run
@@ -107,7 +107,7 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     flags = tyro.cli(tyro.conf.OmitArgPrefixes[Flags], args=words, prog=f"fastssl pretrain {method_name}")
     options, config = flags.options, flags.config
     _check_numbers(options, config)
-    options.engine = _engine(options.engine, _device(options.device))
+    engine = _engine(options.engine, _device(options.device))
     folder = options.run or Path("runs", f"{method_name}-{options.data.split(':')[0]}")
     if (folder / "config.json").exists():
         raise ValueError(
@@ -117,11 +117,12 @@ def _begun(words: list[str], method_name: str | None) -> Run:
     method = run.build()  # refuses impossible sizes before anything is written
     if options.weights:
         _start_from(method, options.weights)
-    Loader(source, config.recipe, config.training.batch_size, engine=options.engine)
+    Loader(source, config.recipe, config.training.batch_size, engine=engine)
+    asked = len(open_source(options.data, "test")) if source.classes is not None else 0  # refused now, not at the end
     folder.mkdir(parents=True, exist_ok=True)
     run.save()
     print(f"{method_name} on {options.data} with the preset `{chosen}`: {config.training.epochs} epochs of "
-          f"{len(source)} images, batch {config.training.batch_size} → {folder}")  # fmt: skip
+          f"{len(source)} images ({asked} others for kNN), batch {config.training.batch_size} → {folder}")  # fmt: skip
     return run
 
 
@@ -193,7 +194,7 @@ def _pretrain(run: Run, state: dict | None) -> None:
         _write_knn(run, method, "given" if options.weights else "untrained", device)
     loader = Loader(
         source, run.config.recipe, training.batch_size, seed=options.seed, workers=workers, device=device,
-        engine=_engine(options.engine, device), bad_files=run.folder / "bad_files.txt", max_bad=options.max_bad,
+        engine=_engine_there(options.engine, device), bad_files=run.folder / "bad_files.txt", max_bad=options.max_bad,
     )  # fmt: skip
     train(
         method, run.method_name, loader.epoch, len(loader), training, run.folder, precision=options.precision,
@@ -308,7 +309,7 @@ def _knn(features, data: str, run: Run, device: torch.device, k: int = 20, tau: 
         return None
     size, workers = run.config.image_size, _share_cores(run.options, device)
     (bank, bank_labels, _), (queries, labels, _) = (
-        extract(features, split, size, device=device, workers=workers, engine=_engine(run.options.engine, device))
+        extract(features, split, size, device=device, workers=workers, engine=_engine_there(run.options.engine, device))
         for split in splits
     )
     return knn_accuracy(bank, bank_labels, queries, labels, k, tau)
@@ -320,11 +321,11 @@ def _share_cores(options: Options, device: torch.device) -> int:
     Threads and workers must not share cores: an OpenMP thread that waits for a core which a worker holds stops all
     the others, and a step takes several times as long. So two cores load and compute in turn, without workers.
     """
-    cores = _cores()
+    available = cores()
     if device.type != "cpu":
-        return min(8, cores) if options.workers is None else options.workers
-    workers = cores // 4 if options.workers is None else options.workers
-    torch.set_num_threads(max(1, cores - workers))
+        return min(8, available) if options.workers is None else options.workers
+    workers = available // 4 if options.workers is None else options.workers
+    torch.set_num_threads(max(1, available - workers))
     return workers
 
 
@@ -335,9 +336,12 @@ def _engine(name: str, device: torch.device) -> str:
     return name
 
 
-def _cores() -> int:
-    """Those that this process may use, which in a container or a batch job are not all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _engine_there(name: str, device: torch.device) -> str:
+    """That of a run begun elsewhere; where it is not installed the other, and says so: both draw the same."""
+    if name == "dali" and not has_dali():
+        print("the engine dali, which the run asks for, is not installed: torchvision makes the same views instead")
+        return "torchvision"
+    return _engine(name, device)
 
 
 def _device(name: str) -> torch.device:
@@ -359,7 +363,7 @@ def _facts() -> dict[str, str]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
-    facts["processor"] = f"{platform.machine()}, {_cores()} cores, {torch.get_num_threads()} threads"
+    facts["processor"] = f"{platform.machine()}, {cores()} cores, {torch.get_num_threads()} threads"
     facts["kernels"] = f"native {level}" if level else "none: this build has no native kernels"
     if level:
         from fastssl import _C

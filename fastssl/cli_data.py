@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from fastssl.data.findings import check
 from fastssl.data.loader import ENGINES, Loader, has_dali
 from fastssl.data.recipe import Recipe
 from fastssl.data.source import Source, open_source
-from fastssl.data.timing import Speed, speed
+from fastssl.data.timing import Speed, cores, speed
 from fastssl.run import method_module, method_names
 
 OTHER_RECIPES = ("multi_crop", "evaluation")
@@ -27,6 +28,9 @@ SHOWN_BAD = 20  # bad files that are named; all of them go into the file that --
 def data(words: list[str]) -> None:
     """fastssl data check SOURCE | fastssl data show SOURCE --recipe RECIPE"""
     commands = {"check": _check, "show": _show}
+    if words in (["-h"], ["--help"]):
+        print(data.__doc__)
+        return
     if not words or words[0] not in commands:
         raise ValueError(f"data: name a command: {', '.join(commands)}, got {words[0] if words else 'nothing'}")
     commands[words[0]](words[1:])
@@ -39,9 +43,9 @@ def _check(words: list[str]) -> None:
 
         source: tyro.conf.Positional[str]
         """folder:PATH, webdataset:SHARDS, …"""
-        split: str = "train"
-        """train or test"""
-        workers: int = 2
+        split: Literal["train", "test"] = "train"
+        """which part of it"""
+        workers: int = min(2, cores())
         """processes that decode"""
         seconds: float = 5.0
         """to time each engine for, with the recipe of MoCo v2; 0 for not at all"""
@@ -49,11 +53,14 @@ def _check(words: list[str]) -> None:
         """file to write the names of all bad files to"""
 
     flags = tyro.cli(Flags, args=words, prog="fastssl data check")
+    _at_least(0, workers=flags.workers, seconds=flags.seconds)
+    if flags.bad_files:
+        flags.bad_files.write_text("")  # refused now rather than after the whole scan
     console, source = Console(highlight=False), open_source(flags.source, flags.split)
     began = time.perf_counter()
     found = check(source, flags.workers)
     took = time.perf_counter() - began
-    for name, value in _facts(found, len(source), took):
+    for name, value in _facts(found, len(source), flags.split, took):
         console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
     for line in found.bad[:SHOWN_BAD]:
         console.print(f"bad          {line}", soft_wrap=True, markup=False)
@@ -69,8 +76,8 @@ def _check(words: list[str]) -> None:
             console.print(f"{engine:<12} {said}", soft_wrap=True)
 
 
-def _facts(found, total: int, took: float):
-    yield "images", f"{total:,}, {len(found.bad):,} bad; looked at {total / took:,.0f} a second"
+def _facts(found, total: int, split: str, took: float):
+    yield "images", f"{total:,} of the {split} split, {len(found.bad):,} bad; looked at {total / took:,.0f} a second"
     if found.good:
         classes = len(found.labels) - (-1 in found.labels)
         counts = [count for label, count in found.labels.items() if label >= 0]
@@ -105,11 +112,12 @@ def _show(words: list[str]) -> None:
         """file to write"""
 
     flags = tyro.cli(Flags, args=words, prog="fastssl data show")
-    for name, value in (("--rows", flags.rows), ("--columns", flags.columns)):
-        if value < 1:
-            raise ValueError(f"data: {name} must be at least 1, got {value}")
+    _at_least(1, rows=flags.rows, columns=flags.columns, image_size=min(flags.image_size or (1, 1)))
+    _at_least(0, seed=flags.seed)
     source = open_source(flags.source)
     recipe = recipe_of(flags.recipe, source, flags.image_size)
+    if not flags.to.absolute().parent.is_dir():
+        raise ValueError(f"data: there is no folder {flags.to.absolute().parent} to write {flags.to.name} into")
     sheet(source, recipe, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
     print(flags.to)
 
@@ -127,7 +135,7 @@ def bench(words: list[str]) -> None:
         """methods, multi_crop, evaluation"""
         engine: tuple[str, ...] = engines()
         """torchvision, dali"""
-        workers: int = 2
+        workers: int = min(2, cores())
         """processes, or threads of DALI"""
         batch_size: int = 64
         """images"""
@@ -135,13 +143,24 @@ def bench(words: list[str]) -> None:
         """for each"""
 
     flags = tyro.cli(Flags, args=words, prog="fastssl bench")
+    _at_least(0, workers=flags.workers, seconds=flags.seconds)
+    _at_least(1, batch_size=flags.batch_size, recipe=len(flags.recipe), engine=len(flags.engine))
     source = open_source(flags.data)
-    table = Table("recipe", "engine", "images/s", "CPU s / 1,000 images")
-    for name, engine in itertools.product(flags.recipe, flags.engine):
-        recipe = recipe_of(name, source)
+    recipes_by_name = {name: recipe_of(name, source) for name in flags.recipe}
+    for engine in flags.engine:
+        Loader(source, next(iter(recipes_by_name.values())), 1, engine=engine)  # refuses one that is not there
+    how = f"{flags.workers} workers, batch {flags.batch_size}, {flags.seconds:g} s each, {len(source):,} images"
+    table = Table("recipe", "engine", "images/s", "CPU s / 1,000 images", title=how)
+    for (name, recipe), engine in itertools.product(recipes_by_name.items(), flags.engine):
         seen = measured(source, recipe, engine, min(flags.batch_size, len(source)), flags.workers, flags.seconds)
         table.add_row(name, engine, f"{seen.images_per_second:,.0f}", f"{seen.cpu_seconds:,.2f}")
     Console().print(table)
+
+
+def _at_least(least: int, **flags: float) -> None:
+    for name, value in flags.items():
+        if not least <= value < 2**63:
+            raise ValueError(f"data: --{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def measured(source: Source, recipe: Recipe, engine: str, batch_size: int, workers: int, seconds: float) -> Speed:

@@ -28,7 +28,7 @@ def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp
     run(monkeypatch, "data", "check", f"folder:{tmp_path / 'data'}", "--workers", 2, "--seconds", 0.1,
         "--bad-files", tmp_path / "bad.txt")  # fmt: skip
     said = capsys.readouterr().out
-    assert f"images       59, {len(bad)} bad" in said
+    assert f"images       59 of the train split, {len(bad)} bad" in said
     assert "JPEG RGB 42" in said
     assert all(kind in said for kind in ("JPEG L 1", "JPEG CMYK 1", "PNG I;16 1", "GIF P 1", "WEBP RGB 1", "no labels"))
     assert "heights      40 to 60 pixels, the median 40" in said
@@ -50,7 +50,7 @@ def test_check_of_pixels_and_labels():
 def test_check_of_nothing_but_bad_files(monkeypatch, capsys, tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"")
     run(monkeypatch, "data", "check", f"folder:{tmp_path}", "--workers", 0)
-    assert "images       1, 1 bad" in capsys.readouterr().out
+    assert "images       1 of the train split, 1 bad" in capsys.readouterr().out
 
 
 @engines
@@ -102,6 +102,18 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         "data", "show", "shapes", "--recipe", "x",
     )  # fmt: skip
     refused(monkeypatch, "data: --rows must be at least 1, got 0", "data", "show", "shapes", "--rows", "0")
+    show, bench = ("data", "show", "shapes"), ("bench", "--data", "shapes")
+    refused(monkeypatch, "data: --image-size must be at least 1, got -4", *show, "--image-size", "-4", "8")
+    refused(monkeypatch, f"data: --seed must be at least 0, got {10**23}", *show, "--seed", 10**23)
+    refused(monkeypatch, "data: --batch-size must be at least 1, got 0", *bench, "--batch-size", 0)
+    refused(monkeypatch, "data: --workers must be at least 0, got -1", *bench, "--workers", -1)
+    refused(monkeypatch, "data: --seconds must be at least 0, got nan", *bench, "--seconds", "nan")
+    refused(monkeypatch, "data: --engine must be at least 1, got 0", *bench, "--engine")
+    refused(monkeypatch, "data: unknown engine 'x', there are torchvision, dali", *bench, "--engine", "x")
+    (tmp_path / "x.jpg").write_bytes(b"")
+    to = ("--to", tmp_path / "no" / "x.png")
+    refused(monkeypatch, f"data: there is no folder {tmp_path}/no to write x.png into", *show, *to)
+    refused(monkeypatch, "data: none of the images to show can be decoded", "data", "show", f"folder:{tmp_path}")
     refused(
         monkeypatch, "data: unknown engine 'x', there are torchvision, dali", "data", "show", "shapes", "--engine", "x"
     )

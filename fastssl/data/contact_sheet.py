@@ -19,9 +19,11 @@ def sheet(source: Source, recipe: Recipe, engine: str, rows: int = 4, columns: i
     """
     chosen = Subset(source, np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int).tolist())
     loader = Loader(chosen, recipe, rows, seed=seed, engine=engine, max_bad=1.0, train=False)
-    shown = [next(iter(loader.epoch(epoch))) for epoch in range(columns)]
-    tiles = [[pixels[i] for batch in shown for pixels in map(_bytes, batch.views, recipe.views)]
-             for i in range(len(shown[0].index))]  # fmt: skip
+    shown = [batch for epoch in range(columns) for batch in loader.epoch(epoch)]  # one an epoch
+    if not shown:
+        raise ValueError("data: none of the images to show can be decoded")
+    columns_of_tiles = [_bytes(pixels, view) for batch in shown for pixels, view in zip(batch.views, recipe.views)]
+    tiles = list(zip(*columns_of_tiles))
     width = max(sum(tile.shape[2] + GAP for tile in row) for row in tiles) - GAP
     height = sum(max(tile.shape[1] for tile in row) + GAP for row in tiles) - GAP
     canvas, top = Image.new("RGB", (width, height), (255, 255, 255)), 0

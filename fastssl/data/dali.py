@@ -30,6 +30,9 @@ from .samples import Samples, stand_in
 from .source import BadImage, Source
 
 AHEAD = 2  # batches that are being made while another is used
+# EXIF's orientation: whether rows and columns are exchanged, then left and right, then top and bottom.
+TURNS = {1: (False, False, False), 2: (False, True, False), 3: (False, True, True), 4: (False, False, True),
+         5: (True, False, False), 6: (True, True, False), 7: (True, True, True), 8: (True, False, True)}  # fmt: skip
 INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -49,25 +52,27 @@ class Engine:
                  device: torch.device, fill: bool, colours_in_graph: bool = False):  # fmt: skip
         self.source, self.recipe, self.seed, self.fill = source, recipe, seed, fill
         self.colours = colours_in_graph or device.type == "cuda"
-        gpu = None if device.type == "cpu" else (device.index or 0)
+        gpu = None if device.type == "cpu" else device.index
+        if device.type == "cuda" and gpu is None:
+            gpu = torch.cuda.current_device()
         self._built = {"batch_size": batch_size, "num_threads": threads, "device_id": gpu, "prefetch_queue_depth": 1}
         self._pipeline: Pipeline | None = None
+        self._under_way: deque[_Read] = deque()
         self._broken: dict[int, BadImage] = {}  # images that broke a pipeline: they shall do so once
+        self._refused: set[int] = set()  # images that DALI can't decode, and Pillow can
         self._readers = ThreadPoolExecutor(2 * threads)
 
     def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Samples]:
-        """Makes these batches of image numbers, in their order."""
-        under_way: deque[_Read] = deque()
-        try:
-            for batch in batches:
-                under_way.append(self._start(self._read(epoch, batch)))
-                if len(under_way) > AHEAD:
-                    yield self._finish(under_way)
-            while under_way:
+        """Makes these batches of image numbers, in their order. Ends a run that was left in its middle."""
+        if self._under_way:  # what is in the pipeline belongs to nobody
+            self._pipeline = None
+        under_way = self._under_way = deque()
+        for batch in batches:
+            under_way.append(self._start(self._read(epoch, batch)))
+            if len(under_way) > AHEAD:
                 yield self._finish(under_way)
-        finally:
-            if under_way:  # the epoch was left early: what is in the pipeline belongs to nobody
-                self._pipeline = None
+        while under_way:
+            yield self._finish(under_way)
 
     def _read(self, epoch: int, batch: np.ndarray) -> "_Read":
         """The files of a batch. Those of other formats than JPEG are decoded here: DALI does not know all of them."""
@@ -88,8 +93,8 @@ class Engine:
             return self._broken[index]
         try:
             opened = open_image(self.source, index)
-            if opened.format in ("JPEG", "MPO"):  # MPO: a JPEG with more pictures behind it, as phones write
-                return _File(opened.data, opened.size)
+            if opened.format in ("JPEG", "MPO") and index not in self._refused:  # MPO: more pictures behind a JPEG
+                return _File(opened.data, opened.size, opened.orientation)
             return _File(opened.pixels().permute(1, 2, 0).numpy(), opened.size)
         except BadImage as error:
             return error
@@ -108,6 +113,11 @@ class Engine:
         yield "is_file", [np.array(x) for x in is_file]
         yield "file", [file.data if x else nothing for x, file in zip(is_file, files)]
         yield "pixels", [black if x else file.data for x, file in zip(is_file, files)]
+        turns = np.array([TURNS[file.orientation] for file in files])
+        yield "is_turned", [np.array(turn.any()) for turn in turns]
+        yield "transposed", [np.array(turn[0]) for turn in turns]
+        yield "mirrored", [np.array(turn[1], np.int32) for turn in turns]
+        yield "upside_down", [np.array(turn[2], np.int32) for turn in turns]
         sizes = np.array([file.size for file in files])
         for number, (view, drawn) in enumerate(zip(self.recipe.views, draws)):
             window = windows(view, drawn, sizes).astype(np.int32)
@@ -121,7 +131,7 @@ class Engine:
                 yield from ((f"{name} {number}", list(map(np.asarray, column))) for name, column in fields.items())
 
     def _finish(self, under_way: "deque[_Read]") -> Samples:
-        """The oldest batch. If a file in it breaks the pipeline, the other engine makes it, which names the culprit."""
+        """The oldest batch under way."""
         read = under_way.popleft()
         labels = torch.tensor([self.source.label(index) for index in read.index.tolist()], dtype=torch.int64)
         numbers = torch.from_numpy(read.index), labels, torch.from_numpy(read.seed)
@@ -130,25 +140,46 @@ class Engine:
         try:
             outputs = self._pipeline.share_outputs()
         except RuntimeError as error:
-            self._pipeline = None
-            for later in under_way:
-                self._start(later)
-            if "decode" not in str(error):
-                raise
-            made = torchvision.make(self.source, self.recipe, self.seed, read.epoch, read.batch, self.fill)
-            self._broken |= {index: BadImage(reason) for index, reason in made.bad}
-            return made
+            return self._recovered(read, under_way, error)
         views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         self._pipeline.release_outputs()  # dlpack keeps the memory alive
         if not self.colours:
-            for view, draws, pixels in zip(self.recipe.views, read.draws, views):
-                augment_(pixels, *map(torch.from_numpy, draws[3:]), grey_first=view.grayscale_first)
+            for view, drawn, pixels in zip(self.recipe.views, read.draws, views):
+                augment_(pixels, *map(torch.from_numpy, drawn.colours), grey_first=view.grayscale_first)
         return Samples(views, *numbers, read.bad)
+
+    def _recovered(self, read: "_Read", under_way: "deque[_Read]", error: RuntimeError) -> Samples:
+        """A batch that broke the pipeline, by the other engine, which names what can't be decoded. What Pillow decodes
+        and DALI does not is found by trying each file alone, and decoded by Pillow from then on."""
+        self._pipeline = None
+        made = torchvision.make(self.source, self.recipe, self.seed, read.epoch, read.batch, self.fill)
+        self._broken |= {index: BadImage(reason) for index, reason in made.bad}
+        files = dict(zip(read.index.tolist(), read.inputs["file"]))
+        refused = {index for index, file in files.items() if index not in self._broken and not self._decodes(file)}
+        if not made.bad and not refused:
+            raise error
+        self._refused |= refused
+        again = [self._start(self._read(later.epoch, later.batch)) for later in under_way]
+        under_way.clear()
+        under_way.extend(again)
+        return made
+
+    def _decodes(self, file: np.ndarray) -> bool:
+        if len(file) < 2:  # the place of one that is no JPEG
+            return True
+        alone = _decoding(**{**self._built, "batch_size": 1})
+        alone.feed_input("file", [file])
+        try:
+            alone.run()
+        except RuntimeError:
+            return False
+        return True
 
 
 class _File(NamedTuple):
     data: np.ndarray  # bytes [N] of a JPEG, or pixels [H, W, 3]
     size: tuple[int, int]  # (height, width) as it is shown
+    orientation: int = 1  # EXIF's
 
 
 class _Read(NamedTuple):
@@ -167,10 +198,14 @@ def _graph(recipe: Recipe, colours: bool):
     on_gpu = Pipeline.current().device_id is not None
     pixels = _input("pixels", types.UINT8, 3, layout="HWC")
     if _input("is_file", types.BOOL, 0):
-        image = fn.decoders.image(_input("file", types.UINT8, 1), device="mixed" if on_gpu else "cpu",
-                                  output_type=types.RGB)  # fmt: skip
+        image = _decoded(_input("file", types.UINT8, 1), on_gpu)
     else:
         image = pixels.gpu() if on_gpu else pixels
+    if _input("is_turned", types.BOOL, 0):
+        if _input("transposed", types.BOOL, 0):
+            image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
+        image = fn.flip(image, horizontal=_input("mirrored", types.INT32, 0),
+                        vertical=_input("upside_down", types.INT32, 0))  # fmt: skip
     views = []
     for number, view in enumerate(recipe.views):
         window = fn.slice(image, start=_input(f"start {number}", types.INT32, 1),
@@ -181,6 +216,17 @@ def _graph(recipe: Recipe, colours: bool):
         else:
             views.append(fn.transpose(made, perm=[2, 0, 1]))
     return tuple(views)
+
+
+@pipeline_def(exec_dynamic=True)
+def _decoding():
+    """One file alone."""
+    return _decoded(_input("file", types.UINT8, 1), Pipeline.current().device_id is not None)
+
+
+def _decoded(file: DataNode, on_gpu: bool) -> DataNode:
+    """As it was stored: DALI, unlike Pillow, knows EXIF alone, and only where all of it is sound."""
+    return fn.decoders.image(file, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
 
 
 def _input(name: str, dtype: types.DALIDataType, ndim: int, **more) -> DataNode:

@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .source import BadImage, Source
@@ -28,18 +28,20 @@ class Opened:
     """
 
     def __init__(self, data: np.ndarray, name: str):
-        self.data, self.name, self._image = data, name, None
+        self.data, self.name, self.orientation, self._image = data, name, 1, None
         if data.ndim == 3:
             self.size, self.format, self.mode = data.shape[:2], "pixels", "RGB"
             return
+        if not len(data):
+            raise BadImage(f"{name}: the file is empty")
         try:
             self._image = image = Image.open(io.BytesIO(data))
         except Exception as error:  # decoders raise anything from OSError to struct.error on broken files
             raise self._bad(error) from error
         if image.width * image.height > MOST_PIXELS:
             raise BadImage(f"{name}: {image.width}×{image.height} are more than {MOST_PIXELS:,} pixels")
-        self._orientation = _orientation(image)
-        turned = self._orientation in TURNED and image.format != "TIFF"  # whose size Pillow has turned already
+        self.orientation = _orientation(image)
+        turned = self.orientation in TURNED and image.format != "TIFF"  # whose size Pillow has turned already
         self.size = (image.width, image.height) if turned else (image.height, image.width)  # as it is shown
         self.format, self.mode = image.format, image.mode  # as Pillow calls them: "PNG", "I;16"
 
@@ -56,17 +58,19 @@ class Opened:
             return torch.from_numpy(self.data).permute(2, 0, 1)
         try:
             image = self._image
-            if self._orientation != 1:
-                image = ImageOps.exif_transpose(image)
+            if self.orientation != 1:
+                image = ImageOps.exif_transpose(image)  # decodes: a truncated file fails here
             if image.mode.startswith("I"):  # 16 bits of grey, as "I;16" or in 32
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode != "RGB":
                 image = image.convert("RGB")
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # decodes: a truncated file fails here
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # …or here
         except Exception as error:
             raise self._bad(error) from error
 
     def _bad(self, error: Exception) -> BadImage:
+        if isinstance(error, UnidentifiedImageError):  # whose text is the address of a buffer
+            return BadImage(f"{self.name}: no image that Pillow knows")
         said = str(error).splitlines()
         return BadImage(f"{self.name}: {type(error).__name__}: {said[0] if said else ''}")
 
@@ -77,7 +81,11 @@ def open_image(source: Source, index: int) -> Opened:
 
 
 def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged EXIF, which decoders pass over
+    """1 to 8, from EXIF or XMP; 1 where there is none or it is damaged, which decoders pass over."""
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode it to look behind the pixels
         return 1
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:
+        return 1
+    return found if found in range(1, 9) else 1

@@ -19,7 +19,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Draws(NamedTuple):
-    """Of one view of B samples: three for `windows`, then the arguments of `fastssl.ops.augment_` in its order."""
+    """Of one view of B samples: three for `windows`, then `colours`, the arguments of `fastssl.ops.augment_`."""
 
     area: np.ndarray  # [B, ATTEMPTS] float64, share of the image's area
     aspect: np.ndarray  # [B, ATTEMPTS] float64, width / height
@@ -30,6 +30,11 @@ class Draws(NamedTuple):
     sigma: np.ndarray  # [B] float32, pixels; 0 for no blur
     solarize: np.ndarray  # [B] bool
     flip: np.ndarray  # [B] bool
+
+    @property
+    def colours(self) -> tuple[np.ndarray, ...]:
+        """What `augment_` takes."""
+        return self.jitter, self.order, self.grey, self.sigma, self.solarize, self.flip
 
     def take(self, rows) -> "Draws":
         """Those of some of the samples."""

@@ -43,7 +43,7 @@ class Loader:
         engine: "torchvision" or "dali". Same order, same draws; pixels differ by what two ways to resample differ.
         rank, world: which part of every batch is wanted, see `Order`.
         bad_files: file that images which can't be decoded are named in; in training others of the batch stand in.
-        max_bad: share of the source that may be bad; beyond it the run stops.
+        max_bad: share of the source (of a rank's part of it) that may be bad; beyond it the run stops.
 
     Raises:
         ValueError: the batch is larger than the source, an engine is unknown or not installed, or, while iterating, too
@@ -66,6 +66,11 @@ class Loader:
         bad_files: Path | None = None,
         max_bad: float = 0.01,
     ):
+        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("world", world, 1)):
+            if value < least:
+                raise ValueError(f"data: {name} must be at least {least}, got {value}")
+        if not 0 <= rank < world:
+            raise ValueError(f"data: rank must be one of 0 … {world - 1}, got {rank}")
         if train and batch_size * world > len(source):
             each = f" on each of {world} ranks" if world > 1 else ""
             raise ValueError(
@@ -75,7 +80,8 @@ class Loader:
         self.recipe, self.bad_files, self.max_bad, self.total = recipe, bad_files, max_bad, len(source)
         self._bad: set[int] = set()
         self._order = Order(len(source), batch_size, seed, train, source.shards, rank, world)
-        self._engine = _engine(engine, source, recipe, batch_size, seed, workers, self.device, train)
+        self._runs, self._world = 0, world
+        self._engine = _build_engine(engine, source, recipe, batch_size, seed, workers, self.device, train)
         self._scale = [
             tuple(torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (view.mean, view.std))
             for view in recipe.views
@@ -86,12 +92,19 @@ class Loader:
         return len(self._order)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `number`, from batch `start` on."""
-        samples = self._checked(self._engine.run(number, self._order.batches(number, start)))
+        """The batches of epoch `number`, `len(loader)` of them, from batch `start` on. It ends one still under way."""
+        if not 0 <= start <= len(self):
+            raise ValueError(f"data: start must be a batch of the epoch, 0 … {len(self)}, got {start}")
+        self._runs += 1
+        samples = self._checked(self._engine.run(number, self._order.batches(number, start)), self._runs)
         return map(self._batch, samples) if self.device.type == "cpu" else self._beside_the_step(samples)
 
-    def _checked(self, made: Iterator[Samples]) -> Iterator[Samples]:
-        for samples in made:
+    def _checked(self, made: Iterator[Samples], run: int) -> Iterator[Samples]:
+        while True:
+            if run != self._runs:
+                raise RuntimeError("data: this epoch was ended by a later one: a loader has one under way at a time")
+            if (samples := next(made, None)) is None:
+                return
             self._note(samples.bad)
             if len(samples.index):
                 yield samples
@@ -103,9 +116,12 @@ class Loader:
 
     def _batch(self, samples: Samples) -> Batch:
         """Bytes to normalised floats, on the device."""
-        there = [tensor.to(self.device, non_blocking=True) for tensor in (*samples.views, *samples[1:4])]
-        views = (view.float().sub_(mean).div_(std) for view, (mean, std) in zip(there, self._scale))
-        return Batch(tuple(views), *there[-3:])
+        views = (
+            view.to(self.device, non_blocking=True).float().sub_(mean).div_(std)
+            for view, (mean, std) in zip(samples.views, self._scale)
+        )
+        numbers = (samples.index, samples.label, samples.seed)  # copied: shared memory of a worker holds a file open
+        return Batch(tuple(views), *(tensor.to(self.device, non_blocking=True, copy=True) for tensor in numbers))
 
     def _beside_the_step(self, made: Iterator[Samples]) -> Iterator[Batch]:
         """On a stream of its own: copy and normalisation pass while the GPU still computes the step before."""
@@ -128,13 +144,14 @@ class Loader:
             return
         self._bad.update(index for index, _ in new)
         if self.bad_files:
+            known = set(self.bad_files.read_text().splitlines()) if self.bad_files.exists() else set()
             with self.bad_files.open("a") as file:
-                file.writelines(f"{reason}\n" for _, reason in new)
-        if len(self._bad) > self.max_bad * self.total:
+                file.writelines(f"{reason}\n" for _, reason in new if reason not in known)
+        if len(self._bad) > self.max_bad * self.total / self._world:
             where = f", see {self.bad_files}" if self.bad_files else ""
             raise ValueError(
                 f"data: {len(self._bad)} of {self.total} images can't be decoded, more than the {self.max_bad:.1%} "
-                f"allowed{where} (the last: {new[-1][1]})"
+                f"that max_bad allows{where} (the last: {new[-1][1]})"
             )
 
     @property
@@ -148,7 +165,7 @@ def has_dali() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-def _engine(name, source, recipe, batch_size, seed, workers, device, train):
+def _build_engine(name, source, recipe, batch_size, seed, workers, device, train):
     if name == "torchvision":
         from .torchvision import Engine
 

@@ -6,6 +6,7 @@ Each such module has ``open_split(argument, split)``, with split "train" or "tes
 import importlib
 import os
 import pkgutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,8 @@ from typing import Protocol
 import numpy as np
 
 import fastssl.data.sources
+
+MOST_CLASSES = 1_000_000
 
 
 class BadImage(Exception):
@@ -29,7 +32,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> np.ndarray:
-        """uint8, writable: pixels [H, W, 3], or the bytes [N] of a file, which `decode` turns into pixels.
+        """uint8, writable: pixels [H, W, 3], or the bytes [N] of a file, which `decoding.Opened` turns into pixels.
 
         Raises:
             BadImage: it can't be read.
@@ -84,8 +87,27 @@ def names() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where a source may keep what took long to find out: $XDG_CACHE_HOME/fastssl or ~/.cache/fastssl."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastssl")
+    """Where a source may keep what took long to find out: $XDG_CACHE_HOME/fastssl or ~/.cache/fastssl; a temporary
+    folder for those who have no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastssl")
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"fastssl-{os.getuid()}")
+
+
+def expanded(path: str) -> Path:
+    """With ~ and ~user as a shell has them."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"data: {path}: {error}") from error
+
+
+def numbered(labels: np.ndarray, what: str) -> list[str]:
+    """Names of classes that are numbers: "0", "1", … up to the largest label."""
+    if (most := int(labels.max())) >= MOST_CLASSES:
+        raise ValueError(f"data: {what}: labels must be numbers of classes below {MOST_CLASSES:,}, got {most}")
+    return [str(label) for label in range(most + 1)]
 
 
 def open_source(spec: str, split: str = "train") -> Source:

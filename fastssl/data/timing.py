@@ -30,5 +30,10 @@ def speed(start: Callable[[], Iterator[int]], seconds: float, warm_up: int = 4) 
     return Speed(images / passed, (_cpu() - before) / (first + images) * 1000)
 
 
+def cores() -> int:
+    """Those that this process may use, which in a container or a batch job are not all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cpu() -> float:
     return sum(os.times()[:4])  # user and system; of this process, and of children that have ended

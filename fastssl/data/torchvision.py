@@ -1,6 +1,7 @@
 """The engine for every machine and every source: worker processes decode once, torchvision resamples every view of it,
 and `augment_` does the colours of a whole batch."""
 
+import gc
 import itertools
 from collections.abc import Iterator
 
@@ -32,7 +33,7 @@ class Engine:
     """
 
     def __init__(self, source: Source, recipe: Recipe, seed: int, *, workers: int, pin: bool, fill: bool):
-        self._plan = _Plan()
+        self._plan, self._forks = _Plan(), workers > 0
         self._batches = DataLoader(
             _Maker(source, recipe, seed, fill),
             batch_size=None,
@@ -41,12 +42,16 @@ class Engine:
             collate_fn=_as_it_is,
             persistent_workers=workers > 0,
             pin_memory=pin,
+            worker_init_fn=_keep_garbage,
             generator=torch.Generator(),  # else each epoch would draw from the global one, and a resume once more
         )
 
     def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Samples]:
         """Makes these batches of image numbers, in their order."""
         self._plan.epoch, self._plan.batches = epoch, batches
+        if self._forks:  # once: the workers stay
+            gc.collect()
+            self._forks = False
         return iter(self._batches)
 
 
@@ -77,7 +82,7 @@ def make(source: Source, recipe: Recipe, seed: int, epoch: int, indices: np.ndar
         indices, seeds = indices[rows], seeds[rows]
         views, draws = [view[rows] for view in views], [drawn.take(rows) for drawn in draws]
     for view, drawn, made in zip(recipe.views, draws, views):
-        augment_(made, *map(torch.from_numpy, drawn[3:]), grey_first=view.grayscale_first)
+        augment_(made, *map(torch.from_numpy, drawn.colours), grey_first=view.grayscale_first)
     labels = np.array([source.label(index) for index in indices.tolist()], dtype=np.int64)
     return Samples(views, *map(torch.from_numpy, (indices, labels, seeds)), bad)
 
@@ -106,6 +111,12 @@ class _Plan:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+def _keep_garbage(worker: int) -> None:
+    """What was garbage when a worker was forked is not collected there: the end of a pipeline of DALI would wait for
+    its threads, which a fork does not have."""
+    gc.freeze()
 
 
 class _Maker(Dataset):

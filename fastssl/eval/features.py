@@ -24,7 +24,8 @@ def extract(
     """(features [N, F] float32, labels [N], indices [N]) of every image that can be decoded, in `size`.
 
     `features` maps normalised images [B, 3, H, W] to [B, F]; a method's ``features`` in evaluation mode does. Of images
-    it sees the middle, undistorted, 224 pixels of a side of 256; those that are all no larger than `size`, whole.
+    it sees the middle, undistorted, 224 pixels of a side of 256; those that are no larger than `size`, as much as its
+    aspect admits.
     """
     small = source.size is not None and max(source.size) <= max(size)
     recipe = evaluation(size, centre=1.0 if small else 0.875)

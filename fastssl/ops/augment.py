@@ -40,7 +40,7 @@ def augment_(
     the blur is a Gaussian (Pillow's is three box filters).
 
     Args:
-        images: [B, 3, H, W] uint8, any strides, changed in place.
+        images: [B, 3, H, W] uint8, changed in place; any strides by which no two images share memory.
         jitter: [B, 4] float32: factors f ≥ 0 of brightness, contrast, saturation, and the hue's turn h in [−0.5, 0.5].
             (1, 1, 1, 0) changes nothing.
         order: [B, 4] int64, a permutation of 0 … 3 (the columns of `jitter`).
@@ -50,11 +50,13 @@ def augment_(
         flip: [B] bool.
         grey_first: of all images.
 
-    All draws lie on the CPU, wherever the images do: they decide what is computed at all.
+    All draws lie on the CPU, wherever the images do: they decide what is computed at all. Their values are not checked;
+    `draw(view, number, seeds).colours` of `fastssl.data.draws` makes them, with torchvision's distributions.
 
     Raises:
         ValueError: a shape or device does not fit.
         TypeError: a dtype does not fit.
+        RuntimeError: an `order` is not in 0 … 3.
 
     Memory: a few float32 images. No gradient.
 
@@ -62,17 +64,21 @@ def augment_(
     """
     check.tensor("augment_", "images", images, "B 3 H W", **{"3": 3})
     _check_dtype("images", images, torch.uint8)
-    batch = images.shape[0]
-    for name, value, dims, dtype in (
-        ("jitter", jitter, "B 4", torch.float32), ("order", order, "B 4", torch.int64), ("grey", grey, "B", torch.bool),
-        ("sigma", sigma, "B", torch.float32), ("solarize", solarize, "B", torch.bool), ("flip", flip, "B", torch.bool),
+    floats, whole, yes_or_no = torch.float32, torch.int64, torch.bool
+    for name, draws, dims, dtype in (
+        ("jitter", jitter, "B 4", floats), ("order", order, "B 4", whole), ("grey", grey, "B", yes_or_no),
+        ("sigma", sigma, "B", floats), ("solarize", solarize, "B", yes_or_no), ("flip", flip, "B", yes_or_no),
     ):  # fmt: skip
-        check.tensor("augment_", name, value, dims, **({"B": batch, "4": 4} if dims == "B 4" else {"B": batch}))
-        _check_dtype(name, value, dtype)
-        if value.device.type not in ("cpu", "meta"):
-            check.fail("augment_", f"{name} must be on the cpu (draws decide what is computed), got {value.device}")
+        _check_draws(name, draws, dims, dtype, images.shape[0])
     _augment_(images, jitter, order, grey, sigma, solarize, flip, grey_first)
     return images
+
+
+def _check_draws(name: str, draws: Tensor, dims: str, dtype: torch.dtype, batch: int) -> None:
+    check.tensor("augment_", name, draws, dims, **({"B": batch, "4": 4} if dims == "B 4" else {"B": batch}))
+    _check_dtype(name, draws, dtype)
+    if draws.device.type not in ("cpu", "meta"):
+        check.fail("augment_", f"{name} must be on the cpu (draws decide what is computed), got {draws.device}")
 
 
 def _check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:

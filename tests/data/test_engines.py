@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -270,3 +270,69 @@ def test_the_graph_of_a_gpu_keeps_pixels_on_it(name):
     assert {"Slice", "Resize", "CropMirrorNormalize"} <= set(devices)
     on_host = {kind for kind, device in devices.items() if "cpu" in device}
     assert on_host <= {"ExternalSource", "_TensorSubscript", "_ArithmeticGenericOp", "_conditional__Split"}
+
+
+@needs_dali
+def test_rotation_that_only_pillow_knows(tmp_path):
+    """XMP has an orientation too, and EXIF may be damaged elsewhere: what Pillow says, DALI gets."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    for orientation in range(1, 9):
+        xmp = f"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+            <rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/>
+            </rdf:RDF></x:xmpmeta>"""
+        image.save(tmp_path / f"xmp{orientation}.jpg", xmp=xmp.encode())
+        exif[0x0112] = orientation
+        image.save(tmp_path / f"exif{orientation}.jpg", exif=exif)
+    source = open_source(f"folder:{tmp_path}")
+    recipe = Recipe((View((32, 48), crop=(0.3, 0.9)),))
+    (ours,), (theirs,) = (
+        list(Loader(source, recipe, 16, train=False, engine=engine).epoch(0)) for engine in ("torchvision", "dali")
+    )
+    assert (ours.views[0] - theirs.views[0]).abs().max() < 0.2
+    sizes = {open_image(source, i).size for i in range(16)}
+    assert sizes == {(40, 60), (60, 40)}
+
+
+@needs_dali
+def test_what_dali_alone_refuses_is_decoded_by_pillow_from_then_on(tmp_path, monkeypatch):
+    """Pillow is told to take files that are cut short, DALI is not."""
+    from fastssl.data import dali
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    poison(tmp_path / "data", good=45)
+    for path in (tmp_path / "data").glob("bad-*"):
+        if path.name != "bad-cut.jpg":
+            path.unlink()
+    source = open_source(f"folder:{tmp_path / 'data'}")
+    recipe = Recipe((View((16, 16), crop=(0.3, 1.0)),))
+    loader = Loader(source, recipe, 8, train=False, engine="dali")
+    built, graph = [], dali._graph
+    monkeypatch.setattr(dali, "_graph", lambda *args, **options: built.append(1) or graph(*args, **options))
+    for builds in (2, 2, 2):
+        seen = indices(loader, 0)
+        assert seen == list(range(len(source)))
+        assert len(built) == builds
+    assert loader.bad == 0
+    assert [source.name(i).rpartition("/")[2] for i in loader._engine._refused] == ["bad-cut.jpg"]
+
+
+@needs_dali
+def test_an_error_that_no_image_explains_is_raised(monkeypatch):
+    loader = Loader(open_source("shapes:count=8"), Recipe((View((16, 16)),)), 8, engine="dali")
+    monkeypatch.setattr(loader._engine, "_pipeline", Broken())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(loader.epoch(0))
+
+
+class Broken:
+    """A pipeline that fails for a reason of its own."""
+
+    def feed_input(self, name, column):
+        pass
+
+    def schedule_run(self):
+        pass
+
+    def share_outputs(self):
+        raise RuntimeError("out of memory")

@@ -122,6 +122,49 @@ def test_links_that_lead_back_and_names_that_are_no_text(tmp_path):
         assert all(open_image(source, i).pixels().shape == (3, 12, 20) for i in range(2))
 
 
+def test_a_change_whose_time_was_set_back_is_seen(classes):
+    """As archives and images of file systems do, which give all files one time."""
+    first = names(open_source(f"folder:{classes}"))
+    before = os.stat(classes / "cat")
+    (classes / "cat" / "new.jpg").write_bytes(jpeg())
+    os.utime(classes / "cat", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(open_source(f"folder:{classes}")) + 2 == len(first) + 3
+
+
+def test_what_is_no_image_of_a_folder(tmp_path):
+    """Hidden folders are no classes; a pipe would be waited for; two links to one folder are two classes."""
+    for name in ("a", "b", ".ipynb_checkpoints"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "data" / name / f"{i}.jpg").write_bytes(jpeg())
+    os.mkfifo(tmp_path / "data" / "a" / "pipe.jpg")
+    (tmp_path / "data" / "z").symlink_to(tmp_path / "data" / "a")
+    source = open_source(f"folder:{tmp_path / 'data'}")
+    assert source.classes == ["a", "b", "z"]
+    assert len(source) == 9 - 1
+
+
+def test_too_few_images_for_a_test_split(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(jpeg())
+    refused(
+        f"data: {tmp_path} has 2 images, and every fifth is the test split: 5 are needed",
+        ValueError, open_source, f"folder:{tmp_path}", "test",
+    )  # fmt: skip
+
+
+def test_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temporary"))
+    (tmp_path / "x.jpg").write_bytes(jpeg())
+    settle(tmp_path)
+    assert len(open_source(f"folder:{tmp_path}")) == 1
+    with pytest.raises(ValueError, match=r"^data: ~nobody-here/x: "):
+        open_source("folder:~nobody-here/x")
+
+
 def test_strings_are_the_strings():
     strings = ["", "a", "Ünï", os.fsdecode(b"\xff")]
     held = Strings(strings)
@@ -240,6 +283,79 @@ def test_shards_from_an_address_are_fetched_once(shards):
     assert open_image(open_source(address), 0).pixels().shape == (3, 12, 20)
 
 
+def test_an_address_that_stops_half_way_is_asked_again(shards):
+    data = (shards[0] / "s-01.tar").read_bytes()
+    ends = [len(data) // 2, len(data)]
+
+    class HalfWay(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: ends.pop(0)])
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HalfWay)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/s-01.tar"
+    with pytest.raises(ValueError, match=r"^data: http.* ended after .* bytes: try again$"):
+        open_source(f"webdataset:{address}")
+    assert len(open_source(f"webdataset:{address}")) == 6
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("damage", ["header", "cut"])
+def test_a_damaged_shard_is_no_shorter_shard(tmp_path, damage):
+    path = tmp_path / "x.tar"
+    shard(path, samples(0, 6))
+    with tarfile.open(path) as tar:
+        fourth = tar.getmembers()[9].offset
+    data = bytearray(path.read_bytes())
+    if damage == "header":
+        data[fourth + 150] ^= 0xFF
+    path.write_bytes(data if damage == "header" else data[:fourth])
+    with pytest.raises(ValueError, match=rf"^data: .*x\.tar is damaged or cut short at byte {fourth:,}$"):
+        open_source(f"webdataset:{path}")
+
+
+def test_names_of_shards_that_only_hold_the_words(tmp_path):
+    for name in ("retrieval-train-0", "latest-train-1"):
+        shard(tmp_path / f"{name}.tar", samples(0, 5))
+    train, test = (open_source(f"webdataset:{tmp_path}", split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (8, 2)
+    shard(tmp_path / "imagenet_val_0.tar", samples(0, 3))
+    assert [len(open_source(f"webdataset:{tmp_path}", split)) for split in ("train", "test")] == [10, 3]
+    shard(tmp_path / "extra.tar", samples(0, 3))
+    with pytest.raises(ValueError, match=r"^data: .*extra\.tar is of neither split"):
+        open_source(f"webdataset:{tmp_path}")
+
+
+def test_members_of_all_kinds(tmp_path):
+    """Hard links, upper case, names in the folder itself; a second image of a sample is passed over, and said so."""
+    one, two = jpeg(), jpeg()
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in (("./a.JPG", one), ("./a.CLS", b"2"), ("./a.seg.png", two), ("b" * 150 + ".jpg", two),
+                           ("b" * 150 + ".cls", b" 1\n"), ("folder/", b"")):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            tar.addfile(info, io.BytesIO(data))
+        info = tarfile.TarInfo("./c.jpg")
+        info.type, info.linkname = tarfile.LNKTYPE, "./a.JPG"
+        tar.addfile(info)
+        info = tarfile.TarInfo("./c.cls")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"0"))
+    with pytest.warns(UserWarning, match=r"x\.tar: 1 images are passed over"):
+        source = open_source(f"webdataset:{path}")
+    assert [source.read(i).tobytes() for i in range(3)] == [one, two, one]
+    assert [source.label(i) for i in range(3)] == [2, 1, 0]
+
+
 def test_shards_that_do_not_fit_get_one_sentence(tmp_path):
     refused(
         "data: webdataset needs shards: webdataset:PATH or webdataset:PATH/train-{000..146}.tar",
@@ -262,6 +378,10 @@ def test_shards_that_do_not_fit_get_one_sentence(tmp_path):
     shard(tmp_path / "label.tar", {"a.jpg": jpeg(), "a.cls": b"cat"})
     with pytest.raises(ValueError, match=r"^data: .*label\.tar: a\.cls must hold the number of a class"):
         open_source(f"webdataset:{tmp_path}/label.tar")
+    for label in (b"-1", b"1000000", b"99999999999999999999"):
+        shard(tmp_path / "label.tar", {"a.jpg": jpeg(), "a.cls": label})
+        with pytest.raises(ValueError, match=r"a\.cls must hold the number of a class below 1,000,000, got"):
+            open_source(f"webdataset:{tmp_path}/label.tar")
 
 
 @pytest.mark.parametrize("dataset", [CIFAR10, CIFAR100])

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 
 import numpy as np
 import pytest
@@ -152,7 +153,8 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path, engine, encoded, wor
 def test_too_many_bad_images_stop_the_run(tmp_path):
     loader = Loader(Numbers(100, bad=[3, 4]), plain((8, 8)), 100, bad_files=tmp_path / "bad.txt")
     with pytest.raises(
-        ValueError, match=r"^data: 2 of 100 images can't be decoded, more than the 1.0% allowed, see .*bad.txt"
+        ValueError,
+        match=r"^data: 2 of 100 images can't be decoded, more than the 1.0% that max_bad allows, see .*bad.txt",
     ):
         list(loader.epoch(0))
     assert len(set(indices(Loader(Numbers(100, bad=[3, 4]), plain((8, 8)), 100, max_bad=0.02), 0))) == 98
@@ -174,6 +176,16 @@ def test_error_sentences():
     refused(
         "data: the batch of 4 on each of 3 ranks is larger than the data, which has 10 images",
         ValueError, Loader, Numbers(10), plain((8, 8)), 4, world=3,
+    )  # fmt: skip
+    for sentence, options in (
+        ("batch_size must be at least 1, got 0", {"batch_size": 0}),
+        ("workers must be at least 0, got -1", {"workers": -1}),
+        ("rank must be one of 0 … 1, got 2", {"rank": 2, "world": 2}),
+    ):
+        refused(f"data: {sentence}", ValueError, Loader, Numbers(10), plain((8, 8)), **{"batch_size": 4, **options})
+    refused(
+        "data: start must be a batch of the epoch, 0 … 2, got 3",
+        ValueError, Loader(Numbers(10), plain((8, 8)), 4).epoch, 0, 3,
     )  # fmt: skip
     refused(
         "data: unknown engine 'ffcv', there are torchvision, dali",
@@ -246,3 +258,47 @@ def test_seeds_of_neighbours_differ():
     assert len(set(seeds.ravel().tolist())) == 5000
     assert seeds.min() >= 0
     assert mix(1, 2) != mix(2, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@engines
+def test_a_loader_has_one_epoch_under_way(engine, workers):
+    """A second one ends the first, which says so instead of giving pixels of the other."""
+    source = open_source("shapes:count=24")
+    whole = [digest(batch) for batch in Loader(source, TWO, 4).epoch(1)]
+    loader = Loader(source, TWO, 4, engine=engine, workers=workers)
+    whole = (
+        whole
+        if engine == "torchvision"
+        else [digest(batch) for batch in Loader(source, TWO, 4, engine=engine).epoch(1)]
+    )
+    first = loader.epoch(0)
+    next(first)
+    second = loader.epoch(1)
+    begun = [digest(next(second)) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=r"^data: this epoch was ended by a later one"):
+        next(first)
+    del first
+    assert begun + [digest(batch) for batch in second] == whole
+
+
+def test_batches_that_are_kept_hold_no_files_open():
+    """What workers send lies in shared memory, a file each; a source of a million images has thousands of batches."""
+    loader = Loader(open_source("shapes:count=160,size=8"), plain((8, 8)), 4, workers=1)
+    kept, counts = [], []
+    for batch in loader.epoch(0):
+        kept.append((batch.index, batch.label, batch.seed))
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert len(kept) == 40
+    assert counts[-1] - counts[4] < 8
+
+
+@pytest.mark.skipif(not has_dali(), reason="needs DALI")
+def test_workers_do_not_inherit_a_pipeline_of_dali_as_garbage():
+    """The end of a pipeline waits for its threads, which a fork does not have: a worker that collects it hangs."""
+    source = open_source("shapes:count=24")
+    for _ in range(3):
+        list(Loader(source, TWO, 4, engine="dali").epoch(0))  # a pipeline refers to itself: it waits for the collector
+        loader = Loader(source, TWO, 4, workers=2)
+        assert len(list(loader.epoch(0))) == 6
+        del loader

@@ -131,6 +131,21 @@ def test_damaged_exif_is_passed_over(tmp_path):
     assert open_image(open_source(f"folder:{tmp_path}"), 0).pixels().shape == (3, 12, 20)
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif", "bmp"])
+def test_no_part_of_a_damaged_image_is_taken_for_all_of_it(tmp_path, kind):
+    """Pixels that are overwritten or missing; a JPEG shows those before the damage as they were, and is left out."""
+    path = tmp_path / f"x.{kind}"
+    noise(path, (200, 120), **({"compression": "tiff_lzw"} if kind == "tif" else {}))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(BadImage):
+        open_image(open_source(f"folder:{tmp_path}"), 0).pixels()
+    if kind == "png":
+        path.write_bytes(data[:200] + b"x" * 200 + data[400:])
+        with pytest.raises(BadImage):
+            open_image(open_source(f"folder:{tmp_path}"), 0).pixels()
+
+
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
 def test_bad_images_say_which_and_why(tmp_path, damage):
     path = tmp_path / "x.png"

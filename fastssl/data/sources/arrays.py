@@ -7,9 +7,12 @@
 Without a split of its own every fifth image is the test split, where there are labels.
 """
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
+
+from ..source import expanded, numbered
 
 KEYS = {"train": (("images", "labels"), ("x_train", "y_train")), "test": (("images", "labels"), ("x_test", "y_test"))}
 
@@ -50,12 +53,16 @@ class Arrays:
 
 def open_split(argument: str, split: str) -> Arrays:
     images_path, _, labels_path = argument.partition(",")
-    if not argument or Path(images_path).suffix not in (".npy", ".npz"):
+    if not argument or Path(images_path).suffix not in (".npy", ".npz") or Path(labels_path).suffix not in ("", ".npy"):
         raise ValueError(f"data: arrays needs a file: arrays:FILE.npy, arrays:FILE.npz or two .npy, got {argument!r}")
     if images_path.endswith(".npz"):
-        pixels, labels, owned = _of_npz(Path(images_path), split)
+        pixels, labels, owned = _of_npz(expanded(images_path), split)
     else:
-        pixels, labels, owned = _load(Path(images_path)), _load(Path(labels_path)) if labels_path else None, False
+        pixels, labels, owned = (
+            _load(expanded(images_path)),
+            _load(expanded(labels_path)) if labels_path else None,
+            False,
+        )
     return labelled(_channels_last(pixels, images_path), labels, split, owned, argument)
 
 
@@ -68,8 +75,10 @@ def labelled(pixels: np.ndarray, labels: np.ndarray | None, split: str, owned: b
         if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or labels.min() < 0:
             came = f"{labels.dtype} {list(labels.shape)}"
             raise ValueError(f"data: {what}: labels must be integers ≥ 0 of shape [{len(pixels)}], got {came}")
-        classes = [str(label) for label in range(int(labels.max()) + 1)]
+        classes = numbered(labels, what)
     rows = np.arange(len(pixels))
+    if split == "test" and not owned and len(pixels) < 5:
+        raise ValueError(f"data: {what} has {len(pixels)} images, and every fifth is the test split: 5 are needed")
     if not owned and (split == "test" or labels is not None):
         rows = rows[4::5] if split == "test" else np.delete(rows, slice(4, None, 5))
     return Arrays(pixels, labels, classes, rows, what)
@@ -80,7 +89,7 @@ def of_torchvision(dataset: type, root: str, split: str) -> Arrays:
     if not root:
         raise ValueError(f"data: {dataset.__name__.lower()} needs a folder: {dataset.__name__.lower()}:PATH")
     try:
-        held = dataset(Path(root).expanduser(), train=split == "train", download=False)
+        held = dataset(expanded(root), train=split == "train", download=False)
     except RuntimeError as error:
         raise ValueError(f"data: {root}: {dataset.__name__} is not there, or damaged ({error})") from error
     source = labelled(held.data, np.asarray(held.targets), split, True, root)
@@ -92,9 +101,12 @@ def _load(path: Path, mapped: bool = True):
     if not path.is_file():
         raise ValueError(f"data: {path} does not exist")
     try:
-        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        found = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"data: {path} is no NumPy file of plain numbers ({error})") from error
+    if isinstance(found, np.ndarray) != mapped:
+        raise ValueError(f"data: {path} is not what its name says: .npy is one array, .npz several")
+    return found
 
 
 def _of_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray | None, bool]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..source import BadImage, Strings, cache_folder
+from ..source import BadImage, Strings, cache_folder, expanded
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TEST_NAMES = ("test", "val", "validation")
@@ -53,7 +53,7 @@ class Folder:
 def open_split(argument: str, split: str) -> Folder:
     if not argument:
         raise ValueError("data: folder needs a path: folder:PATH")
-    root = Path(argument).expanduser()
+    root = expanded(argument)
     if not root.is_dir():
         raise ValueError(f"data: {root} is not a folder")
     owned_test = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
@@ -64,6 +64,8 @@ def open_split(argument: str, split: str) -> Folder:
         return Folder(owned_test, *_scan(owned_test, classes))
     paths, labels, classes = _scan(root)
     if split == "test":
+        if len(paths) < 5:
+            raise ValueError(f"data: {root} has {len(paths)} images, and every fifth is the test split: 5 are needed")
         return Folder(root, paths[4::5], labels[4::5], classes)
     if classes is not None:  # what is asked at evaluation must not be among the answers
         del paths[4::5], labels[4::5]
@@ -93,38 +95,46 @@ def _remembered(root: Path) -> list[str]:
     cache = cache_folder() / f"folder-{name}.json"
     try:
         known = json.loads(cache.read_text())
-        if all(os.stat(root / folder).st_mtime_ns == changed for folder, changed in known["folders"].items()):
+        if all(_mark(os.stat(root / folder)) == mark for folder, mark in known["folders"].items()):
             return known["paths"]
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or a folder is gone, or the file is damaged
         pass
+    began = time.time_ns()
     folders, paths = _walk(root)
-    if max(folders.values()) > time.time_ns() - SETTLED:
+    if max(changed for *_, changed, _ in folders.values()) > began - SETTLED:
         return paths
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps({"folders": folders, "paths": paths}))
         partial.replace(cache)
-    except (OSError, ValueError):  # no room, no right, or a name that is no text: it is read again next time
+    except OSError:  # no room or no right: it is read again next time
         pass
     return paths
 
 
-def _walk(root: Path) -> tuple[dict[str, int], list[str]]:
-    """{folder below the root: time of its last change}, and the images' paths below the root, sorted."""
+def _mark(found: os.stat_result) -> list[int]:
+    """Which folder this is, and when files came, went or were renamed in it, even where that time was set back."""
+    return [found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _walk(root: Path) -> tuple[dict[str, list[int]], list[str]]:
+    """{folder below the root: its `_mark`}, and the images' paths below the root, sorted. Hidden ones are left out."""
     folders, paths = {}, []
-    seen, waiting = set(), [""]
+    waiting = [("", ())]
     while waiting:
-        folder = waiting.pop()
+        folder, above = waiting.pop()
         found = os.stat(root / folder)
-        if (found.st_dev, found.st_ino) in seen:  # a link back up
+        if (found.st_dev, found.st_ino) in above:  # a link back up
             continue
-        seen.add((found.st_dev, found.st_ino))
-        folders[folder] = found.st_mtime_ns
+        above = (*above, (found.st_dev, found.st_ino))
+        folders[folder] = _mark(found)
         with os.scandir(root / folder) as entries:
             for entry in entries:
+                if entry.name.startswith("."):
+                    continue
                 if entry.is_dir():
-                    waiting.append(os.path.join(folder, entry.name))
-                elif entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."):
+                    waiting.append((os.path.join(folder, entry.name), above))
+                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):
                     paths.append(os.path.join(folder, entry.name))
     return folders, sorted(paths)

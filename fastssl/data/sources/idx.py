@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..source import expanded
 from .arrays import Arrays, labelled
 
 NAMES = {"train": "train", "test": "t10k"}
 
 
 def open_split(argument: str, split: str) -> Arrays:
-    root = Path(argument).expanduser()
+    root = expanded(argument)
     if not argument or not root.is_dir():
         raise ValueError(f"data: idx needs a folder: idx:PATH, got {argument!r}")
     images, labels = (_read(root, f"{NAMES[split]}-{part}-ubyte", dims)

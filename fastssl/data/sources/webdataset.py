@@ -18,13 +18,18 @@ import re
 import shutil
 import tarfile
 import urllib.request
+import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..source import BadImage, Strings, cache_folder
+from ..source import MOST_CLASSES, BadImage, Strings, cache_folder, expanded, numbered
 from .folder import SUFFIXES
+
+SPLIT = "(?<![a-z])(train|validation|val|test)(?![a-z])"  # in a shard's name
+TIMEOUT = 60  # seconds without a byte
 
 
 class _Shard(NamedTuple):
@@ -48,7 +53,7 @@ class WebDataset:
         self._file, self._offsets, self._sizes, self._labels = file[rows], offsets, sizes, labels
         self.shards = np.concatenate([[0], np.cumsum(np.bincount(self._file, minlength=len(shards)))])
         labelled = (columns[2] >= 0).all()
-        self.classes = [str(label) for label in range(int(columns[2].max()) + 1)] if labelled else None
+        self.classes = numbered(columns[2], self._paths[0]) if labelled else None
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -80,6 +85,8 @@ def open_split(argument: str, split: str) -> WebDataset:
         raise ValueError(f"data: no image in {argument} ({', '.join(SUFFIXES)})")
     if owned:
         return WebDataset(paths, shards, None, None)
+    if split == "test" and sum(len(shard.offsets) for shard in shards) < 5:
+        raise ValueError(f"data: {argument} has fewer than 5 images, of which every fifth is the test split")
     every_fifth = slice(4, None, 5)
     labelled = all((shard.labels >= 0).all() for shard in shards)
     return WebDataset(paths, shards, every_fifth if split == "test" else None, every_fifth if labelled else None)
@@ -87,15 +94,20 @@ def open_split(argument: str, split: str) -> WebDataset:
 
 def _named(argument: str, split: str) -> tuple[list[str], bool]:
     """The shards' names, and whether they are this split's own."""
-    folder = Path(argument.removeprefix("file:")).expanduser()
+    folder = expanded(argument.removeprefix("file:"))
     if not folder.is_dir():
         return _expanded(argument), False
     names = sorted(str(path) for path in folder.glob("*.tar"))
     if not names:
         raise ValueError(f"data: {folder} holds no *.tar")
-    train = [name for name in names if "train" in Path(name).name]
-    test = [name for name in names if re.search("val|test", Path(name).name)]
-    return (train if split == "train" else test, True) if train and test else (names, False)
+    said = {name: re.search(SPLIT, Path(name).name.lower()) for name in names}
+    train = [name for name in names if said[name] and said[name][0] == "train"]
+    test = [name for name in names if said[name] and said[name][0] != "train"]
+    if not (train and test):
+        return names, False
+    if others := [name for name in names if not said[name]]:
+        raise ValueError(f"data: {others[0]} is of neither split, beside train and test: name shards by a pattern")
+    return (train if split == "train" else test), True
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -115,7 +127,7 @@ def _choices(text: str) -> list[str]:
 def _local(name: str) -> Path:
     """The file itself, or a copy of what an address names."""
     if not re.match("https?://", name):
-        path = Path(name.removeprefix("file:")).expanduser()
+        path = expanded(name.removeprefix("file:"))
         if not path.is_file():
             raise ValueError(f"data: {path} does not exist")
         return path
@@ -123,9 +135,15 @@ def _local(name: str) -> Path:
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")
-        with urllib.request.urlopen(name) as there, partial.open("wb") as here:
-            shutil.copyfileobj(there, here)
-        partial.replace(kept)
+        try:
+            with urllib.request.urlopen(name, timeout=TIMEOUT) as there, partial.open("wb") as here:
+                shutil.copyfileobj(there, here)
+                announced, came = there.headers.get("Content-Length"), here.tell()
+            if announced is not None and came != int(announced):
+                raise ValueError(f"data: {name} ended after {came:,} of {int(announced):,} bytes: try again")
+            partial.replace(kept)
+        finally:
+            partial.unlink(missing_ok=True)
     return kept
 
 
@@ -137,7 +155,7 @@ def _index(path: Path) -> _Shard:
     try:
         with np.load(cache, allow_pickle=False) as known:
             return _Shard(*(known[field] for field in _Shard._fields))
-    except (OSError, ValueError, KeyError, EOFError):  # none yet, or damaged
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or damaged
         pass
     shard = _scanned(path)
     try:
@@ -151,23 +169,47 @@ def _index(path: Path) -> _Shard:
 
 
 def _scanned(path: Path) -> _Shard:
+    places: dict[str, tuple[int, int]] = {}  # of all members: a hard link has that of its target
     images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, int] = {}
+    passed_over = 0
     try:
         with tarfile.open(path, "r:") as tar:  # uncompressed alone: only there an image has a place
             for member in tar:
+                places[member.name] = places.get(member.linkname, (0, 0)) if member.islnk() else (
+                    member.offset_data, member.size)  # fmt: skip
                 folder, _, base = member.name.rpartition("/")
                 key, _, extension = base.partition(".")
-                if not member.isfile() or not key:
+                extension, sample = extension.lower(), f"{folder}/{key}"
+                if not (member.isfile() or member.islnk()) or not key:
                     continue
-                if f".{extension.lower()}" in SUFFIXES:
-                    images[f"{folder}/{key}"] = member.offset_data, member.size, member.name
-                elif extension == "cls":
-                    labels[f"{folder}/{key}"] = int(tar.extractfile(member).read())
+                if extension == "cls":
+                    labels[sample] = _label(tar.extractfile(member).read(), path, member.name)
+                elif f".{extension}" in SUFFIXES and sample not in images:
+                    images[sample] = *places[member.name], member.name
+                else:
+                    passed_over += extension.endswith(SUFFIXES) or f".{extension}" in SUFFIXES
+            end = tar.offset
+        with path.open("rb") as file:
+            file.seek(end)
+            whole = file.read(512) == bytes(512)
     except tarfile.TarError as error:
         raise ValueError(f"data: {path} is no tar file, is compressed or cut short ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"data: {path}: {member.name} must hold the number of a class ({error})") from error
+    if not whole:
+        raise ValueError(f"data: {path} is damaged or cut short at byte {end:,}")
+    if passed_over:
+        rule = "a sample, all that has the same name up to its first dot, has one"
+        warnings.warn(f"{path}: {passed_over} images are passed over: {rule}", stacklevel=2)
     offsets, sizes, names = zip(*images.values()) if images else ((), (), ())
     numbers = [np.array(column, dtype=np.int64) for column in (offsets, sizes, [labels.get(key, -1) for key in images])]
     return _Shard(*numbers, np.array(names, dtype=str))
+
+
+def _label(text: bytes, path: Path, member: str) -> int:
+    try:
+        label = int(text)
+    except ValueError as error:
+        raise ValueError(f"data: {path}: {member} must hold the number of a class ({error})") from error
+    if not 0 <= label < MOST_CLASSES:
+        raise ValueError(f"data: {path}: {member} must hold the number of a class below {MOST_CLASSES:,}, got {label}")
+    return label
