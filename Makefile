@@ -33,8 +33,8 @@ install: .venv/installed
 
 demo: .venv/installed
 	rm -rf runs/demo-mae runs/demo-moco
-	$(BIN)/fastssl pretrain mae --data digits --epochs 20 --run runs/demo-mae
-	$(BIN)/fastssl pretrain moco_v2 --data shapes --epochs 3 --run runs/demo-moco
+	$(BIN)/fastssl pretrain mae --data digits --epochs 20 --folder runs/demo-mae
+	$(BIN)/fastssl pretrain moco_v2 --data shapes --epochs 3 --folder runs/demo-moco
 	@$(BIN)/fastssl report runs/demo-mae
 	@$(BIN)/fastssl report runs/demo-moco
 

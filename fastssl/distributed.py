@@ -4,14 +4,47 @@ All ranks must call a collective together and with equal shapes. Those that carr
 DistributedDataParallel then averages, which gives the gradient of the mean loss of all ranks.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 if hasattr(dist, "all_gather_single"):  # their names from torch 2.14 on; the older ones warn there
     _all_gather, _reduce_scatter = dist.all_gather_single, dist.reduce_scatter_single
 elif dist.is_available():
     _all_gather, _reduce_scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
+
+def join(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun started and returns this one's device; alone it returns `device`.
+
+    Tensors on GPUs go by NCCL and those on the CPU by gloo.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or world_size() > 1:
+        return device
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    return device
+
+
+def part() -> None:
+    """Undoes `join`."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_loss_of_rank(error: RuntimeError) -> bool:
+    """True for what a collective raises where another process has gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return world_size() > 1 and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+
+
+def ranks_here() -> int:
+    """Processes on this machine that train together."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
 def world_size() -> int:
@@ -43,6 +76,30 @@ def exchange(x: Tensor) -> Tensor:
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum of every rank's x, with gradient."""
     return _Sum.apply(x) if world_size() > 1 else x
+
+
+@torch.no_grad()
+def average(x: Tensor) -> Tensor:
+    """The mean of every rank's x; no gradient."""
+    return _Sum.apply(x) / world_size() if world_size() > 1 else x
+
+
+def objects_of_ranks(x: object) -> list:
+    """Every rank's x, in rank order; for what is small and rare."""
+    if world_size() == 1:
+        return [x]
+    everyone: list = [None] * world_size()
+    dist.all_gather_object(everyone, x)
+    return everyone
+
+
+@torch.no_grad()
+def buffers_of_rank_0(module: nn.Module) -> None:
+    """Overwrites the buffers of every rank with those of rank 0. Batch norms of each rank keep running statistics of
+    what they see; those of rank 0 are the ones that are saved and evaluated, as with the reference code."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 @torch.no_grad()

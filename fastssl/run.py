@@ -1,11 +1,15 @@
-"""A run folder: config.json says what was asked for, checkpoint.pt holds what was learned.
+"""A run folder: config.json says what was asked for, checkpoints hold what was learned.
 
-config.json      method, data, every option; enough to open or resume the run
-metrics.jsonl    a line every few steps (train/log.py)
-checkpoint.pt    the last one, whole
-knn.json         accuracy of raw pixels, of the untrained and of the trained encoder
-bad_files.txt    images that could not be decoded, where there were any
-report.html      by `fastssl report`
+config.json          method, data, every option; enough to open or resume the run
+metrics.jsonl        a line every few steps (train/log.py)
+checkpoints/         the last ones, and those kept for good (train/checkpoint.py)
+evaluations.jsonl    a line for each evaluation: kNN before, during and after training, linear and fine-tuned accuracy
+reconstructions/     of MAE, at each evaluation
+tensorboard/         the same curves for TensorBoard
+profile/             where the time of a step goes, by --profile
+bad_files.txt        images that could not be decoded, where there were any
+skipped-RANK.jsonl   steps whose loss or gradient was not finite, and their images
+report.html          by `fastssl report`
 """
 
 import dataclasses
@@ -21,6 +25,7 @@ from torch import nn
 
 import fastssl.methods
 from fastssl.train import checkpoint
+from fastssl.train.recipe import Execution
 
 
 def method_names() -> list[str]:
@@ -41,7 +46,7 @@ class Options:
 
     data: str
     """digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH or cifar100:PATH"""
-    run: Path | None = None
+    folder: Path | None = None
     """folder of the run, runs/METHOD-DATA if not given"""
     seed: int = 0
     """of weights, order, augmentations and masks"""
@@ -53,14 +58,11 @@ class Options:
     """file to start from: an official checkpoint of the method, or a whole model that `fastssl export` wrote"""
     device: str = "auto"
     """cuda, cpu, or auto: cuda where there is one"""
-    precision: str = "fp32"
-    """fp32, or bf16 for autocast"""
-    log_every: int = 10
-    """steps between lines of metrics"""
-    checkpoint_every: int = 0
-    """steps between checkpoints, 0 for one an epoch"""
     max_bad: float = 0.01
     """share of images that may be undecodable"""
+    knn_every: int = 0
+    """epochs between kNN evaluations during the run, 0 for one before and one after it"""
+    execution: Execution = field(default_factory=Execution)
 
 
 @dataclass
@@ -79,17 +81,40 @@ class Run:
         (self.folder / "config.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
 
     @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.pt"
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def state(self) -> dict:
+        """The newest checkpoint that is intact.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return checkpoint.load(self.checkpoints, self.method_name)
 
     def build(self) -> nn.Module:
         """The method with fresh weights."""
         return method_module(self.method_name).build(self.config)
 
+    def note(self, evaluation: str, step: int, accuracy: float, **facts: Any) -> None:
+        """Adds a line to evaluations.jsonl, {"evaluation", "step", "accuracy" (0 … 1), and the facts: what was asked
+        for}; one that asked for the same at the same step is replaced."""
+        record = {"evaluation": evaluation, "step": step, **facts}
+        kept = [known for known in self.evaluations() if {**known, **record} != known]
+        lines = [json.dumps(line) + "\n" for line in (*kept, {**record, "accuracy": accuracy})]
+        beside = self.folder / "evaluations.jsonl.writing"
+        beside.write_text("".join(lines))
+        beside.replace(self.folder / "evaluations.jsonl")
+
+    def evaluations(self) -> list[dict]:
+        """The lines of evaluations.jsonl."""
+        path = self.folder / "evaluations.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
     def load(self) -> nn.Module:
         """The method with the weights of the last checkpoint, in evaluation mode."""
         method = self.build()
-        method.load_state_dict(checkpoint.load(self.checkpoint, self.method_name)["model"])
+        method.load_state_dict(self.state()["model"])
         return method.eval()
 
 

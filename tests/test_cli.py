@@ -26,6 +26,11 @@ def refused(monkeypatch, sentence, *words):
     assert str(stopped.value) == f"fastssl: {sentence}"
 
 
+def accuracies(folder):
+    """kNN of raw pixels, of the encoder before and after the run."""
+    return [json.loads(line)["accuracy"] for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
 def pictures(folder, count, bad=0):
     for i in range(count):
         (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -39,23 +44,27 @@ def pictures(folder, count, bad=0):
 
 def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "run"
-    run(monkeypatch, "pretrain", "mae", "--data", "digits", "--run", folder, *FAST)
+    run(monkeypatch, "pretrain", "mae", "--data", "digits", "--folder", folder, *FAST)
     out = capsys.readouterr().out
     assert "preset `small`" in out
     assert "raw pixels" in out
-    assert {"config.json", "metrics.jsonl", "checkpoint.pt", "knn.json"} <= set(os.listdir(folder))
+    written = {"config.json", "metrics.jsonl", "checkpoints", "evaluations.jsonl", "reconstructions", "tensorboard"}
+    assert set(os.listdir(folder)) == written
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert record.keys() == {"step", "epoch", "lr", "loss", "images_per_second", "data_wait"}
+    assert record.keys() == {"step", "epoch", "lr", "loss", "grad_norm", "skipped", "images_per_second", "data_wait",
+                             "peak_memory"}  # fmt: skip
     assert record["step"] == 1438 // 32
-    trained = json.loads((folder / "knn.json").read_text())["trained encoder"]
+    raw, untrained, trained = accuracies(folder)
+    assert raw > untrained
     run(monkeypatch, "eval", "knn", folder)
     assert f"{trained:.1%}" in capsys.readouterr().out
     run(monkeypatch, "report", folder)
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     refused(
         monkeypatch,
-        f"pretrain: {folder} holds a run already: go on with it (--resume {folder}) or name another (--run)",
-        "pretrain", "mae", "--data", "digits", "--run", folder, *FAST,
+        f"pretrain: {folder} holds a run already: go on with it (--resume {folder}, or --resume auto beside the "
+        f"options it was begun with) or name another (--folder)",
+        "pretrain", "mae", "--data", "digits", "--folder", folder, *FAST,
     )  # fmt: skip
     refused(
         monkeypatch,
@@ -67,21 +76,21 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
 def test_export_and_start_from_weights(monkeypatch, capsys, tmp_path):
     folder, more = tmp_path / "run", tmp_path / "more"
     data = ["--data", "shapes:count=64", *FAST, "--hidden", "32", "--backbone", "vit_mini", "--dim", "16"]
-    run(monkeypatch, "pretrain", "moco_v3", "--run", folder, *data)
+    run(monkeypatch, "pretrain", "moco_v3", "--folder", folder, *data)
     capsys.readouterr()
     for layout, name in (("timm", "moco_v3-timm.safetensors"), ("moco", "moco_v3-moco.pth")):
         run(monkeypatch, "export", folder, "--format", layout)
         assert capsys.readouterr().out.strip() == str(folder / name)
     assert "patch_embed.proj.weight" in load_file(folder / "moco_v3-timm.safetensors")
     run(monkeypatch, "export", folder, "--format", "moco", "--to", tmp_path / "other.pth")
-    run(monkeypatch, "pretrain", "moco_v3", "--run", more, "--weights", tmp_path / "other.pth", *data)
-    first, second = (json.loads((f / "knn.json").read_text()) for f in (folder, more))
-    assert second["given encoder"] == first["trained encoder"]
+    run(monkeypatch, "pretrain", "moco_v3", "--folder", more, "--weights", tmp_path / "other.pth", *data)
+    first, second = accuracies(folder), accuracies(more)
+    assert second[1] == first[2]  # the given encoder is the one that was trained
     refused(
         monkeypatch, "export: MoCoV3 has no weights in the format mae, but in moco", "export", folder, "--format", "mae"
     )
     with pytest.raises(SystemExit, match=r"moco_v3-moco\.pth lacks encoder_k\.bn1\.bias and"):
-        words = ["pretrain", "moco_v1", "--data", "shapes:count=64", "--run", tmp_path / "third", *FAST]
+        words = ["pretrain", "moco_v1", "--data", "shapes:count=64", "--folder", tmp_path / "third", *FAST]
         run(monkeypatch, *words, "--weights", folder / "moco_v3-moco.pth")
 
 
@@ -97,7 +106,7 @@ def test_the_papers_numbers_follow_the_backbone(monkeypatch, capsys):
 
 def test_a_folder_with_a_bad_image_trains_to_the_end(monkeypatch, capsys, tmp_path):
     data, folder = pictures(tmp_path / "data", 200, bad=1), tmp_path / "run"
-    run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--run", folder, *FAST)
+    run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--folder", folder, *FAST)
     assert "1 of 160 images could not be decoded" in capsys.readouterr().out
     assert "000.png: no image that Pillow knows" in (folder / "bad_files.txt").read_text()
 
@@ -105,7 +114,7 @@ def test_a_folder_with_a_bad_image_trains_to_the_end(monkeypatch, capsys, tmp_pa
 def test_too_many_bad_images_stop_the_run(monkeypatch, tmp_path):
     data, folder = pictures(tmp_path / "data", 200, bad=2), tmp_path / "run"
     with pytest.raises(SystemExit, match=r"2 of 160 images can't be decoded, more than the 1\.0% that max_bad allows"):
-        run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--run", folder, *FAST)
+        run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--folder", folder, *FAST)
 
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
@@ -122,12 +131,12 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     refused(
         monkeypatch,
         f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images)",
-        "pretrain", "mae", "--data", "cifar", "--run", new,
+        "pretrain", "mae", "--data", "cifar", "--folder", new,
     )  # fmt: skip
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(SystemExit, match=f"data: {empty} holds no image"):
-        run(monkeypatch, "pretrain", "mae", "--data", f"folder:{empty}", "--run", new)
+        run(monkeypatch, "pretrain", "mae", "--data", f"folder:{empty}", "--folder", new)
     for words, sentence in {
         ("mae", "--image-size", "30", "32"): "MAE: img_size must be divisible by patch_size=4, got 30×32",
         ("mae", "--mask-ratio", "0.999"): "MAE: mask_ratio must keep at least one and mask at least one of 36 patches, "
@@ -136,7 +145,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         ("moco_v3", "--tau", "0"): "MoCoV3: tau must be > 0, got 0.0",
         ("mae", "--batch-size", "5000"): "data: the batch of 5000 is larger than the data, which has 1438 images",
         ("mae", "--preset", "huge"): "pretrain: --preset must be small or paper, got 'huge'",
-        ("mae", "--device", "tpu"): "pretrain: --device must be auto, cpu or a cuda device that is there, got 'tpu'",
+        ("mae", "--device", "tpu"): "--device must be auto, cpu or a cuda device that is there, got 'tpu'",
         ("moco_v1", "--bn-splits", "0"): "pretrain: --bn-splits must be at least 1, got 0",
         ("moco_v3", "--hidden", "0"): "pretrain: --hidden must be at least 1, got 0",
         ("moco_v1", "--image-size", "32", "0"): "pretrain: --image-size must be at least 1, got 32 0",
@@ -144,19 +153,34 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         "--epochs 100, got 120",
         ("mae", "--lr", "nan"): "pretrain: --lr must be a number from 0 on, got nan",
         ("mae", "--workers", "-2"): "pretrain: --workers must be a number from 0 on, got -2",
+        (
+            "mae",
+            "--accumulate",
+            "3",
+        ): "pretrain: --batch-size must be divisible by 1 ranks times --accumulate 3, got 64",
+        ("mae", "--shard"): "train: --shard needs several ranks: torchrun --nproc-per-node N -m fastssl pretrain …",
+        ("mae", "--clip-norm", "-1"): "pretrain: --clip-norm must be a number from 0 on, got -1.0",
+        ("mae", "--keep-last", "0"): "pretrain: --keep-last must be at least 1, got 0",
+        (
+            "moco_v2",
+            "--batch-size",
+            "8",
+            "--bn-splits",
+            "8",
+        ): "moco: batch_size must be at least twice bn_splits=8, got 8",
         ("mae", "--log-every", "0"): "pretrain: --log-every must be at least 1, got 0",
-        ("mae", "--precision", "int4"): "pretrain: --precision must be fp32 or bf16, got 'int4'",
+        ("mae", "--precision", "int4"): "pretrain: --precision must be fp32 or bf16 or fp16, got 'int4'",
     }.items():
-        refused(monkeypatch, sentence, "pretrain", *words, "--data", "digits", "--run", new)
+        refused(monkeypatch, sentence, "pretrain", *words, "--data", "digits", "--folder", new)
         assert not (new / "config.json").exists()
     refused(monkeypatch, f"run: {empty} is no run folder: it has no config.json", "pretrain", "--resume", empty)
-    refused(monkeypatch, "eval: name an evaluation: knn, got nothing", "eval")
+    refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got nothing", "eval")
 
 
 def test_a_run_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"^fastssl: \[Errno 20\] Not a directory|^fastssl: \[Errno 17\] File exists"):
-        run(monkeypatch, "pretrain", "mae", "--data", "digits", "--run", tmp_path / "file" / "run", *FAST)
+        run(monkeypatch, "pretrain", "mae", "--data", "digits", "--folder", tmp_path / "file" / "run", *FAST)
 
 
 def test_help_and_env_read_well(monkeypatch, capsys):

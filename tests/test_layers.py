@@ -18,18 +18,21 @@ MAY_IMPORT = {
     "nn": {"ops", "distributed"},
     "methods": {"nn", "ops", "distributed", "data.recipe", "train.recipe"},
     "data": {"ops"},
-    "train": {"ops"},
-    "eval": {"ops", "nn", "data"},
+    "train": {"ops", "distributed"},
+    "eval": {"ops", "nn", "data", "distributed", "train.optim", "train.recipe", "train.schedule"},
     "report": {"run", "ops", "data", "train.log", "eval"},
     "run": {"methods", "train"},
     "weights": set(),
-    "cli": {"run", "ops", "data", "eval", "report", "train", "weights", "cli_data", "_C"},
+    "machine": {"data", "ops", "_C"},
+    "cli": {"run", "ops", "data", "report", "weights", "train", "machine", "cli_data", "cli_eval", "cli_pretrain"},
     "cli_data": {"run", "data"},
+    "cli_eval": {"run", "data", "eval", "machine", "train", "weights", "distributed"},
+    "cli_pretrain": {"run", "data", "eval", "machine", "train", "weights", "distributed", "cli_eval"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL, MOST_PARAMETERS = 500, 60, 150, 8
-LONGEST_METHOD = 150  # the whole file
+LONGEST_METHOD = 170  # the whole file
 
 
 def room_of(path: Path) -> str:

@@ -1,35 +1,109 @@
 """Weighted k-nearest-neighbour classification on frozen features."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 1024  # queries at a time: memory is TILE × bank, never queries × bank
+from fastssl.distributed import gather, objects_of_ranks
+
+from .features import gather_uneven
+
+TILE = 1024  # queries and bank features at a time: memory is TILE × (TILE + k), never queries × bank
+LOW = 2**32 - 1  # the lower half of a key, and its largest tag
+NONE = -(2**63)  # key of a neighbour that isn't there
 
 
+@torch.no_grad()
 def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 20, tau: float = 0.07
-) -> float:
-    """Share of the queries whose k nearest bank features, by cosine, vote for their label with weights exp(cos / τ).
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    ks: Sequence[int] = (10, 20, 200),
+    tau: float = 0.07,
+) -> dict[int, float]:
+    """{k: share of the queries whose k nearest bank features, by cosine, vote for their label}, votes exp(cos / τ).
+
+    Of equally near features those of smaller labels vote, so that the result does not depend on the bank's order. On
+    several ranks each gives its own part of bank and queries, of any sizes, and all get the accuracy of the whole: the
+    bank stays where it is, the queries go round, and only the k nearest of each rank meet.
 
     Args:
-        bank: [N, F], queries: [M, F], floating, on one device. bank_labels: [N], labels: [M] int64, ≥ 0.
-        k: neighbours, cut to N.
+        bank: [N, F], queries: [M, F], floating, on one device; computed in float32. bank_labels: [N], 0 … 2³² − 1,
+            labels: [M], int64.
+        ks: numbers of neighbours, all answered by one search; k is cut to N.
         tau: temperature of the votes.
 
+    Raises:
+        ValueError: no features, or some that are not finite, a negative bank label, a k below 1, or τ not above 0.
+
+    Memory: TILE × (TILE + k) keys of 8 bytes and the votes of a tile beside copies of bank and, on ranks, queries.
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4.
     """
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    classes = int(torch.maximum(bank_labels.max(), labels.max())) + 1
-    right = 0
+    if not ks or min(ks) < 1 or not tau > 0:
+        raise ValueError(f"knn: ks must be at least 1 and tau > 0, got {tuple(ks)} and {tau}")
+    wrong = not bank.isfinite().all() or not queries.isfinite().all() or bool((bank_labels < 0).any())
+    highest = [int(column.max()) for column in (bank_labels, labels) if len(column)]
+    banks, asked, wrongs, classes = zip(*objects_of_ranks((len(bank), len(queries), wrong, max(highest, default=0))))
+    if any(wrongs) or not sum(banks) or not sum(asked):
+        which = ", some of which are not" if any(wrongs) else ""
+        raise ValueError(f"knn: bank and queries must be finite features, bank labels at least 0, got {sum(banks)} "
+                         f"features and {sum(asked)} queries{which}")  # fmt: skip
+    queries, labels = gather_uneven(queries), gather_uneven(labels)
+    bank, most = F.normalize(bank.float(), dim=1), min(max(ks), sum(banks))
+    right = {k: torch.zeros((), dtype=torch.int64, device=bank.device) for k in ks}
     for tile, wanted in zip(queries.split(TILE), labels.split(TILE)):
-        cosine, nearest = (tile @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = cosine.new_zeros(len(tile), classes)
-        votes.scatter_add_(1, bank_labels[nearest], ((cosine - 1) / tau).exp())  # −1: the same votes, no overflow
-        right += int((votes.argmax(1) == wanted).sum())
-    return right / len(queries)
+        keys = _of_all_ranks(_nearest(bank, bank_labels, F.normalize(tile.float(), dim=1), most))
+        cosine, voters = _opened(keys)
+        weights = ((cosine - cosine[:, :1]) / tau).exp()  # − the largest: the same votes, no overflow, never all 0
+        for k in right:
+            right[k] += (_elected(voters[:, :k], weights[:, :k], max(classes) + 1) == wanted).sum()
+    return {k: int(hits) / len(queries) for k, hits in right.items()}
 
 
+@torch.no_grad()
 def nearest(bank: Tensor, queries: Tensor, k: int) -> Tensor:
-    """[M, k] rows of the bank nearest to each query by cosine, nearest first."""
-    return (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(min(k, len(bank)), dim=1).indices
+    """[M, k] rows of the bank nearest to each query by cosine, nearest first, of equally near ones the earlier; k is
+    cut to N. In one process."""
+    bank, rows = F.normalize(bank.float(), dim=1), torch.arange(len(bank), device=bank.device)
+    k = min(k, len(bank))
+    tiles = (_nearest(bank, rows, F.normalize(tile.float(), dim=1), k) for tile in queries.split(TILE))
+    return torch.cat([_opened(keys)[1] for keys in tiles])
+
+
+def _nearest(bank: Tensor, tags: Tensor, queries: Tensor, k: int) -> Tensor:
+    """Keys [T, k] int64 of the nearest rows of the bank [N, F], descending; where N < k the rest is `NONE`.
+
+    A key is the cosine and, below it, the row's tag, the smaller the better. So sorting knows no ties: which neighbours
+    are found depends on neither the tiles nor the ranks.
+    """
+    best = torch.full((len(queries), k), NONE, device=queries.device)
+    for features, tag in zip(bank.split(TILE), tags.split(TILE)):
+        bits = (queries @ features.T).add_(0.0).view(torch.int32)  # + 0 makes −0 of the products 0
+        ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)  # integers in the order of the floats
+        keys = ordered.long().bitwise_left_shift_(32).add_(LOW - tag)
+        best = torch.cat([best, keys], dim=1).topk(k, dim=1).values
+    return best
+
+
+def _of_all_ranks(keys: Tensor) -> Tensor:
+    """The best k of every rank's keys [T, k] for the same queries."""
+    together = gather(keys.T.contiguous()).T  # [T, world · k]
+    return together.topk(keys.shape[1], dim=1).values if together.shape != keys.shape else keys
+
+
+def _opened(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """(cosine float32, tag int64) of keys."""
+    ordered = (keys >> 32).int()
+    return (ordered ^ (ordered >> 31 & 0x7FFFFFFF)).view(torch.float32), LOW - (keys & LOW)
+
+
+def _elected(voters: Tensor, weights: Tensor, classes: int) -> Tensor:
+    """[T] the class with most votes, of voters [T, k]; a few queries at a time where there are many classes."""
+    rows = max(1, TILE * TILE // classes)
+    return torch.cat([
+        weight.new_zeros(len(voter), classes).scatter_add_(1, voter, weight).argmax(1)
+        for voter, weight in zip(voters.split(rows), weights.split(rows))
+    ])  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.profiler import record_function
 
 from fastssl.data.recipe import Recipe, View
 from fastssl.nn.masking import kept_tokens, seeded_noise
@@ -111,7 +112,8 @@ class MAE(ViT):
         masking = self.masking(images, noise, generator)
         tokens = self.decode(self.encode_kept(images, masking), masking)[:, 1:]
         pred = self.decoder_pred(self.decoder_norm(keep_tokens(tokens, masking.ids_masked)))
-        return masked_patch_mse(pred, images, masking.ids_masked, self.patch_size, self.norm_pix_loss)
+        with record_function("loss"):
+            return masked_patch_mse(pred, images, masking.ids_masked, self.patch_size, self.norm_pix_loss)
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(predictions of all patches [B, L, P], mask [B, L]: 0 kept, 1 removed)."""

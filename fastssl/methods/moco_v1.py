@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fastssl.data.recipe import Recipe, View
 from fastssl.distributed import shuffle, unshuffle, world_size
@@ -16,6 +17,7 @@ from fastssl.nn.heads import moco_v2_head
 from fastssl.nn.losses import InfoNCELoss, unit
 from fastssl.nn.resnet import build_resnet, features_before
 from fastssl.nn.twin import MomentumTwin
+from fastssl.ops import InfoNCE
 from fastssl.train.recipe import Training
 
 
@@ -71,9 +73,12 @@ class Config:
 
 
 def build(config: Config, mlp: bool = False) -> "MoCo":
-    batch, splits = config.training.batch_size, max(1, config.bn_splits // world_size())
-    if config.bn_splits < 1 or batch % config.bn_splits:
-        raise ValueError(f"moco: batch_size must be divisible by bn_splits={config.bn_splits}, got {batch}")
+    batch, parts = config.training.batch_size, world_size() * config.training.accumulate
+    splits = max(1, config.bn_splits // parts)
+    if config.bn_splits < 1 or batch % (splits * parts):
+        raise ValueError(f"moco: batch_size must be divisible by bn_splits={max(config.bn_splits, parts)}, got {batch}")
+    if splits > 1 and batch < 2 * splits * parts:
+        raise ValueError(f"moco: batch_size must be at least twice bn_splits={config.bn_splits}, got {batch}")
     encoder = build_resnet(config.backbone, config.dim, config.small_images, splits)
     momentum, shuffled = config.twin_momentum, max(config.bn_splits, world_size()) > 1
     return MoCo(encoder, config.queue_size, config.tau, momentum, mlp, config.symmetric, shuffled, config.shard_queue)
@@ -108,16 +113,28 @@ class MoCo(nn.Module):
         self.criterion = InfoNCELoss(dim, queue_size, tau, normalize=False, shard=shard_queue)
         self.register_state_dict_post_hook(functools.partial(_rename, "criterion.queue", "queue"))
         self.register_load_state_dict_pre_hook(functools.partial(_rename, "queue", "criterion.queue"))
-        self._keys: Tensor | None = None  # of the step under way; they enter the queue after it
+        self._keys: list[list[Tensor]] = []  # of each micro-batch of the step under way; they enter the queue after it
 
     def forward(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+        keys, (loss, rank) = self.contrast(batch)
+        if torch.is_grad_enabled():
+            self._keys.append(keys)
+        return loss.mean(), {"top1": (rank == 0).float().mean()}
+
+    def contrast(self, batch) -> tuple[list[Tensor], InfoNCE]:
+        """(the keys [B, D] of each direction, loss and rank of all queries); changes nothing."""
         one, two = batch.views
         pairs = [(one, two), (two, one)] if self.symmetric else [(one, two)]
         keys = [self.keys(view) for _, view in pairs]
-        results = [self.criterion.contrast(unit(self.encoder_q(view)), k) for (view, _), k in zip(pairs, keys)]
-        self._keys = torch.cat(keys)
-        loss, rank = (torch.cat(both) for both in zip(*results))
-        return loss.mean(), {"top1": (rank == 0).float().mean()}
+        queries = [unit(self.encoder_q(view)) for view, _ in pairs]
+        with record_function("loss"):
+            results = [self.criterion.contrast(q, k) for q, k in zip(queries, keys)]
+            return keys, InfoNCE(*map(torch.cat, zip(*results)))
+
+    def ranks(self, batch) -> tuple[Tensor, int]:
+        """(how many negatives score above each query's key [Q], negatives); for reports, changes nothing."""
+        _, (_, rank) = self.contrast(batch)
+        return rank, self.criterion.whole().shape[0]
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
@@ -129,9 +146,12 @@ class MoCo(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """The reference updates the key encoder at the start of a step and enqueues at its end: with both here the
-        losses are the same, since its two encoders start equal."""
-        self.criterion.enqueue(self._keys)
-        self._keys = None
+        losses are the same, since its two encoders start equal. Keys enter in the order of the whole batch, however it
+        was cut into micro-batches and ranks."""
+        for direction in zip(*self._keys):
+            for keys in direction:
+                self.criterion.enqueue(keys)
+        self._keys = []
         self.encoder_k.update(self.encoder_q)
 
     def features(self, images: Tensor) -> Tensor:

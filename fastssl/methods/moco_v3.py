@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fastssl.data.recipe import Recipe, View
-from fastssl.distributed import gather, rank
+from fastssl.distributed import gather, rank, world_size
 from fastssl.nn.heads import moco_v3_head
 from fastssl.nn.losses import unit
 from fastssl.nn.norm import sync_batch_norms
@@ -114,10 +115,20 @@ class MoCoV3(nn.Module):
         self.projector_name = "head" if hasattr(base_encoder, "head") else "fc"
 
     def forward(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+        (loss1, rank1), (loss2, rank2) = self.directions(batch)
+        return loss1 + loss2, {"top1": (torch.cat([rank1, rank2]) == 0).float().mean()}
+
+    def directions(self, batch) -> list[tuple[Tensor, Tensor]]:
+        """(loss, rank of each query's own key [B]) of either view's queries among the other's keys."""
         q1, q2 = (unit(self.predictor(self.base_encoder(view))) for view in batch.views)
         k1, k2 = (unit(self.momentum_encoder(view)) for view in batch.views)
-        (loss1, rank1), (loss2, rank2) = self.contrast(q1, k2), self.contrast(q2, k1)
-        return loss1 + loss2, {"top1": (torch.cat([rank1, rank2]) == 0).float().mean()}
+        with record_function("loss"):
+            return [self.contrast(q1, k2), self.contrast(q2, k1)]
+
+    def ranks(self, batch) -> tuple[Tensor, int]:
+        """(how many negatives score above each query's key [Q], negatives); for reports, changes nothing."""
+        ranks = torch.cat([rank for _, rank in self.directions(batch)])
+        return ranks, world_size() * len(batch.views[0]) - 1
 
     def contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(2τ · mean InfoNCE of the queries among the keys of all ranks, rank of each query's own key)."""
@@ -126,7 +137,11 @@ class MoCoV3(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """The reference does this at the start of the next step, with that step's momentum."""
-        self.momentum_encoder.update(self.base_encoder, cosine_momentum(self.momentum, progress))
+        self.momentum_encoder.update(self.base_encoder, self.momentum_at(progress))
+
+    def momentum_at(self, progress: float) -> float:
+        """Of the momentum encoder, `progress` from 0 to 1 through the run."""
+        return cosine_momentum(self.momentum, progress)
 
     def features(self, images: Tensor) -> Tensor:
         """What the base encoder hands to its projector, [B, features]."""

@@ -51,10 +51,14 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Writes the keys [B, D] of all ranks, in rank order, over the oldest."""
+        """Writes the keys [B, D] of all ranks, in rank order, over the oldest. A key that is not finite leaves what was
+        in its place: one that overflowed would spoil every loss until it left the queue."""
         self._check_ranks()
         keys = gather(keys.detach())
-        enqueue_(self.queue, self.queue_ptr, self._own(keys) if self.shard else keys)
+        keys = self._own(keys) if self.shard else keys
+        places = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % self.queue.shape[0]
+        finite = keys.isfinite().all(1, keepdim=True)
+        enqueue_(self.queue, self.queue_ptr, torch.where(finite, keys, self.queue[places].to(keys.dtype)))
 
     def whole(self) -> Tensor:
         """All keys [K, D], gathered from the ranks where the queue is sharded."""

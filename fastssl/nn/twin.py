@@ -55,7 +55,7 @@ class MomentumTwin(nn.Module):
                     pairs.append((own, theirs))
                 else:
                     own.copy_(theirs)
-        targets, sources = zip(*pairs) if pairs else ((), ())
+        targets, sources = zip(*(map(_here, pair) for pair in pairs)) if pairs else ((), ())
         ema_update_(targets, sources, self.momentum if momentum is None else momentum)
 
 
@@ -65,6 +65,11 @@ def cosine_momentum(start: float, progress: float) -> float:
     Source: Grill et al., 2020 (BYOL), section 3.2; Chen et al., 2021 (MoCo v3), section 4.1.
     """
     return 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - start)
+
+
+def _here(x: Tensor) -> Tensor:
+    """This rank's shard of a tensor that FSDP shards: the average is one of each element by itself."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def _drop_prefix(twin: MomentumTwin, state: dict, prefix: str, metadata: dict) -> None:

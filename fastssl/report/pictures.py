@@ -1,85 +1,76 @@
-"""Pictures of a run, as PNG bytes in base64."""
+"""Drawings and images as data URIs: nothing of a page lies outside its file."""
 
 import base64
 import io
+from collections.abc import Callable, Iterable
 
 import matplotlib
-import torch
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
+from PIL import Image
 
-from fastssl.data.recipe import IMAGENET_MEAN, IMAGENET_STD
-from fastssl.ops import patchify, unpatchify
+from .parts import Picture, Tile, Tiles
 
 matplotlib.use("agg")  # no window system needed
 
-
-def png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def curves(metrics: list[dict]) -> str:
-    """Loss, the method's own metrics, learning rate, speed and the share of time spent waiting for data, by epoch."""
-    hidden = {"step", "epoch"}
-    names = [
-        "loss",
-        *(name for name in metrics[0] if name not in {"loss", "lr", "images_per_second", "data_wait"} | hidden),
-    ]
-    names += ["lr", "images_per_second", "data_wait"]
-    columns = 2
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(9, 2.3 * rows))
-    for i, name in enumerate(names):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        axes.plot([m["epoch"] for m in metrics], [m[name] for m in metrics], linewidth=1.2)
-        axes.set_title(name.replace("_", " "), fontsize=10)
-        axes.set_xlabel("epoch", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        if name in ("images_per_second", "data_wait"):
-            axes.set_ylim(bottom=0)
-    figure.tight_layout()
-    return png(figure)
+COLOURS = ("#3b7dd8", "#e07b39", "#2f9e6e", "#c9485b", "#8a63d2", "#b08d1e", "#1f9bb0", "#d162a4", "#6f8f2f", "#8d6e63")
+GREY = "#8a919c"  # of what is there for comparison; it and the colours can be seen on light and on dark
+INKS = {"light": ("#4a525c", "#d9dce1"), "dark": ("#b3bac4", "#3a4149")}  # text, grid
+WIDTH = 3.4  # inches of a drawing; one column on a phone, where the text must still be read
+LARGEST = 112  # pixels of a side of a tile: what a page shows is no larger
+CRISP = 64  # pixels of a side up to which a tile is shown as squares, and kept as it is
 
 
-def grid(rows: list[tuple[str, Tensor]]) -> str:
-    """Rows of images [N, 3, H, W] in 0..1, each row with its name at the left."""
-    count = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(0.9 * count + 1.2, 0.95 * len(rows)))
-    for r, (name, images) in enumerate(rows):
-        for c in range(count):
-            axes = figure.add_subplot(len(rows), count, r * count + c + 1)
-            axes.set_axis_off()
-            if c < len(images):
-                axes.imshow(images[c].permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            if c == 0:
-                axes.text(-0.15, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=9)
-    figure.subplots_adjust(wspace=0.06, hspace=0.06)
-    return png(figure)
+def draw(title: str, alt: str, onto: Callable[[Axes], None], height: float = 2.0, **around) -> Picture:
+    """A drawing of one pair of axes, made by `onto(axes)`, in either ink.
+
+    Args:
+        title, alt, around: of the `Picture`. They are text of the page; on the axes themselves stands nothing that
+            came from outside, and nothing is read as a formula.
+        height: inches.
+    """
+    light = dark = _svg(onto, height, *INKS["light"])
+    for old, new in zip(INKS["light"], INKS["dark"]):
+        dark = dark.replace(old, new)
+    return Picture(title, alt, *(_uri("image/svg+xml", svg.encode()) for svg in (light, dark)), **around)
 
 
-def pixels(images: Tensor) -> Tensor:
-    """Undoes the normalisation: [N, 3, H, W] in 0..1."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return images * std + mean
-
-
-@torch.no_grad()
-def reconstructions(mae, images: Tensor) -> str:
-    """Four rows: what the model should see, what it saw, what it made of it, and that with the seen patches put in."""
-    patch, (height, width) = mae.patch_size, images.shape[2:]
-    noise = torch.rand(len(images), mae.length, generator=torch.Generator().manual_seed(0))
-    pred, mask = mae.reconstruct(images, noise)
-    target = patchify(images, patch)
-    if mae.norm_pix_loss:  # predicted is the shape of each patch; its brightness and contrast are the true ones
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        pred = pred * (variance + 1e-6).sqrt() + mean
-    hidden = mask.unsqueeze(-1)
-    grey = torch.zeros_like(target)  # the mean colour of ImageNet
-    parts = {
-        "input": target, "masked": torch.where(hidden > 0, grey, target), "output": pred,
-        "output in\nthe holes": torch.where(hidden > 0, pred, target),
+def _svg(onto: Callable[[Axes], None], height: float, ink: str, line: str) -> str:
+    style = {
+        "font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "text.parse_math": False,
+        "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": line,
+        "axes.grid": True, "grid.color": line, "grid.linewidth": 0.6, "axes.axisbelow": True,
+        "axes.spines.top": False, "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0,
+        "svg.fonttype": "none", "svg.hashsalt": "fastssl", "axes.unicode_minus": True,
     }  # fmt: skip
-    return grid([(name, pixels(unpatchify(part, patch, height, width))) for name, part in parts.items()])
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        onto(figure.add_subplot())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")  # the font of the page around it
+
+
+def tiles(rows: Iterable[tuple[str, np.ndarray, list[str]]]) -> Tiles:
+    """Rows of images: (name, uint8 [N, H, W, 3], what each image shows)."""
+    made = [
+        (name, [tile(image, alt) for image, alt in zip(images, alts)], max(images.shape[1:3]))
+        for name, images, alts in rows
+    ]
+    return Tiles([row[:2] for row in made], crisp=all(side <= CRISP for *_, side in made))
+
+
+def tile(image: np.ndarray, alt: str, mark: str = "") -> Tile:
+    """An image, uint8 [H, W, 3]: small ones exactly, of larger ones a JPEG no larger than what is shown."""
+    picture, buffer = Image.fromarray(image), io.BytesIO()
+    if max(picture.size) <= CRISP:
+        picture.save(buffer, "PNG", optimize=True)
+        return Tile(_uri("image/png", buffer.getvalue()), alt, mark)
+    picture.thumbnail((LARGEST, LARGEST))
+    picture.save(buffer, "JPEG", quality=80)
+    return Tile(_uri("image/jpeg", buffer.getvalue()), alt, mark)
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,9 @@
-"""Optimizers of the papers."""
+"""Optimizers of the papers.
+
+All of them leave everything as it is where the tensor `found_inf`, which the trainer sets on them, is 1: a step whose
+gradient is not finite is skipped on the device, and the host need not wait to know. It is what torch's GradScaler asks
+of fused optimizers.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +23,11 @@ def build_optimizer(method: nn.Module, training: Training) -> torch.optim.Optimi
     groups = [group for group in groups if group["params"]]
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, fused=True)
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=training.momentum)
-    return LARS(groups, lr=0.0, momentum=training.momentum)
+    kind = torch.optim.SGD if training.optimizer == "sgd" else LARS
+    optimizer = kind(groups, lr=0.0, momentum=training.momentum, **({"fused": True} if kind is torch.optim.SGD else {}))
+    for _, p in trained:  # torch's fused SGD would begin with memory as it finds it, were its first step skipped
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 class LARS(torch.optim.Optimizer):
@@ -31,6 +38,8 @@ class LARS(torch.optim.Optimizer):
     Source: You et al., "Large Batch Training of Convolutional Networks", 2017, in the form of MoCo v3's code.
     """
 
+    _step_supports_amp_scaling = True  # see the head of this file
+
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
 
@@ -40,12 +49,18 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    velocity = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    velocity.mul_(group["momentum"]).add_(_lars_direction(p, group))
-                    p.sub_(group["lr"] * velocity)
+                    state = self.state[p]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    velocity = state["momentum_buffer"]
+                    after = velocity * group["momentum"] + _lars_direction(p, group)
+                    moved = p - group["lr"] * after
+                    for x, new in ((velocity, after), (p, moved)):
+                        x.copy_(new if skip is None else torch.where(skip > 0, x, new))
         return loss
 
 

@@ -1,4 +1,4 @@
-"""How a method is optimised, as plain values: the numbers of its paper, read by the trainer."""
+"""How a method is optimised, and how a run goes about it, as plain values read by the trainer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,12 +6,12 @@ from typing import Literal
 
 @dataclass
 class Training:
-    """Optimizer and schedule. Learning rates are per 256 images and scale linearly with the batch."""
+    """Optimizer and schedule: the numbers of a paper. Learning rates are per 256 images and scale with the batch."""
 
     epochs: int
     """passes over the data"""
     batch_size: int
-    """images a step"""
+    """images a step, of all ranks and micro-batches together"""
     optimizer: Literal["adamw", "sgd", "lars"]
     """adamw, sgd or lars"""
     lr: float
@@ -30,3 +30,33 @@ class Training:
     """change the learning rate once an epoch instead of every step"""
     lr_drops: tuple[int, ...] = ()
     """epochs at which the learning rate falls to a tenth, instead of along a cosine"""
+    accumulate: int = 1
+    """micro-batches that a step's images come in, one after the other: less memory for the same step"""
+
+
+@dataclass
+class Execution:
+    """How a run goes about it. Without rounding, precision and clipping, nothing here changes what is learned."""
+
+    precision: str = "fp32"
+    """fp32; bf16 or fp16 for autocast, fp16 with loss scaling"""
+    shard: bool = False
+    """shard parameters, gradients and optimizer over the ranks (FSDP2), for models too large for one device"""
+    clip_norm: float = 0.0
+    """largest norm of the gradient, 0 for no clipping, as in the papers"""
+    max_skipped: int = 10
+    """steps in a row that may be skipped because the loss or the gradient is not finite"""
+    log_every: int = 10
+    """steps between lines of metrics"""
+    checkpoint_every: int = 0
+    """steps between checkpoints, 0 for one an epoch"""
+    keep_last: int = 2
+    """newest checkpoints that are kept"""
+    keep_every: int = 0
+    """epochs between checkpoints that are kept for good, 0 for none; they are those that --checkpoint-every meets"""
+    profile: int = 0
+    """steps to profile: where their time goes, as a table and a trace"""
+    tensorboard: bool = True
+    """write RUN/tensorboard"""
+    wandb: str | None = None
+    """project at Weights & Biases that metrics go to as well"""

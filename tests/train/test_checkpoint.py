@@ -1,46 +1,139 @@
+import errno
+import os
+import resource
+import shutil
+import threading
+
 import pytest
 import torch
 
 from fastssl.train import checkpoint
+from fastssl.train.checkpoint import Checkpoints
 from tests.ops.contract import refused
 
 
+def state(step: int, **model) -> dict:
+    return {"method": "mae", "model": {"w": torch.full((1000,), float(step)), **model}, "step": step}
+
+
+def saved(folder, *steps: int, **settings) -> Checkpoints:
+    with Checkpoints(folder, **settings) as checkpoints:
+        for step in steps:
+            checkpoints.save(state(step), step)
+    return checkpoints
+
+
+def steps_in(folder) -> list[int]:
+    return [int(path.name[5:13]) for path in checkpoint.files(folder)]
+
+
 def test_round_trip(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    state = {"method": "mae", "model": {"w": torch.randn(3)}, "step": 7, "random": checkpoint.random_state()}
-    checkpoint.save(state, path)
-    loaded = checkpoint.load(path, "mae")
-    assert torch.equal(loaded["model"]["w"], state["model"]["w"])
-    expected = torch.rand(3)
-    checkpoint.set_random_state(loaded["random"])
+    whole = {**state(7), "random": [checkpoint.random_state()]}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(whole, 7)
+        expected = torch.rand(3)
+    loaded = checkpoint.load(tmp_path, "mae")
+    assert torch.equal(loaded["model"]["w"], whole["model"]["w"])
+    checkpoint.set_random_state(loaded["random"][0])
     assert torch.equal(torch.rand(3), expected)
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save({"method": "mae", "step": 1}, path)
-    with pytest.raises(Exception, match="pickle"):
-        checkpoint.save({"method": "mae", "step": (i for i in ())}, path)
-    assert checkpoint.load(path, "mae")["step"] == 1
+def test_save_returns_before_the_file_is_there_and_holds_what_was_then(tmp_path, monkeypatch):
+    written, allowed, save = [], threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (allowed.wait(10), written.append(1), save(*args)))
+    with Checkpoints(tmp_path) as checkpoints:
+        first = state(1)
+        checkpoints.save(first, 1)
+        first["model"]["w"].fill_(99)  # the run goes on
+        assert not written
+        assert not checkpoint.files(tmp_path)
+        allowed.set()
+    assert checkpoint.load(tmp_path, "mae")["model"]["w"].eq(1).all()
+
+
+def test_the_last_are_kept_and_every_so_many(tmp_path):
+    saved(tmp_path, *range(1, 11), keep_last=2, keep_steps=4)
+    assert steps_in(tmp_path) == [4, 8, 9, 10]
+    saved(tmp_path / "other", *range(1, 6), keep_last=1)
+    assert steps_in(tmp_path / "other") == [5]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "emptied"])
+def test_a_damaged_file_is_found_and_the_one_before_it_taken(tmp_path, capsys, harm):
+    saved(tmp_path, 1, 2)
+    _, newest = checkpoint.files(tmp_path)
+    content = bytearray(newest.read_bytes())
+    if harm == "flipped":
+        content[len(content) // 2] ^= 1
+    newest.write_bytes(content[: {"truncated": 700, "flipped": None, "emptied": 0}[harm]])
+    assert checkpoint.load(tmp_path, "mae")["step"] == 1
+    assert capsys.readouterr().out == f"checkpoint: {newest} is damaged: taking the one before it\n"
+    saved(tmp_path, 2)  # the run gets there again
+    assert checkpoint.load(tmp_path, "mae")["step"] == 2
+    assert steps_in(tmp_path) == [1, 2]
 
 
 def test_error_sentences(tmp_path):
-    path = tmp_path / "checkpoint.pt"
+    nothing = f"checkpoint: {tmp_path} holds none: was the run stopped before its first checkpoint?"
+    refused(nothing, ValueError, checkpoint.load, tmp_path, "mae")
+    saved(tmp_path, 1)
+    (path,) = checkpoint.files(tmp_path)
     refused(
-        f"checkpoint: {path} does not exist: was the run stopped before its first checkpoint?",
-        ValueError, checkpoint.load, path, "mae",
-    )  # fmt: skip
-    checkpoint.save({"method": "mae", "step": 1}, path)
-    refused(f"checkpoint: {path} is of the method mae, not of moco_v2", ValueError, checkpoint.load, path, "moco_v2")
-    path.write_bytes(path.read_bytes()[:200])
-    refused(
-        f"checkpoint: {path} is damaged or no fastssl checkpoint (RuntimeError)",
-        ValueError,
-        checkpoint.load,
-        path,
-        "mae",
+        f"checkpoint: {path} is of the method mae, not of moco_v2", ValueError, checkpoint.load, tmp_path, "moco_v2"
     )
+    path.write_bytes(b"no")
+    refused(f"checkpoint: all 1 in {tmp_path} are damaged", ValueError, checkpoint.load, tmp_path, "mae")
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    with pytest.raises(ValueError) as error, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), 1)
+        checkpoints.save(state(2, bn=torch.tensor([1.0, torch.nan])), 2)
+    assert str(error.value) == "checkpoint: bn is not finite after step 2: not saved; that of step 1 is intact"
+    assert steps_in(tmp_path) == [1]
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """By the limit on a file's size, which fails in the middle of a write as a full disk does."""
+    saved(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+        checkpoints.save(state(2), 2)
+        with pytest.raises(ValueError) as error:
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    why = os.strerror(errno.EFBIG)
+    assert str(error.value) == (
+        f"checkpoint: step 2 could not be written to {tmp_path} ({why}); that of step 1 is intact"
+    )
+    assert checkpoint.load(tmp_path, "mae")["step"] == 1
+    assert len(list(tmp_path.iterdir())) == 1
+    checkpoints.save(state(3), 3)  # there is room again
+    checkpoints.wait()
+    assert steps_in(tmp_path) == [1, 3]
+
+
+def test_a_run_folder_that_was_removed(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.parent.mkdir()
+    checkpoints = saved(folder, 1)
+    shutil.rmtree(folder.parent)
+    with pytest.raises(ValueError) as error, checkpoints:
+        checkpoints.save(state(2), 2)
+    why = os.strerror(errno.ENOENT)
+    assert str(error.value) == f"checkpoint: step 2 could not be written to {folder} ({why}); there is none before it"
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / "step-00000002.writing").write_bytes(b"half")
+    assert checkpoint.load(tmp_path, "mae")["step"] == 1
+    saved(tmp_path, 3)
+    assert not list(tmp_path.glob("*.writing"))
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -48,12 +141,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
         def __reduce__(self):
             return (print, ("gotcha",))
 
-    path = tmp_path / "checkpoint.pt"
-    torch.save({"method": "mae", "model": Evil()}, path)
-    refused(
-        f"checkpoint: {path} is damaged or no fastssl checkpoint (UnpicklingError)",
-        ValueError,
-        checkpoint.load,
-        path,
-        "mae",
-    )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save({**state(1), "extra": Evil()}, 1)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        checkpoint.load(tmp_path, "mae")

@@ -1,22 +1,29 @@
-"""A run that is killed and resumed gives the losses of one that was not, bit for bit."""
+"""A run that is killed and resumed gives the losses and weights of one that was not, bit for bit."""
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fastssl.data.loader import has_dali
+from fastssl.train import checkpoint
 
 RUNS = {
     "mae": ["mae", "--data", "digits", "--epochs", "2", "--batch-size", "256", "--decoder-depth", "1"],
+    "moco_v1": ["moco_v1", "--data", "shapes:count=256", "--epochs", "2", "--batch-size", "32", "--queue-size", "100",
+                "--bn-splits", "4", "--accumulate", "2"],
     "moco_v2": ["moco_v2", "--data", "shapes:count=256", "--epochs", "2", "--batch-size", "32", "--queue-size", "100"],
     "moco_v3": ["moco_v3", "--data", "shapes:count=256", "--epochs", "2", "--batch-size", "32", "--hidden", "64"],
-}
+}  # fmt: skip
+KILLS = 10
 
 
 def command(*words: str) -> list[str]:
@@ -27,20 +34,39 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(m["step"], m["loss"]) for m in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
 
 
-def killed_after(words: list[str], run: Path, step: int) -> None:
-    """Starts a run and kills it, without any warning, as soon as it has written that step."""
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
+def steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+def stopped(words: list[str], moment, number=signal.SIGKILL) -> subprocess.Popen:
+    """Starts a run and sends it a signal as soon as `moment()` is true; returns it ended."""
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, text=True
+    )
     try:
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            path = run / "metrics.jsonl"
-            if path.is_file() and path.read_text().count("\n") >= step:
-                break
-            time.sleep(0.005)
-        assert process.poll() is None, "the run ended before it could be killed"
+        while process.poll() is None and time.monotonic() < deadline and not moment():
+            time.sleep(0.001)
+        assert process.poll() is None, "the run ended before it could be stopped"
+        os.kill(process.pid, number)
+        process.communicate(timeout=60)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process
+
+
+def weights(run: Path, name: str) -> dict:
+    return checkpoint.load(run / "checkpoints", name)["model"]
+
+
+def assert_same_run(broken: Path, whole: Path, name: str) -> None:
+    assert losses(broken) == losses(whole)
+    expected = weights(whole, name)
+    for key, x in weights(broken, name).items():
+        assert torch.equal(x, expected[key]), key
 
 
 @pytest.mark.slow
@@ -48,6 +74,7 @@ def killed_after(words: list[str], run: Path, step: int) -> None:
     ("name", "workers", "engine"),
     [
         ("mae", 0, "torchvision"),
+        ("moco_v1", 0, "torchvision"),
         ("moco_v2", 1, "torchvision"),
         pytest.param("moco_v2", 1, "dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI")),
         ("moco_v3", 0, "auto"),
@@ -57,9 +84,73 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, name, workers, engine):
     options = [*RUNS[name], "--log-every", "1", "--checkpoint-every", "3", "--workers", str(workers)]
     options += ["--engine", engine]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command(*options, "--run", str(whole)), check=True, stdout=subprocess.DEVNULL)
-    killed_after(command(*options, "--run", str(broken)), broken, step=5)
-    assert (broken / "checkpoint.pt").is_file()
+    subprocess.run(command(*options, "--folder", str(whole)), check=True, stdout=subprocess.DEVNULL)
+    stopped(command(*options, "--folder", str(broken)), lambda: steps(broken) >= 5)
     subprocess.run(command("--resume", str(broken)), check=True, stdout=subprocess.DEVNULL)
-    assert losses(broken) == losses(whole)
+    assert_same_run(broken, whole, name)
     assert len(losses(whole)) == losses(whole)[-1][0] > 8
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    """One run, killed ten times: at random moments after a random step, and while a checkpoint is being written,
+    which is there half when the next process begins. Each goes on by the same command; the last one ends the run."""
+    images = np.random.default_rng(0).integers(0, 256, (768, 24, 24, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)  # without labels there is no kNN, and nothing but the run takes time
+    chance = random.Random(time.time_ns())
+    options = ["mae", "--data", f"arrays:{tmp_path}/images.npy", "--epochs", "10", "--batch-size", "128", "--decoder-dim",
+               "256", "--decoder-depth", "1", "--decoder-heads", "4", "--keep-last", "2", "--log-every", "1", "--checkpoint-every", "2",
+               "--no-tensorboard"]  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(*options, "--folder", str(whole)), check=True, stdout=subprocess.DEVNULL)
+    again = command(*options, "--folder", str(broken), "--resume", "auto")
+    while_writing = 0
+    for kill in range(KILLS):
+        begun, wanted, delay = steps(broken), chance.randint(1, 3), chance.random() * 0.3
+        reached: list[float] = []
+
+        def random_moment(begun=begun, wanted=wanted, delay=delay, reached=reached):
+            if not reached and steps(broken) >= begun + wanted:
+                reached.append(time.monotonic() + delay)
+            return reached and time.monotonic() >= reached[0]
+
+        def writing(begun=begun):
+            return steps(broken) > begun and any((broken / "checkpoints").glob("*.writing"))
+
+        stopped(again, writing if kill % 2 else random_moment)
+        while_writing += any((broken / "checkpoints").glob("*.writing"))
+        checkpoint.load(broken / "checkpoints", "mae")  # there is always one that is intact
+    assert while_writing >= 2
+    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+    assert_same_run(broken, whole, "mae")
+    assert not list((broken / "checkpoints").glob("*.writing"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_saves_and_leaves(tmp_path, number, code):
+    """What a scheduler sends before it takes the machine away: the step ends, is saved, and 128 + signal says so."""
+    options = [*RUNS["moco_v2"], "--log-every", "1", "--workers", "1"]
+    whole, left = tmp_path / "whole", tmp_path / "left"
+    process = stopped(command(*options, "--folder", str(left)), lambda: steps(left) >= 3, number)
+    assert process.returncode == code
+    step = checkpoint.load(left / "checkpoints", "moco_v2")["step"]
+    assert 3 <= step < 8  # in the middle of the first epoch
+    subprocess.run(command(*options, "--folder", str(left), "--resume", "auto"), check=True, stdout=subprocess.DEVNULL)
+    if number == signal.SIGTERM:
+        subprocess.run(command(*options, "--folder", str(whole)), check=True, stdout=subprocess.DEVNULL)
+        assert_same_run(left, whole, "moco_v2")
+
+
+def test_resume_auto_refuses_another_run(tmp_path):
+    words = ["mae", "--data", "digits", "--epochs", "1", "--batch-size", "512", "--decoder-depth", "1", "--folder",
+             str(tmp_path / "run"), "--resume", "auto"]  # fmt: skip
+    subprocess.run(command(*words), check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command(*words, "--workers", "1"), capture_output=True, text=True)
+    assert done.returncode == 0  # it is the same run, on another machine
+    other = subprocess.run(command(*words, "--lr", "1e-3"), capture_output=True, text=True)
+    assert other.returncode == 1
+    assert other.stderr.strip() == (
+        f"fastssl: pretrain: {tmp_path / 'run'} is a run with --lr 0.006, not 0.001: --resume auto needs the options "
+        "it was begun with"
+    )

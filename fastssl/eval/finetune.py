@@ -1,0 +1,265 @@
+"""End-to-end fine-tuning of an encoder with timm's model, augmentations and losses, on the engine's attention."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastssl.data.decoding import open_image
+from fastssl.data.recipe import IMAGENET_MEAN, IMAGENET_STD
+from fastssl.data.samples import stand_in
+from fastssl.data.source import BadImage, Source
+from fastssl.nn import accelerate
+from fastssl.nn.resnet import build_resnet
+from fastssl.nn.vit import ConvStem, ViT
+from fastssl.train.schedule import learning_rate
+
+from .features import extract, vit_of
+from .labels import Accuracy, accuracy
+from .progress import Progress
+from .protocols import Finetune
+
+
+def need_timm() -> None:
+    """Refuses where timm is not installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        import timm  # noqa: F401
+    except ImportError as error:
+        raise ValueError("eval: finetuning needs timm: pip install 'fastssl-engine[finetune]'") from error
+
+
+def build_classifier(
+    method: nn.Module, backbone: str, classes: int, drop_path: float = 0.0, small_images: bool = False
+) -> nn.Module:
+    """The method's encoder with a fresh classifier: timm's VisionTransformer with our attention, or our ResNet.
+
+    The ViT's classifier reads the mean of its patch tokens through a fresh norm `fc_norm`, as in MAE's code; weights of
+    its `head` start from normal(0, 2e-5). A ResNet's last layer is `fc`.
+
+    Args:
+        method: has `encoder_state()`, in timm's or torchvision's names.
+        backbone: name of a ResNet; of a ViT the sizes are the method's.
+        classes: outputs.
+        drop_path: largest probability to skip a block, of a ViT.
+        small_images: the ResNet's stem, as it was pretrained.
+    """
+    vit, state = vit_of(method), method.encoder_state()
+    if vit is None:
+        model, fresh = build_resnet(backbone, classes, small_images), {"fc.weight", "fc.bias"}
+    else:
+        model, fresh = _vit(vit, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+        state = {name: x for name, x in state.items() if not name.startswith("norm.")}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) == fresh and not unexpected, (missing, unexpected)
+    return model
+
+
+def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    width, heads = vit.norm.normalized_shape[0], vit.blocks[0].attn.num_heads
+    model = VisionTransformer(
+        img_size=vit.img_size, patch_size=vit.patch_size, in_chans=vit.in_chans, num_classes=classes,
+        global_pool="avg", embed_dim=width, depth=len(vit.blocks), num_heads=heads,
+        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / width, drop_path_rate=drop_path,
+    )  # fmt: skip
+    if isinstance(vit.patch_embed, ConvStem):
+        model.patch_embed = ConvStem(vit.in_chans, width)
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    nn.init.zeros_(model.head.bias)
+    accelerate(model)
+    return model
+
+
+def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:
+    """Groups with their `weight_decay` and `lr_scale`: layer_decay^(depth + 1 − i) for block i of a ViT, counted from
+    1, with 0 for class token, positions and patch embedding, and 1 for what follows the blocks; times `head_lr` for the
+    classifier.
+
+    Source: Clark et al., 2020 (ELECTRA); Bao et al., 2021 (BEiT), from whose code MAE's is; here by timm.
+    """
+    head = model.head if hasattr(model, "head") else model.fc
+    own = set(map(id, head.parameters()))
+    if hasattr(model, "head"):
+        from timm.optim import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(model, config.weight_decay, model.no_weight_decay(),
+                                          layer_decay=config.layer_decay)  # fmt: skip
+    else:
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+                  {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}]  # fmt: skip
+    split = []
+    for group in groups:
+        for inside, scale in ((False, 1.0), (True, config.head_lr)):
+            params = [p for p in group["params"] if (id(p) in own) == inside]
+            split += [{**group, "params": params, "lr_scale": group["lr_scale"] * scale}] if params else []
+    return split
+
+
+def fine_tuned(
+    model: nn.Module, train: Source, test: Source, config: Finetune, size: tuple[int, int], seed: int = 0, **where
+) -> Accuracy:
+    """Trains all of `model`, in place, and returns its accuracy on `test`; the last epoch's, none is chosen.
+
+    Images that can't be decoded are replaced by others of their batch, and counted in a printed line.
+
+    Args:
+        model: of `build_classifier`.
+        train, test: with labels; classes that only `test` has are never right.
+        size: (height, width) in pixels.
+        seed: of the order and of all that is drawn; the global generators are left as they were.
+        where: `device`, `workers` and `engine`, as for the loader.
+
+    Raises:
+        ValueError: timm is not installed, the batch is larger than the data, or odd with mixup, or none of the images
+            can be decoded.
+    """
+    need_timm()
+    batch, micro = config.batch_size, config.batch_size // config.accumulate
+    if batch > len(train):
+        raise ValueError(f"eval: --batch-size must be at most the {len(train)} labelled images, got {batch}")
+    if (config.mixup or config.cutmix) and micro % 2:
+        raise ValueError(f"eval: mixup and cutmix take pairs: --batch-size over --accumulate must be even, got {micro}")
+    device, pictures = torch.device(where.get("device", "cpu")), Pictures(train, _transform(config, size))
+    with _seeded(seed, device):
+        loader = DataLoader(
+            pictures, micro, shuffle=True, drop_last=True, num_workers=where.get("workers", 0), collate_fn=_collated,
+            persistent_workers=where.get("workers", 0) > 0, pin_memory=device.type == "cuda",
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        bad = _train(model.to(device).train(), loader, config, len(train.classes), device)
+    if bad:
+        print(f"{len(bad)} of {len(train)} images could not be decoded; others stood in for them", flush=True)
+    logits, labels, _ = extract(model.eval(), test, size, **where)
+    return accuracy(logits, labels)
+
+
+def _train(model: nn.Module, loader: DataLoader, config: Finetune, classes: int, device: torch.device) -> set[int]:
+    """Numbers of the images that could not be decoded."""
+    groups, steps = parameter_groups(model, config), len(loader) // config.accumulate
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    objective, progress, bad = _Objective(config, classes), Progress("finetune", config.epochs), set()
+    for epoch in range(config.epochs):
+        batches, counted = iter(loader), 0
+        for step in range(steps):
+            lr = learning_rate_at(config, epoch + step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            for _ in range(config.accumulate):
+                batch = next(batches)
+                bad |= set(batch.bad)
+                if batch.images is None:
+                    continue
+                images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss = objective(model, images, labels)
+                (loss / config.accumulate).backward()
+                counted += 1
+                progress(epoch + (step + 1) / steps, loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+        if not counted:
+            raise ValueError("eval: none of the labelled images can be decoded")
+    return bad
+
+
+def learning_rate_at(config: Finetune, epoch: float) -> float:
+    """Warm-up from 0, then half a cosine to `min_lr`, or a tenth at each of `lr_drops`."""
+    lr = learning_rate(config.training, epoch)
+    if epoch < config.warmup_epochs or config.lr_drops:
+        return lr
+    peak = config.lr * config.batch_size / 256
+    return config.min_lr + (peak - config.min_lr) * lr / peak
+
+
+class _Objective:
+    """Cross entropy with the soft labels of mixup and cutmix, or with smoothed ones."""
+
+    def __init__(self, config: Finetune, classes: int):
+        from timm.data import Mixup
+        from timm.loss import SoftTargetCrossEntropy
+
+        mixing = config.mixup > 0 or config.cutmix > 0
+        self.smoothing, self.soft = config.label_smoothing, SoftTargetCrossEntropy()
+        self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=self.smoothing, num_classes=classes)
+        self.mixup = self.mixup if mixing else None
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        if self.mixup is None:
+            return F.cross_entropy(model(images).float(), labels, label_smoothing=self.smoothing)
+        images, soft = self.mixup(images, labels)
+        return self.soft(model(images).float(), soft)
+
+
+class _Batch(NamedTuple):
+    images: Tensor | None  # [B, 3, H, W] float32, normalised; None where none can be decoded
+    labels: Tensor | None  # [B] int64
+    bad: list[int]  # numbers of images that can't be decoded
+
+
+class Pictures(Dataset):
+    """Images of a source through a transform of PIL images: (image, label), or the number of one that can't be
+    decoded."""
+
+    def __init__(self, source: Source, transform):
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | int:
+        try:
+            pixels = open_image(self.source, index).pixels()
+        except BadImage:
+            return index
+        return self.transform(Image.fromarray(pixels.permute(1, 2, 0).numpy())), self.source.label(index)
+
+
+def _collated(samples: list[tuple[Tensor, int] | int]) -> _Batch:
+    good = [sample for sample in samples if not isinstance(sample, int)]
+    bad = [sample for sample in samples if isinstance(sample, int)]
+    if not good:
+        return _Batch(None, None, bad)
+    images, labels = zip(*(good[row] for row in stand_in(list(range(len(good))), len(samples))))
+    return _Batch(torch.stack(images), torch.tensor(labels), bad)
+
+
+def _transform(config: Finetune, size: tuple[int, int]):
+    from timm.data import create_transform
+
+    return create_transform(
+        (3, *size), is_training=True, scale=(config.crop_min, 1.0), hflip=config.flip_p, color_jitter=None,
+        auto_augment=None if config.randaugment == "none" else config.randaugment, interpolation="bicubic",
+        mean=IMAGENET_MEAN, std=IMAGENET_STD, re_prob=config.erasing, re_mode="pixel", re_count=1,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """timm draws from the global generators of Python, numpy and torch: they are set, and left as they were."""
+    kept = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])  # noqa: NPY002

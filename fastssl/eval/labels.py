@@ -1,0 +1,45 @@
+"""Fewer labels, and how often a classifier is right."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastssl.data.source import Source, Subset
+
+
+class Accuracy(NamedTuple):
+    """Shares of images, 0 … 1."""
+
+    top1: float
+    top5: float | None  # None where there are no more than 5 classes
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
+    """Of logits [N, C] and labels [N]; a label from C on, of a class that training did not have, is never right."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    top5 = best.any(1).float().mean().item() if logits.shape[1] > 5 else None
+    return Accuracy(best[:, 0].float().mean().item(), top5)
+
+
+def labelled(source: Source, share: float, seed: int) -> Source:
+    """The images whose labels may be used: the same number of each class, at least one.
+
+    A class with fewer images gives all it has. Chosen by a generator of its own: one seed gives one choice, in which
+    that of a smaller share is contained. Images without a label (−1) are left out.
+
+    Args:
+        share: of the labelled images, above 0, up to 1.
+
+    Raises:
+        ValueError: the source has no labels.
+    """
+    labels = torch.tensor([source.label(i) for i in range(len(source))])
+    if source.classes is None or not (labels >= 0).any():
+        raise ValueError("eval: the source has no labels to learn from")
+    if share == 1:
+        return source if (labels >= 0).all() else Subset(source, (labels >= 0).nonzero()[:, 0].tolist())
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    of_class = [order[labels[order] == label] for label in labels.unique().tolist() if label >= 0]
+    each = max(1, round(share * sum(map(len, of_class)) / len(of_class)))
+    return Subset(source, torch.cat([rows[:each] for rows in of_class]).sort().values.tolist())

@@ -1,0 +1,117 @@
+"""What a MAE makes of images: four pictures of each, and snapshots of them while it learns."""
+
+import itertools
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastssl.data.decoding import open_image
+from fastssl.data.recipe import IMAGENET_MEAN, IMAGENET_STD
+from fastssl.data.source import BadImage, Source, Subset
+from fastssl.ops import patchify, unpatchify
+
+from .features import extract
+
+
+class Reconstruction(NamedTuple):
+    """Pixels [N, 3, H, W] float32 in 0..1, on the CPU."""
+
+    input: Tensor  # what the model should see
+    masked: Tensor  # what it saw: removed patches are grey, the mean colour of ImageNet
+    output: Tensor  # what it made of it, every patch
+    filled: Tensor  # its output in the removed patches, the input in the others
+
+
+@torch.no_grad()
+def reconstruct(mae: nn.Module, images: Tensor) -> Reconstruction:
+    """Masks and reconstructs images; the masks depend on nothing but N and the model's sizes.
+
+    Args:
+        mae: a `MAE` on any device. With `norm_pix_loss` it predicts the shape of each patch; the true brightness and
+            contrast are then added.
+        images: [N, 3, H, W] float32, normalised as for ImageNet.
+    """
+    device = next(mae.parameters()).device
+    patch, (height, width) = mae.patch_size, images.shape[2:]
+    noise = torch.rand(len(images), mae.length, generator=torch.Generator().manual_seed(0))
+    pred, mask = mae.reconstruct(images.to(device), noise.to(device))  # mask: 0 kept, 1 removed
+    pred, target, removed = pred.float().cpu(), patchify(images.cpu(), patch), mask.cpu().unsqueeze(-1) > 0
+    if mae.norm_pix_loss:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        pred = pred * (variance + 1e-6).sqrt() + mean
+    grey = torch.zeros_like(target)
+    parts = (target, torch.where(removed, grey, target), pred, torch.where(removed, pred, target))
+    return Reconstruction(*(pixels(unpatchify(part, patch, height, width)) for part in parts))
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Undoes the normalisation: [N, 3, H, W] float32, cut to 0..1."""
+    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images * std + mean).clamp(0, 1)
+
+
+def as_bytes(images: Tensor) -> np.ndarray:
+    """Pixels [N, 3, H, W] in 0..1 as uint8 [N, H, W, 3]."""
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def first_images(source: Source, size: tuple[int, int], count: int = 10) -> Tensor:
+    """The first images that can be decoded, as evaluation sees them: [≤ count, 3, H, W] float32, normalised.
+
+    They are on the CPU. torch's generator is left as it was: a run that is evaluated goes on as one that is not.
+
+    Raises:
+        ValueError: none can be decoded.
+    """
+    good = itertools.islice((index for index in range(len(source)) if _decodes(source, index)), count)
+    images, *_ = extract(lambda images: images, Subset(source, list(good)), size, batch_size=count)
+    return images
+
+
+def _decodes(source: Source, index: int) -> bool:
+    try:
+        open_image(source, index).pixels()
+    except BadImage:
+        return False
+    return True
+
+
+def save_snapshot(mae: nn.Module, images: Tensor, path: Path) -> None:
+    """Writes `filled` of `reconstruct` as uint8 [N, H, W, 3] into an .npz; the file is whole or not there.
+
+    Args:
+        mae, images: as for `reconstruct`.
+        path: RUN/reconstructions/step-000120.npz; its folder is made if it is not there.
+    """
+    filled = as_bytes(reconstruct(mae, images).filled)
+    path.parent.mkdir(exist_ok=True)
+    beside = path.with_name(path.name + ".writing")
+    with beside.open("wb") as file:
+        np.savez_compressed(file, filled=filled)
+    beside.replace(path)
+
+
+def read_snapshots(folder: Path) -> list[tuple[int, np.ndarray]]:
+    """(step, uint8 [N, H, W, 3]) of each snapshot in RUN/reconstructions, by step; none where there is no such folder.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    found = []
+    for path in folder.glob("step-*.npz"):
+        if not (match := re.fullmatch(r"step-(\d+)\.npz", path.name)):
+            continue
+        try:
+            with np.load(path) as arrays:
+                filled = arrays["filled"]
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"reconstruction: {path} is damaged: remove it") from error
+        if filled.dtype != np.uint8 or filled.ndim != 4 or filled.shape[3] != 3:
+            raise ValueError(f"reconstruction: {path} must hold uint8 [N, H, W, 3], got {filled.dtype} {filled.shape}")
+        found.append((int(match[1]), filled))
+    return sorted(found, key=lambda snapshot: snapshot[0])

@@ -1,0 +1,135 @@
+"""What a run reached, what it took, and what went wrong, as text."""
+
+import json
+import statistics
+from collections.abc import Callable
+
+from fastssl.train.log import read_metrics
+
+from .opened import Opened
+from .parts import Table, Text, short
+
+NAMED_BAD = 10  # images, and skipped steps, that are named
+SAID = {"evaluation", "step", "epoch", "accuracy"}  # of an evaluation, in columns of their own
+NONE = "–"
+
+
+def summary(run: Opened) -> dict[str, str]:
+    """The few facts that a reader wants first."""
+    points, raw = run.knn()
+    training = run.run.config.training
+    facts = {
+        "method": run.run.method_name,
+        "data": short(run.run.options.data, 120),
+        "backbone": run.run.config.backbone,
+    }
+    if points:
+        best, at = max((accuracy, -epoch) for epoch, accuracy in points)
+        facts["kNN accuracy, best"] = f"{best:.1%}" + (f" at epoch {-at:.3g}" if len(points) > 1 else "")
+        if points[0][0] == 0:
+            facts[f"kNN, {run.at_the_start()}"] = f"{points[0][1]:.1%}"
+    if raw is not None:
+        facts["kNN, raw pixels"] = f"{raw:.1%}"
+    facts["epochs"] = f"{run.last['epoch']:.4g} of {training.epochs}"
+    if speeds := _speeds(run):
+        facts["images/s"] = _sized(statistics.median(speeds))
+    return facts
+
+
+def speed(run: Opened) -> dict[str, str]:
+    """What a run took: time, memory, size."""
+    training, execution, speeds = run.run.config.training, run.run.options.execution, _speeds(run)
+    facts = {"steps": f"{run.last['step']:,}", "epochs": f"{run.last['epoch']:.4g} of {training.epochs}",
+             "images a step": f"{training.batch_size:,}", "precision": execution.precision}  # fmt: skip
+    if speeds:
+        median = statistics.median(speeds)
+        facts["images/s, median"] = _sized(median)
+        facts["time a step, median"] = f"{_sized(1000 * training.batch_size / median)} ms" if median else NONE
+    if waits := _values(run, "data_wait"):
+        facts["waiting for data, median"] = f"{statistics.median(waits):.1%}"
+    if peaks := _values(run, "peak_memory"):
+        facts["peak memory"] = f"{max(peaks) / 1e9:.2f} GB"
+    if run.parameters:
+        facts["parameters, trained"], facts["parameters, all"] = (f"{count / 1e6:.2f} M" for count in run.parameters)
+    return facts
+
+
+def _values(run: Opened, name: str) -> list[float]:
+    return [line[name] for line in run.metrics if line.get(name) is not None]
+
+
+def _speeds(run: Opened) -> list[float]:
+    return _values(run, "images_per_second")
+
+
+def _sized(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def facts(run: Opened) -> dict[str, str]:
+    """The environment."""
+    return {name: str(value) for name, value in run.run.facts.items()}
+
+
+def compared(runs: list[Opened], facts_of: Callable[[Opened], dict[str, str]]) -> Table:
+    """A row for each fact, a column for each run."""
+    columns = [facts_of(run) for run in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(column.get(name, NONE) for column in columns)] for name in names]
+    if len(runs) == 1:
+        return Table([], rows)
+    return Table(
+        ["", *(run.name for run in runs)], rows, same={i for i, row in enumerate(rows) if len(set(row[1:])) == 1}
+    )
+
+
+def evaluations(runs: list[Opened]) -> Table | None:
+    """Every line of evaluations.jsonl; None where there is none."""
+    rows, shares = [], []
+    for run in runs:
+        for line in run.evaluations:
+            epoch = line.get("epoch", run.epoch_of(line["step"]))
+            asked = {name: value for name, value in line.items() if name not in SAID and value is not None}
+            how = ", ".join(f"{name.replace('_', ' ')} {short(str(value))}" for name, value in asked.items())
+            name = [run.name] if len(runs) > 1 else []
+            rows.append(
+                [*name, line["evaluation"], f"{epoch:.4g}", f"{line['step']:,}", f"{line['accuracy']:.2%}", how]
+            )
+            shares.append(line["accuracy"])
+    head = [*(["run"] if len(runs) > 1 else []), "evaluation", "epoch", "step", "accuracy", "details"]
+    accuracy = head.index("accuracy")
+    return Table(head, rows, {accuracy - 2, accuracy - 1, accuracy}, {accuracy: shares}) if rows else None
+
+
+def profile(run: Opened) -> list[Table | Text]:
+    """Where the time of a step goes, if it was profiled."""
+    path = run.run.folder / "profile" / "table.json"
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        cells = [[row["part"], f"{row['ms']:.2f}", f"{row['share']:.1%}"] for row in rows]
+        table = Table(["part of a step", "ms", "share"], cells, {1, 2}, {2: [row["share"] for row in rows]})
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        return [Text(f"{path} is damaged: the profile is left out.")]
+    total = sum(row["ms"] for row in rows)
+    return [Text(f"Profiled: {total:.1f} ms a step, the profiler's own cost among them."), table]
+
+
+def trouble(run: Opened) -> list[Text]:
+    """Images that could not be decoded and steps that were skipped; nothing where all went well."""
+    parts, path = [], run.run.folder / "bad_files.txt"
+    if bad := path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        parts.append(Text(_counted(len(bad), "image could not be decoded", "images could not be decoded"),
+                          items=[short(line, 300) for line in bad[:NAMED_BAD]]))  # fmt: skip
+    skipped = [line for path in sorted(run.run.folder.glob("skipped-*.jsonl")) for line in read_metrics(path)]
+    if steps := {line["step"]: line for line in reversed(skipped)}:  # each rank noted them
+        items = [f"step {step}: loss {line.get('loss')}, norm of the gradient {line.get('grad_norm')}"
+                 for step, line in sorted(steps.items())[:NAMED_BAD]]  # fmt: skip
+        parts.append(Text(_counted(len(steps), "step was skipped", "steps were skipped"), items=items))
+    return parts
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    named = f"; the first {NAMED_BAD}" if count > NAMED_BAD else ""
+    return f"{count:,} {one if count == 1 else many}{named}:"

@@ -1,0 +1,81 @@
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from fastssl.data.source import open_source
+from fastssl.eval.labels import accuracy, labelled
+from fastssl.eval.progress import Progress
+
+
+class Labels:
+    """A source that has nothing but labels."""
+
+    size = shards = None
+
+    def __init__(self, labels, classes=("a", "b", "c")):
+        self.labels, self.classes = labels, classes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def label(self, index):
+        return self.labels[index]
+
+
+def chosen(source, share, seed):
+    return set(labelled(source, share, seed).indices)
+
+
+def test_subsets_are_balanced_nested_and_reproducible():
+    source = open_source("digits")
+    torch.manual_seed(5)
+    one, ten = (chosen(source, share, 3) for share in (0.01, 0.1))
+    torch.manual_seed(6)
+    assert one == chosen(source, 0.01, 3)
+    assert one < ten
+    assert ten != chosen(source, 0.1, 4)
+    for subset, each in ((one, 1), (ten, 14)):
+        assert Counter(source.label(i) for i in subset) == dict.fromkeys(range(10), each)
+    part = labelled(source, 0.1, 3)
+    assert part.classes == source.classes
+    assert [part.label(i) for i in range(140)] == [source.label(i) for i in part.indices]
+
+
+def test_the_global_generator_is_left_alone():
+    before = torch.random.get_rng_state()
+    labelled(open_source("digits"), 0.1, 3)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_small_classes_give_what_they_have_and_images_without_label_nothing():
+    source = Labels([0] * 50 + [1] * 48 + [2] * 2 + [-1] * 20)
+    assert Counter(source.label(i) for i in chosen(source, 0.3, 0)) == {0: 10, 1: 10, 2: 2}
+    assert Counter(source.label(i) for i in chosen(source, 1e-6, 0)) == {0: 1, 1: 1, 2: 1}
+    assert len(labelled(source, 1, 0)) == 100
+    complete = Labels([0, 1, 2])
+    assert labelled(complete, 1, 0) is complete
+
+
+@pytest.mark.parametrize("source", [Labels([0, 1], None), Labels([-1, -1])])
+def test_a_source_without_labels(source):
+    with pytest.raises(ValueError, match=r"^eval: the source has no labels to learn from$"):
+        labelled(source, 0.1, 0)
+
+
+def test_accuracy_by_hand():
+    logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1]])
+    top1, top5 = accuracy(logits, torch.tensor([0, 1, 5, 6]))  # 6 is a class that training did not have
+    assert (top1, top5) == (0.25, 0.5)
+    assert accuracy(logits[:, :5], torch.tensor([0, 4, 0, 1])) == (0.75, None)
+    assert accuracy(logits[:, :1], torch.tensor([0, 0, 0, 1])).top1 == 0.75
+
+
+def test_progress_is_rare(capsys):
+    progress = Progress("linear", 9, every=math.inf)
+    progress(1, torch.tensor(math.nan))
+    assert capsys.readouterr().out == ""
+    progress.every = 0
+    progress(1.25, torch.tensor(2.0))
+    assert capsys.readouterr().out == "linear: epoch 1.2 of 9, loss 2.000\n"

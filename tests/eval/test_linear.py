@@ -1,0 +1,151 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from fastssl.data.source import Subset, open_source
+from fastssl.eval import linear
+from fastssl.eval.linear import swept, trained_officially
+from fastssl.eval.protocols import Official, Setting, Sweep, official
+from fastssl.methods import moco_v1
+
+
+def clusters(count=300, classes=6, width=12, spread=0.3, seed=0):
+    """Features around a centre for each class, on axes of very different scale and offset."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    x = centres[labels] + spread * torch.randn(count, width, generator=generator)
+    return x * torch.logspace(-2, 2, width) + torch.linspace(-50, 50, width), labels
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "sgd", "lars"])
+def test_separable_features_are_separated(optimizer):
+    found, setting = swept(clusters(), clusters(seed=1), 6, Sweep((optimizer,), epochs=100))
+    assert found.top1 > 0.98
+    assert found.top5 == 1.0
+    assert setting.optimizer == optimizer
+
+
+def test_lbfgs_is_the_minimum_that_scikit_learn_finds():
+    from sklearn.linear_model import LogisticRegression
+
+    (x, y), (tx, ty) = clusters(spread=1.5), clusters(spread=1.5, seed=1)
+    standard = (x - x.mean(0)) / x.std(0, correction=0), (tx - x.mean(0)) / x.std(0, correction=0)
+    l2 = 1e-3
+    weight, bias = linear._minimised(standard[0], y, 6, l2, 500)
+    theirs = LogisticRegression(C=1 / (l2 * len(x)), max_iter=5000, tol=1e-8).fit(standard[0].numpy(), y.numpy())
+    torch.testing.assert_close(weight, torch.tensor(theirs.coef_).float(), atol=2e-3, rtol=1e-2)
+    ours = (F.linear(standard[1], weight, bias).argmax(1) == ty).float().mean().item()
+    assert ours == pytest.approx(theirs.score(standard[1].numpy(), ty.numpy()), abs=0.01)
+
+
+def test_pieces_of_the_data_change_nothing(monkeypatch):
+    x, y = clusters(spread=1.0)
+    whole = linear._minimised(F.normalize(x), y, 6, 1e-2, 50)
+    monkeypatch.setattr(linear, "AT_ONCE", 70)
+    for mine, theirs in zip(linear._minimised(F.normalize(x), y, 6, 1e-2, 50), whole):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+
+
+def test_settings_trained_together_are_those_trained_alone():
+    (x, y), sweep = clusters(), Sweep(epochs=3)
+    settings = [Setting("sgd", 0.1), Setting("lars", 3.0), Setting("sgd", 3e38), Setting("sgd", 0.01)]
+    together = linear._fitted(x, y, 6, settings, sweep, 0)
+    for setting, classifier in zip(settings, together):
+        (alone,) = linear._fitted(x, y, 6, [setting], sweep, 0)
+        torch.testing.assert_close(classifier.weight, alone.weight, equal_nan=True)
+    assert not together[2].weight.isfinite().all()  # it diverged, and did not touch the others
+
+
+def test_a_setting_that_diverges_is_not_chosen():
+    sweep = Sweep(("sgd",), lrs=(3e38, 0.1), epochs=5)
+    assert swept(clusters(), clusters(seed=1), 6, sweep)[1] == Setting("sgd", 0.1)
+
+
+def test_the_choice_never_looks_at_the_test_images():
+    """Poisoned test labels and features change the accuracy, and not what was chosen."""
+    train, (x, y) = clusters(spread=2.0), clusters(spread=2.0, seed=1)
+    sweep = Sweep(epochs=5)
+    honest, setting = swept(train, (x, y), 6, sweep)
+    for poisoned in ((x, (y + 1) % 6), (-x, y), (x[:1], y[:1])):
+        assert swept(train, poisoned, 6, sweep)[1] == setting
+    assert honest.top1 > 0.5
+    assert swept(train, (x, (y + 1) % 6), 6, sweep)[0].top1 < 0.2
+
+
+def test_few_labels_and_refusals():
+    x, y = clusters()
+    rows = torch.stack([(y == c).nonzero()[0, 0] for c in range(6)])  # one of each: nothing to compare settings by
+    found, setting = swept((x[rows], y[rows]), clusters(seed=1), 6, Sweep(epochs=20))
+    assert setting == Sweep().settings[0]
+    assert found.top1 > 0.9
+    with pytest.raises(ValueError, match=r"needs two labelled images or more, got 1$"):
+        swept((x[:1], y[:1]), (x, y), 6, Sweep())
+    with pytest.raises(ValueError, match=r"^eval: some of the encoder's features are not finite$"):
+        swept((x * torch.inf, y), (x, y), 6, Sweep())
+
+
+def test_the_same_seed_gives_the_same_numbers_and_leaves_the_global_generator():
+    before = torch.random.get_rng_state()
+    first, second = (swept(clusters(spread=2.0), clusters(seed=1), 6, Sweep(epochs=3), seed=4) for _ in range(2))
+    assert first == second
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_papers_numbers():
+    assert official("mae", "vit_base") == Official(90, 16384, "lars", 0.1, 0.0, 10)
+    assert official("mae", "vit_base").pieces == 32  # the paper's 32 GPUs
+    for method in ("moco_v1", "moco_v2"):
+        training = official(method, "resnet50").training
+        assert (training.optimizer, training.lr, training.epochs, training.lr_drops) == ("sgd", 30.0, 100, (60, 80))
+    assert official("moco_v3", "resnet50").lr == 0.1
+    assert official("moco_v3", "vit_small").lr == 3.0
+    assert Official(batch_size=1025).pieces == 5  # of 205: equal parts
+
+
+def small(**changes):
+    return Official(**{"epochs": 6, "batch_size": 60, "warmup_epochs": 0, "optimizer": "sgd", "lr": 1.0, **changes})
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_the_official_protocol_leaves_the_encoder_as_it_is(standardise):
+    """Bit for bit, running statistics too; and it learns something through the augmentations."""
+    method = moco_v1.build(moco_v1.Config.small()).eval()
+    before = {name: x.clone() for name, x in method.state_dict().items()}
+    train, test = (Subset(open_source("digits", split), range(240)) for split in ("train", "test"))
+    random = torch.random.get_rng_state()
+    how = small(epochs=8, lr=1.0, standardise=standardise)
+    first, second = (trained_officially(method.features, train, test, how, (16, 16), 1) for _ in range(2))
+    assert first == second
+    assert first.top1 > (0.3 if standardise else 0)  # unscaled features of fresh weights hardly differ
+    assert all(torch.equal(x, before[name]) for name, x in method.state_dict().items())
+    assert all(p.grad is None for p in method.parameters())
+    assert torch.equal(random, torch.random.get_rng_state())
+
+
+def test_a_step_in_pieces_is_that_of_the_whole_batch():
+    train, test = (Subset(open_source("digits", split), range(120)) for split in ("train", "test"))
+
+    def found(**changes):
+        how = small(standardise=False, lr=0.05, **changes)
+        return trained_officially(lambda images: images.flatten(1), train, test, how, (8, 8))
+
+    whole = found()
+    assert whole.top1 > 0.25
+    assert whole == found(at_once=20)
+    with pytest.raises(ValueError, match=r"^eval: --batch-size must be at most the 120 labelled images, got 121$"):
+        found(batch_size=121)
+
+
+def test_images_that_cannot_be_decoded_do_not_stop_it(tmp_path):
+    for i in range(50):
+        path = tmp_path / "ab"[i % 2] / f"{i:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        if i % 10 < 2:
+            path.write_bytes(b"broken")
+        else:
+            Image.new("RGB", (20, 16), (255 * (i % 2), 99, i)).save(path)
+    train, test = (open_source(f"folder:{tmp_path}", split) for split in ("train", "test"))
+    found = trained_officially(lambda images: images.flatten(1), train, test, small(batch_size=8), (16, 16))
+    assert found == (1.0, None)  # red or not; two classes have no top-5

@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+import torch
+
+from fastssl.methods import moco_v1, moco_v3
+from fastssl.report import ranks
+from fastssl.report.opened import Opened
+
+from .made import make_run
+
+
+def test_bins_double_and_hold_every_rank_once():
+    assert ranks.bins(1).tolist() == [0, 1, 2]
+    assert ranks.bins(7).tolist() == [0, 1, 2, 4, 8]
+    assert ranks.bins(8).tolist() == [0, 1, 2, 4, 9]
+    for negatives in (1, 2, 3, 31, 512, 65536):
+        edges = ranks.bins(negatives)
+        assert np.histogram(np.arange(negatives + 1), bins=edges)[0].sum() == negatives + 1
+        assert (np.diff(edges) > 0).all()
+
+
+@pytest.mark.parametrize(("module", "negatives"), [(moco_v1, 512), (moco_v3, 31)])
+def test_collect_changes_nothing_and_says_the_same_again(tmp_path, monkeypatch, module, negatives):
+    monkeypatch.setattr(ranks, "QUERIES", 64)
+    run = Opened(make_run(tmp_path / "run", module, "shapes:count=64"), "run", "red")
+    run.load()
+    before = {name: x.clone() for name, x in run.method.state_dict().items()}
+    random = torch.get_rng_state()
+    found, counted, size = ranks.collect(run)
+    assert counted == negatives
+    assert size == 32
+    assert len(found) == 128  # two batches, each view asks
+    assert found.dtype == torch.int64
+    assert 0 <= int(found.min()) <= int(found.max()) <= negatives
+    assert all(torch.equal(x, before[name]) for name, x in run.method.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.rand(3)
+    assert torch.equal(ranks.collect(run)[0], found)
+
+
+def test_the_histogram_says_what_it_shows():
+    picture = ranks.histogram(torch.tensor([0, 0, 0, 1, 5]), 7, "red")
+    assert picture.alt == "histogram of ranks: 60.0% of the positives are first, the median rank is 0"
+    assert [name for *_, name in picture.legend] == ["queries", "by chance"]

@@ -1,0 +1,199 @@
+"""`fastssl eval` as a user meets it: three evaluations of a run, what they note, one sentence for each mistake."""
+
+import json
+import random
+import shutil
+import sys
+
+import pytest
+import torch
+
+from fastssl import cli, cli_eval
+from fastssl.cli_eval import write_knn
+from fastssl.run import open_run
+from tests.ranks import run_ranks
+
+TINY = ["--data", "digits", "--epochs", "1", "--batch-size", "512", "--decoder-depth", "1", "--image-size", "8", "8"]
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, words)])
+    cli.main()
+
+
+def refused(monkeypatch, sentence, *words):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *words)
+    assert str(stopped.value) == f"fastssl: {sentence}"
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    """A second thread on a core that another test has makes a step ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr("fastssl.machine.cores", lambda: 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "mae"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("fastssl.machine.cores", lambda: 1)
+        run(monkeypatch, "pretrain", "mae", *TINY, "--folder", folder)
+    return folder
+
+
+@pytest.fixture
+def folder(pretrained, tmp_path):
+    """A copy of the run, to note evaluations in."""
+    return shutil.copytree(pretrained, tmp_path / "mae")
+
+
+def noted(folder, evaluation):
+    lines = map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines())
+    return [line for line in lines if line["evaluation"] == evaluation]
+
+
+def test_knn(monkeypatch, capsys, folder):
+    (online,) = [line for line in noted(folder, "knn") if line["step"] > 0]
+    run(monkeypatch, "eval", "knn", folder)
+    of_k = {line["k"]: line for line in noted(folder, "knn") if line["step"] > 0}
+    assert list(of_k) == [10, 20, 200]
+    assert of_k[20] == online  # the same question has one line
+    said = " · ".join(f"k={k} {line['accuracy']:.1%}" for k, line in of_k.items())
+    assert capsys.readouterr().out == f"kNN of {folder} on digits: {said}\n"
+    run(monkeypatch, "eval", "knn", folder, "--k", "1", "--tau", "0.1", "--data", "shapes:count=40")
+    (line,) = [line for line in noted(folder, "knn") if line["data"] != "digits"]
+    assert {**line, "accuracy": 0} == {"evaluation": "knn", "step": 2, "data": "shapes:count=40", "epoch": 1.0, "k": 1,
+                                       "tau": 0.1, "accuracy": 0}  # fmt: skip
+
+
+def test_linear(monkeypatch, capsys, folder):
+    fast = ["--epochs", "5", "--optimizers", "sgd", "lbfgs"]
+    run(monkeypatch, "eval", "linear", folder, *fast)
+    run(monkeypatch, "eval", "linear", folder, *fast, "--pool", "mean", "--labels", "0.1", "--seed", "1")
+    whole, few = noted(folder, "linear")
+    assert whole["accuracy"] > 0.8
+    assert few["accuracy"] < whole["accuracy"] < whole["top5"]
+    assert (whole["protocol"], whole["labels"], whole["step"], whole["epoch"]) == ("features", 1.0, 2, 1.0)
+    assert (few["labels"], few["seed"], few["pool"]) == (0.1, 1, "mean")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        f"linear accuracy of {folder} on digits: top-1 {whole['accuracy']:.1%}, top-5 {whole['top5']:.1%} "
+        f"(features, {whole['setting']})"
+    )
+    assert second.endswith("0.1 of the labels)")
+
+
+def test_linear_officially(monkeypatch, folder):
+    run(monkeypatch, "eval", "linear", folder, "--protocol", "official", "--epochs", "1", "--warmup-epochs", "0",
+        "--batch-size", "64", "--lr", "0.2", "--optimizer", "sgd")  # fmt: skip
+    (line,) = noted(folder, "linear")
+    assert (line["protocol"], line["epochs"], line["warmup_epochs"]) == ("official", 1, 0)
+    assert (line["batch_size"], line["lr"], line["optimizer"]) == (64, 0.2, "sgd")
+    assert "weight_decay" not in line  # only what was asked to differ from the paper
+    assert line["accuracy"] > 0.2
+
+
+def test_finetune(monkeypatch, folder):
+    run(monkeypatch, "eval", "finetune", folder, "--labels", "0.1", "--epochs", "2", "--warmup-epochs", "0.5",
+        "--batch-size", "32")  # fmt: skip
+    (line,) = noted(folder, "finetune")
+    assert (line["labels"], line["seed"], line["epochs"], line["data"]) == (0.1, 0, 2, "digits")
+    assert line["accuracy"] > 0.11
+
+
+def test_help(monkeypatch, capsys, pretrained):
+    run(monkeypatch, "eval", "--help")
+    out = capsys.readouterr().out
+    assert [line.split("RUN")[0].strip() for line in out.splitlines() if "RUN  " in line] == [
+        "fastssl eval knn", "fastssl eval linear", "fastssl eval finetune"
+    ]  # fmt: skip
+    for words, shown in {
+        ("knn",): "--k",
+        ("linear",): "--optimizers",
+        ("linear", "--protocol", "official", pretrained): "--batch-size INT images a step (default: 16384)",
+        ("finetune",): "--batch-size INT images a step (default: 1024)",
+        ("finetune", pretrained): "--batch-size INT images a step (default: 64)",  # the run's images are small
+    }.items():
+        with pytest.raises(SystemExit, match="0"):
+            run(monkeypatch, "eval", *words, "--help")
+        assert shown in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
+    refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got nothing", "eval")
+    refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got probe", "eval", "probe", pretrained)
+    for command in ("knn", "linear", "finetune"):
+        sentence = f"run: {tmp_path} is no run folder: it has no config.json"
+        refused(monkeypatch, sentence, "eval", command, tmp_path)
+        unlabelled = tmp_path / "images"
+        unlabelled.mkdir(exist_ok=True)
+        for i in range(10):
+            (unlabelled / f"{i}.png").write_bytes(b"")
+        sentence = f"eval: folder:{unlabelled} has no labels to compare with"
+        refused(monkeypatch, sentence, "eval", command, pretrained, "--data", f"folder:{unlabelled}")
+    for words, sentence in {
+        ("knn", "--k", "0"): "--k must be at least 1, got 0",
+        ("knn", "--k", "20", "-3"): "--k must be at least 1, got 20 -3",
+        ("knn", "--tau", "nan"): "--tau must be above 0, up to 1e6, got nan",
+        ("linear", "--labels", "0"): "--labels must be above 0, up to 1, got 0.0",
+        ("linear", "--labels", "10"): "--labels must be above 0, up to 1, got 10.0",
+        ("linear", "--seed", "-1"): "--seed must be from 0 on, up to 1e9, got -1",
+        ("linear", "--epochs", "0"): "--epochs must be at least 1, got 0",
+        ("linear", "--lrs", "0.1", "inf"): "--lrs must be above 0, up to 1e6, got 0.1 inf",
+        ("linear", "--protocol", "papers"): "--protocol must be features or official, got 'papers'",
+        ("linear", "--protocol", "official"): "--batch-size must be at most the 1438 labelled images, got 16384",
+        ("linear", "--protocol", "official", "--epochs", "5"): "--warmup-epochs must lie before --epochs 5, got 10",
+        ("finetune", "--layer-decay", "1.5"): "--layer-decay must be above 0, up to 1, got 1.5",
+        ("finetune", "--erasing", "2"): "--erasing must be 0 … 1, got 2.0",
+        ("finetune", "--batch-size", "64", "--accumulate", "3"): "--batch-size must be divisible by --accumulate 3, "
+        "got 64",
+        ("finetune", "--lr-drops", "1", "30"): "--lr-drops must lie before --epochs 20, got 30",
+    }.items():
+        refused(monkeypatch, f"eval: {sentence}", "eval", words[0], pretrained, *words[1:])
+
+
+def test_pooling_is_for_vits(monkeypatch, tmp_path):
+    run(monkeypatch, "pretrain", "moco_v1", "--data", "shapes:count=64", "--epochs", "1", "--batch-size", "32",
+        "--folder", tmp_path / "moco")  # fmt: skip
+    sentence = "eval: --pool is for ViTs, and MoCo has another backbone here"
+    refused(monkeypatch, sentence, "eval", "linear", tmp_path / "moco", "--pool", "mean")
+
+
+def test_what_runs_in_one_process_says_so(monkeypatch, pretrained):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("eval linear --protocol official", "eval finetune"):
+        sentence = f"{command} runs in one process: start it without torchrun, as fastssl {command} RUN"
+        first, second, *rest = command.split()
+        words = [*rest, "--batch-size", "64", "--epochs", "20"]
+        refused(monkeypatch, sentence, first, second, pretrained, *words)
+
+
+def _write_knn(folder):
+    torch.manual_seed(3)
+    opened = open_run(folder)
+    method, before = opened.load().train(), torch.random.get_rng_state()
+    torch.set_num_threads(1)
+    cli_eval.share_cores = lambda workers, device, ranks: 0
+    write_knn(opened, method, 0, 0, torch.device("cpu"))
+    write_knn(opened, method, 2, 1, torch.device("cpu"))
+    return torch.equal(before, torch.random.get_rng_state()), method.training
+
+
+def test_ranks_write_together_what_one_process_writes(capsys, folder):
+    """The first rank alone notes it; random numbers go on as if nothing had been evaluated."""
+    (folder / "evaluations.jsonl").unlink()
+    state = random.getstate()
+    assert _write_knn(folder) == (True, False)
+    assert random.getstate() == state
+    alone = (folder / "evaluations.jsonl").read_text()
+    assert "epoch 1 " in capsys.readouterr().out
+    (folder / "evaluations.jsonl").unlink()
+    assert run_ranks(2, _write_knn, folder) == [(True, False)] * 2
+    assert (folder / "evaluations.jsonl").read_text() == alone
+    assert len(alone.splitlines()) == 3

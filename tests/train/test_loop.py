@@ -1,0 +1,305 @@
+"""The step and what guards it, with a model of a few numbers."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastssl.data.loader import Batch
+from fastssl.methods import mae, moco_v2, moco_v3
+from fastssl.nn import KeyQueue
+from fastssl.train import checkpoint
+from fastssl.train.log import read_metrics
+from fastssl.train.loop import _State, train
+from fastssl.train.loop import _step as one_step
+from fastssl.train.recipe import Execution, Training
+
+OPTIMIZERS = ("adamw", "sgd", "lars")
+QUIET = {"tensorboard": False, "log_every": 1}
+
+
+class Line(nn.Module):
+    """A regression whose images are numbers; `nan` among them makes the loss what it says."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.steps = []
+
+    def forward(self, batch):
+        (x,) = batch.views
+        loss = (self.layer(x) - 1).square().mean()
+        return loss, {"size": loss.detach().new_tensor(float(len(x)))}
+
+    def after_step(self, progress):
+        self.steps.append(progress)
+
+
+def batches(count=6, size=8, bad=()):
+    """An ``epoch_of`` of `count` batches; those numbered in `bad` have a nan in one image."""
+
+    def epoch_of(epoch, start):
+        generator = torch.Generator().manual_seed(epoch)
+        made = [torch.randn(size, 4, generator=generator) for _ in range(count)]
+        for i in range(start, count):
+            if epoch * count + i in bad:
+                made[i][3, 0] = torch.nan
+            index = torch.arange(size) + 100 * (epoch * count + i)
+            yield Batch((made[i],), index, index)
+
+    return epoch_of
+
+
+def settings(optimizer="adamw", size=8, epochs=1, **changes):
+    return Training(epochs, size, optimizer, lr=3.0 if optimizer == "lars" else 0.3, weight_decay=0.0, **changes)
+
+
+def run(tmp_path, epoch_of, training, steps=6, method=None, resume=None, **execution):
+    torch.manual_seed(0)
+    method = method or Line()
+    train(method, "line", epoch_of, steps, training, Execution(**{**QUIET, **execution}), tmp_path, resume=resume)
+    return method
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optimizer, bad):
+    """Weights, momenta and Adam's count are those of a run that never saw the batch; its images are named."""
+    (tmp_path / "with").mkdir(), (tmp_path / "without").mkdir()
+    training = settings(optimizer, warmup_epochs=0)
+    constant = {"lr_drops": (1000,)}  # no schedule: a skipped step still counts as one
+    for name, value in constant.items():
+        setattr(training, name, value)
+    method = run(tmp_path / "with", batches(bad={bad}), training)
+
+    def others(epoch, start):
+        return (batch for i, batch in enumerate(batches()(epoch, 0)) if i != bad)
+
+    expected = run(tmp_path / "without", others, training, steps=5)
+    for p, q in zip(method.parameters(), expected.parameters()):
+        assert torch.equal(p, q)
+    states = [checkpoint.load(folder / "checkpoints", "line")["optimizer"]["state"] for folder in
+              (tmp_path / "with", tmp_path / "without")]  # fmt: skip
+    for number, values in states[0].items():
+        for name, x in values.items():
+            assert torch.equal(torch.as_tensor(x), torch.as_tensor(states[1][number][name])), name
+    (note,) = read_metrics(tmp_path / "with" / "skipped-0.jsonl")
+    assert note["step"] == bad + 1
+    assert note["loss"] == note["grad_norm"] == "nan"
+    assert note["indices"] == list(range(100 * bad, 100 * bad + 8))
+    lines = read_metrics(tmp_path / "with" / "metrics.jsonl")
+    assert [line["skipped"] for line in lines] == [int(i == bad) for i in range(6)]
+    assert lines[bad]["loss"] is None
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path):
+    with pytest.raises(ValueError) as error:
+        run(tmp_path, batches(bad={1, 3, 4, 5}), settings(), checkpoint_every=1, max_skipped=2)
+    assert str(error.value) == (
+        "train: loss nan and gradient norm nan in step 6: 3 steps in a row were skipped, more than --max-skipped 2; "
+        f"their images are numbered in {tmp_path}/skipped-0.jsonl, and checkpoints written before are intact"
+    )
+    assert checkpoint.load(tmp_path / "checkpoints", "line")["step"] == 5
+    assert [note["step"] for note in read_metrics(tmp_path / "skipped-0.jsonl")] == [2, 4, 5, 6]
+
+
+def test_a_gradient_alone_that_is_not_finite(tmp_path):
+    """The loss is finite, as for a square root at zero."""
+
+    class Root(Line):
+        def forward(self, batch):
+            loss, metrics = super().forward(batch)
+            root = (self.layer.bias * 0).sum().sqrt()
+            return loss + root if batch.index[0] == 200 else loss, metrics
+
+    run(tmp_path, batches(), settings(), method=Root())
+    (note,) = read_metrics(tmp_path / "skipped-0.jsonl")
+    assert (note["step"], note["grad_norm"]) == (3, "nan")
+    assert float(note["loss"]) > 0
+
+
+def test_clipping(tmp_path):
+    """The step is that of the gradient scaled to the norm; without the option no step is touched."""
+    training = settings("sgd", momentum=0.0, lr_drops=(9,))
+    first = Line()
+    start = [p.detach().clone() for p in first.parameters()]
+    run(tmp_path, batches(count=1), training, steps=1, method=first, clip_norm=1e-3)
+    moved = torch.cat([(p - q).flatten() for p, q in zip(first.parameters(), start)]).norm()
+    lr = 0.3 * 8 / 256
+    assert moved.item() == pytest.approx(lr * 1e-3, rel=1e-3)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["grad_norm"] > 0.1  # what is logged is the norm before
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_accumulation_equals_the_large_batch(tmp_path, optimizer):
+    def small(epoch, start):
+        for batch in batches(size=8)(epoch, start // 4):
+            for part in torch.arange(8).split(2):
+                yield Batch((batch.views[0][part],), batch.index[part], batch.label[part])
+
+    (tmp_path / "large").mkdir(), (tmp_path / "small").mkdir()
+    large = run(tmp_path / "large", batches(size=8), settings(optimizer, epochs=2))
+    parts = run(tmp_path / "small", small, settings(optimizer, epochs=2, accumulate=4))
+    for p, q in zip(large.parameters(), parts.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("large", "small")]
+    for one, other in zip(*lines, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    assert parts.steps == large.steps
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_keys_of_all_micro_batches_enter_the_queue_in_order(symmetric):
+    """After a step of three micro-batches the queue and the weights are those of the large batch."""
+    config = moco_v2.Config.small()
+    config.symmetric, config.queue_size, config.bn_splits = symmetric, 40, 1
+    torch.manual_seed(0)
+    one = moco_v2.build(config).double().eval()  # running statistics: no norm sees what company a sample keeps
+    other = moco_v2.build(config).double().eval()
+    other.load_state_dict(one.state_dict())
+    views = tuple(torch.randn(12, 3, 32, 32, dtype=torch.float64) for _ in range(2))
+    label = torch.arange(12)
+    training = Training(1, 12, "sgd", 30.0, 0.0)
+    states = []
+    for method, parts in ((one, 1), (other, 3)):
+        training.accumulate = parts
+        state = _State(method, "moco", training, Execution(), None)
+        method.eval()
+        for _ in range(2):
+            pieces = [Batch(tuple(v[i] for v in views), label[i], label[i]) for i in label.chunk(parts)]
+            one_step(state, iter(pieces), 0.5, 2)
+        states.append(method.state_dict())
+    assert int(states[0]["queue_ptr"]) == (24 * (1 + symmetric)) % 40
+    for name, x in states[0].items():
+        torch.testing.assert_close(states[1][name], x, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_keys_that_are_not_finite_do_not_enter_the_queue():
+    queue = KeyQueue(4, 8)
+    before = queue.queue.clone()
+    keys = torch.randn(3, 4)
+    keys[1, 2] = torch.inf
+    queue.enqueue(keys)
+    assert torch.equal(queue.queue[[0, 2]], keys[[0, 2]])
+    assert torch.equal(queue.queue[1], before[1])
+    assert int(queue.queue_ptr) == 3
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what makes a host wait for its device: reading a value, and shapes that depend on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.NAMES:
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def tiny(module, **changes):
+    config = module.Config.small()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config, module.build(config)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("module", "changes"), [(mae, {}), (moco_v2, {"queue_size": 64}), (moco_v3, {"hidden": 32})])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_step_never_waits_for_the_device(module, changes, precision, clip):
+    config, method = tiny(module, **changes)
+    state = _State(method, "x", config.training, Execution(precision=precision, clip_norm=clip), None)
+    images = torch.randn(8, 3, *config.image_size)
+    batch = Batch((images,) * len(config.recipe.views), torch.arange(8), torch.arange(8), torch.arange(8))
+    with Syncs() as syncs:
+        one_step(state, iter([batch]), 0.1, 10)
+        one_step(state, iter([batch]), 0.1, 10)
+    assert syncs.seen == []
+    with syncs:
+        float(images.sum())
+    assert len(syncs.seen) == 1  # it would have been seen
+
+
+def test_fp16_scales_the_loss_and_skips_what_overflows(tmp_path):
+    """The first scale, 65536, is too much for a loss of this size: steps are skipped until it fits."""
+
+    class Steep(Line):
+        def forward(self, batch):
+            loss, metrics = super().forward(batch)
+            return loss.float() * 100, metrics
+
+    run(tmp_path, batches(count=12), settings("sgd", lr_by_epoch=True), steps=12, method=Steep(), precision="fp16")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    skipped = [line["skipped"] for line in lines]
+    assert 1 <= sum(skipped) < 10
+    assert skipped == sorted(skipped, reverse=True)
+    assert lines[-1]["loss_scale"] == 65536 / 2 ** sum(skipped)
+    assert lines[-1]["loss"] > 0
+    state = checkpoint.load(tmp_path / "checkpoints", "line")
+    assert state["scaler"]["scale"] == lines[-1]["loss_scale"]
+
+
+def test_tensorboard_and_wandb_get_the_same_numbers(tmp_path, monkeypatch):
+    sent = []
+    fake = types.SimpleNamespace(
+        log=lambda record, step: sent.append((step, record)), finish=lambda: sent.append("end")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: fake))
+    run(tmp_path, batches(), settings(), tensorboard=True, wandb="project")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert sent == [*((line["step"], line) for line in lines), "end"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    values = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert values == [(line["step"], pytest.approx(line["loss"])) for line in lines]
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"^train: --wandb needs a package: pip install 'fastssl-engine\[wandb\]'$"):
+        run(tmp_path, batches(), settings(), wandb="project")
+
+
+def test_profile_tells_where_the_time_goes(tmp_path):
+    config, method = tiny(moco_v3, hidden=32)
+
+    def epoch_of(epoch, start):
+        for i in range(start, 8):
+            images = torch.randn(8, 3, *config.image_size)
+            yield Batch((images, images), torch.arange(8) + i, torch.arange(8))
+
+    run(tmp_path, epoch_of, settings("sgd"), steps=8, method=method, profile=4)
+    table = json.loads((tmp_path / "profile" / "table.json").read_text())
+    rows = {row["part"]: row for row in table["rows"]}
+    assert list(rows) == ["data", "forward", "loss", "backward", "optimizer", "twin and queue"]
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
+    assert rows["backward"]["ms"] > rows["loss"]["ms"]
+    trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
+    assert "backward" in {event.get("name") for event in trace["traceEvents"]}
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 8  # the run went on
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resume_is_bit_equal_at_every_step(tmp_path, optimizer):
+    training = settings(optimizer, epochs=2)
+    (tmp_path / "whole").mkdir()
+    expected = run(tmp_path / "whole", batches(), training, checkpoint_every=1, keep_last=12)
+    for path in checkpoint.files(tmp_path / "whole" / "checkpoints")[:-1]:
+        state = torch.load(path, weights_only=True)
+        folder = tmp_path / path.name
+        folder.mkdir()
+        method = run(folder, batches(), training, resume=state)
+        assert torch.equal(method.layer.weight, expected.layer.weight)

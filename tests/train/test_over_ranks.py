@@ -1,0 +1,203 @@
+"""Several processes, joined by gloo, against one: the same losses and weights to rounding, and bit-equal resumes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastssl import distributed
+from fastssl.data.loader import Loader
+from fastssl.data.source import open_source
+from fastssl.run import method_module
+from fastssl.train import checkpoint
+from fastssl.train.leave import Left
+from fastssl.train.log import read_metrics
+from fastssl.train.loop import train
+from fastssl.train.recipe import Execution
+from tests.ranks import run_ranks
+
+SMALL = {
+    "mae": {"decoder_depth": 1},
+    "moco_v1": {"queue_size": 96, "bn_splits": 2},
+    "moco_v2": {"queue_size": 96, "bn_splits": 2},
+    "moco_v3": {"backbone": "resnet_mini", "hidden": 32, "dim": 16},
+    "moco_v3 vit": {"backbone": "vit_mini", "hidden": 32, "dim": 16},
+}
+
+
+def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, double=False, **settings):
+    """Trains on 96 shapes (48 in float64) in steps of 16 images; returns the whole state that is saved at the end."""
+    accumulate = settings.pop("accumulate", 1)
+    name, vit = name.split()[0], "vit" in name
+    module = method_module(name)
+    config = module.Config.small()
+    for field, value in {**SMALL[name + " vit" * vit], **(changes or {})}.items():
+        setattr(config, field, value)
+    training = config.training
+    training.epochs, training.batch_size, training.warmup_epochs, training.accumulate = epochs, 16, 0, accumulate
+    training.optimizer = "adamw" if vit else training.optimizer
+    training.lr = 0.5 if training.optimizer == "sgd" else 1e-2
+    torch.manual_seed(0)
+    method = module.build(config)
+    method = method.double() if double else method
+    torch.manual_seed(distributed.rank())
+    world, rank = distributed.world_size(), distributed.rank()
+    source = open_source(f"shapes:count={48 if double else 96}")
+    loader = Loader(source, config.recipe, 16 // world // accumulate, rank=rank, world=world)
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    state = checkpoint.load(folder / "checkpoints", name) if resume else None
+
+    def epoch_of(epoch, start):
+        for i, batch in enumerate(loader.epoch(epoch, start)):
+            if kill is not None and (rank, i + start) == kill:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch._replace(views=tuple(view.double() for view in batch.views)) if double else batch
+
+    execution = Execution(**{"log_every": 1, "tensorboard": False, **settings})
+    try:
+        train(method, name, epoch_of, len(loader) // accumulate, training, execution, folder, resume=state)
+    except Left as left:
+        return left.code, str(left)
+    distributed.objects_of_ranks(None)  # rank 0 has written it
+    return checkpoint.load(folder / "checkpoints", name)
+
+
+def in_ranks(world, *args, **kwargs):
+    return run_ranks(world, _call, args, kwargs)
+
+
+def _call(args, kwargs):
+    return trained(*args, **kwargs)
+
+
+def assert_close(one, other, folders, bound):
+    for key, x in one["model"].items():
+        torch.testing.assert_close(other["model"][key], x, rtol=bound, atol=bound, msg=lambda m, key=key: f"{key}: {m}")
+    lines = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    for first, second in zip(*lines, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert first[key] == pytest.approx(second[key], rel=bound), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "accumulate", "execution"),
+    [
+        ("mae", 1, {}),
+        ("mae", 2, {}),
+        ("mae", 1, {"shard": True}),
+        ("mae", 2, {"shard": True, "clip_norm": 0.5}),
+        ("moco_v3", 1, {}),
+        ("moco_v3 vit", 1, {}),
+        ("moco_v3 vit", 1, {"shard": True}),
+    ],
+)
+def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumulate, execution):
+    """MAE, and MoCo v3 with its batch norms over all ranks: three steps, losses, gradients and weights, in float64."""
+    alone = {key: value for key, value in execution.items() if key != "shard"}
+    one = trained(tmp_path / "one", name, double=True, **alone)
+    two, _ = in_ranks(2, tmp_path / "two", name, double=True, accumulate=accumulate, **execution)
+    assert one["step"] == two["step"] == 3
+    assert len(two["random"]) == 2
+    assert_close(one, two, (tmp_path / "one", tmp_path / "two"), bound=1e-6)
+    for key, x in one["optimizer"]["state"].items():
+        assert {name: torch.as_tensor(v).shape for name, v in x.items()} == {
+            name: torch.as_tensor(v).shape for name, v in two["optimizer"]["state"][key].items()
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "execution", "changes"),
+    [
+        ("mae", {"shard": True}, {}),
+        ("moco_v1", {}, {"shard_queue": True}),
+        ("moco_v2", {}, {}),
+        ("moco_v3", {}, {}),
+    ],
+)
+def test_ranks_leave_together_and_go_on_bit_for_bit(tmp_path, name, execution, changes):
+    """SIGTERM reaches rank 1 alone, in the middle of an epoch; both save at the same step, and the run that goes on is
+    the one that was never stopped, with the sharded queue, the shuffles of each rank and all."""
+    whole, _ = in_ranks(2, tmp_path / "whole", name, epochs=2, changes=changes, **execution)
+    left = in_ranks(2, tmp_path / "left", name, epochs=2, changes=changes, kill=(1, 2), **execution)
+    assert left[0] == left[1]
+    code, text = left[0]
+    assert code == 143
+    assert text.startswith("SIGTERM: saved after step 4")
+    resumed, _ = in_ranks(2, tmp_path / "left", name, epochs=2, changes=changes, resume=True, **execution)
+    assert resumed["step"] == whole["step"] == 12
+    for key, x in whole["model"].items():
+        assert torch.equal(resumed["model"][key], x), key
+    lines = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "left")]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "changes"), [("mae", {}), ("moco_v1", {"shard_queue": True})])
+def test_another_number_of_ranks_goes_on(tmp_path, name, changes):
+    """Two ranks, then one: the same images, so MAE's weights are those of one process to rounding."""
+    in_ranks(2, tmp_path / "run", name, epochs=2, changes=changes, kill=(0, 2))
+    state = trained(tmp_path / "run", name, epochs=2, changes=changes, resume=True)
+    assert state["step"] == 12
+    if name == "mae":
+        expected = trained(tmp_path / "one", name, epochs=2)
+        assert_close(expected, state, (tmp_path / "one", tmp_path / "run"), bound=5e-3)
+
+
+def torchrun(*words: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0", "-m", "fastssl", "pretrain", *words]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_torchrun_and_a_rank_that_is_lost(tmp_path):
+    """The command of README. A rank is killed: the other says so in one sentence, and the checkpoint is whole."""
+    words = ["mae", "--data", "digits", "--batch-size", "128", "--decoder-depth", "1", "--epochs", "40", "--log-every",
+             "1", "--checkpoint-every", "2", "--knn-every", "0", "--no-tensorboard"]  # fmt: skip
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        torchrun(*words, "--folder", str(folder)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(folder / "metrics.jsonl")) < 4 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(_rank_1_of(process.pid), signal.SIGKILL)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert f"batch 128 over 2 ranks → {folder}" in out
+    assert process.returncode != 0
+    sentence = f"fastssl: pretrain: rank 0 of 2 lost another one; checkpoints are intact, go on with: --resume {folder}"
+    assert sentence in out, out
+    assert checkpoint.load(folder / "checkpoints", "mae")["step"] >= 2
+
+
+def _rank_1_of(agent: int) -> int:
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(path.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == agent and b"\0RANK=1\0" in b"\0" + path.joinpath("environ").read_bytes():
+                return int(path.name)
+        except OSError:
+            continue
+    raise AssertionError("rank 1 is not there")
+
+
+def test_what_torchrun_started_is_told_from_what_it_did_not(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    device = torch.device("cpu")
+    assert distributed.join(device) == device
+    assert distributed.world_size() == 1
+    assert json.dumps(distributed.objects_of_ranks({"a": 1})) == '[{"a": 1}]'
