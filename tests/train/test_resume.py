@@ -116,7 +116,7 @@ def test_killed_at_random_moments(tmp_path, data):
     """One run, killed ten times: at random moments after a random step, and while a checkpoint is being written,
     which is there half when the next process begins. Each goes on by the same command; the last one ends the run."""
     chance = random.Random(time.time_ns())
-    large = ["--epochs", "10", "--decoder-dim", "256", "--checkpoint-every", "2"]  # writing it takes a while
+    large = ["--epochs", "7", "--decoder-dim", "256", "--checkpoint-every", "2"]  # writing it takes a while
     options = [*RUNS["mae"], *data, *large, "--log-every", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert ended(begun(*options, "--folder", str(whole))) == 0
