@@ -34,6 +34,7 @@ class Log:
 
     def __init__(self, folder: Path, total_steps: int, first_step: int, execution: Execution, device: torch.device):
         self.folder, self.max_skipped, self.device = folder, execution.max_skipped, device
+        self._last_step = total_steps
         self._values: list[dict[str, Tensor]] = []
         self._indices: list[Tensor] = []
         self._streak = 0
@@ -125,7 +126,7 @@ class Log:
             text += f" · {record['skipped']} steps skipped"
         if self._progress:
             self._progress.update(self._task, text=text)
-        elif rank() == 0 and time.monotonic() - self._spoken >= LINE_EVERY:
+        elif rank() == 0 and (time.monotonic() - self._spoken >= LINE_EVERY or record["step"] == self._last_step):
             print(f"step {record['step']} · epoch {record['epoch']:.1f} · {text}", flush=True)
             self._spoken = time.monotonic()
 
