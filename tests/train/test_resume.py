@@ -116,14 +116,14 @@ def test_killed_at_random_moments(tmp_path, data):
     """One run, killed ten times: at random moments after a random step, and while a checkpoint is being written,
     which is there half when the next process begins. Each goes on by the same command; the last one ends the run."""
     chance = random.Random(time.time_ns())
-    large = ["--epochs", "7", "--decoder-dim", "256", "--checkpoint-every", "2"]  # writing it takes a while
+    large = ["--epochs", "8", "--decoder-dim", "256", "--checkpoint-every", "2"]  # writing it takes a while
     options = [*RUNS["mae"], *data, *large, "--log-every", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert ended(begun(*options, "--folder", str(whole))) == 0
     again = (*options, "--folder", str(broken), "--resume", "auto")
     while_writing = 0
     for kill in range(KILLS):
-        before, wanted, delay = steps(broken), chance.randint(1, 3), chance.random() * 0.3
+        before, wanted, delay = steps(broken), chance.randint(1, 3), chance.random() * 0.1
         reached: list[float] = []
 
         def random_moment(before=before, wanted=wanted, delay=delay, reached=reached):
