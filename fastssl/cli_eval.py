@@ -84,7 +84,7 @@ def _knn_command(words: list[str]) -> None:
 
 
 def _linear_command(words: list[str]) -> None:
-    protocol, run = _value_of("--protocol", words) or "features", _run_in(words)
+    protocol, run = value_of("--protocol", words) or "features", _run_in(words)
     if protocol not in ("features", "official"):
         raise ValueError(f"eval: --protocol must be features or official, got {protocol!r}")
     papers = official(run.method_name, run.config.backbone) if run else Official()
@@ -208,11 +208,13 @@ def _run_in(words: list[str]) -> Run | None:
     return open_run(folder) if folder else None
 
 
-def _value_of(flag: str, words: list[str]) -> str | None:
-    """What stands behind a flag, or after its =."""
-    for word, after in zip(words, [*words[1:], None]):
-        if word == flag or word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=") if "=" in word else after
+def value_of(flag: str, words: list[str]) -> str | None:
+    """What stands behind a flag (or after its =): needed before the flags' defaults are known."""
+    for i, word in enumerate(words):
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+        if word == flag and i + 1 < len(words):
+            return words[i + 1]
     return None
 
 

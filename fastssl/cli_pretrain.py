@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from fastssl import distributed
-from fastssl.cli_eval import write_knn
+from fastssl.cli_eval import value_of, write_knn
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source, open_source
 from fastssl.eval.reconstruction import first_images, save_snapshot
@@ -24,9 +24,9 @@ def pretrain(words: list[str]) -> None:
     """fastssl pretrain METHOD --data SOURCE [options] [--resume auto] | fastssl pretrain [METHOD] --resume RUN"""
     method_name = None if words[0].startswith("-") else words[0]
     rest = words[1:] if method_name else words
-    resume = _value_of("--resume", rest)
-    if "--resume" in rest and resume != "auto":
-        run, begin = _resumed(rest, method_name), False
+    resume = value_of("--resume", rest)
+    if resume != "auto" and any(word.split("=")[0] == "--resume" for word in rest):
+        run, begin = _resumed(rest, method_name, resume), False
     else:
         run = _asked(rest, method_name)
         begin = not (run.folder / "config.json").exists()
@@ -51,13 +51,13 @@ def _asked(words: list[str], method_name: str | None) -> Run:
     if method_name is None:
         raise ValueError(f"pretrain: name a method: {', '.join(method_names())}")
     module = method_module(method_name)
-    data = _value_of("--data", words)
+    data = value_of("--data", words)
     source = open_source(data) if data is not None else None
     small = source is not None and source.size is not None and max(source.size) <= 64
-    chosen = _value_of("--preset", words) or ("small" if small else "paper")
+    chosen = value_of("--preset", words) or ("small" if small else "paper")
     if chosen not in ("small", "paper"):
         raise ValueError(f"pretrain: --preset must be small or paper, got {chosen!r}")
-    backbone = _value_of("--backbone", words)
+    backbone = value_of("--backbone", words)
     paper = module.Config.paper(backbone) if backbone else module.Config.paper()  # its numbers may depend on it
     default = module.Config.small() if chosen == "small" else paper
 
@@ -128,20 +128,10 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _value_of(flag: str, words: list[str]) -> str | None:
-    """What stands behind a flag (or after its =): needed before the flags' defaults are known."""
-    for i, word in enumerate(words):
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
-        if word == flag and i + 1 < len(words):
-            return words[i + 1]
-    return None
-
-
-def _resumed(words: list[str], method_name: str | None) -> Run:
-    if len(words) != 2 or words[0] != "--resume":
+def _resumed(words: list[str], method_name: str | None, folder: str | None) -> Run:
+    if words not in (["--resume", folder], [f"--resume={folder}"]):
         raise ValueError("pretrain: --resume RUN takes every option from the run, and no other beside it")
-    run = open_run(Path(words[1]))
+    run = open_run(Path(folder))
     if method_name not in (None, run.method_name):
         raise ValueError(f"pretrain: {run.folder} is a run of {run.method_name}, not of {method_name}")
     return run

@@ -71,6 +71,11 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
         f"pretrain: {folder} is a run of mae, not of moco_v2",
         "pretrain", "moco_v2", "--resume", folder,
     )  # fmt: skip
+    other = f"pretrain: {folder} is a run of mae, not of moco_v2"
+    refused(monkeypatch, other, "pretrain", "moco_v2", f"--resume={folder}")
+    alone = "pretrain: --resume RUN takes every option from the run, and no other beside it"
+    refused(monkeypatch, alone, "pretrain", "mae", "--data", "digits", f"--resume={folder}")
+    refused(monkeypatch, alone, "pretrain", "--resume")
 
 
 def test_export_and_start_from_weights(monkeypatch, capsys, tmp_path):

@@ -3,28 +3,17 @@
 import json
 import random
 import shutil
-import sys
 
 import pytest
 import torch
 
-from fastssl import cli, cli_eval
+from fastssl import cli_eval
 from fastssl.cli_eval import write_knn
 from fastssl.run import open_run
 from tests.ranks import run_ranks
+from tests.test_cli import refused, run
 
 TINY = ["--data", "digits", "--epochs", "1", "--batch-size", "512", "--decoder-depth", "1", "--image-size", "8", "8"]
-
-
-def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, words)])
-    cli.main()
-
-
-def refused(monkeypatch, sentence, *words):
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *words)
-    assert str(stopped.value) == f"fastssl: {sentence}"
 
 
 @pytest.fixture(autouse=True)
