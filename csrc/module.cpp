@@ -29,6 +29,15 @@ std::string processor_level() {
   return "baseline";
 }
 
+std::string processor_maker() {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "other";
+}
+
 pybind11::dict build_facts() {
   using namespace pybind11::literals;
 #if defined(__clang__)
@@ -46,5 +55,6 @@ pybind11::dict build_facts() {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Facts about the native part of fastssl: how it was built, what this processor can run.";
   module.def("build_facts", &build_facts, "compiler, instruction-set levels built, whether a CUDA part was built");
+  module.def("processor_maker", &processor_maker, "'intel', 'amd' or 'other'");
   module.def("processor_level", &processor_level, "'avx512' (with bf16), 'avx2' or 'baseline'");
 }

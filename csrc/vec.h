@@ -91,13 +91,16 @@ inline void widen(const S* from, int64_t stride, int64_t n, T* to) {
 // Rounds to nearest even where S is narrower.
 inline void store_narrow(float* to, Vec<float> x) { store(to, x); }
 inline void store_narrow(double* to, Vec<double> x) { store(to, x); }
-inline void store_narrow(BFloat16* to, Vec<float> x) {
-  typedef uint16_t Short __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
-  typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));
+inline Vec<uint32_t> bfloat16_bits(Vec<float> x) {  // in the low halves
   const Vec<uint32_t> bits = Vec<uint32_t>(x);
   const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Vec<uint32_t> nan = Vec<uint32_t>(x != x);
-  *reinterpret_cast<Short*>(to) = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Packed);
+  return (rounded & ~nan) | (nan & 0x7fc0);
+}
+inline void store_narrow(BFloat16* to, Vec<float> x) {
+  typedef uint16_t Short __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+  typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));
+  *reinterpret_cast<Short*>(to) = __builtin_convertvector(bfloat16_bits(x), Packed);
 }
 inline void store_narrow(Half* to, Vec<float> x) {
 #if defined(__AVX512F__) && FASTSSL_VECTOR_BYTES == 64

@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.profiler import record_function
 
 from fastssl.data.recipe import Recipe, View
+from fastssl.nn.linear import Linear
 from fastssl.nn.masking import kept_tokens, seeded_noise
 from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions, xavier_
 from fastssl.ops import Masking, check, keep_patches, keep_tokens, masked_patch_mse, random_masking, restore_tokens
@@ -87,14 +88,14 @@ class MAE(ViT):
         self.norm_pix_loss, self.mask_ratio = norm_pix_loss, mask_ratio
         self.length = self.grid[0] * self.grid[1]
         self.keep = kept_tokens("MAE", self.length, mask_ratio, fewest_masked=1)
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_embed_dim, self.grid), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        self.decoder_pred = Linear(decoder_embed_dim, patch_size**2 * in_chans)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(xavier_)
         nn.init.normal_(self.mask_token, std=0.02)

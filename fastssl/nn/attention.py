@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from fastssl import ops
 from fastssl.ops import check
 
+from .linear import Linear
+
 
 class Attention(nn.Module):
     """Multi-head self-attention from one packed qkv projection: [B, L, D] → [B, L, D]. In place of timm's `Attention`.
@@ -52,12 +54,12 @@ class Attention(nn.Module):
             raise ValueError(f"Attention: attn_drop must be 0, the kernels drop no attention weights, got {attn_drop}")
         head, norm_layer, factory = dim // num_heads, norm_layer or nn.LayerNorm, {"device": device, "dtype": dtype}
         self.num_heads, self.scale = num_heads, head**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.q_norm = norm_layer(head, **factory) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(head, **factory) if qk_norm else nn.Identity()
         self.norm = norm_layer(dim, **factory) if scale_norm else nn.Identity()
         self.gate: nn.Module | None = None  # timm's `gated` has one
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
+        self.proj = Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     @classmethod
@@ -101,6 +103,6 @@ class TorchvisionAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
         if not query is key is value or need_weights:
             raise ValueError("TorchvisionAttention: query, key and value must be one tensor, and need_weights False")
-        qkv = torch.nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+        qkv = ops.linear(query, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         return self.out_proj(ops.attention(q, k, v).flatten(2)), None

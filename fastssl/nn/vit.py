@@ -3,12 +3,12 @@
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.ops import check, patchify
+from fastssl.ops import check, linear, patchify
 
 from .attention import Attention
+from .linear import Linear
 from .positions import fit_positions, sincos_positions
 
 # name: (embed_dim, depth, num_heads, patch_size). B, L, H: Dosovitskiy et al., 2021, table 1; H with MAE's patch 14.
@@ -35,11 +35,11 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x), gelu=True)
 
 
 class Block(nn.Module):
@@ -67,7 +67,7 @@ class PatchEmbed(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """[B, M, P], as `patchify` or `keep_patches` cuts them, → [B, M, D]: only what is kept is embedded."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p·p·C], channel last like the patches
-        return F.linear(patches, weight, self.proj.bias)
+        return linear(patches, weight, self.proj.bias)
 
 
 class ConvStem(nn.Module):

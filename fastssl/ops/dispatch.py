@@ -164,6 +164,21 @@ def native_level() -> str | None:
 
 
 @functools.cache
+def product_is_ours(dtype: torch.dtype) -> bool:
+    """Whether our large matrix products on this CPU are the better choice for a dtype than those of torch's libraries.
+
+    On Intel's processors torch has Intel's own library for 32 and 64 bits, and for 16 bits, from those with bfloat16
+    instructions on, tiles (AMX) that our kernels lack. Elsewhere that library runs at two thirds of its speed, and
+    without bfloat16 instructions torch's products of 16 bits are slower than ours by more than ten times.
+    """
+    if native_level() in (None, "baseline"):
+        return False
+    from fastssl import _C
+
+    return _C.processor_maker() != "intel" or (dtype.itemsize == 2 and native_level() == "avx2")
+
+
+@functools.cache
 def native_cuda() -> bool:
     """Loads the kernels in CUDA C++; False where they were not built, or where torch itself has no CUDA."""
     from fastssl import _C

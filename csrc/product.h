@@ -1,0 +1,241 @@
+// Large matrix products: both matrices are packed into panels, blocks of the result are tasks.
+//
+// C[M, N] = A[M, depth] B[depth, N]. A micro-kernel holds kRows x kPanel sums in registers; for each step into the depth
+// it reads kRows values of A, which it broadcasts, and a panel's row of B. With AVX-512's bf16 dot product a step is a
+// pair of values, which doubles the rate. The depth is cut into chunks that are summed apart, since short sums round less
+// than one long chain, and so that what a block reads again stays in the L2 cache.
+//
+// Packing changes what it reads: it widens, rounds to bf16 pairs, applies GELU. So neither a cast of a weight nor the
+// result of an activation is ever written to memory as a matrix.
+#pragma once
+
+#include "gelu.h"
+#include "gemm.h"
+#include "rows.h"
+
+namespace fastssl {
+
+#if defined(__AVX512BF16__) && FASTSSL_VECTOR_BYTES == 64
+#define FASTSSL_BF16_PAIRS 1
+#else
+#define FASTSSL_BF16_PAIRS 0
+#endif
+
+struct Pair {  // two bfloat16 values that follow each other in the depth
+  uint32_t bits;
+};
+
+template <typename P>
+using Sum = std::conditional_t<std::is_same_v<P, double>, double, float>;
+template <typename P>
+constexpr int64_t kDeep = std::is_same_v<P, Pair> ? 2 : 1;  // values of the depth in a packed element
+
+// How dtype S is multiplied.
+template <typename S>
+using Packed = std::conditional_t<std::is_same_v<S, double>, double,
+                                  std::conditional_t<FASTSSL_BF16_PAIRS && std::is_same_v<S, BFloat16>, Pair, float>>;
+
+constexpr int64_t kBlockRows = 96, kBlockColumns = 256;  // of the result: sums of 98 kB
+template <typename P>
+constexpr int64_t kChunk = std::is_same_v<P, Pair> ? 256 : 128;  // steps: a block's chunk of A has at most 98 kB
+
+template <typename P>
+int64_t steps_of(int64_t depth) {
+  return (depth + kDeep<P> - 1) / kDeep<P>;
+}
+
+// One value of A times a vector of B, added to `sum`.
+inline Vec<float> multiply_add(Vec<float> sum, float a, const float* b) { return splat(a) * load(b) + sum; }
+inline Vec<double> multiply_add(Vec<double> sum, double a, const double* b) { return splat(a) * load(b) + sum; }
+#if FASTSSL_BF16_PAIRS
+inline Vec<float> multiply_add(Vec<float> sum, Pair a, const Pair* b) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a.bits)),
+                                      (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+// A packed: element (row, step) at data[row / kRows * panel + row % kRows * row_stride + step * step_stride].
+template <typename P>
+struct Left {
+  const P* data;
+  int64_t panel, row_stride, step_stride;
+  const P* at(int64_t row, int64_t step) const { return data + row / kRows * panel + step * step_stride; }
+};
+
+template <int R, bool kAdd, typename P>
+__attribute__((noinline)) void packed_tile(int64_t steps, const P* a, int64_t a_row, int64_t a_step, const P* b,
+                                           Sum<P>* c, int64_t c_stride) {
+  using T = Sum<P>;
+  Vec<T> sums[R][2] = {};
+  for (int64_t s = 0; s < steps; ++s, a += a_step, b += kPanel<T>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      sums[r][0] = multiply_add(sums[r][0], a[r * a_row], b);
+      sums[r][1] = multiply_add(sums[r][1], a[r * a_row], b + kLanes<T>);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; ++n) {
+      T* to = c + r * c_stride + n * kLanes<T>;
+      store(to, kAdd ? load(to) + sums[r][n] : sums[r][n]);
+    }
+}
+
+template <int R, bool kAdd, typename P>
+void packed_tile_of(int64_t rows, int64_t steps, const P* a, int64_t a_row, int64_t a_step, const P* b, Sum<P>* c,
+                    int64_t c_stride) {
+  if constexpr (R > 0) {
+    if (rows == R) return packed_tile<R, kAdd>(steps, a, a_row, a_step, b, c, c_stride);
+    packed_tile_of<R - 1, kAdd>(rows, steps, a, a_row, a_step, b, c, c_stride);
+  }
+}
+
+// Runs finish(row, column, rows, columns, sums, stride) for every block of the product A B, where b is packed in panels
+// [N / kPanel][steps][kPanel].
+template <typename P, typename Finish>
+void product(int64_t rows, int64_t columns, int64_t steps, Left<P> a, const P* b, const Finish& finish) {
+  using T = Sum<P>;
+  const int64_t across = (columns + kBlockColumns - 1) / kBlockColumns, down = (rows + kBlockRows - 1) / kBlockRows;
+  const Tensor workspace = empty({torch::stable::get_num_threads() * kBlockRows * kBlockColumns}, kDtype<T>);
+  for_tasks(across * down, 2.0 * rows * columns * steps, data<T>(workspace), kBlockRows * kBlockColumns,
+            [&](int64_t task, T* sums) {
+              const int64_t row = task / across * kBlockRows, column = task % across * kBlockColumns;
+              const int64_t high = std::min(kBlockRows, rows - row), wide = std::min(kBlockColumns, columns - column);
+              for (int64_t step = 0; step < steps; step += kChunk<P>)
+                for (int64_t j = 0; j < wide; j += kPanel<T>) {
+                  const P* panel = b + (column + j) * steps + step * kPanel<T>;
+                  const auto multiply_rows = step ? packed_tile_of<kRows, true, P> : packed_tile_of<kRows, false, P>;
+                  for (int64_t i = 0; i < high; i += kRows)
+                    multiply_rows(std::min<int64_t>(kRows, high - i), std::min(kChunk<P>, steps - step),
+                                  a.at(row + i, step), a.row_stride, a.step_stride, panel,
+                                  sums + i * kBlockColumns + j, kBlockColumns);
+                }
+              finish(row, column, high, wide, sums, kBlockColumns);
+            });
+}
+
+// What packing does to each value.
+template <typename T>
+struct Change {
+  bool gelu = false;
+  Vec<T> operator()(Vec<T> x) const { return gelu ? fastssl::gelu(x) : x; }
+};
+
+// Up to a vector of values of dtype S, widened, zeros behind the n-th.
+template <typename T, typename S>
+inline Vec<T> load_part(const S* from, int64_t n) {
+  if (n >= kLanes<T>) return load_wide(from);
+  S part[kLanes<T>] = {};
+  std::copy(from, from + n, part);
+  return load_wide(part);
+}
+
+template <typename T, typename S>
+inline void store_part(S* to, Vec<T> x, int64_t n) {
+  if (n >= kLanes<T>) return store_narrow(to, x);
+  S part[kLanes<T>];
+  store_narrow(part, x);
+  std::copy(part, part + n, to);
+}
+
+// Length of a packed row whose depth lies side by side: whole vectors, and no power of two, whose rows would share sets
+// of the L1 cache.
+template <typename P>
+int64_t row_of(int64_t depth) {
+  return round_up<int64_t>(steps_of<P>(depth), 16) + 16;
+}
+
+// `depth` values side by side, packed; zeros up to a whole vector.
+template <typename P, typename S>
+void pack_row(const S* from, int64_t depth, Change<Sum<P>> change, P* to) {
+  using T = Sum<P>;
+  for (int64_t d = 0; d < depth; d += kLanes<T>) {
+    const Vec<T> x = change(load_part<T>(from + d, depth - d));
+    if constexpr (std::is_same_v<P, Pair>)
+      store_narrow(reinterpret_cast<BFloat16*>(to) + d, x);
+    else
+      store(to + d, x);
+  }
+}
+
+// A from rows whose depth lies side by side: [rows, depth].
+template <typename P, typename S>
+Left<P> pack_left(const S* from, int64_t from_stride, int64_t rows, int64_t depth, Change<Sum<P>> change, P* to) {
+  const int64_t stride = row_of<P>(depth);
+  torch::stable::parallel_for(0, rows, grain(depth), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) pack_row(from + r * from_stride, depth, change, to + r * stride);
+  });
+  return {to, kRows * stride, stride, 1};
+}
+
+// B from its transpose, whose depth lies side by side: [columns, depth] -> [columns / kPanel][steps][kPanel].
+template <typename P, typename S>
+void pack_right(const S* from, int64_t from_stride, int64_t columns, int64_t depth, P* to) {
+  using T = Sum<P>;
+  constexpr int64_t n = kLanes<T>;
+  const int64_t steps = steps_of<P>(depth), stride = row_of<P>(depth);
+  const Tensor workspace = empty({torch::stable::get_num_threads() * n * stride}, kDtype<T>);
+  for_tasks(panels_of<T>(columns), 1e9, data<T>(workspace), n * stride, [&](int64_t panel, T* rows) {
+    for (int64_t lane = 0; lane < kPanel<T>; lane += n) {
+      const int64_t first = panel * kPanel<T> + lane;
+      for (int64_t i = 0; i < n; ++i)
+        if (first + i < columns)
+          pack_row(from + (first + i) * from_stride, depth, {}, reinterpret_cast<P*>(rows + i * stride));
+        else
+          std::fill(rows + i * stride, rows + (i + 1) * stride, T(0));
+      T* panel_rows = reinterpret_cast<T*>(to) + panel * steps * kPanel<T> + lane;
+      for (int64_t s = 0; s < steps; s += n) {
+        Vec<T> square[n];
+        for (int64_t i = 0; i < n; ++i) square[i] = load(rows + i * stride + s);
+        transpose<T>(square);
+        for (int64_t i = 0; i < std::min(n, steps - s); ++i) store(panel_rows + (s + i) * kPanel<T>, square[i]);
+      }
+    }
+  });
+}
+
+// Either matrix from rows in which its lanes lie side by side, [depth, lanes] -> [lanes / kWidth][steps][kWidth]: A with
+// kWidth = kRows, B with kPanel. `totals`, where given, gets the sum of each lane over the depth.
+template <int kWidth, typename P, typename S>
+void pack_lanes(const S* from, int64_t from_stride, int64_t lanes, int64_t depth, Change<Sum<P>> change, P* to,
+                double* totals = nullptr) {
+  using T = Sum<P>;
+  constexpr int64_t kGroup = 96, kVectors = kGroup / kLanes<T>, kPiece = 16;  // 96: whole panels of any width
+  const int64_t steps = steps_of<P>(depth);
+  torch::stable::parallel_for(0, (lanes + kGroup - 1) / kGroup, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kGroup; first < std::min(lanes, end * kGroup); first += kGroup) {
+      const int64_t here = std::min(kGroup, lanes - first);
+      Vec<T> piece[kVectors] = {};
+      std::fill(totals ? totals + first : nullptr, totals ? totals + first + here : nullptr, 0.0);
+      for (int64_t s = 0; s < steps; ++s) {
+        P row[kGroup];
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const auto values = [&](int64_t d) {
+            const bool there = d < depth && v * kLanes<T> < here;
+            return there ? load_part<T>(from + d * from_stride + first + v * kLanes<T>, here - v * kLanes<T>) : Vec<T>{};
+          };
+          const Vec<T> x = values(s * kDeep<P>);
+          piece[v] += x;
+          if constexpr (std::is_same_v<P, Pair>) {
+            const Vec<T> y = values(s * 2 + 1);
+            piece[v] += y;
+            const Vec<uint32_t> bits = bfloat16_bits(change(x)) | bfloat16_bits(change(y)) << 16;
+            std::memcpy(row + v * kLanes<T>, &bits, sizeof bits);
+          } else {
+            store(row + v * kLanes<T>, change(x));
+          }
+        }
+        if (totals && (s % kPiece == kPiece - 1 || s == steps - 1)) {
+          for (int64_t lane = 0; lane < here; ++lane) totals[first + lane] += piece[lane / kLanes<T>][lane % kLanes<T>];
+          std::fill(piece, piece + kVectors, Vec<T>{});
+        }
+        for (int64_t lane = 0; lane < here; lane += kWidth)
+          std::memcpy(to + ((first + lane) * steps + s * kWidth), row + lane, kWidth * sizeof(P));
+      }
+    }
+  });
+}
+
+}  // namespace fastssl

@@ -1,0 +1,127 @@
+"""The linear layer, with the GELU that may stand before it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import check
+from .dispatch import fake, first_order, op, product_is_ours, serves
+
+FEWEST = 64  # rows from which the kernel is the better choice: to pack the weight costs as much as some rows of product
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """Linear layer, of GELU of its input where asked.
+
+    Equals ``F.linear(F.gelu(x) if gelu else x, weight, bias)``, and `backend` says what runs.
+
+    The kernel reads float32 weights beside 16-bit inputs and rounds them on the way, so autocast's copies of the weights
+    never exist; it makes GELU as it reads x, and again in the backward pass, so neither its result nor its slope is
+    kept; gradients of float32 weights come unrounded.
+
+    Args:
+        x: [..., K] floating. Under autocast it is converted to its dtype first, but for float64.
+        weight: [N, K] of x's dtype, or any floating dtype under autocast. bias: [N] like weight, or None.
+            Gradient to all three, in their dtypes.
+        gelu: put x through GELU (the exact one, by the normal distribution) first.
+
+    Returns: [..., N] in x's dtype, under autocast in that of autocast. Sums in float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape or device does not fit. TypeError: dtypes differ outside autocast, or are not floating.
+
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+    """
+    check.tensor("linear", "weight", weight, "N K")
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        check.fail("linear", f"x must have shape [..., K={weight.shape[1]}], got {list(x.shape)}")
+    check.floating("linear", x=x, weight=weight)
+    check.same_device("linear", x=x, weight=weight)
+    if bias is not None:
+        check.tensor("linear", "bias", bias, "N", N=weight.shape[0])
+        check.same_device("linear", x=x, bias=bias)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    elif not x.dtype == weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        others = f"{weight.dtype}" + (f" and {bias.dtype}" if bias is not None else "")
+        check.fail("linear", f"weight and bias must have x's dtype {x.dtype} outside autocast, got {others}", TypeError)
+    if backend(x, weight) == "torch":
+        return F.linear(F.gelu(x) if gelu else x, weight, bias)
+    if weight.dtype not in (x.dtype, torch.float32) or x.dtype == torch.float16:
+        weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(weight.dtype)
+    return _Linear.apply(_rows(x), weight, bias, gelu).view(*x.shape[:-1], weight.shape[0])
+
+
+def backend(x: Tensor, weight: Tensor) -> str:
+    """What runs `linear` on these tensors: "kernel" or "torch". The one place where that is decided.
+
+    The kernel, on CPUs, from 64 rows on, unless torch's library has instructions there that the kernel lacks: tiles
+    (AMX) for 16 bits, and Intel's own library on Intel's processors for float32 and float64.
+    """
+    rows = x.numel() // max(1, x.shape[-1])
+    ours = serves("linear_fwd", x.device.type) and product_is_ours(x.dtype)
+    return "kernel" if ours and rows >= FEWEST and weight.numel() else "torch"
+
+
+@op("linear_fwd")
+def _linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """[M, N] from x [M, K]; weight [N, K] and bias are float32 or of x's dtype."""
+    x = F.gelu(x) if gelu else x
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@fake(_linear_fwd)
+def _(x, weight, bias, gelu):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@op("linear_dx")
+def _linear_dx(dy: Tensor, weight: Tensor, x: Tensor | None) -> Tensor:
+    """dy [M, N] → [M, K]; through the GELU of x [M, K] where there is one."""
+    dx = dy @ weight.to(dy.dtype)
+    return dx if x is None else torch.ops.aten.gelu_backward(dx, x)
+
+
+@fake(_linear_dx)
+def _(dy, weight, x):
+    return dy.new_empty(dy.shape[0], weight.shape[1])
+
+
+@op("linear_dweight")
+def _linear_dweight(dy: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """(dweight [N, K], dbias [N]) in the weight's dtype."""
+    dweight = dy.T @ (F.gelu(x) if gelu else x)
+    return dweight.to(weight.dtype), dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(weight.dtype)
+
+
+@fake(_linear_dweight)
+def _(dy, x, weight, gelu):
+    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, gelu):
+        ctx.save_for_backward(x, weight)
+        ctx.gelu = gelu
+        return _linear_fwd(x, _rows(weight), bias, gelu)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy):
+        (x, weight), dy = ctx.saved_tensors, _rows(dy)
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = _linear_dx(dy, _rows(weight), x if ctx.gelu else None)
+        if any(ctx.needs_input_grad[1:3]):
+            dweight, dbias = _linear_dweight(dy, x, weight, ctx.gelu)
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] → [M, K], each row without gaps."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
