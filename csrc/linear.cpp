@@ -6,15 +6,19 @@
 namespace fastssl {
 namespace {
 
-// Calls body(S{}, W{}) with the types of the activations and of the weight: the same, or 16 bits beside float masters.
+// Weights as they are multiplied: rounded to the dtype of the activations.
+template <typename S, typename W>
+constexpr Change<Sum<Packed<S>>> kWeight{false, std::is_same_v<S, BFloat16> && std::is_same_v<W, float>};
+
+// Calls body(S{}, W{}) with the types of the activations and of the weight: the same, or bfloat16 beside float masters.
 template <typename Body>
 void with_types(const Tensor& x, const Tensor& weight, const Body& body) {
   with_float_type(x.scalar_type(), "linear: x", [&](auto type) {
     using S = decltype(type);
     if (weight.scalar_type() == kDtype<S>) return body(S{}, S{});
-    STD_TORCH_CHECK(sizeof(S) == 2 && weight.scalar_type() == ScalarType::Float,
-                    "linear: weight must have x's dtype, or be float32 where x has 16 bits");
-    if constexpr (sizeof(S) == 2) body(S{}, float{});
+    STD_TORCH_CHECK((std::is_same_v<S, BFloat16> && weight.scalar_type() == ScalarType::Float),
+                    "linear: weight must have x's dtype, or be float32 where that is bfloat16");
+    if constexpr (std::is_same_v<S, BFloat16>) body(S{}, float{});
   });
 }
 
@@ -45,7 +49,7 @@ Tensor linear_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, bool gelu
     const Tensor left = packed<P>(rows, row_of<P>(depth));
     const Tensor right = packed<P>(panels_of<T>(columns) * kPanel<T>, steps_of<P>(depth));
     const auto a = pack_left<P>(data<S>(x), x.stride(0), rows, depth, Change<T>{gelu}, data<P>(left));
-    pack_right<P>(data<W>(weight), weight.stride(0), columns, depth, data<P>(right));
+    pack_right<P>(data<W>(weight), weight.stride(0), columns, depth, kWeight<S, W>, data<P>(right));
     const W* add = bias ? data<W>(*bias) : nullptr;
     S* to = data<S>(y);
     product<P>(rows, columns, steps_of<P>(depth), a, data<P>(right), [&](auto row, auto column, auto... block) {
@@ -69,7 +73,7 @@ Tensor linear_dx(Tensor dy, Tensor weight, std::optional<Tensor> x) {
     const Tensor left = packed<P>(rows, row_of<P>(depth));
     const Tensor right = packed<P>(panels_of<T>(columns) * kPanel<T>, steps_of<P>(depth));
     const auto a = pack_left<P>(data<S>(dy), dy.stride(0), rows, depth, Change<T>{}, data<P>(left));
-    pack_lanes<kPanel<T>, P>(data<W>(weight), weight.stride(0), columns, depth, Change<T>{}, data<P>(right));
+    pack_lanes<kPanel<T>, P>(data<W>(weight), weight.stride(0), columns, depth, kWeight<S, W>, data<P>(right));
     const S* at = x ? data<S>(*x) : nullptr;
     const int64_t stride = x ? x->stride(0) : 0;
     S* to = data<S>(dx);

@@ -119,8 +119,12 @@ void product(int64_t rows, int64_t columns, int64_t steps, Left<P> a, const P* b
 // What packing does to each value.
 template <typename T>
 struct Change {
-  bool gelu = false;
-  Vec<T> operator()(Vec<T> x) const { return gelu ? fastssl::gelu(x) : x; }
+  bool gelu = false, round = false;  // round: to bfloat16
+  Vec<T> operator()(Vec<T> x) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (round) x = Vec<float>(bfloat16_bits(x) << 16);
+    return gelu ? fastssl::gelu(x) : x;
+  }
 };
 
 // Up to a vector of values of dtype S, widened, zeros behind the n-th.
@@ -172,7 +176,7 @@ Left<P> pack_left(const S* from, int64_t from_stride, int64_t rows, int64_t dept
 
 // B from its transpose, whose depth lies side by side: [columns, depth] -> [columns / kPanel][steps][kPanel].
 template <typename P, typename S>
-void pack_right(const S* from, int64_t from_stride, int64_t columns, int64_t depth, P* to) {
+void pack_right(const S* from, int64_t from_stride, int64_t columns, int64_t depth, Change<Sum<P>> change, P* to) {
   using T = Sum<P>;
   constexpr int64_t n = kLanes<T>;
   const int64_t steps = steps_of<P>(depth), stride = row_of<P>(depth);
@@ -182,7 +186,7 @@ void pack_right(const S* from, int64_t from_stride, int64_t columns, int64_t dep
       const int64_t first = panel * kPanel<T> + lane;
       for (int64_t i = 0; i < n; ++i)
         if (first + i < columns)
-          pack_row(from + (first + i) * from_stride, depth, {}, reinterpret_cast<P*>(rows + i * stride));
+          pack_row(from + (first + i) * from_stride, depth, change, reinterpret_cast<P*>(rows + i * stride));
         else
           std::fill(rows + i * stride, rows + (i + 1) * stride, T(0));
       T* panel_rows = reinterpret_cast<T*>(to) + panel * steps * kPanel<T> + lane;

@@ -15,7 +15,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
     Equals ``F.linear(F.gelu(x) if gelu else x, weight, bias)``, and `backend` says what runs.
 
-    The kernel reads float32 weights beside 16-bit inputs and rounds them on the way, so autocast's copies of the weights
+    The kernel reads float32 weights beside bfloat16 inputs and rounds them on the way, so autocast's copies of the weights
     never exist; it makes GELU as it reads x, and again in the backward pass, so neither its result nor its slope is
     kept; gradients of float32 weights come unrounded.
 
@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
         check.fail("linear", f"weight and bias must have x's dtype {x.dtype} outside autocast, got {others}", TypeError)
     if backend(x, weight) == "torch":
         return F.linear(F.gelu(x) if gelu else x, weight, bias)
-    if weight.dtype not in (x.dtype, torch.float32) or x.dtype == torch.float16:
+    if weight.dtype != x.dtype and (x.dtype, weight.dtype) != (torch.bfloat16, torch.float32):
         weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(weight.dtype)
     return _Linear.apply(_rows(x), weight, bias, gelu).view(*x.shape[:-1], weight.shape[0])
@@ -68,7 +68,7 @@ def backend(x: Tensor, weight: Tensor) -> str:
 
 @op("linear_fwd")
 def _linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """[M, N] from x [M, K]; weight [N, K] and bias are float32 or of x's dtype."""
+    """[M, N] from x [M, K]; weight [N, K] and bias have x's dtype, or are float32 beside bfloat16."""
     x = F.gelu(x) if gelu else x
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

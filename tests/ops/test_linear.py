@@ -1,0 +1,188 @@
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.ops import dispatch, linear
+from tests.close import assert_as_exact_on_average, assert_same
+from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, torch_threads
+
+module = importlib.import_module("fastssl.ops.linear")
+SIZES = [(1, 1, 1), (5, 3, 2), (70, 33, 45), (97, 129, 31), (300, 700, 65), (131, 77, 515)]  # M, K, N
+DTYPES = [  # of x, of the weight
+    *((dtype, dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+    (torch.bfloat16, torch.float32),
+]
+
+
+@pytest.fixture(autouse=True)
+def kernel_at_any_size(monkeypatch):
+    """Sizes of tests, and every processor."""
+    monkeypatch.setattr(module, "FEWEST", 1)
+    monkeypatch.setattr(module, "product_is_ours", lambda dtype: True)
+
+
+def layer(rows, depth, columns, x_dtype=torch.float64, dtype=torch.float64):
+    x, dy = torch.randn(rows, depth).to(x_dtype), torch.randn(rows, columns).to(x_dtype)
+    return x, (torch.randn(columns, depth) / depth**0.5).to(dtype), torch.randn(columns).to(dtype), dy
+
+
+def all_of(forward, dx, dweight, x, weight, bias, dy, gelu):
+    return forward(x, weight, bias, gelu), dx(dy, weight, x if gelu else None), *dweight(dy, x, weight, gelu)
+
+
+def kernels(*args):
+    return all_of(module._linear_fwd, module._linear_dx, module._linear_dweight, *args)
+
+
+def formula(x, weight, bias, dy, gelu):
+    x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
+    y = F.linear(F.gelu(x) if gelu else x, weight, bias)
+    return y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("x_dtype, dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_errs_no_more_than_torch(size, x_dtype, dtype, gelu):
+    """`plain` is torch in x's dtype, with the weights rounded to it, as under autocast."""
+    x, weight, bias, dy = layer(*size, x_dtype, dtype)
+    rounded = (x, weight.to(x_dtype), bias.to(x_dtype), dy)
+    truths = formula(*(t.double() for t in rounded), gelu)
+    for name, result, truth, plain in zip(
+        ("y", "dx", "dweight", "dbias"), kernels(x, weight, bias, dy, gelu), truths, formula(*rounded, gelu)
+    ):
+        assert result.dtype == (dtype if name in ("dweight", "dbias") else x_dtype)
+        assert_as_exact_on_average(result.to(plain.dtype), truth, plain, name)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_on_any_number_of_threads(size, dtype):
+    args = layer(*size, dtype, torch.float32)
+    with torch_threads(1):
+        alone = kernels(*args, True)
+    for one, two in zip(alone, kernels(*args, True)):
+        assert_same(one, two)
+
+
+def test_gradients():
+    x, weight, bias, _ = (t.requires_grad_() for t in layer(4, 3, 2))
+    for gelu in (False, True):
+        gradcheck(lambda *args, gelu=gelu: linear(*args, gelu), x, weight, bias)
+    gradcheck(lambda *args: linear(*args), x.unflatten(0, (2, 2)).detach().requires_grad_(), weight)
+    refuses_second_derivative(lambda x: linear(x, weight, bias), x)
+
+
+def test_only_the_gradients_that_are_asked_for(monkeypatch):
+    x, weight, bias, dy = layer(4, 3, 2)
+
+    def never(*args):
+        raise AssertionError("made a gradient that nobody wants")
+
+    for unwanted, wanted in (("_linear_dx", weight), ("_linear_dweight", x)):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, unwanted, never)
+            wanted.requires_grad_()
+            linear(x, weight, bias).backward(dy)
+            wanted.requires_grad_(False)
+    assert bias.grad is None
+
+
+def test_strides():
+    x, weight, bias, dy = layer(12, 10, 8)
+    expected = formula(x, weight, bias, dy, True)
+    wide = torch.randn(12, 20, dtype=torch.float64)
+    wide[:, 5:15] = x
+    for odd in (wide[:, 5:15], x.T.contiguous().T):
+        odd = odd.detach().requires_grad_()
+        y = linear(odd, weight.T.contiguous().T, bias, gelu=True)
+        torch.testing.assert_close(y, expected[0])
+        torch.testing.assert_close(torch.autograd.grad(y, odd, dy.T.contiguous().T)[0], expected[1])
+    (gradient,) = torch.autograd.grad(linear(x.requires_grad_(), weight, bias).sum(), x)  # dy of stride 0
+    torch.testing.assert_close(gradient, weight.sum(0).expand(12, 10))
+
+
+def test_nan_and_infinity_come_through():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias, dy = layer(70, 33, 45, dtype, torch.float32)
+        x[3, 4], dy[5, 6] = float("nan"), float("inf")
+        y, dx, dweight, dbias = kernels(x, weight, bias, dy, False)
+        assert y[3].isnan().all() and y.isnan().sum() == 45
+        assert not dx[5].isfinite().any() and dx.isfinite().sum() == 69 * 33
+        assert dweight[:, 4].isnan().all() and not dbias[6].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_like_torch_and_leaves_gradients_unrounded(dtype):
+    x, weight, bias, dy = layer(70, 33, 45, torch.float32, torch.float32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast("cpu", dtype):
+        y = linear(x, weight, bias, gelu=True)
+        assert y.dtype == dtype and linear(x.double(), weight.double()).dtype == torch.float64
+    found = (y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype)))
+    truths = formula(*(t.detach().to(dtype).double() for t in (x, weight, bias, dy)), True)
+    plains = formula(*(t.detach().to(dtype) for t in (x, weight, bias, dy)), True)
+    for result, truth, plain in zip(found, truths, plains):
+        assert_as_exact_on_average(result.to(dtype), truth, plain)
+    assert found[2].dtype == found[3].dtype == torch.float32
+
+
+def test_what_runs(monkeypatch):
+    x, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
+    assert module.backend(x, weight) == "kernel"
+    with dispatch.reference():
+        assert module.backend(x, weight) == "torch"
+    monkeypatch.setattr(module, "FEWEST", 7)
+    assert module.backend(x, weight) == "torch"
+    torch.testing.assert_close(linear(x, weight, gelu=True), F.linear(F.gelu(x), weight))
+
+
+def test_where_the_product_is_ours(monkeypatch):
+    from fastssl import _C
+
+    def ours(level, maker):
+        monkeypatch.setattr(dispatch, "native_level", lambda: level)
+        monkeypatch.setattr(_C, "processor_maker", lambda: maker)
+        return [dispatch.product_is_ours.__wrapped__(dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+    assert _C.processor_maker() in ("intel", "amd", "other")
+    assert ours("avx512", "amd") == ours("avx2", "amd") == [True, True]
+    assert ours("avx2", "intel") == [False, True]
+    assert ours("avx512", "intel") == ours("baseline", "amd") == ours(None, "amd") == [False, False]
+
+
+def test_nothing_in_nothing_out():
+    for rows, columns in ((0, 3), (4, 0)):
+        x, weight = torch.randn(rows, 2, requires_grad=True), torch.randn(columns, 2, requires_grad=True)
+        y = linear(x, weight)
+        assert y.shape == (rows, columns)
+        y.sum().backward()
+        assert not x.grad.any() and not weight.grad.any()
+
+
+def test_contract():
+    x, weight, bias, dy = layer(6, 5, 4, torch.bfloat16, torch.float32)
+    for args in ((x, weight, bias, True), (x, weight, None, False)):
+        opcheck(module._linear_fwd, *args)
+    opcheck(module._linear_dx, dy, weight, None)
+    opcheck(module._linear_dx, dy, weight, x)
+    opcheck(module._linear_dweight, dy, x, weight, True)
+
+
+def test_compile():
+    x, weight, bias, _ = (t.float().requires_grad_() for t in layer(6, 5, 4))
+    compiles(lambda *args: linear(*args, gelu=True), x, weight, bias)
+
+
+def test_error_sentences():
+    x, weight, bias, _ = layer(6, 5, 4, torch.float32, torch.float32)
+    refused("linear: weight must have shape [N, K], got [5]", ValueError, linear, x, weight[0])
+    refused("linear: x must have shape [..., K=5], got [6, 4]", ValueError, linear, x[:, :4], weight)
+    refused("linear: bias must have shape [N=4], got [3]", ValueError, linear, x, weight, bias[:3])
+    wanted = "linear: weight and bias must have x's dtype torch.bfloat16 outside autocast, got torch.float32"
+    refused(wanted, TypeError, linear, x.bfloat16(), weight)
+    wanted = "linear: x must be float32, float64, bfloat16 or float16, got int64"
+    refused(wanted, TypeError, linear, x.long(), weight)
+    refused("linear: weight must be on cpu like x, got meta", ValueError, linear, x, weight.to("meta"))
