@@ -1,7 +1,5 @@
 """What a measurement must say about where it was made, and how fast that machine moves bytes and multiplies."""
 
-import contextlib
-import ctypes
 import datetime
 import functools
 import importlib.metadata
@@ -16,24 +14,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from fastssl.machine import keep_memory as keep_memory
 from fastssl.ops import dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 BUSY = 0.1  # share of the processors taken by other programs, above which a measurement means nothing
-
-
-def keep_memory() -> None:
-    """Tells the C library to keep what is freed, as jemalloc and tcmalloc do.
-
-    glibc returns blocks of 32 MB and more to the system at each free, unless its heap has a gap of that size, and to
-    get them back, one page fault for 4 kB, can take ten times as long as to fill them. Whether it happens depends on
-    what ran before, so without this the same case is now one thing, now another.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for anything
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return nothing
 
 
 def wait() -> None:

@@ -12,7 +12,7 @@ from fastssl.cli_eval import value_of, write_knn
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source, open_source
 from fastssl.eval.reconstruction import first_images, save_snapshot
-from fastssl.machine import device_named, engine_named, engine_there, facts, share_cores
+from fastssl.machine import device_named, engine_named, engine_there, facts, keep_memory, share_cores
 from fastssl.run import Options, Run, method_module, method_names, open_run
 from fastssl.train import checkpoint
 from fastssl.train.loop import PRECISIONS, train
@@ -142,6 +142,8 @@ def _pretrain(run: Run, begin: bool, device: torch.device) -> None:
     options, training, world = run.options, run.config.training, distributed.world_size()
     check_sharding(training, options.execution)
     workers = share_cores(options.workers, device, distributed.ranks_here())
+    if device.type == "cpu":
+        keep_memory()
     state = run.state() if checkpoint.files(run.checkpoints) else None
     source = open_source(options.data)
     method = _built(run, state, device)

@@ -1,5 +1,7 @@
 """The machine that a command runs on: its device, its cores, its loader, and what is installed."""
 
+import contextlib
+import ctypes
 import importlib.metadata
 import platform
 
@@ -32,6 +34,19 @@ def share_cores(workers: int | None, device: torch.device, ranks: int = 1) -> in
     workers = available // 4 if workers is None else workers
     torch.set_num_threads(max(1, available - workers))
     return workers
+
+
+def keep_memory() -> None:
+    """Tells the C library to keep what is freed, as jemalloc and tcmalloc do.
+
+    glibc returns blocks of 32 MB and more to the system at each free, unless its heap has a gap of that size, and to
+    get them back, one page fault for 4 kB, can take ten times as long as to fill them: activations and gradients of
+    every step. Whether it happens depends on what ran before.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for anything
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return nothing
 
 
 def engine_named(name: str, device: torch.device) -> str:

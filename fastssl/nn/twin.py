@@ -1,11 +1,13 @@
 """The momentum copy of a module: key encoder, teacher, target network."""
 
 import copy
+import itertools
 import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fastssl.ops import ema_update_
 
@@ -15,6 +17,9 @@ class MomentumTwin(nn.Module):
 
     State-dict names are those of the module, without a prefix. Replaces MoCo's key encoder, lightly's
     `update_momentum` and, with buffers="average", timm's `ModelEmaV3`.
+
+    Under autocast the twin computes with copies of its matrices in autocast's dtype, which `update` writes in its one
+    pass: nothing is cast at a call, and what is averaged and saved stays float32. They take 2 bytes a weight.
 
     Args:
         module: copied; not kept, so that it is neither trained nor saved twice.
@@ -38,12 +43,13 @@ class MomentumTwin(nn.Module):
             raise ValueError(f"MomentumTwin: buffers must be 'own', 'average' or 'copy', got {buffers!r}")
         self.momentum, self.buffers_follow = momentum, buffers
         self.module = copy.deepcopy(module).requires_grad_(False)
+        self._shadow: _Shadow | None = None
         self.register_state_dict_post_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
     @torch.no_grad()
     def forward(self, *args, **kwargs) -> Tensor:
-        return self.module(*args, **kwargs)
+        return self._computing()(*args, **kwargs)
 
     @torch.no_grad()
     def update(self, module: nn.Module, momentum: float | None = None) -> None:
@@ -55,8 +61,28 @@ class MomentumTwin(nn.Module):
                     pairs.append((own, theirs))
                 else:
                     own.copy_(theirs)
-        targets, sources = zip(*(map(_here, pair) for pair in pairs)) if pairs else ((), ())
-        ema_update_(targets, sources, self.momentum if momentum is None else momentum)
+        momentum = self.momentum if momentum is None else momentum
+        shadow = self._shadow.copies if self._shadow and self._shadow.fits(self.module) else {}
+        for shadowed in (True, False):
+            some = [(t, s) for t, s in pairs if (id(t) in shadow) is shadowed]
+            targets, sources = zip(*(map(_here, pair) for pair in some)) if some else ((), ())
+            ema_update_(targets, sources, momentum, [shadow[id(t)] for t, _ in some] if shadowed else ())
+        if shadow:
+            self._shadow.is_written()
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        self._shadow = None  # `to` puts other data into the same parameters
+        return super()._apply(fn, recurse)
+
+    def _computing(self) -> nn.Module:
+        """The module, or its shadow under autocast, made where there is none that fits."""
+        device = next((p.device.type for p in self.module.parameters()), "cpu")
+        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+            return self.module
+        dtype = torch.get_autocast_dtype(device)
+        if not (self._shadow and self._shadow.dtype == dtype and self._shadow.fits(self.module)):
+            self._shadow = _Shadow(self.module, dtype)
+        return self._shadow.following(self.module)
 
 
 def cosine_momentum(start: float, progress: float) -> float:
@@ -65,6 +91,35 @@ def cosine_momentum(start: float, progress: float) -> float:
     Source: Grill et al., 2020 (BYOL), section 3.2; Chen et al., 2021 (MoCo v3), section 4.1.
     """
     return 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - start)
+
+
+class _Shadow:
+    """A module that shares everything with another but the weights of linear and convolutional layers, which are copies
+    in 16 bits. The copies fit as long as nobody but `MomentumTwin.update` writes the originals."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        layers = (m for m in module.modules() if isinstance(m, nn.Linear | _ConvNd))
+        self.weights = [m.weight for m in layers if m.weight.dtype == torch.float32]
+        self.dtype, self.copies = dtype, {id(w): nn.Parameter(w.to(dtype), False) for w in self.weights}
+        shared = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
+        self.module = copy.deepcopy(module, {**shared, **self.copies})
+        self.is_written()
+
+    def is_written(self) -> None:
+        self.versions = [w._version for w in self.weights]
+
+    def fits(self, module: nn.Module) -> bool:
+        """False after `load_state_dict` or FSDP, say, put other values or tensors there."""
+        there = {id(p): p._version for p in module.parameters()}
+        return self.versions == [there.get(id(w)) for w in self.weights]
+
+    def following(self, module: nn.Module) -> nn.Module:
+        for own, theirs in zip(self.module.modules(), module.modules()):
+            own.training = theirs.training
+        return self.module
+
+    def __reduce__(self):
+        return type(None), ()  # a copy of the twin makes its own
 
 
 def _here(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from . import dispatch
 from .attention import attention
 from .augment import augment_
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
-from .linear import linear
+from .dense import linear
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
 from .memory import ema_update_, enqueue_
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify

@@ -1,4 +1,4 @@
-// The linear layer, forward and backward, with its bias and the GELU before it (fastssl/ops/linear.py).
+// The linear layer, forward and backward, with its bias and the GELU before it (fastssl/ops/dense.py).
 #include "product.h"
 
 #include <optional>

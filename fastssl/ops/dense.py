@@ -1,4 +1,4 @@
-"""The linear layer, with the GELU that may stand before it."""
+"""Dense layers: the linear one, with the GELU that may stand before it."""
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
     Equals ``F.linear(F.gelu(x) if gelu else x, weight, bias)``, and `backend` says what runs.
 
-    The kernel reads float32 weights beside bfloat16 inputs and rounds them on the way, so autocast's copies of the weights
-    never exist; it makes GELU as it reads x, and again in the backward pass, so neither its result nor its slope is
-    kept; gradients of float32 weights come unrounded.
+    The kernel reads float32 weights beside bfloat16 inputs and rounds them on the way, so autocast's copies of the
+    weights never exist; it makes GELU as it reads x, and again in the backward pass, so neither its result nor its
+    slope is kept; gradients of float32 weights come unrounded.
 
     Args:
         x: [..., K] floating. Under autocast it is converted to its dtype first, but for float64.
@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    elif not x.dtype == weight.dtype or (bias is not None and bias.dtype != x.dtype):
+    elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         others = f"{weight.dtype}" + (f" and {bias.dtype}" if bias is not None else "")
         check.fail("linear", f"weight and bias must have x's dtype {x.dtype} outside autocast, got {others}", TypeError)
     if backend(x, weight) == "torch":

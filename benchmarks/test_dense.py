@@ -1,0 +1,69 @@
+"""Linear layers of MAE's ViT-B and its decoder, forward and backward: one by itself, and an MLP with its GELU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.ops import linear
+
+from .harness import DTYPES, Case, compare, forward_backward
+from .machine import DEVICE
+
+LAYERS = [(800, 768, 2304), (800, 768, 768), (3152, 512, 1536), (3152, 512, 512)]  # tokens, inputs, outputs
+MLPS = [(800, 768), (3152, 512)]  # tokens, width
+
+
+def weights(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [(torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
+
+
+def row(benchmark, op, size, dtype, ours, official, inputs, operations, **others):
+    """All run under autocast where the dtype asks for it, and are compared in that dtype."""
+    dtype_name, dtype = dtype, DTYPES[dtype]
+    upstream = torch.randn(inputs[0].shape[0], official().shape[1], device=DEVICE).to(dtype)
+
+    def contestant(way):
+        def run():
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                result = way()
+            return [t.to(dtype) for t in (result, *torch.autograd.grad(result, inputs, upstream))]
+
+        return run
+
+    compare(benchmark, Case(
+        op=op,
+        size=f"{size}, {dtype_name}{' autocast' if dtype == torch.bfloat16 else ''}, forward + backward",
+        kernel="linear_fwd",
+        contestants={name: contestant(way) for name, way in {"ours": ours, "official": official, **others}.items()},
+        expected=forward_backward(official, *inputs, upstream=upstream.float()),
+        operations=operations,
+        dtype=dtype,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens, depth, columns", LAYERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(benchmark, tokens, depth, columns, dtype):
+    x = torch.randn(tokens, depth, device=DEVICE).to(DTYPES[dtype]).float().requires_grad_()
+    weight, bias = weights((columns, depth), (columns,))
+    inputs = x, weight, bias
+    row(benchmark, "linear", f"{tokens:,} × {depth:,} → {columns:,}", dtype, lambda: linear(*inputs),
+        lambda: F.linear(*inputs), inputs, 6 * tokens * depth * columns)  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens, width", MLPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp(benchmark, tokens, width, dtype):
+    x = torch.randn(tokens, width, device=DEVICE).to(DTYPES[dtype]).float().requires_grad_()
+    inputs = x, *weights((4 * width, width), (4 * width,), (width, 4 * width), (width,))
+
+    def official():
+        _, first, one, second, two = inputs
+        return F.linear(F.gelu(F.linear(x, first, one)), second, two)
+
+    def ours():
+        _, first, one, second, two = inputs
+        return linear(linear(x, first, one), second, two, gelu=True)
+
+    row(benchmark, "linear, GELU, linear", f"{tokens:,} × {width} → {4 * width:,} → {width}", dtype, ours, official,
+        inputs, 48 * tokens * width**2, **{"torch.compile": torch.compile(official, dynamic=False)})  # fmt: skip
