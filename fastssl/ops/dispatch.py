@@ -129,9 +129,35 @@ def table() -> list[tuple[str, str, str]]:
     ]
 
 
+def product_is_ours(dtype: torch.dtype) -> bool:
+    """Whether our kernels make large matrix products of a dtype faster on this CPU than torch's libraries."""
+    return dtype in _our_products
+
+
+def better_products(level: str | None, maker: str) -> set[torch.dtype]:
+    """The dtypes for which that is so, by instruction set and maker of the processor.
+
+    On Intel's processors torch has Intel's own library for 32 and 64 bits, and for 16 bits, from those with bfloat16
+    instructions on, tiles (AMX) that our kernels lack. Elsewhere that library runs at two thirds of its speed, and
+    without bfloat16 instructions torch's products of 16 bits are slower than ours by more than ten times.
+    """
+    if level in (None, "baseline"):
+        return set()
+    half = {torch.bfloat16, torch.float16}
+    if maker == "intel":
+        return half if level == "avx2" else set()
+    return half | {torch.float32, torch.float64}
+
+
+_our_products: set[torch.dtype] = set()
+
+
 def load_native() -> None:
     """Loads the C++ kernels, which register themselves with torch; called once, when all ops are defined."""
     if level := native_level():
+        from fastssl import _C
+
+        _our_products.update(better_products(level, _C.processor_maker()))
         for device, part in (("cpu", level), *([("cuda", "cuda")] if native_cuda() else [])):
             for name in _bodies:
                 if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{name}", device.upper()):
@@ -161,21 +187,6 @@ def native_level() -> str | None:
     library = next(Path(_C.__file__).parent.glob(f"_native_{level}.*"))
     torch.ops.load_library(library)
     return level
-
-
-@functools.cache
-def product_is_ours(dtype: torch.dtype) -> bool:
-    """Whether our large matrix products on this CPU are the better choice for a dtype than those of torch's libraries.
-
-    On Intel's processors torch has Intel's own library for 32 and 64 bits, and for 16 bits, from those with bfloat16
-    instructions on, tiles (AMX) that our kernels lack. Elsewhere that library runs at two thirds of its speed, and
-    without bfloat16 instructions torch's products of 16 bits are slower than ours by more than ten times.
-    """
-    if native_level() in (None, "baseline"):
-        return False
-    from fastssl import _C
-
-    return _C.processor_maker() != "intel" or (dtype.itemsize == 2 and native_level() == "avx2")
 
 
 @functools.cache

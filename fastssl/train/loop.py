@@ -17,6 +17,7 @@ from .optim import build_optimizer
 from .parallel import check_sharding, load_optimizer, spread, summing, whole
 from .profile import Profile
 from .recipe import Execution, Training
+from .recompute import recompute_blocks
 from .schedule import learning_rate
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,6 +121,10 @@ class _State:
         self.clip_norm = execution.clip_norm
         if resume:
             method.load_state_dict(resume["model"])
+        if execution.recompute:
+            recompute_blocks(method)
+        if execution.compile:
+            method.compile()
         self.parallel = spread(method.train(), execution.shard)
         self.optimizer = build_optimizer(method, training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=execution.precision == "fp16")

@@ -42,6 +42,10 @@ class Execution:
     """fp32; bf16 or fp16 for autocast, fp16 with loss scaling"""
     shard: bool = False
     """shard parameters, gradients and optimizer over the ranks (FSDP2), for models too large for one device"""
+    recompute: bool = False
+    """run a transformer's blocks again in the backward pass and keep nothing of them: less memory, more time"""
+    compile: bool = False
+    """give the method to torch.compile"""
     clip_norm: float = 0.0
     """largest norm of the gradient, 0 for no clipping, as in the papers"""
     max_skipped: int = 10

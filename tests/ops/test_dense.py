@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastssl import _C
 from fastssl.ops import dispatch, linear
 from tests.close import assert_as_exact_on_average, assert_same
 from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, torch_threads
@@ -139,18 +140,20 @@ def test_what_runs(monkeypatch):
     torch.testing.assert_close(linear(x, weight, gelu=True), F.linear(F.gelu(x), weight))
 
 
-def test_where_the_product_is_ours(monkeypatch):
-    from fastssl import _C
-
-    def ours(level, maker):
-        monkeypatch.setattr(dispatch, "native_level", lambda: level)
-        monkeypatch.setattr(_C, "processor_maker", lambda: maker)
-        return [dispatch.product_is_ours.__wrapped__(dtype) for dtype in (torch.float32, torch.bfloat16)]
-
+def test_where_the_product_is_ours():
     assert _C.processor_maker() in ("intel", "amd", "other")
-    assert ours("avx512", "amd") == ours("avx2", "amd") == [True, True]
-    assert ours("avx2", "intel") == [False, True]
-    assert ours("avx512", "intel") == ours("baseline", "amd") == ours(None, "amd") == [False, False]
+    every, half = {torch.float32, torch.float64, torch.bfloat16, torch.float16}, {torch.bfloat16, torch.float16}
+    for level, maker, ours in (
+        ("avx512", "amd", every),
+        ("avx2", "other", every),
+        ("avx2", "intel", half),
+        ("avx512", "intel", set()),
+        ("baseline", "amd", set()),
+        (None, "amd", set()),
+    ):
+        assert dispatch.better_products(level, maker) == ours
+    here = dispatch.better_products(dispatch.native_level(), _C.processor_maker())
+    assert {dtype for dtype in every if dispatch.product_is_ours(dtype)} == here
 
 
 def test_nothing_in_nothing_out():
