@@ -58,13 +58,13 @@ double add_row(const S* x, const D* delta, S* total, W* row, int64_t n) {
   });
 }
 
-// The same without delta.
+// The same without delta; x in W may be the row itself.
 template <typename S, typename W>
-double widen_row(const S* x, W* row, int64_t n) {
+double sum_row(const S* x, W* row, int64_t n) {
   return sum_over<W>(n, [=](auto zero, int64_t i) {
     using V = decltype(zero);
     const V value = read<V>(x + i);
-    write(row + i, value);
+    if constexpr (!std::is_same_v<S, W>) write(row + i, value);
     return value;
   });
 }
@@ -93,8 +93,8 @@ void normalise(const W* row, W mean, W rstd, const W* weight, const W* bias, O* 
 using Normed = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // sum, normed, mean, rstd
 
 template <typename S, typename D>
-Normed forward(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, const Tensor& bias, double eps,
-               ScalarType dtype) {
+Normed forward(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight, const Tensor& bias,
+               double eps, ScalarType dtype) {
   using W = Wide<S>;
   const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
   Tensor total = delta ? empty({batch, length, width}, kDtype<S>) : empty({0}, kDtype<S>);
@@ -112,11 +112,8 @@ Normed forward(const Tensor& x, const std::optional<Tensor>& delta, const Tensor
       const S* source = from.at(i / length, i % length);
       S* to = delta ? past_cache ? scratch.data() : data<S>(total) + i * width : const_cast<S*>(source);
       W* row = std::is_same_v<S, W> ? reinterpret_cast<W*>(to) : wide.data();
-      const double sum = delta                     ? add_row(source, deltas.at(i / length, i % length), to, row, width)
-                         : std::is_same_v<S, W> ? sum_over<W>(width, [=](auto zero, int64_t j) {
-                             return read<decltype(zero)>(row + j);
-                           })
-                                                   : widen_row(source, row, width);
+      const double sum = delta ? add_row(source, deltas.at(i / length, i % length), to, row, width)
+                               : sum_row(source, row, width);
       mean[i] = W(sum / width);
       rstd[i] = rstd_of(row, mean[i], eps, width);
       with_float_type(dtype, "residual_norm: dtype", [&](auto type) {
