@@ -207,41 +207,6 @@ Tensor keep_patches_bwd(Tensor dkept, Tensor ids_keep, int64_t patch, int64_t he
 
 // ---- The loss on masked patches
 
-// A vector or, at the end of a row, one value: V says which.
-template <typename V, typename T>
-V read(const T* from) {
-  if constexpr (sizeof(V) == sizeof(Wide<T>))
-    return to_float(*from);
-  else
-    return load_wide(from);
-}
-template <typename V, typename W>
-void write(W* to, V value) {
-  if constexpr (sizeof(V) == sizeof(W))
-    *to = value;
-  else
-    store(to, value);
-}
-
-// Sum of term(i) for all i < n, where term(V{}, i) gives those from i on that V has room for. Terms are added in W only
-// within a block; blocks are added in double, so long rows lose nothing.
-template <typename W, typename Term>
-double sum_over(int64_t n, Term term) {
-  constexpr int64_t kLane = kLanes<W>, kStep = 4 * kLane, kBlock = 64 * kStep;
-  double total = 0;
-  int64_t i = 0;
-  while (i + kLane <= n) {
-    const int64_t end = std::min(i + kBlock, n);
-    Vec<W> sums[4] = {};
-    for (; i + kStep <= end; i += kStep)
-      for (int v = 0; v < 4; ++v) sums[v] += term(Vec<W>{}, i + v * kLane);
-    for (; i + kLane <= end; i += kLane) sums[0] += term(Vec<W>{}, i);
-    total += sum<W>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-  for (; i < n; ++i) total += term(W{}, i);
-  return total;
-}
-
 // Subtracts the mean of a row from it; gives what it is then to be multiplied by: 1 / sqrt(variance + 1e-6).
 template <typename W>
 W centre(W* row, int64_t n) {

@@ -132,6 +132,49 @@ inline double dot(const T* a, const T* b, int64_t n) {
   return rest + double(sum<T>(lanes));
 }
 
+// A vector or, at the end of a row, one value: V says which.
+template <typename V, typename T>
+inline V read(const T* from) {
+  if constexpr (sizeof(V) == sizeof(Wide<T>))
+    return to_float(*from);
+  else
+    return load_wide(from);
+}
+template <typename V, typename T>
+inline void write(T* to, V value) {  // rounded to T
+  if constexpr (sizeof(V) == sizeof(Wide<T>))
+    *to = from_float<T>(value);
+  else
+    store_narrow(to, value);
+}
+
+// Calls step(V{}, i) for all i < n, where V has room for those from i on.
+template <typename W, typename Step>
+inline void for_each(int64_t n, Step step) {
+  int64_t i = 0;
+  for (; i + kLanes<W> <= n; i += kLanes<W>) step(Vec<W>{}, i);
+  for (; i < n; ++i) step(W{}, i);
+}
+
+// Sum of term(i) for all i < n, where term(V{}, i) gives those from i on that V has room for. Terms are added in W only
+// within a block; blocks are added in double, so long rows lose nothing.
+template <typename W, typename Term>
+double sum_over(int64_t n, Term term) {
+  constexpr int64_t kLane = kLanes<W>, kStep = 4 * kLane, kBlock = 64 * kStep;
+  double total = 0;
+  int64_t i = 0;
+  while (i + kLane <= n) {
+    const int64_t end = std::min(i + kBlock, n);
+    Vec<W> sums[4] = {};
+    for (; i + kStep <= end; i += kStep)
+      for (int v = 0; v < 4; ++v) sums[v] += term(Vec<W>{}, i + v * kLane);
+    for (; i + kLane <= end; i += kLane) sums[0] += term(Vec<W>{}, i);
+    total += sum<W>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+  for (; i < n; ++i) total += term(W{}, i);
+  return total;
+}
+
 // 2^x for x of at most 126. Below -126 it is 2^-126: small enough to be nothing beside a sum that holds a 1. NaN stays.
 // The polynomial is the minimax one of degree 6 on [-1/2, 1/2]: relative error 1.6e-8.
 inline Vec<float> exp2(Vec<float> x) {

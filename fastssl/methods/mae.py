@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from fastssl.data.recipe import Recipe, View
 from fastssl.nn.linear import Linear
 from fastssl.nn.masking import kept_tokens, seeded_noise
+from fastssl.nn.norm import Norm
 from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions, xavier_
 from fastssl.ops import Masking, check, keep_patches, keep_tokens, masked_patch_mse, random_masking, restore_tokens
 from fastssl.train.recipe import Training
@@ -94,7 +95,7 @@ class MAE(ViT):
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_norm = Norm(decoder_embed_dim)
         self.decoder_pred = Linear(decoder_embed_dim, patch_size**2 * in_chans)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(xavier_)
@@ -112,7 +113,7 @@ class MAE(ViT):
         """Mean squared error of the masked patches, a scalar. `noise` [B, L] chooses the mask; `generator` draws it."""
         masking = self.masking(images, noise, generator)
         tokens = self.decode(self.encode_kept(images, masking), masking)[:, 1:]
-        pred = self.decoder_pred(self.decoder_norm(keep_tokens(tokens, masking.ids_masked)))
+        pred = self.decoder_pred(keep_tokens(tokens, masking.ids_masked))
         with record_function("loss"):
             return masked_patch_mse(pred, images, masking.ids_masked, self.patch_size, self.norm_pix_loss)
 
@@ -120,7 +121,7 @@ class MAE(ViT):
         """(predictions of all patches [B, L, P], mask [B, L]: 0 kept, 1 removed)."""
         masking = self.masking(images, noise)
         tokens = self.decode(self.encode_kept(images, masking), masking)[:, 1:]
-        return self.decoder_pred(self.decoder_norm(tokens)), masking.mask
+        return self.decoder_pred(tokens), masking.mask
 
     def masking(self, images: Tensor, noise: Tensor | None = None, generator: Generator | None = None) -> Masking:
         """Which patches of images [B, C, H, W] stay: those of smallest `noise` [B, L], uniform if None."""
@@ -136,11 +137,12 @@ class MAE(ViT):
         return self.encode(tokens + self.pos_embed[0, 1:][masking.ids_keep])
 
     def decode(self, latent: Tensor, masking: Masking) -> Tensor:
-        """[B, 1 + keep, D] → tokens of all patches in their places, before the last norm [B, 1 + L, D_decoder]."""
+        """[B, 1 + keep, D] → tokens of all patches in their places, normalised [B, 1 + L, D_decoder]."""
         x = restore_tokens(self.decoder_embed(latent), self.mask_token, masking.ids_restore, self.decoder_pos_embed)
+        delta = None
         for block in self.decoder_blocks:
-            x = block(x)
-        return x
+            x, delta = block(x, delta)
+        return self.decoder_norm(x, delta)[1]
 
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder alone, in timm's names."""

@@ -1,4 +1,5 @@
-"""Batch norms whose statistics are of less than the batch (MoCo v1, v2) or of more than it (MoCo v3)."""
+"""A transformer's layer norm, and batch norms whose statistics are of less than the batch (MoCo v1, v2) or of more than
+it (MoCo v3)."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +8,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.distributed import sum_over_ranks, world_size
+from fastssl.ops import residual_norm
 from fastssl.ops.dispatch import wide
+
+
+class Norm(nn.LayerNorm):
+    """Layer norm of the residual stream, eps 1e-6: adds what the sublayer before it returned, then normalises.
+
+    ``x, y = norm(x, delta)`` is ``x = x + delta; y = layer_norm(x)``, y in `dtype`, by default that in which a matrix
+    product would come next.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return residual_norm(x, delta, self.weight, self.bias, self.eps, dtype)
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):

@@ -9,6 +9,7 @@ from fastssl.ops import check, linear, patchify
 
 from .attention import Attention
 from .linear import Linear
+from .norm import Norm
 from .positions import fit_positions, sincos_positions
 
 # name: (embed_dim, depth, num_heads, patch_size). B, L, H: Dosovitskiy et al., 2021, table 1; H with MAE's patch 14.
@@ -43,18 +44,22 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; LayerNorm eps 1e-6, as in the official ViT and MAE."""
+    """Pre-norm transformer block; LayerNorm eps 1e-6, as in the official ViT and MAE.
+
+    Takes and returns the residual stream and what is still to be added to it: the norm that comes next adds it.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = Norm(dim)
         self.attn = Attention(dim, num_heads, qkv_bias=True)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = Norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, y = self.norm1(x, delta)
+        x, y = self.norm2(x, self.attn(y))
+        return x, self.mlp(y)
 
 
 class PatchEmbed(nn.Module):
@@ -131,7 +136,7 @@ class ViT(nn.Module):
         positions = sincos_positions(embed_dim, self.grid, row_first=row_first)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = Norm(embed_dim)
         self.head: nn.Module = nn.Identity()
         self.register_load_state_dict_pre_hook(_fit_tables)
         self.apply(xavier_)
@@ -139,13 +144,13 @@ class ViT(nn.Module):
             nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # like the linear layer that it is
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Patch tokens with their positions added [B, M, D] → [B, 1 + M, D], class token first."""
+    def encode(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Patch tokens with their positions added [B, M, D] → [B, 1 + M, D], class token first; dtype as in `Norm`."""
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1).to(tokens.dtype)
-        x = torch.cat([cls, tokens], dim=1)
+        x, delta = torch.cat([cls, tokens], dim=1), None
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            x, delta = block(x, delta)
+        return self.norm(x, delta, dtype)[1]
 
     def features(self, images: Tensor, pool: str = "cls") -> Tensor:
         """[B, C, H, W] → [B, D]: the class token ("cls") or the mean of the patch tokens ("mean")."""
@@ -153,8 +158,8 @@ class ViT(nn.Module):
             raise ValueError(f"features: pool must be 'cls' or 'mean', got {pool!r}")
         self.check_images(images)
         patched = isinstance(self.patch_embed, PatchEmbed)
-        tokens = self.patch_embed(patchify(images, self.patch_size) if patched else images)
-        x = self.encode(tokens + self.pos_embed[:, 1:])
+        tokens = self.patch_embed(patchify(images, self.patch_size) if patched else images) + self.pos_embed[:, 1:]
+        x = self.encode(tokens, tokens.dtype)  # not autocast's: features are not only multiplied
         return x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
 
     def forward(self, images: Tensor) -> Tensor:

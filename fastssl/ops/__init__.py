@@ -12,6 +12,7 @@ from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .dense import linear
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
 from .memory import ema_update_, enqueue_
+from .norm import residual_norm
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
 
 dispatch.load_native()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, serve, serves, triton, wide
+from .dispatch import autocast_dtype, fake, first_order, op, serve, serves, triton, wide
 
 LONGEST = 512  # tokens up to which a kernel is the best choice
 WIDEST = {2: 128, 4: 64, 8: 64}  # head width that a GPU's registers hold, by bytes of an element; the CPU takes any
@@ -48,10 +48,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check.tensor("attention", "v", v, "B L H E", B=batch, L=k.shape[1], H=heads, E=width)
     check.floating("attention", q=q, k=k, v=v)
     check.same_device("attention", q=q, k=k, v=v)
-    device = q.device.type
-    # The meta device has no autocast, and asking for it raises.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if dtype := autocast_dtype(q):
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         check.fail("attention", f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}", TypeError)
     if k.shape[1] == 0:

@@ -69,6 +69,15 @@ def wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype to which autocast would convert x for a matrix product; None where it is off, or x is float64."""
+    device = x.device.type
+    # The meta device has no autocast, and asking for it raises.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def serve(op: OpOverload, **kernels: Callable | None) -> None:
     """Lets a Python function that launches a kernel serve the op on a device: `serve(op, cuda=triton(…))`."""
     for device, kernel in kernels.items():

@@ -1,0 +1,74 @@
+"""The residual addition and the layer norm behind it, at the sizes of a step of MAE: B=16, ViT-B, 224²."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.ops import residual_norm
+
+from .harness import DTYPES, Case, compare
+from .machine import DEVICE
+
+SIZES = [(16, 197, 512), (16, 50, 768)]  # the decoder's tokens and the encoder's
+
+
+def official(x, delta, weight, bias, dtype):
+    """Autocast's: the sum and the norm in float32, then the cast of the next linear layer."""
+    total = x + delta
+    return total, F.layer_norm(total, x.shape[-1:], weight, bias, 1e-6).to(dtype)
+
+
+def inputs(size, dtype):
+    x, delta = torch.randn(size, device=DEVICE), torch.randn(size, device=DEVICE).to(dtype)
+    return x, delta, torch.randn(size[-1], device=DEVICE), torch.randn(size[-1], device=DEVICE)
+
+
+def label(size, dtype, what):
+    rows = f"{size[0] * size[1]:,} rows, D={size[2]}"
+    return f"{rows}, fp32, {'' if dtype == 'fp32' else f'delta and result {dtype}, '}{what}"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_residual_norm(benchmark, size, dtype):
+    args = (*inputs(size, DTYPES[dtype]), DTYPES[dtype])
+    fused = torch.compile(official, dynamic=False)
+    case = Case(
+        op="residual_norm",
+        size=label(size, dtype, "forward"),
+        kernel="residual_norm_fwd",
+        contestants={
+            "ours": lambda: residual_norm(*args[:4], dtype=args[4]),
+            "official": lambda: official(*args),
+            "torch.compile": lambda: fused(*args),
+        },
+        bytes_moved=2 * args[0].nbytes + 2 * args[1].nbytes,
+    )
+    compare(benchmark, case)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_residual_norm_both_ways(benchmark, size, dtype):
+    leaves = [t.requires_grad_() for t in inputs(size, DTYPES[dtype])]
+    upstream = torch.randn(size, device=DEVICE), torch.randn(size, device=DEVICE).to(DTYPES[dtype])
+
+    def both_ways(forward):
+        def run():
+            results = forward(*leaves, DTYPES[dtype])
+            return *(t.detach() for t in results), *torch.autograd.grad(results, leaves, upstream)
+
+        return run
+
+    case = Case(
+        op="residual_norm",
+        size=label(size, dtype, "forward + backward"),
+        kernel="residual_norm_bwd",
+        contestants={
+            "ours": both_ways(lambda *args: residual_norm(*args[:4], dtype=args[4])),
+            "official": both_ways(official),
+            "torch.compile": both_ways(torch.compile(official, dynamic=False)),
+        },
+        bytes_moved=5 * leaves[0].nbytes + 4 * leaves[1].nbytes,
+    )
+    compare(benchmark, case)
