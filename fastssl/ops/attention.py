@@ -48,10 +48,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check.tensor("attention", "v", v, "B L H E", B=batch, L=k.shape[1], H=heads, E=width)
     check.floating("attention", q=q, k=k, v=v)
     check.same_device("attention", q=q, k=k, v=v)
-    device = q.device.type
-    # The meta device has no autocast, and asking for it raises.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    q, k, v = (_autocast(x, like=q) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         check.fail("attention", f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}", TypeError)
     if k.shape[1] == 0:
@@ -64,6 +61,44 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         return _fmha().memory_efficient_attention(q, k, v, scale=scale).contiguous()
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
     return out.transpose(1, 2).contiguous()
+
+
+def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """`attention` of the queries, keys and values in one tensor, whose gradient is one tensor too.
+
+    Equals ``attention(*qkv.unbind(2), scale)``, also in what runs. There autograd stacks three gradients into that of
+    the packed tensor; here the kernels on CPUs and GPUs write them where they belong.
+
+    Args:
+        qkv: [B, L, 3, H, E] of one floating dtype and any strides, L at least 1. With gradient. Under autocast it is
+            converted to its dtype first, but for float64.
+        scale: factor of the scores, E^-0.5 if None.
+
+    Returns: [B, L, H, E] contiguous, in that dtype.
+
+    Raises:
+        ValueError: the shape does not fit. TypeError: the dtype is not floating.
+
+    Memory and source: as `attention`.
+    """
+    check.tensor("attention_packed", "qkv", qkv, "B L 3 H E", **{"3": 3})
+    check.floating("attention_packed", qkv=qkv)
+    if qkv.shape[1] == 0:
+        check.fail("attention_packed", f"qkv must have at least one token, got {list(qkv.shape)}")
+    qkv = _autocast(qkv, like=qkv)
+    scale = qkv.shape[4] ** -0.5 if scale is None else scale
+    if backend(*qkv.unbind(2)) == "kernel":
+        return _AttentionPacked.apply(qkv, scale)
+    return attention(*qkv.unbind(2), scale)
+
+
+def _autocast(x: Tensor, like: Tensor) -> Tensor:
+    """x in autocast's dtype, if it is on for the device of `like` and that is not float64."""
+    device = like.device.type
+    # The meta device has no autocast, and asking for it raises.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and like.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -88,6 +123,10 @@ def _fmha() -> ModuleType | None:
 @op("attention_fwd")
 def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out [B, L, H, E], lse [B, H, L] of the scaled scores, float32 or wider)."""
+    return _forward(q, k, v, scale)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = _scores(q, k, scale)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp_()
@@ -108,6 +147,10 @@ def _attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in q's dtype; the softmax is made again from q, k and lse."""
+    return tuple(x.contiguous() for x in _backward(dout, q, k, v, out, lse, scale))
+
+
+def _backward(dout, q, k, v, out, lse, scale) -> tuple[Tensor, Tensor, Tensor]:
     dtype = lse.dtype
     weights = (_scores(q, k, scale) - lse.unsqueeze(-1)).exp_()
     wide_dout = dout.to(dtype)
@@ -117,7 +160,7 @@ def _attention_bwd(
     dscores = weights * (dweights - row_dot) * scale
     dq = torch.einsum("bhlm,bmhe->blhe", dscores, k.to(dtype))
     dk = torch.einsum("bhlm,blhe->bmhe", dscores, q.to(dtype))
-    return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 @fake(_attention_bwd)
@@ -126,6 +169,35 @@ def _(dout, q, k, v, out, lse, scale):
 
 
 serve(_attention_bwd, cuda=triton("attention", "attention_bwd"))
+
+
+@op("attention_packed_fwd")
+def _attention_packed_fwd(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `_attention_fwd`, of qkv [B, L, 3, H, E]."""
+    return _forward(*qkv.unbind(2), scale)
+
+
+@fake(_attention_packed_fwd)
+def _(qkv, scale):
+    batch, length, _, heads, width = qkv.shape
+    return qkv.new_empty(batch, length, heads, width), qkv.new_empty(batch, heads, length, dtype=wide(qkv))
+
+
+serve(_attention_packed_fwd, cuda=triton("attention", "attention_packed_fwd"))
+
+
+@op("attention_packed_bwd")
+def _attention_packed_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """The gradient of qkv, [B, L, 3, H, E] contiguous."""
+    return torch.stack(_backward(dout, *qkv.unbind(2), out, lse, scale), 2)
+
+
+@fake(_attention_packed_bwd)
+def _(dout, qkv, out, lse, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+serve(_attention_packed_bwd, cuda=triton("attention", "attention_packed_bwd"))
 
 
 class _Attention(torch.autograd.Function):
@@ -140,6 +212,20 @@ class _Attention(torch.autograd.Function):
     @first_order
     def backward(ctx, dout):
         return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None
+
+
+class _AttentionPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, scale):
+        out, lse = _attention_packed_fwd(qkv, scale)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dout):
+        return _attention_packed_bwd(dout, *ctx.saved_tensors, ctx.scale), None
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:

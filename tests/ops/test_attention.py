@@ -4,8 +4,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.ops import attention, dispatch
-from fastssl.ops.attention import _Attention, _attention_bwd, _attention_fwd
+from fastssl.ops import attention, attention_packed, dispatch
+from fastssl.ops.attention import (
+    _Attention,
+    _attention_bwd,
+    _attention_fwd,
+    _attention_packed_bwd,
+    _attention_packed_fwd,
+)
 from tests.close import assert_exact, assert_same
 from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, sparse, torch_threads
 
@@ -214,7 +220,73 @@ def test_contract():
     compiles(attention, q, k, v)
 
 
+def joint(batch, length, heads, width, dtype):
+    return torch.randn(batch, length, 3, heads, width).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (1, 513, 1, 3)], ids=str)
+def test_packed_is_attention(dtype, size):
+    qkv, dout = joint(*size, dtype).requires_grad_(), torch.randn(size).to(dtype)
+    results = [attention_packed(qkv, 0.3), attention(*qkv.unbind(2), 0.3)]
+    for ours, theirs in zip(*([out, *torch.autograd.grad(out, qkv, dout)] for out in results)):
+        assert_same(ours, theirs)
+        assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_packed_takes_any_strides(dtype):
+    dense, dout = joint(2, 21, 3, 17, dtype), torch.randn(2, 21, 3, 17).to(dtype)
+    out, lse = _attention_packed_fwd(dense, 0.2)
+    expected = (out, lse, _attention_packed_bwd(dout, dense, out, lse, 0.2))
+    for order in ((2, 0, 3, 1, 4), (4, 3, 2, 1, 0)):
+        back = [order.index(d) for d in range(5)]
+        qkv = dense.permute(order).contiguous().permute(back)
+        for ours, theirs in zip(
+            (*_attention_packed_fwd(qkv, 0.2), _attention_packed_bwd(dout, qkv, out, lse, 0.2)), expected
+        ):
+            assert_same(ours, theirs)
+
+
+def test_packed_gradients_and_contract():
+    qkv = joint(2, 5, 2, 3, torch.float64).requires_grad_()
+    gradcheck(lambda qkv: attention_packed(qkv, 0.5), qkv)
+    refuses_second_derivative(attention_packed, qkv)
+    qkv = joint(2, 9, 2, 8, torch.float32).requires_grad_()
+    opcheck(_attention_packed_fwd, qkv, 0.5)
+    out, lse = _attention_packed_fwd(qkv.detach(), 0.5)
+    opcheck(_attention_packed_bwd, torch.randn(2, 9, 2, 8), qkv, out, lse, 0.5)
+    compiles(attention_packed, qkv)
+    for served, plain in zip((out, lse), reference_packed(qkv.detach(), 0.5), strict=True):
+        torch.testing.assert_close(served, plain)
+
+
+def reference_packed(qkv, scale):
+    with dispatch.reference():
+        out, lse = _attention_packed_fwd(qkv, scale)
+        gradient = _attention_packed_bwd(out, qkv, out, lse, scale)
+    torch.testing.assert_close(_attention_packed_bwd(out, qkv, out, lse, scale), gradient, rtol=2e-5, atol=2e-5)
+    return out, lse
+
+
+def test_packed_under_autocast():
+    qkv = joint(2, 9, 2, 8, torch.float32).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention_packed(qkv)
+        assert_same(out, attention(*qkv.unbind(2)))
+        assert attention_packed(qkv.double()).dtype == torch.float64
+    out.sum().backward()
+    assert qkv.grad.dtype == torch.float32
+
+
 def test_error_sentences():
+    qkv = joint(2, 9, 2, 8, torch.float32)
+    refused("attention_packed: qkv must have shape [B, L, 3, H, E], got [2, 9, 2, 2, 8]",
+            ValueError, attention_packed, qkv[:, :, :2])  # fmt: skip
+    refused("attention_packed: qkv must have at least one token, got [2, 0, 3, 2, 8]",
+            ValueError, attention_packed, qkv[:, :0])  # fmt: skip
+    refused("attention_packed: qkv must be float32, float64, bfloat16 or float16, got int64",
+            TypeError, attention_packed, qkv.long())  # fmt: skip
     q, k, v = packed(2, 9, 2, 8, torch.float32)
     refused("attention: k must have at least one token, got [2, 0, 2, 8]", ValueError, attention, q, k[:, :0], v[:, :0])
     refused("attention: q must have shape [B, L, H, E], got [9, 2, 8]", ValueError, attention, q[0], k, v)
