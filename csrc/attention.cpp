@@ -2,25 +2,18 @@
 //
 // One head of one sample is a task. Its scores exist for one group of queries at a time, transposed: lanes are queries,
 // so the softmax works lane by lane over all keys at once, and q, k and v are read through their strides where they lie
-// (16-bit dtypes are widened first: two cores have no faster product for them below AVX-512). The backward pass makes
-// the weights again from q and k, not from the log-sum-exp, whose rounding in float would double their error, and adds
-// up dk and dv in the task that owns them: no atomics, the same bits on any number of threads.
+// (16-bit dtypes are widened first, but for bfloat16 where the processor multiplies it: attention_pairs.h). The
+// backward pass makes the weights again from q and k, not from the log-sum-exp, whose rounding in float would double
+// their error, and adds up dk and dv in the task that owns them: no atomics, the same bits on any number of threads.
+#include "attention_pairs.h"
 #include "gemm.h"
+#include "heads.h"
 
 namespace fastssl {
 namespace {
 
 constexpr int64_t kPiece = 64;  // sums of more terms than this are made in pieces, which rounds less
 constexpr int64_t kLongestGroup = 96;  // queries of a group, at most: the scores of 197 keys take 76 kB
-
-struct Heads {  // [B, L, H, E] by strides
-  const void* data;
-  int64_t batch, length, heads, width, strides[4];
-
-  Heads(const Tensor& x)
-      : data(x.const_data_ptr()), batch(x.size(0)), length(x.size(1)), heads(x.size(2)), width(x.size(3)),
-        strides{x.stride(0), x.stride(1), x.stride(2), x.stride(3)} {}
-};
 
 template <typename T>
 struct Rows {  // of one head, widened; columns filled up to whole panels where they were copied
@@ -38,7 +31,7 @@ constexpr int64_t padded(int64_t width) {
 // One head's rows: as they lie where that will do, else copied to `scratch`, [length, padded width].
 template <typename T, typename S>
 Rows<T> rows_of(const Heads& x, int64_t sample, int64_t head, T* scratch) {
-  const S* from = static_cast<const S*>(x.data) + sample * x.strides[0] + head * x.strides[2];
+  const S* from = x.head<S>(sample, head);
   if constexpr (std::is_same_v<T, S>)
     if (x.strides[3] == 1 && x.width % kPanel<T> == 0) return {from, x.strides[1]};
   for (int64_t l = 0; l < x.length; ++l) {
@@ -169,9 +162,9 @@ void softmax_gradient(const T* weights, T* dweights, int64_t keys, int64_t group
 
 template <typename T, typename S>
 void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out, int64_t task,
-                   double scale, S* dq, S* dk, S* dv, T* scratch) {
+                   double scale, const Gradients<S>& to, T* scratch) {
   const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, wide = padded<T>(width);
-  const int64_t group = group_size<T>(q.length), stride = q.heads * width;
+  const int64_t group = group_size<T>(q.length);
   T *scores = scratch, *dweights = scores + k.length * group, *q_panels = dweights + k.length * group;
   T *dout_panels = q_panels + group * width, *lse = dout_panels + group * width, *row_dot = lse + group;
   T *sums_q = row_dot + group, *sums_k = sums_q + group * wide, *sums_v = sums_k + k.length * wide;
@@ -182,8 +175,8 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
     return found;
   };
   const Rows<T> queries = rows(q), keys = rows(k), values = rows(v), outputs = rows(out), upstream = rows(dout);
-  const int64_t key_row = (sample * k.length * k.heads + head) * width;
-  const Result<T, S> result_k{dk + key_row, sums_k, stride, width}, result_v{dv + key_row, sums_v, stride, width};
+  const int64_t key_row = to.at(k, sample, 0, head);
+  const Result<T, S> result_k{to.k + key_row, sums_k, to.row, width}, result_v{to.v + key_row, sums_v, to.row, width};
   std::fill(row_dot, row_dot + group, T(0));  // of the lanes beyond the last query too
   for (int64_t first = 0; first < q.length; first += group) {
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
@@ -194,7 +187,7 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
     products(values, k.length, width, dout_panels, lanes, dweights, group);
     softmax(scores, k.length, group, lanes, T(scale * kLog2E), lse);
     softmax_gradient(scores, dweights, k.length, group, lanes, T(scale), row_dot);
-    const Result<T, S> result_q{dq + ((sample * q.length + first) * q.heads + head) * width, sums_q, stride, width};
+    const Result<T, S> result_q{to.q + to.at(q, sample, first, head), sums_q, to.row, width};
     for (int64_t c = 0; c < wide; c += kPanel<T>) {
       multiply_deep(first > 0, k.length, count, Operand<T>{scores, group, 1}, upstream.row(first) + c, upstream.stride,
                     result_v.data() + c, result_v.data_stride());
@@ -215,42 +208,86 @@ int64_t backward_scratch(const Heads& q, const Heads& k) {
   return group * (2 * k.length + 2 * q.width + 2 + wide) + (4 * k.length + 3 * q.length) * wide + 16;
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(Tensor q_tensor, Tensor k_tensor, Tensor v_tensor, double scale) {
-  const Heads q(q_tensor), k(k_tensor), v(v_tensor);
-  Tensor out = empty({q.batch, q.length, q.heads, q.width}, q_tensor.scalar_type()), lse;
-  with_float_type(q_tensor.scalar_type(), "attention: q", [&](auto type) {
+// Runs body(task, its memory) for every head of every sample; `operations` of one query and one value of its width.
+template <typename Body>
+void for_heads(const Heads& q, double operations, int64_t bytes, const Body& body) {
+  const int64_t tasks = q.batch * q.heads, own = round_up<int64_t>(bytes, 64);
+  const Tensor workspace = empty({torch::stable::get_num_threads() * own}, ScalarType::Byte);
+  for_tasks(tasks, operations * tasks * q.length * q.width, data<char>(workspace), own, body);
+}
+
+std::tuple<Tensor, Tensor> forward(const Heads& q, const Heads& k, const Heads& v, ScalarType dtype, double scale) {
+  Tensor out = empty({q.batch, q.length, q.heads, q.width}, dtype), lse;
+  with_float_type(dtype, "attention: q", [&](auto type) {
     using S = decltype(type);
     using T = Wide<S>;
     lse = empty({q.batch, q.heads, q.length}, kDtype<T>);
-    const int64_t tasks = q.batch * q.heads, scratch = round_up<int64_t>(forward_scratch<T>(q, k), 16);
-    const Tensor workspace = empty({torch::stable::get_num_threads() * scratch}, kDtype<T>);
     S* to = data<S>(out);
     T* sums = data<T>(lse);
-    for_tasks(tasks, 4.0 * tasks * q.length * k.length * q.width, data<T>(workspace), scratch,
-              [&](int64_t task, T* own) { forward_head<T, S>(q, k, v, task, scale, to, sums, own); });
+#if defined(FASTSSL_PAIRS)
+    if constexpr (std::is_same_v<S, BFloat16>)
+      return for_heads(q, 4.0 * k.length, forward_pairs_bytes(q, k, v),
+                       [&](int64_t task, char* own) { forward_pairs(q, k, v, task, scale, to, sums, own); });
+#endif
+    for_heads(q, 4.0 * k.length, forward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* own) {
+      forward_head<T, S>(q, k, v, task, scale, to, sums, reinterpret_cast<T*>(own));
+    });
   });
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor q_tensor, Tensor k_tensor, Tensor v_tensor,
-                                                 Tensor out, Tensor /*lse*/, double scale) {
-  const Heads q(q_tensor), k(k_tensor), v(v_tensor);
-  const ScalarType dtype = q_tensor.scalar_type();
-  Tensor dq = empty({q.batch, q.length, q.heads, q.width}, dtype);
-  Tensor dk = empty({k.batch, k.length, k.heads, k.width}, dtype);
-  Tensor dv = empty({k.batch, k.length, k.heads, k.width}, dtype);
-  with_float_type(dtype, "attention: q", [&](auto type) {
+template <typename S>
+void backward(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
+              [[maybe_unused]] const Tensor& lse, double scale, const Gradients<S>& to) {
+  using T = Wide<S>;
+  if (q.length == 0) {  // no query looks at any token
+    for (S* none : {to.k, to.v}) std::fill_n(none, k.batch * k.length * k.heads * k.width, S(0));
+    return;
+  }
+#if defined(FASTSSL_PAIRS)
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    STD_TORCH_CHECK(lse.is_contiguous(), "attention: lse must be contiguous");
+    const float* sums = static_cast<const float*>(lse.const_data_ptr());
+    return for_heads(q, 10.0 * k.length, backward_pairs_bytes(q, k, v, out, dout), [&](int64_t task, char* own) {
+      backward_pairs(dout, q, k, v, out, sums, task, scale, to, own);
+    });
+  }
+#endif
+  for_heads(q, 10.0 * k.length, backward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* own) {
+    backward_head<T, S>(dout, q, k, v, out, task, scale, to, reinterpret_cast<T*>(own));
+  });
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double scale) {
+  return forward(q, k, v, q.scalar_type(), scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                 double scale) {
+  const auto like = [](const Tensor& x) {
+    return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+  };
+  Tensor dq = like(q), dk = like(k), dv = like(v);
+  with_float_type(q.scalar_type(), "attention: q", [&](auto type) {
     using S = decltype(type);
-    using T = Wide<S>;
-    const int64_t tasks = q.batch * q.heads, scratch = round_up<int64_t>(backward_scratch<T>(q, k), 16);
-    const Tensor workspace = empty({torch::stable::get_num_threads() * scratch}, kDtype<T>);
-    S *to_q = data<S>(dq), *to_k = data<S>(dk), *to_v = data<S>(dv);
-    for_tasks(tasks, 10.0 * tasks * q.length * k.length * q.width, data<T>(workspace), scratch,
-              [&](int64_t task, T* own) {
-                backward_head<T, S>(dout, q, k, v, out, task, scale, to_q, to_k, to_v, own);
-              });
+    backward<S>(dout, q, k, v, out, lse, scale, {data<S>(dq), data<S>(dk), data<S>(dv), q.size(2) * q.size(3)});
   });
   return {dq, dk, dv};
+}
+
+std::tuple<Tensor, Tensor> attention_packed_fwd(Tensor qkv, double scale) {
+  return forward({qkv, 0}, {qkv, 1}, {qkv, 2}, qkv.scalar_type(), scale);
+}
+
+Tensor attention_packed_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, double scale) {
+  const int64_t row = qkv.size(3) * qkv.size(4);
+  Tensor dqkv = empty({qkv.size(0), qkv.size(1), 3, qkv.size(3), qkv.size(4)}, qkv.scalar_type());
+  with_float_type(qkv.scalar_type(), "attention: qkv", [&](auto type) {
+    using S = decltype(type);
+    S* to = data<S>(dqkv);
+    backward<S>(dout, {qkv, 0}, {qkv, 1}, {qkv, 2}, out, lse, scale, {to, to + row, to + 2 * row, 3 * row});
+  });
+  return dqkv;
 }
 
 }  // namespace
@@ -259,4 +296,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor q_tensor, T
 STABLE_TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&fastssl::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&fastssl::attention_bwd));
+  m.impl("attention_packed_fwd", TORCH_BOX(&fastssl::attention_packed_fwd));
+  m.impl("attention_packed_bwd", TORCH_BOX(&fastssl::attention_packed_bwd));
 }

@@ -28,8 +28,8 @@ struct Operand {  // a matrix whose element (row, depth) lies at data[row * row_
 // loaded whole, which stalls.
 template <int R, int N, bool kAdd, typename T>
 __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
-                                    int64_t b_stride, T* c, int64_t c_stride) {
-  Vec<T> sums[R][N] = {};
+                                    int64_t b_stride, Sum<T>* c, int64_t c_stride) {
+  Vec<Sum<T>> sums[R][N] = {};
   for (int64_t d = 0; d < depth; ++d) {
     Vec<T> right[N];
 #pragma GCC unroll 2
@@ -39,21 +39,21 @@ __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t a_row, in
     for (int r = 0; r < R; ++r) {
       const Vec<T> value = splat(column[r * a_row]);
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) sums[r][n] = value * right[n] + sums[r][n];
+      for (int n = 0; n < N; ++n) sums[r][n] = multiply_add(value, right[n], sums[r][n]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
-      T* to = c + r * c_stride + n * kLanes<T>;
+      Sum<T>* to = c + r * c_stride + n * kLanes<T>;
       store(to, kAdd ? load(to) + sums[r][n] : sums[r][n]);
     }
 }
 
 template <int R, int N, bool kAdd, typename T>
-void tile_of(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_stride, T* c,
-             int64_t c_stride) {
+void tile_of(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b, int64_t b_stride,
+             Sum<T>* c, int64_t c_stride) {
   if constexpr (R > 0) {
     if (rows == R) return tile<R, N, kAdd>(depth, a, a_row, a_depth, b, b_stride, c, c_stride);
     tile_of<R - 1, N, kAdd>(rows, depth, a, a_row, a_depth, b, b_stride, c, c_stride);
@@ -62,7 +62,7 @@ void tile_of(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_d
 
 // C[rows, N vectors] = A[rows, depth] B[depth, N vectors], added to C with kAdd. N = 2 is a panel.
 template <bool kAdd, int N = 2, typename T>
-void multiply(int64_t rows, int64_t depth, Operand<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+void multiply(int64_t rows, int64_t depth, Operand<T> a, const T* b, int64_t b_stride, Sum<T>* c, int64_t c_stride) {
   while (rows > 0) {
     // Two even tiles at the end: one of a row or two would wait for its own sums.
     const int64_t some = rows >= 2 * kRows || rows <= kRows ? std::min<int64_t>(rows, kRows) : (rows + 1) / 2;

@@ -112,6 +112,19 @@ inline void store_narrow(Half* to, Vec<float> x) {
 #endif
 }
 
+// a * b + c, lane by lane. Where there is an instruction for it, also for two bfloat16 a lane, whose products are summed.
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+using Pair = uint32_t;  // the first in the lower half
+#if defined(__AVX512BF16__) && FASTSSL_VECTOR_BYTES == 64
+#define FASTSSL_PAIRS
+inline Vec<float> multiply_add(Vec<Pair> a, Vec<Pair> b, Vec<float> c) {
+  return Vec<float>(_mm512_dpbf16_ps(__m512(c), __m512bh(__m512i(a)), __m512bh(__m512i(b))));
+}
+#endif
+template <typename T>
+using Sum = std::conditional_t<std::is_same_v<T, Pair>, float, T>;  // the type in which products of T are summed
+
 template <typename T>
 inline T sum(Vec<T> x) {  // by halves, as the compiler would shuffle it
   T lanes[kLanes<T>];

@@ -150,7 +150,7 @@ def _delta(out_ptr, dout, first, L, stride, E, WIDE: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale, rest,
-                       stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
+                       stride_d, stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
                        stride_kh, stride_vb, stride_vl, stride_vh, WIDE: tl.constexpr, PRECISION: tl.constexpr,
                        BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One head: its queries and their gradients stay while the keys pass, BLOCK_M at a time."""
@@ -160,8 +160,8 @@ def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
     k_ptr = _head(k_ptr, head, H, stride_kb, stride_kh)
     v_ptr = _head(v_ptr, head, H, stride_vb, stride_vh)
     dout_ptr = _head(dout_ptr, head, H, stride_ob, stride_oh)
-    out_ptr, dq_ptr = _head(out_ptr, head, H, H * E * L, E), _head(dq_ptr, head, H, H * E * L, E)
-    dk_ptr, dv_ptr = _head(dk_ptr, head, H, H * E * M, E), _head(dv_ptr, head, H, H * E * M, E)
+    out_ptr, dq_ptr = _head(out_ptr, head, H, H * E * L, E), _head(dq_ptr, head, H, stride_d * L, E)
+    dk_ptr, dv_ptr = _head(dk_ptr, head, H, stride_d * M, E), _head(dv_ptr, head, H, stride_d * M, E)
     lse_ptr += head.to(tl.int64) * L
 
     q = _rows(q_ptr, 0, L, stride_ql, E, BLOCK_L, BLOCK_E)
@@ -178,15 +178,15 @@ def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
         dscores = dscores.to(q.dtype)
         dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION, out_dtype=WIDE)
         dq = tl.dot(dscores, k, dq, input_precision=PRECISION, out_dtype=WIDE)
-        _put(dk_ptr, start, M, H * E, E, dk * scale, BLOCK_M, BLOCK_E)
-        _put(dv_ptr, start, M, H * E, E, dv, BLOCK_M, BLOCK_E)
-    _put(dq_ptr, 0, L, H * E, E, dq * scale, BLOCK_L, BLOCK_E)
+        _put(dk_ptr, start, M, stride_d, E, dk * scale, BLOCK_M, BLOCK_E)
+        _put(dv_ptr, start, M, stride_d, E, dv, BLOCK_M, BLOCK_E)
+    _put(dq_ptr, 0, L, stride_d, E, dq * scale, BLOCK_L, BLOCK_E)
 
 
 @triton.jit
 def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale, rest,
-                       blocks, stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
-                       stride_kh, stride_vb, stride_vl, stride_vh, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+                       blocks, stride_d, stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb,
+                       stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, WIDE: tl.constexpr, PRECISION: tl.constexpr,
                        BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One tile of keys, which meets all queries, and one tile of queries, which meets all keys."""
     scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
@@ -197,8 +197,8 @@ def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
     k_ptr = _head(k_ptr, head, H, stride_kb, stride_kh)
     v_ptr = _head(v_ptr, head, H, stride_vb, stride_vh)
     dout_ptr = _head(dout_ptr, head, H, stride_ob, stride_oh)
-    out_ptr, dq_ptr = _head(out_ptr, head, H, H * E * L, E), _head(dq_ptr, head, H, H * E * L, E)
-    dk_ptr, dv_ptr = _head(dk_ptr, head, H, H * E * M, E), _head(dv_ptr, head, H, H * E * M, E)
+    out_ptr, dq_ptr = _head(out_ptr, head, H, H * E * L, E), _head(dq_ptr, head, H, stride_d * L, E)
+    dk_ptr, dv_ptr = _head(dk_ptr, head, H, stride_d * M, E), _head(dv_ptr, head, H, stride_d * M, E)
     lse_ptr += head.to(tl.int64) * L
 
     k = _rows(k_ptr, own, M, stride_kl, E, BLOCK, BLOCK_E)
@@ -213,8 +213,8 @@ def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
         weights, dscores = _gradients(q, k, v, dout, lse, delta, own, M, scale, BLOCK, PRECISION, WIDE)
         dv = tl.dot(tl.trans(weights.to(q.dtype)), dout, dv, input_precision=PRECISION, out_dtype=WIDE)
         dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=WIDE)
-    _put(dk_ptr, own, M, H * E, E, dk * scale, BLOCK, BLOCK_E)
-    _put(dv_ptr, own, M, H * E, E, dv, BLOCK, BLOCK_E)
+    _put(dk_ptr, own, M, stride_d, E, dk * scale, BLOCK, BLOCK_E)
+    _put(dv_ptr, own, M, stride_d, E, dv, BLOCK, BLOCK_E)
 
     q = _rows(q_ptr, own, L, stride_ql, E, BLOCK, BLOCK_E)
     dout = _rows(dout_ptr, own, L, stride_ol, E, BLOCK, BLOCK_E)
@@ -226,7 +226,7 @@ def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
         v = _rows(v_ptr, start, M, stride_vl, E, BLOCK, BLOCK_E)
         _, dscores = _gradients(q, k, v, dout, lse, delta, start, M, scale, BLOCK, PRECISION, WIDE)
         dq = tl.dot(dscores.to(q.dtype), k, dq, input_precision=PRECISION, out_dtype=WIDE)
-    _put(dq_ptr, own, L, H * E, E, dq * scale, BLOCK, BLOCK_E)
+    _put(dq_ptr, own, L, stride_d, E, dq * scale, BLOCK, BLOCK_E)
 
 
 def _block(L: int, longest: int) -> int:
@@ -291,14 +291,34 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 def attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = _near(dout), _near(q), _near(k), _near(v)
     (B, L, H, E), M = q.shape, k.shape[1]
-    dq, dk, dv = q.new_empty(B, L, H, E), q.new_empty(B, M, H, E), q.new_empty(B, M, H, E)
-    if not lse.numel():
-        return dq, dk.zero_(), dv.zero_()
+    gradients = q.new_empty(B, L, H, E), q.new_empty(B, M, H, E), q.new_empty(B, M, H, E)
+    if lse.numel():
+        _backward(dout, (q, k, v), out, lse, scale, gradients)
+    else:
+        gradients[1].zero_(), gradients[2].zero_()
+    return gradients
+
+
+def attention_packed_fwd(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return attention_fwd(*qkv.unbind(2), scale)
+
+
+def attention_packed_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    gradient = qkv.new_empty(qkv.shape)
+    if lse.numel():
+        _backward(dout, qkv.unbind(2), out, lse, scale, gradient.unbind(2))
+    return gradient
+
+
+def _backward(dout: Tensor, inputs: tuple, out: Tensor, lse: Tensor, scale: float, gradients: tuple) -> None:
+    """Into the gradients of q, k and v, whose tokens lie equally far apart in all three, each head's values together
+    and the samples one after another."""
+    dout, q, k, v = _near(dout), *map(_near, inputs)
+    (B, L, H, E), M = q.shape, k.shape[1]
     cut = backward_plan(L, M, E, q.element_size(), card(q).arch)
-    tensors = (dout, q, k, v, out, lse, dq, dk, dv, L, M, H, E, *_two_floats(scale))
-    strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    tensors = (dout, q, k, v, out, lse, *gradients, L, M, H, E, *_two_floats(scale))
+    strides = (gradients[0].stride(1), *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     options = {
         "WIDE": TRITON_DTYPES[lse.dtype], "PRECISION": precision(q.dtype), "BLOCK_E": cut.block_e,
         "num_warps": cut.warps, "num_stages": cut.stages,
@@ -308,4 +328,3 @@ def attention_bwd(
     else:
         blocks = triton.cdiv(max(L, M), cut.block_l)
         _backward_by_block[(B * H * blocks,)](*tensors, blocks, *strides, **options, BLOCK=cut.block_l)
-    return dq, dk, dv

@@ -80,8 +80,13 @@ class Attention(nn.Module):
         if attn_mask is not None or is_causal:
             raise ValueError("Attention: attn_mask and is_causal are not supported: every token sees all tokens")
         check.tensor("Attention", "x", x, "B L D")
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # views [B, L, H, E]
-        out = self.norm(ops.attention(self.q_norm(q), self.k_norm(k), v, self.scale).flatten(2))
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, L, 3, H, E]
+        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+            out = ops.attention_packed(qkv, self.scale)
+        else:
+            q, k, v = qkv.unbind(2)
+            out = ops.attention(self.q_norm(q), self.k_norm(k), v, self.scale)
+        out = self.norm(out.flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
@@ -104,5 +109,5 @@ class TorchvisionAttention(nn.Module):
         if not query is key is value or need_weights:
             raise ValueError("TorchvisionAttention: query, key and value must be one tensor, and need_weights False")
         qkv = ops.linear(query, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        return self.out_proj(ops.attention(q, k, v).flatten(2)), None
+        out = ops.attention_packed(qkv.unflatten(2, (3, self.num_heads, -1)))
+        return self.out_proj(out.flatten(2)), None

@@ -6,7 +6,7 @@ where shapes mix: ``logits_BK``.
 """
 
 from . import dispatch
-from .attention import attention
+from .attention import attention, attention_packed
 from .augment import augment_
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .dense import linear

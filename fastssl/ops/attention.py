@@ -64,6 +64,35 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     return out.transpose(1, 2).contiguous()
 
 
+def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """`attention` of the queries, keys and values in one tensor, whose gradient is one tensor too.
+
+    Equals ``attention(*qkv.unbind(2), scale)``, also in what runs. There autograd stacks three gradients into that of
+    the packed tensor; here the kernels on CPUs and GPUs write them where they belong.
+
+    Args:
+        qkv: [B, L, 3, H, E] of one floating dtype and any strides, L at least 1. With gradient. Under autocast it is
+            converted to its dtype first, but for float64.
+        scale: factor of the scores, E^-0.5 if None.
+
+    Returns: [B, L, H, E] contiguous, in that dtype.
+
+    Raises:
+        ValueError: the shape does not fit. TypeError: the dtype is not floating.
+
+    Memory and source: as `attention`.
+    """
+    check.tensor("attention_packed", "qkv", qkv, "B L 3 H E", **{"3": 3})
+    check.floating("attention_packed", qkv=qkv)
+    if qkv.shape[1] == 0:
+        check.fail("attention_packed", f"qkv must have at least one token, got {list(qkv.shape)}")
+    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
+    scale = qkv.shape[4] ** -0.5 if scale is None else scale
+    if backend(*qkv.unbind(2)) == "kernel":
+        return _AttentionPacked.apply(qkv, scale)
+    return attention(*qkv.unbind(2), scale)
+
+
 def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
     """What runs `attention` on these tensors: "kernel", "xformers" or "torch". The one place where that is decided."""
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
@@ -86,6 +115,10 @@ def _fmha() -> ModuleType | None:
 @op("attention_fwd")
 def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out [B, L, H, E], lse [B, H, L] of the scaled scores, float32 or wider)."""
+    return _forward(q, k, v, scale)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = _scores(q, k, scale)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp_()
@@ -106,6 +139,10 @@ def _attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in q's dtype; the softmax is made again from q, k and lse."""
+    return tuple(x.contiguous() for x in _backward(dout, q, k, v, out, lse, scale))
+
+
+def _backward(dout, q, k, v, out, lse, scale) -> tuple[Tensor, Tensor, Tensor]:
     dtype = lse.dtype
     weights = (_scores(q, k, scale) - lse.unsqueeze(-1)).exp_()
     wide_dout = dout.to(dtype)
@@ -115,7 +152,7 @@ def _attention_bwd(
     dscores = weights * (dweights - row_dot) * scale
     dq = torch.einsum("bhlm,bmhe->blhe", dscores, k.to(dtype))
     dk = torch.einsum("bhlm,blhe->bmhe", dscores, q.to(dtype))
-    return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous(), dv.to(q.dtype).contiguous()
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 @fake(_attention_bwd)
@@ -124,6 +161,35 @@ def _(dout, q, k, v, out, lse, scale):
 
 
 serve(_attention_bwd, cuda=triton("attention", "attention_bwd"))
+
+
+@op("attention_packed_fwd")
+def _attention_packed_fwd(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `_attention_fwd`, of qkv [B, L, 3, H, E]."""
+    return _forward(*qkv.unbind(2), scale)
+
+
+@fake(_attention_packed_fwd)
+def _(qkv, scale):
+    batch, length, _, heads, width = qkv.shape
+    return qkv.new_empty(batch, length, heads, width), qkv.new_empty(batch, heads, length, dtype=wide(qkv))
+
+
+serve(_attention_packed_fwd, cuda=triton("attention", "attention_packed_fwd"))
+
+
+@op("attention_packed_bwd")
+def _attention_packed_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """The gradient of qkv, [B, L, 3, H, E] contiguous."""
+    return torch.stack(_backward(dout, *qkv.unbind(2), out, lse, scale), 2)
+
+
+@fake(_attention_packed_bwd)
+def _(dout, qkv, out, lse, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+serve(_attention_packed_bwd, cuda=triton("attention", "attention_packed_bwd"))
 
 
 class _Attention(torch.autograd.Function):
@@ -138,6 +204,20 @@ class _Attention(torch.autograd.Function):
     @first_order
     def backward(ctx, dout):
         return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None
+
+
+class _AttentionPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, scale):
+        out, lse = _attention_packed_fwd(qkv, scale)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dout):
+        return _attention_packed_bwd(dout, *ctx.saved_tensors, ctx.scale), None
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, product_is_ours, serves
+from .dispatch import autocast_dtype, fake, first_order, op, product_is_ours, serves
 
 FEWEST = 64  # rows from which the kernel is the better choice: to pack the weight costs as much as some rows of product
 
@@ -40,10 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     if bias is not None:
         check.tensor("linear", "bias", bias, "N", N=weight.shape[0])
         check.same_device("linear", x=x, bias=bias)
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    if dtype := autocast_dtype(x):
+        x = x.to(dtype)
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         others = f"{weight.dtype}" + (f" and {bias.dtype}" if bias is not None else "")
         check.fail("linear", f"weight and bias must have x's dtype {x.dtype} outside autocast, got {others}", TypeError)

@@ -9,7 +9,7 @@ from fastssl.kernels import attention as kernels
 from fastssl.kernels import tile
 
 from benchmarks import model
-from fastssl.ops import attention, dispatch
+from fastssl.ops import attention, attention_packed, dispatch
 from tests.close import assert_as_exact_on_average
 from tests.kernels.interpreter import triton_on_cpu, watch
 from tests.ops.contract import sparse
@@ -73,6 +73,16 @@ def test_other_lengths_of_keys_and_other_layouts():
     compare(*heads_first)
     compare(*[x.transpose(1, 3).contiguous().transpose(1, 3) for x in heads_first])  # heads' values far apart: copied
     compare(q[:, ::2], k[:, 1:], v[:, :69])
+
+
+@pytest.mark.parametrize("L, E, dtype", [(50, 32, torch.bfloat16), (70, 20, torch.float32)])
+def test_packed_is_attention(L, E, dtype):
+    """One head a program, and by blocks: the gradients are those of `attention`, written into one tensor."""
+    qkv, dout = torch.randn(2, L, 3, 2, E).to(dtype).requires_grad_(), torch.randn(2, L, 2, E).to(dtype)
+    with triton_on_cpu():
+        results = [attention_packed(qkv), attention(*qkv.unbind(2))]
+        for ours, theirs in zip(*([out, *torch.autograd.grad(out, qkv, dout)] for out in results)):
+            assert torch.equal(ours, theirs)
 
 
 def test_large_scores_do_not_overflow():

@@ -4,8 +4,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.ops import attention, dispatch
-from fastssl.ops.attention import _Attention, _attention_bwd, _attention_fwd
+from fastssl.ops import attention, attention_packed, dispatch
+from fastssl.ops.attention import (
+    _Attention,
+    _attention_bwd,
+    _attention_fwd,
+    _attention_packed_bwd,
+    _attention_packed_fwd,
+)
 from tests.close import assert_exact, assert_same
 from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, sparse, torch_threads
 
@@ -43,6 +49,10 @@ def test_keys_may_be_of_another_length():
     q, (_, k, v) = torch.randn(2, 5, 3, 8), packed(2, 9, 3, 8, torch.float32)
     torch.testing.assert_close(attention(q, k, v), formula(q, k, v, 8**-0.5))
     torch.testing.assert_close(op(q, k, v, 8**-0.5), formula(q, k, v, 8**-0.5))
+    for dtype in DTYPES:
+        q, k = torch.empty(2, 0, 3, 8, dtype=dtype), torch.randn(2, 4, 3, 8).to(dtype)
+        dq, dk, dv = _attention_bwd(q, q, k, k, *_attention_fwd(q, k, k, 1.0), 1.0)
+        assert dq.shape == q.shape and not dk.any() and not dv.any()  # no query looks at them
 
 
 def check_exact(q, k, v, dout, scale):
@@ -57,6 +67,30 @@ def check_exact(q, k, v, dout, scale):
         results.append([out, *torch.autograd.grad(out, leaves, dout.to(cast))])
     for name, truth, plain, ours in zip(("out", "dq", "dk", "dv"), *results):
         assert_exact(ours, truth, plain, name)
+
+
+def check_rounding(q, k, v, dout, scale):
+    """Output and gradients in bfloat16 differ from float64's by three roundings of the terms that are summed at most:
+    of weights or gradients of scores, of the output in the sum that the softmax's gradient takes off, of the result."""
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out = formula(*leaves, scale)
+    truth = [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
+    sizes = [x.detach().double().abs() for x in (q, k, v, dout, out)]
+    weights = (torch.einsum("blhe,bmhe->bhlm", q.double(), k.double()) * scale).softmax(-1)
+    row_dot = torch.einsum("blhe,blhe->bhl", sizes[3], sizes[4]).unsqueeze(-1)
+    dscores = weights * (torch.einsum("blhe,bmhe->bhlm", sizes[3], sizes[2]) + row_dot) * abs(scale)
+    terms = [
+        torch.einsum("bhlm,bmhe->blhe", weights, sizes[2]),
+        torch.einsum("bhlm,bmhe->blhe", dscores, sizes[1]),
+        torch.einsum("bhlm,blhe->bmhe", dscores, sizes[0]),
+        torch.einsum("bhlm,blhe->bmhe", weights, sizes[3]),
+    ]
+    found, lse = _attention_fwd(q, k, v, scale)
+    results = (found, *_attention_bwd(dout, q, k, v, found, lse, scale))
+    for name, ours, exact, term in zip(("out", "dq", "dk", "dv"), results, truth, terms):
+        assert ours.dtype == q.dtype and ours.is_contiguous()
+        excess = ((ours.double() - exact).abs() - 3.01 * 2.0**-9 * term).amax() if ours.numel() else 0
+        assert excess <= 1e-30, f"{name}: {excess:.3e} beyond what rounding explains"
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -74,6 +108,8 @@ def test_any_shape(batch, lengths, heads, width, dtype, scale):
     torch.manual_seed(0)
     q, dout = (torch.randn(batch, lengths[0], heads, width).to(dtype) for _ in range(2))
     k, v = (torch.randn(batch, lengths[1], heads, width).to(dtype) for _ in range(2))
+    if dtype == torch.bfloat16:  # where there is a bf16 dot product, weights are rounded to be multiplied
+        return check_rounding(q, k, v, dout, scale)
     with dispatch.reference():
         expected = _attention_fwd(q, k, v, scale)
         gradients = _attention_bwd(dout, q, k, v, *expected, scale)
@@ -184,7 +220,73 @@ def test_contract():
     compiles(attention, q, k, v)
 
 
+def joint(batch, length, heads, width, dtype):
+    return torch.randn(batch, length, 3, heads, width).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (1, 513, 1, 3)], ids=str)
+def test_packed_is_attention(dtype, size):
+    qkv, dout = joint(*size, dtype).requires_grad_(), torch.randn(size).to(dtype)
+    results = [attention_packed(qkv, 0.3), attention(*qkv.unbind(2), 0.3)]
+    for ours, theirs in zip(*([out, *torch.autograd.grad(out, qkv, dout)] for out in results)):
+        assert_same(ours, theirs)
+        assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_packed_takes_any_strides(dtype):
+    dense, dout = joint(2, 21, 3, 17, dtype), torch.randn(2, 21, 3, 17).to(dtype)
+    out, lse = _attention_packed_fwd(dense, 0.2)
+    expected = (out, lse, _attention_packed_bwd(dout, dense, out, lse, 0.2))
+    for order in ((2, 0, 3, 1, 4), (4, 3, 2, 1, 0)):
+        back = [order.index(d) for d in range(5)]
+        qkv = dense.permute(order).contiguous().permute(back)
+        for ours, theirs in zip(
+            (*_attention_packed_fwd(qkv, 0.2), _attention_packed_bwd(dout, qkv, out, lse, 0.2)), expected
+        ):
+            assert_same(ours, theirs)
+
+
+def test_packed_gradients_and_contract():
+    qkv = joint(2, 5, 2, 3, torch.float64).requires_grad_()
+    gradcheck(lambda qkv: attention_packed(qkv, 0.5), qkv)
+    refuses_second_derivative(attention_packed, qkv)
+    qkv = joint(2, 9, 2, 8, torch.float32).requires_grad_()
+    opcheck(_attention_packed_fwd, qkv, 0.5)
+    out, lse = _attention_packed_fwd(qkv.detach(), 0.5)
+    opcheck(_attention_packed_bwd, torch.randn(2, 9, 2, 8), qkv, out, lse, 0.5)
+    compiles(attention_packed, qkv)
+    for served, plain in zip((out, lse), reference_packed(qkv.detach(), 0.5), strict=True):
+        torch.testing.assert_close(served, plain)
+
+
+def reference_packed(qkv, scale):
+    with dispatch.reference():
+        out, lse = _attention_packed_fwd(qkv, scale)
+        gradient = _attention_packed_bwd(out, qkv, out, lse, scale)
+    torch.testing.assert_close(_attention_packed_bwd(out, qkv, out, lse, scale), gradient, rtol=2e-5, atol=2e-5)
+    return out, lse
+
+
+def test_packed_under_autocast():
+    qkv = joint(2, 9, 2, 8, torch.float32).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention_packed(qkv)
+        assert_same(out, attention(*qkv.unbind(2)))
+        assert attention_packed(qkv.double()).dtype == torch.float64
+    out.sum().backward()
+    assert qkv.grad.dtype == torch.float32
+
+
 def test_error_sentences():
+    qkv = joint(2, 9, 2, 8, torch.float32)
+    refused("attention_packed: qkv must have shape [B, L, 3, H, E], got [2, 9, 2, 2, 8]",
+            ValueError, attention_packed, qkv[:, :, :2])  # fmt: skip
+    refused("attention_packed: qkv must have at least one token, got [2, 0, 3, 2, 8]",
+            ValueError, attention_packed, qkv[:, :0])  # fmt: skip
+    refused("attention_packed: qkv must be float32, float64, bfloat16 or float16, got int64",
+            TypeError, attention_packed, qkv.long())  # fmt: skip
     q, k, v = packed(2, 9, 2, 8, torch.float32)
     refused("attention: k must have at least one token, got [2, 0, 2, 8]", ValueError, attention, q, k[:, :0], v[:, :0])
     refused("attention: q must have shape [B, L, H, E], got [9, 2, 8]", ValueError, attention, q[0], k, v)
