@@ -15,7 +15,7 @@ from fastssl.nn.linear import Linear
 from fastssl.nn.masking import kept_tokens, seeded_noise
 from fastssl.nn.norm import Norm
 from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions, xavier_
-from fastssl.ops import Masking, check, keep_patches, keep_tokens, masked_patch_mse, random_masking, restore_tokens
+from fastssl.ops import Masking, check, keep_patches, masked_patch_mse, random_masking, restore_tokens
 from fastssl.train.recipe import Training
 
 
@@ -112,8 +112,8 @@ class MAE(ViT):
     def loss(self, images: Tensor, noise: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """Mean squared error of the masked patches, a scalar. `noise` [B, L] chooses the mask; `generator` draws it."""
         masking = self.masking(images, noise, generator)
-        tokens = self.decode(self.encode_kept(images, masking), masking)[:, 1:]
-        pred = self.decoder_pred(keep_tokens(tokens, masking.ids_masked))
+        tokens = self.decode(self.encode_kept(images, masking), masking, only=1 + masking.ids_masked)
+        pred = self.decoder_pred(tokens)
         with record_function("loss"):
             return masked_patch_mse(pred, images, masking.ids_masked, self.patch_size, self.norm_pix_loss)
 
@@ -136,13 +136,13 @@ class MAE(ViT):
         tokens = self.patch_embed(keep_patches(images, masking.ids_keep, self.patch_size))
         return self.encode(tokens + self.pos_embed[0, 1:][masking.ids_keep])
 
-    def decode(self, latent: Tensor, masking: Masking) -> Tensor:
-        """[B, 1 + keep, D] → tokens of all patches in their places, normalised [B, 1 + L, D_decoder]."""
+    def decode(self, latent: Tensor, masking: Masking, only: Tensor | None = None) -> Tensor:
+        """[B, 1 + keep, D] → tokens in their places, normalised [B, 1 + L, D_decoder]; or `only` [B, M] of them."""
         x = restore_tokens(self.decoder_embed(latent), self.mask_token, masking.ids_restore, self.decoder_pos_embed)
-        delta = None
-        for block in self.decoder_blocks:
+        delta, (*blocks, last) = None, self.decoder_blocks
+        for block in blocks:
             x, delta = block(x, delta)
-        return self.decoder_norm(x, delta)[1]
+        return self.decoder_norm(*last(x, delta, only))[1]
 
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder alone, in timm's names."""

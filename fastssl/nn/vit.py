@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from fastssl.ops import check, linear, patchify
+from fastssl.ops import check, keep_tokens, linear, patchify
 
 from .attention import Attention
 from .linear import Linear
@@ -46,7 +46,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block; LayerNorm eps 1e-6, as in the official ViT and MAE.
 
-    Takes and returns the residual stream and what is still to be added to it: the norm that comes next adds it.
+    Takes and returns the residual stream and what is still to be added to it: the norm that comes next adds it. With
+    `only` [B, M] the MLP and what is returned are of those tokens alone.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
@@ -56,9 +57,12 @@ class Block(nn.Module):
         self.norm2 = Norm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, delta: Tensor | None = None, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, y = self.norm1(x, delta)
-        x, y = self.norm2(x, self.attn(y))
+        y = self.attn(y)
+        if only is not None:
+            x, y = keep_tokens(x, only), keep_tokens(y, only)
+        x, y = self.norm2(x, y)
         return x, self.mlp(y)
 
 
