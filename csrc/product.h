@@ -15,25 +15,18 @@
 
 namespace fastssl {
 
-#if defined(__AVX512BF16__) && FASTSSL_VECTOR_BYTES == 64
-#define FASTSSL_BF16_PAIRS 1
-#else
-#define FASTSSL_BF16_PAIRS 0
-#endif
-
-struct Pair {  // two bfloat16 values that follow each other in the depth
-  uint32_t bits;
-};
-
-template <typename P>
-using Sum = std::conditional_t<std::is_same_v<P, double>, double, float>;
 template <typename P>
 constexpr int64_t kDeep = std::is_same_v<P, Pair> ? 2 : 1;  // values of the depth in a packed element
 
+#if defined(FASTSSL_PAIRS)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
 // How dtype S is multiplied.
 template <typename S>
-using Packed = std::conditional_t<std::is_same_v<S, double>, double,
-                                  std::conditional_t<FASTSSL_BF16_PAIRS && std::is_same_v<S, BFloat16>, Pair, float>>;
+using Packed = std::conditional_t<kHasPairs && std::is_same_v<S, BFloat16>, Pair, Wide<S>>;
 
 constexpr int64_t kBlockRows = 96, kBlockColumns = 256;  // of the result: sums of 98 kB
 template <typename P>
@@ -44,16 +37,6 @@ int64_t steps_of(int64_t depth) {
   return (depth + kDeep<P> - 1) / kDeep<P>;
 }
 
-// One value of A times a vector of B, added to `sum`.
-inline Vec<float> multiply_add(Vec<float> sum, float a, const float* b) { return splat(a) * load(b) + sum; }
-inline Vec<double> multiply_add(Vec<double> sum, double a, const double* b) { return splat(a) * load(b) + sum; }
-#if FASTSSL_BF16_PAIRS
-inline Vec<float> multiply_add(Vec<float> sum, Pair a, const Pair* b) {
-  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a.bits)),
-                                      (__m512bh)_mm512_loadu_si512(b));
-}
-#endif
-
 // A packed: element (row, step) at data[row / kRows * panel + row % kRows * row_stride + step * step_stride].
 template <typename P>
 struct Left {
@@ -61,36 +44,6 @@ struct Left {
   int64_t panel, row_stride, step_stride;
   const P* at(int64_t row, int64_t step) const { return data + row / kRows * panel + step * step_stride; }
 };
-
-template <int R, bool kAdd, typename P>
-__attribute__((noinline)) void packed_tile(int64_t steps, const P* a, int64_t a_row, int64_t a_step, const P* b,
-                                           Sum<P>* c, int64_t c_stride) {
-  using T = Sum<P>;
-  Vec<T> sums[R][2] = {};
-  for (int64_t s = 0; s < steps; ++s, a += a_step, b += kPanel<T>) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      sums[r][0] = multiply_add(sums[r][0], a[r * a_row], b);
-      sums[r][1] = multiply_add(sums[r][1], a[r * a_row], b + kLanes<T>);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int n = 0; n < 2; ++n) {
-      T* to = c + r * c_stride + n * kLanes<T>;
-      store(to, kAdd ? load(to) + sums[r][n] : sums[r][n]);
-    }
-}
-
-template <int R, bool kAdd, typename P>
-void packed_tile_of(int64_t rows, int64_t steps, const P* a, int64_t a_row, int64_t a_step, const P* b, Sum<P>* c,
-                    int64_t c_stride) {
-  if constexpr (R > 0) {
-    if (rows == R) return packed_tile<R, kAdd>(steps, a, a_row, a_step, b, c, c_stride);
-    packed_tile_of<R - 1, kAdd>(rows, steps, a, a_row, a_step, b, c, c_stride);
-  }
-}
 
 // Runs finish(row, column, rows, columns, sums, stride) for every block of the product A B, where b is packed in panels
 // [N / kPanel][steps][kPanel].
@@ -106,10 +59,10 @@ void product(int64_t rows, int64_t columns, int64_t steps, Left<P> a, const P* b
               for (int64_t step = 0; step < steps; step += kChunk<P>)
                 for (int64_t j = 0; j < wide; j += kPanel<T>) {
                   const P* panel = b + (column + j) * steps + step * kPanel<T>;
-                  const auto multiply_rows = step ? packed_tile_of<kRows, true, P> : packed_tile_of<kRows, false, P>;
+                  const auto multiply_rows = step ? tile_of<kRows, 2, true, P> : tile_of<kRows, 2, false, P>;
                   for (int64_t i = 0; i < high; i += kRows)
                     multiply_rows(std::min<int64_t>(kRows, high - i), std::min(kChunk<P>, steps - step),
-                                  a.at(row + i, step), a.row_stride, a.step_stride, panel,
+                                  a.at(row + i, step), a.row_stride, a.step_stride, panel, kPanel<T>,
                                   sums + i * kBlockColumns + j, kBlockColumns);
                 }
               finish(row, column, high, wide, sums, kBlockColumns);
