@@ -112,6 +112,23 @@ inline void store_narrow(Half* to, Vec<float> x) {
 #endif
 }
 
+// Up to a vector of values of dtype S, widened, zeros behind the n-th.
+template <typename T, typename S>
+inline Vec<T> load_part(const S* from, int64_t n) {
+  if (n >= kLanes<T>) return load_wide(from);
+  S part[kLanes<T>] = {};
+  std::copy(from, from + n, part);
+  return load_wide(part);
+}
+
+template <typename T, typename S>
+inline void store_part(S* to, Vec<T> x, int64_t n) {
+  if (n >= kLanes<T>) return store_narrow(to, x);
+  S part[kLanes<T>];
+  store_narrow(part, x);
+  std::copy(part, part + n, to);
+}
+
 template <typename T>
 inline T sum(Vec<T> x) {  // by halves, as the compiler would shuffle it
   T lanes[kLanes<T>];
