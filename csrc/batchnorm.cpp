@@ -50,14 +50,15 @@ struct Parts {
   }
 
   // Runs body(Count, offset, channel, inside) for every vector of channels of the rows begin..end-1 of a part: the same
-  // channels of Count rows, the first of them at `offset`; `inside` of the vector's channels exist.
-  template <typename T, typename Body>
+  // channels of Count rows, the first of them at `offset`; `inside` of the vector's channels exist. With kCached the rows
+  // are known to lie in a cache.
+  template <typename T, bool kCached = false, typename Body>
   void for_vectors(int64_t part, int64_t begin, int64_t end, const Body& body) const {
     while (begin < end) {
       const int64_t sample = begin / pixels, pixel = begin % pixels, count = std::min(pixels - pixel, end - begin);
       int64_t row = (sample * parts + part) * pixels + pixel;
       const int64_t stop = row + count;
-      if (bytes >= kPage)
+      if (kCached || bytes >= kPage)
         for (; row + 4 <= stop; row += 4) across<T, 4>(row * channels, body);
       else if (bytes <= kPage / 16)
         for (; row + 2 <= stop; row += 2) across<T, 2>(row * channels, body);
@@ -117,7 +118,7 @@ void add_chunk(const Parts& cut, const S* x, int64_t part, int64_t begin, int64_
   });
   const double one = 1.0 / double(end - begin);
   for (int64_t c = 0; c < cut.channels; ++c) centre[c] *= T(one);
-  cut.for_vectors<T>(part, begin, end, [&](auto rows, int64_t at, int64_t c, auto inside) {
+  cut.for_vectors<T, true>(part, begin, end, [&](auto rows, int64_t at, int64_t c, auto inside) {
     const Vec<T> about = load(centre + c);
     Vec<T> total{}, total_squares{};
     for (int i = 0; i < rows; ++i) {
