@@ -80,23 +80,6 @@ struct Change {
   }
 };
 
-// Up to a vector of values of dtype S, widened, zeros behind the n-th.
-template <typename T, typename S>
-inline Vec<T> load_part(const S* from, int64_t n) {
-  if (n >= kLanes<T>) return load_wide(from);
-  S part[kLanes<T>] = {};
-  std::copy(from, from + n, part);
-  return load_wide(part);
-}
-
-template <typename T, typename S>
-inline void store_part(S* to, Vec<T> x, int64_t n) {
-  if (n >= kLanes<T>) return store_narrow(to, x);
-  S part[kLanes<T>];
-  store_narrow(part, x);
-  std::copy(part, part + n, to);
-}
-
 // Length of a packed row whose depth lies side by side: whole vectors, and no power of two, whose rows would share sets
 // of the L1 cache.
 template <typename P>

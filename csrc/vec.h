@@ -125,6 +125,23 @@ inline Vec<float> multiply_add(Vec<Pair> a, Vec<Pair> b, Vec<float> c) {
 template <typename T>
 using Sum = std::conditional_t<std::is_same_v<T, Pair>, float, T>;  // the type in which products of T are summed
 
+// Up to a vector of values of dtype S, widened, zeros behind the n-th.
+template <typename T, typename S>
+inline Vec<T> load_part(const S* from, int64_t n) {
+  if (n >= kLanes<T>) return load_wide(from);
+  S part[kLanes<T>] = {};
+  std::copy(from, from + n, part);
+  return load_wide(part);
+}
+
+template <typename T, typename S>
+inline void store_part(S* to, Vec<T> x, int64_t n) {
+  if (n >= kLanes<T>) return store_narrow(to, x);
+  S part[kLanes<T>];
+  store_narrow(part, x);
+  std::copy(part, part + n, to);
+}
+
 template <typename T>
 inline T sum(Vec<T> x) {  // by halves, as the compiler would shuffle it
   T lanes[kLanes<T>];

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.distributed import sum_over_ranks, world_size
-from fastssl.ops import residual_norm
+from fastssl.ops import Running, batch_norm, residual_norm
 from fastssl.ops.dispatch import wide
 
 
@@ -32,7 +32,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of each of `splits` parts of the batch.
 
     On one process this stands for MoCo's shuffled batch norm over as many GPUs: with common statistics a query could
-    recognise its key by the company it keeps. The running statistics are the mean over the parts.
+    recognise its key by the company it keeps. The running statistics are the mean over the parts. With one part it is
+    torch's batch norm, in training by our kernel where there is one.
 
     Source: He et al., 2020 (MoCo), section 3.3, "Shuffling BN".
     """
@@ -41,21 +42,28 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features)
         self.splits = splits
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        """relu(norm(x) + residual)"""
         if not self.training:
-            return super().forward(x)
-        batch, channels, height, width = x.shape
-        if batch % self.splits:
-            raise ValueError(f"SplitBatchNorm2d: the batch must be divisible by splits={self.splits}, got {batch}")
-        parts = x.reshape(batch // self.splits, self.splits * channels, height, width)
-        mean, var = (stat.repeat(self.splits) for stat in (self.running_mean, self.running_var))
-        weight, bias = self.weight.repeat(self.splits), self.bias.repeat(self.splits)
-        out = F.batch_norm(parts, mean, var, weight, bias, True, self.momentum, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.copy_(mean.view(self.splits, channels).mean(0))
-            self.running_var.copy_(var.view(self.splits, channels).mean(0))
-        return out.view(batch, channels, height, width)
+            return _then(super().forward(x), relu, residual)
+        self._check_input_dim(x)
+        if x.shape[0] % self.splits:
+            raise ValueError(f"SplitBatchNorm2d: the batch must be divisible by splits={self.splits}, got {len(x)}")
+        self.num_batches_tracked.add_(1)
+        running = Running(self.running_mean, self.running_var, self.momentum)
+        return batch_norm(x, self.weight, self.bias, running, self.eps, self.splits, relu, residual)
+
+
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + residual): in one pass over the values where `norm` is one of ours, else step by step."""
+    if isinstance(norm, SplitBatchNorm2d):
+        return norm(x, True, residual)
+    return _then(norm(x), True, residual)
+
+
+def _then(out: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
+    out = out if residual is None else out.add_(residual)
+    return F.relu_(out) if relu else out
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -1,4 +1,4 @@
-"""ResNets from torchvision, with variants for small images."""
+"""ResNets from torchvision, with variants for small images, and with batch norm, addition and ReLU in one pass."""
 
 import functools
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from .norm import SplitBatchNorm2d
+from .norm import SplitBatchNorm2d, norm_relu
 
 NAMES = ("resnet_mini", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -25,24 +25,57 @@ def build_resnet(
     """
     if name not in NAMES:
         raise ValueError(f"resnet: unknown backbone {name!r}, there are {', '.join(NAMES)}")
-    norm = functools.partial(SplitBatchNorm2d, splits=bn_splits) if bn_splits > 1 else nn.BatchNorm2d
+    norm = functools.partial(SplitBatchNorm2d, splits=bn_splits)
     if name == "resnet_mini":
         model = ResNetMini(dim, norm, zero_init_residual)
     else:
-        model = getattr(resnet, name)(num_classes=dim, norm_layer=norm, zero_init_residual=zero_init_residual)
+        model = ResNet(*_BLOCKS[name], num_classes=dim, norm_layer=norm, zero_init_residual=zero_init_residual)
         if small_images:
             model.conv1, model.maxpool = _stem(64, stride=1), nn.Identity()
     return model.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
 
 
-class ResNetMini(resnet.ResNet):
+class BasicBlock(resnet.BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(out), identity)
+
+
+class Bottleneck(resnet.Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = norm_relu(self.bn1, self.conv1(x))
+        out = norm_relu(self.bn2, self.conv2(out))
+        return norm_relu(self.bn3, self.conv3(out), identity)
+
+
+_BLOCKS = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's, with the blocks above."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+class ResNetMini(ResNet):
     """torchvision's ResNet with one block a stage and half the width, for small images and minutes on a CPU.
 
     A 3×3 stem of stride 2 without pooling, 32, 64, 128 and 256 channels: 1.2 M parameters, 256 features.
     """
 
     def __init__(self, dim: int, norm_layer, zero_init_residual: bool = False):
-        super().__init__(resnet.BasicBlock, [1, 1, 1, 1], zero_init_residual=zero_init_residual, norm_layer=norm_layer)
+        super().__init__(BasicBlock, [1, 1, 1, 1], zero_init_residual=zero_init_residual, norm_layer=norm_layer)
         self.conv1, self.bn1, self.maxpool = _stem(32, stride=2), norm_layer(32), nn.Identity()
         self.fc = nn.Linear(256, dim)
 

@@ -8,6 +8,7 @@ where shapes mix: ``logits_BK``.
 from . import dispatch
 from .attention import attention, attention_packed
 from .augment import augment_
+from .batchnorm import Running, batch_norm
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .dense import linear
 from .masking import Masking, keep_tokens, random_masking, restore_tokens

@@ -1,0 +1,195 @@
+"""Batch norm in training, with the addition and the ReLU that follow it in a residual network."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import check
+from .dispatch import fake, first_order, op, serves, wide
+
+
+class Running(NamedTuple):
+    """Running statistics, which `batch_norm` updates in place: mean and variance [C], and the weight of the new ones."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: float = 1e-5, splits: int = 1,
+    relu: bool = False, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """relu(norm(x) + residual), where norm is batch norm by the statistics of x itself, as in training.
+
+    Part s of the batch, samples s, s + splits, s + 2·splits and so on, is normalised by its own mean and variance. The
+    running statistics move towards the mean over the parts of their means and unbiased variances.
+
+    The kernel reads x once for the statistics and once to normalise, add and clip. It keeps x for the gradient, and the
+    result only where there are both a residual and a ReLU; else it makes the ReLU's mask from x again.
+
+    Args:
+        x: [B, C] or [B, C, H, W] floating; by the kernel it is read in channels_last order and copied if it lies in
+            another. Gradient.
+        weight, bias: [C] floating. Gradient.
+        running: two floating tensors [C] and the momentum, as of `torch.nn.BatchNorm2d`.
+        eps: added to the variance.
+        splits: parts; B must be divisible by it, and a part must have more than one value a channel.
+        relu: clip the result below 0.
+        residual: like x, is added before that. Gradient.
+
+    Returns: like x, in its dtype, of the kernel in channels_last order. Statistics in float32 (float64 for float64), of
+    sums in float64.
+
+    Raises:
+        ValueError: a shape or device does not fit. TypeError: not floating.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015; He et al., 2020 (MoCo), section 3.3, "Shuffling BN".
+    """
+    _check(x, weight, bias, running, splits, residual)
+    if backend(x) == "torch":
+        out = _by_torch(x, weight, bias, running, eps, splits)
+        out = out if residual is None else out.add_(residual)
+        return F.relu_(out) if relu else out
+    x, residual = _channels_last(x), None if residual is None else _channels_last(residual.to(x.dtype))
+    weight, bias = weight.to(wide(x)), bias.to(wide(x))
+    y, mean, var = _BatchNorm.apply(x, weight, bias, residual, eps, splits, relu)
+    with torch.no_grad():
+        for average, now in ((running.mean, mean), (running.var, var)):
+            average.lerp_(now.mean(0).to(average.dtype), running.momentum)
+    return y
+
+
+def backend(x: Tensor) -> str:
+    """What runs `batch_norm` on x: "kernel", on CPUs, or "torch". The one place where that is decided."""
+    return "kernel" if serves("batch_norm_fwd", x.device.type) and x.numel() else "torch"
+
+
+def _check(x, weight, bias, running, splits, residual):
+    if x.ndim not in (2, 4):
+        check.fail("batch_norm", f"x must have shape [B, C] or [B, C, H, W], got {list(x.shape)}")
+    check.floating("batch_norm", x=x, weight=weight, bias=bias)
+    vectors = {"weight": weight, "bias": bias, "running.mean": running.mean, "running.var": running.var}
+    for name, value in vectors.items():
+        check.tensor("batch_norm", name, value, "C", C=x.shape[1])
+    check.same_device("batch_norm", x=x, **vectors)
+    if splits < 1 or x.shape[0] % splits:
+        check.fail("batch_norm", f"the batch must be divisible by splits={splits}, got {x.shape[0]}")
+    if x.numel() == splits * x.shape[1]:
+        parts = f"in {splits} parts" if splits > 1 else "as a whole"
+        check.fail("batch_norm", f"x must have more than one value a channel {parts}, got {list(x.shape)}")
+    if residual is not None:
+        if residual.shape != x.shape:
+            check.fail("batch_norm", f"residual must have x's shape {list(x.shape)}, got {list(residual.shape)}")
+        check.floating("batch_norm", residual=residual)
+        check.same_device("batch_norm", x=x, residual=residual)
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: float, splits: int) -> Tensor:
+    """Parts become channels."""
+    if splits == 1:
+        return F.batch_norm(x, running.mean, running.var, weight, bias, True, running.momentum, eps)
+    parts = x.reshape(x.shape[0] // splits, splits * x.shape[1], *x.shape[2:])
+    mean, var, weight, bias = (t.repeat(splits) for t in (running.mean, running.var, weight, bias))
+    out = F.batch_norm(parts, mean, var, weight, bias, True, running.momentum, eps)
+    with torch.no_grad():
+        running.mean.copy_(mean.view(splits, -1).mean(0))
+        running.var.copy_(var.view(splits, -1).mean(0))
+    return out.view(x.shape)
+
+
+@op("batch_norm_fwd")
+def _batch_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, splits: int, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y from x and residual [B, P, C], contiguous; and of each part, [splits, C] in the dtype of weight and bias, which
+    sums have: mean, 1/√(variance + eps), unbiased variance."""
+    values = _parts(x, splits)
+    var, mean = torch.var_mean(values, (0, 2), correction=0)
+    invstd = (var + eps).rsqrt()
+    y = (_normal(values, mean, invstd) * weight + bias).view(x.shape)
+    y = y if residual is None else y + residual
+    count = values.shape[0] * values.shape[2]
+    return (F.relu(y) if relu else y).to(x.dtype), mean, invstd, var * (count / (count - 1))
+
+
+@fake(_batch_norm_fwd)
+def _(x, weight, bias, residual, eps, splits, relu):
+    statistics = [weight.new_empty(splits, x.shape[2]) for _ in range(3)]
+    return x.new_empty(x.shape), *statistics
+
+
+@op("batch_norm_bwd")
+def _batch_norm_bwd(
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dresidual). y is given where it is the ReLU of a sum; dresidual is empty where it is not."""
+    normal = _normal(_parts(x, len(mean)), mean, invstd)
+    gradient = _parts(dy, len(mean))
+    if relu:
+        at = normal * weight + bias if y is None else _parts(y, len(mean))
+        gradient = gradient.masked_fill(at <= 0, 0)
+    dweight, dbias = (gradient * normal).sum((0, 2)), gradient.sum((0, 2))
+    count = x.shape[0] * x.shape[1] // len(mean)
+    dx = (gradient - _column(dbias) / count - normal * _column(dweight) / count) * (_column(invstd) * weight)
+    dresidual = x.new_empty(0) if y is None else gradient.to(x.dtype).view(x.shape)
+    return dx.to(x.dtype).view(x.shape), dweight.sum(0), dbias.sum(0), dresidual
+
+
+@fake(_batch_norm_bwd)
+def _(dy, x, y, weight, bias, mean, invstd, relu):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), x.new_empty(
+        0 if y is None else x.shape
+    )
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps, splits, relu):
+        rows = None if residual is None else _rows(residual)
+        y, mean, invstd, var = _batch_norm_fwd(_rows(x), weight, bias, rows, eps, splits, relu)
+        y = _like(y, x)
+        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, invstd)
+        ctx.relu = relu
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy, *_):
+        x, y, *others = ctx.saved_tensors
+        dy = _channels_last(dy)
+        rows = None if y is None else _rows(y)
+        dx, dweight, dbias, dresidual = _batch_norm_bwd(_rows(dy), _rows(x), rows, *others, ctx.relu)
+        dresidual = dy if y is None else _like(dresidual, x)
+        return _like(dx, x), dweight, dbias, dresidual if ctx.needs_input_grad[3] else None, None, None, None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, H, W] in channels_last order, or [B, C] → [B, P, C] contiguous."""
+    return (x.permute(0, 2, 3, 1).flatten(1, 2) if x.ndim == 4 else x.unsqueeze(1)).contiguous()
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """[B, P, C] → the shape of x."""
+    return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) if x.ndim == 4 else rows.squeeze(1)
+
+
+def _parts(rows: Tensor, splits: int) -> Tensor:
+    """[B, P, C] → [B / splits, splits, P, C] in the dtype of sums."""
+    return rows.to(wide(rows)).unflatten(0, (-1, splits))
+
+
+def _column(statistic: Tensor) -> Tensor:
+    """[splits, C] → [splits, 1, C]"""
+    return statistic.unsqueeze(1)
+
+
+def _normal(parts: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    return (parts - _column(mean)) * _column(invstd)
