@@ -43,7 +43,7 @@ def all_of(function, x, weight, bias, residual, dy, splits, relu):
 
 
 def formula(x, weight, bias, after, eps, splits, relu, residual=None):
-    """torch's batch norm of each part; torch has no sums in float64 for 16 bits in channels_last order, so none here."""
+    """torch's batch norm of each part; torch has no sums in float64 for 16 bits in channels_last order."""
     parts = [Running(after.mean.clone(), after.var.clone(), after.momentum) for _ in range(splits)]
     done = [
         F.batch_norm(x[s::splits].contiguous(), part.mean, part.var, weight, bias, True, part.momentum, eps)
