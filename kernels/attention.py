@@ -186,8 +186,8 @@ def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
 @triton.jit
 def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale, rest,
                        blocks, stride_d, stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb,
-                       stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-                       BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+                       stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, WIDE: tl.constexpr,
+                       PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One tile of keys, which meets all queries, and one tile of queries, which meets all keys."""
     scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
     head = tl.program_id(0) // blocks
