@@ -191,8 +191,10 @@ def moco_v3_case(backbone: str, image_size: tuple[int, int], batch: int, **chang
 
     size = f"MoCo v3, {_name(backbone)}, {_pixels(image_size)}, B={batch}"
     made = functools.partial(images, batch, image_size, 2)
-    kind = "vit" if of_vit else "resnet"
-    return Case(size, batch, training, lambda: moco_v3.build(config), transcription, inputs, made, kind)
+    kind, ours = "vit" if of_vit else "resnet", functools.partial(moco_v3.build, config)
+    # As a whole it would be compiled again for each value of the momentum, which changes at every step.
+    compiled = ("base_encoder", "momentum_encoder", "predictor")
+    return Case(size, batch, training, ours, transcription, inputs, made, kind, compiled=compiled)
 
 
 class Contrast(nn.Module):
