@@ -1,7 +1,7 @@
 # Each target does all the set-up it needs, in .venv; a second run does no set-up again.
 #   make demo     set up, pretrain on embedded data, evaluate, report
 #   make test     set up, run all tests
-#   make lint · make bench · make sanitize · make static · make install · make clean
+#   make lint · make bench · make bench-step · make sanitize · make static · make install · make clean
 #
 # PYTHON=python3.12 make …       another interpreter (3.10 or later)
 # FASTSSL_BUILD=none make …      without a C++ compiler: every op runs in plain torch
@@ -13,7 +13,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install -q -c .ci/constraints.txt
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(,)dali,dev)
 SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 
-.PHONY: install demo test lint bench sanitize static clean
+.PHONY: install demo test lint bench bench-step sanitize static clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -49,6 +49,9 @@ bench: .venv/installed
 	@mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmark.json
 	$(BIN)/python -m benchmarks.table build/benchmark.json
+
+bench-step: .venv/installed
+	$(BIN)/python -m benchmarks.step
 
 sanitize: .venv/installed
 	$(BIN)/python -m tests.sanitize

@@ -104,13 +104,15 @@ def check(case: Case) -> None:
             _agree(f"{where}, result {i}", tensor.detach(), wanted.detach())
 
 
-def measure(contestants: dict[str, Callable[[], Any]]) -> tuple[dict[str, list[float]], float | None]:
+def measure(
+    contestants: dict[str, Callable[[], Any]], rounds: int | None = None
+) -> tuple[dict[str, list[float]], float | None]:
     """Seconds a call, one number a round, and the share of the processors that other programs took meanwhile: of the
-    first attempt on a quiet machine, or of the quietest."""
+    first attempt on a quiet machine, or of the quietest. As many rounds as the budget has room for if None."""
     quietest = None
     for _ in range(ATTEMPTS):
         programs = OtherPrograms()
-        times = time_in_turn(contestants)
+        times = time_in_turn(contestants, rounds)
         others = programs.share()
         if others is None:
             return times, None
@@ -121,7 +123,7 @@ def measure(contestants: dict[str, Callable[[], Any]]) -> tuple[dict[str, list[f
     return quietest
 
 
-def time_in_turn(contestants: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+def time_in_turn(contestants: dict[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, list[float]]:
     """Seconds a call of each contestant, one number a round. The order within a round rotates, so that no contestant
     always finds the cache that one other left behind."""
     calls, round_s = {}, 0.0
@@ -130,7 +132,8 @@ def time_in_turn(contestants: dict[str, Callable[[], Any]]) -> dict[str, list[fl
         seconds = seconds if seconds > ROUND_S else _passing(run, 10)
         calls[name] = max(1, math.ceil(ROUND_S / seconds))
         round_s += calls[name] * seconds
-    rounds = SHORTEST if round_s > LONG_S else min(max(int(BUDGET_S / round_s), ROUNDS[0]), ROUNDS[1])
+    if rounds is None:
+        rounds = SHORTEST if round_s > LONG_S else min(max(int(BUDGET_S / round_s), ROUNDS[0]), ROUNDS[1])
 
     names = list(contestants)
     times = {name: [] for name in names}
@@ -274,25 +277,25 @@ def _row(case: Case, times: dict[str, list[float]], memory: dict[str, int]) -> d
         "size": case.size,
         "implementation": implementation(case.kernel),
         "rounds": len(ours),
-        "ms": {name: [_short(1e3 * s) for s in _quartiles(values)] for name, values in times.items()},
+        "ms": {name: [short(1e3 * s) for s in quartiles(values)] for name, values in times.items()},
         "ratio": {
-            name: _short(statistics.median(theirs / own for theirs, own in zip(values, ours)))
+            name: short(statistics.median(theirs / own for theirs, own in zip(values, ours)))
             for name, values in times.items()
             if name != "ours"
         },
-        "memory_mb": {name: _short(value / 1e6) for name, value in memory.items()},
+        "memory_mb": {name: short(value / 1e6) for name, value in memory.items()},
     }
     if case.points:
         row["points"] = case.points
     if case.bytes_moved or case.operations:
         milliseconds, reason = limit(case.bytes_moved, case.operations, case.dtype)
-        row |= {"limit_ms": _short(milliseconds), "limit": reason}
+        row |= {"limit_ms": short(milliseconds), "limit": reason}
     return row
 
 
-def _quartiles(values: list[float]) -> list[float]:
+def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
     return float(f"{value:.4g}")

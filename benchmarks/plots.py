@@ -1,4 +1,4 @@
-"""Draws docs/benchmarks-*.png from benchmarks/results: time against K, B and L, memory against K.
+"""Draws docs/benchmarks-*.png from benchmarks/results: time against K, B and L, memory against K; and losses of steps.
 
 Each picture shows the rows that carry its axis (`Case.points`), one line a contestant, logarithmic both ways. Several
 machines are several pictures.
@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # a machine that measures has no screen
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 COLOURS = {"ours": "#c2410c", "official": "#64748b"}  # the others take matplotlib's own
 TITLES = {
@@ -43,6 +43,31 @@ def draw(results: Path, docs: Path) -> list[Path]:
             plt.close(figure)
             written.append(target)
     return written
+
+
+def draw_losses(curves: dict[str, list[float]], title: str, target: Path) -> None:
+    """Losses by step, and below them their differences from those of "official fp32"."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(6.4, 6.0), sharex=True)
+    expected = curves["official fp32"]
+    for name, losses in curves.items():
+        who, precision = name.split()
+        style = {"color": COLOURS[who], "linestyle": "-" if precision == "fp32" else "--", "label": name}
+        above.plot(losses, **style, linewidth=3 if who == "official" else 1.2)
+        if name != "official fp32":
+            differences = [abs(loss - wanted) for loss, wanted in zip(losses, expected)]
+            below.plot(differences, marker="o", markersize=3, **style)
+    above.set_ylabel("loss")
+    below.set_yscale("symlog", linthresh=1e-8)  # a difference may be 0
+    below.set_ylabel("|loss − official fp32|")
+    below.set_xlabel("step")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for panel in (above, below):
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
 def _lines(panel, points: list[dict], kind: str, places: list[int]) -> None:

@@ -74,7 +74,7 @@ def take_in(raw_path: Path, results: Path) -> Path:
             runs.append({**run, "rows": kept})
     runs.append({"environment": facts["environment"], "rows": rows})
     results.mkdir(exist_ok=True)
-    path.write_text(_compact_json(facts["machine"], runs))
+    path.write_text(compact_json(facts["machine"], runs))
     return path
 
 
@@ -193,7 +193,7 @@ def _cells(row: dict) -> list[str]:
         number(row["limit_ms"]) if "limit_ms" in row else "–",
         times(ratio.get("official")),
         times(ratio.get(others[0]) if others else None),
-        " / ".join(_megabytes(row["memory_mb"][name]) for name in compared),
+        " / ".join(megabytes(row["memory_mb"][name]) for name in compared),
     ]
 
 
@@ -206,7 +206,7 @@ def times(ratio: float | None) -> str:
     return "–" if ratio is None else f"{number(ratio, 2)}×"
 
 
-def _megabytes(value: float) -> str:
+def megabytes(value: float) -> str:
     return number(value, 2) if value >= 0.01 or value == 0 else "< 0.01"
 
 
@@ -215,7 +215,7 @@ def _markdown_table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, rule, *rows))
 
 
-def _compact_json(machine: dict, runs: list[dict]) -> str:
+def compact_json(machine: dict, runs: list[dict]) -> str:
     """One row a line, so that a change in one measurement is a change in one line."""
     blocks = []
     for run in runs:

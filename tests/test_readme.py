@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import fastssl.ops
-from benchmarks import loader, table
+from benchmarks import loader, step, table
 from fastssl.data.source import names, open_source
 from fastssl.ops import dispatch
 
@@ -41,6 +41,7 @@ def test_table_of_ops_is_true():
 def test_measured_tables_are_those_of_the_results():
     assert table.main(["--check"]) == 0
     assert loader.main(["--check"]) == 0
+    assert step.main(["--check"]) == 0
 
 
 def test_the_data_section_shows_every_source():

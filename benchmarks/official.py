@@ -1,0 +1,339 @@
+"""The official training steps in plain eager torch, as baselines: their models, their momentum, their loops.
+
+Written from what facebookresearch's mae, moco and moco-v3 compute; no line is theirs. Blocks are those of today's timm
+and torchvision, which the official code takes from older releases. Nothing of fastssl has a part in it.
+
+Weights are always loaded, never drawn: the names in the state dicts are the official ones. `tuned` models take what
+torch itself has that is faster for the same results: momentum by `_foreach_lerp_`, no accuracy of every step.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block, PatchEmbed, VisionTransformer
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torchvision.models import resnet
+
+
+def layer_norm(dim: int, **_) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=1e-6)
+
+
+class MAE(nn.Module):
+    """Embeds all patches, keeps some, decodes and predicts all, scores those removed.
+
+    Args:
+        img_size: (height, width).
+        patch: of the square patches.
+        encoder, decoder: (width, blocks, heads) of either.
+    """
+
+    def __init__(
+        self, img_size: tuple[int, int], patch: int, encoder: tuple[int, int, int], decoder: tuple[int, int, int],
+        mask_ratio: float = 0.75, norm_pix_loss: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.patch, self.mask_ratio, self.norm_pix_loss = patch, mask_ratio, norm_pix_loss
+        (dim, depth, heads), (decoder_dim, decoder_depth, decoder_heads) = encoder, decoder
+        self.patch_embed = PatchEmbed(img_size, patch, 3, dim)
+        length = self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + length, dim), requires_grad=False)
+        self.blocks = _blocks(dim, depth, heads)
+        self.norm = layer_norm(dim)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + length, decoder_dim), requires_grad=False)
+        self.decoder_blocks = _blocks(decoder_dim, decoder_depth, decoder_heads)
+        self.decoder_norm = layer_norm(decoder_dim)
+        self.decoder_pred = nn.Linear(decoder_dim, 3 * patch**2)
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """The loss; `noise` [B, L] chooses the mask."""
+        x, mask, restore = self.random_masking(self.patch_embed(images) + self.pos_embed[:, 1:], noise)
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        pred = self.decode(self.norm(x), restore)
+        with record_function("loss"):
+            return self.loss(images, pred, mask)
+
+    def random_masking(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(kept tokens, mask: 1 where removed, the place of each patch in the order of the noise)."""
+        batch, length, dim = x.shape
+        keep = int(length * (1 - self.mask_ratio))
+        order = noise.argsort(dim=1)
+        restore = order.argsort(dim=1)
+        kept = x.gather(1, order[:, :keep].unsqueeze(-1).repeat(1, 1, dim))
+        mask = torch.ones(batch, length, device=x.device)
+        mask[:, :keep] = 0
+        return kept, mask.gather(1, restore), restore
+
+    def decode(self, latent: Tensor, restore: Tensor) -> Tensor:
+        """Predictions of all patches [B, L, 3p²]."""
+        x = self.decoder_embed(latent)
+        batch, tokens, dim = x.shape
+        masked = self.mask_token.repeat(batch, restore.shape[1] + 1 - tokens, 1)
+        patches = torch.cat([x[:, 1:], masked], dim=1)
+        patches = patches.gather(1, restore.unsqueeze(-1).repeat(1, 1, dim))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        batch, channels, height, width = images.shape
+        rows, columns = height // self.patch, width // self.patch
+        target = images.reshape(batch, channels, rows, self.patch, columns, self.patch)
+        target = torch.einsum("bchpwq->bhwpqc", target).reshape(batch, rows * columns, -1)
+        if self.norm_pix_loss:
+            mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+            target = (target - mean) / (var + 1e-6) ** 0.5
+        error = ((pred - target) ** 2).mean(-1)
+        return (error * mask).sum() / mask.sum()
+
+
+def _blocks(dim: int, depth: int, heads: int) -> nn.ModuleList:
+    return nn.ModuleList(Block(dim, heads, 4, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth))
+
+
+class Momentum(nn.Module):
+    """What both MoCos have: a copy of the encoder that follows it."""
+
+    def __init__(self, tuned: bool):
+        super().__init__()
+        self.tuned = tuned
+
+    @torch.no_grad()
+    def follow(self, target: nn.Module, source: nn.Module, m: float) -> None:
+        with record_function("twin and queue"):
+            if self.tuned:
+                torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - m)
+                return
+            for theirs, own in zip(source.parameters(), target.parameters()):
+                own.data = own.data * m + theirs.data * (1 - m)
+
+    def count_hits(self, logits: Tensor, labels: Tensor) -> None:
+        """Accuracy of one and of five, which the official loops take of every step."""
+        if not self.tuned:
+            with torch.no_grad():
+                hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+                self.hits = hits[:, :1].float().sum(), hits.float().sum()
+
+
+class MoCo(Momentum):
+    """MoCo v2, whose two encoders start equal. In one process the shuffled batch norm only costs time: it is that of
+    the whole batch in any order. Batches must divide the queue."""
+
+    def __init__(self, encoder: nn.Module, dim: int, queue_size: int, m: float, tau: float, tuned: bool = False):
+        super().__init__(tuned)
+        self.m, self.tau = m, tau
+        width = encoder.fc.in_features
+        encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+        self.encoder_q, self.encoder_k = encoder, copy.deepcopy(encoder).requires_grad_(False)
+        self.register_buffer("queue", torch.zeros(dim, queue_size))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
+        q = F.normalize(self.encoder_q(im_q), dim=1)
+        with torch.no_grad():
+            self.follow(self.encoder_k, self.encoder_q, self.m)
+            order = torch.randperm(len(im_k), device=im_k.device)
+            k = F.normalize(self.encoder_k(im_k[order]), dim=1)[order.argsort()]
+        with record_function("loss"):
+            positive = torch.einsum("nc,nc->n", q, k).unsqueeze(-1)
+            negative = torch.einsum("nc,ck->nk", q, self.queue.clone().detach())
+            logits = torch.cat([positive, negative], dim=1) / self.tau
+            labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+            loss = F.cross_entropy(logits, labels)
+            self.count_hits(logits, labels)
+        with record_function("twin and queue"):
+            self.dequeue_and_enqueue(k)
+        return loss
+
+    @torch.no_grad()
+    def dequeue_and_enqueue(self, keys: Tensor) -> None:
+        at, size = int(self.queue_ptr), self.queue.shape[1]
+        assert size % len(keys) == 0
+        self.queue[:, at : at + len(keys)] = keys.T
+        self.queue_ptr[0] = (at + len(keys)) % size
+
+
+class MoCoV3(Momentum):
+    """MoCo v3; the last layer of the encoder, `head` or `fc`, is the projector."""
+
+    def __init__(self, encoder: nn.Module, predictor: nn.Module, tau: float, tuned: bool = False):
+        super().__init__(tuned)
+        self.tau = tau
+        self.base_encoder, self.momentum_encoder = encoder, copy.deepcopy(encoder).requires_grad_(False)
+        self.predictor = predictor
+
+    def forward(self, x1: Tensor, x2: Tensor, m: float) -> Tensor:
+        q1, q2 = self.predictor(self.base_encoder(x1)), self.predictor(self.base_encoder(x2))
+        with torch.no_grad():
+            self.follow(self.momentum_encoder, self.base_encoder, m)
+            k1, k2 = self.momentum_encoder(x1), self.momentum_encoder(x2)
+        with record_function("loss"):
+            return self.contrastive_loss(q1, k2) + self.contrastive_loss(q2, k1)
+
+    def contrastive_loss(self, q: Tensor, k: Tensor) -> Tensor:
+        logits = torch.einsum("nc,mc->nm", F.normalize(q, dim=1), F.normalize(k, dim=1)) / self.tau
+        return F.cross_entropy(logits, torch.arange(len(q), device=q.device)) * (2 * self.tau)
+
+
+def mlp(layers: int, dim_in: int, hidden: int, dim_out: int, last_bn: bool = True) -> nn.Sequential:
+    """MoCo v3's projector and predictor."""
+    modules: list[nn.Module] = []
+    for i in range(layers):
+        width, out = (hidden if i else dim_in), (hidden if i < layers - 1 else dim_out)
+        modules.append(nn.Linear(width, out, bias=False))
+        if i < layers - 1:
+            modules += [nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
+        elif last_bn:
+            modules.append(nn.BatchNorm1d(out, affine=False))
+    return nn.Sequential(*modules)
+
+
+def moco_v3_vit(img_size: tuple[int, int], patch: int, sizes: tuple[int, int, int]) -> VisionTransformer:
+    """(width, blocks, heads); positions and patch embedding are never trained."""
+    dim, depth, heads = sizes
+    vit = VisionTransformer(img_size, patch, num_classes=0, embed_dim=dim, depth=depth, num_heads=heads,
+                            norm_layer=layer_norm)  # fmt: skip
+    vit.pos_embed.requires_grad_(False)
+    vit.patch_embed.requires_grad_(False)
+    return vit
+
+
+def resnet_of(name: str, **kwargs) -> nn.Module:
+    return getattr(resnet, name)(**kwargs)
+
+
+class SimCLR(nn.Module):
+    """Projection head of two layers and NT-Xent, the mean over both views of all images.
+
+    The official way makes four matrices of logits and adds −1e9 to two diagonals; tuned makes one.
+    """
+
+    def __init__(self, features: int, hidden: int, dim: int, tau: float, tuned: bool = False):
+        super().__init__()
+        self.tau, self.tuned = tau, tuned
+        self.head = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        a, b = self.head(x1), self.head(x2)
+        with record_function("loss"):
+            return self.one_matrix(a, b) if self.tuned else self.four_matrices(a, b)
+
+    def four_matrices(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+        labels = torch.arange(len(a), device=a.device)
+        itself = F.one_hot(labels, len(a)) * 1e9
+        aa, bb = (x @ x.T / self.tau - itself for x in (a, b))
+        ab, ba = a @ b.T / self.tau, b @ a.T / self.tau
+        losses = (F.cross_entropy(torch.cat(pair, dim=1), labels) for pair in ((ab, aa), (ba, bb)))
+        return sum(losses) / 2
+
+    def one_matrix(self, a: Tensor, b: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([a, b]), dim=1)
+        logits = (z @ z.T / self.tau).fill_diagonal_(-torch.inf)
+        return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(a)))
+
+
+class LARS(torch.optim.Optimizer):
+    """MoCo v3's: v ← m·v + s·(g + λ·w), w ← w − lr·v, s = trust·‖w‖ / ‖g + λ·w‖; for vectors s = 1 and λ = 0."""
+
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.9, tuned: bool = False):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": 0.001})
+        self.tuned = tuned
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            for p in trained:
+                if "mu" not in self.state[p]:
+                    self.state[p]["mu"] = torch.zeros_like(p)
+            if self.tuned:
+                self._together(trained, group)
+                continue
+            for p in trained:
+                self._one(p, self.state[p]["mu"], group)
+
+    @staticmethod
+    def _one(p: Tensor, mu: Tensor, group: dict) -> None:
+        change = p.grad
+        if p.ndim > 1:
+            change = change.add(p, alpha=group["weight_decay"])
+            norm, change_norm = p.norm(), change.norm()
+            one = torch.ones_like(norm)
+            scale = torch.where(change_norm > 0, group["trust"] * norm / change_norm, one)
+            change = change.mul(torch.where(norm > 0, scale, one))
+        mu.mul_(group["momentum"]).add_(change)
+        p.add_(mu, alpha=-group["lr"])
+
+    def _together(self, trained: list[Tensor], group: dict) -> None:
+        matrices = [p for p in trained if p.ndim > 1]
+        changes = {p: p.grad for p in trained}
+        if matrices:
+            decayed = torch._foreach_add([p.grad for p in matrices], matrices, alpha=group["weight_decay"])
+            norm, change_norm = (torch.stack(torch._foreach_norm(x)) for x in (matrices, decayed))
+            scales = torch.where((norm > 0) & (change_norm > 0), group["trust"] * norm / change_norm, 1.0)
+            torch._foreach_mul_(decayed, list(scales.unbind()))
+            changes |= dict(zip(matrices, decayed))
+        mus = [self.state[p]["mu"] for p in trained]
+        torch._foreach_mul_(mus, group["momentum"])
+        torch._foreach_add_(mus, [changes[p] for p in trained])
+        torch._foreach_add_(trained, mus, alpha=-group["lr"])
+
+
+class Loop:
+    """A step of the official loops: ``loss = loop(batch, progress)``.
+
+    Args:
+        model: returns the loss.
+        inputs: (batch, progress) → what the model is called with.
+        optimizer: of the model's parameters.
+        autocast: dtype, or None for none.
+        zero_first: MoCo's loops drop gradients before the backward pass, and hold the last ones until then; MAE's drops
+            them after the step.
+        norm: take the gradient's norm, as MAE's loop does at each step.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Callable[..., tuple], optimizer: torch.optim.Optimizer,
+        autocast: torch.dtype | None = None, zero_first: bool = True, norm: bool = False,
+    ):  # fmt: skip
+        self.model, self.inputs, self.optimizer = model.train(), inputs, optimizer
+        self.autocast, self.zero_first, self.norm = autocast, zero_first, norm
+
+    def __call__(self, batch, progress: float) -> Tensor:
+        with record_function("data"):
+            inputs = self.inputs(batch, progress)
+        device = inputs[0].device.type
+        with record_function("forward"), torch.autocast(device, self.autocast, self.autocast is not None):
+            loss = self.model(*inputs)
+        with record_function("backward"):
+            if self.zero_first:
+                self.optimizer.zero_grad()
+            loss.backward()
+        with record_function("optimizer"):
+            if self.norm:
+                norms = [p.grad.norm() for p in self.model.parameters() if p.grad is not None]
+                self.grad_norm = torch.stack(norms).norm()
+            self.optimizer.step()
+            if not self.zero_first:
+                self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def decayed(model: nn.Module, weight_decay: float) -> list[dict]:
+    """MAE's groups: vectors and biases are not decayed."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    spared = [p for name, p in trained if p.ndim == 1 or name.endswith(".bias")]
+    ids = set(map(id, spared))
+    rest = [p for _, p in trained if id(p) not in ids]
+    return [{"params": spared, "weight_decay": 0.0}, {"params": rest, "weight_decay": weight_decay}]

@@ -1,0 +1,291 @@
+"""What whole steps are measured on: the cases, and for each the contestants, ready to be called.
+
+Every function takes its shapes, so that tests make the same of a few numbers. `CASES` has those of the papers' recipes,
+at batches that two cores do in seconds.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.data.loader import Batch
+from fastssl.methods import mae, moco_v2, moco_v3
+from fastssl.nn import NTXentLoss
+from fastssl.nn.masking import seeded_noise
+from fastssl.nn.resnet import ResNetMini
+from fastssl.nn.vit import MOCO_V3_SIZES, SIZES
+from fastssl.train.loop import _State, _step
+from fastssl.train.recipe import Execution, Training
+
+from . import official
+from .machine import DEVICE
+
+TOTAL = 100_000  # steps of the run that the measured ones are the first of
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass
+class Case:
+    """A method, its official transcription, and a batch."""
+
+    size: str  # method, backbone, shapes: what the row says
+    images: int  # of a step, each counted once however many views it has
+    training: Training
+    ours: Callable[[], nn.Module]
+    plain: Callable[[bool], nn.Module]  # (tuned) → the transcription, its weights still to be loaded
+    inputs: Callable[[Batch, float], tuple]  # of the transcription: (batch, progress) → arguments
+    batch: Callable[[], Batch]
+    backbone: str = "vit"  # vit, resnet or none: which variants torch has
+    norm: bool = False  # the official loop takes the gradient's norm
+    compiled: tuple[str, ...] = ("",)  # modules given to torch.compile, the whole model by itself
+
+    @property
+    def lr(self) -> float:
+        """The peak, so that the second step's loss tells whether the first one was the same."""
+        return self.training.lr * self.training.batch_size / 256
+
+
+class Ours:
+    """The trainer's own step on batch after batch: ``loss = ours(batch, progress)``."""
+
+    def __init__(self, case: Case, model: nn.Module, precision: str):
+        self.model, self.lr, self.next = model.to(DEVICE), case.lr, None
+        self.state = _State(self.model, "benchmark", case.training, Execution(precision=precision), None)
+        self.optimizer = self.state.optimizer
+        self.batches = iter(lambda: self.next, object())  # endless: whatever is next
+
+    def __call__(self, batch: Batch, progress: float) -> Tensor:
+        """The trainer knows itself how far it is; it says nothing of `progress`."""
+        self.next = batch
+        return _step(self.state, self.batches, self.lr, TOTAL)[0]
+
+
+def plain(case: Case, state: dict, autocast: torch.dtype | None, dtype: torch.dtype = torch.float32) -> official.Loop:
+    """The official step from the weights `state`, as it is."""
+    return _loop(case, state, autocast, dtype, tuned=False)
+
+
+def tuned(case: Case, state: dict, autocast: torch.dtype | None, plain_attention: bool = False) -> official.Loop:
+    """The official step with what torch has that is faster: fused optimizer, momentum in one call, channels_last."""
+    loop = _loop(case, state, autocast, torch.float32, tuned=True)
+    if plain_attention:
+        for module in loop.model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+    if case.backbone == "resnet":
+        loop.model.to(memory_format=torch.channels_last)
+        loop.inputs = functools.partial(_channels_last, case.inputs)
+    return loop
+
+
+def _channels_last(inputs: Callable, batch: Batch, progress: float) -> tuple:
+    last = {"memory_format": torch.channels_last}
+    return tuple(x.contiguous(**last) if isinstance(x, Tensor) else x for x in inputs(batch, progress))
+
+
+def _loop(case: Case, state: dict, autocast, dtype: torch.dtype, tuned: bool) -> official.Loop:
+    model = case.plain(tuned).to(DEVICE, dtype)
+    model.load_state_dict(state)
+    training, lr = case.training, case.lr
+    fused = {"fused": True} if tuned else {}
+    if training.optimizer == "adamw":
+        groups = [p for p in model.parameters() if p.requires_grad]
+        if not training.decay_all:
+            groups = official.decayed(model, training.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr, training.betas, weight_decay=training.weight_decay, **fused)
+    elif training.optimizer == "sgd":
+        settings = {"momentum": training.momentum, "weight_decay": training.weight_decay, **fused}
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr, **settings)
+    else:
+        optimizer = official.LARS(model.parameters(), lr, training.weight_decay, training.momentum, tuned)
+    norm = case.norm and not tuned  # nothing is done with it, so what is tuned leaves it out
+    return official.Loop(model, case.inputs, optimizer, autocast, zero_first=not case.norm, norm=norm)
+
+
+def contestants(case: Case, precision: str, compiled: bool = True) -> Iterator[tuple[str, Any]]:
+    """(name, loop) one after the other, all from the same weights; the first is ours, the second official."""
+    torch.manual_seed(0)
+    model = case.ours().to(DEVICE)
+    state = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    autocast = PRECISIONS[precision]
+    yield "ours", Ours(case, model, precision)
+    yield "official", plain(case, state, autocast)
+    layout = ", channels_last" if case.backbone == "resnet" else ""
+    optimizer = "foreach LARS" if case.training.optimizer == "lars" else "fused optimizer"
+    yield f"{optimizer}{layout}", tuned(case, state, autocast)
+    if case.backbone == "vit":
+        yield f"{optimizer}, plain attention", tuned(case, state, autocast, plain_attention=True)
+    if compiled:
+        loop = tuned(case, state, autocast)
+        for module in case.compiled:
+            loop.model.get_submodule(module).compile(dynamic=False)
+        yield "torch.compile" + " of the encoders" * (case.compiled != ("",)), loop
+
+
+# The cases
+
+
+def mae_case(backbone: str, image_size: tuple[int, int], batch: int, **changes) -> Case:
+    """Pixels standardised by the patch, as in the recipe; `changes` of the decoder and of the training."""
+    training = dataclasses.replace(mae.Config().training, batch_size=batch, **changes.pop("training", {}))
+    config = mae.Config(backbone, image_size, training=training, **changes)
+    *encoder, patch = SIZES[backbone]
+    decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
+    length = image_size[0] * image_size[1] // patch**2
+
+    def inputs(batch: Batch, progress: float) -> tuple:
+        return batch.views[0], seeded_noise(length, batch.seed)
+
+    def transcription(tuned: bool) -> nn.Module:
+        return official.MAE(image_size, patch, tuple(encoder), decoder, config.mask_ratio, config.norm_pix)
+
+    size = f"MAE, {_name(backbone)}, {_pixels(image_size)}, B={batch}"
+    made = functools.partial(images, batch, image_size, 1)
+    return Case(size, batch, training, lambda: mae.build(config), transcription, inputs, made, norm=True)
+
+
+def moco_v2_case(backbone: str, image_size: tuple[int, int], batch: int, queue_size: int, **changes) -> Case:
+    """Batch norms see the whole batch, as those of the official code do in one process."""
+    training = dataclasses.replace(moco_v2.Config().training, batch_size=batch, **changes.pop("training", {}))
+    config = moco_v2.Config(backbone, image_size, queue_size=queue_size, bn_splits=1, training=training, **changes)
+
+    def transcription(tuned: bool) -> nn.Module:
+        encoder = _resnet(backbone, config.dim, False)
+        return official.MoCo(encoder, config.dim, queue_size, config.twin_momentum, config.tau, tuned)
+
+    size = f"MoCo v2, {_name(backbone)}, {_pixels(image_size)}, B={batch}, K={queue_size:,}"
+    made = functools.partial(images, batch, image_size, 2)
+    # As a whole it fails: the copy of the queue is made again for the backward pass, from what was enqueued meanwhile.
+    compiled = ("encoder_q", "encoder_k")
+    ours = functools.partial(moco_v2.build, config)
+    return Case(size, batch, training, ours, transcription, _views, made, "resnet", compiled=compiled)
+
+
+def moco_v3_case(backbone: str, image_size: tuple[int, int], batch: int, **changes) -> Case:
+    """ViTs with AdamW, ResNets with LARS, as in the paper."""
+    paper = moco_v3.Config.paper(backbone)
+    training = dataclasses.replace(paper.training, batch_size=batch, **changes.pop("training", {}))
+    config = dataclasses.replace(paper, image_size=image_size, training=training, **changes)
+    of_vit = backbone.startswith("vit")
+
+    def transcription(tuned: bool) -> nn.Module:
+        if of_vit:
+            *sizes, patch = MOCO_V3_SIZES[backbone]
+            encoder = official.moco_v3_vit(image_size, patch, tuple(sizes))
+            encoder.head = official.mlp(3, sizes[0], config.hidden, config.dim)
+        else:
+            encoder = _resnet(backbone, config.dim, True)
+            encoder.fc = official.mlp(2, encoder.fc.in_features, config.hidden, config.dim)
+        predictor = official.mlp(2, config.dim, config.hidden, config.dim, last_bn=of_vit)
+        return official.MoCoV3(encoder, predictor, config.tau, tuned)
+
+    def inputs(batch: Batch, progress: float) -> tuple:
+        return *batch.views, 1 - (1 - config.twin_momentum) * (1 + math.cos(math.pi * progress)) / 2
+
+    size = f"MoCo v3, {_name(backbone)}, {_pixels(image_size)}, B={batch}"
+    made = functools.partial(images, batch, image_size, 2)
+    kind, ours = "vit" if of_vit else "resnet", functools.partial(moco_v3.build, config)
+    # As a whole it would be compiled again for each value of the momentum, which changes at every step.
+    compiled = ("base_encoder", "momentum_encoder", "predictor")
+    return Case(size, batch, training, ours, transcription, inputs, made, kind, compiled=compiled)
+
+
+class Contrast(nn.Module):
+    """A method of a projection head on features that are given, as SimCLR has it on its encoder."""
+
+    def __init__(self, features: int, hidden: int, dim: int, tau: float):
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        self.criterion = NTXentLoss(tau)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        a, b = (self.head(view) for view in batch.views)
+        with torch.profiler.record_function("loss"):
+            return self.criterion(a, b), {}
+
+    def after_step(self, progress: float) -> None:
+        """Nothing is carried from step to step."""
+
+
+def simclr_case(batch: int, features: int, hidden: int, dim: int, tau: float = 0.1) -> Case:
+    """The loss and its head alone: what is left of a step where features are cheap or kept."""
+    training = Training(100, batch, "sgd", lr=0.3, weight_decay=1e-6, decay_all=True)
+
+    def made() -> Batch:
+        generator = torch.Generator().manual_seed(1)
+        first = torch.randn(batch, features, generator=generator)
+        second = first + torch.randn(batch, features, generator=generator)  # the same image, seen otherwise
+        return _batch((first, second), generator)
+
+    size = f"SimCLR, head and loss, 2 × {batch:,}, {features}–{hidden}–{dim}"
+    sizes = (features, hidden, dim, tau)
+    ours, transcription = functools.partial(Contrast, *sizes), functools.partial(official.SimCLR, *sizes)
+    return Case(size, batch, training, ours, transcription, _views, made, "none")
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "mae-vit-base": lambda: mae_case("vit_base", (224, 224), 16),
+    "mae-vit-small": lambda: mae_case("vit_small", (224, 224), 32),
+    "mae-vit-base-wide": lambda: mae_case("vit_base", (224, 448), 8),
+    "moco_v2-resnet50": lambda: moco_v2_case("resnet50", (224, 224), 32, 65536),
+    "moco_v3-vit-small": lambda: moco_v3_case("vit_small", (224, 224), 16),
+    "moco_v3-resnet50": lambda: moco_v3_case("resnet50", (224, 224), 16),
+    "simclr-loss": lambda: simclr_case(1024, 512, 512, 256),
+}
+
+
+def images(batch: int, image_size: tuple[int, int], views: int, seed: int = 1) -> Batch:
+    """Noise coarser than a pixel, so that there is something to be seen in it; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = [max(2, length // 8) for length in image_size]
+    blurred = torch.randn(batch, 3, *coarse, generator=generator)
+    blurred = F.interpolate(blurred, image_size, mode="bilinear")
+    made = (blurred + 0.3 * torch.randn(batch, 3, *image_size, generator=generator) for _ in range(views))
+    return _batch(tuple(made), generator)
+
+
+def as_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
+    return batch._replace(views=tuple(view.to(dtype) for view in batch.views))
+
+
+def state_bytes(loop: Any) -> int:
+    """What stays in memory from step to step: parameters, buffers, what the optimizer holds, gradients not dropped."""
+    parameters = list(loop.model.parameters())
+    optimizer = itertools.chain.from_iterable(state.values() for state in loop.optimizer.state.values())
+    held = (*parameters, *loop.model.buffers(), *(p.grad for p in parameters), *optimizer)
+    storages = [x.untyped_storage() for x in held if isinstance(x, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _batch(views: tuple[Tensor, ...], generator: torch.Generator) -> Batch:
+    count = len(views[0])
+    seeds = torch.randint(2**31, (count,), generator=generator)
+    numbers = torch.arange(count)
+    return Batch(tuple(view.to(DEVICE) for view in views), *(x.to(DEVICE) for x in (numbers, -numbers, seeds)))
+
+
+def _views(batch: Batch, progress: float) -> tuple:
+    return batch.views
+
+
+def _resnet(name: str, dim: int, zero_init_residual: bool) -> nn.Module:
+    if name == "resnet_mini":  # torchvision has none so small: its class, with one block a stage
+        return ResNetMini(dim, nn.BatchNorm2d, zero_init_residual)
+    return official.resnet_of(name, num_classes=dim, zero_init_residual=zero_init_residual)
+
+
+def _name(backbone: str) -> str:
+    known = {"vit_small": "ViT-S/16", "vit_base": "ViT-B/16", "resnet50": "ResNet-50"}
+    return known.get(backbone, backbone)
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    height, width = size
+    return f"{height}²" if height == width else f"{height}×{width}"

@@ -1,0 +1,51 @@
+"""Twenty steps of ours and of the official code from the same weights, on the same images: losses, side by side."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fastssl.data.loader import Batch, Loader
+from fastssl.data.recipe import Recipe, View
+from fastssl.data.source import open_source
+
+from .machine import DEVICE
+from .plots import draw_losses
+from .step_cases import PRECISIONS, TOTAL, Case, Ours, as_dtype, mae_case, plain
+
+STEPS = 20
+
+
+def losses_of(case: Case, batches: list[Batch], exact: bool = True) -> dict[str, list[float]]:
+    """A loss a step of "official fp32", "ours fp32", "official bf16", "ours bf16"; `exact` adds "official fp64"."""
+    torch.manual_seed(0)
+    model = case.ours()
+    state = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    found = {}
+    if exact:
+        found["official fp64"] = _run(plain(case, state, None, torch.float64), batches, torch.float64)
+    for precision, autocast in PRECISIONS.items():
+        found[f"official {precision}"] = _run(plain(case, state, autocast), batches)
+        model.load_state_dict(state)
+        found[f"ours {precision}"] = _run(Ours(case, model, precision), batches)
+    return found
+
+
+def _run(loop, batches: list[Batch], dtype: torch.dtype = torch.float32) -> list[float]:
+    return [float(loop(as_dtype(batch, dtype), step / TOTAL)) for step, batch in enumerate(batches)]
+
+
+def draw_equality(target: Path, case: Case | None = None, batches: list[Batch] | None = None) -> Path:
+    """MAE ViT-S/16, eight images a step, as `docs/step-losses.png`."""
+    # The peak of a batch of 4,096: at that of eight images twenty steps would change nothing.
+    case = case or mae_case("vit_small", (224, 224), 8, training={"lr": 1.5e-4 * 4096 / 8})
+    curves = losses_of(case, batches or list(_shapes(8)), exact=False)
+    draw_losses(curves, f"{case.size}: {len(next(iter(curves.values())))} steps from the same weights", target)
+    return target
+
+
+def _shapes(batch: int) -> Iterator[Batch]:
+    """The first batches of a run on the embedded images, as MAE augments them."""
+    recipe = Recipe((View((224, 224), crop=(0.2, 1.0), interpolation="bicubic", flip_p=0.5),))
+    source = open_source(f"shapes:count={batch * STEPS},size=224")
+    yield from Loader(source, recipe, batch, workers=0, device=DEVICE).epoch(0)
