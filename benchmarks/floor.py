@@ -1,9 +1,9 @@
 """The matrix products and convolutions of a step, alone: what would be left of it if all else were free.
 
 They are recorded as torch's dispatcher sees them, forward and backward, in the dtypes and layouts that autocast left,
-and then each is called on tensors of its own. Attention and losses count only where they are products of torch: what a
-fused kernel multiplies inside is not seen. A processor finds operands of one product, repeated, in its caches, so
-this is a floor and not an estimate.
+and then each is called on tensors of its own. Attention and losses count only where they are products of torch, and our
+linear layers as a whole, with bias and GELU: what another fused kernel multiplies inside is not seen. A processor finds
+operands of one product, repeated, in its caches, so this is a floor and not an estimate.
 """
 
 import collections
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastssl.ops  # noqa: F401 — defines the ops
+
 from .machine import DEVICE, wait
 
-aten = torch.ops.aten
+aten, ours = torch.ops.aten, torch.ops.fastssl
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, *CONVOLUTIONS}
+LINEAR = {ours.linear_fwd.default, ours.linear_dx.default, ours.linear_dweight.default}
 REPEATS = 3
 
 
@@ -31,7 +34,7 @@ class Recorder(TorchDispatchMode):
         self.calls: collections.Counter = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in PRODUCTS:
+        if func in PRODUCTS | LINEAR:
             self.calls[func, _described(args)] += 1
         return func(*args, **(kwargs or {}))
 

@@ -51,8 +51,9 @@ default. *torch*: the same with what torch has that is faster, fastest first. bf
 times as long as ours the other takes, the median over the rounds, which take all in turn, in one process; *best torch*
 is the fastest but ours. Losses of the first two steps were compared before. *memory*: what torch holds at the peak of a
 step in MB, parameters, optimizer, momentum encoder and queue included: ours / official / fastest other; what a library
-takes past torch's allocator is not seen. *products*: ms that the step's matrix products and convolutions in torch take
-alone, ours / official, of ms of the whole step; those inside fused attention and fused losses are not among them.
+takes past torch's allocator is not seen. *products*: ms that the step's linear layers, other matrix products and
+convolutions take alone, ours / official, of ms of the whole step; those inside fused attention and losses are not
+among them.
 *busy*: other programs took this share of the processors meanwhile, so no ratio is stated."""
 
 
