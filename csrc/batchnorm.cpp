@@ -241,9 +241,9 @@ void gradient_sums(const Parts& cut, const S* dy, const S* x, const S* y, bool w
     T *gradients = scratch.data(), *products = gradients + cut.padded();
     double* own = sums + task * 2 * cut.channels;
     std::fill(own, own + 2 * cut.channels, 0.0);
-    for (int64_t row = begin; row < end; row += cut.chunk()) {
+    for (int64_t row = begin; row < end; row += kFewestRows) {
       std::fill(scratch.begin(), scratch.end(), T(0));
-      cut.for_vectors<T>(part, row, std::min(row + cut.chunk(), end), [&](auto rows, int64_t at, int64_t c, auto inside) {
+      cut.for_vectors<T>(part, row, std::min(row + kFewestRows, end), [&](auto rows, int64_t at, int64_t c, auto inside) {
         const Vec<T> centre = load(of.mean + c), scale = load(of.scale + c), shift = load(of.bias + c);
         Vec<T> total{}, total_products{};
         for (int i = 0; i < rows; ++i, at += cut.channels) {

@@ -11,7 +11,7 @@ from .dispatch import fake, first_order, op, serves, wide
 
 
 class Running(NamedTuple):
-    """Running statistics, updated in place by `batch_norm`: mean and variance [C], and the weight of the new ones."""
+    """Running statistics, which `batch_norm` updates in place: mean and variance [C], and the weight of new ones."""
 
     mean: Tensor
     var: Tensor
@@ -140,12 +140,8 @@ def _batch_norm_bwd(
 
 @fake(_batch_norm_bwd)
 def _(dy, x, y, weight, bias, mean, invstd, relu):
-    return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-        x.new_empty(0 if y is None else x.shape),
-    )
+    dresidual = x.new_empty(0 if y is None else x.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dresidual
 
 
 class _BatchNorm(torch.autograd.Function):

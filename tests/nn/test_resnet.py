@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet as torchvisions
 
-from fastssl.nn.norm import SplitBatchNorm2d
+from fastssl.nn import resnet as ours_module
+from fastssl.nn.norm import SplitBatchNorm2d, SyncBatchNorm
 from fastssl.nn.resnet import build_resnet
 
 
@@ -43,3 +45,38 @@ def test_mini():
     model = build_resnet("resnet_mini", 16)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 16)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.23e6, rel=0.02)
+
+
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
+def test_is_torchvisions(block):
+    """Values, gradients and running statistics, then values in eval mode."""
+    ours = ours_module.ResNet(getattr(ours_module, block), [2, 1, 1, 1], 16, norm_layer=SplitBatchNorm2d).double()
+    theirs = torchvisions.ResNet(getattr(torchvisions, block), [2, 1, 1, 1], 16).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for model in (ours, theirs):
+        model(x).square().sum().backward()
+    for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_takes_other_batch_norms():
+    """As `sync_batch_norms` puts them there."""
+    model = ours_module.BasicBlock(3, 3, norm_layer=SplitBatchNorm2d)
+    other = ours_module.BasicBlock(3, 3, norm_layer=SyncBatchNorm)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 6, 6)
+    torch.testing.assert_close(other(x), model(x))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_compiles_in_one_graph(splits):
+    model, x = build_resnet("resnet_mini", 16, bn_splits=splits), torch.randn(4, 3, 32, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    assert model.conv1.weight.grad.any()
