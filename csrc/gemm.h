@@ -100,14 +100,14 @@ void pack_rows(const T* rows, int64_t row_stride, int64_t count, int64_t width, 
 }
 
 // Runs body(task, scratch) for every task, each thread with scratch of its own out of `memory`, which must hold
-// get_num_threads() times `size` values. With few operations the calling thread does all.
+// get_num_threads() times `size` values. A thread takes the next task when it is done with one, so that none waits for
+// another that lost its core for a while. With few operations the calling thread does all.
 template <typename T, typename Body>
 void for_tasks(int64_t tasks, double operations, T* memory, int64_t size, const Body& body) {
-  std::atomic<int64_t> threads{0};
-  const int64_t grain = operations < 2e6 ? tasks + 1 : 1;
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    T* scratch = memory + threads++ * size;
-    for (int64_t task = begin; task < end; ++task) body(task, scratch);
+  std::atomic<int64_t> next{0};
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, operations < 2e6 ? threads : 1, [&](int64_t thread, int64_t) {
+    for (int64_t task; (task = next++) < tasks;) body(task, memory + thread * size);
   });
 }
 

@@ -91,6 +91,11 @@ int64_t row_of(int64_t depth) {
 template <typename P, typename S>
 void pack_row(const S* from, int64_t depth, Change<Sum<P>> change, P* to) {
   using T = Sum<P>;
+  if (std::is_same_v<P, Pair> && std::is_same_v<S, BFloat16> && !change.gelu) {
+    std::memcpy(to, from, depth * sizeof(S));
+    std::memset(reinterpret_cast<BFloat16*>(to) + depth, 0, (round_up<int64_t>(depth, kLanes<T>) - depth) * sizeof(S));
+    return;
+  }
   for (int64_t d = 0; d < depth; d += kLanes<T>) {
     const Vec<T> x = change(load_part<T>(from + d, depth - d));
     if constexpr (std::is_same_v<P, Pair>)
@@ -136,43 +141,59 @@ void pack_right(const S* from, int64_t from_stride, int64_t columns, int64_t dep
   });
 }
 
+// Two vectors of values as pairs.
+inline Vec<Pair> pairs(Vec<float> first, Vec<float> second) {
+  return bfloat16_bits(first) | bfloat16_bits(second) << 16;
+}
+inline Vec<Pair> exact_pairs(Vec<float> first, Vec<float> second) {  // of values that are bfloat16
+  return Vec<Pair>(first) >> 16 | Vec<Pair>(second);
+}
+
+// One step of `lanes` lanes from one row of the depth, or from the two of a pair, packed; added to `sums` as they were.
+template <typename P, typename S>
+inline void pack_step(const S* first, const S* second, int64_t lanes, Change<Sum<P>> change, P* to, Vec<Sum<P>>* sums) {
+  using T = Sum<P>;
+  for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
+    const Vec<T> x = load_part<T>(first + lane, lanes - lane);
+    if (sums) sums[lane / kLanes<T>] += x;
+    if constexpr (std::is_same_v<P, Pair>) {
+      const Vec<T> y = second ? load_part<T>(second + lane, lanes - lane) : Vec<T>{};
+      if (sums) sums[lane / kLanes<T>] += y;
+      const bool exact = std::is_same_v<S, BFloat16> && !change.gelu;
+      store(to + lane, exact ? exact_pairs(x, y) : pairs(change(x), change(y)));
+    } else {
+      store(to + lane, change(x));
+    }
+  }
+}
+
 // Either matrix from rows in which its lanes lie side by side, [depth, lanes] -> [lanes / kWidth][steps][kWidth]: A with
 // kWidth = kRows, B with kPanel. `totals`, where given, gets the sum of each lane over the depth.
 template <int kWidth, typename P, typename S>
 void pack_lanes(const S* from, int64_t from_stride, int64_t lanes, int64_t depth, Change<Sum<P>> change, P* to,
                 double* totals = nullptr) {
   using T = Sum<P>;
-  constexpr int64_t kGroup = 96, kVectors = kGroup / kLanes<T>, kPiece = 16;  // 96: whole panels of any width
+  constexpr int64_t kGroup = 96, kVectors = kGroup / kLanes<T>;  // whole panels of any width
+  constexpr int64_t kSteps = 16;  // packed before they are dealt out to panels: what was just stored is slow to load
   const int64_t steps = steps_of<P>(depth);
   torch::stable::parallel_for(0, (lanes + kGroup - 1) / kGroup, 1, [&](int64_t begin, int64_t end) {
+    P rows[kSteps][kGroup] = {};
     for (int64_t first = begin * kGroup; first < std::min(lanes, end * kGroup); first += kGroup) {
       const int64_t here = std::min(kGroup, lanes - first);
-      Vec<T> piece[kVectors] = {};
-      std::fill(totals ? totals + first : nullptr, totals ? totals + first + here : nullptr, 0.0);
-      for (int64_t s = 0; s < steps; ++s) {
-        P row[kGroup];
-        for (int64_t v = 0; v < kVectors; ++v) {
-          const auto values = [&](int64_t d) {
-            const bool there = d < depth && v * kLanes<T> < here;
-            return there ? load_part<T>(from + d * from_stride + first + v * kLanes<T>, here - v * kLanes<T>) : Vec<T>{};
-          };
-          const Vec<T> x = values(s * kDeep<P>);
-          piece[v] += x;
-          if constexpr (std::is_same_v<P, Pair>) {
-            const Vec<T> y = values(s * 2 + 1);
-            piece[v] += y;
-            const Vec<uint32_t> bits = bfloat16_bits(change(x)) | bfloat16_bits(change(y)) << 16;
-            std::memcpy(row + v * kLanes<T>, &bits, sizeof bits);
-          } else {
-            store(row + v * kLanes<T>, change(x));
-          }
+      if (totals) std::fill(totals + first, totals + first + here, 0.0);
+      for (int64_t step = 0; step < steps; step += kSteps) {
+        const int64_t some = std::min(kSteps, steps - step);
+        Vec<T> sums[kVectors] = {};
+        for (int64_t s = 0; s < some; ++s) {
+          const int64_t d = (step + s) * kDeep<P>;
+          const S* row = from + d * from_stride + first;
+          pack_step<P>(row, d + 1 < depth ? row + from_stride : nullptr, here, change, rows[s], totals ? sums : nullptr);
         }
-        if (totals && (s % kPiece == kPiece - 1 || s == steps - 1)) {
-          for (int64_t lane = 0; lane < here; ++lane) totals[first + lane] += piece[lane / kLanes<T>][lane % kLanes<T>];
-          std::fill(piece, piece + kVectors, Vec<T>{});
-        }
+        for (int64_t lane = 0; totals && lane < here; ++lane)
+          totals[first + lane] += sums[lane / kLanes<T>][lane % kLanes<T>];
         for (int64_t lane = 0; lane < here; lane += kWidth)
-          std::memcpy(to + ((first + lane) * steps + s * kWidth), row + lane, kWidth * sizeof(P));
+          for (int64_t s = 0; s < some; ++s)
+            std::memcpy(to + (first + lane) * steps + (step + s) * kWidth, rows[s] + lane, kWidth * sizeof(P));
       }
     }
   });
