@@ -1,6 +1,6 @@
 // Batch norm in training, with the addition and the ReLU that may follow it (fastssl/ops/batchnorm.py).
 //
-// x is [B, P, C], channels side by side. All is bound by memory, so each pass reads its tensors once, in the order in
+// Tensors lie in channels_last order, [B, P, C] with P pixels. All is bound by memory, so each pass reads its tensors once, in the order in
 // which they lie. Where that costs nothing, it takes some rows at a time, so that what is kept for each channel (sums,
 // scales) comes from the L1 cache once for several values. The second pass of a thread goes backwards, from what the
 // first has left in the caches.
@@ -20,6 +20,16 @@ constexpr int64_t kTaskValues = 128 << 10;  // least values of a task: more than
 constexpr int64_t kChunkValues = 16 << 10;  // about as many are summed in T before their sum is added in double
 constexpr int64_t kFewestRows = 16, kMostRows = 64;  // of a chunk
 
+// A new tensor of x's shape, dtype and strides, uninitialised.
+inline Tensor like(const Tensor& x) {
+  AtenTensorHandle handle;
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(x.scalar_type()));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 template <int N>
 using Count = std::integral_constant<int, N>;
 
@@ -28,7 +38,7 @@ struct Parts {
   int64_t parts, pixels, channels, rows, tasks;  // rows and tasks of one part
   int64_t bytes;                                 // of a row
 
-  Parts(const Tensor& x, int64_t splits) : parts(splits), pixels(x.size(1)), channels(x.size(2)) {
+  Parts(const Tensor& x, int64_t splits) : parts(splits), pixels(x.numel() / (x.size(0) * x.size(1))), channels(x.size(1)) {
     bytes = channels * int64_t(x.element_size());
     rows = x.size(0) / parts * pixels;
     if (parts == 1) pixels = rows;
@@ -197,13 +207,13 @@ struct AllChannels {
   Channels<T> of(int64_t part) const { return {data<T>(memory) + part * 5 * padded, padded}; }
 };
 
-// (y [B, P, C] = relu(norm(x) + residual), mean, 1/√(variance + eps), unbiased variance: [splits, C])
+// (y = relu(norm(x) + residual), mean, 1/√(variance + eps), unbiased variance: [splits, C])
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fwd(Tensor x, Tensor weight, Tensor bias,
                                                           std::optional<Tensor> residual, double eps, int64_t splits,
                                                           bool with_relu) {
   const Parts cut(x, splits);
   const ScalarType wide = weight.scalar_type();
-  Tensor y = empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  const Tensor y = like(x);
   Tensor mean = empty({splits, cut.channels}, wide), invstd = empty({splits, cut.channels}, wide);
   Tensor var = empty({splits, cut.channels}, wide);
   with_float_type(x.scalar_type(), "batch_norm: x", [&](auto type) {
@@ -295,8 +305,8 @@ void join_sums(const Parts& cut, double* sums, const T* invstd, const AllChannel
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(Tensor dy, Tensor x, std::optional<Tensor> y, Tensor weight,
                                                           Tensor bias, Tensor mean, Tensor invstd, bool with_relu) {
   const Parts cut(x, mean.size(0));
-  Tensor dx = empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
-  Tensor dresidual = y ? empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type()) : empty({0}, x.scalar_type());
+  const Tensor dx = like(x);
+  Tensor dresidual = y ? like(x) : empty({0}, x.scalar_type());
   Tensor dweight = empty({cut.channels}, weight.scalar_type()), dbias = empty({cut.channels}, weight.scalar_type());
   const Tensor sums = empty({cut.parts * cut.tasks * 2 * cut.channels}, ScalarType::Double);
   with_float_type(x.scalar_type(), "batch_norm: x", [&](auto type) {

@@ -104,21 +104,21 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: fl
 def _batch_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, splits: int, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y from x and residual [B, P, C], contiguous; and of each part, [splits, C] in the dtype of weight and bias, which
-    sums have: mean, 1/√(variance + eps), unbiased variance."""
+    """y from x and residual, dense in channels_last order as all such tensors here; and of each part, [splits, C] in
+    the dtype of weight and bias, which sums have: mean, 1/√(variance + eps), unbiased variance."""
     values = _parts(x, splits)
     var, mean = torch.var_mean(values, (0, 2), correction=0)
     invstd = (var + eps).rsqrt()
-    y = (_normal(values, mean, invstd) * weight + bias).view(x.shape)
-    y = y if residual is None else y + residual
+    y = _normal(values, mean, invstd) * weight + bias
+    y = y if residual is None else y + _parts(residual, splits)
     count = values.shape[0] * values.shape[2]
-    return (F.relu(y) if relu else y).to(x.dtype), mean, invstd, var * (count / (count - 1))
+    return _joined(F.relu(y) if relu else y, x), mean, invstd, var * (count / (count - 1))
 
 
 @fake(_batch_norm_fwd)
 def _(x, weight, bias, residual, eps, splits, relu):
-    statistics = [weight.new_empty(splits, x.shape[2]) for _ in range(3)]
-    return x.new_empty(x.shape), *statistics
+    statistics = [weight.new_empty(splits, x.shape[1]) for _ in range(3)]
+    return torch.empty_like(x), *statistics
 
 
 @op("batch_norm_bwd")
@@ -132,57 +132,52 @@ def _batch_norm_bwd(
         at = normal * weight + bias if y is None else _parts(y, len(mean))
         gradient = gradient.masked_fill(at <= 0, 0)
     dweight, dbias = (gradient * normal).sum((0, 2)), gradient.sum((0, 2))
-    count = x.shape[0] * x.shape[1] // len(mean)
+    count = gradient.shape[0] * gradient.shape[2]
     dx = (gradient - _column(dbias) / count - normal * _column(dweight) / count) * (_column(invstd) * weight)
-    dresidual = x.new_empty(0) if y is None else gradient.to(x.dtype).view(x.shape)
-    return dx.to(x.dtype).view(x.shape), dweight.sum(0), dbias.sum(0), dresidual
+    dresidual = x.new_empty(0) if y is None else _joined(gradient, x)
+    return _joined(dx, x), dweight.sum(0), dbias.sum(0), dresidual
 
 
 @fake(_batch_norm_bwd)
 def _(dy, x, y, weight, bias, mean, invstd, relu):
-    dresidual = x.new_empty(0 if y is None else x.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape), dresidual
+    dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), dresidual
 
 
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps, splits, relu):
-        rows = None if residual is None else _rows(residual)
-        y, mean, invstd, var = _batch_norm_fwd(_rows(x), weight, bias, rows, eps, splits, relu)
-        y = _like(y, x)
+        y, mean, invstd, var = _batch_norm_fwd(x, weight, bias, residual, eps, splits, relu)
         ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, invstd)
         ctx.relu = relu
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # of mean and var, which have none
         return y, mean, var
 
     @staticmethod
     @first_order
     def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 7
         x, y, *others = ctx.saved_tensors
         dy = _channels_last(dy)
-        rows = None if y is None else _rows(y)
-        dx, dweight, dbias, dresidual = _batch_norm_bwd(_rows(dy), _rows(x), rows, *others, ctx.relu)
-        dresidual = dy if y is None else _like(dresidual, x)
-        return _like(dx, x), dweight, dbias, dresidual if ctx.needs_input_grad[3] else None, None, None, None
+        dx, dweight, dbias, dresidual = _batch_norm_bwd(dy, x, y, *others, ctx.relu)
+        dresidual = dy if y is None else dresidual
+        return dx, dweight, dbias, dresidual if ctx.needs_input_grad[3] else None, None, None, None
 
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, C, H, W] in channels_last order, or [B, C] → [B, P, C] contiguous."""
-    return (x.permute(0, 2, 3, 1).flatten(1, 2) if x.ndim == 4 else x.unsqueeze(1)).contiguous()
+def _parts(x: Tensor, splits: int) -> Tensor:
+    """[B, C, …] → [B / splits, splits, P, C] in the dtype of sums."""
+    return x.to(wide(x)).reshape(-1, splits, x.shape[1], x.shape[2:].numel()).movedim(2, 3)
 
 
-def _like(rows: Tensor, x: Tensor) -> Tensor:
-    """[B, P, C] → the shape of x."""
-    return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) if x.ndim == 4 else rows.squeeze(1)
-
-
-def _parts(rows: Tensor, splits: int) -> Tensor:
-    """[B, P, C] → [B / splits, splits, P, C] in the dtype of sums."""
-    return rows.to(wide(rows)).unflatten(0, (-1, splits))
+def _joined(parts: Tensor, x: Tensor) -> Tensor:
+    """And back to x's shape, dtype and order."""
+    return torch.empty_like(x).copy_(parts.movedim(3, 2).reshape(x.shape))
 
 
 def _column(statistic: Tensor) -> Tensor:

@@ -169,16 +169,11 @@ def test_what_runs():
         torch.testing.assert_close(result, wanted)
 
 
-def rows(shape, dtype=torch.float32):
-    x, weight, bias, residual, dy = (module._rows(t) if t.ndim > 1 else t for t in layer(shape, dtype))
-    return x, weight, bias, residual, dy
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relu, with_residual", AFTER)
 def test_equals_body(relu, with_residual, dtype):
     """Of the ops beneath, whose bodies nothing else runs."""
-    x, weight, bias, residual, dy = rows((4, 3, 5, 5), dtype)
+    x, weight, bias, residual, dy = layer((4, 3, 5, 5), dtype)
 
     def both():
         y, *statistics = module._batch_norm_fwd(x, weight, bias, residual if with_residual else None, 1e-5, 2, relu)
@@ -194,7 +189,7 @@ def test_equals_body(relu, with_residual, dtype):
 
 
 def test_contract():
-    x, weight, bias, residual, dy = rows((4, 3, 5, 5), torch.bfloat16)
+    x, weight, bias, residual, dy = layer((4, 3, 5, 5), torch.bfloat16)
     opcheck(module._batch_norm_fwd, x, weight, bias, None, 1e-5, 1, False)
     opcheck(module._batch_norm_fwd, x, weight, bias, residual, 1e-5, 2, True)
     y, mean, invstd, _ = module._batch_norm_fwd(x, weight, bias, residual, 1e-5, 2, True)
