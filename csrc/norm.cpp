@@ -38,6 +38,30 @@ void with_type_in(ScalarType dtype, const Body& body) {
   });
 }
 
+// Two sums over a row, as sum_over makes one: term(V{}, i) gives a pair.
+template <typename W, typename Term>
+std::pair<double, double> sums_over(int64_t n, Term term) {
+  constexpr int64_t kLane = kLanes<W>, kStep = 2 * kLane, kBlock = 128 * kStep;
+  double first = 0, second = 0;
+  int64_t i = 0;
+  while (i + kLane <= n) {
+    const int64_t end = std::min(i + kBlock, n);
+    Vec<W> firsts[2] = {}, seconds[2] = {};
+    const auto add = [&](int v, int64_t from) {
+      const auto [one, other] = term(Vec<W>{}, from);
+      firsts[v] += one, seconds[v] += other;
+    };
+    for (; i + kStep <= end; i += kStep) add(0, i), add(1, i + kLane);
+    for (; i + kLane <= end; i += kLane) add(0, i);
+    first += sum<W>(firsts[0] + firsts[1]), second += sum<W>(seconds[0] + seconds[1]);
+  }
+  for (; i < n; ++i) {
+    const auto [one, other] = term(W{}, i);
+    first += one, second += other;
+  }
+  return {first, second};
+}
+
 // ---- Forward
 
 // Writes x + delta, rounded, to `total` and as it then is to `row`, which may be the same; returns its sum.
@@ -70,24 +94,32 @@ double sum_row(const S* x, W* row, int64_t n) {
 }
 
 template <typename W>
-W rstd_of(const W* row, W mean, double eps, int64_t n) {
-  const double squares = sum_over<W>(n, [=](auto zero, int64_t i) {
-    const auto rest = read<decltype(zero)>(row + i) - mean;
-    return rest * rest;
+struct Moments {
+  W mean, rest, rstd;  // rest: what rounding took from the mean, much in a row far from zero
+};
+
+template <typename W>
+Moments<W> moments_of(const W* row, double sum, double eps, int64_t n) {
+  const W about = W(sum / n);
+  const auto [off, squares] = sums_over<W>(n, [=](auto zero, int64_t i) {
+    const auto centred = read<decltype(zero)>(row + i) - about;
+    return std::pair(centred, centred * centred);
   });
-  return W(1 / std::sqrt(squares / n + eps));
+  const double mean = about + off / n, variance = std::max(0.0, squares - off * off / n) / n;
+  return {W(mean), W(mean - W(mean)), W(1 / std::sqrt(variance + eps))};
 }
 
 template <typename W, typename O>
-void normalise(const W* row, W mean, W rstd, const W* weight, const W* bias, O* to, int64_t n) {
+[[gnu::noinline]] void normalise(const W* row, Moments<W> moments, const W* weight, const W* bias, O* to, int64_t n) {
+  const auto [mean, rest, rstd] = moments;
   if constexpr (std::is_same_v<Wide<O>, W>)
     for_each<W>(n, [=](auto zero, int64_t i) {
       using V = decltype(zero);
-      write(to + i, (read<V>(row + i) - mean) * rstd * read<V>(weight + i) + read<V>(bias + i));
+      write(to + i, ((read<V>(row + i) - mean) - rest) * rstd * read<V>(weight + i) + read<V>(bias + i));
     });
   else
     for (int64_t i = 0; i < n; ++i)
-      to[i] = from_float<O>(Wide<O>((row[i] - mean) * rstd * weight[i] + bias[i]));
+      to[i] = from_float<O>(Wide<O>(((row[i] - mean) - rest) * rstd * weight[i] + bias[i]));
 }
 
 using Normed = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // sum, normed, mean, rstd
@@ -114,11 +146,11 @@ Normed forward(const Tensor& x, const std::optional<Tensor>& delta, const Tensor
       W* row = std::is_same_v<S, W> ? reinterpret_cast<W*>(to) : wide.data();
       const double sum = delta ? add_row(source, deltas.at(i / length, i % length), to, row, width)
                                : sum_row(source, row, width);
-      mean[i] = W(sum / width);
-      rstd[i] = rstd_of(row, mean[i], eps, width);
+      const Moments<W> moments = moments_of(row, sum, eps, width);
+      mean[i] = moments.mean, rstd[i] = moments.rstd;
       with_float_type(dtype, "residual_norm: dtype", [&](auto type) {
         using O = decltype(type);
-        normalise(row, mean[i], rstd[i], factors, offsets, data<O>(normed) + i * width, width);
+        normalise(row, moments, factors, offsets, data<O>(normed) + i * width, width);
       });
       if (past_cache) copy_past_cache(data<S>(total) + i * width, to, width * sizeof(S));
     }
@@ -165,25 +197,15 @@ struct Row {
   W shift = 0, slope = 0;  // rstd · mean(g), rstd² · mean(g · x̂)
 
   void find_means(const W* weight, int64_t n) {
-    Vec<W> sums[2] = {}, products[2] = {};
-    W sum_rest = 0, product_rest = 0;
-    const auto add = [&](auto& sum_of, auto& product_of, int64_t i) {
-      using V = std::remove_reference_t<decltype(sum_of)>;
+    const auto [sum, product] = sums_over<W>(n, [this, weight](auto zero, int64_t i) {
+      using V = decltype(zero);
+      __builtin_prefetch(dx + i, 1);  // several rows at once are more than processors foresee
+      if (upstream) __builtin_prefetch(upstream + i);
       const V g = read<V>(dnormed + i) * read<V>(weight + i);
-      sum_of += g;
-      product_of += g * (read<V>(total + i) - mean);
-    };
-    int64_t i = 0;
-    for (; i + 2 * kLanes<W> <= n; i += 2 * kLanes<W>)
-      for (int v = 0; v < 2; ++v) {
-        __builtin_prefetch(dx + i + v * kLanes<W>, 1);  // several rows at once are more than processors foresee
-        if (upstream) __builtin_prefetch(upstream + i + v * kLanes<W>);
-        add(sums[v], products[v], i + v * kLanes<W>);
-      }
-    for (; i + kLanes<W> <= n; i += kLanes<W>) add(sums[0], products[0], i);
-    for (; i < n; ++i) add(sum_rest, product_rest, i);
-    shift = rstd * ((sum<W>(sums[0] + sums[1]) + sum_rest) / W(n));
-    slope = rstd * rstd * rstd * ((sum<W>(products[0] + products[1]) + product_rest) / W(n));
+      return std::pair(g, g * (read<V>(total + i) - mean));
+    });
+    shift = W(sum / n * rstd);
+    slope = W(product / n * rstd * rstd * rstd);
   }
 };
 
@@ -213,7 +235,7 @@ void take_back(const Row<S, G>* group, const W* weight, W* dweight, W* dbias, in
 }
 
 template <typename S, typename D>
-void narrow_row(const S* from, D* to, int64_t n) {
+[[gnu::noinline]] void narrow_row(const S* from, D* to, int64_t n) {
   if constexpr (std::is_same_v<Wide<S>, Wide<D>>)
     for_each<Wide<S>>(n, [=](auto zero, int64_t i) { write(to + i, read<decltype(zero)>(from + i)); });
   else

@@ -126,10 +126,10 @@ def test_mixtures_of_dtypes(dtype, delta):
         back = [dnormed, dsum, x if d is None else results[0], *results[2:], weight, delta or dtype]
         gradients, wanted = norm._residual_norm_bwd(*back), plain(norm._residual_norm_bwd, *back)
         for result, other in zip((*results, *gradients), (*expected, *wanted), strict=True):
-            assert result.is_contiguous() and result.shape == other.shape
-            computed_in_float = dtype != torch.float64 and result.itemsize >= 4
-            tolerance = {"rtol": 2e-5, "atol": 2e-5} if computed_in_float else {}
-            torch.testing.assert_close(result, other, **tolerance)
+            assert result.is_contiguous() and result.shape == other.shape and result.dtype == other.dtype
+            dtypes = [result.dtype] + ([dtype] if result is gradients[1] else [])  # ddelta is dx as it was written
+            tolerance = max(1e-10 if dtype == torch.float64 else 2e-5, *(4 * torch.finfo(kind).eps for kind in dtypes))
+            torch.testing.assert_close(result, other, rtol=tolerance, atol=tolerance)
 
 
 def test_public_gradients_have_the_dtypes_of_the_inputs():
