@@ -1,0 +1,55 @@
+"""Batch norm in training with the addition and the ReLU after it, forward and backward: ResNet-50's at 8 images."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.ops import Running, batch_norm
+
+from .harness import DTYPES, Case, compare, forward_backward
+from .machine import DEVICE
+
+STEM, THIRD, LAST = (64, 112), (512, 28), (2048, 7)  # channels, height and width
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layer, with_residual", [(STEM, False), (THIRD, True), (LAST, True)])
+def test_batch_norm(benchmark, layer, with_residual, dtype, splits, batch=8):
+    channels, side = layer
+
+    def images(requires_grad=True):
+        x = torch.randn(batch, channels, side, side, device=DEVICE).to(DTYPES[dtype], memory_format=torch.channels_last)
+        return x.requires_grad_(requires_grad)
+
+    x, upstream = images(), images(requires_grad=False)
+    weight, bias = (torch.rand(channels, device=DEVICE, requires_grad=True) for _ in range(2))
+    running = Running(torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE), 0.1)
+    residual = [images()] if with_residual else []
+    leaves = (x, weight, bias, *residual)
+
+    def official():
+        """Parts as channels, and step by step; the ReLU comes last."""
+        parts = x.reshape(batch // splits, splits * channels, side, side) if splits > 1 else x
+        wide = [t.repeat(splits) for t in (running.mean, running.var, weight, bias)]
+        y = F.batch_norm(parts, *wide, True, running.momentum).view(x.shape)
+        return y.add_(residual[0]) if residual else y
+
+    upstream[official().detach().abs() < 0.05] = 0  # where rounding decides whether the ReLU is open
+
+    tensors = 3 + 5 + 2 * with_residual  # forward x, x, y; backward (x, dy) twice, dx; the residual and its gradient
+    case = Case(
+        op="batch_norm",
+        size=f"B={batch}, C={channels}, {side}², {dtype}, splits={splits}"
+        + f"{', residual' if with_residual else ''}, forward and backward",
+        kernel="batch_norm_fwd",
+        contestants={
+            "ours": forward_backward(
+                lambda: batch_norm(x, weight, bias, running, 1e-5, splits, True, *residual), *leaves, upstream=upstream
+            ),
+            "official": forward_backward(lambda: F.relu_(official()), *leaves, upstream=upstream),
+        },
+        bytes_moved=tensors * x.numel() * x.element_size(),
+        dtype=DTYPES[dtype],
+    )
+    compare(benchmark, case)
