@@ -150,9 +150,10 @@ def _delta(out_ptr, dout, first, L, stride, E, WIDE: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale, rest,
-                       stride_d, stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
-                       stride_kh, stride_vb, stride_vl, stride_vh, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-                       BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+                       stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
+                       stride_kh, stride_vb, stride_vl, stride_vh, PACKED: tl.constexpr, WIDE: tl.constexpr,
+                       PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_E: tl.constexpr):  # fmt: skip
     """One head: its queries and their gradients stay while the keys pass, BLOCK_M at a time."""
     scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
     head = tl.program_id(0)
@@ -160,8 +161,8 @@ def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
     k_ptr = _head(k_ptr, head, H, stride_kb, stride_kh)
     v_ptr = _head(v_ptr, head, H, stride_vb, stride_vh)
     dout_ptr = _head(dout_ptr, head, H, stride_ob, stride_oh)
-    out_ptr, dq_ptr = _head(out_ptr, head, H, H * E * L, E), _head(dq_ptr, head, H, stride_d * L, E)
-    dk_ptr, dv_ptr = _head(dk_ptr, head, H, stride_d * M, E), _head(dv_ptr, head, H, stride_d * M, E)
+    out_ptr, dq_ptr = _head(out_ptr, head, H, H * E * L, E), _head(dq_ptr, head, H, PACKED * H * E * L, E)
+    dk_ptr, dv_ptr = _head(dk_ptr, head, H, PACKED * H * E * M, E), _head(dv_ptr, head, H, PACKED * H * E * M, E)
     lse_ptr += head.to(tl.int64) * L
 
     q = _rows(q_ptr, 0, L, stride_ql, E, BLOCK_L, BLOCK_E)
@@ -178,15 +179,15 @@ def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
         dscores = dscores.to(q.dtype)
         dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION, out_dtype=WIDE)
         dq = tl.dot(dscores, k, dq, input_precision=PRECISION, out_dtype=WIDE)
-        _put(dk_ptr, start, M, stride_d, E, dk * scale, BLOCK_M, BLOCK_E)
-        _put(dv_ptr, start, M, stride_d, E, dv, BLOCK_M, BLOCK_E)
-    _put(dq_ptr, 0, L, stride_d, E, dq * scale, BLOCK_L, BLOCK_E)
+        _put(dk_ptr, start, M, PACKED * H * E, E, dk * scale, BLOCK_M, BLOCK_E)
+        _put(dv_ptr, start, M, PACKED * H * E, E, dv, BLOCK_M, BLOCK_E)
+    _put(dq_ptr, 0, L, PACKED * H * E, E, dq * scale, BLOCK_L, BLOCK_E)
 
 
 @triton.jit
 def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale, rest,
-                       blocks, stride_d, stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb,
-                       stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, WIDE: tl.constexpr,
+                       blocks, stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
+                       stride_kh, stride_vb, stride_vl, stride_vh, PACKED: tl.constexpr, WIDE: tl.constexpr,
                        PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
     """One tile of keys, which meets all queries, and one tile of queries, which meets all keys."""
     scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
@@ -197,8 +198,8 @@ def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
     k_ptr = _head(k_ptr, head, H, stride_kb, stride_kh)
     v_ptr = _head(v_ptr, head, H, stride_vb, stride_vh)
     dout_ptr = _head(dout_ptr, head, H, stride_ob, stride_oh)
-    out_ptr, dq_ptr = _head(out_ptr, head, H, H * E * L, E), _head(dq_ptr, head, H, stride_d * L, E)
-    dk_ptr, dv_ptr = _head(dk_ptr, head, H, stride_d * M, E), _head(dv_ptr, head, H, stride_d * M, E)
+    out_ptr, dq_ptr = _head(out_ptr, head, H, H * E * L, E), _head(dq_ptr, head, H, PACKED * H * E * L, E)
+    dk_ptr, dv_ptr = _head(dk_ptr, head, H, PACKED * H * E * M, E), _head(dv_ptr, head, H, PACKED * H * E * M, E)
     lse_ptr += head.to(tl.int64) * L
 
     k = _rows(k_ptr, own, M, stride_kl, E, BLOCK, BLOCK_E)
@@ -213,8 +214,8 @@ def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
         weights, dscores = _gradients(q, k, v, dout, lse, delta, own, M, scale, BLOCK, PRECISION, WIDE)
         dv = tl.dot(tl.trans(weights.to(q.dtype)), dout, dv, input_precision=PRECISION, out_dtype=WIDE)
         dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=WIDE)
-    _put(dk_ptr, own, M, stride_d, E, dk * scale, BLOCK, BLOCK_E)
-    _put(dv_ptr, own, M, stride_d, E, dv, BLOCK, BLOCK_E)
+    _put(dk_ptr, own, M, PACKED * H * E, E, dk * scale, BLOCK, BLOCK_E)
+    _put(dv_ptr, own, M, PACKED * H * E, E, dv, BLOCK, BLOCK_E)
 
     q = _rows(q_ptr, own, L, stride_ql, E, BLOCK, BLOCK_E)
     dout = _rows(dout_ptr, own, L, stride_ol, E, BLOCK, BLOCK_E)
@@ -226,7 +227,7 @@ def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
         v = _rows(v_ptr, start, M, stride_vl, E, BLOCK, BLOCK_E)
         _, dscores = _gradients(q, k, v, dout, lse, delta, start, M, scale, BLOCK, PRECISION, WIDE)
         dq = tl.dot(dscores.to(q.dtype), k, dq, input_precision=PRECISION, out_dtype=WIDE)
-    _put(dq_ptr, own, L, stride_d, E, dq * scale, BLOCK, BLOCK_E)
+    _put(dq_ptr, own, L, PACKED * H * E, E, dq * scale, BLOCK, BLOCK_E)
 
 
 def _block(L: int, longest: int) -> int:
@@ -318,9 +319,10 @@ def _backward(dout: Tensor, inputs: tuple, out: Tensor, lse: Tensor, scale: floa
     (B, L, H, E), M = q.shape, k.shape[1]
     cut = backward_plan(L, M, E, q.element_size(), card(q).arch)
     tensors = (dout, q, k, v, out, lse, *gradients, L, M, H, E, *_two_floats(scale))
-    strides = (gradients[0].stride(1), *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     options = {
-        "WIDE": TRITON_DTYPES[lse.dtype], "PRECISION": precision(q.dtype), "BLOCK_E": cut.block_e,
+        "PACKED": gradients[0].stride(1) // (H * E), "WIDE": TRITON_DTYPES[lse.dtype],
+        "PRECISION": precision(q.dtype), "BLOCK_E": cut.block_e,
         "num_warps": cut.warps, "num_stages": cut.stages,
     }  # fmt: skip
     if cut.resident:

@@ -27,7 +27,7 @@ def test_table_of_ops_is_true():
     public = {n for n in vars(fastssl.ops) if callable(getattr(fastssl.ops, n)) and not n[0].isupper()}
     assert set(named) == public
     for op, device, implementation in dispatch.table():
-        name = re.sub(r"_(fwd|bwd|dkeys)$", "", op)
+        name = re.sub(r"_(fwd|bwd|dkeys|dx|dweight)$", "", op)
         if name not in ("attention", "attention_packed"):
             said = named[name][device == "cuda"]
             if said == "CUDA C++ (plain torch without nvcc)":

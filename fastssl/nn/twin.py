@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fastssl.ops import ema_update_
+from fastssl.ops.dispatch import autocast_dtype
 
 
 class MomentumTwin(nn.Module):
@@ -76,10 +77,10 @@ class MomentumTwin(nn.Module):
 
     def _computing(self) -> nn.Module:
         """The module, or its shadow under autocast, made where there is none that fits."""
-        device = next((p.device.type for p in self.module.parameters()), "cpu")
-        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        first = next(self.module.parameters(), None)
+        dtype = None if first is None or torch.compiler.is_compiling() else autocast_dtype(first)
+        if dtype is None:
             return self.module
-        dtype = torch.get_autocast_dtype(device)
         if not (self._shadow and self._shadow.dtype == dtype and self._shadow.fits(self.module)):
             self._shadow = _Shadow(self.module, dtype)
         return self._shadow.following(self.module)

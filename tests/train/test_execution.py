@@ -8,6 +8,7 @@ from torch import nn
 
 from fastssl.data.loader import Batch
 from fastssl.methods import mae, moco_v2, moco_v3
+from fastssl.nn import MomentumTwin
 from fastssl.train.loop import _State, _step
 from fastssl.train.recipe import Execution
 
@@ -112,9 +113,14 @@ def test_a_step_finds_everything_where_the_last_one_left_it(name, precision):
     state, batch = begin(name, precision=precision)
 
     def addresses():
-        twins = [m for m in state.method.modules() if hasattr(m, "_shadow") and m._shadow]
+        twins = [m for m in state.method.modules() if isinstance(m, MomentumTwin) and m._shadow]
         copies = [w for twin in twins for w in twin._shadow.copies.values()]
-        held = [*state.method.state_dict().values(), *tensors_of(state.optimizer.state_dict()["state"]), *copies]
+        held = [
+            *state.method.parameters(),
+            *state.method.buffers(),
+            *tensors_of(state.optimizer.state_dict()["state"]),
+            *copies,
+        ]
         return [(x.data_ptr(), x.shape) for x in held]
 
     step = functools.partial(_step, state, lr=0.01, total=10)
@@ -123,5 +129,5 @@ def test_a_step_finds_everything_where_the_last_one_left_it(name, precision):
     second = step(iter([batch]))
     assert addresses() == before
     assert [x.shape for x in tensors_of(list(first))] == [x.shape for x in tensors_of(list(second))]
-    if precision == "bf16" and name != "mae":
-        assert len(before) > len(state.method.state_dict()) + len(tensors_of(state.optimizer.state_dict()["state"]))
+    shadows = sum(isinstance(m, MomentumTwin) and m._shadow is not None for m in state.method.modules())
+    assert shadows == (precision == "bf16" and name != "mae")
