@@ -41,8 +41,10 @@ def compare(q, k, v, scale=None):
     )
     with dispatch.reference():
         truth, plain = run(q.double(), k.double(), v.double()), run(q, k, v)
+    # Three products of tf32 parts have 22 of float32's 24 bits: which cell is the worst, and by how much, is chance.
+    largest = 4.0 if q.dtype == torch.float32 else 2.0
     for name, *results in zip(("out", "dq", "dk", "dv"), ours, truth, plain):
-        assert_as_exact_on_average(*results, name)
+        assert_as_exact_on_average(*results, name, largest)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
