@@ -2,8 +2,9 @@
 //
 // Its lanes hold pairs: two values that are multiplied with two others and added to one float32 sum. So every operand
 // is packed in pairs along the depth of its product: neighbours of a row where that is the head's width, two rows
-// zipped into one where it is the tokens. Softmax weights and the gradients of scores are rounded to bfloat16 to be multiplied
-// again, as on a GPU; scores, softmax and sums stay float32. The layout is that of attention.cpp: lanes are queries.
+// zipped into one where it is the tokens. Softmax weights and the gradients of scores are rounded to bfloat16 to be
+// multiplied again, as on a GPU; scores, softmax and sums stay float32. The layout is that of attention.cpp: lanes are
+// queries.
 //
 // Forward, a panel of 32 queries at a time: scores and their maxima, then weights that need no division yet (the sum of
 // a query divides its result), zipped along the keys. Backward, weights come from the scores and the log-sum-exp, whose
@@ -81,14 +82,6 @@ inline ShortRows short_rows(const Heads& x, int64_t sample, int64_t head, BFloat
   for (int64_t l = 0; l < x.length; ++l)
     for (int64_t e = 0; e < x.width; ++e) copy[l * x.width + e] = from[l * x.strides[1] + e * x.strides[3]];
   return {copy, x.width, x.length, x.width};
-}
-
-// Asks for one head's rows, which lie a token apart, where no prefetcher of the processor's looks for them.
-inline void prefetch(const Heads& x, int64_t task) {
-  if (task >= x.batch * x.heads || x.strides[3] != 1) return;
-  const BFloat16* from = x.head<BFloat16>(task / x.heads, task % x.heads);
-  for (int64_t l = 0; l < x.length; ++l)
-    for (int64_t e = 0; e < x.width; e += 32) __builtin_prefetch(from + l * x.strides[1] + e);
 }
 
 inline int64_t copy_size(const Heads& x) { return x.strides[3] == 1 || x.width == 1 ? 0 : x.length * x.width; }
@@ -245,7 +238,6 @@ inline void forward_pairs(const Heads& q, const Heads& k, const Heads& v, int64_
   const ShortRows queries = short_rows(q, sample, head, m.copies[0]);
   copy_rows(short_rows(k, sample, head, m.copies[1]), wide, m.keys);
   zip_rows(short_rows(v, sample, head, m.copies[2]), wide, m.values);
-  if (getenv("PF")) for (const Heads* x : {&q, &k, &v}) prefetch(*x, task + 1);
   for (int64_t first = 0; first < q.length; first += kSide) {
     const int64_t count = std::min(kSide, q.length - first);
     pack_lanes(queries, first, m.queries);

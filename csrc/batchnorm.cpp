@@ -1,9 +1,9 @@
 // Batch norm in training, with the addition and the ReLU that may follow it (fastssl/ops/batchnorm.py).
 //
-// Tensors lie in channels_last order, [B, P, C] with P pixels. All is bound by memory, so each pass reads its tensors once, in the order in
-// which they lie. Where that costs nothing, it takes some rows at a time, so that what is kept for each channel (sums,
-// scales) comes from the L1 cache once for several values. The second pass of a thread goes backwards, from what the
-// first has left in the caches.
+// Tensors lie in channels_last order, [B, P, C] with P pixels. All is bound by memory, so each pass reads its tensors
+// once, in the order in which they lie. Where that costs nothing, it takes some rows at a time, so that what is kept for
+// each channel (sums, scales) comes from the L1 cache once for several values. The second pass of a thread goes
+// backwards, from what the first has left in the caches.
 #include "rows.h"
 
 #include <cmath>
@@ -38,7 +38,8 @@ struct Parts {
   int64_t parts, pixels, channels, rows, tasks;  // rows and tasks of one part
   int64_t bytes;                                 // of a row
 
-  Parts(const Tensor& x, int64_t splits) : parts(splits), pixels(x.numel() / (x.size(0) * x.size(1))), channels(x.size(1)) {
+  Parts(const Tensor& x, int64_t splits)
+      : parts(splits), pixels(x.numel() / (x.size(0) * x.size(1))), channels(x.size(1)) {
     bytes = channels * int64_t(x.element_size());
     rows = x.size(0) / parts * pixels;
     if (parts == 1) pixels = rows;
