@@ -1,7 +1,7 @@
 """What whole steps are measured on: the cases, and for each the contestants, ready to be called.
 
 Every function takes its shapes, so that tests make the same of a few numbers. `CASES` has those of the papers' recipes,
-at batches that two cores do in seconds.
+at batches that two cores do in seconds, and on a GPU at those that fill it.
 """
 
 import dataclasses
@@ -230,14 +230,18 @@ def simclr_case(batch: int, features: int, hidden: int, dim: int, tau: float = 0
     return Case(size, batch, training, ours, transcription, _views, made, "none")
 
 
+def _batch_size(cpu: int, gpu: int) -> int:
+    return gpu if DEVICE.type == "cuda" else cpu
+
+
 CASES: dict[str, Callable[[], Case]] = {
-    "mae-vit-base": lambda: mae_case("vit_base", (224, 224), 16),
-    "mae-vit-small": lambda: mae_case("vit_small", (224, 224), 32),
-    "mae-vit-base-wide": lambda: mae_case("vit_base", (224, 448), 8),
-    "moco_v2-resnet50": lambda: moco_v2_case("resnet50", (224, 224), 32, 65536),
-    "moco_v3-vit-small": lambda: moco_v3_case("vit_small", (224, 224), 16),
-    "moco_v3-resnet50": lambda: moco_v3_case("resnet50", (224, 224), 16),
-    "simclr-loss": lambda: simclr_case(1024, 512, 512, 256),
+    "mae-vit-base": lambda: mae_case("vit_base", (224, 224), _batch_size(16, 256)),
+    "mae-vit-small": lambda: mae_case("vit_small", (224, 224), _batch_size(32, 256)),
+    "mae-vit-base-wide": lambda: mae_case("vit_base", (224, 448), _batch_size(8, 128)),
+    "moco_v2-resnet50": lambda: moco_v2_case("resnet50", (224, 224), _batch_size(32, 256), 65536),
+    "moco_v3-vit-small": lambda: moco_v3_case("vit_small", (224, 224), _batch_size(16, 128)),
+    "moco_v3-resnet50": lambda: moco_v3_case("resnet50", (224, 224), _batch_size(16, 128)),
+    "simclr-loss": lambda: simclr_case(_batch_size(1024, 4096), 512, 512, 256),
 }
 
 

@@ -69,11 +69,14 @@ def wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+# Of other devices, as meta, one may not even ask whether autocast is on. Found once: torch 2.11 does not compile that.
+_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps")))
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype to which autocast would convert x for a matrix product; None where it is off, or x is float64."""
     device = x.device.type
-    # The meta device has no autocast, and asking for it raises.
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in _AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
 
