@@ -7,7 +7,7 @@ programs, it asks the kernel's own file for the cut that a card gets.
 import math
 from typing import NamedTuple
 
-from fastssl.kernels import attention, contrastive, masking, memory, patches, tile
+from fastssl.kernels import attention, contrastive, masking, memory, norm, patches, tile
 from fastssl.kernels.tile import CARDS
 
 
@@ -105,6 +105,31 @@ def enqueue_(K: int, D: int, N: int, queue_bytes: int, key_bytes: int, arch: str
 def ema_update_(parameters: int, source_bytes: int, shadow_bytes: int = 0) -> Moved:
     """A float32 target in and out, a source in, a shadow out."""
     return Moved(*[parameters * (8 + source_bytes + shadow_bytes)] * 3)
+
+
+def residual_norm_fwd(
+    N: int, D: int, x_bytes: int, delta_bytes: int, normed_bytes: int, weight_bytes: int = 4
+) -> Moved:
+    """x and delta in, their sum and the normalised rows out, with two moments a row; without a delta no sum."""
+    rows, _, _ = norm.norm_tile(D, norm.NORM["sm_90"])
+    values = N * D * (x_bytes + (x_bytes + delta_bytes if delta_bytes else 0) + normed_bytes)
+    least, affine = values + 2 * N * max(4, x_bytes) + 2 * D * weight_bytes, 2 * D * weight_bytes
+    return Moved(least + (math.ceil(N / rows) - 1) * affine, least, least)
+
+
+def residual_norm_bwd(
+    N: int, D: int, x_bytes: int, delta_bytes: int, normed_bytes: int, weight_bytes: int = 4, arch: str = "sm_90",
+    multiprocessors: int | None = None,
+) -> Moved:  # fmt: skip
+    """Both gradients and the sum in, that of x out and, in a dtype of its own, that of delta; without a delta neither
+    the sum's gradient nor delta's. Partial sums of the weight's and the bias's."""
+    rows, _, _ = norm.norm_tile(D, norm.NORM[arch])
+    programs = norm.norm_programs(N, rows, multiprocessors or CARDS[arch].multiprocessors)
+    wide = max(4, x_bytes)
+    values = N * D * (normed_bytes + 2 * x_bytes + (x_bytes + delta_bytes if delta_bytes else 0))
+    least, partial = values + 2 * N * wide + D * (weight_bytes + 2 * wide), programs * 2 * D * wide
+    requested = values + 2 * N * wide + programs * D * weight_bytes + partial
+    return Moved(requested, least + 2 * partial, least)
 
 
 def info_nce_fwd(B: int, K: int, D: int, size: int, grad: bool = True, arch: str = "sm_90") -> Moved:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fastssl.kernels import attention, contrastive, masking, memory, patches, tile
+from fastssl.kernels import attention, contrastive, masking, memory, norm, patches, tile
 
 from . import model
 
@@ -34,7 +34,7 @@ def ids(*shape: int) -> torch.Tensor:
 
 def recipes() -> list[Case]:
     """The sizes of the papers' recipes."""
-    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_attention()]
+    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_norms(), *_attention()]
 
 
 def variants() -> list[Case]:
@@ -101,6 +101,22 @@ def _pixels() -> list[Case]:
              (meta(256, 147, 768), images, ids(256, 147), 16, True, True),
              lambda arch: model.masked_patch_mse_fwd(256, 147, 768, 2, 4, 16, True, arch)),
     ]  # fmt: skip
+
+
+def _norms() -> list[Case]:
+    """Under autocast: the stream in float32, what sublayers return and what the next product reads in bfloat16."""
+    cases = []
+    for name, length, width in (("encoder", 50, 768), ("decoder", 197, 512)):
+        x, delta = meta(256, length, width, dtype=FP32), meta(256, length, width)
+        weight, moment = meta(width, dtype=FP32), meta(256, length, dtype=FP32)
+        what, rows = f"{name}: B=256, L={length}, D={width}, bf16 beside fp32", 256 * length
+        cases += [
+            Case("residual_norm", what, norm.residual_norm_fwd, (x, delta, weight, weight, 1e-6, BF16),
+                 lambda _, rows=rows, width=width: model.residual_norm_fwd(rows, width, 4, 2, 2)),
+            Case("residual_norm, backward", what, norm.residual_norm_bwd, (delta, x, x, moment, moment, weight, BF16),
+                 lambda arch, rows=rows, width=width: model.residual_norm_bwd(rows, width, 4, 2, 2, arch=arch)),
+        ]  # fmt: skip
+    return cases
 
 
 def _attention() -> list[Case]:

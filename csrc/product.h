@@ -149,54 +149,69 @@ inline Vec<Pair> exact_pairs(Vec<float> first, Vec<float> second) {  // of value
   return Vec<Pair>(first) >> 16 | Vec<Pair>(second);
 }
 
-// One step of `lanes` lanes from one row of the depth, or from the two of a pair, packed; added to `sums` as they were.
+// A step of up to kLaneGroup lanes from one row of the depth, or from the two of a pair, packed; added to `sums` as they
+// were.
+constexpr int64_t kLaneGroup = 96;  // whole panels of any width
 template <typename P, typename S>
 inline void pack_step(const S* first, const S* second, int64_t lanes, Change<Sum<P>> change, P* to, Vec<Sum<P>>* sums) {
   using T = Sum<P>;
-  for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
+#pragma GCC unroll 6
+  for (int64_t lane = 0; lane < kLaneGroup; lane += kLanes<T>) {
+    if (lane >= lanes) break;
     const Vec<T> x = load_part<T>(first + lane, lanes - lane);
-    if (sums) sums[lane / kLanes<T>] += x;
+    Vec<T> y{};
     if constexpr (std::is_same_v<P, Pair>) {
-      const Vec<T> y = second ? load_part<T>(second + lane, lanes - lane) : Vec<T>{};
-      if (sums) sums[lane / kLanes<T>] += y;
+      if (second) y = load_part<T>(second + lane, lanes - lane);
       const bool exact = std::is_same_v<S, BFloat16> && !change.gelu;
       store(to + lane, exact ? exact_pairs(x, y) : pairs(change(x), change(y)));
     } else {
       store(to + lane, change(x));
     }
+    sums[lane / kLanes<T>] += x + y;
   }
 }
 
 // Either matrix from rows in which its lanes lie side by side, [depth, lanes] -> [lanes / kWidth][steps][kWidth]: A with
-// kWidth = kRows, B with kPanel. `totals`, where given, gets the sum of each lane over the depth.
+// kWidth = kRows, B with kPanel. `totals`, where given, gets the sum of each lane over the depth. Threads share the depth
+// and not the lanes, so that each reads whole rows.
 template <int kWidth, typename P, typename S>
 void pack_lanes(const S* from, int64_t from_stride, int64_t lanes, int64_t depth, Change<Sum<P>> change, P* to,
                 double* totals = nullptr) {
   using T = Sum<P>;
-  constexpr int64_t kGroup = 96, kVectors = kGroup / kLanes<T>;  // whole panels of any width
+  constexpr int64_t kVectors = kLaneGroup / kLanes<T>;
   constexpr int64_t kSteps = 16;  // packed before they are dealt out to panels: what was just stored is slow to load
-  const int64_t steps = steps_of<P>(depth);
-  torch::stable::parallel_for(0, (lanes + kGroup - 1) / kGroup, 1, [&](int64_t begin, int64_t end) {
-    P rows[kSteps][kGroup] = {};
-    for (int64_t first = begin * kGroup; first < std::min(lanes, end * kGroup); first += kGroup) {
-      const int64_t here = std::min(kGroup, lanes - first);
-      if (totals) std::fill(totals + first, totals + first + here, 0.0);
-      for (int64_t step = 0; step < steps; step += kSteps) {
-        const int64_t some = std::min(kSteps, steps - step);
+  const int64_t steps = steps_of<P>(depth), parts = (steps + kSteps - 1) / kSteps;
+  const Tensor sums_of_parts = empty({totals ? parts * lanes : 0}, kDtype<T>);
+  T* part_sums = data<T>(sums_of_parts);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    P rows[kSteps][kLaneGroup] = {};
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t step = part * kSteps, some = std::min(kSteps, steps - step);
+      for (int64_t first = 0; first < lanes; first += kLaneGroup) {
+        const int64_t here = std::min(kLaneGroup, lanes - first);
         Vec<T> sums[kVectors] = {};
         for (int64_t s = 0; s < some; ++s) {
           const int64_t d = (step + s) * kDeep<P>;
           const S* row = from + d * from_stride + first;
-          pack_step<P>(row, d + 1 < depth ? row + from_stride : nullptr, here, change, rows[s], totals ? sums : nullptr);
+          const S* next = d + 1 < depth ? row + from_stride : nullptr;
+          if (here == kLaneGroup && next)  // nearly always: the compiler then knows how many, and unrolls
+            pack_step<P>(row, row + from_stride, kLaneGroup, change, rows[s], sums);
+          else
+            pack_step<P>(row, next, here, change, rows[s], sums);
         }
-        for (int64_t lane = 0; totals && lane < here; ++lane)
-          totals[first + lane] += sums[lane / kLanes<T>][lane % kLanes<T>];
+        for (int64_t lane = 0; totals && lane < here; lane += kLanes<T>)
+          store_part<T>(part_sums + part * lanes + first + lane, sums[lane / kLanes<T>], here - lane);
         for (int64_t lane = 0; lane < here; lane += kWidth)
           for (int64_t s = 0; s < some; ++s)
             std::memcpy(to + (first + lane) * steps + (step + s) * kWidth, rows[s] + lane, kWidth * sizeof(P));
       }
     }
   });
+  if (totals) {
+    std::fill(totals, totals + lanes, 0.0);
+    for (int64_t part = 0; part < parts; ++part)
+      for (int64_t lane = 0; lane < lanes; ++lane) totals[lane] += part_sums[part * lanes + lane];
+  }
 }
 
 }  // namespace fastssl

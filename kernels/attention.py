@@ -29,14 +29,13 @@ width 64 only where products read their operands from 148 kB of shared memory (H
 in three parts and float64 takes twice the registers: smaller tiles, and heads of up to 64.
 """
 
-import struct
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import LN2, LOG2E, LOWEST, TRITON_DTYPES, card, choose, power_of_2, precision, rows, wide
+from .tile import LN2, LOG2E, LOWEST, TRITON_DTYPES, card, choose, power_of_2, precision, rows, two_floats, wide
 
 # {architecture: {bytes of an element: {widest head: (longest BLOCK_L, BLOCK_M, warps at that length, stages)}}}
 FORWARD = {
@@ -238,12 +237,6 @@ def _block(L: int, longest: int) -> int:
     return block
 
 
-def _two_floats(x: float) -> tuple[float, float]:
-    """x as a float32 and what is left of it: Triton passes numbers as float32, and float64 needs the bits of both."""
-    (first,) = struct.unpack("f", struct.pack("f", x))
-    return first, x - first
-
-
 def _near(x: Tensor) -> Tensor:
     """x with contiguous rows that lie no further apart than 32-bit offsets inside a tile reach."""
     return rows(x) if x.stride(1) < 2**23 else x.contiguous()
@@ -282,7 +275,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         cut = forward_plan(L, E, q.element_size(), card(q).arch)
         blocks = triton.cdiv(L, cut.block_l)
         _forward[(B * H * blocks,)](
-            q, k, v, out, lse, L, M, H, E, *_two_floats(scale), blocks, *q.stride()[:3], *k.stride()[:3],
+            q, k, v, out, lse, L, M, H, E, *two_floats(scale), blocks, *q.stride()[:3], *k.stride()[:3],
             *v.stride()[:3], WIDE=TRITON_DTYPES[dtype], PRECISION=precision(q.dtype), BLOCK_L=cut.block_l,
             BLOCK_M=cut.block_m, BLOCK_E=cut.block_e, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
@@ -318,7 +311,7 @@ def _backward(dout: Tensor, inputs: tuple, out: Tensor, lse: Tensor, scale: floa
     dout, q, k, v = _near(dout), *map(_near, inputs)
     (B, L, H, E), M = q.shape, k.shape[1]
     cut = backward_plan(L, M, E, q.element_size(), card(q).arch)
-    tensors = (dout, q, k, v, out, lse, *gradients, L, M, H, E, *_two_floats(scale))
+    tensors = (dout, q, k, v, out, lse, *gradients, L, M, H, E, *two_floats(scale))
     strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     options = {
         "PACKED": gradients[0].stride(1) // (H * E), "WIDE": TRITON_DTYPES[lse.dtype],

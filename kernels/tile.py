@@ -6,6 +6,7 @@ Each kernel's file holds one table, by architecture; nothing is tuned at run tim
 
 import contextlib
 import functools
+import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -107,6 +108,12 @@ def splits(programs: int, tiles: int, wanted: int) -> tuple[int, int]:
 def rows(x: torch.Tensor) -> torch.Tensor:
     """x with the last dimension contiguous: itself, unless its rows are spread out in memory."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def two_floats(x: float) -> tuple[float, float]:
+    """x as a float32 and what is left of it: Triton passes numbers as float32, and float64 needs the bits of both."""
+    (first,) = struct.unpack("f", struct.pack("f", x))
+    return first, x - first
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -64,7 +64,8 @@ def seeded_noise(length: int, *key: int | Tensor) -> Tensor:
     state = tensors[0].new_zeros(1)
     for part in key:
         state = _finalise(state + part + _GOLDEN)
-    steps = torch.arange(1, length + 1, device=state.device) * _GOLDEN
+    # & -1 changes nothing: without it torch.compile takes the product for an index, in 32 bits on GPUs (torch 2.11).
+    steps = (torch.arange(1, length + 1, device=state.device) & -1) * _GOLDEN
     return (_shift(_finalise(state[:, None] + steps), 40) & 0xFFFFFF).float() / 2**24
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import autocast_dtype, fake, first_order, op, wide
+from .dispatch import autocast_dtype, fake, first_order, op, serve, triton, wide
 
 
 def residual_norm(
@@ -66,6 +66,9 @@ def _(x, delta, weight, bias, eps, dtype):
     return x.new_empty(0 if delta is None else x.shape), normed, *moments
 
 
+serve(_residual_norm_fwd, cuda=triton("norm", "residual_norm_fwd"))
+
+
 @op("residual_norm_bwd")
 def _residual_norm_bwd(
     dnormed: Tensor, dsum: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, narrow: torch.dtype
@@ -87,6 +90,9 @@ def _(dnormed, dsum, total, mean, rstd, weight, narrow):
     ddelta = total.new_empty(0 if narrow == total.dtype else total.shape, dtype=narrow)
     affine = (weight.new_empty(weight.shape, dtype=wide(total)) for _ in range(2))
     return total.new_empty(total.shape), ddelta, *affine
+
+
+serve(_residual_norm_bwd, cuda=triton("norm", "residual_norm_bwd"))
 
 
 class _ResidualNorm(torch.autograd.Function):

@@ -20,6 +20,7 @@ from fastssl.ops import (
     nt_xent,
     patchify,
     random_masking,
+    residual_norm,
     restore_tokens,
     unpatchify,
 )
@@ -90,6 +91,16 @@ def test_attention(L, H, E, dtype):
         pytest.skip("goes to torch")
     qkv = noise(4, L, 3, H, E, dtype=dtype).requires_grad_()
     agrees(lambda qkv: attention(*qkv.unbind(2)), qkv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("L, D", [(50, 768), (197, 512), (3, 5), (7, 100), (2, 16384)])
+def test_residual_norm(L, D, dtype):
+    x, delta = noise(16, L, D).requires_grad_(), noise(16, L, D).requires_grad_()
+    weight, bias = noise(D).requires_grad_(), noise(D).requires_grad_()
+    agrees(lambda x, d, w, b: residual_norm(x, d, w, b, dtype=x.dtype)[::-1], *(t.detach().to(dtype).requires_grad_()
+           for t in (x, delta, weight, bias)))  # fmt: skip
+    agrees(lambda x, w, b: residual_norm(x, None, w, b)[1], x, weight, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
