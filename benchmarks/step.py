@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from fastssl.train.profile import PARTS
+from fastssl.train.graph import WARM_UP
+from fastssl.train.profile import PARTS, times_of_parts
 
 from .floor import floor
 from .harness import TOLERANCE, WrongResult, measure, peak_memory, quartiles, short
-from .machine import BUSY, environment, keep_memory, machine
+from .machine import BUSY, DEVICE, environment, keep_memory, machine, wait
 from .step_cases import CASES, PRECISIONS, TOTAL, Case, contestants, state_bytes
 from .table import PAGE, RESULTS, SUMMARY, compact_json, insert, megabytes, number, times
 
@@ -54,6 +54,7 @@ step in MB, parameters, optimizer, momentum encoder and queue included: ours / o
 takes past torch's allocator is not seen. *products*: ms that the step's linear layers, other matrix products and
 convolutions take alone, ours / official, of ms of the whole step; those inside fused attention and losses are not
 among them.
+On a GPU ours is the step with `--graph`.
 *busy*: other programs took this share of the processors meanwhile, so no ratio is stated."""
 
 
@@ -71,6 +72,10 @@ def measure_case(case: Case, precision: str, rounds: int | None = ROUNDS, compil
         memory[name] = [short(held / 1e6), short(peak_memory(run) / 1e6)]
     split = {name: parts(runs[name]) for name in ("ours", "official")}
     products = {name: floor(runs[name]) for name in ("ours", "official")}
+    if DEVICE.type == "cuda":
+        loops["ours"].as_graph()
+        for _ in range(1 + WARM_UP):
+            runs["ours"]()
     seconds, others = measure(runs, rounds)
     ours = seconds["ours"]
     best = min((name for name in seconds if name != "ours"), key=lambda name: statistics.median(seconds[name]))
@@ -123,23 +128,12 @@ def checked(case: Case, batch: Any, precision: str, compiled: bool) -> tuple[dic
 def parts(run: Callable[[], Any], steps: int = 2) -> dict[str, float]:
     """Seconds a step of each part of `train.profile.PARTS`, without what lies in it of other parts: the official MoCos
     move their momentum encoder inside of forward."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=activities) as profiler:
+    cuda = DEVICE.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
         for _ in range(steps):
             run()
-    found = dict.fromkeys(PARTS, 0.0)
-    for event in profiler.events():
-        if event.name not in found or event.device_type != DeviceType.CPU:
-            continue
-        on_device = torch.cuda.is_available() and event.name != "data"
-        took = (event.device_time_total if on_device else event.cpu_time_total) / 1e6 / steps
-        found[event.name] += took
-        around = event.cpu_parent
-        while around is not None and around.name not in found:
-            around = around.cpu_parent
-        if around is not None:
-            found[around.name] -= took
-    return found
+        wait()
+    return {part: seconds / steps for part, seconds in times_of_parts(profiler.events(), cuda).items()}
 
 
 def _alone(name: str, precision: str, rounds: int | None, compiled: bool) -> dict:

@@ -21,6 +21,7 @@ from fastssl.nn import NTXentLoss
 from fastssl.nn.masking import seeded_noise
 from fastssl.nn.resnet import ResNetMini
 from fastssl.nn.vit import MOCO_V3_SIZES, SIZES
+from fastssl.train.graph import Graph
 from fastssl.train.loop import _State, _step
 from fastssl.train.recipe import Execution, Training
 
@@ -60,6 +61,10 @@ class Ours:
         self.state = _State(self.model, "benchmark", case.training, Execution(precision=precision), None)
         self.optimizer = self.state.optimizer
         self.batches = iter(lambda: self.next, object())  # endless: whatever is next
+
+    def as_graph(self) -> None:
+        """From here on as with --graph."""
+        self.state.gradients_of = Graph(self.state.gradients_of, self.model.parameters())
 
     def __call__(self, batch: Batch, progress: float) -> Tensor:
         """The trainer knows itself how far it is; it says nothing of `progress`."""

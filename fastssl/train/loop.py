@@ -1,5 +1,6 @@
 """The training loop: the step and the epoch on one screen each."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.profiler import record_function
 from fastssl.distributed import objects_of_ranks, rank, world_size
 
 from .checkpoint import Checkpoints, random_state, set_random_state
+from .graph import Graph, check_graph
 from .leave import Leave, Left
 from .log import Log
 from .optim import build_optimizer
@@ -96,12 +98,7 @@ def _step(state: "_State", batches: Iterator, lr: float, total: int) -> tuple[Te
             batch = next(batches)
         waited += time.perf_counter() - asked
         with summing(state.parallel, last=i == state.accumulate - 1):
-            with record_function("forward"), torch.autocast(state.device.type, state.dtype, state.dtype is not None):
-                loss, metrics = state.parallel(batch)
-            with record_function("backward"):  # a loss that is not finite makes every gradient so, on all ranks
-                share = torch.full_like(loss, 1 / state.accumulate, requires_grad=False)
-                state.scaler.scale(loss).backward(share.masked_fill_(~loss.isfinite(), torch.nan))
-        results.append({"loss": loss.detach(), **metrics})
+            results.append(state.gradients_of(batch))
         indices.append(batch.index)
     with record_function("optimizer"):
         norm = state.update()
@@ -110,6 +107,16 @@ def _step(state: "_State", batches: Iterator, lr: float, total: int) -> tuple[Te
         state.method.after_step(state.step / total)
     means = {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
     return means.pop("loss"), means, norm, torch.cat(indices), waited
+
+
+def _gradients_of(state: "_State", batch) -> dict[str, Tensor]:
+    """Forward and backward: gradients stay at the parameters. The loss and the method's metrics."""
+    with record_function("forward"), torch.autocast(state.device.type, state.dtype, state.dtype is not None):
+        loss, metrics = state.parallel(batch)
+    with record_function("backward"):  # a loss that is not finite makes every gradient so, on all ranks
+        share = torch.full_like(loss, 1 / state.accumulate, requires_grad=False)
+        state.scaler.scale(loss).backward(share.masked_fill_(~loss.isfinite(), torch.nan))
+    return {"loss": loss.detach(), **metrics}
 
 
 class _State:
@@ -128,6 +135,10 @@ class _State:
         self.parallel = spread(method.train(), execution.shard)
         self.optimizer = build_optimizer(method, training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=execution.precision == "fp16")
+        self.gradients_of = functools.partial(_gradients_of, self)
+        if execution.graph:
+            check_graph(self.device, training, execution.shard, execution.profile)
+            self.gradients_of = Graph(self.gradients_of, method.parameters())
         if resume:
             load_optimizer(self.optimizer, resume["optimizer"])
             self.scaler.load_state_dict(resume["scaler"])

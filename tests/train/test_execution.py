@@ -1,5 +1,6 @@
 """Ways to run the same step: activations made again, torch.compile, a graph captured once."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from fastssl.data.loader import Batch
 from fastssl.methods import mae, moco_v2, moco_v3
 from fastssl.nn import MomentumTwin
+from fastssl.train.graph import check_graph
 from fastssl.train.loop import _State, _step
 from fastssl.train.recipe import Execution
 
@@ -131,3 +133,16 @@ def test_a_step_finds_everything_where_the_last_one_left_it(name, precision):
     assert [x.shape for x in tensors_of(list(first))] == [x.shape for x in tensors_of(list(second))]
     shadows = sum(isinstance(m, MomentumTwin) and m._shadow is not None for m in state.method.modules())
     assert shadows == (precision == "bf16" and name != "mae")
+
+
+def test_what_a_graph_can_not_do():
+    with pytest.raises(ValueError, match="train: --graph needs a GPU, got cpu: leave it out"):
+        begin("mae", graph=True)
+    cuda, training = torch.device("cuda"), mae.Config.small().training
+    check_graph(cuda, training, False, 0)
+    with pytest.raises(ValueError, match="train: --graph needs accumulate 1, got 2: its gradients don't add up"):
+        check_graph(cuda, dataclasses.replace(training, accumulate=2), False, 0)
+    with pytest.raises(ValueError, match="train: --graph is for one process without --shard, got 1: leave it out"):
+        check_graph(cuda, training, True, 0)
+    with pytest.raises(ValueError, match="train: --profile sees no parts in a graph: leave out one of"):
+        check_graph(cuda, training, False, 3)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fastssl.data.loader import Batch
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 from fastssl.train.loop import _State, _step
+from fastssl.train.profile import times_of_parts
 from fastssl.train.recipe import Execution
 
 pytestmark = pytest.mark.gpu
@@ -90,3 +92,35 @@ def test_a_step_is_one_cuda_graph(name, precision):
 def test_compiled_by_inductor():
     state, batch = begin("mae", precision="bf16", compile=True)
     torch.testing.assert_close(losses(state, batch), losses(*begin("mae", precision="bf16")), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_of_a_graph_are_the_steps(name, precision):
+    """Three steps to warm up, the capture, and replays; on batches that change, and one of another size."""
+
+    def run(**execution):
+        state, batch = begin(name, precision=precision, **execution)
+        found = []
+        for i in range(7):
+            views = tuple(view[: 8 if i == 5 else None].roll(i, 0) for view in batch.views)
+            some = Batch(views, *(x[: len(views[0])] for x in batch[1:]))
+            loss, *_ = _step(state, iter([some]), 0.001, 10)
+            found.append(loss)
+        return torch.stack(found).cpu()
+
+    expected = run()
+    tolerance = 1e-4 if precision == "fp32" else 1e-2
+    torch.testing.assert_close(run(graph=True), expected, rtol=tolerance, atol=tolerance)
+    assert expected.unique().numel() == 7
+
+
+def test_profile_counts_the_kernels_of_the_backward_pass():
+    state, batch = begin("moco_v3, ViT")
+    losses(state, batch)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        losses(state, batch)
+        torch.cuda.synchronize()
+    found = times_of_parts(profiler.events(), cuda=True)
+    assert all(found[part] > 0 for part in ("forward", "loss", "backward", "optimizer", "twin and queue"))
+    assert found["backward"] > found["optimizer"] / 10
