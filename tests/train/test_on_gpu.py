@@ -110,7 +110,8 @@ def test_steps_of_a_graph_are_the_steps(name, precision):
         return torch.stack(found).cpu()
 
     expected = run()
-    tolerance = 1e-4 if precision == "fp32" else 1e-2
+    # Convolutions of float32 are tf32's on GPUs, which rounds by 2^-11, and cuDNN chooses among several.
+    tolerance = 2e-3 if precision == "fp32" else 1e-2
     torch.testing.assert_close(run(graph=True), expected, rtol=tolerance, atol=tolerance)
     assert expected.unique().numel() == 7
 
