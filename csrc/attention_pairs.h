@@ -13,6 +13,7 @@
 
 #include "gemm.h"
 #include "heads.h"
+#include "pairs.h"
 
 #if defined(FASTSSL_PAIRS)
 
@@ -24,22 +25,6 @@ constexpr int64_t kSide = kPanel<Pair>;    // 32: queries of a panel, and bfloat
 constexpr int64_t kDeepest = 128;          // queries whose weights a backward pass holds, at most
 constexpr int64_t kKeyRows = 12;           // keys of a tile of scores
 constexpr int64_t kGradientRows = 6;       // and where it makes gradients too: as many sums
-
-// 2^x in three instructions and a polynomial of degree 4: relative error 2.6e-6, where bfloat16 has 2e-3. A NaN stays.
-inline Vec<float> exp2_of_weight(Vec<float> x) {
-  const Vec<float> f = Vec<float>(_mm512_maskz_reduce_ps(0xffff, __m512(x), _MM_FROUND_TO_NEG_INF));  // x − ⌊x⌋
-  Vec<float> p = splat(1.353416791e-02f);
-  p = p * f + 5.201146059e-02f;
-  p = p * f + 2.414427565e-01f;
-  p = p * f + 6.930038352e-01f;
-  p = p * f + 1.000002592e+00f;
-  return Vec<float>(_mm512_maskz_scalef_ps(0xffff, __m512(p), __m512(x)));
-}
-
-// 32 values rounded to bfloat16, in order.
-inline Vec<Pair> narrow(Vec<float> first, Vec<float> second) {
-  return Vec<Pair>(__m512i(_mm512_cvtne2ps_pbh(__m512(second), __m512(first))));
-}
 
 // Two rows of bfloat16 as pairs (a, b): the first or the last 16 of 32.
 template <bool kLast>
@@ -193,9 +178,9 @@ void weigh(const float* scores, int64_t keys, const float* top, Pair* weights, f
   for (int64_t j = 0; j < keys; j += 2, scores += 2 * kSide, weights += kSide)
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
-      const Vec<float> first = exp2_of_weight(load(scores + n * kLane) - largest[n]);
+      const Vec<float> first = exp2_rounded(load(scores + n * kLane) - largest[n]);
       Vec<float> second{};
-      if (j + 1 < keys) second = exp2_of_weight(load(scores + kSide + n * kLane) - largest[n]);
+      if (j + 1 < keys) second = exp2_rounded(load(scores + kSide + n * kLane) - largest[n]);
       sum[n] += first + second;
       store(weights + n * kLane, Vec<Pair>(_mm512_permutexvar_epi16(__m512i(zipped), __m512i(narrow(first, second)))));
     }
@@ -308,7 +293,7 @@ struct Panel {  // 32 queries that meet all keys
       for (int n = 0; n < 2; ++n) {
         const Vec<float> score = scores[h][n] * float(scale * kLog2E) - load(lse + n * kLane);
         const __mmask16 mask = h == 0 || both ? uint16_t(there >> (n * kLane)) : 0;
-        weight[n] = Vec<float>(_mm512_maskz_mov_ps(mask, __m512(exp2_of_weight(score))));
+        weight[n] = Vec<float>(_mm512_maskz_mov_ps(mask, __m512(exp2_rounded(score))));
         gradient[n] = Vec<float>(_mm512_maskz_mul_ps(
             mask, __m512(weight[n] * scale), __m512(products[h][n] - load(row_dot + n * kLane))));
       }

@@ -37,6 +37,15 @@ void write_block(S* to, int64_t stride, int64_t row, int64_t column, int64_t hig
                     make(row + i, column + j, load(sums + i * sums_stride + j), wide - j), wide - j);
 }
 
+// Of GELU; of pairs for a gradient that is rounded to bfloat16.
+template <typename P>
+Vec<Sum<P>> slope(Vec<Sum<P>> x) {
+#if defined(FASTSSL_PAIRS)
+  if constexpr (std::is_same_v<P, Pair>) return gelu_slope_rounded(x);
+#endif
+  return gelu_slope(x);
+}
+
 // y[M, N] = gelu(x)[M, K] weight[N, K]ᵀ + bias
 Tensor linear_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, bool gelu) {
   const int64_t rows = x.size(0), depth = x.size(1), columns = weight.size(0);
@@ -79,7 +88,7 @@ Tensor linear_dx(Tensor dy, Tensor weight, std::optional<Tensor> x) {
     S* to = data<S>(dx);
     product<P>(rows, columns, steps_of<P>(depth), a, data<P>(right), [&](auto row, auto column, auto... block) {
       write_block<T>(to, columns, row, column, block..., [&](int64_t m, int64_t k, Vec<T> sum, int64_t inside) {
-        return at ? sum * gelu_slope(load_part<T>(at + m * stride + k, inside)) : sum;
+        return at ? sum * slope<P>(load_part<T>(at + m * stride + k, inside)) : sum;
       });
     });
   });

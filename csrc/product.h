@@ -11,6 +11,7 @@
 
 #include "gelu.h"
 #include "gemm.h"
+#include "pairs.h"
 #include "rows.h"
 
 namespace fastssl {
@@ -80,6 +81,24 @@ struct Change {
   }
 };
 
+// The same of two vectors whose values become pairs, which rounds them.
+inline Vec<Pair> changed_pairs(Change<float> change, Vec<float> first, Vec<float> second) {
+#if defined(FASTSSL_PAIRS)
+  return change.gelu ? narrow_pairs(gelu_rounded(first), gelu_rounded(second)) : narrow_pairs(first, second);
+#else
+  return bfloat16_bits(change(first)) | bfloat16_bits(change(second)) << 16;
+#endif
+}
+
+inline void store_changed(Change<float> change, Vec<float> x, BFloat16* to) {
+#if defined(FASTSSL_PAIRS)
+  const __m256bh narrow = _mm512_cvtneps_pbh(__m512(change.gelu ? gelu_rounded(x) : x));
+  std::memcpy(to, &narrow, sizeof narrow);
+#else
+  store_narrow(to, change(x));
+#endif
+}
+
 // Length of a packed row whose depth lies side by side: whole vectors, and no power of two, whose rows would share sets
 // of the L1 cache.
 template <typename P>
@@ -97,11 +116,11 @@ void pack_row(const S* from, int64_t depth, Change<Sum<P>> change, P* to) {
     return;
   }
   for (int64_t d = 0; d < depth; d += kLanes<T>) {
-    const Vec<T> x = change(load_part<T>(from + d, depth - d));
+    const Vec<T> x = load_part<T>(from + d, depth - d);
     if constexpr (std::is_same_v<P, Pair>)
-      store_narrow(reinterpret_cast<BFloat16*>(to) + d, x);
+      store_changed(change, x, reinterpret_cast<BFloat16*>(to) + d);
     else
-      store(to + d, x);
+      store(to + d, change(x));
   }
 }
 
@@ -141,13 +160,8 @@ void pack_right(const S* from, int64_t from_stride, int64_t columns, int64_t dep
   });
 }
 
-// Two vectors of values as pairs.
-inline Vec<Pair> pairs(Vec<float> first, Vec<float> second) {
-  return bfloat16_bits(first) | bfloat16_bits(second) << 16;
-}
-inline Vec<Pair> exact_pairs(Vec<float> first, Vec<float> second) {  // of values that are bfloat16
-  return Vec<Pair>(first) >> 16 | Vec<Pair>(second);
-}
+// Pairs of values that are bfloat16.
+inline Vec<Pair> exact_pairs(Vec<float> first, Vec<float> second) { return Vec<Pair>(first) >> 16 | Vec<Pair>(second); }
 
 // A step of up to kLaneGroup lanes from one row of the depth, or from the two of a pair, packed; added to `sums` as they
 // were.
@@ -163,7 +177,7 @@ inline void pack_step(const S* first, const S* second, int64_t lanes, Change<Sum
     if constexpr (std::is_same_v<P, Pair>) {
       if (second) y = load_part<T>(second + lane, lanes - lane);
       const bool exact = std::is_same_v<S, BFloat16> && !change.gelu;
-      store(to + lane, exact ? exact_pairs(x, y) : pairs(change(x), change(y)));
+      store(to + lane, exact ? exact_pairs(x, y) : changed_pairs(change, x, y));
     } else {
       store(to + lane, change(x));
     }
