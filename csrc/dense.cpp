@@ -55,7 +55,8 @@ Tensor linear_fwd(Tensor x, Tensor weight, std::optional<Tensor> bias, bool gelu
     using W = decltype(weight_type);
     using P = Packed<S>;
     using T = Sum<P>;
-    const Tensor left = packed<P>(rows, row_of<P>(depth));
+    const bool there = lies_packed<P, S>(x.stride(0), depth, Change<T>{gelu});
+    const Tensor left = packed<P>(there ? 0 : rows, row_of<P>(depth));
     const Tensor right = packed<P>(panels_of<T>(columns) * kPanel<T>, steps_of<P>(depth));
     const auto a = pack_left<P>(data<S>(x), x.stride(0), rows, depth, Change<T>{gelu}, data<P>(left));
     pack_right<P>(data<W>(weight), weight.stride(0), columns, depth, kWeight<S, W>, data<P>(right));
@@ -79,7 +80,8 @@ Tensor linear_dx(Tensor dy, Tensor weight, std::optional<Tensor> x) {
     using W = decltype(weight_type);
     using P = Packed<S>;
     using T = Sum<P>;
-    const Tensor left = packed<P>(rows, row_of<P>(depth));
+    const bool there = lies_packed<P, S>(dy.stride(0), depth, Change<T>{});
+    const Tensor left = packed<P>(there ? 0 : rows, row_of<P>(depth));
     const Tensor right = packed<P>(panels_of<T>(columns) * kPanel<T>, steps_of<P>(depth));
     const auto a = pack_left<P>(data<S>(dy), dy.stride(0), rows, depth, Change<T>{}, data<P>(left));
     pack_lanes<kPanel<T>, P>(data<W>(weight), weight.stride(0), columns, depth, kWeight<S, W>, data<P>(right));
