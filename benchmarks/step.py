@@ -119,8 +119,8 @@ def checked(case: Case, batch: Any, precision: str, compiled: bool) -> tuple[dic
     allowed = TOLERANCE[PRECISIONS[precision] or torch.float32]
     for name, found in losses.items():
         for step, (loss, expected) in enumerate(zip(found, losses["official"])):
-            # After a step at the peak rate ReLUs whose sign rounding decides have spread it: torch's own float32 runs of
-            # one ResNet, in its two layouts, then differ by 4e-4.
+            # After a step at the peak rate ReLUs whose sign rounding decides have spread it: torch's own float32 runs
+            # of one ResNet, in its two layouts, then differ by 4e-4.
             kinks = 10 if step and case.backbone == "resnet" else 1
             if not abs(loss - expected) <= kinks * allowed * abs(expected):  # also where it is NaN
                 where = f"{case.size}, {precision}: {name}, step {step}"

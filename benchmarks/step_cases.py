@@ -241,7 +241,7 @@ def _batch_size(cpu: int, gpu: int) -> int:
 
 CASES: dict[str, Callable[[], Case]] = {
     "mae-vit-base": lambda: mae_case("vit_base", (224, 224), _batch_size(16, 256)),
-    "mae-vit-base-32": lambda: mae_case("vit_base", (224, 224), 32),  # where activations weigh more beside the optimizer
+    "mae-vit-base-32": lambda: mae_case("vit_base", (224, 224), 32),  # activations beside the optimizer
     "mae-vit-small": lambda: mae_case("vit_small", (224, 224), _batch_size(32, 256)),
     "mae-vit-base-wide": lambda: mae_case("vit_base", (224, 448), _batch_size(8, 128)),
     "moco_v2-resnet50": lambda: moco_v2_case("resnet50", (224, 224), _batch_size(32, 256), 65536),
