@@ -52,9 +52,7 @@ class Graph:
         return results
 
     def _capture(self, batch: tuple) -> None:
-        self.batch = batch._replace(
-            **{name: _copy(value) for name, value in batch._asdict().items()}  # kept: the graph reads from there
-        )
+        self.batch = _copy(batch)  # kept: the graph reads from there
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             self.results = self.run(self.batch)
@@ -63,14 +61,16 @@ class Graph:
 
 
 def check_graph(device: torch.device, training: Training, shard: bool, profile: int) -> None:
-    """
+    """Refuses what --graph can't do.
+
     Raises:
-        ValueError: what --graph can't do.
+        ValueError: no GPU, several processes or shards, micro-batches, or a profile of `profile` steps.
     """
     if device.type != "cuda":
         raise ValueError(f"train: --graph needs a GPU, got {device}: leave it out")
     if world_size() > 1 or shard:
-        raise ValueError(f"train: --graph is for one process without --shard, got {world_size()}: leave it out")
+        came = f"{world_size()} processes" + " and --shard" * shard
+        raise ValueError(f"train: --graph is for one process without --shard, got {came}: leave it out")
     if training.accumulate > 1:
         raise ValueError(f"train: --graph needs accumulate 1, got {training.accumulate}: its gradients don't add up")
     if profile:
@@ -80,7 +80,10 @@ def check_graph(device: torch.device, training: Training, shard: bool, profile: 
 def _copy(value):
     if isinstance(value, Tensor):
         return value.clone()
-    return tuple(map(_copy, value)) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        parts = map(_copy, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 def _tensors(value) -> list[Tensor]:

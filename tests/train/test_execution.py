@@ -142,7 +142,9 @@ def test_what_a_graph_can_not_do():
     check_graph(cuda, training, False, 0)
     with pytest.raises(ValueError, match="train: --graph needs accumulate 1, got 2: its gradients don't add up"):
         check_graph(cuda, dataclasses.replace(training, accumulate=2), False, 0)
-    with pytest.raises(ValueError, match="train: --graph is for one process without --shard, got 1: leave it out"):
+    with pytest.raises(
+        ValueError, match="train: --graph is for one process without --shard, got 1 processes and --shard: leave"
+    ):
         check_graph(cuda, training, True, 0)
     with pytest.raises(ValueError, match="train: --profile sees no parts in a graph: leave out one of"):
         check_graph(cuda, training, False, 3)
