@@ -38,8 +38,8 @@ from .table import PAGE, RESULTS, SUMMARY, compact_json, insert, megabytes, numb
 
 KEPT = RESULTS / "step"
 CHECKED = 2  # steps whose losses are compared before anything is timed
-# After a step at the peak rate ReLUs whose sign rounding decides have spread it: torch's own float32 runs of one ResNet,
-# in its two layouts, then differ by 4e-4.
+# After a step at the peak rate ReLUs whose sign rounding decides have spread it: torch's own float32 runs of one
+# ResNet, in its two layouts, then differ by 4e-4.
 KINKS = 1e-3
 ROUNDS = 5
 HEADLINE = ("mae-vit-base", "moco_v2-resnet50", "moco_v3-vit-small", "moco_v3-resnet50")  # the cases that README shows
