@@ -57,18 +57,39 @@ def native_parts():
     stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
     facts = [f'-DFASTSSL_LEVELS="{",".join(LEVELS)}"', f"-DFASTSSL_CUDA={int(with_cuda)}"]
-    parts = [Extension("fastssl._C", ["csrc/module.cpp"], include_dirs=[pybind11.get_include()], language="c++",
-                       extra_compile_args=[*optimise, *facts])]  # fmt: skip
+    parts = [
+        Extension(
+            "fastssl._C",
+            ["csrc/module.cpp"],
+            include_dirs=[pybind11.get_include()],
+            language="c++",
+            extra_compile_args=[*optimise, *facts],
+        )
+    ]
     headers = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc").glob("*.cuh")]))
     sources = sorted(str(source) for source in Path("csrc").glob("*.cpp") if source.name != "module.cpp")
     for level, flags in LEVELS.items():
-        parts.append(CppExtension(f"fastssl._native_{level}", sources, depends=headers, py_limited_api=True,
-                                  extra_compile_args=[*optimise, *stable, *flags]))  # fmt: skip
+        parts.append(
+            CppExtension(
+                f"fastssl._native_{level}",
+                sources,
+                depends=headers,
+                py_limited_api=True,
+                extra_compile_args=[*optimise, *stable, *flags],
+            )
+        )
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES if torch_cuda >= "12.8" else "8.0;9.0+PTX")
         nvcc = ["-O3", "-std=c++20", "-Xptxas=-warn-spills", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *stable]
-        parts.append(CUDAExtension("fastssl._native_cuda", cuda_sources, depends=headers, py_limited_api=True,
-                                   extra_compile_args={"cxx": [*optimise, *stable], "nvcc": nvcc}))  # fmt: skip
+        parts.append(
+            CUDAExtension(
+                "fastssl._native_cuda",
+                cuda_sources,
+                depends=headers,
+                py_limited_api=True,
+                extra_compile_args={"cxx": [*optimise, *stable], "nvcc": nvcc},
+            )
+        )
     return parts
 
 

@@ -69,10 +69,13 @@ def _seconds(func, arguments: list) -> float:
 def _described(args: tuple) -> tuple:
     """Hashable: a tensor by its shape, layout and dtype, anything else as it is."""
     return tuple(
-        (Tensor, tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor)
-        else tuple(x) if isinstance(x, list) else x
+        (Tensor, tuple(x.shape), x.stride(), x.dtype)
+        if isinstance(x, Tensor)
+        else tuple(x)
+        if isinstance(x, list)
+        else x
         for x in args
-    )  # fmt: skip
+    )
 
 
 def _made(described, layout: torch.memory_format | None):

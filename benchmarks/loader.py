@@ -32,9 +32,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from fastssl.cli_data import engines, recipe_of
+from fastssl.cli_data import augmentation_of, engines
+from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Loader
-from fastssl.data.recipe import Recipe, View
 from fastssl.data.source import open_source
 from fastssl.data.timing import speed
 
@@ -63,8 +63,15 @@ def photographs() -> list[Image.Image]:
     import skimage.data
     from sklearn.datasets import load_sample_images
 
-    found = [*load_sample_images().images, skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee(),
-             skimage.data.rocket(), skimage.data.hubble_deep_field(), skimage.data.stereo_motorcycle()[0]]  # fmt: skip
+    found = [
+        *load_sample_images().images,
+        skimage.data.astronaut(),
+        skimage.data.chelsea(),
+        skimage.data.coffee(),
+        skimage.data.rocket(),
+        skimage.data.hubble_deep_field(),
+        skimage.data.stereo_motorcycle()[0],
+    ]
     return [Image.fromarray(pixels) for pixels in found]
 
 
@@ -89,8 +96,8 @@ def write_photographs(root: Path, side: int) -> None:
 class Views:
     """The views of a recipe by torchvision's transforms, normalised as the reference code's workers do it."""
 
-    def __init__(self, recipe: Recipe):
-        self.views = [self._transform(view) for view in recipe.views]
+    def __init__(self, augmentation: Augmentation):
+        self.views = [self._transform(view) for view in augmentation.views]
 
     @staticmethod
     def _transform(view: View):
@@ -102,24 +109,24 @@ class Views:
         return [view(image) for view in self.views]
 
 
-def ours(source: str, recipe: Recipe, engine: str) -> Callable[[], Iterator[int]]:
+def ours(source: str, augmentation: Augmentation, engine: str) -> Callable[[], Iterator[int]]:
     def start():
-        loader = Loader(open_source(source), recipe, BATCH, workers=WORKERS, engine=engine)
+        loader = Loader(open_source(source), augmentation, BATCH, workers=WORKERS, engine=engine)
         return (len(batch.index) for epoch in itertools.count() for batch in loader.epoch(epoch))
 
     return start
 
 
-def image_folder(root: Path, recipe: Recipe) -> Callable[[], Iterator[int]]:
+def image_folder(root: Path, augmentation: Augmentation) -> Callable[[], Iterator[int]]:
     def start():
-        data = torchvision.datasets.ImageFolder(str(root), Views(recipe))
+        data = torchvision.datasets.ImageFolder(str(root), Views(augmentation))
         loader = DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS, drop_last=True, persistent_workers=True)
         return (len(labels) for _ in itertools.count() for _, labels in loader)
 
     return start
 
 
-def webdataset(shards: Path, recipe: Recipe) -> Callable[[], Iterator[int]]:
+def webdataset(shards: Path, augmentation: Augmentation) -> Callable[[], Iterator[int]]:
     import webdataset as wds
 
     def start():
@@ -127,7 +134,7 @@ def webdataset(shards: Path, recipe: Recipe) -> Callable[[], Iterator[int]]:
         data = (
             wds.WebDataset(paths, shardshuffle=len(paths), nodesplitter=wds.split_by_node).shuffle(1000).decode("pil")
         )
-        data = data.to_tuple("jpg", "cls").map_tuple(Views(recipe), int).batched(BATCH, partial=False)
+        data = data.to_tuple("jpg", "cls").map_tuple(Views(augmentation), int).batched(BATCH, partial=False)
         loader = wds.WebLoader(data, batch_size=None, num_workers=WORKERS, persistent_workers=True)
         return (len(labels) for _ in itertools.count() for _, labels in loader)
 
@@ -161,10 +168,10 @@ def measure(side: int, recipes: tuple[str, ...]) -> Iterator[dict]:
         for name, (kind, path, baseline) in itertools.product(recipes, sources):
             if kind == "webdataset" and name not in ("mae", "moco_v2"):
                 continue
-            recipe = recipe_of(name, open_source(f"{kind}:{path}"))
-            contestants = {engine: ours(f"{kind}:{path}", recipe, engine) for engine in engines()}
+            augmentation = augmentation_of(name, open_source(f"{kind}:{path}"))
+            contestants = {engine: ours(f"{kind}:{path}", augmentation, engine) for engine in engines()}
             row = {"recipe": name, "source": kind, "side": side}
-            row |= compare({**contestants, "baseline": baseline(path, recipe)})
+            row |= compare({**contestants, "baseline": baseline(path, augmentation)})
             print(row, flush=True)
             yield row
 
@@ -203,8 +210,10 @@ def render(summary: bool) -> str:
         rule = ["---"] * 2 + ["---:"] * (len(HEADER) - 2)
         opened = kept["start_up"]
         parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, rule, *map(_cells, rows))))
-        parts.append(f"A folder of {opened['files']:,} files opens in {opened['first']} s the first time, then in "
-                     f"{opened['again']} s.")  # fmt: skip
+        parts.append(
+            f"A folder of {opened['files']:,} files opens in {opened['first']} s the first time, then in "
+            f"{opened['again']} s."
+        )
     return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: `python -m benchmarks.loader` makes them."
 
 

@@ -118,9 +118,15 @@ def residual_norm_fwd(
 
 
 def residual_norm_bwd(
-    N: int, D: int, x_bytes: int, delta_bytes: int, normed_bytes: int, weight_bytes: int = 4, arch: str = "sm_90",
+    N: int,
+    D: int,
+    x_bytes: int,
+    delta_bytes: int,
+    normed_bytes: int,
+    weight_bytes: int = 4,
+    arch: str = "sm_90",
     multiprocessors: int | None = None,
-) -> Moved:  # fmt: skip
+) -> Moved:
     """Both gradients and the sum in, that of x out and, in a dtype of its own, that of delta; without a delta neither
     the sum's gradient nor delta's. Partial sums of the weight's and the bias's."""
     rows, _, _ = norm.norm_tile(D, norm.NORM[arch])

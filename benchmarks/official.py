@@ -32,9 +32,14 @@ class MAE(nn.Module):
     """
 
     def __init__(
-        self, img_size: tuple[int, int], patch: int, encoder: tuple[int, int, int], decoder: tuple[int, int, int],
-        mask_ratio: float = 0.75, norm_pix_loss: bool = True,
-    ):  # fmt: skip
+        self,
+        img_size: tuple[int, int],
+        patch: int,
+        encoder: tuple[int, int, int],
+        decoder: tuple[int, int, int],
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+    ):
         super().__init__()
         self.patch, self.mask_ratio, self.norm_pix_loss = patch, mask_ratio, norm_pix_loss
         (dim, depth, heads), (decoder_dim, decoder_depth, decoder_heads) = encoder, decoder
@@ -110,7 +115,7 @@ class Momentum(nn.Module):
 
     @torch.no_grad()
     def follow(self, target: nn.Module, source: nn.Module, m: float) -> None:
-        with record_function("twin and queue"):
+        with record_function("EMA and queue"):
             if self.tuned:
                 torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - m)
                 return
@@ -151,7 +156,7 @@ class MoCo(Momentum):
             labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
             loss = F.cross_entropy(logits, labels)
             self.count_hits(logits, labels)
-        with record_function("twin and queue"):
+        with record_function("EMA and queue"):
             self.dequeue_and_enqueue(k)
         return loss
 
@@ -201,8 +206,9 @@ def mlp(layers: int, dim_in: int, hidden: int, dim_out: int, last_bn: bool = Tru
 def moco_v3_vit(img_size: tuple[int, int], patch: int, sizes: tuple[int, int, int]) -> VisionTransformer:
     """(width, blocks, heads); positions and patch embedding are never trained."""
     dim, depth, heads = sizes
-    vit = VisionTransformer(img_size, patch, num_classes=0, embed_dim=dim, depth=depth, num_heads=heads,
-                            norm_layer=layer_norm)  # fmt: skip
+    vit = VisionTransformer(
+        img_size, patch, num_classes=0, embed_dim=dim, depth=depth, num_heads=heads, norm_layer=layer_norm
+    )
     vit.pos_embed.requires_grad_(False)
     vit.patch_embed.requires_grad_(False)
     return vit
@@ -304,9 +310,14 @@ class Loop:
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Callable[..., tuple], optimizer: torch.optim.Optimizer,
-        autocast: torch.dtype | None = None, zero_first: bool = True, norm: bool = False,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        inputs: Callable[..., tuple],
+        optimizer: torch.optim.Optimizer,
+        autocast: torch.dtype | None = None,
+        zero_first: bool = True,
+        norm: bool = False,
+    ):
         self.model, self.inputs, self.optimizer = model.train(), inputs, optimizer
         self.autocast, self.zero_first, self.norm = autocast, zero_first, norm
 

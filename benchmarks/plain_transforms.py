@@ -5,7 +5,7 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode, v2
 
-from fastssl.data.recipe import View
+from fastssl.data.augmentation import View
 
 
 class PillowBlur(v2.Transform):

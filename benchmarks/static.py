@@ -98,9 +98,12 @@ def prediction(case: Case, arch: str, programs: int) -> dict:
     rate = card.rate[case.factor_bytes] / 1e12
     at = f"{card.name}: {card.bandwidth / 1e12:.3g} TB/s" + (f", {rate:.4g} TFLOP/s" if moved.operations else "")
     return {
-        "bytes_moved": moved.moved, "bytes_min": moved.least, "flops": moved.operations,
-        "predicted_us": float(f"{1e6 * seconds:.3g}"), "predicted_at": at,
-    }  # fmt: skip
+        "bytes_moved": moved.moved,
+        "bytes_min": moved.least,
+        "flops": moved.operations,
+        "predicted_us": float(f"{1e6 * seconds:.3g}"),
+        "predicted_at": at,
+    }
 
 
 def compile_all(everything: bool, archs: list[str]) -> list[dict]:
@@ -145,8 +148,21 @@ def recorded() -> dict[str, int] | None:
 
 
 def table(rows: list[dict]) -> str:
-    names = ("op", "size", "kernel", "arch", "registers", "spill_bytes", "shared_bytes", "tensor_core", "programs",
-             "bytes_moved", "bytes_min", "flops", "predicted_us")  # fmt: skip
+    names = (
+        "op",
+        "size",
+        "kernel",
+        "arch",
+        "registers",
+        "spill_bytes",
+        "shared_bytes",
+        "tensor_core",
+        "programs",
+        "bytes_moved",
+        "bytes_min",
+        "flops",
+        "predicted_us",
+    )
     return markdown(names, [[_cell(row.get(name)) for name in names] for row in rows])
 
 
@@ -158,10 +174,19 @@ def page(rows: list[dict]) -> str:
     cells = []
     for (op, size, kernel), by_arch in lines.items():
         some = next(iter(by_arch.values()))
-        work = [f"{some['bytes_moved'] / 1e6:,.4g} / {some['bytes_min'] / 1e6:,.4g}" if "bytes_moved" in some else "–",
-                f"{some['flops'] / 1e9:,.3g}" if some.get("flops") else "–"]  # fmt: skip
-        cells.append([f"`{op.split(',')[0]}`{op[len(op.split(',')[0]) :]}", size, f"`{kernel}`", *work,
-                      *(_taken(op, by_arch.get(arch)) for arch in archs)])  # fmt: skip
+        work = [
+            f"{some['bytes_moved'] / 1e6:,.4g} / {some['bytes_min'] / 1e6:,.4g}" if "bytes_moved" in some else "–",
+            f"{some['flops'] / 1e9:,.3g}" if some.get("flops") else "–",
+        ]
+        cells.append(
+            [
+                f"`{op.split(',')[0]}`{op[len(op.split(',')[0]) :]}",
+                size,
+                f"`{kernel}`",
+                *work,
+                *(_taken(op, by_arch.get(arch)) for arch in archs),
+            ]
+        )
     cards = [f"{arch}, {CARDS[arch].name}" for arch in archs]
     header = ("op", "size", "kernel", "MB moved / least", "GFLOP", *cards)
     rates = [

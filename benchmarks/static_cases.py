@@ -62,45 +62,97 @@ def _in_batch() -> list[Case]:
     per_q, per_z = meta(4096, dtype=FP32), meta(8192, dtype=FP32)
     moco_v3, simclr = "B=M=4,096, D=256, bf16", "2 × 4,096, D=128, bf16"
     return [
-        Case("batch_info_nce", moco_v3, contrastive.batch_info_nce_fwd, (q, q, tau, 0, True),
-             lambda arch: model.batch_info_nce_fwd(4096, 4096, 256, 2, True, arch)),
-        Case("batch_info_nce, keys", moco_v3, contrastive.batch_info_nce_dkeys, (q, q, tau, 0, per_q, per_q),
-             lambda arch: model.batch_info_nce_dkeys(4096, 4096, 256, 2, arch)),
+        Case(
+            "batch_info_nce",
+            moco_v3,
+            contrastive.batch_info_nce_fwd,
+            (q, q, tau, 0, True),
+            lambda arch: model.batch_info_nce_fwd(4096, 4096, 256, 2, True, arch),
+        ),
+        Case(
+            "batch_info_nce, keys",
+            moco_v3,
+            contrastive.batch_info_nce_dkeys,
+            (q, q, tau, 0, per_q, per_q),
+            lambda arch: model.batch_info_nce_dkeys(4096, 4096, 256, 2, arch),
+        ),
         Case("nt_xent", simclr, contrastive.nt_xent_fwd, (z, tau), lambda arch: model.nt_xent_fwd(8192, 128, 2, arch)),
-        Case("nt_xent, backward", simclr, contrastive.nt_xent_bwd, (z, tau, per_z, per_z),
-             lambda arch: model.nt_xent_bwd(8192, 128, 2, arch)),
-    ]  # fmt: skip
+        Case(
+            "nt_xent, backward",
+            simclr,
+            contrastive.nt_xent_bwd,
+            (z, tau, per_z, per_z),
+            lambda arch: model.nt_xent_bwd(8192, 128, 2, arch),
+        ),
+    ]
 
 
 def _tokens() -> list[Case]:
     keep, restore = "B=256, 49 of 196, D=768, bf16", "B=256, 50 to 197, D=512, bf16"
     return [
-        Case("random_masking", "B=256, L=196", masking.random_masking, (meta(256, 196, dtype=FP32), 49),
-             lambda _: model.random_masking(256, 196, 4)),
-        Case("keep_tokens", keep, masking.keep_tokens_fwd, (meta(256, 196, 768), ids(256, 49), meta(196, 768)),
-             lambda _: model.keep_tokens_fwd(256, 196, 49, 768, 2, 2)),
-        Case("keep_tokens, backward", keep, masking.keep_tokens_bwd, (meta(256, 49, 768), ids(256, 49), 196),
-             lambda arch: model.keep_tokens_bwd(256, 196, 49, 768, 2, arch)),
-        Case("restore_tokens", restore, masking.restore_tokens_fwd,
-             (meta(256, 50, 512), meta(512), ids(256, 196), meta(197, 512), 1),
-             lambda arch: model.restore_tokens_fwd(256, 196, 49, 512, 1, 2, 2, 2, arch)),
-        Case("restore_tokens, backward", restore, masking.restore_tokens_bwd,
-             (meta(256, 197, 512), ids(256, 196), 1, 49),
-             lambda arch: model.restore_tokens_bwd(256, 196, 49, 512, 1, 2, arch)),
-    ]  # fmt: skip
+        Case(
+            "random_masking",
+            "B=256, L=196",
+            masking.random_masking,
+            (meta(256, 196, dtype=FP32), 49),
+            lambda _: model.random_masking(256, 196, 4),
+        ),
+        Case(
+            "keep_tokens",
+            keep,
+            masking.keep_tokens_fwd,
+            (meta(256, 196, 768), ids(256, 49), meta(196, 768)),
+            lambda _: model.keep_tokens_fwd(256, 196, 49, 768, 2, 2),
+        ),
+        Case(
+            "keep_tokens, backward",
+            keep,
+            masking.keep_tokens_bwd,
+            (meta(256, 49, 768), ids(256, 49), 196),
+            lambda arch: model.keep_tokens_bwd(256, 196, 49, 768, 2, arch),
+        ),
+        Case(
+            "restore_tokens",
+            restore,
+            masking.restore_tokens_fwd,
+            (meta(256, 50, 512), meta(512), ids(256, 196), meta(197, 512), 1),
+            lambda arch: model.restore_tokens_fwd(256, 196, 49, 512, 1, 2, 2, 2, arch),
+        ),
+        Case(
+            "restore_tokens, backward",
+            restore,
+            masking.restore_tokens_bwd,
+            (meta(256, 197, 512), ids(256, 196), 1, 49),
+            lambda arch: model.restore_tokens_bwd(256, 196, 49, 512, 1, 2, arch),
+        ),
+    ]
 
 
 def _pixels() -> list[Case]:
     images = meta(256, 3, 224, 224, dtype=FP32)
     return [
-        Case("patchify", "B=256, 224², p=16, fp32", patches.patchify, (images, 16),
-             lambda _: model.patchify(256, 196, 768, 4)),
-        Case("keep_patches", "B=256, 49 of 196, p=16, fp32", patches.keep_patches_fwd, (images, ids(256, 49), 16),
-             lambda _: model.keep_patches_fwd(256, 49, 768, 4)),
-        Case("masked_patch_mse", "B=256, 147 of 196, p=16, bf16 pred", patches.masked_patch_mse_fwd,
-             (meta(256, 147, 768), images, ids(256, 147), 16, True, True),
-             lambda arch: model.masked_patch_mse_fwd(256, 147, 768, 2, 4, 16, True, arch)),
-    ]  # fmt: skip
+        Case(
+            "patchify",
+            "B=256, 224², p=16, fp32",
+            patches.patchify,
+            (images, 16),
+            lambda _: model.patchify(256, 196, 768, 4),
+        ),
+        Case(
+            "keep_patches",
+            "B=256, 49 of 196, p=16, fp32",
+            patches.keep_patches_fwd,
+            (images, ids(256, 49), 16),
+            lambda _: model.keep_patches_fwd(256, 49, 768, 4),
+        ),
+        Case(
+            "masked_patch_mse",
+            "B=256, 147 of 196, p=16, bf16 pred",
+            patches.masked_patch_mse_fwd,
+            (meta(256, 147, 768), images, ids(256, 147), 16, True, True),
+            lambda arch: model.masked_patch_mse_fwd(256, 147, 768, 2, 4, 16, True, arch),
+        ),
+    ]
 
 
 def _norms() -> list[Case]:
@@ -111,11 +163,21 @@ def _norms() -> list[Case]:
         weight, moment = meta(width, dtype=FP32), meta(256, length, dtype=FP32)
         what, rows = f"{name}: B=256, L={length}, D={width}, bf16 beside fp32", 256 * length
         cases += [
-            Case("residual_norm", what, norm.residual_norm_fwd, (x, delta, weight, weight, 1e-6, BF16),
-                 lambda _, rows=rows, width=width: model.residual_norm_fwd(rows, width, 4, 2, 2)),
-            Case("residual_norm, backward", what, norm.residual_norm_bwd, (delta, x, x, moment, moment, weight, BF16),
-                 lambda arch, rows=rows, width=width: model.residual_norm_bwd(rows, width, 4, 2, 2, arch=arch)),
-        ]  # fmt: skip
+            Case(
+                "residual_norm",
+                what,
+                norm.residual_norm_fwd,
+                (x, delta, weight, weight, 1e-6, BF16),
+                lambda _, rows=rows, width=width: model.residual_norm_fwd(rows, width, 4, 2, 2),
+            ),
+            Case(
+                "residual_norm, backward",
+                what,
+                norm.residual_norm_bwd,
+                (delta, x, x, moment, moment, weight, BF16),
+                lambda arch, rows=rows, width=width: model.residual_norm_bwd(rows, width, 4, 2, 2, arch=arch),
+            ),
+        ]
     return cases
 
 

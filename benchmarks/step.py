@@ -84,8 +84,9 @@ def measure_case(case: Case, precision: str, rounds: int | None = ROUNDS, compil
     rates = {name: quartiles([case.images / s for s in values]) for name, values in seconds.items()}
     slower = {
         name: statistics.median(theirs / own for theirs, own in zip(seconds[name], ours))
-        for name in seconds if name != "ours"
-    }  # fmt: skip
+        for name in seconds
+        if name != "ours"
+    }
     return {
         "size": case.size,
         "precision": precision,
@@ -176,8 +177,11 @@ def render(folder: Path, summary: bool) -> str:
             shown = sorted((row for row in run["rows"] if not summary or row["case"] in HEADLINE), key=_place)
             if shown:
                 blocks += [_about(document["machine"], run["environment"]), _table(HEADER, map(_cells, shown), 2)]
-                blocks += [f"{row['size']}, {row['precision']}: {name} failed: {why}"
-                           for row in shown for name, why in row["failed"].items()]  # fmt: skip
+                blocks += [
+                    f"{row['size']}, {row['precision']}: {name} failed: {why}"
+                    for row in shown
+                    for name, why in row["failed"].items()
+                ]
                 if not summary:
                     header = ("ms of a step", "", "", *PARTS)
                     split = (cells for row in shown for cells in _parts_cells(row))

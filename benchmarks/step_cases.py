@@ -21,9 +21,9 @@ from fastssl.nn import NTXentLoss
 from fastssl.nn.masking import seeded_noise
 from fastssl.nn.resnet import ResNetMini
 from fastssl.nn.vit import MOCO_V3_SIZES, SIZES
+from fastssl.train.config import Execution, Training
 from fastssl.train.graph import Graph
 from fastssl.train.loop import _State, _step
-from fastssl.train.recipe import Execution, Training
 
 from . import official
 from .machine import DEVICE
@@ -163,7 +163,7 @@ def moco_v2_case(backbone: str, image_size: tuple[int, int], batch: int, queue_s
 
     def transcription(tuned: bool) -> nn.Module:
         encoder = _resnet(backbone, config.dim, False)
-        return official.MoCo(encoder, config.dim, queue_size, config.twin_momentum, config.tau, tuned)
+        return official.MoCo(encoder, config.dim, queue_size, config.ema_momentum, config.tau, tuned)
 
     size = f"MoCo v2, {_name(backbone)}, {_pixels(image_size)}, B={batch}, K={queue_size:,}"
     made = functools.partial(images, batch, image_size, 2)
@@ -192,7 +192,7 @@ def moco_v3_case(backbone: str, image_size: tuple[int, int], batch: int, **chang
         return official.MoCoV3(encoder, predictor, config.tau, tuned)
 
     def inputs(batch: Batch, progress: float) -> tuple:
-        return *batch.views, 1 - (1 - config.twin_momentum) * (1 + math.cos(math.pi * progress)) / 2
+        return *batch.views, 1 - (1 - config.ema_momentum) * (1 + math.cos(math.pi * progress)) / 2
 
     size = f"MoCo v3, {_name(backbone)}, {_pixels(image_size)}, B={batch}"
     made = functools.partial(images, batch, image_size, 2)

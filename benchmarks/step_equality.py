@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Batch, Loader
-from fastssl.data.recipe import Recipe, View
 from fastssl.data.source import open_source
 
 from .machine import DEVICE
@@ -46,6 +46,6 @@ def draw_equality(target: Path, case: Case | None = None, batches: list[Batch] |
 
 def _shapes(batch: int) -> Iterator[Batch]:
     """The first batches of a run on the embedded images, as MAE augments them."""
-    recipe = Recipe((View((224, 224), crop=(0.2, 1.0), interpolation="bicubic", flip_p=0.5),))
+    augmentation = Augmentation((View((224, 224), crop=(0.2, 1.0), interpolation="bicubic", flip_p=0.5),))
     source = open_source(f"shapes:count={batch * STEPS},size=224")
-    yield from Loader(source, recipe, batch, workers=0, device=DEVICE).epoch(0)
+    yield from Loader(source, augmentation, batch, workers=0, device=DEVICE).epoch(0)

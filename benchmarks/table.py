@@ -48,8 +48,17 @@ be faster. *memory*: the most that one call holds beyond its inputs, in MB: ours
 other programs took this share of the processors meanwhile, so the times mean little and no ratio is stated."""
 
 HEADER = (
-    "op", "size", "implementation", "ours", "official", "best torch", "limit", "× official", "× best torch", "memory",
-)  # fmt: skip
+    "op",
+    "size",
+    "implementation",
+    "ours",
+    "official",
+    "best torch",
+    "limit",
+    "× official",
+    "× best torch",
+    "memory",
+)
 
 
 class Problem(Exception):

@@ -96,12 +96,7 @@ def test_augment(benchmark, what, batch, side, chances):
             "torchvision on tensors": lambda: image_by_image(images, args, tensor_blur),
             "plain torch": lambda: with_plain_torch(plain_state, args),
         },
-        adapt={
-            "ours": means,
-            "plain torch": means,
-            "official": means_of_each,
-            "torchvision on tensors": means_of_each,
-        },
+        adapt={"ours": means, "plain torch": means, "official": means_of_each, "torchvision on tensors": means_of_each},
         bytes_moved=2 * images.nbytes if side == 224 else 0,
     )
     compare(benchmark, case)

@@ -30,15 +30,18 @@ def row(benchmark, op, size, dtype, ours, official, inputs, operations, **others
 
         return run
 
-    compare(benchmark, Case(
-        op=op,
-        size=f"{size}, {dtype_name}{' autocast' if dtype == torch.bfloat16 else ''}, forward + backward",
-        kernel="linear_fwd",
-        contestants={name: contestant(way) for name, way in {"ours": ours, "official": official, **others}.items()},
-        expected=forward_backward(official, *inputs, upstream=upstream.float()),
-        operations=operations,
-        dtype=dtype,
-    ))  # fmt: skip
+    compare(
+        benchmark,
+        Case(
+            op=op,
+            size=f"{size}, {dtype_name}{' autocast' if dtype == torch.bfloat16 else ''}, forward + backward",
+            kernel="linear_fwd",
+            contestants={name: contestant(way) for name, way in {"ours": ours, "official": official, **others}.items()},
+            expected=forward_backward(official, *inputs, upstream=upstream.float()),
+            operations=operations,
+            dtype=dtype,
+        ),
+    )
 
 
 @pytest.mark.parametrize("tokens, depth, columns", LAYERS)
@@ -47,8 +50,16 @@ def test_linear(benchmark, tokens, depth, columns, dtype):
     x = torch.randn(tokens, depth, device=DEVICE).to(DTYPES[dtype]).float().requires_grad_()
     weight, bias = weights((columns, depth), (columns,))
     inputs = x, weight, bias
-    row(benchmark, "linear", f"{tokens:,} × {depth:,} → {columns:,}", dtype, lambda: linear(*inputs),
-        lambda: F.linear(*inputs), inputs, 6 * tokens * depth * columns)  # fmt: skip
+    row(
+        benchmark,
+        "linear",
+        f"{tokens:,} × {depth:,} → {columns:,}",
+        dtype,
+        lambda: linear(*inputs),
+        lambda: F.linear(*inputs),
+        inputs,
+        6 * tokens * depth * columns,
+    )
 
 
 @pytest.mark.parametrize("tokens, width", MLPS)
@@ -65,5 +76,14 @@ def test_mlp(benchmark, tokens, width, dtype):
         _, first, one, second, two = inputs
         return linear(linear(x, first, one), second, two, gelu=True)
 
-    row(benchmark, "linear, GELU, linear", f"{tokens:,} × {width} → {4 * width:,} → {width}", dtype, ours, official,
-        inputs, 48 * tokens * width**2, **{"torch.compile": torch.compile(official, dynamic=False)})  # fmt: skip
+    row(
+        benchmark,
+        "linear, GELU, linear",
+        f"{tokens:,} × {width} → {4 * width:,} → {width}",
+        dtype,
+        ours,
+        official,
+        inputs,
+        48 * tokens * width**2,
+        **{"torch.compile": torch.compile(official, dynamic=False)},
+    )

@@ -11,7 +11,7 @@ from lightly.loss import NTXentLoss as LightlyNTXentLoss
 from lightly.models.utils import update_momentum
 from timm.utils import ModelEmaV3
 
-from fastssl.nn import InfoNCELoss, MaskedPatchLoss, MomentumTwin, NTXentLoss, accelerate, random_masking
+from fastssl.nn import InfoNCELoss, MaskedPatchLoss, MomentumEncoder, NTXentLoss, accelerate, random_masking
 
 from .harness import DTYPES, Case, compare, forward_backward
 from .machine import DEVICE
@@ -19,11 +19,10 @@ from .machine import DEVICE
 TAU = 0.2
 
 
-@pytest.mark.parametrize("name, batch, dtype", [
-    ("vit_base_patch16_224", 4, "fp32"),
-    ("vit_small_patch16_224", 4, "fp32"),
-    ("vit_tiny_patch16_224", 2, "bf16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, batch, dtype",
+    [("vit_base_patch16_224", 4, "fp32"), ("vit_small_patch16_224", 4, "fp32"), ("vit_tiny_patch16_224", 2, "bf16")],
+)
 def test_accelerate(benchmark, name, batch, dtype):
     """A step of a supervised ViT without the optimizer; official is timm's own formula, SDPA what timm takes by
     itself. The gradients compared are those of the first layer and the last."""
@@ -43,14 +42,17 @@ def test_accelerate(benchmark, name, batch, dtype):
         model.zero_grad()
         return loss.detach().to(dtype), *gradients
 
-    compare(benchmark, Case(
-        op="accelerate",
-        size=f"timm `{name}`, B={batch}, 224², {dtype}{' autocast' if dtype == 'bf16' else ''}, forward + backward",
-        kernel="attention_fwd",
-        contestants={who: lambda model=model: step(model) for who, model in models.items()},
-        expected=lambda: step(models["official"], torch.float32),
-        dtype=DTYPES[dtype],
-    ))  # fmt: skip
+    compare(
+        benchmark,
+        Case(
+            op="accelerate",
+            size=f"timm `{name}`, B={batch}, 224², {dtype}{' autocast' if dtype == 'bf16' else ''}, forward + backward",
+            kernel="attention_fwd",
+            contestants={who: lambda model=model: step(model) for who, model in models.items()},
+            expected=lambda: step(models["official"], torch.float32),
+            dtype=DTYPES[dtype],
+        ),
+    )
 
 
 @pytest.mark.parametrize("batch", [256, 2048])
@@ -66,13 +68,16 @@ def test_nt_xent_loss(benchmark, batch, width=128):
         return F.cross_entropy((z @ z.T / TAU).masked_fill(itself, float("-inf")), labels)
 
     ways = {"ours": lambda: ours(z1, z2), "official": official, "lightly": lambda: lightly(z1, z2)}
-    compare(benchmark, Case(
-        op="NTXentLoss",
-        size=f"2 × {batch:,}, D={width}, fp32, forward + backward",
-        kernel="nt_xent_fwd",
-        contestants={name: forward_backward(way, z1, z2) for name, way in ways.items()},
-        operations=3 * (2 * batch) ** 2 * width,
-    ))  # fmt: skip
+    compare(
+        benchmark,
+        Case(
+            op="NTXentLoss",
+            size=f"2 × {batch:,}, D={width}, fp32, forward + backward",
+            kernel="nt_xent_fwd",
+            contestants={name: forward_backward(way, z1, z2) for name, way in ways.items()},
+            operations=3 * (2 * batch) ** 2 * width,
+        ),
+    )
 
 
 @pytest.mark.parametrize("batch, length", [(256, 65536), (256, 4096), (32, 65536)])
@@ -96,20 +101,23 @@ def test_info_nce_loss(benchmark, batch, length, width=128):
         return F.cross_entropy(logits, labels)
 
     ways = {"ours": lambda: ours(q, k), "official": official, "lightly": lambda: lightly(q, k)}
-    compare(benchmark, Case(
-        op="InfoNCELoss",
-        size=f"B={batch}, D={width}, K={length:,}, fp32, forward + backward, enqueue",
-        kernel="info_nce_fwd",
-        contestants={name: forward_backward(way, q) for name, way in ways.items()},
-        operations=4 * batch * length * width,
-    ))  # fmt: skip
+    compare(
+        benchmark,
+        Case(
+            op="InfoNCELoss",
+            size=f"B={batch}, D={width}, K={length:,}, fp32, forward + backward, enqueue",
+            kernel="info_nce_fwd",
+            contestants={name: forward_backward(way, q) for name, way in ways.items()},
+            operations=4 * batch * length * width,
+        ),
+    )
 
 
 def test_momentum_twin(benchmark, momentum=0.999):
     """Of a ResNet-50 with its batch norms' statistics, which timm averages too."""
     model = timm.create_model("resnet50", pretrained=False).to(DEVICE)
     twins = {
-        "ours": MomentumTwin(model, momentum, buffers="average"),
+        "ours": MomentumEncoder(model, momentum, buffers="average"),
         "official": copy.deepcopy(model),
         "lightly": copy.deepcopy(model),
         "timm": ModelEmaV3(model, momentum),
@@ -136,12 +144,15 @@ def test_momentum_twin(benchmark, momentum=0.999):
         updates[name](twins[name])
         return list(twins[name].parameters())
 
-    compare(benchmark, Case(
-        op="MomentumTwin",
-        size="ResNet-50, fp32; ours and timm with the buffers",
-        kernel="ema_update_",
-        contestants={name: lambda name=name: run(name) for name in twins},
-    ))  # fmt: skip
+    compare(
+        benchmark,
+        Case(
+            op="MomentumEncoder",
+            size="ResNet-50, fp32; ours and timm with the buffers",
+            kernel="ema_update_",
+            contestants={name: lambda name=name: run(name) for name in twins},
+        ),
+    )
 
 
 @pytest.mark.parametrize("batch", [64])
@@ -168,17 +179,20 @@ def test_random_masking(benchmark, batch, length=196, width=768, ratio=0.75):
 
         return run
 
-    compare(benchmark, Case(
-        op="random_masking (nn)",
-        size=f"B={batch}, {length} → {keep} tokens, D={width}, fp32, forward + backward",
-        kernel="random_masking",
-        contestants={
-            "ours": contestant(lambda: random_masking(x, ratio)),
-            "official": contestant(lambda: official(expand=False)),
-            "gather, expand": contestant(lambda: official(expand=True)),
-        },
-        bytes_moved=4 * batch * width * (2 * keep + keep + length),
-    ))  # fmt: skip
+    compare(
+        benchmark,
+        Case(
+            op="random_masking (nn)",
+            size=f"B={batch}, {length} → {keep} tokens, D={width}, fp32, forward + backward",
+            kernel="random_masking",
+            contestants={
+                "ours": contestant(lambda: random_masking(x, ratio)),
+                "official": contestant(lambda: official(expand=False)),
+                "gather, expand": contestant(lambda: official(expand=True)),
+            },
+            bytes_moved=4 * batch * width * (2 * keep + keep + length),
+        ),
+    )
 
 
 @pytest.mark.parametrize("batch", [64])
@@ -196,12 +210,15 @@ def test_masked_patch_loss(benchmark, batch, size=224, patch=16, masked=147):
         return (loss * mask).sum() / mask.sum()
 
     ours = MaskedPatchLoss(patch, norm_pix_loss=True)
-    compare(benchmark, Case(
-        op="MaskedPatchLoss",
-        size=f"B={batch}, {size}², patch {patch}, norm_pix, {masked} of {side**2}, fp32, forward + backward",
-        kernel="masked_patch_mse_fwd",
-        contestants={
-            "ours": forward_backward(lambda: ours(images, pred, mask), pred),
-            "official": forward_backward(official, pred),
-        },
-    ))  # fmt: skip
+    compare(
+        benchmark,
+        Case(
+            op="MaskedPatchLoss",
+            size=f"B={batch}, {size}², patch {patch}, norm_pix, {masked} of {side**2}, fp32, forward + backward",
+            kernel="masked_patch_mse_fwd",
+            contestants={
+                "ours": forward_backward(lambda: ours(images, pred, mask), pred),
+                "official": forward_backward(official, pred),
+            },
+        ),
+    )

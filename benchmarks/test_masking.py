@@ -85,9 +85,15 @@ def test_random_masking_with_gather(benchmark, batch, width=768):
 
 @pytest.mark.parametrize(
     "batch, tokens, width, gradient",
-    [(256, MAE, 768, False), (256, MAE, 768, True), (64, MAE, 768, True), (1, MAE, 768, True), (2, TINY, 64, False),
-     (2, TINY, 64, True)],
-)  # fmt: skip
+    [
+        (256, MAE, 768, False),
+        (256, MAE, 768, True),
+        (64, MAE, 768, True),
+        (1, MAE, 768, True),
+        (2, TINY, 64, False),
+        (2, TINY, 64, True),
+    ],
+)
 def test_keep_tokens(benchmark, batch, tokens, width, gradient):
     length, keep = tokens
     x = torch.randn(batch, length, width, device=DEVICE, requires_grad=gradient)
@@ -120,9 +126,15 @@ def test_keep_tokens(benchmark, batch, tokens, width, gradient):
 
 @pytest.mark.parametrize(
     "batch, tokens, width, gradient",
-    [(256, MAE, 512, False), (256, MAE, 512, True), (64, MAE, 512, True), (1, MAE, 512, True), (2, TINY, 64, False),
-     (2, TINY, 64, True)],
-)  # fmt: skip
+    [
+        (256, MAE, 512, False),
+        (256, MAE, 512, True),
+        (64, MAE, 512, True),
+        (1, MAE, 512, True),
+        (2, TINY, 64, False),
+        (2, TINY, 64, True),
+    ],
+)
 def test_restore_tokens(benchmark, batch, tokens, width, gradient):
     length, keep = tokens
     x = torch.randn(batch, 1 + keep, width, device=DEVICE, requires_grad=gradient)

@@ -16,7 +16,7 @@ from fastssl.cli_pretrain import pretrain
 from fastssl.data.source import names as source_names
 from fastssl.machine import facts
 from fastssl.run import method_names, open_run
-from fastssl.train.leave import Left
+from fastssl.train.signals import Interrupted
 from fastssl.weights import FORMATS, export
 
 HELP = f"""fastssl {fastssl.__version__} · fast self-supervised visual pretraining
@@ -28,8 +28,8 @@ HELP = f"""fastssl {fastssl.__version__} · fast self-supervised visual pretrain
   fastssl report RUN [RUN ...]             one self-contained report.html of a run, or of several side by side
   fastssl export RUN --format FORMAT       weights for timm, torchvision, the official code, or as safetensors
   fastssl data check SOURCE                every image: sizes, formats, bad files, images/s of each engine
-  fastssl data show SOURCE --recipe METHOD augmented views, as a picture
-  fastssl bench --data SOURCE              images/s of each recipe and engine
+  fastssl data show SOURCE --augmentation METHOD augmented views, as a picture
+  fastssl bench --data SOURCE              images/s of each augmentation and engine
   fastssl env                              versions, processor level, and which kernel serves which op
 
   METHOD   {", ".join(method_names())}
@@ -42,8 +42,15 @@ HELP = f"""fastssl {fastssl.__version__} · fast self-supervised visual pretrain
 
 def main() -> None:
     words = [word for word in sys.argv[1:] if word != "--debug"]
-    commands = {"pretrain": pretrain, "eval": evaluate, "report": report, "export": export_weights, "env": env,
-                "data": cli_data.data, "bench": cli_data.bench}  # fmt: skip
+    commands = {
+        "pretrain": pretrain,
+        "eval": evaluate,
+        "report": report,
+        "export": export_weights,
+        "env": env,
+        "data": cli_data.data,
+        "bench": cli_data.bench,
+    }
     if (words[-1:] in ([], ["-h"], ["--help"]) and words[:-1] in ([], ["pretrain"])) or words == ["pretrain"]:
         print(HELP)
         return
@@ -56,9 +63,9 @@ def main() -> None:
             commands[words[0]](words[1:])
     except KeyboardInterrupt:
         sys.exit("fastssl: stopped; a run goes on from its last checkpoint with: fastssl pretrain --resume RUN")
-    except Left as left:
-        print(f"fastssl: {left}; the run goes on with: fastssl pretrain --resume RUN", file=sys.stderr)
-        sys.exit(left.code)
+    except Interrupted as interrupted:
+        print(f"fastssl: {interrupted}; the run goes on with: fastssl pretrain --resume RUN", file=sys.stderr)
+        sys.exit(interrupted.code)
     except (ValueError, OSError) as error:
         if "--debug" in sys.argv:
             raise

@@ -12,21 +12,21 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastssl.data import recipe as recipes
+from fastssl.data import augmentation as augmentations
+from fastssl.data.augmentation import Augmentation
 from fastssl.data.contact_sheet import sheet
 from fastssl.data.findings import check
 from fastssl.data.loader import ENGINES, Loader, has_dali
-from fastssl.data.recipe import Recipe
 from fastssl.data.source import Source, open_source
 from fastssl.data.timing import Speed, cores, speed
 from fastssl.run import method_module, method_names
 
-OTHER_RECIPES = ("multi_crop", "evaluation")
+OTHER_AUGMENTATIONS = ("multi_crop", "evaluation")
 SHOWN_BAD = 20  # bad files that are named; all of them go into the file that --bad-files names
 
 
 def data(words: list[str]) -> None:
-    """fastssl data check SOURCE | fastssl data show SOURCE --recipe RECIPE"""
+    """fastssl data check SOURCE | fastssl data show SOURCE --augmentation AUGMENTATION"""
     commands = {"check": _check, "show": _show}
     if words in (["-h"], ["--help"]):
         print(data.__doc__)
@@ -48,7 +48,7 @@ def _check(words: list[str]) -> None:
         workers: int = min(2, cores())
         """processes that decode"""
         seconds: float = 5.0
-        """to time each engine for, with the recipe of MoCo v2; 0 for not at all"""
+        """to time each engine for, with the augmentation of MoCo v2; 0 for not at all"""
         bad_files: Path | None = None
         """file to write the names of all bad files to"""
 
@@ -69,10 +69,10 @@ def _check(words: list[str]) -> None:
     if flags.bad_files:
         flags.bad_files.write_text("".join(f"{line}\n" for line in found.bad))
     if flags.seconds and found.good:
-        recipe = recipe_of("moco_v2", source)
+        augmentation = augmentation_of("moco_v2", source)
         for engine in engines():
-            seen = measured(source, recipe, engine, min(64, len(source)), flags.workers, flags.seconds)
-            said = f"{_said(seen)} with the recipe of MoCo v2, {flags.workers} workers"
+            seen = measured(source, augmentation, engine, min(64, len(source)), flags.workers, flags.seconds)
+            said = f"{_said(seen)} with the augmentation of MoCo v2, {flags.workers} workers"
             console.print(f"{engine:<12} {said}", soft_wrap=True)
 
 
@@ -92,11 +92,11 @@ def _facts(found, total: int, split: str, took: float):
 def _show(words: list[str]) -> None:
     @dataclasses.dataclass
     class Flags:
-        """A contact sheet: each row an image, in several draws of the recipe's views, as a method would see them."""
+        """A contact sheet: each row an image, several draws of the augmentation's views, as a method would see them."""
 
         source: tyro.conf.Positional[str]
         """folder:PATH, webdataset:SHARDS, …"""
-        recipe: str = "moco_v2"
+        augmentation: str = "moco_v2"
         """a method, multi_crop or evaluation"""
         engine: str = "torchvision"
         """torchvision or dali"""
@@ -105,7 +105,7 @@ def _show(words: list[str]) -> None:
         columns: int = 4
         """draws of each"""
         image_size: tuple[int, int] | None = None
-        """height and width of a view, the recipe's own if not given"""
+        """height and width of a view, the augmentation's own if not given"""
         seed: int = 0
         """of the draws"""
         to: Path = Path("views.png")
@@ -115,10 +115,10 @@ def _show(words: list[str]) -> None:
     _at_least(1, rows=flags.rows, columns=flags.columns, image_size=min(flags.image_size or (1, 1)))
     _at_least(0, seed=flags.seed)
     source = open_source(flags.source)
-    recipe = recipe_of(flags.recipe, source, flags.image_size)
+    augmentation = augmentation_of(flags.augmentation, source, flags.image_size)
     if not flags.to.absolute().parent.is_dir():
         raise ValueError(f"data: there is no folder {flags.to.absolute().parent} to write {flags.to.name} into")
-    sheet(source, recipe, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
+    sheet(source, augmentation, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
     print(flags.to)
 
 
@@ -127,11 +127,11 @@ def bench(words: list[str]) -> None:
 
     @dataclasses.dataclass
     class Flags:
-        """Images/s and processor seconds of each recipe and engine, in turn."""
+        """Images/s and processor seconds of each augmentation and engine, in turn."""
 
         data: str
         """folder:PATH, webdataset:SHARDS, …"""
-        recipe: tuple[str, ...] = ("mae", "moco_v2", "moco_v3", "evaluation")
+        augmentation: tuple[str, ...] = ("mae", "moco_v2", "moco_v3", "evaluation")
         """methods, multi_crop, evaluation"""
         engine: tuple[str, ...] = engines()
         """torchvision, dali"""
@@ -144,15 +144,15 @@ def bench(words: list[str]) -> None:
 
     flags = tyro.cli(Flags, args=words, prog="fastssl bench")
     _at_least(0, workers=flags.workers, seconds=flags.seconds)
-    _at_least(1, batch_size=flags.batch_size, recipe=len(flags.recipe), engine=len(flags.engine))
+    _at_least(1, batch_size=flags.batch_size, augmentation=len(flags.augmentation), engine=len(flags.engine))
     source = open_source(flags.data)
-    recipes_by_name = {name: recipe_of(name, source) for name in flags.recipe}
+    augmentations_by_name = {name: augmentation_of(name, source) for name in flags.augmentation}
     for engine in flags.engine:
-        Loader(source, next(iter(recipes_by_name.values())), 1, engine=engine)  # refuses one that is not there
+        Loader(source, next(iter(augmentations_by_name.values())), 1, engine=engine)  # refuses one that is not there
     how = f"{flags.workers} workers, batch {flags.batch_size}, {flags.seconds:g} s each, {len(source):,} images"
-    table = Table("recipe", "engine", "images/s", "CPU s / 1,000 images", title=how)
-    for (name, recipe), engine in itertools.product(recipes_by_name.items(), flags.engine):
-        seen = measured(source, recipe, engine, min(flags.batch_size, len(source)), flags.workers, flags.seconds)
+    table = Table("augmentation", "engine", "images/s", "CPU s / 1,000 images", title=how)
+    for (name, augmentation), engine in itertools.product(augmentations_by_name.items(), flags.engine):
+        seen = measured(source, augmentation, engine, min(flags.batch_size, len(source)), flags.workers, flags.seconds)
         table.add_row(name, engine, f"{seen.images_per_second:,.0f}", f"{seen.cpu_seconds:,.2f}")
     Console().print(table)
 
@@ -163,27 +163,31 @@ def _at_least(least: int, **flags: float) -> None:
             raise ValueError(f"data: --{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
-def measured(source: Source, recipe: Recipe, engine: str, batch_size: int, workers: int, seconds: float) -> Speed:
+def measured(
+    source: Source, augmentation: Augmentation, engine: str, batch_size: int, workers: int, seconds: float
+) -> Speed:
     """Of a loader, epoch after epoch, on a GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def start():
-        loader = Loader(source, recipe, batch_size, workers=workers, engine=engine, device=device, max_bad=1.0)
+        loader = Loader(source, augmentation, batch_size, workers=workers, engine=engine, device=device, max_bad=1.0)
         return (len(batch.index) for epoch in itertools.count() for batch in loader.epoch(epoch))
 
     return speed(start, seconds, warm_up=2 * max(1, workers) + 2)
 
 
-def recipe_of(name: str, source: Source, size: tuple[int, int] | None = None) -> Recipe:
-    """The recipe of a method (its preset `small` for small images), or another of `data.recipe`."""
-    if name in OTHER_RECIPES:
-        return getattr(recipes, name)(size or (224, 224))
+def augmentation_of(name: str, source: Source, size: tuple[int, int] | None = None) -> Augmentation:
+    """The augmentation of a method (its preset `small` for small images), or another of `data.augmentation`."""
+    if name in OTHER_AUGMENTATIONS:
+        return getattr(augmentations, name)(size or (224, 224))
     if name not in method_names():
-        raise ValueError(f"data: unknown recipe {name!r}, there are {', '.join((*method_names(), *OTHER_RECIPES))}")
+        raise ValueError(
+            f"data: unknown augmentation {name!r}, there are {', '.join((*method_names(), *OTHER_AUGMENTATIONS))}"
+        )
     config = method_module(name).Config
     small = source.size is not None and max(source.size) <= 64
     chosen = config.small() if small else config.paper()
-    return (dataclasses.replace(chosen, image_size=size) if size else chosen).recipe
+    return (dataclasses.replace(chosen, image_size=size) if size else chosen).augmentation
 
 
 def engines() -> tuple[str, ...]:

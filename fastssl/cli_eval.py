@@ -60,7 +60,7 @@ def evaluate(words: list[str]) -> None:
     try:
         commands[words[0]](words[1:])
     finally:
-        distributed.part()
+        distributed.shutdown()
 
 
 def _knn_command(words: list[str]) -> None:
@@ -161,7 +161,7 @@ class _Opened:
         self.step: int = state["step"]
         method = self.run.build()  # before the ranks meet: how large a batch each trained on is no matter here
         method.load_state_dict(state["model"])
-        self.device = distributed.join(device_named("auto"))
+        self.device = distributed.setup(device_named("auto"))
         self.method = method.to(self.device).eval().requires_grad_(False)
         self.where = _where(self.run, self.device)
 
@@ -273,7 +273,7 @@ def _knn(
 
 def _where(run: Run, device: torch.device) -> dict[str, Any]:
     """Device, workers and engine that images are loaded with."""
-    workers = share_cores(run.options.workers, device, distributed.ranks_here())
+    workers = share_cores(run.options.workers, device, distributed.local_world_size())
     return {"device": device, "workers": workers, "engine": engine_there(run.options.engine, device)}
 
 

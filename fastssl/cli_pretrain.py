@@ -32,18 +32,18 @@ def pretrain(words: list[str]) -> None:
         begin = not (run.folder / "config.json").exists()
         if not begin:
             run = _same(run, resume)
-    device = distributed.join(device_named(run.options.device))
+    device = distributed.setup(device_named(run.options.device))
     try:
         _pretrain(run, begin, device)
     except RuntimeError as error:
-        if distributed.is_loss_of_rank(error):
+        if distributed.is_peer_failure(error):
             raise ValueError(
                 f"pretrain: rank {distributed.rank()} of {distributed.world_size()} lost another one; checkpoints are "
                 f"intact, go on with: --resume {run.folder}"
             ) from error
         raise
     finally:
-        distributed.part()
+        distributed.shutdown()
 
 
 def _asked(words: list[str], method_name: str | None) -> Run:
@@ -141,7 +141,7 @@ def _pretrain(run: Run, begin: bool, device: torch.device) -> None:
     """All that may be refused is refused before anything is written."""
     options, training, world = run.options, run.config.training, distributed.world_size()
     check_sharding(training, options.execution)
-    workers = share_cores(options.workers, device, distributed.ranks_here())
+    workers = share_cores(options.workers, device, distributed.local_world_size())
     if device.type == "cpu":
         keep_memory()
     state = run.state() if checkpoint.files(run.checkpoints) else None
@@ -152,26 +152,37 @@ def _pretrain(run: Run, begin: bool, device: torch.device) -> None:
     others = len(open_source(options.data, "test")) if source.classes is not None else 0
     steps = len(loader) // training.accumulate
     if begin:
-        distributed.objects_of_ranks(None)  # none writes before all have looked
+        distributed.all_gather_object(None)  # none writes before all have looked
         if distributed.rank() == 0:
             run.folder.mkdir(parents=True, exist_ok=True)
             run.save()
-        _say(f"{run.method_name} on {options.data} with the preset `{run.facts['preset']}`: {training.epochs} epochs "
-             f"of {len(source)} images ({others} others for kNN), batch {training.batch_size}"
-             f"{_shares(training.accumulate)} → {run.folder}")  # fmt: skip
+        _say(
+            f"{run.method_name} on {options.data} with the preset `{run.facts['preset']}`: {training.epochs} epochs "
+            f"of {len(source)} images ({others} others for kNN), batch {training.batch_size}"
+            f"{_shares(training.accumulate)} → {run.folder}"
+        )
     else:
         step = state["step"] if state else 0
         _say(f"{run.method_name} on {options.data}: going on after step {step} of {run.folder}")
         if state and len(state["random"]) != world:
-            _say(f"the run was on {len(state['random'])} ranks and is on {world} now: the same images in the same "
-                 f"order, other sums and shuffles: no longer bit for bit the run that it would have been")  # fmt: skip
+            _say(
+                f"the run was on {len(state['random'])} ranks and is on {world} now: the same images in the same "
+                f"order, other sums and shuffles: no longer bit for bit the run that it would have been"
+            )
     evaluate = functools.partial(_evaluate, run, method, device, open_source(options.data, "test"), steps)
     if state is None:
         evaluate(0)
     train(
-        method, run.method_name, loader.epoch, steps, training, options.execution, run.folder,
-        resume=state, after_epoch=lambda epoch: _due(options, training, epoch) and evaluate(epoch),
-    )  # fmt: skip
+        method,
+        run.method_name,
+        loader.epoch,
+        steps,
+        training,
+        options.execution,
+        run.folder,
+        resume=state,
+        after_epoch=lambda epoch: _due(options, training, epoch) and evaluate(epoch),
+    )
     if loader.bad:
         print(f"{loader.bad} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")
     evaluate(training.epochs)
@@ -206,13 +217,23 @@ def _loader(run: Run, source: Source, device: torch.device, workers: int, engine
             f"data: the batch of {training.batch_size} is larger than the data, which has {len(source)} images"
         )
     if training.batch_size % (world * training.accumulate):
-        raise ValueError(f"pretrain: --batch-size must be divisible by {world} ranks times --accumulate "
-                         f"{training.accumulate}, got {training.batch_size}")  # fmt: skip
+        raise ValueError(
+            f"pretrain: --batch-size must be divisible by {world} ranks times --accumulate "
+            f"{training.accumulate}, got {training.batch_size}"
+        )
     return Loader(
-        source, run.config.recipe, training.batch_size // (world * training.accumulate), seed=options.seed,
-        workers=workers, device=device, engine=engine, rank=distributed.rank(), world=world,
-        bad_files=run.folder / "bad_files.txt", max_bad=options.max_bad,
-    )  # fmt: skip
+        source,
+        run.config.augmentation,
+        training.batch_size // (world * training.accumulate),
+        seed=options.seed,
+        workers=workers,
+        device=device,
+        engine=engine,
+        rank=distributed.rank(),
+        world=world,
+        bad_files=run.folder / "bad_files.txt",
+        max_bad=options.max_bad,
+    )
 
 
 def _due(options: Options, training, epoch: int) -> bool:
@@ -225,7 +246,7 @@ def _evaluate(run: Run, method, device: torch.device, test: Source, steps_per_ep
     if run.options.execution.shard:
         _say("with --shard there is no kNN during the run: fastssl eval knn has it of the checkpoints")
         return
-    distributed.buffers_of_rank_0(method)
+    distributed.broadcast_buffers(method)
     write_knn(run, method, epoch * steps_per_epoch, epoch, device)
     if hasattr(method, "reconstruct") and distributed.rank() == 0:
         images = first_images(test, run.config.image_size).to(device)

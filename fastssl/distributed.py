@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 if hasattr(dist, "all_gather_single"):  # their names from torch 2.14 on; the older ones warn there
-    _all_gather, _reduce_scatter = dist.all_gather_single, dist.reduce_scatter_single
+    _all_gather_single, _reduce_scatter_single = dist.all_gather_single, dist.reduce_scatter_single
 elif dist.is_available():
-    _all_gather, _reduce_scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+    _all_gather_single, _reduce_scatter_single = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
 
-def join(device: torch.device) -> torch.device:
+def setup(device: torch.device) -> torch.device:
     """Joins the processes that torchrun started and returns this one's device; alone it returns `device`.
 
     Tensors on GPUs go by NCCL and those on the CPU by gloo.
@@ -30,19 +30,19 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
-def part() -> None:
-    """Undoes `join`."""
+def shutdown() -> None:
+    """Destroys the process group that `setup` created."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def is_loss_of_rank(error: RuntimeError) -> bool:
+def is_peer_failure(error: RuntimeError) -> bool:
     """True for what a collective raises where another process has gone."""
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
     return world_size() > 1 and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
 
 
-def ranks_here() -> int:
+def local_world_size() -> int:
     """Processes on this machine that train together."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
@@ -58,33 +58,33 @@ def rank() -> int:
 
 
 @torch.no_grad()
-def gather(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """[B, …] of every rank → [world · B, …] in rank order; no gradient."""
-    return _gather(x) if world_size() > 1 else x
+    return _all_gather(x) if world_size() > 1 else x
 
 
-def gather_with_grad(x: Tensor) -> Tensor:
+def all_gather_with_grad(x: Tensor) -> Tensor:
     """[B, …] of every rank → [world · B, …] in rank order, with gradient to every rank's part."""
-    return _Gather.apply(x) if world_size() > 1 else x
+    return _AllGather.apply(x) if world_size() > 1 else x
 
 
-def exchange(x: Tensor) -> Tensor:
+def all_to_all(x: Tensor) -> Tensor:
     """[world, …] → [world, …]: row d goes to rank d, row r of the result came from rank r. With gradient."""
-    return _Exchange.apply(x) if world_size() > 1 else x
+    return _AllToAll.apply(x) if world_size() > 1 else x
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
+def all_sum(x: Tensor) -> Tensor:
     """The sum of every rank's x, with gradient."""
-    return _Sum.apply(x) if world_size() > 1 else x
+    return _AllSum.apply(x) if world_size() > 1 else x
 
 
 @torch.no_grad()
-def average(x: Tensor) -> Tensor:
+def all_mean(x: Tensor) -> Tensor:
     """The mean of every rank's x; no gradient."""
-    return _Sum.apply(x) / world_size() if world_size() > 1 else x
+    return _AllSum.apply(x) / world_size() if world_size() > 1 else x
 
 
-def objects_of_ranks(x: object) -> list:
+def all_gather_object(x: object) -> list:
     """Every rank's x, in rank order; for what is small and rare."""
     if world_size() == 1:
         return [x]
@@ -94,7 +94,7 @@ def objects_of_ranks(x: object) -> list:
 
 
 @torch.no_grad()
-def buffers_of_rank_0(module: nn.Module) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """Overwrites the buffers of every rank with those of rank 0. Batch norms of each rank keep running statistics of
     what they see; those of rank 0 are the ones that are saved and evaluated, as with the reference code."""
     if world_size() > 1:
@@ -135,25 +135,25 @@ def _deal(x: Tensor, back: bool) -> Tensor:
     return out
 
 
-def _gather(x: Tensor) -> Tensor:
+def _all_gather(x: Tensor) -> Tensor:
     out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-    _all_gather(out, x.contiguous())
+    _all_gather_single(out, x.contiguous())
     return out
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        return _gather(x)
+        return _all_gather(x)
 
     @staticmethod
     def backward(ctx, dout):
         dx = dout.new_empty(dout.shape[0] // world_size(), *dout.shape[1:])
-        _reduce_scatter(dx, dout.contiguous())
+        _reduce_scatter_single(dx, dout.contiguous())
         return dx
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -162,10 +162,10 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        return _Exchange.apply(dout)
+        return _AllToAll.apply(dout)
 
 
-class _Sum(torch.autograd.Function):
+class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         out = x.clone(memory_format=torch.contiguous_format)
@@ -174,4 +174,4 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        return _Sum.apply(dout)
+        return _AllSum.apply(dout)

@@ -25,7 +25,7 @@ from torch import nn
 
 import fastssl.methods
 from fastssl.train import checkpoint
-from fastssl.train.recipe import Execution
+from fastssl.train.config import Execution
 
 
 def method_names() -> list[str]:
@@ -76,8 +76,12 @@ class Run:
     facts: dict = field(default_factory=dict)  # versions and machine it ran on
 
     def save(self) -> None:
-        record = {"method": self.method_name, "options": dataclasses.asdict(self.options),
-                  "config": dataclasses.asdict(self.config), "facts": self.facts}  # fmt: skip
+        record = {
+            "method": self.method_name,
+            "options": dataclasses.asdict(self.options),
+            "config": dataclasses.asdict(self.config),
+            "facts": self.facts,
+        }
         (self.folder / "config.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
 
     @property

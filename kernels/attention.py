@@ -40,13 +40,7 @@ from torch import Tensor
 from .tile import LN2, LOG2E, LOWEST, TRITON_DTYPES, card, choose, power_of_2, precision, rows, two_floats, wide
 
 # {architecture: {bytes of an element: {widest head: (longest BLOCK_L, BLOCK_M, warps at that length, stages)}}}
-FORWARD = {
-    "sm_80": {
-        2: {64: (256, 32, 8, 2), 128: (128, 32, 8, 2)},
-        4: {64: (64, 32, 8, 1)},
-        8: {64: (32, 32, 4, 1)},
-    },
-}
+FORWARD = {"sm_80": {2: {64: (256, 32, 8, 2), 128: (128, 32, 8, 2)}, 4: {64: (64, 32, 8, 1)}, 8: {64: (32, 32, 4, 1)}}}
 FORWARD |= {arch: FORWARD["sm_80"] for arch in ("sm_100", "gfx942")}
 FORWARD["sm_90"] = FORWARD["sm_80"] | {2: {64: (64, 64, 4, 3), 128: (128, 32, 8, 2)}}  # measured, on an H200
 FORWARD["sm_120"] = FORWARD["sm_80"] | {8: {64: (16, 16, 8, 1)}}  # no tensor cores for float64
@@ -109,10 +103,34 @@ def _head(x_ptr, head, H, stride_b, stride_h):
 
 
 @triton.jit
-def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, L, M, H, E, scale, rest, blocks, stride_qb, stride_ql, stride_qh,
-             stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
-             WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_E: tl.constexpr):  # fmt: skip
+def _forward(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    L,
+    M,
+    H,
+    E,
+    scale,
+    rest,
+    blocks,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
     head = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK_L
@@ -142,8 +160,9 @@ def _forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, L, M, H, E, scale, rest, blo
 
 
 @triton.jit
-def _gradients(q, k, v, dout, lse, delta, start, M, scale, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-               WIDE: tl.constexpr):  # fmt: skip
+def _gradients(
+    q, k, v, dout, lse, delta, start, M, scale, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
+):
     """(weights, dscores) of a tile [queries, keys], dscores without the factor `scale`."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=WIDE) * scale
     weights = tl.exp2((scores - lse[:, None]) * LOG2E)
@@ -160,11 +179,41 @@ def _delta(out_ptr, dout, first, L, stride, E, WIDE: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale, rest,
-                       stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
-                       stride_kh, stride_vb, stride_vl, stride_vh, PACKED: tl.constexpr, WIDE: tl.constexpr,
-                       PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_E: tl.constexpr):  # fmt: skip
+def _backward_resident(
+    dout_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    L,
+    M,
+    H,
+    E,
+    scale,
+    rest,
+    stride_ob,
+    stride_ol,
+    stride_oh,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    PACKED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     """One head: its queries and their gradients stay while the keys pass, BLOCK_M at a time."""
     scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
     head = tl.program_id(0)
@@ -196,10 +245,41 @@ def _backward_resident(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, 
 
 
 @triton.jit
-def _backward_by_block(dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, L, M, H, E, scale, rest,
-                       blocks, stride_ob, stride_ol, stride_oh, stride_qb, stride_ql, stride_qh, stride_kb, stride_kl,
-                       stride_kh, stride_vb, stride_vl, stride_vh, PACKED: tl.constexpr, WIDE: tl.constexpr,
-                       PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):  # fmt: skip
+def _backward_by_block(
+    dout_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    L,
+    M,
+    H,
+    E,
+    scale,
+    rest,
+    blocks,
+    stride_ob,
+    stride_ol,
+    stride_oh,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    PACKED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     """One tile of keys, which meets all queries, and one tile of queries, which meets all keys."""
     scale = tl.cast(scale, WIDE) + tl.cast(rest, WIDE)
     head = tl.program_id(0) // blocks
@@ -287,10 +367,28 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
         cut = forward_plan(L, E, q.element_size(), card(q).arch)
         blocks = triton.cdiv(L, cut.block_l)
         _forward[(B * H * blocks,)](
-            q, k, v, out, lse, L, M, H, E, *two_floats(scale), blocks, *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], WIDE=TRITON_DTYPES[dtype], PRECISION=precision(q.dtype), BLOCK_L=cut.block_l,
-            BLOCK_M=cut.block_m, BLOCK_E=cut.block_e, num_warps=cut.warps, num_stages=cut.stages,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            out,
+            lse,
+            L,
+            M,
+            H,
+            E,
+            *two_floats(scale),
+            blocks,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            WIDE=TRITON_DTYPES[dtype],
+            PRECISION=precision(q.dtype),
+            BLOCK_L=cut.block_l,
+            BLOCK_M=cut.block_m,
+            BLOCK_E=cut.block_e,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
     return out, lse
 
 
@@ -326,10 +424,13 @@ def _backward(dout: Tensor, inputs: tuple, out: Tensor, lse: Tensor, scale: floa
     tensors = (dout, q, k, v, out, lse, *gradients, L, M, H, E, *two_floats(scale))
     strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     options = {
-        "PACKED": gradients[0].stride(1) // (H * E), "WIDE": TRITON_DTYPES[lse.dtype],
-        "PRECISION": precision(q.dtype), "BLOCK_E": cut.block_e,
-        "num_warps": cut.warps, "num_stages": cut.stages,
-    }  # fmt: skip
+        "PACKED": gradients[0].stride(1) // (H * E),
+        "WIDE": TRITON_DTYPES[lse.dtype],
+        "PRECISION": precision(q.dtype),
+        "BLOCK_E": cut.block_e,
+        "num_warps": cut.warps,
+        "num_stages": cut.stages,
+    }
     if cut.resident:
         _backward_resident[(B * H,)](*tensors, *strides, **options, BLOCK_L=cut.block_l, BLOCK_M=cut.block_m)
     else:

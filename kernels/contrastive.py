@@ -44,7 +44,7 @@ from .tile import (
     rows,
     splits,
     wide,
-)  # fmt: skip
+)
 
 # {architecture: {bytes of an operand: {widest D: (BLOCK_B, BLOCK_K, CHUNK, warps, stages, programs a multiprocessor)}}}
 # A wider D is cut into parts as wide as the last row, one program each, which all compute the same logits. CHUNK is how
@@ -78,12 +78,7 @@ TILES["sm_120"] = TILES["sm_80"] | {
     8: {128: (16, 16, 32, 8, 1, 2)},  # no tensor cores for float64
 }
 TILES["gfx942"] = TILES["sm_80"] | {
-    2: {
-        32: (128, 32, 32, 8, 2, 1),
-        128: (128, 64, 32, 8, 2, 1),
-        256: (64, 32, 32, 4, 2, 1),
-        512: (64, 32, 64, 8, 2, 1),
-    },
+    2: {32: (128, 32, 32, 8, 2, 1), 128: (128, 64, 32, 8, 2, 1), 256: (64, 32, 32, 4, 2, 1), 512: (64, 32, 64, 8, 2, 1)}
 }
 
 QUEUE, BATCH, VIEWS = (tl.constexpr(i) for i in range(3))  # where the positive of a row is, and what a row must skip
@@ -108,8 +103,21 @@ def _rows(x_ptr, row, in_row, column, stride, D):
 
 
 @triton.jit
-def _dots(a_ptr, a_row, in_a, stride_a, b_ptr, b_row, in_b, stride_b, D, OPERAND: tl.constexpr, WIDE: tl.constexpr,
-          PRECISION: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def _dots(
+    a_ptr,
+    a_row,
+    in_a,
+    stride_a,
+    b_ptr,
+    b_row,
+    in_b,
+    stride_b,
+    D,
+    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """a · bᵀ of rows that are too wide to be held in registers: CHUNK columns at a time."""
     dots = tl.zeros([a_row.shape[0], b_row.shape[0]], WIDE)
     for start in range(0, D, CHUNK):
@@ -121,10 +129,33 @@ def _dots(a_ptr, a_row, in_a, stride_a, b_ptr, b_row, in_b, stride_b, D, OPERAND
 
 
 @triton.jit
-def _stream(q_ptr, keys_ptr, positives_ptr, tau_ptr, top_ptr, sum_ptr, above_ptr, weighted_ptr, B, K, D, first, each,
-            stride_q, stride_keys, stride_positives, KIND: tl.constexpr, GRAD: tl.constexpr, CHUNK: tl.constexpr,
-            OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-            BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _stream(
+    q_ptr,
+    keys_ptr,
+    positives_ptr,
+    tau_ptr,
+    top_ptr,
+    sum_ptr,
+    above_ptr,
+    weighted_ptr,
+    B,
+    K,
+    D,
+    first,
+    each,
+    stride_q,
+    stride_keys,
+    stride_positives,
+    KIND: tl.constexpr,
+    GRAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One part of the keys for one block of queries. Logits are in units of ln 2, so that exp2 serves them."""
     part = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -153,8 +184,9 @@ def _stream(q_ptr, keys_ptr, positives_ptr, tau_ptr, top_ptr, sum_ptr, above_ptr
             keys = _rows(keys_ptr, key, in_k, column, stride_keys, D).to(OPERAND)  # [BLOCK_K, BLOCK_D]
             scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=WIDE)
         else:
-            scores = _dots(q_ptr, row, in_b, stride_q, keys_ptr, key, in_k, stride_keys, D, OPERAND, WIDE, PRECISION,
-                           CHUNK)  # fmt: skip
+            scores = _dots(
+                q_ptr, row, in_b, stride_q, keys_ptr, key, in_k, stride_keys, D, OPERAND, WIDE, PRECISION, CHUNK
+            )
             if GRAD:
                 keys = _rows(keys_ptr, key, in_k, column, stride_keys, D).to(OPERAND)
         taken = in_k[None, :]
@@ -169,8 +201,9 @@ def _stream(q_ptr, keys_ptr, positives_ptr, tau_ptr, top_ptr, sum_ptr, above_ptr
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         if GRAD:
-            weighted = tl.dot(weights.to(OPERAND), keys, weighted * shrink[:, None], input_precision=PRECISION,
-                              out_dtype=WIDE)  # fmt: skip
+            weighted = tl.dot(
+                weights.to(OPERAND), keys, weighted * shrink[:, None], input_precision=PRECISION, out_dtype=WIDE
+            )
         top = new_top
 
     at = part.to(tl.int64) * B + row
@@ -183,9 +216,30 @@ def _stream(q_ptr, keys_ptr, positives_ptr, tau_ptr, top_ptr, sum_ptr, above_ptr
 
 
 @triton.jit
-def _merge(q_ptr, positives_ptr, tau_ptr, top_ptr, sum_ptr, above_ptr, weighted_ptr, loss_ptr, rank_ptr, lse_ptr,
-           dq_ptr, B, D, first, parts, stride_q, stride_positives, KIND: tl.constexpr, GRAD: tl.constexpr,
-           WIDE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _merge(
+    q_ptr,
+    positives_ptr,
+    tau_ptr,
+    top_ptr,
+    sum_ptr,
+    above_ptr,
+    weighted_ptr,
+    loss_ptr,
+    rank_ptr,
+    lse_ptr,
+    dq_ptr,
+    B,
+    D,
+    first,
+    parts,
+    stride_q,
+    stride_positives,
+    KIND: tl.constexpr,
+    GRAD: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One query: joins its parts, in order, with its positive."""
     row = tl.program_id(0)
     positive = _positive_of(row, B, first, KIND).to(tl.int64)
@@ -234,9 +288,30 @@ def _merge(q_ptr, positives_ptr, tau_ptr, top_ptr, sum_ptr, above_ptr, weighted_
 
 
 @triton.jit
-def _gather(own_ptr, others_ptr, tau_ptr, lse_ptr, dloss_ptr, unit_ptr, grad_ptr, R, C, D, first, each, stride_own,
-            stride_others, KIND: tl.constexpr, CHUNK: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr,
-            PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _gather(
+    own_ptr,
+    others_ptr,
+    tau_ptr,
+    lse_ptr,
+    dloss_ptr,
+    unit_ptr,
+    grad_ptr,
+    R,
+    C,
+    D,
+    first,
+    each,
+    stride_own,
+    stride_others,
+    KIND: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Gradient of BLOCK_B of the R rows `own` through one part of the C rows `others`, by whose softmax they count.
 
     With weight_rc = dloss_c · (softmax_c at r, less 1 where r is the positive of c) it is Σ_c weight_rc · others_c / τ.
@@ -261,8 +336,21 @@ def _gather(own_ptr, others_ptr, tau_ptr, lse_ptr, dloss_ptr, unit_ptr, grad_ptr
             others = _rows(others_ptr, other, in_c, column, stride_others, D).to(OPERAND)  # [BLOCK_K, BLOCK_D]
             scores = tl.dot(own, tl.trans(others), input_precision=PRECISION, out_dtype=WIDE)
         else:
-            scores = _dots(own_ptr, row, in_r, stride_own, others_ptr, other, in_c, stride_others, D, OPERAND, WIDE,
-                           PRECISION, CHUNK)  # fmt: skip
+            scores = _dots(
+                own_ptr,
+                row,
+                in_r,
+                stride_own,
+                others_ptr,
+                other,
+                in_c,
+                stride_others,
+                D,
+                OPERAND,
+                WIDE,
+                PRECISION,
+                CHUNK,
+            )
             others = _rows(others_ptr, other, in_c, column, stride_others, D).to(OPERAND)
         scores = scores * (1 / tau)
         lse = tl.load(lse_ptr + other, mask=in_c, other=float("inf"))
@@ -280,8 +368,9 @@ def _gather(own_ptr, others_ptr, tau_ptr, lse_ptr, dloss_ptr, unit_ptr, grad_ptr
         weights = tl.where(taken, weights, 0.0)  # also where a row that does not exist made a NaN
         grad = tl.dot(weights.to(OPERAND), others, grad, input_precision=PRECISION, out_dtype=WIDE)
     at = part.to(tl.int64) * R + row
-    tl.store(grad_ptr + at[:, None] * D + column[None, :], grad * (unit / tau),
-             mask=in_r[:, None] & (column < D)[None, :])  # fmt: skip
+    tl.store(
+        grad_ptr + at[:, None] * D + column[None, :], grad * (unit / tau), mask=in_r[:, None] & (column < D)[None, :]
+    )
 
 
 def info_nce_fwd(q: Tensor, k: Tensor, queue: Tensor, tau: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,10 +412,16 @@ class Plan(NamedTuple):
 
     def options(self, multiplied: torch.dtype, dtype: torch.dtype) -> dict:
         return {
-            "OPERAND": TRITON_DTYPES[multiplied], "WIDE": TRITON_DTYPES[dtype], "PRECISION": precision(multiplied),
-            "BLOCK_B": self.block_b, "BLOCK_K": self.block_k, "BLOCK_D": self.width, "CHUNK": self.chunk,
-            "num_warps": self.warps, "num_stages": self.stages,
-        }  # fmt: skip
+            "OPERAND": TRITON_DTYPES[multiplied],
+            "WIDE": TRITON_DTYPES[dtype],
+            "PRECISION": precision(multiplied),
+            "BLOCK_B": self.block_b,
+            "BLOCK_K": self.block_k,
+            "BLOCK_D": self.width,
+            "CHUNK": self.chunk,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 def plan(B: int, K: int, D: int, size: int, on: Card) -> Plan:
@@ -360,14 +455,51 @@ def _forward(
     above = q.new_empty(parts, B, dtype=torch.int32)
     weighted = q.new_empty((parts, B, D) if with_grad else 0, dtype=dtype)
     _stream[cut.grid](
-        q, keys, positives, tau, top, total, above, weighted, B, K, D, first, cut.each, q.stride(0), keys.stride(0),
-        positives.stride(0), KIND=kind.value, GRAD=with_grad, **cut.options(multiplied, dtype),
-    )  # fmt: skip
+        q,
+        keys,
+        positives,
+        tau,
+        top,
+        total,
+        above,
+        weighted,
+        B,
+        K,
+        D,
+        first,
+        cut.each,
+        q.stride(0),
+        keys.stride(0),
+        positives.stride(0),
+        KIND=kind.value,
+        GRAD=with_grad,
+        **cut.options(multiplied, dtype),
+    )
     _merge[(B, 1, 1)](
-        q, positives, tau, top, total, above, weighted, loss, rank, lse, dq, B, D, first, parts, q.stride(0),
-        positives.stride(0), KIND=kind.value, GRAD=with_grad, WIDE=TRITON_DTYPES[dtype], BLOCK_S=16,
-        BLOCK_D=min(128, cut.width), num_warps=4,
-    )  # fmt: skip
+        q,
+        positives,
+        tau,
+        top,
+        total,
+        above,
+        weighted,
+        loss,
+        rank,
+        lse,
+        dq,
+        B,
+        D,
+        first,
+        parts,
+        q.stride(0),
+        positives.stride(0),
+        KIND=kind.value,
+        GRAD=with_grad,
+        WIDE=TRITON_DTYPES[dtype],
+        BLOCK_S=16,
+        BLOCK_D=min(128, cut.width),
+        num_warps=4,
+    )
     return loss, rank, lse, dq
 
 
@@ -388,7 +520,21 @@ def _backward(
     unit = (dloss.abs().max() / 256).clamp(min=1e-30) if multiplied == torch.float16 and C else dloss.new_ones(())
     partial = grad if parts == 1 else own.new_empty(parts, R, D, dtype=lse.dtype)
     _gather[cut.grid](
-        own, others, tau, lse, dloss, unit, partial, R, C, D, first, cut.each, own.stride(0), others.stride(0),
-        KIND=kind.value, **cut.options(multiplied, lse.dtype),
-    )  # fmt: skip
+        own,
+        others,
+        tau,
+        lse,
+        dloss,
+        unit,
+        partial,
+        R,
+        C,
+        D,
+        first,
+        cut.each,
+        own.stride(0),
+        others.stride(0),
+        KIND=kind.value,
+        **cut.options(multiplied, lse.dtype),
+    )
     return grad if parts == 1 else partial.sum(0)

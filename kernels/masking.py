@@ -91,8 +91,21 @@ def _count_before(others, other, own, token):
 
 
 @triton.jit
-def _mask(noise_ptr, keep_ptr, masked_ptr, restore_ptr, mask_ptr, L, keep, blocks, noise_b, noise_l,
-          WHOLE: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr):  # fmt: skip
+def _mask(
+    noise_ptr,
+    keep_ptr,
+    masked_ptr,
+    restore_ptr,
+    mask_ptr,
+    L,
+    keep,
+    blocks,
+    noise_b,
+    noise_l,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OTHERS: tl.constexpr,
+):
     """Ranks of BLOCK tokens of one row. Beyond the row's end all is NaN, which comes before nothing."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -116,8 +129,24 @@ def _mask(noise_ptr, keep_ptr, masked_ptr, restore_ptr, mask_ptr, L, keep, block
 
 
 @triton.jit
-def _keep(x_ptr, ids_ptr, pos_ptr, out_ptr, L, M, D, blocks, x_b, x_l, ids_b, ids_m, pos_l, WIDE: tl.constexpr,
-          TOKENS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _keep(
+    x_ptr,
+    ids_ptr,
+    pos_ptr,
+    out_ptr,
+    L,
+    M,
+    D,
+    blocks,
+    x_b,
+    x_l,
+    ids_b,
+    ids_m,
+    pos_l,
+    WIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     place = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
     in_m = place < M
@@ -134,8 +163,22 @@ def _keep(x_ptr, ids_ptr, pos_ptr, out_ptr, L, M, D, blocks, x_b, x_l, ids_b, id
 
 
 @triton.jit
-def _keep_bwd(dkept_ptr, ids_ptr, dx_ptr, L, M, D, blocks, dkept_b, dkept_m, ids_b, ids_m, BLOCK_M: tl.constexpr,
-              TOKENS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _keep_bwd(
+    dkept_ptr,
+    ids_ptr,
+    dx_ptr,
+    L,
+    M,
+    D,
+    blocks,
+    dkept_b,
+    dkept_m,
+    ids_b,
+    ids_m,
+    BLOCK_M: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """TOKENS whole rows of dx: the search in ids is made once for them, and serves all columns."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
@@ -149,8 +192,28 @@ def _keep_bwd(dkept_ptr, ids_ptr, dx_ptr, L, M, D, blocks, dkept_b, dkept_m, ids
 
 
 @triton.jit
-def _restore(x_ptr, mask_token_ptr, ids_ptr, pos_ptr, out_ptr, B, L, D, prefix, kept, each, blocks, x_b, x_m, ids_b,
-             ids_l, pos_l, WIDE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _restore(
+    x_ptr,
+    mask_token_ptr,
+    ids_ptr,
+    pos_ptr,
+    out_ptr,
+    B,
+    L,
+    D,
+    prefix,
+    kept,
+    each,
+    blocks,
+    x_b,
+    x_m,
+    ids_b,
+    ids_l,
+    pos_l,
+    WIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """The same TOKENS of `each` samples: mask token and positions are read once for all of them."""
     part = tl.program_id(0) // blocks
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)  # of the prefix + L
@@ -182,8 +245,26 @@ def _source(ids_ptr, token, ids_l, L, prefix, kept):
 
 
 @triton.jit
-def _restore_bwd(dout_ptr, ids_ptr, dx_ptr, partial_ptr, L, D, prefix, kept, tiles, each, blocks, dout_b, dout_l, ids_b,
-                 ids_l, WIDE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _restore_bwd(
+    dout_ptr,
+    ids_ptr,
+    dx_ptr,
+    partial_ptr,
+    L,
+    D,
+    prefix,
+    kept,
+    tiles,
+    each,
+    blocks,
+    dout_b,
+    dout_l,
+    ids_b,
+    ids_l,
+    WIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """`each` tiles of TOKENS tokens of a sample, one after the other; the sum stays in registers until the last."""
     part = tl.program_id(1)
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -210,9 +291,20 @@ def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Te
     if B:
         block, blocks = mask_tile(L)
         _mask[(B * blocks,)](
-            noise, ids_keep, ids_masked, ids_restore, mask, L, keep, blocks, *noise.stride(), WHOLE=L <= WHOLE_ROW,
-            BLOCK=block, OTHERS=min(32, block), num_warps=MASK[card(noise).arch],
-        )  # fmt: skip
+            noise,
+            ids_keep,
+            ids_masked,
+            ids_restore,
+            mask,
+            L,
+            keep,
+            blocks,
+            *noise.stride(),
+            WHOLE=L <= WHOLE_ROW,
+            BLOCK=block,
+            OTHERS=min(32, block),
+            num_warps=MASK[card(noise).arch],
+        )
     return ids_keep, ids_masked, ids_restore, mask
 
 
@@ -224,9 +316,22 @@ def keep_tokens_fwd(x: Tensor, ids_keep: Tensor, pos: Tensor | None) -> Tensor:
         tokens, columns = move_tile(M, D, x.element_size(), launch.bytes)
         blocks = triton.cdiv(M, tokens)
         _keep[(B * blocks,)](
-            x, ids_keep, pos, out, L, M, D, blocks, *x.stride()[:2], *ids_keep.stride(), 0 if pos is None else
-            pos.stride(0), WIDE=TRITON_DTYPES[wide(out.dtype)], TOKENS=tokens, COLUMNS=columns, num_warps=launch.warps,
-        )  # fmt: skip
+            x,
+            ids_keep,
+            pos,
+            out,
+            L,
+            M,
+            D,
+            blocks,
+            *x.stride()[:2],
+            *ids_keep.stride(),
+            0 if pos is None else pos.stride(0),
+            WIDE=TRITON_DTYPES[wide(out.dtype)],
+            TOKENS=tokens,
+            COLUMNS=columns,
+            num_warps=launch.warps,
+        )
     return out
 
 
@@ -238,9 +343,20 @@ def keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
         tokens, columns = move_tile(length, D, dkept.element_size(), launch.bytes)
         blocks = triton.cdiv(length, tokens)
         _keep_bwd[(B * blocks,)](
-            dkept, ids_keep, dx, length, M, D, blocks, *dkept.stride()[:2], *ids_keep.stride(),
-            BLOCK_M=search_block(M), TOKENS=tokens, COLUMNS=columns, num_warps=launch.warps,
-        )  # fmt: skip
+            dkept,
+            ids_keep,
+            dx,
+            length,
+            M,
+            D,
+            blocks,
+            *dkept.stride()[:2],
+            *ids_keep.stride(),
+            BLOCK_M=search_block(M),
+            TOKENS=tokens,
+            COLUMNS=columns,
+            num_warps=launch.warps,
+        )
     return dx
 
 
@@ -252,10 +368,26 @@ def restore_tokens_fwd(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: 
         x, mask_token, pos, on = rows(x), rows(mask_token), None if pos is None else rows(pos), card(x)
         (tokens, columns), blocks, parts, each = restore_tile(B, prefix + L, D, x.element_size(), on)
         _restore[(parts * blocks,)](
-            x, mask_token, ids_restore, pos, out, B, L, D, prefix, given - prefix, each, blocks, *x.stride()[:2],
-            *ids_restore.stride(), 0 if pos is None else pos.stride(0), WIDE=TRITON_DTYPES[wide(out.dtype)],
-            TOKENS=tokens, COLUMNS=columns, num_warps=MOVE[on.arch].warps,
-        )  # fmt: skip
+            x,
+            mask_token,
+            ids_restore,
+            pos,
+            out,
+            B,
+            L,
+            D,
+            prefix,
+            given - prefix,
+            each,
+            blocks,
+            *x.stride()[:2],
+            *ids_restore.stride(),
+            0 if pos is None else pos.stride(0),
+            WIDE=TRITON_DTYPES[wide(out.dtype)],
+            TOKENS=tokens,
+            COLUMNS=columns,
+            num_warps=MOVE[on.arch].warps,
+        )
     return out
 
 
@@ -268,10 +400,24 @@ def restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: int
     (tokens, columns), blocks, parts, each = sum_tile(B, prefix + L, D, dout.element_size(), on)
     partial = dout.new_empty(parts, D, dtype=dtype)
     _restore_bwd[(triton.cdiv(D, columns), parts)](
-        dout, ids_restore, dx, partial, L, D, prefix, kept, B * blocks, each, blocks, *dout.stride()[:2],
-        *ids_restore.stride(), WIDE=TRITON_DTYPES[dtype], TOKENS=tokens, COLUMNS=columns,
+        dout,
+        ids_restore,
+        dx,
+        partial,
+        L,
+        D,
+        prefix,
+        kept,
+        B * blocks,
+        each,
+        blocks,
+        *dout.stride()[:2],
+        *ids_restore.stride(),
+        WIDE=TRITON_DTYPES[dtype],
+        TOKENS=tokens,
+        COLUMNS=columns,
         num_warps=SUM[on.arch][0].warps,
-    )  # fmt: skip
+    )
     return dx, partial.sum(0)
 
 

@@ -26,8 +26,20 @@ ENQUEUE = dict.fromkeys(ARCHITECTURES, Launch(4, 2048))
 
 
 @triton.jit
-def _enqueue(queue_ptr, ptr_ptr, keys_ptr, K, N, D, skip, queue_k, keys_n, NARROW: tl.constexpr, ROWS: tl.constexpr,
-             COLUMNS: tl.constexpr):  # fmt: skip
+def _enqueue(
+    queue_ptr,
+    ptr_ptr,
+    keys_ptr,
+    K,
+    N,
+    D,
+    skip,
+    queue_k,
+    keys_n,
+    NARROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Keys skip..N−1. NARROW is the dtype through which torch converts to 16 bits: float32, from float64 too."""
     key = skip + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = (tl.load(ptr_ptr) + skip) % K
@@ -57,7 +69,18 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
         count, columns = move_tile(kept, D, keys.element_size(), launch.bytes)
         narrow = queue.dtype if queue.element_size() > 2 else torch.float32
         _enqueue[(triton.cdiv(kept, count),)](
-            queue, ptr, keys, K, N, D, N - kept, queue.stride(0), keys.stride(0), NARROW=TRITON_DTYPES[narrow],
-            ROWS=count, COLUMNS=columns, num_warps=launch.warps,
-        )  # fmt: skip
+            queue,
+            ptr,
+            keys,
+            K,
+            N,
+            D,
+            N - kept,
+            queue.stride(0),
+            keys.stride(0),
+            NARROW=TRITON_DTYPES[narrow],
+            ROWS=count,
+            COLUMNS=columns,
+            num_warps=launch.warps,
+        )
     _advance[(1,)](ptr, K, N, num_warps=1)

@@ -38,9 +38,25 @@ def _values(ptr, at, inside, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _norm(x_ptr, delta_ptr, weight_ptr, bias_ptr, total_ptr, normed_ptr, mean_ptr, rstd_ptr, N, D, eps, rest,
-          WITH_DELTA: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr):  # fmt: skip
+def _norm(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    bias_ptr,
+    total_ptr,
+    normed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    N,
+    D,
+    eps,
+    rest,
+    WITH_DELTA: tl.constexpr,
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     eps = tl.cast(eps, WIDE) + tl.cast(rest, WIDE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -63,9 +79,27 @@ def _norm(x_ptr, delta_ptr, weight_ptr, bias_ptr, total_ptr, normed_ptr, mean_pt
 
 
 @triton.jit
-def _norm_bwd(dnormed_ptr, dsum_ptr, total_ptr, mean_ptr, rstd_ptr, weight_ptr, dx_ptr, ddelta_ptr, dweight_ptr,
-              dbias_ptr, N, D, programs, WITH_SUM: tl.constexpr, WITH_DELTA: tl.constexpr, WIDE: tl.constexpr,
-              NARROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _norm_bwd(
+    dnormed_ptr,
+    dsum_ptr,
+    total_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    dx_ptr,
+    ddelta_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    N,
+    D,
+    programs,
+    WITH_SUM: tl.constexpr,
+    WITH_DELTA: tl.constexpr,
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     column = tl.arange(0, COLUMNS)
     weight = _values(weight_ptr, column, column < D, WIDE)
     dweight = tl.zeros([COLUMNS], WIDE)
@@ -128,10 +162,24 @@ def residual_norm_fwd(
     if mean.numel():
         rows, columns, warps = norm_tile(D, NORM[card(x).arch])
         _norm[(triton.cdiv(B * L, rows),)](
-            x, delta, weight.contiguous(), bias.contiguous(), total, normed, mean, rstd, B * L, D, *two_floats(eps),
-            WITH_DELTA=delta is not None, WIDE=TRITON_DTYPES[kind], NARROW=_narrow(dtype), ROWS=rows, COLUMNS=columns,
+            x,
+            delta,
+            weight.contiguous(),
+            bias.contiguous(),
+            total,
+            normed,
+            mean,
+            rstd,
+            B * L,
+            D,
+            *two_floats(eps),
+            WITH_DELTA=delta is not None,
+            WIDE=TRITON_DTYPES[kind],
+            NARROW=_narrow(dtype),
+            ROWS=rows,
+            COLUMNS=columns,
             num_warps=warps,
-        )  # fmt: skip
+        )
     return total, normed, mean, rstd
 
 
@@ -149,8 +197,24 @@ def residual_norm_bwd(
     programs = norm_programs(B * L, rows, of.multiprocessors)
     sums = total.new_empty(2, programs, D, dtype=kind)
     _norm_bwd[(programs,)](
-        dnormed, dsum, total, mean.contiguous(), rstd.contiguous(), weight.contiguous(), dx, ddelta, *sums, B * L, D,
-        programs, WITH_SUM=dsum is not None, WITH_DELTA=apart, WIDE=TRITON_DTYPES[kind], NARROW=_narrow(narrow),
-        ROWS=rows, COLUMNS=columns, num_warps=warps,
-    )  # fmt: skip
+        dnormed,
+        dsum,
+        total,
+        mean.contiguous(),
+        rstd.contiguous(),
+        weight.contiguous(),
+        dx,
+        ddelta,
+        *sums,
+        B * L,
+        D,
+        programs,
+        WITH_SUM=dsum is not None,
+        WITH_DELTA=apart,
+        WIDE=TRITON_DTYPES[kind],
+        NARROW=_narrow(narrow),
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=warps,
+    )
     return dx, ddelta, *sums.sum(1)

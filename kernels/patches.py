@@ -84,9 +84,26 @@ def _inside(exists, pixel, channel, C: tl.constexpr, PATCH: tl.constexpr):
 
 
 @triton.jit
-def _take(images_ptr, ids_ptr, out_ptr, M, L, columns, blocks, image_b, image_c, image_h, image_w, ids_b, ids_m,
-          C: tl.constexpr, PATCH: tl.constexpr, PATCHES: tl.constexpr, PIXELS: tl.constexpr,
-          CHANNELS: tl.constexpr):  # fmt: skip
+def _take(
+    images_ptr,
+    ids_ptr,
+    out_ptr,
+    M,
+    L,
+    columns,
+    blocks,
+    image_b,
+    image_c,
+    image_h,
+    image_w,
+    ids_b,
+    ids_m,
+    C: tl.constexpr,
+    PATCH: tl.constexpr,
+    PATCHES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     place = tl.program_id(0) % blocks * PATCHES + tl.arange(0, PATCHES)
     number, exists = place, place < M
@@ -105,9 +122,27 @@ def _take(images_ptr, ids_ptr, out_ptr, M, L, columns, blocks, image_b, image_c,
 
 
 @triton.jit
-def _put(patches_ptr, ids_ptr, out_ptr, M, L, columns, blocks, patches_b, patches_m, ids_b, ids_m, image_h,
-         image_c, C: tl.constexpr, PATCH: tl.constexpr, PATCHES: tl.constexpr, PIXELS: tl.constexpr,
-         CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+def _put(
+    patches_ptr,
+    ids_ptr,
+    out_ptr,
+    M,
+    L,
+    columns,
+    blocks,
+    patches_b,
+    patches_m,
+    ids_b,
+    ids_m,
+    image_h,
+    image_c,
+    C: tl.constexpr,
+    PATCH: tl.constexpr,
+    PATCHES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     number = tl.program_id(0) % blocks * PATCHES + tl.arange(0, PATCHES)
     place = number
@@ -139,10 +174,34 @@ def _deviation(squares, VALUES: tl.constexpr):
 
 
 @triton.jit
-def _loss(pred_ptr, images_ptr, ids_ptr, dpred_ptr, partial_ptr, scale_bits, M, L, columns, blocks, pred_b, pred_m,
-          image_b, image_c, image_h, image_w, ids_b, ids_m, NORM: tl.constexpr, GRAD: tl.constexpr, WIDE: tl.constexpr,
-          C: tl.constexpr, PATCH: tl.constexpr, PATCHES: tl.constexpr, PIXELS: tl.constexpr,
-          CHANNELS: tl.constexpr):  # fmt: skip
+def _loss(
+    pred_ptr,
+    images_ptr,
+    ids_ptr,
+    dpred_ptr,
+    partial_ptr,
+    scale_bits,
+    M,
+    L,
+    columns,
+    blocks,
+    pred_b,
+    pred_m,
+    image_b,
+    image_c,
+    image_h,
+    image_w,
+    ids_b,
+    ids_m,
+    NORM: tl.constexpr,
+    GRAD: tl.constexpr,
+    WIDE: tl.constexpr,
+    C: tl.constexpr,
+    PATCH: tl.constexpr,
+    PATCHES: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """The squared error of PATCHES predictions, divided by the number of all values; scale_bits are those of the
     float64 2 / that number, so that the gradient is rounded as torch's is (Triton passes numbers as float32)."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
@@ -225,10 +284,29 @@ def masked_patch_mse_fwd(
     partial = pred.new_empty(B * blocks, dtype=dtype)
     (scale_bits,) = struct.unpack("q", struct.pack("d", 2 / pred.numel()))
     _loss[(B * blocks,)](
-        pred, images, ids, dpred, partial, scale_bits, M, (H // patch) * (W // patch), W // patch, blocks,
-        *pred.stride()[:2], *images.stride(), *ids.stride(), NORM=norm_pix, GRAD=with_grad, WIDE=TRITON_DTYPES[dtype],
-        C=C, PATCH=patch, PATCHES=patches, PIXELS=pixels, CHANNELS=channels, num_warps=warps,
-    )  # fmt: skip
+        pred,
+        images,
+        ids,
+        dpred,
+        partial,
+        scale_bits,
+        M,
+        (H // patch) * (W // patch),
+        W // patch,
+        blocks,
+        *pred.stride()[:2],
+        *images.stride(),
+        *ids.stride(),
+        NORM=norm_pix,
+        GRAD=with_grad,
+        WIDE=TRITON_DTYPES[dtype],
+        C=C,
+        PATCH=patch,
+        PATCHES=patches,
+        PIXELS=pixels,
+        CHANNELS=channels,
+        num_warps=warps,
+    )
     return partial.sum(), dpred
 
 
@@ -242,9 +320,22 @@ def _taken(images: Tensor, ids: Tensor | None, patch: int) -> Tensor:
         patches, pixels, channels = patch_tile(M, patch, C, launch.bytes // _integers(images).element_size())
         blocks = triton.cdiv(M, patches)
         _take[(B * blocks,)](
-            _integers(images), ids, _integers(out), M, L, W // patch, blocks, *images.stride(), *_strides(ids),
-            C=C, PATCH=patch, PATCHES=patches, PIXELS=pixels, CHANNELS=channels, num_warps=launch.warps,
-        )  # fmt: skip
+            _integers(images),
+            ids,
+            _integers(out),
+            M,
+            L,
+            W // patch,
+            blocks,
+            *images.stride(),
+            *_strides(ids),
+            C=C,
+            PATCH=patch,
+            PATCHES=patches,
+            PIXELS=pixels,
+            CHANNELS=channels,
+            num_warps=launch.warps,
+        )
     return out
 
 
@@ -257,10 +348,25 @@ def _put_together(patches: Tensor, ids: Tensor | None, patch: int, H: int, W: in
         count, pixels, channels = patch_tile(L, patch, C, launch.bytes // _integers(patches).element_size())
         blocks = triton.cdiv(L, count)
         _put[(B * blocks,)](
-            _integers(patches), ids, _integers(out), M, L, W // patch, blocks, *patches.stride()[:2], *_strides(ids), W,
-            H * W, C=C, PATCH=patch, PATCHES=count, PIXELS=pixels, CHANNELS=channels, BLOCK_M=search_block(M),
+            _integers(patches),
+            ids,
+            _integers(out),
+            M,
+            L,
+            W // patch,
+            blocks,
+            *patches.stride()[:2],
+            *_strides(ids),
+            W,
+            H * W,
+            C=C,
+            PATCH=patch,
+            PATCHES=count,
+            PIXELS=pixels,
+            CHANNELS=channels,
+            BLOCK_M=search_block(M),
             num_warps=launch.warps,
-        )  # fmt: skip
+        )
     return out
 
 

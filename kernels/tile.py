@@ -43,9 +43,7 @@ class Launch(NamedTuple):
 
 
 # Multiprocessors of the card each row was written for: A100, H100 and H200, B200, RTX 5090, MI300X.
-CARDS = {
-    arch: Card(arch, count) for arch, count in zip(ARCHITECTURES, (108, 132, 148, 170, 304), strict=True)
-}  # fmt: skip
+CARDS = {arch: Card(arch, count) for arch, count in zip(ARCHITECTURES, (108, 132, 148, 170, 304), strict=True)}
 _pretended: Card | None = None
 
 

@@ -11,10 +11,23 @@ import torch.multiprocessing as mp
 
 # Processes are forked from one that has imported these and has no threads: importing them anew takes seconds each.
 multiprocessing.set_forkserver_preload(
-    ["pytest", "timm", "torch.distributed", "torch.testing", "torch.nn.parallel", "torch.distributed.fsdp",
-     "fastssl.nn", "fastssl.cli", "fastssl.methods.mae", "fastssl.methods.moco_v2", "fastssl.methods.moco_v3",
-     "fastssl.data.torchvision", "fastssl.data.sources.arrays", "fastssl.data.sources.shapes"]
-)  # fmt: skip
+    [
+        "pytest",
+        "timm",
+        "torch.distributed",
+        "torch.testing",
+        "torch.nn.parallel",
+        "torch.distributed.fsdp",
+        "fastssl.nn",
+        "fastssl.cli",
+        "fastssl.methods.mae",
+        "fastssl.methods.moco_v2",
+        "fastssl.methods.moco_v3",
+        "fastssl.data.torchvision",
+        "fastssl.data.sources.arrays",
+        "fastssl.data.sources.shapes",
+    ]
+)
 
 
 def run_ranks(world: int, function: Callable, *args) -> list:

@@ -51,8 +51,17 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
     written = {"config.json", "metrics.jsonl", "checkpoints", "evaluations.jsonl", "reconstructions", "tensorboard"}
     assert set(os.listdir(folder)) == written
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert record.keys() == {"step", "epoch", "lr", "loss", "grad_norm", "skipped", "images_per_second", "data_wait",
-                             "peak_memory"}  # fmt: skip
+    assert record.keys() == {
+        "step",
+        "epoch",
+        "lr",
+        "loss",
+        "grad_norm",
+        "skipped",
+        "images_per_second",
+        "data_wait",
+        "peak_memory",
+    }
     assert record["step"] == 1438 // 32
     raw, untrained, trained = accuracies(folder)
     assert raw > untrained
@@ -64,13 +73,17 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
         monkeypatch,
         f"pretrain: {folder} holds a run already: go on with it (--resume {folder}, or --resume auto beside the "
         f"options it was begun with) or name another (--folder)",
-        "pretrain", "mae", "--data", "digits", "--folder", folder, *FAST,
-    )  # fmt: skip
+        "pretrain",
+        "mae",
+        "--data",
+        "digits",
+        "--folder",
+        folder,
+        *FAST,
+    )
     refused(
-        monkeypatch,
-        f"pretrain: {folder} is a run of mae, not of moco_v2",
-        "pretrain", "moco_v2", "--resume", folder,
-    )  # fmt: skip
+        monkeypatch, f"pretrain: {folder} is a run of mae, not of moco_v2", "pretrain", "moco_v2", "--resume", folder
+    )
     other = f"pretrain: {folder} is a run of mae, not of moco_v2"
     refused(monkeypatch, other, "pretrain", "moco_v2", f"--resume={folder}")
     alone = "pretrain: --resume RUN takes every option from the run, and no other beside it"
@@ -103,8 +116,18 @@ def test_the_papers_numbers_follow_the_backbone(monkeypatch, capsys):
     """`--preset paper --backbone resnet50` takes the ResNet's recipe."""
     for backbone, tau in (("vit_small", "0.2"), ("resnet50", "1.0")):
         with pytest.raises(SystemExit, match="0"):
-            run(monkeypatch, "pretrain", "moco_v3", "--data", "digits", "--preset", "paper",
-                "--backbone", backbone, "--help")  # fmt: skip
+            run(
+                monkeypatch,
+                "pretrain",
+                "moco_v3",
+                "--data",
+                "digits",
+                "--preset",
+                "paper",
+                "--backbone",
+                backbone,
+                "--help",
+            )
         text = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert f"--tau FLOAT temperature (default: {tau})" in text
 
@@ -136,8 +159,13 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     refused(
         monkeypatch,
         f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images)",
-        "pretrain", "mae", "--data", "cifar", "--folder", new,
-    )  # fmt: skip
+        "pretrain",
+        "mae",
+        "--data",
+        "cifar",
+        "--folder",
+        new,
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(SystemExit, match=f"data: {empty} holds no image"):

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from benchmarks import loader as benchmark
-from fastssl.cli_data import recipe_of
+from fastssl.cli_data import augmentation_of
+from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.contact_sheet import GAP, sheet
 from fastssl.data.findings import check
 from fastssl.data.loader import has_dali
-from fastssl.data.recipe import Recipe, View
 from fastssl.data.source import open_source
 from fastssl.data.timing import speed
 from fastssl.methods import moco_v2, moco_v3
@@ -25,8 +25,18 @@ ENGINES = ["torchvision", *(["dali"] if has_dali() else [])]
 
 def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp_path):
     bad = poison(tmp_path / "data", good=40)
-    run(monkeypatch, "data", "check", f"folder:{tmp_path / 'data'}", "--workers", 2, "--seconds", 0.1,
-        "--bad-files", tmp_path / "bad.txt")  # fmt: skip
+    run(
+        monkeypatch,
+        "data",
+        "check",
+        f"folder:{tmp_path / 'data'}",
+        "--workers",
+        2,
+        "--seconds",
+        0.1,
+        "--bad-files",
+        tmp_path / "bad.txt",
+    )
     said = capsys.readouterr().out
     assert f"images       59 of the train split, {len(bad)} bad" in said
     assert "JPEG RGB 42" in said
@@ -56,8 +66,25 @@ def test_check_of_nothing_but_bad_files(monkeypatch, capsys, tmp_path):
 @engines
 def test_show_writes_what_a_method_sees(engine, monkeypatch, capsys, tmp_path):
     path = tmp_path / "views.png"
-    run(monkeypatch, "data", "show", "shapes:count=40", "--recipe", "moco_v3", "--engine", engine, "--rows", 3,
-        "--columns", 2, "--image-size", 24, 32, "--to", path)  # fmt: skip
+    run(
+        monkeypatch,
+        "data",
+        "show",
+        "shapes:count=40",
+        "--augmentation",
+        "moco_v3",
+        "--engine",
+        engine,
+        "--rows",
+        3,
+        "--columns",
+        2,
+        "--image-size",
+        24,
+        32,
+        "--to",
+        path,
+    )
     assert capsys.readouterr().out.strip() == str(path)
     assert Image.open(path).size == (4 * (32 + GAP) - GAP, 3 * (24 + GAP) - GAP)
 
@@ -65,14 +92,27 @@ def test_show_writes_what_a_method_sees(engine, monkeypatch, capsys, tmp_path):
 @engines
 def test_a_sheet_shows_the_pixels_themselves(engine):
     source = open_source("shapes:count=40")
-    canvas = np.asarray(sheet(source, Recipe((View((32, 32)),)), engine, rows=4, columns=1))
+    canvas = np.asarray(sheet(source, Augmentation((View((32, 32)),)), engine, rows=4, columns=1))
     for row, index in enumerate((0, 13, 26, 39)):
         assert np.array_equal(canvas[row * (32 + GAP) :][:32], source.read(index))
 
 
 def test_bench_prints_a_row_for_each_recipe_and_engine(monkeypatch, capsys):
-    run(monkeypatch, "bench", "--data", "shapes:count=64", "--recipe", "moco_v2", "evaluation", "--workers", 0,
-        "--seconds", 0.05, "--batch-size", 16)  # fmt: skip
+    run(
+        monkeypatch,
+        "bench",
+        "--data",
+        "shapes:count=64",
+        "--augmentation",
+        "moco_v2",
+        "evaluation",
+        "--workers",
+        0,
+        "--seconds",
+        0.05,
+        "--batch-size",
+        16,
+    )
     said = capsys.readouterr().out
     for name, engine in itertools.product(("moco_v2", "evaluation"), ENGINES):
         (line,) = [line for line in said.splitlines() if name in line and engine in line]
@@ -86,11 +126,11 @@ def test_recipes_by_name(tmp_path):
     photos.mkdir()
     Image.new("RGB", (90, 70)).save(photos / "x.png")
     large, small = open_source(f"folder:{photos}"), open_source("shapes")
-    assert recipe_of("moco_v3", large) == moco_v3.Config.paper().recipe
-    assert recipe_of("moco_v2", small) == moco_v2.Config.small().recipe
-    assert recipe_of("moco_v2", large, (32, 64)).views[0].size == (32, 64)
-    assert len(recipe_of("multi_crop", large).views) == 8
-    assert recipe_of("evaluation", large, (32, 32)).views[0].centre == 0.875
+    assert augmentation_of("moco_v3", large) == moco_v3.Config.paper().augmentation
+    assert augmentation_of("moco_v2", small) == moco_v2.Config.small().augmentation
+    assert augmentation_of("moco_v2", large, (32, 64)).views[0].size == (32, 64)
+    assert len(augmentation_of("multi_crop", large).views) == 8
+    assert augmentation_of("evaluation", large, (32, 32)).views[0].centre == 0.875
 
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
@@ -98,9 +138,13 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     refused(monkeypatch, "data: name a command: check, show, got look", "data", "look")
     refused(
         monkeypatch,
-        "data: unknown recipe 'x', there are mae, moco_v1, moco_v2, moco_v3, multi_crop, evaluation",
-        "data", "show", "shapes", "--recipe", "x",
-    )  # fmt: skip
+        "data: unknown augmentation 'x', there are mae, moco_v1, moco_v2, moco_v3, multi_crop, evaluation",
+        "data",
+        "show",
+        "shapes",
+        "--augmentation",
+        "x",
+    )
     refused(monkeypatch, "data: --rows must be at least 1, got 0", "data", "show", "shapes", "--rows", "0")
     show, bench = ("data", "show", "shapes"), ("bench", "--data", "shapes")
     refused(monkeypatch, "data: --image-size must be at least 1, got -4", *show, "--image-size", "-4", "8")

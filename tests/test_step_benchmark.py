@@ -39,9 +39,10 @@ def test_a_row_holds_all_that_the_tables_show(precision, tmp_path):
     pages = tuple(tmp_path / name for name in ("summary.md", "page.md"))
     for page in pages:
         page.write_text("\n".join(step.MARKERS) + "\n")
-    about, made = {"slug": "m", "name": "M"}, dict.fromkeys(
-        ("level", "threads", "torch", "torchvision", "timm", "python", "commit", "date"), "1"
-    )  # fmt: skip
+    about, made = (
+        {"slug": "m", "name": "M"},
+        dict.fromkeys(("level", "threads", "torch", "torchvision", "timm", "python", "commit", "date"), "1"),
+    )
     for busy in (True, False):  # the second takes the place of the first
         step.keep({**row, "busy": busy, "others": 0.5}, about, made, tmp_path)
     assert [len(run["rows"]) for run in json.loads((tmp_path / "m.json").read_text())["runs"]] == [1]

@@ -22,14 +22,22 @@ SIZE, BATCH = (16, 16), 16
 # Learning rates (of 256 images, of which a step has a sixteenth) at which twenty steps change the losses, and errors do
 # not grow to where nothing follows from them.
 CASES = {
-    "mae": (lambda: mae_case("vit_mini", SIZE, BATCH, decoder_dim=64, decoder_depth=1, decoder_heads=4,
-                             training={"lr": 0.02}), 1),
-    "moco_v2": (lambda: moco_v2_case("resnet_mini", SIZE, BATCH, 64, twin_momentum=0.9, training={"lr": 0.03}), 2),
-    "moco_v3-vit": (lambda: moco_v3_case("vit_mini", SIZE, BATCH, hidden=64, dim=32, twin_momentum=0.9,
-                                         training={"lr": 0.002}), 2),
-    "moco_v3-resnet": (lambda: moco_v3_case("resnet_mini", SIZE, BATCH, hidden=64, dim=32, twin_momentum=0.9,
-                                            training={"lr": 1.0}), 2),
-}  # fmt: skip
+    "mae": (
+        lambda: mae_case(
+            "vit_mini", SIZE, BATCH, decoder_dim=64, decoder_depth=1, decoder_heads=4, training={"lr": 0.02}
+        ),
+        1,
+    ),
+    "moco_v2": (lambda: moco_v2_case("resnet_mini", SIZE, BATCH, 64, ema_momentum=0.9, training={"lr": 0.03}), 2),
+    "moco_v3-vit": (
+        lambda: moco_v3_case("vit_mini", SIZE, BATCH, hidden=64, dim=32, ema_momentum=0.9, training={"lr": 0.002}),
+        2,
+    ),
+    "moco_v3-resnet": (
+        lambda: moco_v3_case("resnet_mini", SIZE, BATCH, hidden=64, dim=32, ema_momentum=0.9, training={"lr": 1.0}),
+        2,
+    ),
+}
 
 # A loss is rounded once at its end, and sums before it a few times: what float32 may cost where the official side
 # happens to hit the exact value at every step.

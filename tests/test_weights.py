@@ -151,8 +151,11 @@ def test_official_mae_files_load(tmp_path):
     refused(
         f"weights: {path} lacks decoder_blocks.0.attn.proj.bias and 19 more names "
         "(it holds an encoder alone: encoder_only=True loads that)",
-        ValueError, load_weights, whole, path,
-    )  # fmt: skip
+        ValueError,
+        load_weights,
+        whole,
+        path,
+    )
     torch.save({"model": source.state_dict(), "epoch": 799}, path)
     load_weights(encoder, path, encoder_only=True)
     load_weights(whole, path)
@@ -174,11 +177,13 @@ def test_files_that_do_not_fit_get_one_sentence(tmp_path):
         with pytest.raises(ValueError, match=r"file\.pth is damaged or no weights file \([A-Za-z]+\)$"):
             read_weights(path)
     torch.save({1: torch.zeros(2)}, path)
-    refused(f"weights: {path} holds no state dict: a name with its tensor for each weight", ValueError,
-            read_weights, path)  # fmt: skip
+    refused(
+        f"weights: {path} holds no state dict: a name with its tensor for each weight", ValueError, read_weights, path
+    )
     torch.save({"model": {"epoch": 3}}, path)
-    refused(f"weights: {path} holds no state dict: a name with its tensor for each weight", ValueError,
-            read_weights, path)  # fmt: skip
+    refused(
+        f"weights: {path} holds no state dict: a name with its tensor for each weight", ValueError, read_weights, path
+    )
     torch.save(small_mae().state_dict() | {"norm.weight": torch.zeros(7)}, path)
     with pytest.raises(ValueError, match=r"file\.pth does not fit: size mismatch for norm\.weight"):
         load_weights(small_mae(), path)
@@ -188,19 +193,50 @@ def test_files_that_do_not_fit_get_one_sentence(tmp_path):
     broken = tmp_path / "file.safetensors"
     broken.write_bytes(b"no header")
     refused(f"weights: {broken} is damaged or no weights file (SafetensorError)", ValueError, read_weights, broken)
-    refused("weights: encoder_only loads into a ViT or MAE, got MoCo",
-            ValueError, load_weights, METHODS["moco_v1"][0](), path, encoder_only=True)  # fmt: skip
-    refused("export: unknown format 'onnx', there are timm, torchvision, safetensors, moco, mae",
-            ValueError, export, small_mae(), "onnx", tmp_path / "x")  # fmt: skip
-    refused("export: MAE has no weights in the format moco, but in mae",
-            ValueError, export, small_mae(), "moco", tmp_path / "x")  # fmt: skip
+    refused(
+        "weights: encoder_only loads into a ViT or MAE, got MoCo",
+        ValueError,
+        load_weights,
+        METHODS["moco_v1"][0](),
+        path,
+        encoder_only=True,
+    )
+    refused(
+        "export: unknown format 'onnx', there are timm, torchvision, safetensors, moco, mae",
+        ValueError,
+        export,
+        small_mae(),
+        "onnx",
+        tmp_path / "x",
+    )
+    refused(
+        "export: MAE has no weights in the format moco, but in mae",
+        ValueError,
+        export,
+        small_mae(),
+        "moco",
+        tmp_path / "x",
+    )
     stem = moco_v3.build(moco_v3.Config("vit_conv_small", (32, 32), dim=16, hidden=32))
     for layout in ("timm", "torchvision"):
-        refused("export: neither timm's ViT nor torchvision's has MoCo v3's convolutional stem: use --format moco or "
-                "safetensors", ValueError, export, stem, layout, tmp_path / "x")  # fmt: skip
+        refused(
+            "export: neither timm's ViT nor torchvision's has MoCo v3's convolutional stem: use --format moco or "
+            "safetensors",
+            ValueError,
+            export,
+            stem,
+            layout,
+            tmp_path / "x",
+        )
     for wrong in (tmp_path / "no" / "x", tmp_path):
-        refused(f"export: the file must be named, in a folder that exists, got {wrong}",
-                ValueError, export, small_mae(), "mae", wrong)  # fmt: skip
+        refused(
+            f"export: the file must be named, in a folder that exists, got {wrong}",
+            ValueError,
+            export,
+            small_mae(),
+            "mae",
+            wrong,
+        )
     assert export(small_mae(), "mae", str(tmp_path / "vit.b.pth.tar")) == tmp_path / "vit.b.pth"
 
 

@@ -23,9 +23,9 @@ from fastssl.ops import augment_
 from fastssl.ops.augment import BRIGHTNESS, CONTRAST, LUMA, SATURATION
 
 from . import torchvision
+from .augmentation import Augmentation, View
 from .decoding import open_image
 from .draws import Draws, draw, mix, windows
-from .recipe import Recipe, View
 from .samples import Samples, stand_in
 from .source import BadImage, Source
 
@@ -40,7 +40,7 @@ class Engine:
     """Makes batches by DALI.
 
     Args:
-        source, recipe, seed: what to read, what to make of it, and the seed of all draws.
+        source, augmentation, seed: what to read, what to make of it, and the seed of all draws.
         batch_size: images of the largest batch.
         threads: of the CPU, for reading and for DALI's operators.
         device: where the batches are made and stay.
@@ -48,9 +48,19 @@ class Engine:
         colours_in_graph: DALI does the colours; always so on a GPU.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, seed: int, *, batch_size: int, threads: int,
-                 device: torch.device, fill: bool, colours_in_graph: bool = False):  # fmt: skip
-        self.source, self.recipe, self.seed, self.fill = source, recipe, seed, fill
+    def __init__(
+        self,
+        source: Source,
+        augmentation: Augmentation,
+        seed: int,
+        *,
+        batch_size: int,
+        threads: int,
+        device: torch.device,
+        fill: bool,
+        colours_in_graph: bool = False,
+    ):
+        self.source, self.augmentation, self.seed, self.fill = source, augmentation, seed, fill
         self.colours = colours_in_graph or device.type == "cuda"
         gpu = None if device.type == "cpu" else device.index
         if device.type == "cuda" and gpu is None:
@@ -84,7 +94,7 @@ class Engine:
             files.append(file)
         good = [i for i, file in enumerate(files) if not isinstance(file, BadImage)]
         rows = stand_in(good, len(batch)) if self.fill else good
-        draws = [draw(view, number, seeds).take(rows) for number, view in enumerate(self.recipe.views)]
+        draws = [draw(view, number, seeds).take(rows) for number, view in enumerate(self.augmentation.views)]
         inputs = dict(self._inputs([files[row] for row in rows], draws)) if rows else {}
         return _Read(epoch, batch, inputs, batch[rows], seeds[rows], draws, bad)
 
@@ -101,7 +111,7 @@ class Engine:
 
     def _start(self, read: "_Read") -> "_Read":
         if read.inputs:
-            self._pipeline = self._pipeline or _graph(self.recipe, self.colours, **self._built)
+            self._pipeline = self._pipeline or _graph(self.augmentation, self.colours, **self._built)
             for name, column in read.inputs.items():
                 self._pipeline.feed_input(name, column)
             self._pipeline.schedule_run()
@@ -119,15 +129,22 @@ class Engine:
         yield "mirrored", [np.array(turn[1], np.int32) for turn in turns]
         yield "upside_down", [np.array(turn[2], np.int32) for turn in turns]
         sizes = np.array([file.size for file in files])
-        for number, (view, drawn) in enumerate(zip(self.recipe.views, draws)):
+        for number, (view, drawn) in enumerate(zip(self.augmentation.views, draws)):
             window = windows(view, drawn, sizes).astype(np.int32)
             yield f"start {number}", list(window[:, :2])
             yield f"end {number}", list(window[:, :2] + window[:, 2:])
             if self.colours:
                 jittered = (drawn.jitter != np.float32([1, 1, 1, 0])).any(axis=1)
-                fields = {"jitter": drawn.jitter, "order": drawn.order.astype(np.int32), "grey": drawn.grey,
-                          "jittered": jittered, "blurred": drawn.sigma > 0, "sigma": np.maximum(drawn.sigma, 1e-3),
-                          "solarize": drawn.solarize, "flip": drawn.flip.astype(np.int32)}  # fmt: skip
+                fields = {
+                    "jitter": drawn.jitter,
+                    "order": drawn.order.astype(np.int32),
+                    "grey": drawn.grey,
+                    "jittered": jittered,
+                    "blurred": drawn.sigma > 0,
+                    "sigma": np.maximum(drawn.sigma, 1e-3),
+                    "solarize": drawn.solarize,
+                    "flip": drawn.flip.astype(np.int32),
+                }
                 yield from ((f"{name} {number}", list(map(np.asarray, column))) for name, column in fields.items())
 
     def _finish(self, under_way: "deque[_Read]") -> Samples:
@@ -144,7 +161,7 @@ class Engine:
         views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         self._pipeline.release_outputs()  # dlpack keeps the memory alive
         if not self.colours:
-            for view, drawn, pixels in zip(self.recipe.views, read.draws, views):
+            for view, drawn, pixels in zip(self.augmentation.views, read.draws, views):
                 augment_(pixels, *map(torch.from_numpy, drawn.colours), grey_first=view.grayscale_first)
         return Samples(views, *numbers, read.bad)
 
@@ -152,7 +169,7 @@ class Engine:
         """A batch that broke the pipeline, by the other engine, which names what can't be decoded. What Pillow decodes
         and DALI does not is found by trying each file alone, and decoded by Pillow from then on."""
         self._pipeline = None
-        made = torchvision.make(self.source, self.recipe, self.seed, read.epoch, read.batch, self.fill)
+        made = torchvision.make(self.source, self.augmentation, self.seed, read.epoch, read.batch, self.fill)
         self._broken |= {index: BadImage(reason) for index, reason in made.bad}
         files = dict(zip(read.index.tolist(), read.inputs["file"]))
         refused = {index for index, file in files.items() if index not in self._broken and not self._decodes(file)}
@@ -193,7 +210,7 @@ class _Read(NamedTuple):
 
 
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)
-def _graph(recipe: Recipe, colours: bool):
+def _graph(augmentation: Augmentation, colours: bool):
     """The views of a batch, each [B, 3, H, W] uint8. Decoded once, however many views there are."""
     on_gpu = Pipeline.current().device_id is not None
     pixels = _input("pixels", types.UINT8, 3, layout="HWC")
@@ -204,12 +221,17 @@ def _graph(recipe: Recipe, colours: bool):
     if _input("is_turned", types.BOOL, 0):
         if _input("transposed", types.BOOL, 0):
             image = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
-        image = fn.flip(image, horizontal=_input("mirrored", types.INT32, 0),
-                        vertical=_input("upside_down", types.INT32, 0))  # fmt: skip
+        image = fn.flip(
+            image, horizontal=_input("mirrored", types.INT32, 0), vertical=_input("upside_down", types.INT32, 0)
+        )
     views = []
-    for number, view in enumerate(recipe.views):
-        window = fn.slice(image, start=_input(f"start {number}", types.INT32, 1),
-                          end=_input(f"end {number}", types.INT32, 1), axes=[0, 1])  # fmt: skip
+    for number, view in enumerate(augmentation.views):
+        window = fn.slice(
+            image,
+            start=_input(f"start {number}", types.INT32, 1),
+            end=_input(f"end {number}", types.INT32, 1),
+            axes=[0, 1],
+        )
         made = fn.resize(window, size=view.size, interp_type=INTERPOLATION[view.interpolation], antialias=True)
         if colours:
             views.append(_coloured(made, view, number, on_gpu))
@@ -251,8 +273,9 @@ def _coloured(x: DataNode, view: View, number: int, on_gpu: bool) -> DataNode:
     x = fn.cast(x, dtype=types.UINT8)  # rounds
     if _input(f"solarize {number}", types.BOOL, 0):
         x = dm.min(x, types.Constant(255, types.UINT8) - x)  # 255 − x where x ≥ 128
-    return fn.crop_mirror_normalize(x, dtype=types.UINT8, output_layout="CHW",
-                                    mirror=_input(f"flip {number}", types.INT32, 0))  # fmt: skip
+    return fn.crop_mirror_normalize(
+        x, dtype=types.UINT8, output_layout="CHW", mirror=_input(f"flip {number}", types.INT32, 0)
+    )
 
 
 def _jittered(x: DataNode, step: DataNode, factors: DataNode) -> DataNode:

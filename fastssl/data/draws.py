@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .recipe import View
+from .augmentation import View
 
 ATTEMPTS = 10  # at a window that fits into the image; then its middle, as torchvision's RandomResizedCrop does
 ASPECT = (3 / 4, 4 / 3)
@@ -111,8 +111,9 @@ def _random_windows(draws: Draws, sizes: np.ndarray) -> np.ndarray:
     fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
     first = fits.argmax(axis=1)[:, None]
     shown = np.concatenate([np.take_along_axis(side, first, 1) for side in (tall, wide)], axis=1)
-    widest = np.concatenate([np.minimum(height, np.rint(width / ASPECT[0])),
-                             np.minimum(width, np.rint(height * ASPECT[1]))], axis=1)  # fmt: skip
+    widest = np.concatenate(
+        [np.minimum(height, np.rint(width / ASPECT[0])), np.minimum(width, np.rint(height * ASPECT[1]))], axis=1
+    )
     found = fits.any(axis=1, keepdims=True)
     shown = np.where(found, shown, np.maximum(widest, 1)).astype(np.int64)
     corner = np.where(found, draws.place * (sizes - shown + 1), (sizes - shown) // 2).astype(np.int64)

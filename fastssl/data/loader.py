@@ -1,4 +1,4 @@
-"""Batches on the device, from a source by a recipe.
+"""Batches on the device, from a source by a augmentation.
 
 Order and augmentations depend on (seed, epoch, index) alone. So the state of a loader is (epoch, batch): a run that is
 resumed in the middle of an epoch sees exactly what it would have seen, whatever the engine and the number of workers.
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .augmentation import Augmentation
 from .order import Order
-from .recipe import Recipe
 from .samples import Samples
 from .source import Source
 
@@ -23,7 +23,7 @@ ENGINES = ("torchvision", "dali")
 class Batch(NamedTuple):
     """What a method gets, already on the device."""
 
-    views: tuple[Tensor, ...]  # of the recipe, each [B, 3, H, W] float32, normalised
+    views: tuple[Tensor, ...]  # of the augmentation, each [B, 3, H, W] float32, normalised
     index: Tensor  # [B] int64, number of the image in its source
     label: Tensor  # [B] int64, −1 where there is none; for evaluation, never for the loss
     seed: Tensor | None = None  # [B] int64, of (run, epoch, image): what a method draws from it, any rank would draw
@@ -34,7 +34,7 @@ class Loader:
 
     Args:
         source: the images.
-        recipe: the views to make of each.
+        augmentation: the views to make of each.
         batch_size: samples a batch, on each rank. In training the last, incomplete batch of an epoch is left out.
         seed: of the order and of the augmentations.
         workers: processes (torchvision) or threads (dali) that decode and augment; 0 does it in this process.
@@ -53,7 +53,7 @@ class Loader:
     def __init__(
         self,
         source: Source,
-        recipe: Recipe,
+        augmentation: Augmentation,
         batch_size: int,
         *,
         seed: int = 0,
@@ -77,14 +77,14 @@ class Loader:
                 f"data: the batch of {batch_size}{each} is larger than the data, which has {len(source)} images"
             )
         self.device = torch.device(device)
-        self.recipe, self.bad_files, self.max_bad, self.total = recipe, bad_files, max_bad, len(source)
+        self.augmentation, self.bad_files, self.max_bad, self.total = augmentation, bad_files, max_bad, len(source)
         self._bad: set[int] = set()
         self._order = Order(len(source), batch_size, seed, train, source.shards, rank, world)
         self._runs, self._world = 0, world
-        self._engine = _build_engine(engine, source, recipe, batch_size, seed, workers, self.device, train)
+        self._engine = _build_engine(engine, source, augmentation, batch_size, seed, workers, self.device, train)
         self._scale = [
             tuple(torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (view.mean, view.std))
-            for view in recipe.views
+            for view in augmentation.views
         ]
 
     def __len__(self) -> int:
@@ -165,15 +165,15 @@ def has_dali() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-def _build_engine(name, source, recipe, batch_size, seed, workers, device, train):
+def _build_engine(name, source, augmentation, batch_size, seed, workers, device, train):
     if name == "torchvision":
         from .torchvision import Engine
 
-        return Engine(source, recipe, seed, workers=workers, pin=device.type == "cuda", fill=train)
+        return Engine(source, augmentation, seed, workers=workers, pin=device.type == "cuda", fill=train)
     if name != "dali":
         raise ValueError(f"data: unknown engine {name!r}, there are {', '.join(ENGINES)}")
     if not has_dali():
         raise ValueError("data: the engine dali is not installed: pip install 'fastssl-engine[dali]' (Linux)")
     from .dali import Engine
 
-    return Engine(source, recipe, seed, batch_size=batch_size, threads=max(1, workers), device=device, fill=train)
+    return Engine(source, augmentation, seed, batch_size=batch_size, threads=max(1, workers), device=device, fill=train)

@@ -26,8 +26,16 @@ class Order:
         rank, world: which part is wanted.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, train: bool, shards: np.ndarray | None = None,
-                 rank: int = 0, world: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        train: bool,
+        shards: np.ndarray | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.count, self.batch_size, self.seed, self.train, self.shards = count, batch_size, seed, train, shards
         self.rank, self.world = rank, world
 

@@ -8,7 +8,7 @@ from torch import Tensor
 class Samples(NamedTuple):
     """A batch in bytes."""
 
-    views: list[Tensor]  # of the recipe, each [B, 3, H, W] uint8
+    views: list[Tensor]  # of the augmentation, each [B, 3, H, W] uint8
     index: Tensor  # [B] int64
     label: Tensor  # [B] int64
     seed: Tensor  # [B] int64

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastssl.ops import augment_
 
+from .augmentation import Augmentation, View
 from .decoding import Opened, open_image
 from .draws import Draws, draw, mix, windows
-from .recipe import Recipe, View
 from .samples import Samples, stand_in
 from .source import BadImage, Source
 
@@ -26,16 +26,16 @@ class Engine:
     """Makes batches by torchvision.
 
     Args:
-        source, recipe, seed: what to read, what to make of it, and the seed of all draws.
+        source, augmentation, seed: what to read, what to make of it, and the seed of all draws.
         workers: processes that make batches; 0 makes them here, with torch's threads.
         pin: into page-locked memory, from which a GPU fetches while the host goes on.
         fill: others of the batch stand in for images that can't be decoded.
     """
 
-    def __init__(self, source: Source, recipe: Recipe, seed: int, *, workers: int, pin: bool, fill: bool):
+    def __init__(self, source: Source, augmentation: Augmentation, seed: int, *, workers: int, pin: bool, fill: bool):
         self._plan, self._forks = _Plan(), workers > 0
         self._batches = DataLoader(
-            _Maker(source, recipe, seed, fill),
+            _Maker(source, augmentation, seed, fill),
             batch_size=None,
             sampler=self._plan,
             num_workers=workers,
@@ -55,11 +55,11 @@ class Engine:
         return iter(self._batches)
 
 
-def make(source: Source, recipe: Recipe, seed: int, epoch: int, indices: np.ndarray, fill: bool) -> Samples:
+def make(source: Source, augmentation: Augmentation, seed: int, epoch: int, indices: np.ndarray, fill: bool) -> Samples:
     """One batch. Files are held a few at a time and pixels one at a time: large photographs would fill the memory."""
     seeds = mix(seed, epoch, indices)
-    draws = [draw(view, number, seeds) for number, view in enumerate(recipe.views)]
-    views = [torch.empty(len(indices), 3, *view.size, dtype=torch.uint8) for view in recipe.views]
+    draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
+    views = [torch.empty(len(indices), 3, *view.size, dtype=torch.uint8) for view in augmentation.views]
     good, bad = [], []
     for first in range(0, len(indices), HELD):
         opened: dict[int, Opened] = {}  # by the row of the batch
@@ -68,20 +68,20 @@ def make(source: Source, recipe: Recipe, seed: int, epoch: int, indices: np.ndar
                 opened[row] = open_image(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
-        for row, shown in _windows(recipe, draws, opened):
+        for row, shown in _windows(augmentation, draws, opened):
             try:
                 pixels = opened[row].pixels()
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
                 continue
             good.append(row)
-            for view, window, made in zip(recipe.views, shown, views):
+            for view, window, made in zip(augmentation.views, shown, views):
                 made[row] = resampled(pixels, view, window)
     if bad:
         rows = stand_in(good, len(indices)) if fill else good
         indices, seeds = indices[rows], seeds[rows]
         views, draws = [view[rows] for view in views], [drawn.take(rows) for drawn in draws]
-    for view, drawn, made in zip(recipe.views, draws, views):
+    for view, drawn, made in zip(augmentation.views, draws, views):
         augment_(made, *map(torch.from_numpy, drawn.colours), grey_first=view.grayscale_first)
     labels = np.array([source.label(index) for index in indices.tolist()], dtype=np.int64)
     return Samples(views, *map(torch.from_numpy, (indices, labels, seeds)), bad)
@@ -94,10 +94,10 @@ def resampled(image: Tensor, view: View, window: list[int]) -> Tensor:
     return F.interpolate(shown, view.size, mode=view.interpolation, antialias=True)[0]
 
 
-def _windows(recipe: Recipe, draws: list[Draws], opened: dict[int, Opened]) -> Iterator[tuple[int, tuple]]:
+def _windows(augmentation: Augmentation, draws: list[Draws], opened: dict[int, Opened]) -> Iterator[tuple[int, tuple]]:
     """(row, the window of each view) of opened images; of several at once, since numpy's calls take long."""
     rows, sizes = list(opened), np.array([image.size for image in opened.values()]).reshape(-1, 2)
-    shown = [windows(view, drawn.take(rows), sizes).tolist() for view, drawn in zip(recipe.views, draws)]
+    shown = [windows(view, drawn.take(rows), sizes).tolist() for view, drawn in zip(augmentation.views, draws)]
     return zip(rows, zip(*shown))
 
 
@@ -122,11 +122,11 @@ def _keep_garbage(worker: int) -> None:
 class _Maker(Dataset):
     """A data set whose samples are whole batches."""
 
-    def __init__(self, source: Source, recipe: Recipe, seed: int, fill: bool):
-        self.source, self.recipe, self.seed, self.fill = source, recipe, seed, fill
+    def __init__(self, source: Source, augmentation: Augmentation, seed: int, fill: bool):
+        self.source, self.augmentation, self.seed, self.fill = source, augmentation, seed, fill
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> Samples:
-        return make(self.source, self.recipe, self.seed, *key, self.fill)
+        return make(self.source, self.augmentation, self.seed, *key, self.fill)
 
 
 def _as_it_is(samples: Samples) -> Samples:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastssl.data.augmentation import evaluation
 from fastssl.data.loader import Loader
-from fastssl.data.recipe import evaluation
 from fastssl.data.source import Source
-from fastssl.distributed import gather, objects_of_ranks, rank, world_size
+from fastssl.distributed import all_gather, all_gather_object, rank, world_size
 from fastssl.nn import ViT
 
 
@@ -32,10 +32,20 @@ def extract(
     aspect admits. `part` is (rank, world): which images to take, where each rank extracts some; N may be 0 there.
     """
     small = source.size is not None and max(source.size) <= max(size)
-    recipe = evaluation(size, centre=1.0 if small else 0.875)
+    augmentation = evaluation(size, centre=1.0 if small else 0.875)
     number, world = part
-    loader = Loader(source, recipe, batch_size, workers=workers, device=device, train=False, engine=engine,
-                    rank=number, world=world, max_bad=world)  # fmt: skip
+    loader = Loader(
+        source,
+        augmentation,
+        batch_size,
+        workers=workers,
+        device=device,
+        train=False,
+        engine=engine,
+        rank=number,
+        world=world,
+        max_bad=world,
+    )
     parts = [(features(batch.views[0]).float(), batch.label, batch.index) for batch in loader.epoch(0)]
     if not parts and world == 1:
         raise ValueError("features: none of the images can be decoded")
@@ -50,20 +60,20 @@ def extract_together(
 ) -> tuple[Tensor, Tensor]:
     """`extract`'s (features, labels) on every rank alike, in the source's order; each extracts its part."""
     mine = extract(features, source, size, part=(rank(), world_size()), **where)
-    x, labels, index = map(gather_uneven, mine)
+    x, labels, index = map(all_gather_uneven, mine)
     if not len(x):
         raise ValueError("features: none of the images can be decoded")
     order = index.argsort()
     return x[order], labels[order]
 
 
-def gather_uneven(x: Tensor) -> Tensor:
+def all_gather_uneven(x: Tensor) -> Tensor:
     """[B, …] of every rank, B different on each, → all of them in rank order; no gradient."""
-    sizes = objects_of_ranks(len(x))
+    sizes = all_gather_object(len(x))
     if len(sizes) == 1:
         return x
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
-    return torch.cat([theirs[:size] for theirs, size in zip(gather(padded).chunk(len(sizes)), sizes)])
+    return torch.cat([theirs[:size] for theirs, size in zip(all_gather(padded).chunk(len(sizes)), sizes)])
 
 
 def features_of(method: nn.Module, pool: str | None = None) -> Callable[[Tensor], Tensor]:

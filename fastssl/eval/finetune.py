@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.decoding import open_image
-from fastssl.data.recipe import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.samples import stand_in
 from fastssl.data.source import BadImage, Source
 from fastssl.nn import accelerate
@@ -70,10 +70,17 @@ def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
 
     width, heads = vit.norm.normalized_shape[0], vit.blocks[0].attn.num_heads
     model = VisionTransformer(
-        img_size=vit.img_size, patch_size=vit.patch_size, in_chans=vit.in_chans, num_classes=classes,
-        global_pool="avg", embed_dim=width, depth=len(vit.blocks), num_heads=heads,
-        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / width, drop_path_rate=drop_path,
-    )  # fmt: skip
+        img_size=vit.img_size,
+        patch_size=vit.patch_size,
+        in_chans=vit.in_chans,
+        num_classes=classes,
+        global_pool="avg",
+        embed_dim=width,
+        depth=len(vit.blocks),
+        num_heads=heads,
+        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / width,
+        drop_path_rate=drop_path,
+    )
     if isinstance(vit.patch_embed, ConvStem):
         model.patch_embed = ConvStem(vit.in_chans, width)
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
@@ -94,13 +101,16 @@ def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:
     if hasattr(model, "head"):
         from timm.optim import param_groups_layer_decay
 
-        groups = param_groups_layer_decay(model, config.weight_decay, model.no_weight_decay(),
-                                          layer_decay=config.layer_decay)  # fmt: skip
+        groups = param_groups_layer_decay(
+            model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
+        )
     else:
         decayed = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay, "lr_scale": 1.0},
-                  {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0}]  # fmt: skip
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+            {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+        ]
     split = []
     for group in groups:
         for inside, scale in ((False, 1.0), (True, config.head_lr)):
@@ -136,10 +146,16 @@ def fine_tuned(
     device, pictures = torch.device(where.get("device", "cpu")), Pictures(train, _transform(config, size))
     with _seeded(seed, device):
         loader = DataLoader(
-            pictures, micro, shuffle=True, drop_last=True, num_workers=where.get("workers", 0), collate_fn=_collated,
-            persistent_workers=where.get("workers", 0) > 0, pin_memory=device.type == "cuda",
+            pictures,
+            micro,
+            shuffle=True,
+            drop_last=True,
+            num_workers=where.get("workers", 0),
+            collate_fn=_collated,
+            persistent_workers=where.get("workers", 0) > 0,
+            pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        )
         bad = _train(model.to(device).train(), loader, config, len(train.classes), device)
     if bad:
         print(f"{len(bad)} of {len(train)} images could not be decoded; others stood in for them", flush=True)
@@ -244,10 +260,19 @@ def _transform(config: Finetune, size: tuple[int, int]):
     from timm.data import create_transform
 
     return create_transform(
-        (3, *size), is_training=True, scale=(config.crop_min, 1.0), hflip=config.flip_p, color_jitter=None,
-        auto_augment=None if config.randaugment == "none" else config.randaugment, interpolation="bicubic",
-        mean=IMAGENET_MEAN, std=IMAGENET_STD, re_prob=config.erasing, re_mode="pixel", re_count=1,
-    )  # fmt: skip
+        (3, *size),
+        is_training=True,
+        scale=(config.crop_min, 1.0),
+        hflip=config.flip_p,
+        color_jitter=None,
+        auto_augment=None if config.randaugment == "none" else config.randaugment,
+        interpolation="bicubic",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        re_prob=config.erasing,
+        re_mode="pixel",
+        re_count=1,
+    )
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.distributed import gather, objects_of_ranks
+from fastssl.distributed import all_gather, all_gather_object
 
-from .features import gather_uneven
+from .features import all_gather_uneven
 
 TILE = 1024  # queries and bank features at a time: memory is TILE × (TILE + k), never queries × bank
 LOW = 2**32 - 1  # the lower half of a key, and its largest tag
@@ -46,12 +46,14 @@ def knn_accuracy(
         raise ValueError(f"knn: ks must be at least 1 and tau > 0, got {tuple(ks)} and {tau}")
     wrong = not bank.isfinite().all() or not queries.isfinite().all() or bool((bank_labels < 0).any())
     highest = [int(column.max()) for column in (bank_labels, labels) if len(column)]
-    banks, asked, wrongs, classes = zip(*objects_of_ranks((len(bank), len(queries), wrong, max(highest, default=0))))
+    banks, asked, wrongs, classes = zip(*all_gather_object((len(bank), len(queries), wrong, max(highest, default=0))))
     if any(wrongs) or not sum(banks) or not sum(asked):
         which = ", some of which are not" if any(wrongs) else ""
-        raise ValueError(f"knn: bank and queries must be finite features, bank labels at least 0, got {sum(banks)} "
-                         f"features and {sum(asked)} queries{which}")  # fmt: skip
-    queries, labels = gather_uneven(queries), gather_uneven(labels)
+        raise ValueError(
+            f"knn: bank and queries must be finite features, bank labels at least 0, got {sum(banks)} "
+            f"features and {sum(asked)} queries{which}"
+        )
+    queries, labels = all_gather_uneven(queries), all_gather_uneven(labels)
     bank, most = F.normalize(bank.float(), dim=1), min(max(ks), sum(banks))
     right = {k: torch.zeros((), dtype=torch.int64, device=bank.device) for k in ks}
     for tile, wanted in zip(queries.split(TILE), labels.split(TILE)):
@@ -90,7 +92,7 @@ def _nearest(bank: Tensor, tags: Tensor, queries: Tensor, k: int) -> Tensor:
 
 def _of_all_ranks(keys: Tensor) -> Tensor:
     """The best k of every rank's keys [T, k] for the same queries."""
-    together = gather(keys.T.contiguous()).T  # [T, world · k]
+    together = all_gather(keys.T.contiguous()).T  # [T, world · k]
     return together.topk(keys.shape[1], dim=1).values if together.shape != keys.shape else keys
 
 
@@ -103,7 +105,9 @@ def _opened(keys: Tensor) -> tuple[Tensor, Tensor]:
 def _elected(voters: Tensor, weights: Tensor, classes: int) -> Tensor:
     """[T] the class with most votes, of voters [T, k]; a few queries at a time where there are many classes."""
     rows = max(1, TILE * TILE // classes)
-    return torch.cat([
-        weight.new_zeros(len(voter), classes).scatter_add_(1, voter, weight).argmax(1)
-        for voter, weight in zip(voters.split(rows), weights.split(rows))
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            weight.new_zeros(len(voter), classes).scatter_add_(1, voter, weight).argmax(1)
+            for voter, weight in zip(voters.split(rows), weights.split(rows))
+        ]
+    )

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Loader
-from fastssl.data.recipe import Recipe, View
 from fastssl.data.source import Source
+from fastssl.train.config import Training
 from fastssl.train.optim import LARS, build_optimizer
-from fastssl.train.recipe import Training
 from fastssl.train.schedule import learning_rate
 
 from .features import extract
@@ -98,8 +98,9 @@ def _fitted(x: Tensor, y: Tensor, classes: int, settings: list[Setting], sweep: 
 def _minimised(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
     """(weight [C, F], bias [C]) of least mean cross entropy + ½ · l2 · ‖weight‖², by L-BFGS from 0."""
     weight, bias = (x.new_zeros(classes, *shape).requires_grad_() for shape in ((x.shape[1],), ()))
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-10,
-                                  line_search_fn="strong_wolfe")  # fmt: skip
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -116,9 +117,14 @@ def _minimised(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int) -
 
 
 def _descended(
-    x: Tensor, y: Tensor, standard: tuple[Tensor, Tensor], classes: int, settings: list[Setting], sweep: Sweep,
+    x: Tensor,
+    y: Tensor,
+    standard: tuple[Tensor, Tensor],
+    classes: int,
+    settings: list[Setting],
+    sweep: Sweep,
     seed: int,
-) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+) -> list[tuple[Tensor, Tensor]]:
     """(weight, bias) of each setting of sgd and lars, in one pass for all: one matrix product gives all their logits.
 
     One that diverges has no influence on the others.
@@ -132,8 +138,11 @@ def _descended(
     trainings = [Training(sweep.epochs, batch, setting.optimizer, setting.value, 0.0) for setting in settings]
     optimizers = []
     for kind, name in ((torch.optim.SGD, "sgd"), (LARS, "lars")):
-        groups = [{"params": list(pair), "schedule": training}
-                  for pair, training in zip(made, trainings) if training.optimizer == name]  # fmt: skip
+        groups = [
+            {"params": list(pair), "schedule": training}
+            for pair, training in zip(made, trainings)
+            if training.optimizer == name
+        ]
         optimizers += [kind(groups, lr=0.0, momentum=0.9)] if groups else []
     steps, progress = len(x) // batch, Progress(f"linear, {len(settings)} settings at once", sweep.epochs)
     for epoch in range(sweep.epochs):
@@ -153,9 +162,14 @@ def _descended(
 
 
 def trained_officially(
-    features: Callable[[Tensor], Tensor], train: Source, test: Source, official: Official, size: tuple[int, int],
-    seed: int = 0, **where,
-) -> Accuracy:  # fmt: skip
+    features: Callable[[Tensor], Tensor],
+    train: Source,
+    test: Source,
+    official: Official,
+    size: tuple[int, int],
+    seed: int = 0,
+    **where,
+) -> Accuracy:
     """Accuracy on `test` of the probe that `official` describes; the last epoch's, none is chosen.
 
     Every step takes new random crops (area 0.08 to 1, flipped or not) through the frozen encoder. Images that can't be
@@ -173,10 +187,13 @@ def trained_officially(
     """
     training, device = official.training, where.get("device", "cpu")
     if official.batch_size > len(train):
-        raise ValueError(f"eval: --batch-size must be at most the {len(train)} labelled images, "
-                         f"got {official.batch_size}")  # fmt: skip
+        raise ValueError(
+            f"eval: --batch-size must be at most the {len(train)} labelled images, got {official.batch_size}"
+        )
     view = View(size, crop=(0.08, 1.0), interpolation=official.interpolation, flip_p=0.5)
-    loader = Loader(train, Recipe((view,)), official.batch_size // official.pieces, seed=seed, max_bad=1.0, **where)
+    loader = Loader(
+        train, Augmentation((view,)), official.batch_size // official.pieces, seed=seed, max_bad=1.0, **where
+    )
     with torch.no_grad():
         width = features(torch.zeros(1, 3, *size, device=device)).shape[1]
     probe = _probe(width, len(train.classes), official.standardise, seed).to(device)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from fastssl.train.recipe import Training
+from fastssl.train.config import Training
 
 
 class Setting(NamedTuple):
@@ -99,11 +99,28 @@ def official(method: str, backbone: str) -> Official:
         al., 2021 (MoCo v3), section 5 and its code's README: 0.1 for ResNets and 3 for ViTs.
     """
     if method in ("moco_v1", "moco_v2"):
-        return Official(100, 256, "sgd", 30.0, warmup_epochs=0, lr_by_epoch=True, lr_drops=(60, 80), standardise=False,
-                        interpolation="bilinear")  # fmt: skip
+        return Official(
+            100,
+            256,
+            "sgd",
+            30.0,
+            warmup_epochs=0,
+            lr_by_epoch=True,
+            lr_drops=(60, 80),
+            standardise=False,
+            interpolation="bilinear",
+        )
     if method == "moco_v3":
-        return Official(90, 1024, "sgd", 0.1 if backbone.startswith("resnet") else 3.0, warmup_epochs=0,
-                        lr_by_epoch=True, standardise=False, interpolation="bilinear")  # fmt: skip
+        return Official(
+            90,
+            1024,
+            "sgd",
+            0.1 if backbone.startswith("resnet") else 3.0,
+            warmup_epochs=0,
+            lr_by_epoch=True,
+            standardise=False,
+            interpolation="bilinear",
+        )
     return Official()
 
 
@@ -158,9 +175,24 @@ class Finetune:
         ones. ResNet: Caron et al., 2020 (SwAV), section 4.1 and its code for few labels, with learning rates of 0.01
         and 0.2 for the classifier; they fall to a tenth here, to a fifth there."""
         if backbone.startswith("resnet"):
-            return cls(20, 256, optimizer="sgd", lr=0.01, min_lr=0.0, weight_decay=0.0, warmup_epochs=0,
-                       lr_drops=(12, 16), layer_decay=1.0, head_lr=20.0, drop_path=0.0, mixup=0.0, cutmix=0.0,
-                       label_smoothing=0.0, randaugment="none", erasing=0.0)  # fmt: skip
+            return cls(
+                20,
+                256,
+                optimizer="sgd",
+                lr=0.01,
+                min_lr=0.0,
+                weight_decay=0.0,
+                warmup_epochs=0,
+                lr_drops=(12, 16),
+                layer_decay=1.0,
+                head_lr=20.0,
+                drop_path=0.0,
+                mixup=0.0,
+                cutmix=0.0,
+                label_smoothing=0.0,
+                randaugment="none",
+                erasing=0.0,
+            )
         if backbone in ("vit_large", "vit_huge"):
             return cls(50, lr=1e-3, layer_decay=0.75, drop_path=0.3 if backbone == "vit_huge" else 0.2)
         return cls()
@@ -170,14 +202,32 @@ class Finetune:
         """For images of at most 64 pixels and minutes on a laptop: not of a paper. No flips: digits have none."""
         light = {"label_smoothing": 0.1, "randaugment": "none", "erasing": 0.0, "crop_min": 0.6, "flip_p": 0.0}
         if backbone.startswith("resnet"):
-            return cls(20, 64, optimizer="sgd", lr=0.3, weight_decay=5e-4, warmup_epochs=1, layer_decay=1.0,
-                       drop_path=0.0, mixup=0.2, cutmix=0.0, **light)  # fmt: skip
+            return cls(
+                20,
+                64,
+                optimizer="sgd",
+                lr=0.3,
+                weight_decay=5e-4,
+                warmup_epochs=1,
+                layer_decay=1.0,
+                drop_path=0.0,
+                mixup=0.2,
+                cutmix=0.0,
+                **light,
+            )
         return cls(20, 64, lr=1e-2, warmup_epochs=2, layer_decay=0.75, drop_path=0.1, mixup=0.2, cutmix=0.0, **light)
 
     @property
     def training(self) -> Training:
-        return Training(self.epochs, self.batch_size, self.optimizer, self.lr, self.weight_decay,
-                        warmup_epochs=self.warmup_epochs, lr_drops=self.lr_drops)  # fmt: skip
+        return Training(
+            self.epochs,
+            self.batch_size,
+            self.optimizer,
+            self.lr,
+            self.weight_decay,
+            warmup_epochs=self.warmup_epochs,
+            lr_drops=self.lr_drops,
+        )
 
 
 _COUNT = ("at least 1", lambda x: x >= 1)
@@ -217,8 +267,9 @@ def check(asked: Any) -> None:
         if late:
             raise ValueError(f"eval: --{name.replace('_', '-')} must lie before --epochs {epochs}, got {late[0]:g}")
     if values.get("batch_size", 0) % values.get("accumulate", 1):
-        raise ValueError(f"eval: --batch-size must be divisible by --accumulate {values['accumulate']}, "
-                         f"got {values['batch_size']}")  # fmt: skip
+        raise ValueError(
+            f"eval: --batch-size must be divisible by --accumulate {values['accumulate']}, got {values['batch_size']}"
+        )
 
 
 def _tuple(value) -> tuple:

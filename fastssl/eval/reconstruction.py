@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.decoding import open_image
-from fastssl.data.recipe import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.source import BadImage, Source, Subset
 from fastssl.ops import patchify, unpatchify
 

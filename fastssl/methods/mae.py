@@ -10,13 +10,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.data.recipe import Recipe, View
+from fastssl.data.augmentation import Augmentation, View
 from fastssl.nn.linear import Linear
 from fastssl.nn.masking import kept_tokens, seeded_noise
 from fastssl.nn.norm import Norm
 from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions, xavier_
 from fastssl.ops import Masking, check, keep_patches, masked_patch_mse, random_masking, restore_tokens
-from fastssl.train.recipe import Training
+from fastssl.train.config import Training
 
 
 @dataclass
@@ -42,9 +42,16 @@ class Config:
     flip_p: float = 0.5
     """probability of a horizontal flip"""
     training: Training = field(
-        default_factory=lambda: Training(epochs=800, batch_size=4096, optimizer="adamw", lr=1.5e-4, weight_decay=0.05,
-                                         betas=(0.9, 0.95), warmup_epochs=40)
-    )  # fmt: skip
+        default_factory=lambda: Training(
+            epochs=800,
+            batch_size=4096,
+            optimizer="adamw",
+            lr=1.5e-4,
+            weight_decay=0.05,
+            betas=(0.9, 0.95),
+            warmup_epochs=40,
+        )
+    )
 
     @classmethod
     def paper(cls, backbone: str = "vit_base") -> "Config":
@@ -53,23 +60,45 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
-        training = Training(epochs=50, batch_size=64, optimizer="adamw", lr=6e-3, weight_decay=0.05,
-                            betas=(0.9, 0.95), warmup_epochs=4)  # fmt: skip
-        return cls("vit_mini", (24, 24), mask_ratio=0.6, norm_pix=False, decoder_dim=64, decoder_depth=2,
-                   decoder_heads=4, crop_min=0.85, flip_p=0.0, training=training)  # fmt: skip
+        training = Training(
+            epochs=50, batch_size=64, optimizer="adamw", lr=6e-3, weight_decay=0.05, betas=(0.9, 0.95), warmup_epochs=4
+        )
+        return cls(
+            "vit_mini",
+            (24, 24),
+            mask_ratio=0.6,
+            norm_pix=False,
+            decoder_dim=64,
+            decoder_depth=2,
+            decoder_heads=4,
+            crop_min=0.85,
+            flip_p=0.0,
+            training=training,
+        )
 
     @property
-    def recipe(self) -> Recipe:
+    def augmentation(self) -> Augmentation:
         crop = (self.crop_min, 1.0)
-        return Recipe((View(self.image_size, crop=crop, interpolation="bicubic", flip_p=self.flip_p),))
+        return Augmentation((View(self.image_size, crop=crop, interpolation="bicubic", flip_p=self.flip_p),))
 
 
 def build(config: Config) -> "MAE":
     if config.backbone not in SIZES:
         raise ValueError(f"mae: unknown backbone {config.backbone!r}, there are {', '.join(SIZES)}")
     dim, depth, heads, patch = SIZES[config.backbone]
-    return MAE(config.image_size, patch, 3, dim, depth, heads, config.decoder_dim, config.decoder_depth,
-               config.decoder_heads, norm_pix_loss=config.norm_pix, mask_ratio=config.mask_ratio)  # fmt: skip
+    return MAE(
+        config.image_size,
+        patch,
+        3,
+        dim,
+        depth,
+        heads,
+        config.decoder_dim,
+        config.decoder_depth,
+        config.decoder_heads,
+        norm_pix_loss=config.norm_pix,
+        mask_ratio=config.mask_ratio,
+    )
 
 
 class MAE(ViT):
@@ -81,10 +110,20 @@ class MAE(ViT):
     tables = ("pos_embed", "decoder_pos_embed")
 
     def __init__(
-        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768,
-        depth: int = 12, num_heads: int = 12, decoder_embed_dim: int = 512, decoder_depth: int = 8,
-        decoder_num_heads: int = 16, mlp_ratio: float = 4.0, norm_pix_loss: bool = False, mask_ratio: float = 0.75,
-    ):  # fmt: skip
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_pix_loss: bool = False,
+        mask_ratio: float = 0.75,
+    ):
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
         self.norm_pix_loss, self.mask_ratio = norm_pix_loss, mask_ratio
         self.length = self.grid[0] * self.grid[1]

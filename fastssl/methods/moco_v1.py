@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.data.recipe import Recipe, View
+from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import shuffle, unshuffle, world_size
 from fastssl.nn.heads import moco_v2_head
 from fastssl.nn.losses import InfoNCELoss, unit
+from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.resnet import build_resnet, features_before
-from fastssl.nn.twin import MomentumTwin
 from fastssl.ops import InfoNCE
-from fastssl.train.recipe import Training
+from fastssl.train.config import Training
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Config:
     """negatives"""
     tau: float = 0.07
     """temperature"""
-    twin_momentum: float = 0.999
+    ema_momentum: float = 0.999
     """of the key encoder"""
     symmetric: bool = False
     """each view is query once and key once"""
@@ -50,9 +50,17 @@ class Config:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4)
     """strengths of brightness, contrast, saturation and hue jitter"""
     training: Training = field(
-        default_factory=lambda: Training(epochs=200, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4,
-                                         decay_all=True, lr_by_epoch=True, lr_drops=(120, 160))
-    )  # fmt: skip
+        default_factory=lambda: Training(
+            epochs=200,
+            batch_size=256,
+            optimizer="sgd",
+            lr=0.03,
+            weight_decay=1e-4,
+            decay_all=True,
+            lr_by_epoch=True,
+            lr_drops=(120, 160),
+        )
+    )
 
     @classmethod
     def paper(cls, backbone: str = "resnet50") -> "Config":
@@ -62,14 +70,29 @@ class Config:
     def small(cls) -> "Config":
         """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
         training = Training(epochs=14, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True)
-        return cls("resnet_mini", (32, 32), queue_size=512, twin_momentum=0.99, symmetric=True, bn_splits=1,
-                   crop_min=0.25, jitter=(0.4, 0.4, 0.2, 0.5), training=training)  # fmt: skip
+        return cls(
+            "resnet_mini",
+            (32, 32),
+            queue_size=512,
+            ema_momentum=0.99,
+            symmetric=True,
+            bn_splits=1,
+            crop_min=0.25,
+            jitter=(0.4, 0.4, 0.2, 0.5),
+            training=training,
+        )
 
     @property
-    def recipe(self) -> Recipe:
-        view = View(self.image_size, crop=(self.crop_min, 1.0), jitter=self.jitter, grayscale_p=0.2,
-                    grayscale_first=True, flip_p=0.5)  # fmt: skip
-        return Recipe((view, view))
+    def augmentation(self) -> Augmentation:
+        view = View(
+            self.image_size,
+            crop=(self.crop_min, 1.0),
+            jitter=self.jitter,
+            grayscale_p=0.2,
+            grayscale_first=True,
+            flip_p=0.5,
+        )
+        return Augmentation((view, view))
 
 
 def build(config: Config, mlp: bool = False) -> "MoCo":
@@ -80,7 +103,7 @@ def build(config: Config, mlp: bool = False) -> "MoCo":
     if splits > 1 and batch < 2 * splits * parts:
         raise ValueError(f"moco: batch_size must be at least twice bn_splits={config.bn_splits}, got {batch}")
     encoder = build_resnet(config.backbone, config.dim, config.small_images, splits)
-    momentum, shuffled = config.twin_momentum, max(config.bn_splits, world_size()) > 1
+    momentum, shuffled = config.ema_momentum, max(config.bn_splits, world_size()) > 1
     return MoCo(encoder, config.queue_size, config.tau, momentum, mlp, config.symmetric, shuffled, config.shard_queue)
 
 
@@ -100,16 +123,23 @@ class MoCo(nn.Module):
     """
 
     def __init__(
-        self, encoder: nn.Module, queue_size: int = 65536, tau: float = 0.07, momentum: float = 0.999,
-        mlp: bool = False, symmetric: bool = False, shuffled: bool = False, shard_queue: bool = False,
-    ):  # fmt: skip
+        self,
+        encoder: nn.Module,
+        queue_size: int = 65536,
+        tau: float = 0.07,
+        momentum: float = 0.999,
+        mlp: bool = False,
+        symmetric: bool = False,
+        shuffled: bool = False,
+        shard_queue: bool = False,
+    ):
         super().__init__()
         dim = encoder.fc.out_features
         if mlp:
             encoder.fc = moco_v2_head(encoder.fc)
         self.symmetric, self.shuffled = symmetric, shuffled
         self.encoder_q = encoder
-        self.encoder_k = MomentumTwin(encoder, momentum)
+        self.encoder_k = MomentumEncoder(encoder, momentum)
         self.criterion = InfoNCELoss(dim, queue_size, tau, normalize=False, shard=shard_queue)
         self.register_state_dict_post_hook(functools.partial(_rename, "criterion.queue", "queue"))
         self.register_load_state_dict_pre_hook(functools.partial(_rename, "queue", "criterion.queue"))
@@ -134,7 +164,7 @@ class MoCo(nn.Module):
     def ranks(self, batch) -> tuple[Tensor, int]:
         """(how many negatives score above each query's key [Q], negatives); for reports, changes nothing."""
         _, (_, rank) = self.contrast(batch)
-        return rank, self.criterion.whole().shape[0]
+        return rank, self.criterion.full_queue().shape[0]
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020, arXi
 
 from dataclasses import dataclass, field
 
-from fastssl.data.recipe import Recipe, View
-from fastssl.train.recipe import Training
+from fastssl.data.augmentation import Augmentation, View
+from fastssl.train.config import Training
 
 from . import moco_v1
 
@@ -22,9 +22,10 @@ class Config(moco_v1.Config):
     blur_p: float = 0.5
     """probability of Gaussian blur"""
     training: Training = field(
-        default_factory=lambda: Training(epochs=200, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4,
-                                         decay_all=True, lr_by_epoch=True)
-    )  # fmt: skip
+        default_factory=lambda: Training(
+            epochs=200, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4, decay_all=True, lr_by_epoch=True
+        )
+    )
 
     @classmethod
     def small(cls) -> "Config":
@@ -33,10 +34,17 @@ class Config(moco_v1.Config):
         return config
 
     @property
-    def recipe(self) -> Recipe:
-        view = View(self.image_size, crop=(self.crop_min, 1.0), jitter=self.jitter, jitter_p=0.8, grayscale_p=0.2,
-                    blur_p=self.blur_p, flip_p=0.5)  # fmt: skip
-        return Recipe((view, view))
+    def augmentation(self) -> Augmentation:
+        view = View(
+            self.image_size,
+            crop=(self.crop_min, 1.0),
+            jitter=self.jitter,
+            jitter_p=0.8,
+            grayscale_p=0.2,
+            blur_p=self.blur_p,
+            flip_p=0.5,
+        )
+        return Augmentation((view, view))
 
 
 def build(config: Config) -> moco_v1.MoCo:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.data.recipe import Recipe, View
-from fastssl.distributed import gather, rank, world_size
+from fastssl.data.augmentation import Augmentation, View
+from fastssl.distributed import all_gather, rank, world_size
 from fastssl.nn.heads import moco_v3_head
 from fastssl.nn.losses import unit
+from fastssl.nn.momentum import MomentumEncoder, cosine_momentum
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.resnet import build_resnet, features_before
-from fastssl.nn.twin import MomentumTwin, cosine_momentum
 from fastssl.nn.vit import MOCO_V3_SIZES, moco_v3_vit
 from fastssl.ops import batch_info_nce
-from fastssl.train.recipe import Training
+from fastssl.train.config import Training
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Config:
     """width inside projector and predictor"""
     tau: float = 0.2
     """temperature"""
-    twin_momentum: float = 0.99
+    ema_momentum: float = 0.99
     """of the momentum encoder at the start; rises to 1 along a cosine"""
     freeze_patch_embed: bool = True
     """leave the patch embedding at its random weights: stable training of a ViT"""
@@ -51,9 +51,16 @@ class Config:
     solarize_p: tuple[float, float] = (0.0, 0.2)
     """probability of solarization, for either view"""
     training: Training = field(
-        default_factory=lambda: Training(epochs=300, batch_size=4096, optimizer="adamw", lr=1.5e-4, weight_decay=0.1,
-                                         decay_all=True, warmup_epochs=40)
-    )  # fmt: skip
+        default_factory=lambda: Training(
+            epochs=300,
+            batch_size=4096,
+            optimizer="adamw",
+            lr=1.5e-4,
+            weight_decay=0.1,
+            decay_all=True,
+            warmup_epochs=40,
+        )
+    )
 
     @classmethod
     def paper(cls, backbone: str = "vit_small") -> "Config":
@@ -62,22 +69,43 @@ class Config:
         if not backbone.startswith("resnet"):
             return cls(backbone)
         training = Training(1000, 4096, "lars", lr=0.3, weight_decay=1.5e-6, warmup_epochs=10)
-        return cls(backbone, tau=1.0, twin_momentum=0.996, crop_min=0.2, training=training)
+        return cls(backbone, tau=1.0, ema_momentum=0.996, crop_min=0.2, training=training)
 
     @classmethod
     def small(cls) -> "Config":
         """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
-        training = Training(epochs=14, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True,
-                            warmup_epochs=0.5)  # fmt: skip
-        return cls("resnet_mini", (32, 32), 128, 512, twin_momentum=0.95, crop_min=0.25, jitter=(0.4, 0.4, 0.2, 0.5),
-                   blur_p=(0.0, 0.0), solarize_p=(0.0, 0.0), training=training)  # fmt: skip
+        training = Training(
+            epochs=14, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5
+        )
+        return cls(
+            "resnet_mini",
+            (32, 32),
+            128,
+            512,
+            ema_momentum=0.95,
+            crop_min=0.25,
+            jitter=(0.4, 0.4, 0.2, 0.5),
+            blur_p=(0.0, 0.0),
+            solarize_p=(0.0, 0.0),
+            training=training,
+        )
 
     @property
-    def recipe(self) -> Recipe:
-        views = [View(self.image_size, crop=(self.crop_min, 1.0), jitter=self.jitter, jitter_p=0.8, grayscale_p=0.2,
-                      blur_p=blur, solarize_p=solarize, flip_p=0.5)
-                 for blur, solarize in zip(self.blur_p, self.solarize_p)]  # fmt: skip
-        return Recipe(tuple(views))
+    def augmentation(self) -> Augmentation:
+        views = [
+            View(
+                self.image_size,
+                crop=(self.crop_min, 1.0),
+                jitter=self.jitter,
+                jitter_p=0.8,
+                grayscale_p=0.2,
+                blur_p=blur,
+                solarize_p=solarize,
+                flip_p=0.5,
+            )
+            for blur, solarize in zip(self.blur_p, self.solarize_p)
+        ]
+        return Augmentation(tuple(views))
 
 
 def build(config: Config) -> "MoCoV3":
@@ -91,7 +119,7 @@ def build(config: Config) -> "MoCoV3":
     else:
         raise ValueError(f"moco_v3: unknown backbone {name!r}, there are {', '.join(MOCO_V3_SIZES)} and ResNets")
     predictor = moco_v3_head(2, dim, hidden, dim, last_bn=not name.startswith("resnet"))
-    return sync_batch_norms(MoCoV3(encoder, predictor, config.tau, config.twin_momentum))
+    return sync_batch_norms(MoCoV3(encoder, predictor, config.tau, config.ema_momentum))
 
 
 class MoCoV3(nn.Module):
@@ -110,7 +138,7 @@ class MoCoV3(nn.Module):
             raise ValueError(f"MoCoV3: tau must be > 0, got {tau}")
         self.tau, self.momentum = tau, momentum
         self.base_encoder = base_encoder
-        self.momentum_encoder = MomentumTwin(base_encoder, momentum)
+        self.momentum_encoder = MomentumEncoder(base_encoder, momentum)
         self.predictor = predictor
         self.projector_name = "head" if hasattr(base_encoder, "head") else "fc"
 
@@ -132,7 +160,7 @@ class MoCoV3(nn.Module):
 
     def contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(2τ · mean InfoNCE of the queries among the keys of all ranks, rank of each query's own key)."""
-        loss, place = batch_info_nce(q, gather(k), self.tau, first=rank() * k.shape[0])
+        loss, place = batch_info_nce(q, all_gather(k), self.tau, first=rank() * k.shape[0])
         return 2 * self.tau * loss.mean(), place
 
     def after_step(self, progress: float) -> None:

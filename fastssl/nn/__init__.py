@@ -3,7 +3,7 @@
 from .attention import Attention
 from .losses import InfoNCELoss, NTXentLoss, unit
 from .masking import MaskedPatchLoss, random_masking, seeded_noise
+from .momentum import MomentumEncoder
 from .queue import KeyQueue
 from .swap import accelerate
-from .twin import MomentumTwin
 from .vit import ViT

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.distributed import exchange, gather, gather_with_grad, rank, world_size
+from fastssl.distributed import all_gather, all_gather_with_grad, all_to_all, rank, world_size
 from fastssl.ops import InfoNCE, info_nce, nt_xent
 from fastssl.ops.dispatch import wide
 
@@ -72,9 +72,11 @@ class InfoNCELoss(KeyQueue):
         if not self.shard or world_size() == 1:
             return info_nce(q, k, self.queue, self.tau)
         # Every rank contrasts all queries with its shard; each then joins what the shards say of its own.
-        loss, beaten_by = info_nce(gather_with_grad(q), gather(k), self.queue, self.tau)
+        loss, beaten_by = info_nce(all_gather_with_grad(q), all_gather(k), self.queue, self.tau)
         shards = (world_size(), -1)
-        return InfoNCE(_joined(exchange(loss.unflatten(0, shards))), exchange(beaten_by.unflatten(0, shards)).sum(0))
+        return InfoNCE(
+            _joined(all_to_all(loss.unflatten(0, shards))), all_to_all(beaten_by.unflatten(0, shards)).sum(0)
+        )
 
 
 def _joined(losses_WB: Tensor) -> Tensor:
@@ -110,5 +112,5 @@ class NTXentLoss(nn.Module):
         if not self.gather or world_size() == 1:
             return nt_xent(z1, z2, self.tau).mean()
         batch = z1.shape[0]
-        loss = nt_xent(gather_with_grad(z1), gather_with_grad(z2), self.tau).view(2, -1)
+        loss = nt_xent(all_gather_with_grad(z1), all_gather_with_grad(z2), self.tau).view(2, -1)
         return loss[:, rank() * batch : (rank() + 1) * batch].mean()

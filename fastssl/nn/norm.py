@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl.distributed import sum_over_ranks, world_size
+from fastssl.distributed import all_sum, world_size
 from fastssl.ops import Running, batch_norm, residual_norm
 from fastssl.ops.dispatch import wide
 
@@ -82,10 +82,10 @@ class SyncBatchNorm(_BatchNorm):
         column = (1, -1, *[1] * (x.ndim - 2))
         values = x.to(wide(x))
         here = values.new_tensor([x.numel() / x.shape[1]])
-        total, count = sum_over_ranks(torch.cat([values.sum(others), here])).split([x.shape[1], 1])
+        total, count = all_sum(torch.cat([values.sum(others), here])).split([x.shape[1], 1])
         mean = total / count
         centred = values - mean.view(column)  # two passes: E[x²] − mean² would cancel
-        var = sum_over_ranks(centred.square().sum(others)) / count
+        var = all_sum(centred.square().sum(others)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             for running, now in ((self.running_mean, mean), (self.running_var, var * count / (count - 1))):

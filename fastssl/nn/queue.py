@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.distributed import gather, rank, world_size
+from fastssl.distributed import all_gather, rank, world_size
 from fastssl.ops import enqueue_
 
 
@@ -54,18 +54,18 @@ class KeyQueue(nn.Module):
         """Writes the keys [B, D] of all ranks, in rank order, over the oldest. A key that is not finite leaves what was
         in its place: one that overflowed would spoil every loss until it left the queue."""
         self._check_ranks()
-        keys = gather(keys.detach())
+        keys = all_gather(keys.detach())
         keys = self._own(keys) if self.shard else keys
         places = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % self.queue.shape[0]
         finite = keys.isfinite().all(1, keepdim=True)
         enqueue_(self.queue, self.queue_ptr, torch.where(finite, keys, self.queue[places].to(keys.dtype)))
 
-    def whole(self) -> Tensor:
+    def full_queue(self) -> Tensor:
         """All keys [K, D], gathered from the ranks where the queue is sharded."""
         if not self.shard:
             return self.queue
         self._check_ranks()
-        parts = gather(self.queue).unflatten(0, (world_size(), -1))
+        parts = all_gather(self.queue).unflatten(0, (world_size(), -1))
         return parts.transpose(0, 1).flatten(0, 1)
 
     def _check_ranks(self) -> None:
@@ -85,7 +85,7 @@ class KeyQueue(nn.Module):
 
 
 def _save(module: KeyQueue, state: dict, prefix: str, metadata: dict) -> None:
-    state[f"{prefix}queue"] = module.whole().detach().T.contiguous()
+    state[f"{prefix}queue"] = module.full_queue().detach().T.contiguous()
     if module.shard:
         state[f"{prefix}queue_ptr"] = module.queue_ptr * world_size()
 

@@ -13,9 +13,15 @@ from .attention import Attention, TorchvisionAttention
 TIMM = ("timm.layers.attention", "timm.models.vision_transformer")  # homes of timm's plain `Attention`
 PARTS = {"qkv", "attn_drop", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"}  # what such a module is made of
 HOOKS = (  # where a module keeps them
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
-    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:

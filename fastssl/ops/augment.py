@@ -66,9 +66,13 @@ def augment_(
     _check_dtype("images", images, torch.uint8)
     floats, whole, yes_or_no = torch.float32, torch.int64, torch.bool
     for name, draws, dims, dtype in (
-        ("jitter", jitter, "B 4", floats), ("order", order, "B 4", whole), ("grey", grey, "B", yes_or_no),
-        ("sigma", sigma, "B", floats), ("solarize", solarize, "B", yes_or_no), ("flip", flip, "B", yes_or_no),
-    ):  # fmt: skip
+        ("jitter", jitter, "B 4", floats),
+        ("order", order, "B 4", whole),
+        ("grey", grey, "B", yes_or_no),
+        ("sigma", sigma, "B", floats),
+        ("solarize", solarize, "B", yes_or_no),
+        ("flip", flip, "B", yes_or_no),
+    ):
         _check_draws(name, draws, dims, dtype, images.shape[0])
     _augment_(images, jitter, order, grey, sigma, solarize, flip, grey_first)
     return images

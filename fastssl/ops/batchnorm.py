@@ -19,9 +19,15 @@ class Running(NamedTuple):
 
 
 def batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: float = 1e-5, splits: int = 1,
-    relu: bool = False, residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running: Running,
+    eps: float = 1e-5,
+    splits: int = 1,
+    relu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
     """relu(norm(x) + residual), where norm is batch norm by the statistics of x itself, as in training.
 
     Part s of the batch, samples s, s + splits, s + 2·splits and so on, is normalised by its own mean and variance. The

@@ -8,12 +8,7 @@ from .dispatch import autocast_dtype, fake, first_order, op, serve, triton, wide
 
 
 def residual_norm(
-    x: Tensor,
-    delta: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-6,
-    dtype: torch.dtype | None = None,
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Adds to the residual stream and normalises the sum.
 
@@ -78,9 +73,15 @@ def _residual_norm_bwd(
     dtype = wide(total)
     factors = weight.to(dtype)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dnormed.to(dtype).contiguous(), total.to(dtype).contiguous(), total.shape[2:], mean.unsqueeze(2),
-        rstd.unsqueeze(2), factors, factors, [True, True, True],
-    )  # fmt: skip
+        dnormed.to(dtype).contiguous(),
+        total.to(dtype).contiguous(),
+        total.shape[2:],
+        mean.unsqueeze(2),
+        rstd.unsqueeze(2),
+        factors,
+        factors,
+        [True, True, True],
+    )
     dx = (dx if dsum is None else dx + dsum.to(dtype)).to(total.dtype).contiguous()
     return dx, dx.new_empty(0, dtype=narrow) if narrow == dx.dtype else dx.to(narrow), dweight, dbias
 

@@ -10,11 +10,16 @@ from .pictures import GREY, draw
 
 POINTS = 300  # of a line: more can't be told apart, and would make the file heavy
 TITLES = {
-    "loss": "loss", "top1": "positives ranked first", "lr": "learning rate",
+    "loss": "loss",
+    "top1": "positives ranked first",
+    "lr": "learning rate",
     "momentum": "momentum of the twin",
-    "grad_norm": "norm of the gradient", "loss_scale": "loss scale", "skipped": "skipped steps",
-    "images_per_second": "images/s", "data_wait": "waiting for data",
-}  # fmt: skip
+    "grad_norm": "norm of the gradient",
+    "loss_scale": "loss scale",
+    "skipped": "skipped steps",
+    "images_per_second": "images/s",
+    "data_wait": "waiting for data",
+}
 FIRST, LAST = ["loss"], ["lr", "momentum", "grad_norm", "loss_scale", "skipped", "images_per_second", "data_wait"]
 HIDDEN = {"step", "epoch", "peak_memory"}
 SHARES = {"top1", "data_wait"}
@@ -69,8 +74,10 @@ def _picture(name: str, title: str, lines: list) -> Picture:
         _ranges(axes, name)
 
     ends = [(run.colour if several else "", _number(name, values[-1])) for run, _, values in lines]
-    spoken = ", ".join(f"{run.name}: {_number(name, values[-1])}" if several else end
-                       for (run, _, values), (_, end) in zip(lines, ends))  # fmt: skip
+    spoken = ", ".join(
+        f"{run.name}: {_number(name, values[-1])}" if several else end
+        for (run, _, values), (_, end) in zip(lines, ends)
+    )
     return draw(title, f"{title} by epoch; at the end {spoken}", onto, values=ends)
 
 

@@ -23,8 +23,12 @@ TEXTS = {
     "ranks": "How many negatives score above a query's positive, in evaluation mode, on training images as the run "
     "augments them. Nothing above it: the query finds its positive.",
 }
-TITLES = {"reconstructions": "Reconstructions", "neighbours": "Nearest neighbours", "map": "Map of the features",
-          "ranks": "Ranks of the positives"}  # fmt: skip
+TITLES = {
+    "reconstructions": "Reconstructions",
+    "neighbours": "Nearest neighbours",
+    "map": "Map of the features",
+    "ranks": "Ranks of the positives",
+}
 
 
 def write_report(runs: list[Run], to: Path | None = None, embedding: Embedding = "pca") -> Path:
@@ -52,9 +56,12 @@ def write_report(runs: list[Run], to: Path | None = None, embedding: Embedding =
         loader=jinja2.PackageLoader("fastssl.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("page.html").render(
-        title=_title(opened), runs=opened, summary=[tables.summary(run) for run in opened],
-        compared=tables.compared(opened, tables.summary), sections=_sections(opened, pictured),
-    )  # fmt: skip
+        title=_title(opened),
+        runs=opened,
+        summary=[tables.summary(run) for run in opened],
+        compared=tables.compared(opened, tables.summary),
+        sections=_sections(opened, pictured),
+    )
     beside = path.with_name(path.name + ".writing")
     beside.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names need not be valid text
     beside.replace(path)
@@ -104,8 +111,10 @@ def _ranks(run: Opened) -> list[Any]:
     found, negatives, size = ranks.collect(run)
     if negatives < 1:  # a batch of one image in a method that has no queue
         return []
-    text = (f"{(found == 0).double().mean():.1%} of {len(found):,} positives rank first among {negatives:,} negatives; "
-            f"median rank {int(found.median()):,}. Batches of {size}.")  # fmt: skip
+    text = (
+        f"{(found == 0).double().mean():.1%} of {len(found):,} positives rank first among {negatives:,} negatives; "
+        f"median rank {int(found.median()):,}. Batches of {size}."
+    )
     return [ranks.histogram(found, negatives, run.colour), Text(text)]
 
 

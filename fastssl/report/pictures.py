@@ -38,12 +38,28 @@ def draw(title: str, alt: str, onto: Callable[[Axes], None], height: float = 2.0
 
 def _svg(onto: Callable[[Axes], None], height: float, ink: str, line: str) -> str:
     style = {
-        "font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "text.parse_math": False,
-        "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "axes.edgecolor": line,
-        "axes.grid": True, "grid.color": line, "grid.linewidth": 0.6, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "xtick.major.size": 0, "ytick.major.size": 0,
-        "svg.fonttype": "none", "svg.hashsalt": "fastssl", "axes.unicode_minus": True,
-    }  # fmt: skip
+        "font.size": 8,
+        "axes.labelsize": 8,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "text.parse_math": False,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "axes.edgecolor": line,
+        "axes.grid": True,
+        "grid.color": line,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fastssl",
+        "axes.unicode_minus": True,
+    }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         onto(figure.add_subplot())

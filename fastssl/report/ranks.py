@@ -23,7 +23,7 @@ def collect(run: Opened) -> tuple[Tensor, int, int]:
     size = min(run.run.config.training.batch_size, BATCH, len(run.train_source))
     device = next(run.method.parameters()).device
     loader = Loader(
-        run.train_source, run.run.config.recipe, size, seed=run.run.options.seed, device=device, max_bad=1.0
+        run.train_source, run.run.config.augmentation, size, seed=run.run.options.seed, device=device, max_bad=1.0
     )
     found = []
     drawing = [device] if device.type == "cuda" else []  # a method that shuffles its batch draws

@@ -39,8 +39,12 @@ def summary(run: Opened) -> dict[str, str]:
 def speed(run: Opened) -> dict[str, str]:
     """What a run took: time, memory, size."""
     training, execution, speeds = run.run.config.training, run.run.options.execution, _speeds(run)
-    facts = {"steps": f"{run.last['step']:,}", "epochs": f"{run.last['epoch']:.4g} of {training.epochs}",
-             "images a step": f"{training.batch_size:,}", "precision": execution.precision}  # fmt: skip
+    facts = {
+        "steps": f"{run.last['step']:,}",
+        "epochs": f"{run.last['epoch']:.4g} of {training.epochs}",
+        "images a step": f"{training.batch_size:,}",
+        "precision": execution.precision,
+    }
     if speeds:
         median = statistics.median(speeds)
         facts["images/s, median"] = _sized(median)
@@ -120,12 +124,18 @@ def trouble(run: Opened) -> list[Text]:
     """Images that could not be decoded and steps that were skipped; nothing where all went well."""
     parts, path = [], run.run.folder / "bad_files.txt"
     if bad := path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        parts.append(Text(_counted(len(bad), "image could not be decoded", "images could not be decoded"),
-                          items=[short(line, 300) for line in bad[:NAMED_BAD]]))  # fmt: skip
+        parts.append(
+            Text(
+                _counted(len(bad), "image could not be decoded", "images could not be decoded"),
+                items=[short(line, 300) for line in bad[:NAMED_BAD]],
+            )
+        )
     skipped = [line for path in sorted(run.run.folder.glob("skipped-*.jsonl")) for line in read_metrics(path)]
     if steps := {line["step"]: line for line in reversed(skipped)}:  # each rank noted them
-        items = [f"step {step}: loss {line.get('loss')}, norm of the gradient {line.get('grad_norm')}"
-                 for step, line in sorted(steps.items())[:NAMED_BAD]]  # fmt: skip
+        items = [
+            f"step {step}: loss {line.get('loss')}, norm of the gradient {line.get('grad_norm')}"
+            for step, line in sorted(steps.items())[:NAMED_BAD]
+        ]
         parts.append(Text(_counted(len(steps), "step was skipped", "steps were skipped"), items=items))
     return parts
 

@@ -86,8 +86,11 @@ class Checkpoints:
     def _prune(self, written: Path) -> None:
         """Removes what is not to be kept, a damaged file of the same step, and what a killed run left half written."""
         others = [path for path in files(self.folder) if _step_of(path) != _step_of(written)]
-        old = [path for path in others[: len(others) + 1 - self.keep_last]
-               if not (self.keep_steps and _step_of(path) % self.keep_steps == 0)]  # fmt: skip
+        old = [
+            path
+            for path in others[: len(others) + 1 - self.keep_last]
+            if not (self.keep_steps and _step_of(path) % self.keep_steps == 0)
+        ]
         same = [path for path in self.folder.glob(f"{written.name.split('.')[0]}.*.pt") if path != written]
         for path in (*old, *same, *self.folder.glob("step-*.writing")):
             path.unlink(missing_ok=True)

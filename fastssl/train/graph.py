@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastssl.distributed import world_size
 
-from .recipe import Training
+from .config import Training
 
 WARM_UP = 3  # steps made kernel by kernel first: they compile, choose algorithms, and allocate
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastssl.distributed import average, rank, world_size
+from fastssl.distributed import all_mean, rank, world_size
 
-from .recipe import Execution
+from .config import Execution
 
 LINE_EVERY = 60.0  # seconds between lines where the output is no terminal
 
@@ -85,13 +85,20 @@ class Log:
         table = torch.stack([torch.stack([values[name].double() for name in names]) for values in self._values])
         norms = table[:, names.index("grad_norm")]
         taken = norms.isfinite()
-        means = average(torch.where(taken[:, None], table, 0).sum(0) / taken.sum())
+        means = all_mean(torch.where(taken[:, None], table, 0).sum(0) / taken.sum())
         here, norms, taken = dict(zip(names, means.tolist())), norms.tolist(), taken.tolist()  # the host waits
         seconds = max(time.perf_counter() - self._since, 1e-9)
         images = world_size() * sum(map(len, self._indices))
-        record = {"step": step, "epoch": epoch, **scheduled, **here, "skipped": taken.count(False),
-                  "images_per_second": images / seconds, "data_wait": self._waited / seconds,
-                  "peak_memory": peak_memory(self.device)}  # fmt: skip
+        record = {
+            "step": step,
+            "epoch": epoch,
+            **scheduled,
+            **here,
+            "skipped": taken.count(False),
+            "images_per_second": images / seconds,
+            "data_wait": self._waited / seconds,
+            "peak_memory": peak_memory(self.device),
+        }
         record = {name: value if math.isfinite(value) else None for name, value in record.items()}
         for sink in self._sinks:
             sink(record)
@@ -106,8 +113,13 @@ class Log:
             if fine:
                 continue
             loss = float(self._values[i]["loss"])
-            note = {"step": first + i, "loss": str(loss), "grad_norm": str(norm), "loss_scale": scale,
-                    "indices": self._indices[i].tolist()}  # fmt: skip
+            note = {
+                "step": first + i,
+                "loss": str(loss),
+                "grad_norm": str(norm),
+                "loss_scale": scale,
+                "indices": self._indices[i].tolist(),
+            }
             with self._skipped.open("a") as file:
                 file.write(json.dumps(note) + "\n")
             if self._streak > self.max_skipped:
@@ -120,8 +132,10 @@ class Log:
 
     def _say(self, record: dict) -> None:
         loss = "none" if record["loss"] is None else f"{record['loss']:.4f}"
-        text = (f"loss {loss} · {record['images_per_second']:.0f} images/s · {record['data_wait']:.0%} waiting for data"
-                f" · {record['peak_memory'] / 1e9:.1f} GB")  # fmt: skip
+        text = (
+            f"loss {loss} · {record['images_per_second']:.0f} images/s · {record['data_wait']:.0%} waiting for data"
+            f" · {record['peak_memory'] / 1e9:.1f} GB"
+        )
         if record["skipped"]:
             text += f" · {record['skipped']} steps skipped"
         if self._progress:
@@ -133,8 +147,13 @@ class Log:
     def _show(self, total_steps: int, first_step: int) -> None:
         console = Console()
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                       TextColumn("{task.fields[text]}"))  # fmt: skip
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
             self._progress = Progress(*columns, console=console)
             self._task = self._progress.add_task("step", total=total_steps, completed=first_step, text="")
             self._progress.start()

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.distributed import objects_of_ranks, rank, world_size
+from fastssl.distributed import all_gather_object, rank, world_size
 
 from .checkpoint import Checkpoints, random_state, set_random_state
+from .config import Execution, Training
 from .graph import Graph, check_graph
-from .leave import Leave, Left
 from .log import Log
 from .optim import build_optimizer
-from .parallel import check_sharding, load_optimizer, spread, summing, whole
+from .parallel import check_sharding, full_state, load_optimizer, sync_on_last_micro_batch, wrap_parallel
 from .profile import Profile
-from .recipe import Execution, Training
 from .recompute import recompute_blocks
 from .schedule import learning_rate
+from .signals import Interrupted, SignalGuard
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,7 +50,7 @@ def train(
         after_epoch: called with the number of epochs done, after the checkpoint there may be.
 
     Raises:
-        Left: SIGTERM or SIGUSR1 came; the state is saved.
+        Interrupted: SIGTERM or SIGUSR1 came; the state is saved.
         ValueError: too many steps had a loss or gradient that is not finite, or a checkpoint could not be written.
     """
     check_sharding(training, execution)
@@ -62,7 +62,7 @@ def train(
         Log(folder, total, state.step, execution, device) as log,
         checkpoints,
         Profile(execution.profile * (rank() == 0), folder / "profile", device.type == "cuda") as profile,
-        Leave() as leave,
+        SignalGuard() as signals,
     ):
         if resume and state.step % steps_per_epoch == 0:  # the run may have been killed while at it
             after_epoch(state.step // steps_per_epoch)
@@ -74,7 +74,7 @@ def train(
                 lr = learning_rate(training, state.step / steps_per_epoch)
                 log.step(*_step(state, batches, lr, total))
                 profile.step()
-                signal, step = leave.asked(), state.step
+                signal, step = signals.requested(), state.step
                 at_checkpoint = step % checkpoint_every == 0 or step == total or signal
                 if step % execution.log_every == 0 or at_checkpoint:
                     log.write(step, step / steps_per_epoch, lr=lr, **state.scheduled(step / total))
@@ -82,7 +82,7 @@ def train(
                     state.save(checkpoints)
                 if signal:
                     checkpoints.wait()
-                    raise Left(signal, step)
+                    raise Interrupted(signal, step)
             with log.paused():
                 after_epoch(state.step // steps_per_epoch)
 
@@ -97,12 +97,12 @@ def _step(state: "_State", batches: Iterator, lr: float, total: int) -> tuple[Te
         with record_function("data"):
             batch = next(batches)
         waited += time.perf_counter() - asked
-        with summing(state.parallel, last=i == state.accumulate - 1):
+        with sync_on_last_micro_batch(state.parallel, last=i == state.accumulate - 1):
             results.append(state.gradients_of(batch))
         indices.append(batch.index)
     with record_function("optimizer"):
         norm = state.update()
-    with record_function("twin and queue"):
+    with record_function("EMA and queue"):
         state.step += 1
         state.method.after_step(state.step / total)
     means = {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
@@ -132,7 +132,7 @@ class _State:
             recompute_blocks(method)
         if execution.compile:
             method.compile()
-        self.parallel = spread(method.train(), execution.shard)
+        self.parallel = wrap_parallel(method.train(), execution.shard)
         self.optimizer = build_optimizer(method, training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=execution.precision == "fp16")
         self.gradients_of = functools.partial(_gradients_of, self)
@@ -150,7 +150,7 @@ class _State:
         """The optimizer's step, unless a gradient is not finite; the norm of the gradient."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
+        norm = full_state(nn.utils.get_total_norm([p.grad for p in parameters]))
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         self.optimizer.found_inf = (~norm.isfinite()).float()  # 1: it changes nothing, and the host need not know
@@ -168,11 +168,11 @@ class _State:
         """All ranks together; rank 0 writes."""
         state = {
             "method": self.name,
-            "model": whole(self.method.state_dict()),
-            "optimizer": whole(self.optimizer.state_dict()),
+            "model": full_state(self.method.state_dict()),
+            "optimizer": full_state(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
-            "random": objects_of_ranks(random_state()),
+            "random": all_gather_object(random_state()),
         }
         if rank() == 0:
             checkpoints.save(state, self.step)

@@ -8,7 +8,7 @@ of fused optimizers.
 import torch
 from torch import Tensor, nn
 
-from .recipe import Training
+from .config import Training
 
 
 def build_optimizer(method: nn.Module, training: Training) -> torch.optim.Optimizer:

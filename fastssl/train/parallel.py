@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.distributed import world_size
 
-from .recipe import Execution, Training
+from .config import Execution, Training
 
 
 def check_sharding(training: Training, execution: Execution) -> None:
@@ -27,7 +27,7 @@ def check_sharding(training: Training, execution: Execution) -> None:
         raise ValueError(f"train: --shard works with --optimizer adamw, not with {training.optimizer}")
 
 
-def spread(method: nn.Module, shard: bool) -> nn.Module:
+def wrap_parallel(method: nn.Module, shard: bool) -> nn.Module:
     """What to call instead of `method`, so that gradients are means over the ranks: in one process the method itself.
 
     With `shard` its parameters become shards, in place: each element of a ModuleList (a transformer's block) is
@@ -49,7 +49,7 @@ def spread(method: nn.Module, shard: bool) -> nn.Module:
 
 
 @contextlib.contextmanager
-def summing(module: nn.Module, last: bool):
+def sync_on_last_micro_batch(module: nn.Module, last: bool):
     """Around forward and backward of a micro-batch: the ranks' gradients are averaged after the last one alone."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
@@ -60,13 +60,13 @@ def summing(module: nn.Module, last: bool):
     yield
 
 
-def whole(state):
+def full_state(state):
     """The same state without shards; all ranks must ask together."""
     if isinstance(state, DTensor):
         return state.full_tensor()
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
-    return type(state)(map(whole, state)) if isinstance(state, list | tuple) else state
+        return {key: full_state(value) for key, value in state.items()}
+    return type(state)(map(full_state, state)) if isinstance(state, list | tuple) else state
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

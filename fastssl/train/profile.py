@@ -10,7 +10,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 WARM_UP = 3  # steps that are let pass first: they allocate, and choose algorithms
-PARTS = ("data", "forward", "loss", "backward", "optimizer", "twin and queue")
+PARTS = ("data", "forward", "loss", "backward", "optimizer", "EMA and queue")
 
 
 class Profile:

@@ -2,7 +2,7 @@
 
 import math
 
-from .recipe import Training
+from .config import Training
 
 
 def learning_rate(training: Training, epoch: float) -> float:

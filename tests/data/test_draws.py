@@ -6,8 +6,8 @@ import torch
 from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
 
+from fastssl.data.augmentation import View, evaluation
 from fastssl.data.draws import _orders, draw, windows
-from fastssl.data.recipe import View, evaluation
 from tests.ops.contract import refused
 
 COUNT = 4000
@@ -56,9 +56,12 @@ def test_steps_are_drawn_as_often_as_the_view_says():
     )
     draws = draw(view, 0, SEEDS)
     drawn = {
-        "jitter": (draws.jitter != np.float32([1, 1, 1, 0])).any(axis=1), "grayscale": draws.grey,
-        "blur": draws.sigma > 0, "solarize": draws.solarize, "flip": draws.flip,
-    }  # fmt: skip
+        "jitter": (draws.jitter != np.float32([1, 1, 1, 0])).any(axis=1),
+        "grayscale": draws.grey,
+        "blur": draws.sigma > 0,
+        "solarize": draws.solarize,
+        "flip": draws.flip,
+    }
     for name, chosen in drawn.items():
         p = getattr(view, f"{name}_p")
         assert chisquare([chosen.sum(), COUNT - chosen.sum()], [p * COUNT, (1 - p) * COUNT]).pvalue > UNLIKELY, name
@@ -107,19 +110,21 @@ def test_a_view_without_crop_or_centre_shows_all():
 
 
 def test_recipes_refuse_impossible_numbers():
-    refused("recipe: crop must lie above 0, up to 1, and rise, got 0.5 0.2", ValueError, View, (8, 8), crop=(0.5, 0.2))
-    refused("recipe: crop must lie above 0, up to 1, and rise, got 0 1", ValueError, View, (8, 8), crop=(0, 1))
-    refused("recipe: centre must lie above 0, up to 1, and rise, got 1.5", ValueError, View, (8, 8), centre=1.5)
-    refused("recipe: blur_sigma must lie above 0, and rise, got 0 2", ValueError, View, (8, 8), blur_sigma=(0, 2))
     refused(
-        "recipe: interpolation must be bilinear or bicubic, got 'nearest'",
+        "augmentation: crop must lie above 0, up to 1, and rise, got 0.5 0.2", ValueError, View, (8, 8), crop=(0.5, 0.2)
+    )
+    refused("augmentation: crop must lie above 0, up to 1, and rise, got 0 1", ValueError, View, (8, 8), crop=(0, 1))
+    refused("augmentation: centre must lie above 0, up to 1, and rise, got 1.5", ValueError, View, (8, 8), centre=1.5)
+    refused("augmentation: blur_sigma must lie above 0, and rise, got 0 2", ValueError, View, (8, 8), blur_sigma=(0, 2))
+    refused(
+        "augmentation: interpolation must be bilinear or bicubic, got 'nearest'",
         ValueError,
         View,
         (8, 8),
         interpolation="nearest",
     )
     refused(
-        "recipe: jitter must be four strengths from 0 on, the hue's up to 0.5, got (0, 0, 0, 0.6)",
+        "augmentation: jitter must be four strengths from 0 on, the hue's up to 0.5, got (0, 0, 0, 0.6)",
         ValueError,
         View,
         (8, 8),

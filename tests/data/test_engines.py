@@ -10,11 +10,10 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from benchmarks.plain_transforms import augmentation
+from fastssl.data.augmentation import Augmentation, View, evaluation, multi_crop
 from fastssl.data.decoding import open_image
 from fastssl.data.draws import draw, mix, windows
 from fastssl.data.loader import Loader, has_dali
-from fastssl.data.recipe import Recipe, View, evaluation, multi_crop
 from fastssl.data.source import Subset, open_source
 from fastssl.data.sources.arrays import Arrays
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
@@ -22,11 +21,11 @@ from tests.data.test_loader import digest, engines, indices
 
 needs_dali = pytest.mark.skipif(not has_dali(), reason="needs DALI")
 SIZE = (64, 96)
-RECIPES = {
-    "mae": mae.Config(image_size=SIZE).recipe,
-    "moco_v1": moco_v1.Config(image_size=SIZE).recipe,
-    "moco_v2": moco_v2.Config(image_size=SIZE).recipe,
-    "moco_v3": moco_v3.Config(image_size=SIZE).recipe,
+AUGMENTATIONS = {
+    "mae": mae.Config(image_size=SIZE).augmentation,
+    "moco_v1": moco_v1.Config(image_size=SIZE).augmentation,
+    "moco_v2": moco_v2.Config(image_size=SIZE).augmentation,
+    "moco_v3": moco_v3.Config(image_size=SIZE).augmentation,
     "multi_crop": multi_crop(SIZE, (32, 32), 2),
     "evaluation": evaluation(SIZE),
 }
@@ -44,9 +43,9 @@ def photos(tmp_path_factory):
     return Subset(open_source(f"folder:{folder}"), range(6))
 
 
-def made(engine, source, recipe, count=None, train=True, **options):
+def made(engine, source, augmentation, count=None, train=True, **options):
     """Views [B, 3, H, W] in bytes' values, of as many epochs as it takes."""
-    loader = Loader(source, recipe, len(source), train=train, engine=engine.partition(" ")[0], **options)
+    loader = Loader(source, augmentation, len(source), train=train, engine=engine.partition(" ")[0], **options)
     if engine == "dali graph":
         loader._engine.colours = True
     batches, seen = [], 0
@@ -54,8 +53,8 @@ def made(engine, source, recipe, count=None, train=True, **options):
         (batch,) = loader.epoch(len(batches))
         batches.append(batch)
         seen += len(batch.index)
-    views = [torch.cat([batch.views[v] for batch in batches]) for v in range(len(recipe.views))]
-    scales = [torch.tensor(x).view(1, 3, 1, 1) * 255 for x in (recipe.views[0].mean, recipe.views[0].std)]
+    views = [torch.cat([batch.views[v] for batch in batches]) for v in range(len(augmentation.views))]
+    scales = [torch.tensor(x).view(1, 3, 1, 1) * 255 for x in (augmentation.views[0].mean, augmentation.views[0].std)]
     return [view * scales[1] + scales[0] for view in views], [batch.index for batch in batches]
 
 
@@ -90,13 +89,13 @@ def by_torchvision(image: Image.Image, view: View, seed: int, number: int) -> to
 @pytest.mark.parametrize(
     "engine", ["torchvision", pytest.param("dali", marks=needs_dali), pytest.param("dali graph", marks=needs_dali)]
 )
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_views_are_torchvision_s(photos, name, engine):
     """To the rounding of bytes between its steps: half a value each, which the hue's tables and contrast multiply."""
-    recipe = RECIPES[name]
-    views, epochs = made(engine, photos, recipe, count=24)
+    augmentation = AUGMENTATIONS[name]
+    views, epochs = made(engine, photos, augmentation, count=24)
     differences = []
-    for number, view in enumerate(recipe.views):
+    for number, view in enumerate(augmentation.views):
         seeds = np.concatenate([mix(0, epoch, index.numpy()) for epoch, index in enumerate(epochs)])
         for pixels, seed, index in zip(views[number], seeds, torch.cat(epochs).tolist()):
             with Image.open(photos.name(index)) as image:
@@ -111,14 +110,14 @@ def test_views_are_torchvision_s(photos, name, engine):
 
 
 @needs_dali
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_engines_agree_and_the_graph_of_a_gpu_too(photos, name):
-    recipe = RECIPES[name]
+    augmentation = AUGMENTATIONS[name]
     (ours, order), (theirs, same), (graph, _) = (
-        made(engine, photos, recipe, count=24) for engine in ("torchvision", "dali", "dali graph")
+        made(engine, photos, augmentation, count=24) for engine in ("torchvision", "dali", "dali graph")
     )
     assert all(torch.equal(a, b) for a, b in zip(order, same))
-    for number, view in enumerate(recipe.views):
+    for number, view in enumerate(augmentation.views):
         apart = (ours[number] - theirs[number]).abs()
         assert apart.mean() < 0.5
         assert (apart > 6).float().mean() < 2e-3
@@ -134,11 +133,11 @@ def test_engines_agree_and_the_graph_of_a_gpu_too(photos, name):
 def test_statistics_over_many_draws_are_those_of_plain_torchvision(photos, name, engine):
     """Mean and standard deviation per channel, and the energy of edges, over 1,500 views of one photograph, against the
     transforms with torch's random numbers. Pillow's blur is three boxes, no Gaussian: 4 % of the energy of edges."""
-    recipe, count = RECIPES[name], 1500
+    augmentation, count = AUGMENTATIONS[name], 1500
     pixels = open_image(photos, 0).pixels()[:, ::3, ::3].permute(1, 2, 0).numpy()
     image, photo = Image.fromarray(pixels), Arrays(np.stack([pixels] * 50), None, None, np.arange(50), "a photograph")
-    views, _ = made(engine, photo, recipe, count=count)
-    for ours, view in zip(views, recipe.views):
+    views, _ = made(engine, photo, augmentation, count=count)
+    for ours, view in zip(views, augmentation.views):
         plain = augmentation(view)
         theirs = torch.stack([plain(image) for _ in range(count)]).float()
         for what, allowed in ((means, 0.01), (spreads, 0.01), (edges, 0.04)):
@@ -181,11 +180,15 @@ def poison(folder, good):
     image.convert("P").save(folder / "palette.gif")
     whole = (folder / "000.jpg").read_bytes()
     bad = {
-        "bad-zero.jpg": b"", "bad-text.jpg": b"not an image", "bad-cut.jpg": whole[: len(whole) // 2],
-        "bad-head.jpg": whole[:30], "bad-cut.png": (folder / "x.png").read_bytes()[:200],
-        "bad-cut.webp": (folder / "x.webp").read_bytes()[:100], "bad-noise.jpg": whole[:2] + bytes(500),
+        "bad-zero.jpg": b"",
+        "bad-text.jpg": b"not an image",
+        "bad-cut.jpg": whole[: len(whole) // 2],
+        "bad-head.jpg": whole[:30],
+        "bad-cut.png": (folder / "x.png").read_bytes()[:200],
+        "bad-cut.webp": (folder / "x.webp").read_bytes()[:100],
+        "bad-noise.jpg": whole[:2] + bytes(500),
         "bad-bomb.png": bomb(),
-    }  # fmt: skip
+    }
     for name, data in bad.items():
         (folder / name).write_bytes(data)
     (folder / "bad-gone.jpg").symlink_to("nowhere")
@@ -206,8 +209,8 @@ def bomb():
 def test_a_poisoned_folder_trains_to_the_end(tmp_path, engine, workers):
     bad = poison(tmp_path / "data", good=45)
     source, log = open_source(f"folder:{tmp_path / 'data'}"), tmp_path / "bad_files.txt"
-    recipe = Recipe((View((16, 16), crop=(0.3, 1.0), blur_p=0.5),) * 2)
-    loader = Loader(source, recipe, 8, workers=workers, bad_files=log, max_bad=0.2, engine=engine)
+    augmentation = Augmentation((View((16, 16), crop=(0.3, 1.0), blur_p=0.5),) * 2)
+    loader = Loader(source, augmentation, 8, workers=workers, bad_files=log, max_bad=0.2, engine=engine)
     for epoch in range(3):
         for batch in loader.epoch(epoch):
             assert len(batch.index) == 8
@@ -223,7 +226,7 @@ def test_dali_decodes_what_pillow_decodes(tmp_path):
     poison(tmp_path / "data", good=1)
     source = open_source(f"folder:{tmp_path / 'data'}")
     whole = [
-        Loader(source, Recipe((View((40, 60)),)), 8, train=False, max_bad=1.0, engine=e)
+        Loader(source, Augmentation((View((40, 60)),)), 8, train=False, max_bad=1.0, engine=e)
         for e in ("torchvision", "dali")
     ]
     ours, theirs = ([batch for batch in loader.epoch(0)] for loader in whole)
@@ -242,8 +245,8 @@ def test_a_broken_pipeline_leaves_the_other_batches_bit_equal(tmp_path):
     """The files that DALI fails on cost their own batch the engine, and no other batch anything."""
     poison(tmp_path / "data", good=45)
     source = open_source(f"folder:{tmp_path / 'data'}")
-    recipe = Recipe((View((16, 16), crop=(0.3, 1.0)),))
-    loader = Loader(source, recipe, 8, max_bad=1.0, engine="dali")
+    augmentation = Augmentation((View((16, 16), crop=(0.3, 1.0)),))
+    loader = Loader(source, augmentation, 8, max_bad=1.0, engine="dali")
     first, again = ([(batch.index.tolist(), digest(batch)) for batch in loader.epoch(0)] for _ in range(2))
     assert [index for index, _ in first] == [index for index, _ in again]
     same = sum(a == b for a, b in zip(first, again))
@@ -251,14 +254,14 @@ def test_a_broken_pipeline_leaves_the_other_batches_bit_equal(tmp_path):
 
 
 @needs_dali
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_the_graph_of_a_gpu_keeps_pixels_on_it(name):
     """What can be seen without one: DALI accepts the graph, and whatever touches pixels runs on the GPU."""
     from fastssl.data import dali
 
-    graph = dali._graph(RECIPES[name], True, batch_size=8, num_threads=2, device_id=0, prefetch_queue_depth=1)
+    graph = dali._graph(AUGMENTATIONS[name], True, batch_size=8, num_threads=2, device_id=0, prefetch_queue_depth=1)
     graph._build_graph()
-    assert [output.device for output in graph._graph_outputs] == ["gpu"] * len(RECIPES[name].views)
+    assert [output.device for output in graph._graph_outputs] == ["gpu"] * len(AUGMENTATIONS[name].views)
     devices: dict[str, set[str]] = {}
     for operator in graph._ops:
         spec = str(operator.spec)
@@ -285,9 +288,10 @@ def test_rotation_that_only_pillow_knows(tmp_path):
         exif[0x0112] = orientation
         image.save(tmp_path / f"exif{orientation}.jpg", exif=exif)
     source = open_source(f"folder:{tmp_path}")
-    recipe = Recipe((View((32, 48), crop=(0.3, 0.9)),))
+    augmentation = Augmentation((View((32, 48), crop=(0.3, 0.9)),))
     (ours,), (theirs,) = (
-        list(Loader(source, recipe, 16, train=False, engine=engine).epoch(0)) for engine in ("torchvision", "dali")
+        list(Loader(source, augmentation, 16, train=False, engine=engine).epoch(0))
+        for engine in ("torchvision", "dali")
     )
     assert (ours.views[0] - theirs.views[0]).abs().max() < 0.2
     sizes = {open_image(source, i).size for i in range(16)}
@@ -305,8 +309,8 @@ def test_what_dali_alone_refuses_is_decoded_by_pillow_from_then_on(tmp_path, mon
         if path.name != "bad-cut.jpg":
             path.unlink()
     source = open_source(f"folder:{tmp_path / 'data'}")
-    recipe = Recipe((View((16, 16), crop=(0.3, 1.0)),))
-    loader = Loader(source, recipe, 8, train=False, engine="dali")
+    augmentation = Augmentation((View((16, 16), crop=(0.3, 1.0)),))
+    loader = Loader(source, augmentation, 8, train=False, engine="dali")
     built, graph = [], dali._graph
     monkeypatch.setattr(dali, "_graph", lambda *args, **options: built.append(1) or graph(*args, **options))
     for builds in (2, 2, 2):
@@ -319,7 +323,7 @@ def test_what_dali_alone_refuses_is_decoded_by_pillow_from_then_on(tmp_path, mon
 
 @needs_dali
 def test_an_error_that_no_image_explains_is_raised(monkeypatch):
-    loader = Loader(open_source("shapes:count=8"), Recipe((View((16, 16)),)), 8, engine="dali")
+    loader = Loader(open_source("shapes:count=8"), Augmentation((View((16, 16)),)), 8, engine="dali")
     monkeypatch.setattr(loader._engine, "_pipeline", Broken())
     with pytest.raises(RuntimeError, match="out of memory"):
         list(loader.epoch(0))

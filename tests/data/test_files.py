@@ -150,8 +150,11 @@ def test_too_few_images_for_a_test_split(tmp_path):
         (tmp_path / name / "0.jpg").write_bytes(jpeg())
     refused(
         f"data: {tmp_path} has 2 images, and every fifth is the test split: 5 are needed",
-        ValueError, open_source, f"folder:{tmp_path}", "test",
-    )  # fmt: skip
+        ValueError,
+        open_source,
+        f"folder:{tmp_path}",
+        "test",
+    )
 
 
 def test_without_a_home(tmp_path, monkeypatch):
@@ -338,8 +341,14 @@ def test_members_of_all_kinds(tmp_path):
     one, two = jpeg(), jpeg()
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for name, data in (("./a.JPG", one), ("./a.CLS", b"2"), ("./a.seg.png", two), ("b" * 150 + ".jpg", two),
-                           ("b" * 150 + ".cls", b" 1\n"), ("folder/", b"")):  # fmt: skip
+        for name, data in (
+            ("./a.JPG", one),
+            ("./a.CLS", b"2"),
+            ("./a.seg.png", two),
+            ("b" * 150 + ".jpg", two),
+            ("b" * 150 + ".cls", b" 1\n"),
+            ("folder/", b""),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
@@ -359,8 +368,10 @@ def test_members_of_all_kinds(tmp_path):
 def test_shards_that_do_not_fit_get_one_sentence(tmp_path):
     refused(
         "data: webdataset needs shards: webdataset:PATH or webdataset:PATH/train-{000..146}.tar",
-        ValueError, open_source, "webdataset",
-    )  # fmt: skip
+        ValueError,
+        open_source,
+        "webdataset",
+    )
     refused(f"data: {tmp_path} holds no *.tar", ValueError, open_source, f"webdataset:{tmp_path}")
     refused(
         f"data: {tmp_path}/x-1.tar does not exist", ValueError, open_source, f"webdataset:{tmp_path}/x-{{1..3}}.tar"

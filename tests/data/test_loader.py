@@ -7,24 +7,24 @@ import pytest
 import torch
 from PIL import Image
 
+from fastssl.data.augmentation import Augmentation, View, multi_crop
 from fastssl.data.draws import mix
 from fastssl.data.loader import Loader, has_dali
 from fastssl.data.order import BUFFER, Order
-from fastssl.data.recipe import Recipe, View, multi_crop
 from fastssl.data.source import BadImage, open_source
 from tests.ops.contract import refused
 
 VIEW = View(
     (16, 24), crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale_p=0.2, blur_p=0.5, flip_p=0.5
 )
-TWO = Recipe((VIEW, VIEW))
+TWO = Augmentation((VIEW, VIEW))
 ENGINES = ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI"))]
 engines = pytest.mark.parametrize("engine", ENGINES)
 
 
 def plain(size):
     """The whole image, resized."""
-    return Recipe((View(size),))
+    return Augmentation((View(size),))
 
 
 class Numbers:
@@ -137,7 +137,7 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path, engine, encoded, wor
     """Files that are cut short have a good header: a decoder finds them out in the middle of a batch."""
     log = tmp_path / "bad_files.txt"
     source, view = Numbers(300, bad=[7, 100, 222], encoded=encoded), View((8, 8), crop=(0.5, 1.0))
-    loader = Loader(source, Recipe((view,)), 10, workers=workers, bad_files=log, engine=engine)
+    loader = Loader(source, Augmentation((view,)), 10, workers=workers, bad_files=log, engine=engine)
     for epoch in (0, 1):
         seen = indices(loader, epoch)
         assert len(seen) == 300  # others of the batch stand in, so that every step has a whole batch
@@ -145,7 +145,7 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path, engine, encoded, wor
     assert loader.bad == 3
     assert sorted(line.split(":")[0] for line in log.read_text().splitlines()) == ["image 100", "image 222", "image 7"]
     assert ("truncated" if encoded else "broken") in log.read_text().lower()
-    sample = next(iter(Loader(source, Recipe((view,)), 10, engine=engine).epoch(0)))
+    sample = next(iter(Loader(source, Augmentation((view,)), 10, engine=engine).epoch(0)))
     expected = torch.tensor([index % 256 for index in sample.index.tolist()]) / 255
     torch.testing.assert_close((sample.views[0] * 0.229 + 0.485)[:, 0].mean((1, 2)), expected, atol=2 / 255, rtol=0)
 
@@ -171,12 +171,21 @@ def test_a_batch_of_bad_images_alone_stops_the_run(engine):
 def test_error_sentences():
     refused(
         "data: the batch of 64 is larger than the data, which has 10 images",
-        ValueError, Loader, Numbers(10), plain((8, 8)), 64,
-    )  # fmt: skip
+        ValueError,
+        Loader,
+        Numbers(10),
+        plain((8, 8)),
+        64,
+    )
     refused(
         "data: the batch of 4 on each of 3 ranks is larger than the data, which has 10 images",
-        ValueError, Loader, Numbers(10), plain((8, 8)), 4, world=3,
-    )  # fmt: skip
+        ValueError,
+        Loader,
+        Numbers(10),
+        plain((8, 8)),
+        4,
+        world=3,
+    )
     for sentence, options in (
         ("batch_size must be at least 1, got 0", {"batch_size": 0}),
         ("workers must be at least 0, got -1", {"workers": -1}),
@@ -185,12 +194,20 @@ def test_error_sentences():
         refused(f"data: {sentence}", ValueError, Loader, Numbers(10), plain((8, 8)), **{"batch_size": 4, **options})
     refused(
         "data: start must be a batch of the epoch, 0 … 2, got 3",
-        ValueError, Loader(Numbers(10), plain((8, 8)), 4).epoch, 0, 3,
-    )  # fmt: skip
+        ValueError,
+        Loader(Numbers(10), plain((8, 8)), 4).epoch,
+        0,
+        3,
+    )
     refused(
         "data: unknown engine 'ffcv', there are torchvision, dali",
-        ValueError, Loader, Numbers(10), plain((8, 8)), 4, engine="ffcv",
-    )  # fmt: skip
+        ValueError,
+        Loader,
+        Numbers(10),
+        plain((8, 8)),
+        4,
+        engine="ffcv",
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -206,10 +223,11 @@ def test_each_sample_brings_a_seed_of_run_epoch_and_image(engine, workers):
 @pytest.mark.parametrize("train", [True, False])
 def test_three_ranks_cover_the_data_and_share_nothing(engine, train):
     """…and together see what one process with the threefold batch sees, in the same order."""
-    source, recipe = open_source("shapes:count=25"), plain((8, 8))
-    whole = list(Loader(source, recipe, 6, train=train).epoch(1))
+    source, augmentation = open_source("shapes:count=25"), plain((8, 8))
+    whole = list(Loader(source, augmentation, 6, train=train).epoch(1))
     ranks = [
-        list(Loader(source, recipe, 2, train=train, rank=rank, world=3, engine=engine).epoch(1)) for rank in range(3)
+        list(Loader(source, augmentation, 2, train=train, rank=rank, world=3, engine=engine).epoch(1))
+        for rank in range(3)
     ]
     seen = [{i for batch in batches for i in batch.index.tolist()} for batches in ranks]
     assert sum(map(len, seen)) == len(set.union(*seen)) == (24 if train else 25)

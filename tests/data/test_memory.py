@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Loader
-from fastssl.data.recipe import Recipe, View
 from fastssl.data.source import open_source
 from tests.data.test_loader import engines
 
@@ -33,8 +33,10 @@ def held() -> float:
 
 def trend(folder: str, engine: str, workers: int) -> list[float]:
     """What is held after each of a hundred epochs."""
-    recipe = Recipe((View((64, 64), crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, flip_p=0.5),) * 2)
-    loader = Loader(open_source(f"folder:{folder}"), recipe, 32, workers=workers, engine=engine)
+    augmentation = Augmentation(
+        (View((64, 64), crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, flip_p=0.5),) * 2
+    )
+    loader = Loader(open_source(f"folder:{folder}"), augmentation, 32, workers=workers, engine=engine)
     after = []
     for epoch in range(100):
         for batch in loader.epoch(epoch):

@@ -159,15 +159,19 @@ def test_bad_images_say_which_and_why(tmp_path, damage):
 def test_error_sentences(tmp_path):
     refused(
         f"data: unknown source 'cifar', there are {', '.join(names())} (folder:PATH for your images)",
-        ValueError, open_source, "cifar",
-    )  # fmt: skip
+        ValueError,
+        open_source,
+        "cifar",
+    )
     assert names() == ["arrays", "cifar10", "cifar100", "digits", "folder", "idx", "shapes", "webdataset"]
     refused(f"data: {tmp_path / 'no'} is not a folder", ValueError, open_source, f"folder:{tmp_path / 'no'}")
     suffixes = ", ".join(folder.SUFFIXES)
     refused(
         f"data: {tmp_path} holds no image ({suffixes}), not in its subfolders either",
-        ValueError, open_source, f"folder:{tmp_path}",
-    )  # fmt: skip
+        ValueError,
+        open_source,
+        f"folder:{tmp_path}",
+    )
     refused("data: folder needs a path: folder:PATH", ValueError, open_source, "folder")
     refused("data: digits takes no argument, got '5'", ValueError, open_source, "digits:5")
     refused("data: shapes takes count=N, size=N and seed=N, got 'width=3'", ValueError, open_source, "shapes:width=3")

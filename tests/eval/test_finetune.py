@@ -92,10 +92,16 @@ def test_layer_decay_is_that_of_the_papers_code():
         decays |= {names[id(p)]: group["weight_decay"] for p in group["params"]}
     assert scales.keys() == set(names.values())
     for name, scale in {
-        "cls_token": 0.65**13, "pos_embed": 0.65**13, "patch_embed.proj.weight": 0.65**13,
-        "blocks.0.attn.qkv.weight": 0.65**12, "blocks.5.norm1.bias": 0.65**7, "blocks.11.mlp.fc2.weight": 0.65,
-        "fc_norm.weight": 1.0, "head.weight": 3.0, "head.bias": 3.0,
-    }.items():  # fmt: skip
+        "cls_token": 0.65**13,
+        "pos_embed": 0.65**13,
+        "patch_embed.proj.weight": 0.65**13,
+        "blocks.0.attn.qkv.weight": 0.65**12,
+        "blocks.5.norm1.bias": 0.65**7,
+        "blocks.11.mlp.fc2.weight": 0.65,
+        "fc_norm.weight": 1.0,
+        "head.weight": 3.0,
+        "head.bias": 3.0,
+    }.items():
         assert scales[name] == pytest.approx(scale), name
     undecayed = {name for name, decay in decays.items() if decay == 0}
     vectors = {name for name, p in model.named_parameters() if p.ndim <= 1}

@@ -15,13 +15,27 @@ from benchmarks import static
 
 ROOT = Path(__file__).parent.parent.parent
 ONLY_MOVE = {
-    "random_masking", "keep_tokens", "restore_tokens", "patchify", "keep_patches", "masked_patch_mse", "enqueue_",
+    "random_masking",
+    "keep_tokens",
+    "restore_tokens",
+    "patchify",
+    "keep_patches",
+    "masked_patch_mse",
+    "enqueue_",
     "ema_update_",
-}  # fmt: skip
+}
 ROW = {
-    "arch": "sm_80", "op": "info_nce", "size": "D=1, bf16", "kernel": "_stream", "config": "", "registers": 110,
-    "spill_bytes": 0, "shared_bytes": 1024, "tensor_core": "mma.sync", "product": True,
-}  # fmt: skip
+    "arch": "sm_80",
+    "op": "info_nce",
+    "size": "D=1, bf16",
+    "kernel": "_stream",
+    "config": "",
+    "registers": 110,
+    "spill_bytes": 0,
+    "shared_bytes": 1024,
+    "tensor_core": "mma.sync",
+    "product": True,
+}
 
 
 def compiler(*arguments: str) -> subprocess.CompletedProcess:
@@ -55,13 +69,16 @@ def test_rows_hold_the_static_model():
     assert moco["programs"] >= 0.9 * 132, "the queue is not cut into enough parts to fill the card"
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"spill_bytes": 8}, "8 bytes are spilled"),
-    ({"shared_bytes": 163 * 1024 + 1}, "bytes of shared memory, 166912 is the most"),
-    ({"tensor_core": None}, "a matrix product without tensor-core instructions"),
-    ({"registers": 111}, "111 registers, 100 were recorded"),
-    ({"kernel": "_other"}, "not in resources.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"spill_bytes": 8}, "8 bytes are spilled"),
+        ({"shared_bytes": 163 * 1024 + 1}, "bytes of shared memory, 166912 is the most"),
+        ({"tensor_core": None}, "a matrix product without tensor-core instructions"),
+        ({"registers": 111}, "111 registers, 100 were recorded"),
+        ({"kernel": "_other"}, "not in resources.json"),
+    ],
+)
 def test_faults_are_found(change, sentence):
     recorded = {static.key(ROW): 100}
     assert static.faults([ROW], recorded) == []
@@ -70,8 +87,10 @@ def test_faults_are_found(change, sentence):
 
 
 def test_importing_needs_no_driver():
-    code = "import fastssl.kernels.attention, fastssl.kernels.contrastive, fastssl.kernels.masking, " \
-           "fastssl.kernels.memory, fastssl.kernels.patches"  # fmt: skip
+    code = (
+        "import fastssl.kernels.attention, fastssl.kernels.contrastive, fastssl.kernels.masking, "
+        "fastssl.kernels.memory, fastssl.kernels.patches"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -124,8 +124,9 @@ def test_offsets_beyond_32_bits():
     with watch():
         out, lse = kernels.attention_fwd(q, far, far, 1.0)
     expected = torch.tensor([0.0, 4.0, 4.0])
-    torch.testing.assert_close(lse[:, 0, 0], torch.stack([torch.tensor([0.0, 0, 0]), expected.new_tensor([0, 0, 4.0])])
-                               .logsumexp(1))  # fmt: skip
+    torch.testing.assert_close(
+        lse[:, 0, 0], torch.stack([torch.tensor([0.0, 0, 0]), expected.new_tensor([0, 0, 4.0])]).logsumexp(1)
+    )
     assert not out[0].any() and (out[1] > 0.9).all()
 
 
@@ -150,9 +151,9 @@ def test_empty():
     assert not seen.launches and not dk.any() and not dv.any()
 
 
-@pytest.mark.parametrize("B, L, H, E, dtype", [
-    (2, 50, 2, 32, torch.bfloat16), (1, 257, 1, 20, torch.float16), (1, 70, 2, 40, torch.float32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "B, L, H, E, dtype", [(2, 50, 2, 32, torch.bfloat16), (1, 257, 1, 20, torch.float16), (1, 70, 2, 40, torch.float32)]
+)
 def test_bytes_and_operations_are_the_model(B, L, H, E, dtype):
     q, k, v = packed(B, L, H, E, dtype)
     with watch() as seen:
@@ -179,8 +180,10 @@ def test_what_is_too_long_or_too_wide_goes_to_torch(monkeypatch):
             return self.size
 
     monkeypatch.setattr(rule, "_fmha", lambda: None)
-    named = {(L, E, size): rule.backend(*[OnGPU(L, E, size)] * 3) for L, E, size in
-             [(512, 128, 2), (513, 64, 2), (50, 129, 2), (50, 64, 4), (50, 65, 4)]}  # fmt: skip
+    named = {
+        (L, E, size): rule.backend(*[OnGPU(L, E, size)] * 3)
+        for L, E, size in [(512, 128, 2), (513, 64, 2), (50, 129, 2), (50, 64, 4), (50, 65, 4)]
+    }
     assert list(named.values()) == ["kernel", "torch", "torch", "kernel", "torch"]
     assert rule.backend(*[torch.empty(1, 50, 1, 200)] * 3) == "kernel"
     assert rule.backend(torch.empty(1, 513, 1, 8), *[torch.empty(1, 5, 1, 8)] * 2) == "torch"

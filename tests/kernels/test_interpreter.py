@@ -76,9 +76,10 @@ def test_two_programs_that_write_one_cell_are_found():
         put_all[(1,)](torch.zeros(4), 0, ONE_CELL=True)
 
 
-@pytest.mark.parametrize("reads_first, sentence", [
-    (False, "is read where another program writes"), (True, "is written where another program reads"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reads_first, sentence",
+    [(False, "is read where another program writes"), (True, "is written where another program reads")],
+)
 def test_a_program_that_reads_what_another_writes_is_found(reads_first, sentence):
     with watch(), pytest.raises(InterpreterError, match=sentence):
         read_after_write[(2,)](torch.zeros(1), READS_FIRST=reads_first)

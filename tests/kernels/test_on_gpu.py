@@ -98,8 +98,10 @@ def test_attention(L, H, E, dtype):
 def test_residual_norm(L, D, dtype):
     x, delta = noise(16, L, D).requires_grad_(), noise(16, L, D).requires_grad_()
     weight, bias = noise(D).requires_grad_(), noise(D).requires_grad_()
-    agrees(lambda x, d, w, b: residual_norm(x, d, w, b, dtype=x.dtype)[::-1], *(t.detach().to(dtype).requires_grad_()
-           for t in (x, delta, weight, bias)))  # fmt: skip
+    agrees(
+        lambda x, d, w, b: residual_norm(x, d, w, b, dtype=x.dtype)[::-1],
+        *(t.detach().to(dtype).requires_grad_() for t in (x, delta, weight, bias)),
+    )
     agrees(lambda x, w, b: residual_norm(x, None, w, b)[1], x, weight, bias)
 
 
@@ -128,8 +130,12 @@ def test_patches(dtype):
         agrees(lambda x, ids: keep_patches(x, ids, 16), layout, masking.ids_keep, exact=True)
         pred = noise(16, 105, 768, dtype=dtype).requires_grad_()
         for norm in (False, True):
-            agrees(lambda p, x, ids, n=norm: masked_patch_mse(p, x.detach(), ids, 16, n), pred, layout.detach(),
-                   masking.ids_masked)  # fmt: skip
+            agrees(
+                lambda p, x, ids, n=norm: masked_patch_mse(p, x.detach(), ids, 16, n),
+                pred,
+                layout.detach(),
+                masking.ids_masked,
+            )
 
 
 def test_queue():

@@ -116,9 +116,14 @@ def test_norm_pix_of_flat_and_bright_patches():
 
 def test_one_value_has_no_variance_and_no_images_no_loss():
     (loss, dpred), _ = launched(
-        kernels.masked_patch_mse_fwd, torch.zeros(2, 1, 1), torch.randn(2, 1, 3, 4), torch.tensor([[3], [0]]), 1, True,
+        kernels.masked_patch_mse_fwd,
+        torch.zeros(2, 1, 1),
+        torch.randn(2, 1, 3, 4),
+        torch.tensor([[3], [0]]),
+        1,
         True,
-    )  # fmt: skip
+        True,
+    )
     assert loss.isnan() and dpred.isnan().all()
     args = torch.zeros(0, 3, 12), torch.zeros(0, 3, 4, 4), torch.zeros(0, 3, dtype=torch.int64), 2, True, True
     loss, dpred = kernels.masked_patch_mse_fwd(*args)

@@ -62,8 +62,9 @@ def test_golden_numbers_in_float32_err_no_more_than_plain_torchs(name):
     assert_as_exact_on_average(pred, truth["pred"], plain_pred)
     scaled = []  # every gradient in units of its size, so that each counts
     for which in (gradients, plain_gradients, None):
-        parts = [(t if which is None else which[key]) / t.square().mean().sqrt() for key, t in
-                 part(truth, "grad.").items()]  # fmt: skip
+        parts = [
+            (t if which is None else which[key]) / t.square().mean().sqrt() for key, t in part(truth, "grad.").items()
+        ]
         scaled.append(torch.cat([x.flatten() for x in parts]))
     ours, plain, exact = scaled
     assert_as_exact_on_average(ours.float(), exact, plain.float())
@@ -165,13 +166,19 @@ def test_error_sentences():
     refused("MAE: img_size must be divisible by patch_size=16, got 100×224", ValueError, MAE, (100, 224))
     refused(
         "MAE: mask_ratio must keep at least one and mask at least one of 196 patches, got 0.999, which keeps 0",
-        ValueError, MAE, mask_ratio=0.999,
-    )  # fmt: skip
+        ValueError,
+        MAE,
+        mask_ratio=0.999,
+    )
     refused(
         "MAE: mask_ratio must keep at least one and mask at least one of 196 patches, got 0, which keeps 196",
-        ValueError, MAE, mask_ratio=0,
-    )  # fmt: skip
+        ValueError,
+        MAE,
+        mask_ratio=0,
+    )
     refused(
         "mae: unknown backbone 'vit_b', there are vit_mini, vit_tiny, vit_small, vit_base, vit_large, vit_huge",
-        ValueError, mae.build, mae.Config(backbone="vit_b"),
-    )  # fmt: skip
+        ValueError,
+        mae.build,
+        mae.Config(backbone="vit_b"),
+    )

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.data.loader import Batch
-from fastssl.distributed import gather, rank, world_size
+from fastssl.distributed import all_gather, rank, world_size
 from fastssl.methods import moco_v1, moco_v2
 from fastssl.methods.moco_v1 import MoCo
 from fastssl.ops import dispatch
@@ -153,8 +153,10 @@ def test_error_sentences():
     refused("moco: batch_size must be divisible by bn_splits=8, got 30", ValueError, moco_v2.build, config)
     refused(
         "resnet: unknown backbone 'resnet5', there are resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152",
-        ValueError, moco_v2.build, moco_v2.Config(backbone="resnet5"),
-    )  # fmt: skip
+        ValueError,
+        moco_v2.build,
+        moco_v2.Config(backbone="resnet5"),
+    )
 
 
 def test_symmetric_loss_is_the_mean_of_both_directions():
@@ -173,13 +175,13 @@ def test_symmetric_loss_is_the_mean_of_both_directions():
 def test_recipes_are_the_papers():
     """Settings of section 4 of MoCo, and section 3 and table 1 of MoCo v2; the jitter of v1 follows the grayscale."""
     v1, v2 = moco_v1.Config.paper(), moco_v2.Config.paper("resnet101")
-    assert (v1.tau, v2.tau, v1.queue_size, v1.twin_momentum, v1.dim) == (0.07, 0.2, 65536, 0.999, 128)
+    assert (v1.tau, v2.tau, v1.queue_size, v1.ema_momentum, v1.dim) == (0.07, 0.2, 65536, 0.999, 128)
     assert (v1.training.lr_drops, v2.training.lr_drops) == ((120, 160), ())
     for config in (v1, v2):
         t = config.training
         assert (t.optimizer, t.lr, t.momentum, t.weight_decay, t.decay_all) == ("sgd", 0.03, 0.9, 1e-4, True)
-        assert (t.epochs, t.batch_size, config.recipe.views[0]) == (200, 256, config.recipe.views[1])
-    one, two = v1.recipe.views[0], v2.recipe.views[0]
+        assert (t.epochs, t.batch_size, config.augmentation.views[0]) == (200, 256, config.augmentation.views[1])
+    one, two = v1.augmentation.views[0], v2.augmentation.views[0]
     assert (one.jitter, one.jitter_p, one.grayscale_first, one.blur_p) == ((0.4, 0.4, 0.4, 0.4), 1.0, True, 0.0)
     assert (two.jitter, two.jitter_p, two.grayscale_first, two.blur_p) == ((0.4, 0.4, 0.4, 0.1), 0.8, False, 0.5)
     assert v2.backbone == "resnet101"
@@ -206,7 +208,7 @@ def four_steps(shard=False, world=1, here=0):
         optimizer.step()
         optimizer.zero_grad()
         moco.after_step(0)
-        losses.append(torch.stack([gather(x.detach().double().view(1)).mean() for x in (loss, metrics["top1"])]))
+        losses.append(torch.stack([all_gather(x.detach().double().view(1)).mean() for x in (loss, metrics["top1"])]))
     return torch.stack(losses), moco.state_dict()
 
 

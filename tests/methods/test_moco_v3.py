@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.data.loader import Batch
-from fastssl.distributed import gather, rank, world_size
+from fastssl.distributed import all_gather, rank, world_size
 from fastssl.methods import moco_v3
 from fastssl.methods.moco_v3 import MoCoV3
 from fastssl.nn.heads import moco_v3_head
@@ -56,7 +56,7 @@ def test_three_golden_steps(dtype):
 
 def tiny(backbone="vit_mini", **changes):
     config = moco_v3.Config.small()
-    config.backbone, config.hidden, config.dim, config.twin_momentum = backbone, 32, 16, 0.99
+    config.backbone, config.hidden, config.dim, config.ema_momentum = backbone, 32, 16, 0.99
     for name, value in changes.items():
         setattr(config, name, value)
     return moco_v3.build(config)
@@ -100,8 +100,12 @@ def test_vits_are_those_of_the_paper():
     assert isinstance(stem.base_encoder.patch_embed, ConvStem)
     convolutions = {n: tuple(x.shape) for n, x in stem.base_encoder.patch_embed.state_dict().items() if x.ndim == 4}
     assert convolutions == {
-        "proj.0.weight": (96, 3, 3, 3), "proj.3.weight": (192, 96, 3, 3), "proj.6.weight": (384, 192, 3, 3),
-        "proj.9.weight": (768, 384, 3, 3), "proj.12.weight": (768, 768, 1, 1)}  # fmt: skip
+        "proj.0.weight": (96, 3, 3, 3),
+        "proj.3.weight": (192, 96, 3, 3),
+        "proj.6.weight": (384, 192, 3, 3),
+        "proj.9.weight": (768, 384, 3, 3),
+        "proj.12.weight": (768, 768, 1, 1),
+    }
 
 
 def test_positions_weights_and_the_frozen_patch_embedding():
@@ -167,22 +171,24 @@ def test_recipes_are_the_papers():
     vit, resnet = moco_v3.Config.paper("vit_base"), moco_v3.Config.paper("resnet50")
     t = vit.training
     assert (t.optimizer, t.lr, t.weight_decay, t.decay_all, t.betas) == ("adamw", 1.5e-4, 0.1, True, (0.9, 0.999))
-    assert (t.epochs, t.batch_size, t.warmup_epochs, vit.tau, vit.twin_momentum) == (300, 4096, 40, 0.2, 0.99)
+    assert (t.epochs, t.batch_size, t.warmup_epochs, vit.tau, vit.ema_momentum) == (300, 4096, 40, 0.2, 0.99)
     t = resnet.training
     assert (t.optimizer, t.lr, t.weight_decay, t.momentum) == ("lars", 0.3, 1.5e-6, 0.9)
-    assert (t.epochs, t.batch_size, t.warmup_epochs, resnet.tau, resnet.twin_momentum) == (1000, 4096, 10, 1.0, 0.996)
-    one, two = vit.recipe.views
+    assert (t.epochs, t.batch_size, t.warmup_epochs, resnet.tau, resnet.ema_momentum) == (1000, 4096, 10, 1.0, 0.996)
+    one, two = vit.augmentation.views
     assert (one.blur_p, one.solarize_p, two.blur_p, two.solarize_p) == (1.0, 0.0, 0.1, 0.2)
     assert (one.jitter, one.jitter_p, one.grayscale_p, one.flip_p) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5)
-    assert (one.crop, resnet.recipe.views[0].crop) == ((0.08, 1.0), (0.2, 1.0))
+    assert (one.crop, resnet.augmentation.views[0].crop) == ((0.08, 1.0), (0.2, 1.0))
 
 
 def test_error_sentences():
     refused(
         "moco_v3: unknown backbone 'vit_b', there are vit_mini, vit_small, vit_base, vit_conv_small, vit_conv_base and "
         "ResNets",
-        ValueError, moco_v3.build, moco_v3.Config(backbone="vit_b"),
-    )  # fmt: skip
+        ValueError,
+        moco_v3.build,
+        moco_v3.Config(backbone="vit_b"),
+    )
 
 
 def three_steps(world=1, here=0):
@@ -201,7 +207,7 @@ def three_steps(world=1, here=0):
         optimizer.step()
         optimizer.zero_grad()
         model.after_step(step / 3)
-        losses.append(gather(loss.detach().view(1)).mean())
+        losses.append(all_gather(loss.detach().view(1)).mean())
     return torch.stack(losses), model.state_dict()
 
 

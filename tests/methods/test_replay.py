@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from fastssl.data.loader import Batch
 from fastssl.methods import moco_v3
 from fastssl.methods.mae import MAE
+from fastssl.train.config import Training
 from fastssl.train.optim import build_optimizer
-from fastssl.train.recipe import Training
 from fastssl.train.schedule import learning_rate
 from tests.golden.golden import part
 
@@ -268,13 +268,30 @@ def assert_replays(model, training, batches, loss_of, transcription):
 
 def mae_case(img_size, norm_pix, **wrong):
     """What `assert_replays` takes; `wrong` falsifies the transcription."""
-    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3,
-             "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}  # fmt: skip
+    sizes = {
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 3,
+        "decoder_embed_dim": 32,
+        "decoder_depth": 2,
+        "decoder_num_heads": 2,
+    }
     model = MAE(img_size, 4, **sizes, norm_pix_loss=norm_pix, mask_ratio=0.7).double()
     training = Training(EPOCHS, BATCH, "adamw", lr=0.05, weight_decay=0.05, betas=(0.9, 0.95), warmup_epochs=WARMUP)
-    facts = {"patch": 4, "heads": 3, "decoder_heads": 2, "ln_eps": 1e-6,
-             "mask_ratio": 0.7, "norm_pix": norm_pix, "correction": 1, "frozen": (),
-             "lr": 0.05, "weight_decay": 0.05, "betas": (0.9, 0.95), "decay_vectors": False}  # fmt: skip
+    facts = {
+        "patch": 4,
+        "heads": 3,
+        "decoder_heads": 2,
+        "ln_eps": 1e-6,
+        "mask_ratio": 0.7,
+        "norm_pix": norm_pix,
+        "correction": 1,
+        "frozen": (),
+        "lr": 0.05,
+        "weight_decay": 0.05,
+        "betas": (0.9, 0.95),
+        "decay_vectors": False,
+    }
     batches = [(torch.randn(BATCH, 3, *img_size).double(), torch.rand(BATCH, model.length)) for _ in range(STEPS)]
     return model, training, batches, lambda data: model.loss(*data), (mae_loss, adamw, facts | wrong)
 
@@ -285,11 +302,21 @@ def moco_v3_case(backbone, **wrong):
     size, tau = ((8, 16), 0.2) if of_vit else ((32, 32), 1.0)
     optimizer, lr, decay = ("adamw", 0.05, 0.1) if of_vit else ("lars", 32.0, 0.01)
     training = Training(EPOCHS, BATCH, optimizer, lr, decay, decay_all=of_vit, warmup_epochs=WARMUP)
-    config = moco_v3.Config(backbone, size, dim=32, hidden=64, tau=tau, twin_momentum=0.9, training=training)
+    config = moco_v3.Config(backbone, size, dim=32, hidden=64, tau=tau, ema_momentum=0.9, training=training)
     model = moco_v3.build(config).double()
-    facts = {"encoder": vit if of_vit else resnet, "ln_eps": 1e-6, "tau": tau, "scale": 2,
-             "momentum": 0.9, "momentum_rises": True, "frozen": ("patch_embed.proj.weight", "patch_embed.proj.bias"),
-             "lr": lr, "weight_decay": decay, "betas": (0.9, 0.999), "decay_vectors": of_vit}  # fmt: skip
+    facts = {
+        "encoder": vit if of_vit else resnet,
+        "ln_eps": 1e-6,
+        "tau": tau,
+        "scale": 2,
+        "momentum": 0.9,
+        "momentum_rises": True,
+        "frozen": ("patch_embed.proj.weight", "patch_embed.proj.bias"),
+        "lr": lr,
+        "weight_decay": decay,
+        "betas": (0.9, 0.999),
+        "decay_vectors": of_vit,
+    }
     batches = [tuple(torch.randn(2, BATCH, 3, *size).double()) for _ in range(STEPS)]
     transcription = (moco_v3_loss, adamw if of_vit else lars, facts | wrong)
     return model, training, batches, lambda views: model(Batch(views, None, None))[0], transcription

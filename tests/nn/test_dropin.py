@@ -10,8 +10,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.distributed import gather, rank
-from fastssl.nn import Attention, InfoNCELoss, KeyQueue, MaskedPatchLoss, MomentumTwin, NTXentLoss, ViT, random_masking
+from fastssl.distributed import all_gather, rank
+from fastssl.nn import (
+    Attention,
+    InfoNCELoss,
+    KeyQueue,
+    MaskedPatchLoss,
+    MomentumEncoder,
+    NTXentLoss,
+    ViT,
+    random_masking,
+)
 from tests.ranks import run_ranks
 
 
@@ -26,7 +35,7 @@ class Twin(nn.Module):
     def __init__(self):
         super().__init__()
         self.online = nn.Linear(16, 16)
-        self.twin = MomentumTwin(self.online, 0.9)
+        self.twin = MomentumEncoder(self.online, 0.9)
 
     def forward(self, x):
         y = self.online(x) * self.twin(x)
@@ -59,12 +68,12 @@ CASES = {
     "InfoNCELoss of a tau": Case(lambda: InfoNCELoss(16, 12, nn.Parameter(torch.tensor(0.2))), (), ((5, 16),) * 2, 1),
     "KeyQueue": Case(Ring, (), ((5, 16),), 1),
     "NTXentLoss": Case(NTXentLoss, (0.5,), ((5, 16), (5, 16)), 2),
-    "MomentumTwin": Case(Twin, (), ((5, 16),), 1),
+    "MomentumEncoder": Case(Twin, (), ((5, 16),), 1),
     "Attention": Case(lambda: Attention(16, 2, qkv_bias=True, qk_norm=True), (), ((2, 7, 16),), 1),
     "MaskedPatchLoss": Case(lambda: MaskedPatchLoss(4, True, masked=3), (), ((2, 3, 48), (2, 3, 8, 12)), 1),
     "random_masking": Case(Masker, (), ((2, 8, 16), (2, 8)), 1),
     "ViT": Case(lambda: ViT((8, 12), 4, embed_dim=16, depth=1, num_heads=2), (), ((2, 3, 8, 12),), 1),
-}  # fmt: skip
+}
 
 
 def made(name, dtype=torch.float32, device="cpu"):
@@ -114,7 +123,7 @@ def test_deepcopy_state_dict_and_pickle(name):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_other_dtypes(name, dtype):
-    if name == "MomentumTwin" and dtype == torch.bfloat16:  # an average in bfloat16 would not move
+    if name == "MomentumEncoder" and dtype == torch.bfloat16:  # an average in bfloat16 would not move
         with pytest.raises(TypeError, match=r"ema_update_: targets.* must be float32 or float64"):
             ran(name, *made(name, dtype))
         return
@@ -190,7 +199,9 @@ def gradients_under_ddp():
         alone = Around(name)
         alone(*inputs).square().mean().backward()
         mine = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-        mean = {key: gather(p.grad.unsqueeze(0)).mean(0) for key, p in alone.named_parameters() if p.grad is not None}
+        mean = {
+            key: all_gather(p.grad.unsqueeze(0)).mean(0) for key, p in alone.named_parameters() if p.grad is not None
+        }
         found[name] = (mine, mean)
     return found
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.distributed import gather, rank, world_size
+from fastssl.distributed import all_gather, rank, world_size
 from fastssl.nn import InfoNCELoss, KeyQueue, NTXentLoss
 from fastssl.nn.losses import _joined
 from tests.ops.contract import refused
@@ -57,8 +57,7 @@ def test_the_queue_is_saved_in_the_official_layout_and_comes_back():
     criterion, other = InfoNCELoss(D, K, 0.2), InfoNCELoss(D, K, 0.2)
     criterion.enqueue(torch.randn(7, D))
     state = nn.ModuleDict({"criterion": criterion}).state_dict()
-    assert {name: x.shape for name, x in state.items()} == {
-        "criterion.queue": (D, K), "criterion.queue_ptr": (1,)}  # fmt: skip
+    assert {name: x.shape for name, x in state.items()} == {"criterion.queue": (D, K), "criterion.queue_ptr": (1,)}
     nn.ModuleDict({"criterion": other}).load_state_dict(state, strict=True)
     assert torch.equal(other.queue, criterion.queue)
     assert other.queue_ptr.item() == 7
@@ -125,9 +124,9 @@ def steps(dtype, tau):
         shard(ours, k).backward()
         big(theirs, k).backward()
         torch.testing.assert_close(ours.grad, theirs.grad, **close)
-        mine, all_of_them = gather(shard.tau.grad.view(1)).sum(), gather(big.tau.grad.view(1)).sum()
+        mine, all_of_them = all_gather(shard.tau.grad.view(1)).sum(), all_gather(big.tau.grad.view(1)).sum()
         torch.testing.assert_close(mine, all_of_them, **close)
-        assert torch.equal(shard.whole(), big.queue)
+        assert torch.equal(shard.full_queue(), big.queue)
     return resumed(shard, big) and big.state_dict()
 
 
@@ -144,8 +143,10 @@ def resumed(shard, big):
     keys = torch.randn(BATCH, D, dtype=shard.queue.dtype)
     other.enqueue(keys)
     big.enqueue(keys)
-    oldest_first = [queue.roll(-int(ptr), 0) for queue, ptr in (
-        (other.whole(), other.queue_ptr * world_size()), (big.queue, big.queue_ptr))]  # fmt: skip
+    oldest_first = [
+        queue.roll(-int(ptr), 0)
+        for queue, ptr in ((other.full_queue(), other.queue_ptr * world_size()), (big.queue, big.queue_ptr))
+    ]
     assert torch.equal(*oldest_first)
     return True
 
@@ -184,7 +185,7 @@ def under_ddp(shard):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(gather(loss.detach().view(1)).mean())
+        losses.append(all_gather(loss.detach().view(1)).mean())
     return torch.stack(losses), model.state_dict()
 
 
@@ -241,8 +242,12 @@ def refused_shards():
     refused("KeyQueue: queue_size must be divisible by the 2 ranks, got 7", ValueError, KeyQueue, D, 7, shard=True)
     queue = KeyQueue(D, 8, shard=True)
     wrong = {"queue": torch.randn(D, 4), "queue_ptr": torch.zeros(1, dtype=torch.int64)}
-    refused(f"KeyQueue: the queue to load must have shape [D, K] of this one, got [{D}, 4]",
-            ValueError, queue.load_state_dict, wrong)  # fmt: skip
+    refused(
+        f"KeyQueue: the queue to load must have shape [D, K] of this one, got [{D}, 4]",
+        ValueError,
+        queue.load_state_dict,
+        wrong,
+    )
     with pytest.raises(RuntimeError, match="Missing key"):
         queue.load_state_dict({})
     return True

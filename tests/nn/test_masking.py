@@ -44,10 +44,21 @@ def test_random_masking_takes_noise_and_a_generator():
     assert all(torch.equal(a, b) for a, b in zip(by_noise, by_generator))
     by_noise[0].sum().backward()
     assert x.grad.sum() == 2 * 5 * 4
-    refused("random_masking: mask_ratio must keep at least one of 10 patches, got 0.95, which keeps 0",
-            ValueError, random_masking, x, 0.95)  # fmt: skip
-    refused("random_masking: noise must have shape [B=2, L=10], got [2, 9]",
-            ValueError, random_masking, x, 0.5, noise[:, :9])  # fmt: skip
+    refused(
+        "random_masking: mask_ratio must keep at least one of 10 patches, got 0.95, which keeps 0",
+        ValueError,
+        random_masking,
+        x,
+        0.95,
+    )
+    refused(
+        "random_masking: noise must have shape [B=2, L=10], got [2, 9]",
+        ValueError,
+        random_masking,
+        x,
+        0.5,
+        noise[:, :9],
+    )
 
 
 def splitmix64(key, count):
@@ -73,8 +84,14 @@ def test_seeded_noise_is_splitmix64():
 
 
 def test_seeded_noise_needs_numbers_of_samples():
-    refused("seeded_noise: the key must hold an int64 tensor [B], one number for each sample",
-            ValueError, seeded_noise, 4, 0, 1)  # fmt: skip
+    refused(
+        "seeded_noise: the key must hold an int64 tensor [B], one number for each sample",
+        ValueError,
+        seeded_noise,
+        4,
+        0,
+        1,
+    )
 
 
 def test_seeded_noise_is_uniform_and_its_rows_are_unrelated():
@@ -134,12 +151,37 @@ def test_masked_patch_loss_refuses_uneven_masks():
     images, pred = torch.randn(2, 3, 16, 16), torch.randn(2, 16, 48)
     mask = torch.zeros(2, 16)
     mask[0, :3] = mask[1, :4] = 1
-    refused("MaskedPatchLoss: mask must remove the same number in each row, got from 3 to 4",
-            ValueError, MaskedPatchLoss(4), images, pred, mask)  # fmt: skip
-    refused("MaskedPatchLoss: int64 numbers of removed patches must be fewer than all 16 patches: a mask of zeros and "
-            "ones must be floating or bool", ValueError, MaskedPatchLoss(4), images, pred, mask.long())  # fmt: skip
-    refused("MaskedPatchLoss: mask must hold zeros and ones alone, 0 kept and 1 removed",
-            ValueError, MaskedPatchLoss(4), images, pred, mask / 2)  # fmt: skip
+    refused(
+        "MaskedPatchLoss: mask must remove the same number in each row, got from 3 to 4",
+        ValueError,
+        MaskedPatchLoss(4),
+        images,
+        pred,
+        mask,
+    )
+    refused(
+        "MaskedPatchLoss: int64 numbers of removed patches must be fewer than all 16 patches: a mask of zeros and "
+        "ones must be floating or bool",
+        ValueError,
+        MaskedPatchLoss(4),
+        images,
+        pred,
+        mask.long(),
+    )
+    refused(
+        "MaskedPatchLoss: mask must hold zeros and ones alone, 0 kept and 1 removed",
+        ValueError,
+        MaskedPatchLoss(4),
+        images,
+        pred,
+        mask / 2,
+    )
     mask[0, 3] = 1
-    refused("MaskedPatchLoss: mask must remove masked=12 in each row, got from 4 to 4",
-            ValueError, MaskedPatchLoss(4, masked=12), images, pred, mask)  # fmt: skip
+    refused(
+        "MaskedPatchLoss: mask must remove masked=12 in each row, got from 4 to 4",
+        ValueError,
+        MaskedPatchLoss(4, masked=12),
+        images,
+        pred,
+        mask,
+    )

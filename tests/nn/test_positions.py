@@ -38,8 +38,11 @@ def test_any_other_table_is_taken_for_a_square_as_timm_does():
     refused(
         "positions: a table of 12 patches that is neither fixed nor of a square can't be fitted to another grid: "
         "interpolate it yourself, or build the model for the image size it was trained with",
-        ValueError, fit_positions, torch.randn(1, 13, 8), (3, 5),
-    )  # fmt: skip
+        ValueError,
+        fit_positions,
+        torch.randn(1, 13, 8),
+        (3, 5),
+    )
 
 
 def test_a_checkpoint_of_another_grid_loads():
@@ -62,8 +65,17 @@ def test_images_of_another_size_get_a_sentence():
     way_out = "build MAE(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
     model = MAE(32, 8, **SIZES, **DECODER)
     for call in (model.loss, model.reconstruct, model.features):
-        refused(f"MAE: images must have shape [B, C=3, H=32, W=32], got [2, 3, 32, 40] ({way_out})",
-                ValueError, call, torch.randn(2, 3, 32, 40))  # fmt: skip
+        refused(
+            f"MAE: images must have shape [B, C=3, H=32, W=32], got [2, 3, 32, 40] ({way_out})",
+            ValueError,
+            call,
+            torch.randn(2, 3, 32, 40),
+        )
     refused("MAE: images must have shape [B, C, H, W], got [3, 32, 32]", ValueError, model.loss, torch.randn(3, 32, 32))
-    refused("MAE: noise must have shape [B=2, L=16], got [2, 15]",
-            ValueError, model.loss, torch.randn(2, 3, 32, 32), torch.rand(2, 15))  # fmt: skip
+    refused(
+        "MAE: noise must have shape [B=2, L=16], got [2, 15]",
+        ValueError,
+        model.loss,
+        torch.randn(2, 3, 32, 32),
+        torch.rand(2, 15),
+    )

@@ -12,10 +12,17 @@ from fastssl.nn.vit import ViT
 from tests.ops.contract import refused
 
 KNOWN = [  # class and register tokens, distillation, LayerScale, no class token, norms before the blocks, other patches
-    "vit_tiny_patch16_224", "vit_small_patch32_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
-    "vit_base_patch16_224.mae", "vit_base_patch16_clip_224", "vit_small_patch14_reg4_dinov2", "flexivit_small",
-    "vit_medium_patch16_gap_256", "vit_wee_patch16_reg1_gap_256",
-]  # fmt: skip
+    "vit_tiny_patch16_224",
+    "vit_small_patch32_224",
+    "deit_tiny_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "vit_base_patch16_224.mae",
+    "vit_base_patch16_clip_224",
+    "vit_small_patch14_reg4_dinov2",
+    "flexivit_small",
+    "vit_medium_patch16_gap_256",
+    "vit_wee_patch16_reg1_gap_256",
+]
 ROTARY = "takes rotary positions, which the kernels do not apply"
 OTHER = "is not a kind of attention that fastssl knows"
 UNKNOWN = {
@@ -107,8 +114,10 @@ def test_torchvisions_vit():
     assert sorted(model.state_dict()) == sorted(names)
     refused(
         "TorchvisionAttention: query, key and value must be one tensor, and need_weights False",
-        ValueError, TorchvisionAttention(nn.MultiheadAttention(8, 2)), *torch.randn(3, 1, 2, 8).unbind(0),
-    )  # fmt: skip
+        ValueError,
+        TorchvisionAttention(nn.MultiheadAttention(8, 2)),
+        *torch.randn(3, 1, 2, 8).unbind(0),
+    )
 
 
 class OfficialAttention(nn.Module):
@@ -162,21 +171,38 @@ def test_an_attention_that_computes_something_else_is_refused():
         for block in model.blocks:  # a zero projection hides everything behind it
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.attn.proj.bias)
-        refused(f"accelerate: {where} gives other results than multi-head attention, and 1 more{LEAVE}",
-                ValueError, accelerate, model)  # fmt: skip
+        refused(
+            f"accelerate: {where} gives other results than multi-head attention, and 1 more{LEAVE}",
+            ValueError,
+            accelerate,
+            model,
+        )
     model = official_like()
     del model.blocks[0].attn.attn_drop
     model.blocks[0].attn.attn_drop = 0.5
     does = "does something to its attention weights (attn_drop is a float)"
     refused(f"accelerate: {where} {does}{LEAVE}", ValueError, accelerate, model)
-    refused("accelerate: the model itself is an attention, and can't be swapped inside itself",
-            ValueError, accelerate, OfficialAttention(16, 2))  # fmt: skip
-    refused("accelerate: leave must name modules of the model, got 'nope'",
-            ValueError, accelerate, official_like(), ["nope"])  # fmt: skip
+    refused(
+        "accelerate: the model itself is an attention, and can't be swapped inside itself",
+        ValueError,
+        accelerate,
+        OfficialAttention(16, 2),
+    )
+    refused(
+        "accelerate: leave must name modules of the model, got 'nope'",
+        ValueError,
+        accelerate,
+        official_like(),
+        ["nope"],
+    )
     model = official_like()
     model.blocks[0].attn.attn_drop.p = 0.1
-    refused(f"accelerate: {where} drops attention weights (attn_drop=0.1), which the kernels do not{LEAVE}",
-            ValueError, accelerate, model)  # fmt: skip
+    refused(
+        f"accelerate: {where} drops attention weights (attn_drop=0.1), which the kernels do not{LEAVE}",
+        ValueError,
+        accelerate,
+        model,
+    )
     model = official_like()
     model.blocks[0].attn.relative_position_bias = nn.Parameter(torch.zeros(3))
     refused(f"accelerate: {where} is not a kind of attention that fastssl knows{LEAVE}", ValueError, accelerate, model)
@@ -187,8 +213,12 @@ def test_an_attention_that_computes_something_else_is_refused():
     model, _ = of_timm("vit_tiny_patch16_224")
     model.blocks[0].attn.forward = lambda x, **_: x
     of_its_own = "has a forward of its own, put in the place of its class's"
-    refused(f"accelerate: blocks.0.attn (timm.layers.attention.Attention) {of_its_own}{LEAVE}",
-            ValueError, accelerate, model)  # fmt: skip
+    refused(
+        f"accelerate: blocks.0.attn (timm.layers.attention.Attention) {of_its_own}{LEAVE}",
+        ValueError,
+        accelerate,
+        model,
+    )
     with torch.device("meta"):
         model = official_like()
     reason = "is not timm's, and on the meta device its results can't be compared with ours, and 1 more"
@@ -219,8 +249,12 @@ def test_a_module_that_stands_in_two_places_is_swapped_in_both():
 
 
 def test_models_without_known_attention_are_refused():
-    refused("accelerate: found no attention that it knows in ResNet; nothing was swapped",
-            ValueError, accelerate, torchvision.models.resnet18())  # fmt: skip
+    refused(
+        "accelerate: found no attention that it knows in ResNet; nothing was swapped",
+        ValueError,
+        accelerate,
+        torchvision.models.resnet18(),
+    )
     layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
     with pytest.raises(ValueError, match=r"self_attn \(torch\.nn.*MultiheadAttention\) is called in a way"):
         accelerate(layer)
@@ -237,8 +271,18 @@ def test_our_attention_is_timms():
     assert Attention(8).qkv.bias is None
     block = timm.models.vision_transformer.Block(24, 3, scale_attn_norm=True, attn_layer=Attention)
     assert block(x).shape == x.shape
-    refused("Attention: attn_drop must be 0, the kernels drop no attention weights, got 0.1",
-            ValueError, Attention, 8, attn_drop=0.1)  # fmt: skip
+    refused(
+        "Attention: attn_drop must be 0, the kernels drop no attention weights, got 0.1",
+        ValueError,
+        Attention,
+        8,
+        attn_drop=0.1,
+    )
     refused("Attention: dim must be divisible by num_heads=3, got 8", ValueError, Attention, 8, 3)
-    refused("Attention: attn_mask and is_causal are not supported: every token sees all tokens",
-            ValueError, ours, x, torch.zeros(7, 7))  # fmt: skip
+    refused(
+        "Attention: attn_mask and is_causal are not supported: every token sees all tokens",
+        ValueError,
+        ours,
+        x,
+        torch.zeros(7, 7),
+    )

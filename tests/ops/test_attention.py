@@ -100,9 +100,13 @@ def test_op_errs_no_more_than_torch(dtype, size):
 
 
 @given(
-    batch=st.integers(0, 3), lengths=st.tuples(st.integers(1, 130), st.integers(1, 130)), heads=st.integers(1, 3),
-    width=st.integers(1, 70), dtype=st.sampled_from(DTYPES), scale=st.sampled_from([0.1, 1.0, 0.0, -0.5]),
-)  # fmt: skip
+    batch=st.integers(0, 3),
+    lengths=st.tuples(st.integers(1, 130), st.integers(1, 130)),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([0.1, 1.0, 0.0, -0.5]),
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_shape(batch, lengths, heads, width, dtype, scale):
     torch.manual_seed(0)
@@ -281,12 +285,24 @@ def test_packed_under_autocast():
 
 def test_error_sentences():
     qkv = joint(2, 9, 2, 8, torch.float32)
-    refused("attention_packed: qkv must have shape [B, L, 3, H, E], got [2, 9, 2, 2, 8]",
-            ValueError, attention_packed, qkv[:, :, :2])  # fmt: skip
-    refused("attention_packed: qkv must have at least one token, got [2, 0, 3, 2, 8]",
-            ValueError, attention_packed, qkv[:, :0])  # fmt: skip
-    refused("attention_packed: qkv must be float32, float64, bfloat16 or float16, got int64",
-            TypeError, attention_packed, qkv.long())  # fmt: skip
+    refused(
+        "attention_packed: qkv must have shape [B, L, 3, H, E], got [2, 9, 2, 2, 8]",
+        ValueError,
+        attention_packed,
+        qkv[:, :, :2],
+    )
+    refused(
+        "attention_packed: qkv must have at least one token, got [2, 0, 3, 2, 8]",
+        ValueError,
+        attention_packed,
+        qkv[:, :0],
+    )
+    refused(
+        "attention_packed: qkv must be float32, float64, bfloat16 or float16, got int64",
+        TypeError,
+        attention_packed,
+        qkv.long(),
+    )
     q, k, v = packed(2, 9, 2, 8, torch.float32)
     refused("attention: k must have at least one token, got [2, 0, 2, 8]", ValueError, attention, q, k[:, :0], v[:, :0])
     refused("attention: q must have shape [B, L, H, E], got [9, 2, 8]", ValueError, attention, q[0], k, v)
@@ -298,5 +314,9 @@ def test_error_sentences():
     )
     refused(
         "attention: q, k and v must have one dtype, got torch.float32, torch.float64, torch.float32",
-        TypeError, attention, q, k.double(), v,
-    )  # fmt: skip
+        TypeError,
+        attention,
+        q,
+        k.double(),
+        v,
+    )

@@ -86,7 +86,7 @@ def test_gradients_with_a_learnable_temperature():
         lambda q: nt_xent(q, k, 0.3),
         lambda q: batch_info_nce(q, k, 0.3),
     ):
-        refuses_second_derivative(function, q)  # fmt: skip
+        refuses_second_derivative(function, q)
 
 
 def ops_of(q, k, queue, tau, first):
@@ -128,9 +128,13 @@ def test_errs_no_more_than_torch_that_sums_in_float32(dtype, tau, size):
 
 
 @given(
-    batch=st.integers(1, 140), extra=st.integers(0, 300), width=st.integers(1, 70), dtypes=st.tuples(*[FLOATS] * 3),
-    tau=st.sampled_from([0.05, 0.2, 2.0, -0.3]), length=st.sampled_from([1, 1, 20]),
-)  # fmt: skip
+    batch=st.integers(1, 140),
+    extra=st.integers(0, 300),
+    width=st.integers(1, 70),
+    dtypes=st.tuples(*[FLOATS] * 3),
+    tau=st.sampled_from([0.05, 0.2, 2.0, -0.3]),
+    length=st.sampled_from([1, 1, 20]),
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_shape(batch, extra, width, dtypes, tau, length):
     """Also of long vectors, of negative temperature, and of mixed dtypes."""
@@ -155,10 +159,15 @@ def test_any_shape(batch, extra, width, dtypes, tau, length):
 
 @pytest.mark.parametrize(
     "view",
-    [lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], 1)[:, : x.shape[1]], lambda x: x[:1].expand_as(x),
-     lambda x: x[:, :1].expand_as(x), lambda x: x.repeat_interleave(2, 0)[::2]],
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        lambda x: x[:1].expand_as(x),
+        lambda x: x[:, :1].expand_as(x),
+        lambda x: x.repeat_interleave(2, 0)[::2],
+    ],
     ids=["columns first", "wider rows", "one row expanded", "one column expanded", "every other row"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 def test_any_strides(view, dtype):
     q, k, queue = (view(unit(n, 24, dtype=dtype)) for n in (20, 20, 150))
@@ -244,7 +253,7 @@ def test_small_temperature_and_equal_keys_stay_finite():
         batch_info_nce(q, keys, 0.005).loss,
         nt_xent(q, keys, 0.005),
     ):
-        assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), q)[0].isfinite().all()  # fmt: skip
+        assert loss.isfinite().all() and torch.autograd.grad(loss.sum(), q)[0].isfinite().all()
 
 
 def test_queue_may_be_overwritten_before_backward():
@@ -302,18 +311,30 @@ def test_error_sentences():
     refused("nt_xent: tau must be > 0, got -0.1", ValueError, nt_xent, q, k, -0.1)
     refused(
         "info_nce: k must not require a gradient, it gets none (pass k.detach())",
-        ValueError, info_nce, q, k.clone().requires_grad_(), queue, 0.1,
-    )  # fmt: skip
-    refused(
-        "info_nce: q must be a tensor of shape [B, D], got list",
-        TypeError, info_nce, [[1.0]], k, queue, 0.1,
-    )  # fmt: skip
+        ValueError,
+        info_nce,
+        q,
+        k.clone().requires_grad_(),
+        queue,
+        0.1,
+    )
+    refused("info_nce: q must be a tensor of shape [B, D], got list", TypeError, info_nce, [[1.0]], k, queue, 0.1)
     refused(
         "batch_info_nce: first must be at least 0 and first + B ≤ M = 9 with B = 4, got first=6",
-        ValueError, batch_info_nce, q, queue, 0.1, 6,
-    )  # fmt: skip
+        ValueError,
+        batch_info_nce,
+        q,
+        queue,
+        0.1,
+        6,
+    )
     refused("nt_xent: z2 must have shape [B=4, D=8], got [9, 8]", ValueError, nt_xent, q, queue, 0.1)
     refused(
         "info_nce: queue must be float32, float64, bfloat16 or float16, got int64",
-        TypeError, info_nce, q, k, queue.long(), 0.1,
-    )  # fmt: skip
+        TypeError,
+        info_nce,
+        q,
+        k,
+        queue.long(),
+        0.1,
+    )

@@ -209,11 +209,15 @@ def test_threads_change_no_bit():
             torch.manual_seed(0)
             masks, x, kept, token, pos = masked(300, 50, 13, torch.float32)
             dout = torch.randn(300, 51, 200)
-            results.append([
-                *masks, keep_tokens(x, masks.ids_keep, pos[1:]), restore_tokens(kept, token, masks.ids_restore, pos),
-                masking._keep_tokens_bwd(dout[:, :13], masks.ids_keep, 50),
-                *masking._restore_tokens_bwd(dout, masks.ids_restore, 1, 13),
-            ])  # fmt: skip
+            results.append(
+                [
+                    *masks,
+                    keep_tokens(x, masks.ids_keep, pos[1:]),
+                    restore_tokens(kept, token, masks.ids_restore, pos),
+                    masking._keep_tokens_bwd(dout[:, :13], masks.ids_keep, 50),
+                    *masking._restore_tokens_bwd(dout, masks.ids_restore, 1, 13),
+                ]
+            )
         assert all(torch.equal(one, two) for one, two in zip(*results))
     finally:
         torch.set_num_threads(threads)
@@ -268,21 +272,36 @@ def test_error_sentences():
     refused("random_masking: noise must have shape [B, L], got [16]", ValueError, random_masking, torch.rand(16), 4)
     refused(
         "random_masking: noise must be float32, float64, bfloat16 or float16, got int64",
-        TypeError, random_masking, torch.zeros(2, 16, dtype=torch.int64), 4,
-    )  # fmt: skip
+        TypeError,
+        random_masking,
+        torch.zeros(2, 16, dtype=torch.int64),
+        4,
+    )
     refused("keep_tokens: ids_keep must be int64, got int32", TypeError, keep_tokens, x, masks.ids_keep.int())
     refused(
         "keep_tokens: ids_keep must have shape [B=2, M], got [1, 4]", ValueError, keep_tokens, x, masks.ids_keep[:1]
     )
     refused(
         "keep_tokens: pos must have shape [L=16, D=7] or that with a 1 in front, got [17, 7]",
-        ValueError, keep_tokens, x, masks.ids_keep, pos,
-    )  # fmt: skip
+        ValueError,
+        keep_tokens,
+        x,
+        masks.ids_keep,
+        pos,
+    )
     refused(
         "restore_tokens: mask_token must have shape [D=7], got [3]",
-        ValueError, restore_tokens, kept, token[:3], masks.ids_restore,
-    )  # fmt: skip
+        ValueError,
+        restore_tokens,
+        kept,
+        token[:3],
+        masks.ids_restore,
+    )
     refused(
         "restore_tokens: x must have prefix=1 to prefix+L=17 tokens, got 18",
-        ValueError, restore_tokens, torch.zeros(2, 18, 7), token, masks.ids_restore,
-    )  # fmt: skip
+        ValueError,
+        restore_tokens,
+        torch.zeros(2, 18, 7),
+        token,
+        masks.ids_restore,
+    )

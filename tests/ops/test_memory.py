@@ -157,21 +157,37 @@ def test_error_sentences():
     refused("ema_update_: momentum must be between 0 and 1, got 1.5", ValueError, ema_update_, [t], [s], 1.5)
     refused(
         "ema_update_: sources[0] must have shape [3] like targets[0], got [1, 3]",
-        ValueError, ema_update_, [t], [s[None]], 0.9,
-    )  # fmt: skip
+        ValueError,
+        ema_update_,
+        [t],
+        [s[None]],
+        0.9,
+    )
     refused(
         "ema_update_: targets[0] must be float32 or float64 (steps of 1 - momentum vanish in 16 bits: keep float32 "
         "targets, pass shadows), got bfloat16",
-        TypeError, ema_update_, [t.bfloat16()], [s], 0.9,
-    )  # fmt: skip
+        TypeError,
+        ema_update_,
+        [t.bfloat16()],
+        [s],
+        0.9,
+    )
     refused(
         "ema_update_: sources[0] must be float32, float64, bfloat16 or float16, got int64",
-        TypeError, ema_update_, [t], [s.long()], 0.9,
-    )  # fmt: skip
+        TypeError,
+        ema_update_,
+        [t],
+        [s.long()],
+        0.9,
+    )
     queue, ptr = torch.zeros(6, 2), torch.tensor([0])
     refused("enqueue_: keys must have shape [N, D=2], got [3, 3]", ValueError, enqueue_, queue, ptr, torch.zeros(3, 3))
     refused("enqueue_: ptr must be int64, got float32", TypeError, enqueue_, queue, ptr.float(), torch.zeros(3, 2))
     refused(
         "enqueue_: the rows of queue [K, D] must be contiguous, got strides [1, 6]",
-        ValueError, enqueue_, torch.zeros(2, 6).T, ptr, torch.zeros(3, 2),
-    )  # fmt: skip
+        ValueError,
+        enqueue_,
+        torch.zeros(2, 6).T,
+        ptr,
+        torch.zeros(3, 2),
+    )

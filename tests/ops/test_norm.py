@@ -50,8 +50,10 @@ def with_gradients(function, inputs, upstream):
 def test_is_the_formula(shape, delta):
     inputs = made(*shape, dtype=torch.float64, delta=delta, affine=torch.float64)
     upstream = torch.randn(shape).double(), torch.randn(shape).double()
-    ours, theirs = (with_gradients(function, inputs, upstream) for function in (
-        lambda x, d, w, b: residual_norm(x, d, w, b, EPS), formula))  # fmt: skip
+    ours, theirs = (
+        with_gradients(function, inputs, upstream)
+        for function in (lambda x, d, w, b: residual_norm(x, d, w, b, EPS), formula)
+    )
     for result, expected in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
@@ -79,10 +81,14 @@ def test_gradients_that_are_none(delta):
         results, theirs = residual_norm(*leaves, EPS), formula(*leaves)
         wanted = [t for t in leaves if t is not None]
         (ours, expected) = (
-            torch.autograd.grad([r for r, g in zip(rs, upstream) if g is not None], wanted,
-                                [g for g in upstream if g is not None], allow_unused=True)
+            torch.autograd.grad(
+                [r for r, g in zip(rs, upstream) if g is not None],
+                wanted,
+                [g for g in upstream if g is not None],
+                allow_unused=True,
+            )
             for rs in (results, theirs)
-        )  # fmt: skip
+        )
         for gradient, other in zip(ours, expected, strict=True):
             assert (gradient is None) == (other is None)
             if gradient is not None:
@@ -101,10 +107,13 @@ def test_errs_no_more_than_plain_torch(dtype, shape):
     total = formula(*inputs)[0]  # rounding the sum is no error of the norm
     ours = with_gradients(lambda x, d, w, b: residual_norm(x, d, w, b, EPS), inputs, upstream)
     wide, exact = (
-        with_gradients(lambda x, w, b: formula(x, None, w, b), [t.to(kind) for t in (total, *inputs[2:])],
-                       [g.to(kind) for g in upstream])
+        with_gradients(
+            lambda x, w, b: formula(x, None, w, b),
+            [t.to(kind) for t in (total, *inputs[2:])],
+            [g.to(kind) for g in upstream],
+        )
         for kind in (torch.float32, torch.float64)
-    )  # fmt: skip
+    )
     assert torch.equal(ours[0][0], total)
     assert_exact(ours[0][1], exact[0][1], wide[0][1].to(dtype), "normed")
     dx, ddelta, *affine = ours[1]
@@ -246,24 +255,50 @@ def test_error_sentences():
     x, delta, weight, bias = made(2, 3, 8)
     refused(
         "residual_norm: x must be a tensor of shape [..., D], D ≥ 1, got [2, 0]",
-        ValueError, residual_norm, x.new_zeros(2, 0), None, weight, bias,
-    )  # fmt: skip
+        ValueError,
+        residual_norm,
+        x.new_zeros(2, 0),
+        None,
+        weight,
+        bias,
+    )
     refused(
         "residual_norm: delta must have the shape of x, [2, 3, 8], got [2, 8]",
-        ValueError, residual_norm, x, delta[:, 0], weight, bias,
-    )  # fmt: skip
+        ValueError,
+        residual_norm,
+        x,
+        delta[:, 0],
+        weight,
+        bias,
+    )
     refused(
         "residual_norm: weight must have shape [D=8], got [7]", ValueError, residual_norm, x, None, weight[1:], bias
     )
     refused(
         "residual_norm: delta must be float32, float64, bfloat16 or float16, got int64",
-        TypeError, residual_norm, x, delta.long(), weight, bias,
-    )  # fmt: skip
+        TypeError,
+        residual_norm,
+        x,
+        delta.long(),
+        weight,
+        bias,
+    )
     refused(
         "residual_norm: dtype must be float32, float64, bfloat16 or float16, got int8",
-        TypeError, residual_norm, x, delta, weight, bias, dtype=torch.int8,
-    )  # fmt: skip
+        TypeError,
+        residual_norm,
+        x,
+        delta,
+        weight,
+        bias,
+        dtype=torch.int8,
+    )
     refused(
         "residual_norm: weight must be on cpu like x, got meta",
-        ValueError, residual_norm, x, delta, weight.to("meta"), bias,
-    )  # fmt: skip
+        ValueError,
+        residual_norm,
+        x,
+        delta,
+        weight.to("meta"),
+        bias,
+    )

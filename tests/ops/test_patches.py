@@ -232,10 +232,15 @@ def test_threads_change_no_bit():
         for count in (1, 2):
             torch.set_num_threads(count)
             (rows, kept) = patchify(images, 16), keep_patches(images, ids, 16)
-            results.append([
-                rows, kept, unpatchify(rows, 16, 64, 96), patches._keep_patches_bwd(kept, ids, 16, 64, 96),
-                *patches._masked_patch_mse_fwd(pred, images, ids, 16, True, True),
-            ])  # fmt: skip
+            results.append(
+                [
+                    rows,
+                    kept,
+                    unpatchify(rows, 16, 64, 96),
+                    patches._keep_patches_bwd(kept, ids, 16, 64, 96),
+                    *patches._masked_patch_mse_fwd(pred, images, ids, 16, True, True),
+                ]
+            )
         assert all(torch.equal(one, two) for one, two in zip(*results))
     finally:
         torch.set_num_threads(threads)
@@ -273,18 +278,38 @@ def test_error_sentences():
     refused("patchify: images must have shape [B, C, H, W], got [3, 8, 12]", ValueError, patchify, images[0], 4)
     refused(
         "unpatchify: patches must have shape [B, L=6, P], got [2, 5, 48]",
-        ValueError, unpatchify, torch.zeros(2, 5, 48), 4, 8, 12,
-    )  # fmt: skip
+        ValueError,
+        unpatchify,
+        torch.zeros(2, 5, 48),
+        4,
+        8,
+        12,
+    )
     refused(
         "unpatchify: patches must have P divisible by patch² = 16, got P=47",
-        ValueError, unpatchify, torch.zeros(2, 6, 47), 4, 8, 12,
-    )  # fmt: skip
+        ValueError,
+        unpatchify,
+        torch.zeros(2, 6, 47),
+        4,
+        8,
+        12,
+    )
     refused(
         "masked_patch_mse: pred must have shape [B=2, M=2, P=48], got [2, 6, 48]",
-        ValueError, masked_patch_mse, torch.zeros(2, 6, 48), images, ids, 4,
-    )  # fmt: skip
+        ValueError,
+        masked_patch_mse,
+        torch.zeros(2, 6, 48),
+        images,
+        ids,
+        4,
+    )
     refused(
         "masked_patch_mse: ids must name at least one patch a sample, got shape [2, 0]",
-        ValueError, masked_patch_mse, torch.zeros(2, 0, 48), images, ids[:, :0], 4,
-    )  # fmt: skip
+        ValueError,
+        masked_patch_mse,
+        torch.zeros(2, 0, 48),
+        images,
+        ids[:, :0],
+        4,
+    )
     refused("keep_patches: ids_keep must be int64, got float32", TypeError, keep_patches, images, ids.float(), 4)

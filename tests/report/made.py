@@ -8,8 +8,15 @@ import torch
 from fastssl.run import Options, Run
 from fastssl.train.checkpoint import Checkpoints
 
-LINE = {"lr": 0.1, "loss": 2.5, "grad_norm": 1.5, "skipped": 0, "images_per_second": 90.0, "data_wait": 0.1,
-        "peak_memory": 2_000_000_000}  # fmt: skip
+LINE = {
+    "lr": 0.1,
+    "loss": 2.5,
+    "grad_norm": 1.5,
+    "skipped": 0,
+    "images_per_second": 90.0,
+    "data_wait": 0.1,
+    "peak_memory": 2_000_000_000,
+}
 
 
 def make_run(folder, module, data, lines=3, trained=True, **own):

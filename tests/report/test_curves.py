@@ -31,8 +31,11 @@ def opened(run, colour="#123456"):
 
 def test_lines_may_lack_keys_and_values(tmp_path, drawn):
     run = make_run(tmp_path / "run", moco_v2, "digits", trained=False)
-    lines = [{"step": 1, "epoch": 1, "loss": None, "lr": 0.5}, {"step": 2, "epoch": 2, "loss": 3.0, "top1": 0.5},
-             {"step": 3, "epoch": 3, "loss": 2.0, "surprise_of_mine": 7, "skipped": 2}]  # fmt: skip
+    lines = [
+        {"step": 1, "epoch": 1, "loss": None, "lr": 0.5},
+        {"step": 2, "epoch": 2, "loss": 3.0, "top1": 0.5},
+        {"step": 3, "epoch": 3, "loss": 2.0, "surprise_of_mine": 7, "skipped": 2},
+    ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     section = curves.training([opened(run)])
     assert section.parts == ["loss", "positives ranked first", "surprise of mine", "learning rate", "skipped steps"]
@@ -78,8 +81,12 @@ def test_drawings_carry_no_dates_and_do_not_change(tmp_path):
 def test_knn_is_the_run_s_own(tmp_path, drawn):
     """Evaluations on other data or with another k are in the table, not in the curve."""
     run = make_run(tmp_path / "run", mae, "digits", trained=False)
-    for step, accuracy, facts in ((0, 0.2, {"k": 20}), (30, 0.4, {"k": 20}), (30, 0.9, {"k": 1}),
-                                  (30, 0.8, {"k": 20, "data": "cifar10:x"})):  # fmt: skip
+    for step, accuracy, facts in (
+        (0, 0.2, {"k": 20}),
+        (30, 0.4, {"k": 20}),
+        (30, 0.9, {"k": 1}),
+        (30, 0.8, {"k": 20, "data": "cifar10:x"}),
+    ):
         run.note("knn", step, accuracy, **{"data": "digits", **facts})
     run.note("knn of raw pixels", 0, 0.3, data="digits", k=20)
     seen = opened(run)

@@ -59,8 +59,18 @@ def test_report_is_self_contained_and_shows_everything(tmp_path, module, data):
     check_self_contained(page)
     pictured = ["reconstructions", "neighbours", "map"] if module is mae else ["neighbours", "map", "ranks"]
     assert page.sections == ["curves", "evaluations", *pictured, "speed", "environment", "again"]
-    for text in ("50.0% at epoch 3", "untrained encoder 25.0%", "62.50%", "protocol of the paper", "3 of 3", "2.00 GB",
-                 "Profiled: 100.0 ms a step", "75.0%", "a fast one", "norm of the gradient"):  # fmt: skip
+    for text in (
+        "50.0% at epoch 3",
+        "untrained encoder 25.0%",
+        "62.50%",
+        "protocol of the paper",
+        "3 of 3",
+        "2.00 GB",
+        "Profiled: 100.0 ms a step",
+        "75.0%",
+        "a fast one",
+        "norm of the gradient",
+    ):
         assert text.replace("3 of 3", f"3 of {run.config.training.epochs}") in page.text
     assert "Left out" not in page.text
     assert ("positives rank first among 512 negatives" in page.text) == (module is moco_v2)

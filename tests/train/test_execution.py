@@ -9,10 +9,10 @@ from torch import nn
 
 from fastssl.data.loader import Batch
 from fastssl.methods import mae, moco_v2, moco_v3
-from fastssl.nn import MomentumTwin
+from fastssl.nn import MomentumEncoder
+from fastssl.train.config import Execution
 from fastssl.train.graph import check_graph
 from fastssl.train.loop import _State, _step
-from fastssl.train.recipe import Execution
 
 METHODS = {
     "mae": (mae, {}),
@@ -30,7 +30,7 @@ def begin(name, **execution):
     for key, value in changes.items():
         setattr(config, key, value)
     state = _State(module.build(config), name, config.training, Execution(**execution), None)
-    views = tuple(torch.randn(8, 3, *config.image_size) for _ in config.recipe.views)
+    views = tuple(torch.randn(8, 3, *config.image_size) for _ in config.augmentation.views)
     return state, Batch(views, torch.arange(8), torch.arange(8), torch.arange(8))
 
 
@@ -115,7 +115,7 @@ def test_a_step_finds_everything_where_the_last_one_left_it(name, precision):
     state, batch = begin(name, precision=precision)
 
     def addresses():
-        twins = [m for m in state.method.modules() if isinstance(m, MomentumTwin) and m._shadow]
+        twins = [m for m in state.method.modules() if isinstance(m, MomentumEncoder) and m._shadow]
         copies = [w for twin in twins for w in twin._shadow.copies.values()]
         held = [
             *state.method.parameters(),
@@ -131,7 +131,7 @@ def test_a_step_finds_everything_where_the_last_one_left_it(name, precision):
     second = step(iter([batch]))
     assert addresses() == before
     assert [x.shape for x in tensors_of(list(first))] == [x.shape for x in tensors_of(list(second))]
-    shadows = sum(isinstance(m, MomentumTwin) and m._shadow is not None for m in state.method.modules())
+    shadows = sum(isinstance(m, MomentumEncoder) and m._shadow is not None for m in state.method.modules())
     assert shadows == (precision == "bf16" and name != "mae")
 
 

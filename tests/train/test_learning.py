@@ -10,12 +10,26 @@ from fastssl import cli
 # Options, and a lift of about half of what was seen: 4.8, 4.3, 7.6 and 11.2 points on two cores, with two more epochs
 # of mae and one more of the others. With a learning rate of 0, moco_v2 fell by 2.8 points and moco_v3 rose by 0.5.
 RUNS = {
-    "mae": (["--epochs", "10", "--image-size", "32", "32", "--crop-min", "0.5", "--mask-ratio", "0.75",
-             "--batch-size", "32"], 0.02),
+    "mae": (
+        [
+            "--epochs",
+            "10",
+            "--image-size",
+            "32",
+            "32",
+            "--crop-min",
+            "0.5",
+            "--mask-ratio",
+            "0.75",
+            "--batch-size",
+            "32",
+        ],
+        0.02,
+    ),
     "moco_v1": (["--epochs", "5"], 0.02),
     "moco_v2": (["--epochs", "5"], 0.03),
     "moco_v3": (["--epochs", "3"], 0.05),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from fastssl.data.loader import Batch
 from fastssl.methods import mae, moco_v2, moco_v3
 from fastssl.nn import KeyQueue
 from fastssl.train import checkpoint
+from fastssl.train.config import Execution, Training
 from fastssl.train.log import read_metrics
 from fastssl.train.loop import _State, train
 from fastssl.train.loop import _step as one_step
-from fastssl.train.recipe import Execution, Training
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 QUIET = {"tensorboard": False, "log_every": 1}
@@ -82,8 +82,10 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optimizer, bad):
     expected = run(tmp_path / "without", others, training, steps=5)
     for p, q in zip(method.parameters(), expected.parameters()):
         assert torch.equal(p, q)
-    states = [checkpoint.load(folder / "checkpoints", "line")["optimizer"]["state"] for folder in
-              (tmp_path / "with", tmp_path / "without")]  # fmt: skip
+    states = [
+        checkpoint.load(folder / "checkpoints", "line")["optimizer"]["state"]
+        for folder in (tmp_path / "with", tmp_path / "without")
+    ]
     for number, values in states[0].items():
         for name, x in values.items():
             assert torch.equal(torch.as_tensor(x), torch.as_tensor(states[1][number][name])), name
@@ -220,7 +222,7 @@ def test_a_step_never_waits_for_the_device(module, changes, precision, clip):
     config, method = tiny(module, **changes)
     state = _State(method, "x", config.training, Execution(precision=precision, clip_norm=clip), None)
     images = torch.randn(8, 3, *config.image_size)
-    batch = Batch((images,) * len(config.recipe.views), torch.arange(8), torch.arange(8), torch.arange(8))
+    batch = Batch((images,) * len(config.augmentation.views), torch.arange(8), torch.arange(8), torch.arange(8))
     with Syncs() as syncs:
         one_step(state, iter([batch]), 0.1, 10)
         one_step(state, iter([batch]), 0.1, 10)
@@ -283,7 +285,7 @@ def test_profile_tells_where_the_time_goes(tmp_path):
     run(tmp_path, epoch_of, settings("sgd"), steps=8, method=method, profile=4)
     table = json.loads((tmp_path / "profile" / "table.json").read_text())
     rows = {row["part"]: row for row in table["rows"]}
-    assert list(rows) == ["data", "forward", "loss", "backward", "optimizer", "twin and queue"]
+    assert list(rows) == ["data", "forward", "loss", "backward", "optimizer", "EMA and queue"]
     assert all(row["ms"] > 0 for row in rows.values())
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
     assert rows["backward"]["ms"] > rows["loss"]["ms"]

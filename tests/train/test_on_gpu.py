@@ -6,9 +6,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastssl.data.loader import Batch
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
+from fastssl.train.config import Execution
 from fastssl.train.loop import _State, _step
 from fastssl.train.profile import times_of_parts
-from fastssl.train.recipe import Execution
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +29,7 @@ def begin(name, device="cuda", **execution):
     for key, value in changes.items():
         setattr(config, key, value)
     method = module.build(config)
-    views = tuple(torch.randn(16, 3, *config.image_size).to(device) for _ in config.recipe.views)
+    views = tuple(torch.randn(16, 3, *config.image_size).to(device) for _ in config.augmentation.views)
     state = _State(method.to(device), name, config.training, Execution(**execution), None)
     return state, Batch(views, *(torch.arange(16, device=device) for _ in range(3)))
 
@@ -123,5 +123,5 @@ def test_profile_counts_the_kernels_of_the_backward_pass():
         losses(state, batch)
         torch.cuda.synchronize()
     found = times_of_parts(profiler.events(), cuda=True)
-    assert all(found[part] > 0 for part in ("forward", "loss", "backward", "optimizer", "twin and queue"))
+    assert all(found[part] > 0 for part in ("forward", "loss", "backward", "optimizer", "EMA and queue"))
     assert found["backward"] > found["optimizer"] / 10

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fastssl.methods import mae
+from fastssl.train.config import Training
 from fastssl.train.optim import LARS, build_optimizer
-from fastssl.train.recipe import Training
 
 
 def optimizer_of(**changes):

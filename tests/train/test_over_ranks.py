@@ -16,10 +16,10 @@ from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 from fastssl.run import method_module
 from fastssl.train import checkpoint
-from fastssl.train.leave import Left
+from fastssl.train.config import Execution
 from fastssl.train.log import read_metrics
 from fastssl.train.loop import train
-from fastssl.train.recipe import Execution
+from fastssl.train.signals import Interrupted
 from tests.ranks import run_ranks
 
 SMALL = {
@@ -49,7 +49,7 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
     torch.manual_seed(distributed.rank())
     world, rank = distributed.world_size(), distributed.rank()
     source = open_source(f"shapes:count={48 if double else 96}")
-    loader = Loader(source, config.recipe, 16 // world // accumulate, rank=rank, world=world)
+    loader = Loader(source, config.augmentation, 16 // world // accumulate, rank=rank, world=world)
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     state = checkpoint.load(folder / "checkpoints", name) if resume else None
@@ -63,9 +63,9 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
     execution = Execution(**{"log_every": 1, "tensorboard": False, **settings})
     try:
         train(method, name, epoch_of, len(loader) // accumulate, training, execution, folder, resume=state)
-    except Left as left:
-        return left.code, str(left)
-    distributed.objects_of_ranks(None)  # rank 0 has written it
+    except Interrupted as interrupted:
+        return interrupted.code, str(interrupted)
+    distributed.all_gather_object(None)  # rank 0 has written it
     return checkpoint.load(folder / "checkpoints", name)
 
 
@@ -116,12 +116,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumu
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "execution", "changes"),
-    [
-        ("mae", {"shard": True}, {}),
-        ("moco_v1", {}, {"shard_queue": True}),
-        ("moco_v2", {}, {}),
-        ("moco_v3", {}, {}),
-    ],
+    [("mae", {"shard": True}, {}), ("moco_v1", {}, {"shard_queue": True}), ("moco_v2", {}, {}), ("moco_v3", {}, {})],
 )
 def test_ranks_leave_together_and_go_on_bit_for_bit(tmp_path, name, execution, changes):
     """SIGTERM reaches rank 1 alone, in the middle of an epoch; both save at the same step, and the run that goes on is
@@ -153,20 +148,52 @@ def test_another_number_of_ranks_goes_on(tmp_path, name, changes):
 
 
 def torchrun(*words: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", "localhost:0", "-m", "fastssl", "pretrain", *words]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "-m",
+        "fastssl",
+        "pretrain",
+        *words,
+    ]
 
 
 @pytest.mark.slow
 def test_torchrun_and_a_rank_that_is_lost(tmp_path):
     """The command of README. A rank is killed: the other says so in one sentence, and the checkpoint is whole."""
-    words = ["mae", "--data", "digits", "--batch-size", "128", "--decoder-depth", "1", "--epochs", "40", "--log-every",
-             "1", "--checkpoint-every", "2", "--knn-every", "0", "--no-tensorboard"]  # fmt: skip
+    words = [
+        "mae",
+        "--data",
+        "digits",
+        "--batch-size",
+        "128",
+        "--decoder-depth",
+        "1",
+        "--epochs",
+        "40",
+        "--log-every",
+        "1",
+        "--checkpoint-every",
+        "2",
+        "--knn-every",
+        "0",
+        "--no-tensorboard",
+    ]
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        torchrun(*words, "--folder", str(folder)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        torchrun(*words, "--folder", str(folder)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         deadline = time.monotonic() + 120
         while len(read_metrics(folder / "metrics.jsonl")) < 4 and process.poll() is None:
@@ -198,6 +225,6 @@ def _rank_1_of(agent: int) -> int:
 def test_what_torchrun_started_is_told_from_what_it_did_not(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     device = torch.device("cpu")
-    assert distributed.join(device) == device
+    assert distributed.setup(device) == device
     assert distributed.world_size() == 1
-    assert json.dumps(distributed.objects_of_ranks({"a": 1})) == '[{"a": 1}]'
+    assert json.dumps(distributed.all_gather_object({"a": 1})) == '[{"a": 1}]'

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fastssl.nn.twin import cosine_momentum
+from fastssl.nn.momentum import cosine_momentum
+from fastssl.train.config import Training
 from fastssl.train.optim import LARS
-from fastssl.train.recipe import Training
 from fastssl.train.schedule import learning_rate
 from tests.golden.golden import read
 

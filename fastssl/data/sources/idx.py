@@ -20,8 +20,9 @@ def open_split(argument: str, split: str) -> Arrays:
     root = expanded(argument)
     if not argument or not root.is_dir():
         raise ValueError(f"data: idx needs a folder: idx:PATH, got {argument!r}")
-    images, labels = (_read(root, f"{NAMES[split]}-{part}-ubyte", dims)
-                      for part, dims in (("images-idx3", 3), ("labels-idx1", 1)))  # fmt: skip
+    images, labels = (
+        _read(root, f"{NAMES[split]}-{part}-ubyte", dims) for part, dims in (("images-idx3", 3), ("labels-idx1", 1))
+    )
     return labelled(images, labels, split, True, str(root))
 
 

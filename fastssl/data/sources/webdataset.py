@@ -176,8 +176,9 @@ def _scanned(path: Path) -> _Shard:
     try:
         with tarfile.open(path, "r:") as tar:  # uncompressed alone: only there an image has a place
             for member in tar:
-                places[member.name] = places.get(member.linkname, (0, 0)) if member.islnk() else (
-                    member.offset_data, member.size)  # fmt: skip
+                places[member.name] = (
+                    places.get(member.linkname, (0, 0)) if member.islnk() else (member.offset_data, member.size)
+                )
                 folder, _, base = member.name.rpartition("/")
                 key, _, extension = base.partition(".")
                 extension, sample = extension.lower(), f"{folder}/{key}"

@@ -5,7 +5,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fastssl.nn.twin import MomentumTwin
+from fastssl.nn.momentum import MomentumEncoder
 
 
 def net():
@@ -14,7 +14,7 @@ def net():
 
 def test_update_is_the_formula_and_leaves_buffers_alone():
     module = net()
-    twin = MomentumTwin(module, 0.9)
+    twin = MomentumEncoder(module, 0.9)
     with torch.no_grad():
         module[0].weight.add_(1)
     module[1].running_mean.fill_(5)
@@ -30,7 +30,7 @@ def test_update_is_the_formula_and_leaves_buffers_alone():
 def test_buffers_may_follow(buffers):
     """Averaged they are timm's ModelEmaV3 with its defaults: floating ones too, and the count of batches copied."""
     module = net()
-    twin, theirs = MomentumTwin(module, 0.9, buffers), ModelEmaV3(module, 0.9)
+    twin, theirs = MomentumEncoder(module, 0.9, buffers), ModelEmaV3(module, 0.9)
     for _ in range(3):
         module(torch.randn(6, 3))
         with torch.no_grad():
@@ -42,21 +42,21 @@ def test_buffers_may_follow(buffers):
         else:
             assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), module.buffers(), strict=True))
     assert not torch.equal(twin.state_dict()["0.weight"], module[0].weight)
-    with pytest.raises(ValueError, match="MomentumTwin: buffers must be 'own', 'average' or 'copy', got 'mean'"):
-        MomentumTwin(module, buffers="mean")
+    with pytest.raises(ValueError, match="MomentumEncoder: buffers must be 'own', 'average' or 'copy', got 'mean'"):
+        MomentumEncoder(module, buffers="mean")
 
 
 def test_names_are_those_of_the_module():
     holder = nn.Module()
-    holder.encoder_k = MomentumTwin(net())
+    holder.encoder_k = MomentumEncoder(net())
     assert list(holder.state_dict()) == [f"encoder_k.{name}" for name in net().state_dict()]
     holder.load_state_dict(holder.state_dict(), strict=True)
-    MomentumTwin(net()).load_state_dict(net().state_dict(), strict=True)
+    MomentumEncoder(net()).load_state_dict(net().state_dict(), strict=True)
 
 
-def test_twin_is_copied_and_gives_no_gradient():
+def test_momentum_is_copied_and_gives_no_gradient():
     module = net()
-    twin = copy.deepcopy(MomentumTwin(module))
+    twin = copy.deepcopy(MomentumEncoder(module))
     assert not any(p.requires_grad for p in twin.parameters())
     assert all(p.requires_grad for p in module.parameters())
     assert not twin(torch.randn(5, 3, requires_grad=True)).requires_grad
@@ -89,7 +89,7 @@ def weights_seen(twin, images):
 def test_under_autocast_the_update_writes_what_calls_compute_with():
     """Equal to a twin without shadows to the last bit, while nothing is cast and masters and state stay float32."""
     module, images = Encoder().eval(), torch.randn(4, 3, 8, 8)
-    twin, plain = MomentumTwin(module, 0.9), MomentumTwin(module, 0.9)
+    twin, plain = MomentumEncoder(module, 0.9), MomentumEncoder(module, 0.9)
     seen = weights_seen(twin, images)
     assert {name for name, p in seen.items() if p.dtype == torch.bfloat16} == {"conv.weight", "fc.weight"}
     for _ in range(3):
@@ -108,7 +108,7 @@ def test_under_autocast_the_update_writes_what_calls_compute_with():
 
 def test_a_shadow_never_outlives_its_original():
     module, images = Encoder(), torch.randn(4, 3, 8, 8)
-    twin = MomentumTwin(module)
+    twin = MomentumEncoder(module)
     weights_seen(twin, images)
     changes = [
         lambda: twin.load_state_dict({name: x + 1 for name, x in twin.state_dict().items()}),

@@ -35,26 +35,30 @@ class View:
             if not (0 < values[0] <= values[-1] and (name == "blur_sigma" or values[-1] <= 1)):
                 limit = "" if name == "blur_sigma" else ", up to 1"
                 came = " ".join(map(str, values))
-                raise ValueError(f"recipe: {name} must lie above 0{limit}, and rise, got {came}")
+                raise ValueError(f"augmentation: {name} must lie above 0{limit}, and rise, got {came}")
         if self.interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"recipe: interpolation must be bilinear or bicubic, got {self.interpolation!r}")
+            raise ValueError(f"augmentation: interpolation must be bilinear or bicubic, got {self.interpolation!r}")
         if min(*self.jitter, 0.5 - self.jitter[3]) < 0:
-            raise ValueError(f"recipe: jitter must be four strengths from 0 on, the hue's up to 0.5, got {self.jitter}")
+            raise ValueError(
+                f"augmentation: jitter must be four strengths from 0 on, the hue's up to 0.5, got {self.jitter}"
+            )
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Augmentation:
     """The views that one training sample is made of, all cut from one decoded image."""
 
     views: tuple[View, ...]
 
 
-def evaluation(size: tuple[int, int], centre: float = 0.875) -> Recipe:
+def evaluation(size: tuple[int, int], centre: float = 0.875) -> Augmentation:
     """The middle of the image, undistorted: the protocol of the papers, 224 pixels of a side of 256, at any size."""
-    return Recipe((View(size=size, centre=centre, interpolation="bicubic"),))
+    return Augmentation((View(size=size, centre=centre, interpolation="bicubic"),))
 
 
-def multi_crop(size: tuple[int, int] = (224, 224), small_size: tuple[int, int] = (96, 96), small: int = 6) -> Recipe:
+def multi_crop(
+    size: tuple[int, int] = (224, 224), small_size: tuple[int, int] = (96, 96), small: int = 6
+) -> Augmentation:
     """Two large and several small crops, each with SimCLR's colours.
 
     Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020 (SwAV),
@@ -62,4 +66,4 @@ def multi_crop(size: tuple[int, int] = (224, 224), small_size: tuple[int, int] =
     """
     colours = {"jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": 0.5, "flip_p": 0.5}
     views = [View(size, crop=(0.14, 1.0), **colours)] * 2 + [View(small_size, crop=(0.05, 0.14), **colours)] * small
-    return Recipe(tuple(views))
+    return Augmentation(tuple(views))

@@ -13,7 +13,7 @@ from fastssl.ops import ema_update_
 from fastssl.ops.dispatch import autocast_dtype
 
 
-class MomentumTwin(nn.Module):
+class MomentumEncoder(nn.Module):
     """A copy of `module` whose parameters follow it as an exponential moving average.
 
     State-dict names are those of the module, without a prefix. Replaces MoCo's key encoder, lightly's
@@ -39,9 +39,9 @@ class MomentumTwin(nn.Module):
     def __init__(self, module: nn.Module, momentum: float = 0.999, buffers: Literal["own", "average", "copy"] = "own"):
         super().__init__()
         if not 0 <= momentum <= 1:
-            raise ValueError(f"MomentumTwin: momentum must be between 0 and 1, got {momentum}")
+            raise ValueError(f"MomentumEncoder: momentum must be between 0 and 1, got {momentum}")
         if buffers not in ("own", "average", "copy"):
-            raise ValueError(f"MomentumTwin: buffers must be 'own', 'average' or 'copy', got {buffers!r}")
+            raise ValueError(f"MomentumEncoder: buffers must be 'own', 'average' or 'copy', got {buffers!r}")
         self.momentum, self.buffers_follow = momentum, buffers
         self.module = copy.deepcopy(module).requires_grad_(False)
         self._shadow: _Shadow | None = None
@@ -96,7 +96,7 @@ def cosine_momentum(start: float, progress: float) -> float:
 
 class _Shadow:
     """A module that shares everything with another but the weights of linear and convolutional layers, which are copies
-    in 16 bits. The copies fit as long as nobody but `MomentumTwin.update` writes the originals."""
+    in 16 bits. The copies fit as long as nobody but `MomentumEncoder.update` writes the originals."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         layers = (m for m in module.modules() if isinstance(m, nn.Linear | _ConvNd))
@@ -128,11 +128,11 @@ def _here(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def _drop_prefix(twin: MomentumTwin, state: dict, prefix: str, metadata: dict) -> None:
+def _drop_prefix(twin: MomentumEncoder, state: dict, prefix: str, metadata: dict) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}module.")]:
         state[prefix + name.removeprefix(f"{prefix}module.")] = state.pop(name)
 
 
-def _add_prefix(twin: MomentumTwin, state: dict, prefix: str, *_) -> None:
+def _add_prefix(twin: MomentumEncoder, state: dict, prefix: str, *_) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}module.{name.removeprefix(prefix)}"] = state.pop(name)

@@ -11,7 +11,7 @@ from fastssl.distributed import world_size
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Left(Exception):
+class Interrupted(Exception):
     """The run saved its state and stopped because a signal asked for it.
 
     `code` is what the process should exit with: 128 + the signal's number, which shells and schedulers take for "ended
@@ -23,14 +23,14 @@ class Left(Exception):
         self.code = 128 + number
 
 
-class Leave:
-    """``with Leave() as leave: …  leave.asked()`` after each step.
+class SignalGuard:
+    """``with SignalGuard() as guard: …  guard.requested()`` after each step.
 
     The ranks must leave at the same step, and a signal reaches them at different ones. So each tells the others after
     every step, on the CPU and without waiting; what they said is read a step later. No device is waited for.
     """
 
-    def __enter__(self) -> "Leave":
+    def __enter__(self) -> "SignalGuard":
         self._number, self._said, self._before = 0, None, {}
         if threading.current_thread() is threading.main_thread():  # others may not
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -43,7 +43,7 @@ class Leave:
     def _note(self, number: int, _) -> None:
         self._number = number
 
-    def asked(self) -> int:
+    def requested(self) -> int:
         """The number of the signal that asks all ranks to leave, 0 for none. To be called after each step."""
         if world_size() == 1:
             return self._number
