@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.methods import mae, moco_v2, moco_v3
 from fastssl.nn import NTXentLoss
 from fastssl.nn.masking import seeded_noise

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
-from fastssl.data.loader import Batch, Loader
+from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 
 from .machine import DEVICE

@@ -15,9 +15,9 @@ from fastssl.eval.features import extract, extract_together, features_of
 from fastssl.eval.knn import knn_accuracy
 from fastssl.eval.labels import Accuracy, labelled
 from fastssl.eval.linear import swept, trained_officially
-from fastssl.eval.protocols import Finetune, Official, Sweep, check, official
+from fastssl.eval.protocols import Finetune, Official, Sweep, check
 from fastssl.machine import device_named, engine_there, share_cores
-from fastssl.run import Run, open_run
+from fastssl.run import Run, method_module, open_run
 from fastssl.train.log import read_metrics
 
 HELP = """fastssl eval: what a run's encoder is worth, on the run's data or another (--data)
@@ -87,7 +87,7 @@ def _linear_command(words: list[str]) -> None:
     protocol, run = value_of("--protocol", words) or "features", _run_in(words)
     if protocol not in ("features", "official"):
         raise ValueError(f"eval: --protocol must be features or official, got {protocol!r}")
-    papers = official(run.method_name, run.config.backbone) if run else Official()
+    papers = method_module(run.method_name).linear_probe(run.config.backbone) if run else Official()
     default: Sweep | Official = papers if protocol == "official" else Sweep()
 
     @dataclass

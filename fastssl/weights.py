@@ -27,7 +27,7 @@ def export(method: nn.Module, layout: str, path: Path, arch: str = "") -> Path:
     """Writes the weights of a method (MAE, MoCo, MoCoV3) to `path`, whose suffix is set, and returns that.
 
     Args:
-        method: has `encoder_state()` and the official names in its state dict.
+        method: a method (`contract.Method`) with the official names in its state dict.
         layout: one of `FORMATS`.
         path: in a folder that exists; a suffix of weights files is replaced by that of the layout.
         arch: name of the backbone, which the moco layout carries.
@@ -41,7 +41,7 @@ def export(method: nn.Module, layout: str, path: Path, arch: str = "") -> Path:
     if layout in ("mae", "moco") and layout != official:
         raise ValueError(f"export: {type(method).__name__} has no weights in the format {layout}, but in {official}")
     if layout in ("timm", "torchvision"):
-        state = method.encoder_state()
+        state = method.encoder.state_dict()
         if "patch_embed.proj.0.weight" in state:
             other = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
             raise ValueError(f"export: {other}: use --format moco or safetensors")
@@ -90,7 +90,7 @@ def load_weights(module: nn.Module, path: Path, encoder_only: bool = False) -> N
     """
     state, wanted = read_weights(path), module.state_dict()
     if encoder_only:
-        encoder = module.encoder_state() if hasattr(module, "encoder_state") else wanted
+        encoder = module.encoder.state_dict() if hasattr(module, "encoder") else wanted
         if not set(encoder) <= set(wanted):
             raise ValueError(f"weights: encoder_only loads into a ViT or MAE, got {type(module).__name__}")
         wanted, state = encoder, {name: x for name, x in state.items() if name in encoder}

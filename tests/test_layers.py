@@ -10,19 +10,43 @@ PYTHON = sorted([*ROOT.glob("fastssl/**/*.py"), *ROOT.glob("kernels/*.py")])
 NATIVE = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*.cu*"), *ROOT.glob("csrc/*.h")])
 OTHERS = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py"), ROOT / "setup.py"])
 
+VALUES = {"contract", "bounds", "files"}  # what the parts agree on: no part of ours is imported there
 # room: the rooms of ours that it may import (a module by its full name where only that one is allowed)
 MAY_IMPORT = {
     "ops": {"kernels", "_C"},  # and these two through dispatch.py alone
     "kernels": set(),
+    "contract": set(),  # what methods, loaders and trainers agree on
+    "bounds": set(),
+    "files": set(),
     "distributed": set(),
     "nn": {"ops", "distributed"},
-    "methods": {"nn", "ops", "distributed", "data.augmentation", "train.config"},
-    "data": {"ops"},
-    "train": {"ops", "distributed"},
-    "eval": {"ops", "nn", "data", "distributed", "train.optim", "train.config", "train.schedule"},
-    "report": {"run", "ops", "data", "train.log", "eval"},
-    "run": {"methods", "train"},
-    "weights": set(),
+    "methods": {
+        "contract",
+        "bounds",
+        "nn",
+        "ops",
+        "distributed",
+        "data.augmentation",
+        "train.config",
+        "eval.protocols",
+    },
+    "data": {*VALUES, "ops"},
+    "train": {*VALUES, "ops", "distributed"},
+    "eval": {
+        "contract",
+        "bounds",
+        "files",
+        "ops",
+        "nn",
+        "data",
+        "distributed",
+        "train.optim",
+        "train.config",
+        "train.schedule",
+    },
+    "report": {*VALUES, "run", "ops", "data", "train.log", "eval"},
+    "run": {*VALUES, "methods", "train"},
+    "weights": {*VALUES},
     "machine": {"data", "ops", "_C"},
     "cli": {"run", "ops", "data", "report", "weights", "train", "machine", "cli_data", "cli_eval", "cli_pretrain"},
     "cli_data": {"run", "data"},
@@ -32,7 +56,7 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_KERNEL, MOST_PARAMETERS = 600, 80, 180, 8
-LONGEST_METHOD = 220  # the whole file
+LONGEST_METHOD = 240  # the whole file
 
 
 def room_of(path: Path) -> str:

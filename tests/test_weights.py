@@ -9,7 +9,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 from fastssl.nn.vit import ViT
 from fastssl.weights import export, load_weights, read_weights
@@ -99,7 +99,7 @@ def test_timms_vit_takes_our_mae_encoder(tmp_path):
         torch.testing.assert_close(method.features(images, "mean"), tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-4)
     back = ViT()
     load_weights(back, path)
-    assert equal(back.state_dict(), method.encoder_state())
+    assert equal(back.state_dict(), method.encoder.state_dict())
 
 
 def test_timm_and_torchvision_take_moco_v3s_vit(tmp_path):
@@ -140,13 +140,13 @@ def test_torchvision_and_timm_take_our_resnet(name, tmp_path):
 def test_official_mae_files_load(tmp_path):
     """mae_pretrain_*.pth hold the encoder, mae_visualize_*.pth the whole, both as {"model": …}."""
     source, path = trained(small_mae()), tmp_path / "mae.pth"
-    torch.save({"model": source.encoder_state()}, path)
+    torch.save({"model": source.encoder.state_dict()}, path)
     encoder, whole = ViT(32, 8, 3, 48, 2, 4), small_mae()
     load_weights(encoder, path)
-    assert equal(encoder.state_dict(), source.encoder_state())
+    assert equal(encoder.state_dict(), source.encoder.state_dict())
     decoder = whole.decoder_pred.weight.clone()
     load_weights(whole, path, encoder_only=True)
-    assert equal(whole.encoder_state(), source.encoder_state())
+    assert equal(whole.encoder.state_dict(), source.encoder.state_dict())
     assert torch.equal(whole.decoder_pred.weight, decoder)
     refused(
         f"weights: {path} lacks decoder_blocks.0.attn.proj.bias and 19 more names "

@@ -7,10 +7,10 @@ resumed in the middle of an epoch sees exactly what it would have seen, whatever
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+from fastssl.contract import Batch
 
 from .augmentation import Augmentation
 from .order import Order
@@ -18,15 +18,6 @@ from .samples import Samples
 from .source import Source
 
 ENGINES = ("torchvision", "dali")
-
-
-class Batch(NamedTuple):
-    """What a method gets, already on the device."""
-
-    views: tuple[Tensor, ...]  # of the augmentation, each [B, 3, H, W] float32, normalised
-    index: Tensor  # [B] int64, number of the image in its source
-    label: Tensor  # [B] int64, −1 where there is none; for evaluation, never for the loss
-    seed: Tensor | None = None  # [B] int64, of (run, epoch, image): what a method draws from it, any rank would draw
 
 
 class Loader:

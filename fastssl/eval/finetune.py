@@ -48,13 +48,13 @@ def build_classifier(
     its `head` start from normal(0, 2e-5). A ResNet's last layer is `fc`.
 
     Args:
-        method: has `encoder_state()`, in timm's or torchvision's names.
+        method: its `encoder` has parameters in the names of timm's or torchvision's names.
         backbone: name of a ResNet; of a ViT the sizes are the method's.
         classes: outputs.
         drop_path: largest probability to skip a block, of a ViT.
         small_images: the ResNet's stem, as it was pretrained.
     """
-    vit, state = vit_of(method), method.encoder_state()
+    vit, state = vit_of(method), method.encoder.state_dict()
     if vit is None:
         model, fresh = build_resnet(backbone, classes, small_images), {"fc.weight", "fc.bias"}
     else:

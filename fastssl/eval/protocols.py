@@ -92,38 +92,6 @@ class Official:
         return next(n for n in range(-(-batch // self.at_once), batch + 1) if batch % n == 0)
 
 
-def official(method: str, backbone: str) -> Official:
-    """The probe of the papers.
-
-    Source: He et al., 2021 (MAE), appendix A.1, table 10; He et al., 2020 (MoCo), section 4.1, which v2 keeps; Chen et
-        al., 2021 (MoCo v3), section 5 and its code's README: 0.1 for ResNets and 3 for ViTs.
-    """
-    if method in ("moco_v1", "moco_v2"):
-        return Official(
-            100,
-            256,
-            "sgd",
-            30.0,
-            warmup_epochs=0,
-            lr_by_epoch=True,
-            lr_drops=(60, 80),
-            standardise=False,
-            interpolation="bilinear",
-        )
-    if method == "moco_v3":
-        return Official(
-            90,
-            1024,
-            "sgd",
-            0.1 if backbone.startswith("resnet") else 3.0,
-            warmup_epochs=0,
-            lr_by_epoch=True,
-            standardise=False,
-            interpolation="bilinear",
-        )
-    return Official()
-
-
 @dataclass
 class Finetune:
     """End-to-end fine-tuning. A ViT's classifier reads the mean of the patch tokens, a ResNet's its pooled features."""

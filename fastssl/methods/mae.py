@@ -10,13 +10,18 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.profiler import record_function
 
+from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
+from fastssl.eval.protocols import Official
 from fastssl.nn.linear import Linear
 from fastssl.nn.masking import kept_tokens, seeded_noise
 from fastssl.nn.norm import Norm
+from fastssl.nn.sharing import shared_copy
 from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions, xavier_
 from fastssl.ops import Masking, check, keep_patches, masked_patch_mse, random_masking, restore_tokens
 from fastssl.train.config import Training
+
+OFFICIAL = "mae"  # layout of the reference checkpoint
 
 
 @dataclass
@@ -82,6 +87,11 @@ class Config:
         return Augmentation((View(self.image_size, crop=crop, interpolation="bicubic", flip_p=self.flip_p),))
 
 
+def linear_probe(backbone: str) -> Official:
+    """LARS on standardised features. Source: He et al., 2021 (MAE), appendix A.1, table 10."""
+    return Official()
+
+
 def build(config: Config) -> "MAE":
     if config.backbone not in SIZES:
         raise ValueError(f"mae: unknown backbone {config.backbone!r}, there are {', '.join(SIZES)}")
@@ -140,10 +150,13 @@ class MAE(ViT):
             module.apply(xavier_)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         (images,) = batch.views
         noise = None if batch.seed is None else seeded_noise(self.length, batch.seed)
         return self.loss(images, noise), {}
+
+    def before_step(self, progress: float) -> None:
+        """MAE schedules nothing."""
 
     def after_step(self, progress: float) -> None:
         """MAE carries no state from step to step."""
@@ -183,6 +196,7 @@ class MAE(ViT):
             x, delta = block(x, delta)
         return self.decoder_norm(*last(x, delta, only))[1]
 
-    def encoder_state(self) -> dict[str, Tensor]:
-        """The encoder alone, in timm's names."""
-        return {name: x for name, x in self.state_dict().items() if not name.startswith(("decoder_", "mask_token"))}
+    @property
+    def encoder(self) -> ViT:
+        """The ViT without the decoder, in timm's names."""
+        return shared_copy(self, ViT, without=("decoder_*", "mask_token"))

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import shuffle, unshuffle, world_size
+from fastssl.eval.protocols import Official
 from fastssl.nn.heads import moco_v2_head
 from fastssl.nn.losses import InfoNCELoss, unit
 from fastssl.nn.momentum import MomentumEncoder
-from fastssl.nn.resnet import build_resnet, features_before
+from fastssl.nn.resnet import build_resnet
+from fastssl.nn.sharing import headless
 from fastssl.ops import InfoNCE
 from fastssl.train.config import Training
+
+OFFICIAL = "moco"  # layout of the reference checkpoint
 
 
 @dataclass
@@ -95,6 +100,21 @@ class Config:
         return Augmentation((view, view))
 
 
+def linear_probe(backbone: str) -> Official:
+    """SGD with a learning rate of 30. Source: He et al., 2020 (MoCo), section 4.1; MoCo v2 keeps it."""
+    return Official(
+        100,
+        256,
+        "sgd",
+        30.0,
+        warmup_epochs=0,
+        lr_by_epoch=True,
+        lr_drops=(60, 80),
+        standardise=False,
+        interpolation="bilinear",
+    )
+
+
 def build(config: Config, mlp: bool = False) -> "MoCo":
     batch, parts = config.training.batch_size, world_size() * config.training.accumulate
     splits = max(1, config.bn_splits // parts)
@@ -145,13 +165,13 @@ class MoCo(nn.Module):
         self.register_load_state_dict_pre_hook(functools.partial(_rename, "queue", "criterion.queue"))
         self._keys: list[list[Tensor]] = []  # of each micro-batch of the step under way; they enter the queue after it
 
-    def forward(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         keys, (loss, rank) = self.contrast(batch)
         if torch.is_grad_enabled():
             self._keys.append(keys)
         return loss.mean(), {"top1": (rank == 0).float().mean()}
 
-    def contrast(self, batch) -> tuple[list[Tensor], InfoNCE]:
+    def contrast(self, batch: Batch) -> tuple[list[Tensor], InfoNCE]:
         """(the keys [B, D] of each direction, loss and rank of all queries); changes nothing."""
         one, two = batch.views
         pairs = [(one, two), (two, one)] if self.symmetric else [(one, two)]
@@ -161,7 +181,7 @@ class MoCo(nn.Module):
             results = [self.criterion.contrast(q, k) for q, k in zip(queries, keys)]
             return keys, InfoNCE(*map(torch.cat, zip(*results)))
 
-    def ranks(self, batch) -> tuple[Tensor, int]:
+    def ranks(self, batch: Batch) -> tuple[Tensor, int]:
         """(how many negatives score above each query's key [Q], negatives); for reports, changes nothing."""
         _, (_, rank) = self.contrast(batch)
         return rank, self.criterion.full_queue().shape[0]
@@ -174,6 +194,9 @@ class MoCo(nn.Module):
         images, order = shuffle(images)
         return unshuffle(unit(self.encoder_k(images)), order)
 
+    def before_step(self, progress: float) -> None:
+        """MoCo schedules nothing."""
+
     def after_step(self, progress: float) -> None:
         """The reference updates the key encoder at the start of a step and enqueues at its end: with both here the
         losses are the same, since its two encoders start equal. Keys enter in the order of the whole batch, however it
@@ -184,13 +207,14 @@ class MoCo(nn.Module):
         self._keys = []
         self.encoder_k.update(self.encoder_q)
 
-    def features(self, images: Tensor) -> Tensor:
-        """What the query encoder hands to its head, [B, features]."""
-        return features_before("fc", self.encoder_q, images)
-
-    def encoder_state(self) -> dict[str, Tensor]:
+    @property
+    def encoder(self) -> nn.Module:
         """The query encoder without its head, in torchvision's names."""
-        return {name: x for name, x in self.encoder_q.state_dict().items() if not name.startswith("fc.")}
+        return headless(self.encoder_q, "fc")
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features of the query encoder [B, F]."""
+        return self.encoder(images)
 
 
 def _rename(old: str, new: str, moco: MoCo, state: dict, prefix: str, *_) -> None:

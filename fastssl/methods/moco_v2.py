@@ -10,6 +10,8 @@ from fastssl.train.config import Training
 
 from . import moco_v1
 
+OFFICIAL = moco_v1.OFFICIAL
+
 
 @dataclass
 class Config(moco_v1.Config):
@@ -45,6 +47,9 @@ class Config(moco_v1.Config):
             flip_p=0.5,
         )
         return Augmentation((view, view))
+
+
+linear_probe = moco_v1.linear_probe
 
 
 def build(config: Config) -> moco_v1.MoCo:

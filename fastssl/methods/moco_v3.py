@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
+from fastssl.eval.protocols import Official
 from fastssl.nn.heads import moco_v3_head
 from fastssl.nn.losses import unit
 from fastssl.nn.momentum import MomentumEncoder, cosine_momentum
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet, features_before
+from fastssl.nn.resnet import build_resnet
+from fastssl.nn.sharing import headless
 from fastssl.nn.vit import MOCO_V3_SIZES, moco_v3_vit
 from fastssl.ops import batch_info_nce
 from fastssl.train.config import Training
+
+OFFICIAL = "moco"  # layout of the reference checkpoint
 
 
 @dataclass
@@ -108,6 +113,12 @@ class Config:
         return Augmentation(tuple(views))
 
 
+def linear_probe(backbone: str) -> Official:
+    """SGD. Source: Chen et al., 2021 (MoCo v3), section 5 and its code's README: 0.1 for ResNets and 3 for ViTs."""
+    lr = 0.1 if backbone.startswith("resnet") else 3.0
+    return Official(90, 1024, "sgd", lr, warmup_epochs=0, lr_by_epoch=True, standardise=False, interpolation="bilinear")
+
+
 def build(config: Config) -> "MoCoV3":
     name, hidden, dim = config.backbone, config.hidden, config.dim
     if name.startswith("resnet"):
@@ -142,26 +153,29 @@ class MoCoV3(nn.Module):
         self.predictor = predictor
         self.projector_name = "head" if hasattr(base_encoder, "head") else "fc"
 
-    def forward(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         (loss1, rank1), (loss2, rank2) = self.directions(batch)
         return loss1 + loss2, {"top1": (torch.cat([rank1, rank2]) == 0).float().mean()}
 
-    def directions(self, batch) -> list[tuple[Tensor, Tensor]]:
+    def directions(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """(loss, rank of each query's own key [B]) of either view's queries among the other's keys."""
         q1, q2 = (unit(self.predictor(self.base_encoder(view))) for view in batch.views)
         k1, k2 = (unit(self.momentum_encoder(view)) for view in batch.views)
         with record_function("loss"):
             return [self.contrast(q1, k2), self.contrast(q2, k1)]
 
-    def ranks(self, batch) -> tuple[Tensor, int]:
+    def ranks(self, batch: Batch) -> tuple[Tensor, int]:
         """(how many negatives score above each query's key [Q], negatives); for reports, changes nothing."""
         ranks = torch.cat([rank for _, rank in self.directions(batch)])
         return ranks, world_size() * len(batch.views[0]) - 1
 
     def contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(2τ · mean InfoNCE of the queries among the keys of all ranks, rank of each query's own key)."""
-        loss, place = batch_info_nce(q, all_gather(k), self.tau, first=rank() * k.shape[0])
+        loss, place = batch_info_nce(q, all_gather(k), self.tau, label_offset=rank() * k.shape[0])
         return 2 * self.tau * loss.mean(), place
+
+    def before_step(self, progress: float) -> None:
+        """The momentum is a number of `after_step`'s; nothing in the forward pass follows a schedule."""
 
     def after_step(self, progress: float) -> None:
         """The reference does this at the start of the next step, with that step's momentum."""
@@ -171,11 +185,11 @@ class MoCoV3(nn.Module):
         """Of the momentum encoder, `progress` from 0 to 1 through the run."""
         return cosine_momentum(self.momentum, progress)
 
-    def features(self, images: Tensor) -> Tensor:
-        """What the base encoder hands to its projector, [B, features]."""
-        return features_before(self.projector_name, self.base_encoder, images)
+    @property
+    def encoder(self) -> nn.Module:
+        """The base encoder without its projector, in timm's or torchvision's names."""
+        return headless(self.base_encoder, self.projector_name)
 
-    def encoder_state(self) -> dict[str, Tensor]:
-        """The base encoder without projector, in timm's or torchvision's names."""
-        projector = f"{self.projector_name}."
-        return {name: x for name, x in self.base_encoder.state_dict().items() if not name.startswith(projector)}
+    def features(self, images: Tensor) -> Tensor:
+        """Features of the base encoder [B, F], before its projector."""
+        return self.encoder(images)

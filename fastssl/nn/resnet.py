@@ -89,14 +89,3 @@ def _stem(channels: int, stride: int) -> nn.Conv2d:
     conv = nn.Conv2d(3, channels, kernel_size=3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
-
-
-def features_before(last: str, encoder: nn.Module, images: Tensor) -> Tensor:
-    """What the encoder hands to its layer named `last` ("fc", "head"): the features that evaluation uses."""
-    taken: list[Tensor] = []
-    hook = encoder.get_submodule(last).register_forward_pre_hook(lambda _, args: taken.append(args[0]))
-    try:
-        encoder(images)
-    finally:
-        hook.remove()
-    return taken[0]

@@ -110,18 +110,18 @@ class _InfoNCE(torch.autograd.Function):
         return dq.to(q.dtype), None, None, _tau_gradient(q, dq, tau) if ctx.needs_input_grad[3] else None, None
 
 
-def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, first: int = 0) -> InfoNCE:
-    """InfoNCE in the batch: the positive of row i is ``keys[first + i]``, every other key is a negative.
+def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: int = 0) -> InfoNCE:
+    """InfoNCE in the batch: the positive of row i is ``keys[label_offset + i]``, every other key is a negative.
 
-    Equals ``logits = q @ keys.T / tau``, ``labels = first + arange(B)``,
+    Equals ``logits = q @ keys.T / tau``, ``labels = label_offset + arange(B)``,
     ``loss = F.cross_entropy(logits, labels, reduction="none")``, ``rank = (logits > logits[i, labels[i]]).sum(1)``.
-    MoCo v3 gathers the keys of all ranks, passes ``first = rank * B``, and multiplies the mean loss by 2·τ.
+    MoCo v3 gathers the keys of all ranks, passes ``label_offset = rank * B``, and multiplies the mean loss by 2·τ.
 
     Args:
         q: [B, D] any floating dtype. Gradient.
-        keys: [M, D], M ≥ first + B. Gradient where they require one.
+        keys: [M, D], M ≥ label_offset + B. Gradient where they require one.
         tau: temperature > 0: a number, or a tensor with one element, which gets a gradient.
-        first: the row of `keys` that is the positive of query 0.
+        label_offset: the row of `keys` that is the positive of query 0.
 
     Returns: `InfoNCE` of loss [B] and rank [B]. Computed and summed in float32, in float64 for float64 queries,
         whatever the input dtypes and under autocast too; gradients have the dtype of their tensor.
@@ -138,32 +138,32 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, first: int = 0)
     check.tensor("batch_info_nce", "keys", keys, "M D", D=q.shape[1])
     check.floating("batch_info_nce", q=q, keys=keys)
     check.same_device("batch_info_nce", q=q, keys=keys)
-    if not 0 <= first <= keys.shape[0] - q.shape[0]:
-        wanted = f"first + B ≤ M = {keys.shape[0]} with B = {q.shape[0]}"
-        check.fail("batch_info_nce", f"first must be at least 0 and {wanted}, got first={first}")
+    if not 0 <= label_offset <= keys.shape[0] - q.shape[0]:
+        wanted = f"label_offset + B ≤ M = {keys.shape[0]} with B = {q.shape[0]}"
+        check.fail("batch_info_nce", f"label_offset must be at least 0 and {wanted}, got label_offset={label_offset}")
     tau = check.temperature("batch_info_nce", tau, like=q)
     with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
-    return InfoNCE(*_BatchInfoNCE.apply(q, keys, tau, first, with_grad))
+    return InfoNCE(*_BatchInfoNCE.apply(q, keys, tau, label_offset, with_grad))
 
 
 @op("batch_info_nce_fwd")
 def _batch_info_nce_fwd(
-    q: Tensor, keys: Tensor, tau: Tensor, first: int, with_grad: bool
+    q: Tensor, keys: Tensor, tau: Tensor, label_offset: int, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [B], rank [B], dq [B, D] as in info_nce_fwd, lse [B] of the logits)."""
     dtype = wide(q)
     q, keys, tau = q.to(dtype), keys.to(dtype), tau.to(dtype)
     logits_BM = (q @ keys.T) / tau
-    positive_B = logits_BM.diagonal(first)[: q.shape[0]]
+    positive_B = logits_BM.diagonal(label_offset)[: q.shape[0]]
     rank_B = (logits_BM > positive_B[:, None]).sum(1)
     lse_B = logits_BM.logsumexp(1)
-    loss_B = -logits_BM.log_softmax(1).diagonal(first)[: q.shape[0]]
-    dq = _softmax_minus_positive(logits_BM, lse_B, first) @ keys / tau if with_grad else q.new_empty(0)
+    loss_B = -logits_BM.log_softmax(1).diagonal(label_offset)[: q.shape[0]]
+    dq = _softmax_minus_positive(logits_BM, lse_B, label_offset) @ keys / tau if with_grad else q.new_empty(0)
     return loss_B, rank_B, dq, lse_B
 
 
 @fake(_batch_info_nce_fwd)
-def _(q, keys, tau, first, with_grad):
+def _(q, keys, tau, label_offset, with_grad):
     loss, rank, dq = _fake_rows(q, with_grad)
     return loss, rank, dq, torch.empty_like(loss)
 
@@ -172,16 +172,18 @@ serve(_batch_info_nce_fwd, cuda=triton("contrastive", "batch_info_nce_fwd"))
 
 
 @op("batch_info_nce_dkeys")
-def _batch_info_nce_dkeys(q: Tensor, keys: Tensor, tau: Tensor, first: int, lse: Tensor, dloss: Tensor) -> Tensor:
+def _batch_info_nce_dkeys(
+    q: Tensor, keys: Tensor, tau: Tensor, label_offset: int, lse: Tensor, dloss: Tensor
+) -> Tensor:
     """dkeys [M, D] in float32 or wider."""
     dtype = lse.dtype
     q, keys, tau = q.to(dtype), keys.to(dtype), tau.to(dtype)
-    weights_BM = _softmax_minus_positive((q @ keys.T) / tau, lse, first) * dloss[:, None]
+    weights_BM = _softmax_minus_positive((q @ keys.T) / tau, lse, label_offset) * dloss[:, None]
     return weights_BM.T @ q / tau
 
 
 @fake(_batch_info_nce_dkeys)
-def _(q, keys, tau, first, lse, dloss):
+def _(q, keys, tau, label_offset, lse, dloss):
     return keys.new_empty(keys.shape, dtype=lse.dtype)
 
 
@@ -190,9 +192,9 @@ serve(_batch_info_nce_dkeys, cuda=triton("contrastive", "batch_info_nce_dkeys"))
 
 class _BatchInfoNCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, keys, tau, first, with_grad):
-        loss, rank, dq, lse = _batch_info_nce_fwd(q, keys, tau, first, with_grad)
-        ctx.first = first
+    def forward(ctx, q, keys, tau, label_offset, with_grad):
+        loss, rank, dq, lse = _batch_info_nce_fwd(q, keys, tau, label_offset, with_grad)
+        ctx.label_offset = label_offset
         ctx.mark_non_differentiable(rank)
         ctx.save_for_backward(q, keys, tau, dq, lse)
         return loss, rank
@@ -204,7 +206,7 @@ class _BatchInfoNCE(torch.autograd.Function):
         needs_q, needs_keys, needs_tau, _, _ = ctx.needs_input_grad
         dkeys = None
         if needs_keys:
-            dkeys = _batch_info_nce_dkeys(q, keys, tau, ctx.first, lse, dloss).to(keys.dtype)
+            dkeys = _batch_info_nce_dkeys(q, keys, tau, ctx.label_offset, lse, dloss).to(keys.dtype)
         dq = dq * dloss[:, None] if needs_q or needs_tau else None
         return dq.to(q.dtype) if needs_q else None, dkeys, _tau_gradient(q, dq, tau) if needs_tau else None, None, None
 
@@ -295,9 +297,9 @@ def _fake_rows(q: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     return loss, q.new_empty(q.shape[0], dtype=torch.int64), q.new_empty(q.shape if with_grad else 0, dtype=wide(q))
 
 
-def _softmax_minus_positive(logits_BM: Tensor, lse_B: Tensor, first: int) -> Tensor:
+def _softmax_minus_positive(logits_BM: Tensor, lse_B: Tensor, label_offset: int) -> Tensor:
     weights_BM = (logits_BM - lse_B[:, None]).exp_()
-    weights_BM.diagonal(first)[: weights_BM.shape[0]].sub_(1)
+    weights_BM.diagonal(label_offset)[: weights_BM.shape[0]].sub_(1)
     return weights_BM
 
 

@@ -92,6 +92,7 @@ def _step(state: "_State", batches: Iterator, lr: float, total: int) -> tuple[Te
     results, indices, waited = [], [], 0.0
     for group in state.optimizer.param_groups:
         group["lr"] = lr
+    state.method.before_step(state.step / total)
     for i in range(state.accumulate):
         asked = time.perf_counter()
         with record_function("data"):

@@ -24,7 +24,7 @@ from fastssl.eval.protocols import Finetune
 from fastssl.methods import moco_v1, moco_v3
 from fastssl.methods.mae import MAE
 from fastssl.nn import Attention
-from fastssl.nn.resnet import features_before
+from fastssl.nn.sharing import headless
 
 
 def tiny_mae(size=(8, 8)):
@@ -77,7 +77,7 @@ def test_our_resnet_computes_the_methods_features(splits):
     method.encoder_q(images)  # running statistics of its own
     model = build_classifier(method.eval(), "resnet_mini", 5).eval()
     with torch.no_grad():
-        torch.testing.assert_close(features_before("fc", model, images), method.features(images))
+        torch.testing.assert_close(headless(model, "fc")(images), method.features(images))
         assert model(images).shape == (4, 5)
 
 

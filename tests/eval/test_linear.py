@@ -6,8 +6,8 @@ from PIL import Image
 from fastssl.data.source import Subset, open_source
 from fastssl.eval import linear
 from fastssl.eval.linear import swept, trained_officially
-from fastssl.eval.protocols import Official, Setting, Sweep, official
-from fastssl.methods import moco_v1
+from fastssl.eval.protocols import Official, Setting, Sweep
+from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 
 
 def clusters(count=300, classes=6, width=12, spread=0.3, seed=0):
@@ -94,13 +94,13 @@ def test_the_same_seed_gives_the_same_numbers_and_leaves_the_global_generator():
 
 
 def test_the_papers_numbers():
-    assert official("mae", "vit_base") == Official(90, 16384, "lars", 0.1, 0.0, 10)
-    assert official("mae", "vit_base").pieces == 32  # the paper's 32 GPUs
-    for method in ("moco_v1", "moco_v2"):
-        training = official(method, "resnet50").training
+    assert mae.linear_probe("vit_base") == Official(90, 16384, "lars", 0.1, 0.0, 10)
+    assert mae.linear_probe("vit_base").pieces == 32  # the paper's 32 GPUs
+    for method in (moco_v1, moco_v2):
+        training = method.linear_probe("resnet50").training
         assert (training.optimizer, training.lr, training.epochs, training.lr_drops) == ("sgd", 30.0, 100, (60, 80))
-    assert official("moco_v3", "resnet50").lr == 0.1
-    assert official("moco_v3", "vit_small").lr == 3.0
+    assert moco_v3.linear_probe("resnet50").lr == 0.1
+    assert moco_v3.linear_probe("vit_small").lr == 3.0
     assert Official(batch_size=1025).pieces == 5  # of 205: equal parts
 
 

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.methods import mae
 from fastssl.methods.mae import MAE
 from fastssl.nn.vit import ViT

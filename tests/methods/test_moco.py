@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.methods import moco_v1, moco_v2
 from fastssl.methods.moco_v1 import MoCo

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.methods import moco_v3
 from fastssl.methods.moco_v3 import MoCoV3

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.methods import moco_v3
 from fastssl.methods.mae import MAE
 from fastssl.train.config import Training

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.distributed import rank
 from fastssl.methods.mae import MAE
 from fastssl.nn import MaskedPatchLoss, random_masking, seeded_noise

@@ -320,7 +320,7 @@ def test_error_sentences():
     )
     refused("info_nce: q must be a tensor of shape [B, D], got list", TypeError, info_nce, [[1.0]], k, queue, 0.1)
     refused(
-        "batch_info_nce: first must be at least 0 and first + B ≤ M = 9 with B = 4, got first=6",
+        "batch_info_nce: label_offset must be at least 0 and label_offset + B ≤ M = 9 with B = 4, got label_offset=6",
         ValueError,
         batch_info_nce,
         q,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.methods import mae, moco_v2, moco_v3
 from fastssl.nn import MomentumEncoder
 from fastssl.train.config import Execution

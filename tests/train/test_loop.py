@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.methods import mae, moco_v2, moco_v3
 from fastssl.nn import KeyQueue
 from fastssl.train import checkpoint

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastssl.data.loader import Batch
+from fastssl.contract import Batch
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 from fastssl.train.config import Execution
 from fastssl.train.loop import _State, _step
