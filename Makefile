@@ -44,6 +44,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/kernels/*.h tests/kernels/*.cpp
 
 bench: .venv/installed
 	@mkdir -p build
