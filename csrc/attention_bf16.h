@@ -293,9 +293,9 @@ struct Panel {  // 32 queries with their upstream gradients
   float scale;
   uint32_t valid;  // mask of the queries that exist
 
-  // Weights and gradients of the scores for two keys. `products` are upstream gradient · value; without `both` only the
-  // first key exists.
-  void store_gradients(Vec<float> (&scores)[2][2], Vec<float> (&products)[2][2], bool both, Bf16x2* weights,
+  // Weights and gradients of the scores for two keys. `products` are upstream gradient · value; without `has_second`
+  // only the first key exists.
+  void store_gradients(Vec<float> (&scores)[2][2], Vec<float> (&products)[2][2], bool has_second, Bf16x2* weights,
                        Bf16x2* gradients, Bf16x2* gradient_pairs) const {
     Vec<Bf16x2> rounded[2] = {};
 #pragma GCC unroll 2
@@ -304,7 +304,7 @@ struct Panel {  // 32 queries with their upstream gradients
 #pragma GCC unroll 2
       for (int n = 0; n < 2; ++n) {
         const Vec<float> score = scores[h][n] * float(scale * kLog2E) - load(lse + n * kVector);
-        const __mmask16 mask = h == 0 || both ? uint16_t(valid >> (n * kVector)) : 0;
+        const __mmask16 mask = h == 0 || has_second ? uint16_t(valid >> (n * kVector)) : 0;
         weight[n] = Vec<float>(_mm512_maskz_mov_ps(mask, __m512(exp2_bf16(score))));
         gradient[n] = Vec<float>(
             _mm512_maskz_mul_ps(mask, __m512(weight[n] * scale), __m512(products[h][n] - load(row_dot + n * kVector))));

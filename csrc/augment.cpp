@@ -1,5 +1,4 @@
-// Photometric augmentations of uint8 images, in place: colour jitter, grayscale, blur, solarize, and the horizontal
-// flip.
+// Augmentations of uint8 images, in place: colour jitter, grayscale, blur, solarize, flip (fastssl/ops/augment.py).
 //
 // An image is processed row by row: the three channels of a row are converted to float32, stay in the L1 cache through
 // all steps, and are rounded to bytes once, at the end. The blur keeps as many rows as its radius needs. So memory is
@@ -56,8 +55,7 @@ inline void invert_bright_bytes(uint8_t* x) {
   for (int i = 0; i < kBytes; ++i) x[i] = x[i] < 128 ? x[i] : 255 - x[i];
 }
 
-// Resizes `buffer` and returns space for n values at the start of a cache line: many unaligned vectors would cross
-// lines.
+// Resizes `buffer` and returns space for n values at the start of a cache line, so that vectors do not cross lines.
 inline float* aligned(std::vector<float>& buffer, int64_t n) {
   buffer.resize(n + 16);
   return reinterpret_cast<float*>(round_up<uintptr_t>(reinterpret_cast<uintptr_t>(buffer.data()), 64));
@@ -102,7 +100,7 @@ struct Pixels {
   int64_t width;  // readable and writable to the next multiple of kLane
 
   template <typename Function>
-  void each(const Function& function) const {
+  void for_each_vector(const Function& function) const {
     for (int64_t i = 0; i < width; i += kLane) {
       Floats red = load(channel[0] + i), green = load(channel[1] + i), blue = load(channel[2] + i);
       function(red, green, blue);
@@ -143,22 +141,21 @@ void apply_step(const Pixels& pixels, const Step& step) {
   const auto blended = [=](Floats x, Floats reference) { return clamped((x - reference) * factor + reference); };
   switch (step.kind) {
     case kBrightness:
-      return pixels.each([=](auto& red, auto& green, auto& blue) {
+      return pixels.for_each_vector([=](auto& red, auto& green, auto& blue) {
         for (Floats* x : {&red, &green, &blue}) *x = clamped(*x * factor);
       });
     case kContrast:
-      return pixels.each([=, mean = splat(step.mean)](auto& red, auto& green, auto& blue) {
+      return pixels.for_each_vector([=, mean = splat(step.mean)](auto& red, auto& green, auto& blue) {
         for (Floats* x : {&red, &green, &blue}) *x = blended(*x, mean);
       });
     case kSaturation:
-      return pixels.each([=](auto& red, auto& green, auto& blue) {
+      return pixels.for_each_vector([=](auto& red, auto& green, auto& blue) {
         const Floats grey = luma(red, green, blue);
         for (Floats* x : {&red, &green, &blue}) *x = blended(*x, grey);
       });
     case kHue:
-      return pixels.each([=, sixths = 6 * (factor - std::floor(factor)), unit = Clamp(1)](auto&... channels) {
-        rotate_hue(channels..., sixths, unit);
-      });
+      return pixels.for_each_vector([=, sixths = 6 * (factor - std::floor(factor)),
+                                     unit = Clamp(1)](auto&... channels) { rotate_hue(channels..., sixths, unit); });
   }
 }
 
@@ -182,7 +179,7 @@ struct Filter {
   }
 
   template <int N>  // N vectors at a time share the loads of weights and addresses
-  void apply_to(const float* centre, int64_t i, float* out) const {
+  void apply_vectors(const float* centre, int64_t i, float* out) const {
     Floats sums[N];
     for (int v = 0; v < N; ++v) sums[v] = load(centre + i + v * kLane) * weights[0];
     for (int64_t k = 1; k <= radius; ++k) {
@@ -195,8 +192,8 @@ struct Filter {
 
   void apply(const float* centre, int64_t n, float* out) const {  // n results, rounded up to whole vectors
     int64_t i = 0;
-    for (; i + 4 * kLane <= n; i += 4 * kLane) apply_to<4>(centre, i, out);
-    for (; i < n; i += kLane) apply_to<1>(centre, i, out);
+    for (; i + 4 * kLane <= n; i += 4 * kLane) apply_vectors<4>(centre, i, out);
+    for (; i < n; i += kLane) apply_vectors<1>(centre, i, out);
   }
 };
 
@@ -236,7 +233,7 @@ class Augmenter {
       for (int64_t i = 0; i < padded_; i += kBytes) widen_bytes(bytes_.data() + i, pixels.channel[c] + i);
     }
     if (parameters.grey && parameters.grey_first)
-      pixels.each([](auto& red, auto& green, auto& blue) { red = green = blue = luma(red, green, blue); });
+      pixels.for_each_vector([](auto& red, auto& green, auto& blue) { red = green = blue = luma(red, green, blue); });
     for (int s = 0; s < count; ++s) apply_step(pixels, parameters.steps[s]);
     return pixels;
   }
@@ -245,7 +242,7 @@ class Augmenter {
   Pixels transform_row(const Image& image, int64_t y, const Parameters& parameters, int64_t margin) {
     Pixels pixels = jitter_row(image, y, parameters, parameters.count, margin);
     if (parameters.grey_last()) {
-      pixels.each([](auto& red, auto& green, auto& blue) { red = luma(red, green, blue); });
+      pixels.for_each_vector([](auto& red, auto& green, auto& blue) { red = luma(red, green, blue); });
       pixels.channel[1] = pixels.channel[2] = pixels.channel[0];
     }
     return pixels;

@@ -52,10 +52,10 @@ struct BatchSplits {
 
   // Runs body(split, begin, end, task) for the rows begin..end-1 of a split, in parallel.
   template <typename Body>
-  void for_tasks(bool backwards, const Body& body) const {
+  void for_tasks(bool reverse, const Body& body) const {
     torch::stable::parallel_for(0, splits * tasks, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        const int64_t task = backwards ? first + last - 1 - i : i, n = task % tasks;
+        const int64_t task = reverse ? first + last - 1 - i : i, n = task % tasks;
         body(task / tasks, rows * n / tasks, rows * (n + 1) / tasks, task);
       }
     });

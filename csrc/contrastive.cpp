@@ -163,9 +163,9 @@ struct Views {
   // Calls body(a, b, logits) for every pair a ≤ b of groups, in the rounds of a tournament.
   template <typename Body>
   void pairs(T* tiles, const Body& body) const {
-    tournament(groups, [&](int64_t games, const auto& players) {
-      for_tasks(games, 2.0 * games * group * group * width, tiles, tile_size(), [&](int64_t game, T* logits) {
-        const auto [a, b] = players(game);
+    tournament(groups, [&](int64_t count, const auto& pair) {
+      for_tasks(count, 2.0 * count * group * group * width, tiles, tile_size(), [&](int64_t index, T* logits) {
+        const auto [a, b] = pair(index);
         if (b < groups) body(a, b, logits);
       });
     });

@@ -1,7 +1,7 @@
 // CUDA kernel of ema_update_: one launch updates all tensors of a call.
 //
 // Bound by memory bandwidth. A float32 parameter costs 12 bytes (read target and source, write target), 10 with a
-// bfloat16 source, and 2 more for a bfloat16 shadow; the arithmetic is a handful of instructions beside that.
+// bfloat16 source, and 2 more for a bfloat16 shadow; the arithmetic takes a few instructions.
 //
 // Block b processes chunk b: 16,384 elements of one row of the table (ema_table.h). Dtypes and memory layout belong to
 // the row and are uniform over the block, so branches on them do not diverge, and float32 and float64 targets with any

@@ -86,9 +86,10 @@ std::vector<Entry> entries_of(const std::vector<Tensor>& targets, const std::vec
   entries.reserve(targets.size());
   for (size_t i = 0; i < targets.size(); ++i) {
     const Dims sizes = targets[i].sizes();
-    const auto fits = [&](const Tensor& other) {
-      const Dims other_sizes = other.sizes();
-      return is_floating(Dtype(other.scalar_type())) && is_on_device(other) && std::ranges::equal(other_sizes, sizes);
+    const auto fits = [&](const Tensor& tensor) {
+      const Dims tensor_sizes = tensor.sizes();
+      return is_floating(Dtype(tensor.scalar_type())) && is_on_device(tensor) &&
+             std::ranges::equal(tensor_sizes, sizes);
     };
     if (!is_wide(Dtype(targets[i].scalar_type())) || !is_on_device(targets[i]) || !fits(sources[i]) ||
         (shadowed && !fits(shadows[i])))

@@ -135,8 +135,8 @@ void pack_row(const S* src, int64_t depth, PackTransform<Accumulator<P>> transfo
 template <typename P, typename S>
 bool is_usable_in_place(int64_t stride, int64_t depth, PackTransform<Accumulator<P>> transform) {
   constexpr bool kSameDtype = std::is_same_v<P, S> || (std::is_same_v<P, Bf16x2> && std::is_same_v<S, BFloat16>);
-  const bool whole = depth % kDepthPerElement<P> == 0 && stride % kDepthPerElement<P> == 0;
-  return kSameDtype && whole && !transform.gelu && !transform.round && stride * int64_t(sizeof(S)) % 4096 != 0;
+  const bool is_whole = depth % kDepthPerElement<P> == 0 && stride % kDepthPerElement<P> == 0;
+  return kSameDtype && is_whole && !transform.gelu && !transform.round && stride * int64_t(sizeof(S)) % 4096 != 0;
 }
 
 // Packs A from [rows, depth] with contiguous depth; where is_usable_in_place, returns A itself.

@@ -152,7 +152,7 @@ void merge_partials(int64_t i, const Partition& partition, const T* partials, in
   if (out.lse) out.lse[i] = T(loss + positive * kLn2);
   if (!out.dq) return;
   const double total = gap <= 0 ? 1 + negatives * std::exp2(gap) : negatives + std::exp2(-gap);
-  const double unit = gap <= 0 ? std::exp2(gap) / total : 1 / total;  // probability of a weight of 1 at `shift`
+  const double unit = gap <= 0 ? std::exp2(gap) / total : 1 / total;  // softmax probability of a logit equal to `shift`
   T* dq = out.dq + i * width;
   const T positive_weight = T(negatives * unit / tau);
   for (int64_t d = 0; d < width; ++d) dq[d] = -positive_weight * queries.positive_keys[i * width + d];

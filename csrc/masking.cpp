@@ -54,7 +54,7 @@ template <typename K>
 constexpr int64_t kLongestCounted = 32 * kLanes<K>;
 
 template <typename K>
-void rank_by_counting(const K* keys, int64_t length, const MaskingOutputs& row) {
+void rank_by_counting(const K* keys, int64_t length, const MaskingOutputs& outputs) {
   constexpr int kLane = kLanes<K>, kVectors = kCounted<K> / kLane;
   Vec<K> lane;
   for (int i = 0; i < kLane; ++i) lane[i] = i;
@@ -77,7 +77,7 @@ void rank_by_counting(const K* keys, int64_t length, const MaskingOutputs& row) 
       for (int v = 0; v < kVectors; ++v) rank[v] -= key[v] > keys[j];
     K ranks[kCounted<K>];
     for (int v = 0; v < kVectors; ++v) store(ranks + v * kLane, rank[v]);
-    for (int64_t i = first; i < end; ++i) row.place(i, ranks[i - first]);
+    for (int64_t i = first; i < end; ++i) outputs.place(i, ranks[i - first]);
   }
 }
 
@@ -92,7 +92,7 @@ struct RankedToken {
 // Ranks by a radix sort, byte by byte from the lowest: stable, and as fast for any distribution.
 template <typename K>
 void rank_by_sorting(const K* keys, int64_t length, std::vector<RankedToken<K>>& tokens,
-                     std::vector<RankedToken<K>>& buffer, const MaskingOutputs& row) {
+                     std::vector<RankedToken<K>>& buffer, const MaskingOutputs& outputs) {
   constexpr int kBytes = sizeof(K);
   std::array<std::array<int64_t, 256>, kBytes> starts{};
   for (int64_t i = 0; i < length; ++i) {
@@ -106,7 +106,7 @@ void rank_by_sorting(const K* keys, int64_t length, std::vector<RankedToken<K>>&
     for (const RankedToken<K>& token : tokens) buffer[starts[n][token.byte(n)]++] = token;
     std::swap(tokens, buffer);
   }
-  for (int64_t rank = 0; rank < length; ++rank) row.place(tokens[rank].token, rank);
+  for (int64_t rank = 0; rank < length; ++rank) outputs.place(tokens[rank].token, rank);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> random_masking(Tensor noise, int64_t keep) {
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> random_masking(Tensor noise, int64_t 
   Tensor ids_keep = empty({batch, keep}, ScalarType::Long);
   Tensor ids_masked = empty({batch, length - keep}, ScalarType::Long);
   Tensor ids_restore = empty({batch, length}, ScalarType::Long), mask = empty({batch, length}, ScalarType::Float);
-  const MaskingOutputs first{
+  const MaskingOutputs outputs{
       static_cast<int64_t*>(ids_keep.mutable_data_ptr()), static_cast<int64_t*>(ids_masked.mutable_data_ptr()),
       static_cast<int64_t*>(ids_restore.mutable_data_ptr()), static_cast<float*>(mask.mutable_data_ptr()), keep};
   with_float_type(noise.scalar_type(), "random_masking: noise", [&](auto type) {
@@ -128,12 +128,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> random_masking(Tensor noise, int64_t 
       std::vector<RankedToken<K>> tokens(counted ? 0 : length), buffer(counted ? 0 : length);
       for (int64_t b = begin; b < end; ++b) {
         for (int64_t i = 0; i < length; ++i) keys[i] = sort_key(to_float(values[b * batch_stride + i * stride]));
-        const MaskingOutputs row{first.ids_keep + b * keep, first.ids_masked + b * (length - keep),
-                                 first.ids_restore + b * length, first.mask + b * length, keep};
+        const MaskingOutputs sample{outputs.ids_keep + b * keep, outputs.ids_masked + b * (length - keep),
+                                    outputs.ids_restore + b * length, outputs.mask + b * length, keep};
         if (counted)
-          rank_by_counting(keys.data(), length, row);
+          rank_by_counting(keys.data(), length, sample);
         else
-          rank_by_sorting(keys.data(), length, tokens, buffer, row);
+          rank_by_sorting(keys.data(), length, tokens, buffer, sample);
       }
     });
   });
@@ -283,9 +283,8 @@ Tensor restore_tokens_fwd(Tensor x, Tensor mask_token, Tensor ids_restore, std::
   return out;
 }
 
-constexpr int kRowsAtOnce = 8;  // rows added at a time, for one load and one store of the sums
-constexpr int64_t kMaxGroups =
-    256;  // parts of the batch with separate sums: fixed, so results do not depend on threads
+constexpr int kRowsAtOnce = 8;       // rows added at a time, for one load and one store of the sums
+constexpr int64_t kMaxGroups = 256;  // groups of samples with separate sums, whatever the number of threads
 
 // Adds N rows to `sums`, in double: the gradients of an image nearly cancel, so float would leave rounding errors.
 template <int N, typename T>
@@ -312,6 +311,7 @@ struct RestoreBackward {
   const Ids& ids;
   int64_t length, prefix, kept, width;
 
+  // `source` is scratch: the row of dout for each row of dx, or -1.
   void sample(int64_t b, std::vector<int64_t>& source, double* sums) const {
     const T* masked_rows[kRowsAtOnce];
     int pending = 0;
@@ -342,13 +342,13 @@ std::tuple<Tensor, Tensor> restore_tokens_bwd(Tensor dout, Tensor ids_restore, i
   with_float_type(dtype, "restore_tokens: dout", [&](auto type) {
     using T = decltype(type);
     using W = ComputeType<T>;
-    const RestoreBackward<T> unrestore{Rows<T>(dout), Rows<T>(dx), ids, length, prefix, kept, width};
+    const RestoreBackward<T> restore_backward{Rows<T>(dout), Rows<T>(dx), ids, length, prefix, kept, width};
     std::vector<double> sums(std::max<int64_t>(groups, 1) * width);
     torch::stable::parallel_for(0, groups, grain(group_size * length * width), [&](int64_t begin, int64_t end) {
       std::vector<int64_t> source(prefix + kept);
       for (int64_t g = begin; g < end; ++g)
         for (int64_t b = g * group_size; b < std::min((g + 1) * group_size, batch); ++b)
-          unrestore.sample(b, source, sums.data() + g * width);
+          restore_backward.sample(b, source, sums.data() + g * width);
     });
     for (int64_t g = 1; g < groups; ++g)
       for (int64_t d = 0; d < width; ++d) sums[d] += sums[g * width + d];

@@ -27,19 +27,19 @@ struct Operand {  // matrix with element (row, depth) at data[row * row_stride +
 // zero and then added to C, because short sums round less than one long chain. The fields of A are separate arguments:
 // a struct would be passed through memory, written by field and read as a whole, which stalls store forwarding.
 template <int R, int N, bool kAccumulate, typename T>
-__attribute__((noinline)) void compute_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
-                                            int64_t b_stride, Accumulator<T>* c, int64_t c_stride) {
+__attribute__((noinline)) void compute_tile(int64_t depth, const T* a, int64_t a_row_stride, int64_t a_depth_stride,
+                                            const T* b, int64_t b_stride, Accumulator<T>* c, int64_t c_stride) {
   Vec<Accumulator<T>> sums[R][N] = {};
   for (int64_t d = 0; d < depth; ++d) {
-    Vec<T> right[N];
+    Vec<T> b_row[N];
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) right[n] = load(b + d * b_stride + n * kLanes<T>);
-    const T* column = a + d * a_depth;
+    for (int n = 0; n < N; ++n) b_row[n] = load(b + d * b_stride + n * kLanes<T>);
+    const T* a_column = a + d * a_depth_stride;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<T> value = splat(column[r * a_row]);
+      const Vec<T> value = splat(a_column[r * a_row_stride]);
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) sums[r][n] = multiply_add(value, right[n], sums[r][n]);
+      for (int n = 0; n < N; ++n) sums[r][n] = multiply_add(value, b_row[n], sums[r][n]);
     }
   }
 #pragma GCC unroll 16
@@ -51,13 +51,14 @@ __attribute__((noinline)) void compute_tile(int64_t depth, const T* a, int64_t a
     }
 }
 
-// compute_tile for `rows` rows, a number that is not known at compile time and at most R.
+// Calls compute_tile for `rows` rows, at most R, which are not known at compile time.
 template <int R, int N, bool kAccumulate, typename T>
-void dispatch_tile(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
+void dispatch_tile(int64_t rows, int64_t depth, const T* a, int64_t a_row_stride, int64_t a_depth_stride, const T* b,
                    int64_t b_stride, Accumulator<T>* c, int64_t c_stride) {
   if constexpr (R > 0) {
-    if (rows == R) return compute_tile<R, N, kAccumulate>(depth, a, a_row, a_depth, b, b_stride, c, c_stride);
-    dispatch_tile<R - 1, N, kAccumulate>(rows, depth, a, a_row, a_depth, b, b_stride, c, c_stride);
+    if (rows == R)
+      return compute_tile<R, N, kAccumulate>(depth, a, a_row_stride, a_depth_stride, b, b_stride, c, c_stride);
+    dispatch_tile<R - 1, N, kAccumulate>(rows, depth, a, a_row_stride, a_depth_stride, b, b_stride, c, c_stride);
   }
 }
 
@@ -104,9 +105,9 @@ void pack_rows(const T* rows, int64_t row_stride, int64_t count, int64_t width, 
     }
 }
 
-// Runs body(task, scratch) for every task, where `scratch` are `size` values that belong to the thread; `memory` must
-// hold get_num_threads() times as many. Tasks are assigned dynamically, so that threads do not wait for one that was
-// descheduled. Below 2e6 operations the calling thread runs all tasks.
+// Runs body(task, scratch) for every task, where `scratch` has `size` values and belongs to the running thread;
+// `memory` must hold get_num_threads() times as many. Tasks are assigned dynamically, so that no thread waits for one
+// that was descheduled. Below 2e6 operations the calling thread runs all tasks.
 template <typename T, typename Body>
 void for_tasks(int64_t tasks, double operations, T* memory, int64_t size, const Body& body) {
   std::atomic<int64_t> next{0};

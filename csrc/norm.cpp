@@ -47,12 +47,12 @@ std::pair<double, double> sums_over(int64_t n, Term term) {
   while (i + kLane <= n) {
     const int64_t end = std::min(i + kBlock, n);
     Vec<W> firsts[2] = {}, seconds[2] = {};
-    const auto add = [&](int v, int64_t index) {
+    const auto accumulate = [&](int v, int64_t index) {
       const auto [first_term, second_term] = term(Vec<W>{}, index);
       firsts[v] += first_term, seconds[v] += second_term;
     };
-    for (; i + kStep <= end; i += kStep) add(0, i), add(1, i + kLane);
-    for (; i + kLane <= end; i += kLane) add(0, i);
+    for (; i + kStep <= end; i += kStep) accumulate(0, i), accumulate(1, i + kLane);
+    for (; i + kLane <= end; i += kLane) accumulate(0, i);
     first += sum<W>(firsts[0] + firsts[1]), second += sum<W>(seconds[0] + seconds[1]);
   }
   for (; i < n; ++i) {
@@ -163,8 +163,8 @@ Normed forward(const Tensor& x, const std::optional<Tensor>& delta, const Tensor
 Normed residual_norm_fwd(Tensor x, std::optional<Tensor> delta, Tensor weight, Tensor bias, double eps,
                          ScalarType dtype) {
   std::optional<Normed> result;
-  with_compute_type(x, [&](auto wide) {
-    using W = decltype(wide);
+  with_compute_type(x, [&](auto compute) {
+    using W = decltype(compute);
     x = with_contiguous_rows(x);
     if (delta) delta = converted<W>(*delta);
     weight = vector_of<W>(weight), bias = vector_of<W>(bias);
@@ -220,19 +220,19 @@ void backward_rows(const Row<S, G>* group, const W* weight, W* dweight, W* dbias
   for_each<W>(n, [&](auto zero, int64_t i) {
     using V = decltype(zero);
     const V factor = read<V>(weight + i);
-    V of_weight = read<V>(dweight + i), of_bias = read<V>(dbias + i);
+    V dweight_sum = read<V>(dweight + i), dbias_sum = read<V>(dbias + i);
 #pragma GCC unroll 4
     for (int r = 0; r < kCount; ++r) {
       const Row<S, G>& row = rows[r];
       const V dy = read<V>(row.dnormed + i), centred = read<V>(row.total + i) - row.mean;
-      of_weight += dy * (centred * row.rstd);
-      of_bias += dy;
+      dweight_sum += dy * (centred * row.rstd);
+      dbias_sum += dy;
       V dx = dy * factor * row.rstd - row.shift - centred * row.slope;
       if (has_upstream) dx += read<V>(row.upstream + i);
       write(row.dx + i, dx);
     }
-    write(dweight + i, of_weight);
-    write(dbias + i, of_bias);
+    write(dweight + i, dweight_sum);
+    write(dbias + i, dbias_sum);
   });
 }
 
@@ -246,10 +246,10 @@ template <typename S, typename D>
 
 // dweight and dbias: sums over the chunks [chunks, 2, D], in order.
 template <typename W>
-std::tuple<Tensor, Tensor> sum_chunks(const std::vector<W>& parts, int64_t chunks, int64_t width) {
+std::tuple<Tensor, Tensor> sum_chunks(const std::vector<W>& chunk_sums, int64_t chunks, int64_t width) {
   std::vector<double> sums(2 * width);
   for (int64_t c = 0; c < chunks; ++c)
-    for (int64_t d = 0; d < 2 * width; ++d) sums[d] += parts[c * 2 * width + d];
+    for (int64_t d = 0; d < 2 * width; ++d) sums[d] += chunk_sums[c * 2 * width + d];
   Tensor dweight = empty({width}, kDtype<W>), dbias = empty({width}, kDtype<W>);
   std::copy_n(sums.begin(), width, data<W>(dweight));
   std::copy_n(sums.begin() + width, width, data<W>(dbias));
@@ -270,16 +270,16 @@ Gradients backward(const Tensor& dnormed, const std::optional<Tensor>& dsum, con
   const Rows<G> gradients(dnormed);
   const W* factors = data<W>(weight);
   const int64_t chunk = chunk_of(rows), chunks = (rows + chunk - 1) / chunk;
-  std::vector<W> parts(chunks * 2 * width);
+  std::vector<W> chunk_sums(chunks * 2 * width);
   const auto row_at = [&](int64_t i) -> Row<S, G> {
     const int64_t b = i / length, n = i % length;
-    return {totals.row(b, n),    dsum ? upstream.row(b, n) : nullptr,
-            gradients.row(b, n), data<S>(dx) + i * width,
-            data<W>(mean)[i],    data<W>(rstd)[i]};
+    const S* upstream_row = dsum ? upstream.row(b, n) : nullptr;
+    const W row_mean = data<W>(mean)[i], row_rstd = data<W>(rstd)[i];
+    return {totals.row(b, n), upstream_row, gradients.row(b, n), data<S>(dx) + i * width, row_mean, row_rstd};
   };
   torch::stable::parallel_for(0, chunks, grain(4 * chunk * width), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      W *dweight = parts.data() + c * 2 * width, *dbias = dweight + width;
+      W *dweight = chunk_sums.data() + c * 2 * width, *dbias = dweight + width;
       const int64_t last = std::min(rows, (c + 1) * chunk);
       for (int64_t i = c * chunk; i < last; i += kGroup) {
         const int64_t count = std::min<int64_t>(kGroup, last - i);
@@ -300,14 +300,14 @@ Gradients backward(const Tensor& dnormed, const std::optional<Tensor>& dsum, con
       }
     }
   });
-  return std::tuple_cat(std::tuple(dx, ddelta), sum_chunks(parts, chunks, width));
+  return std::tuple_cat(std::tuple(dx, ddelta), sum_chunks(chunk_sums, chunks, width));
 }
 
 Gradients residual_norm_bwd(Tensor dnormed, std::optional<Tensor> dsum, Tensor total, Tensor mean, Tensor rstd,
                             Tensor weight, ScalarType ddelta_dtype) {
   std::optional<Gradients> result;
-  with_compute_type(total, [&](auto wide) {
-    using W = decltype(wide);
+  with_compute_type(total, [&](auto compute) {
+    using W = decltype(compute);
     total = with_contiguous_rows(total), dnormed = converted<W>(dnormed), weight = vector_of<W>(weight);
     if (dsum) dsum = with_contiguous_rows(torch::stable::to(*dsum, total.scalar_type()));
     with_type_of<W>(total.scalar_type(), [&](auto source) {

@@ -291,7 +291,7 @@ std::tuple<Tensor, Tensor> masked_patch_mse_of(const Tensor& pred, const Tensor&
     fence_non_temporal();
   });
   double sum = 0;
-  for (const double of_patch : sums) sum += of_patch;
+  for (const double patch_sum : sums) sum += patch_sum;
   *static_cast<W*>(loss.mutable_data_ptr()) = W(sum / numel);  // NaN for an empty batch, as torch's mean
   return {loss, dpred};
 }

@@ -25,12 +25,12 @@ inline void copy_non_temporal([[maybe_unused]] void* dst, const void* src, int64
 #if defined(__SSE2__)
   auto* target = static_cast<char*>(dst);
   const auto* source = static_cast<const char*>(src);
-  const int64_t head = std::min<int64_t>(bytes, -uintptr_t(target) % 16), whole = (bytes - head) / 16 * 16;
+  const int64_t head = std::min<int64_t>(bytes, -uintptr_t(target) % 16), aligned = (bytes - head) / 16 * 16;
   std::memcpy(target, source, head);
-  for (int64_t i = head; i < head + whole; i += 16)
+  for (int64_t i = head; i < head + aligned; i += 16)
     _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
                      _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i)));
-  std::memcpy(target + head + whole, source + head + whole, bytes - head - whole);
+  std::memcpy(target + head + aligned, source + head + aligned, bytes - head - aligned);
 #else
   std::memcpy(dst, src, bytes);
 #endif

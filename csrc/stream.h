@@ -41,15 +41,15 @@ void widen(const Matrix& src, int64_t first, int64_t count, T* dst) {
 template <typename T>
 void pack_columns(const T* rows, int64_t count, int64_t width, T* dst, int64_t panel_rows) {
   for (int64_t first = 0; first < width; first += kPanelWidth<T>, dst += panel_rows * kPanelWidth<T>) {
-    const int64_t filled = std::min<int64_t>(kPanelWidth<T>, width - first);
+    const int64_t valid = std::min<int64_t>(kPanelWidth<T>, width - first);
     T* panels = dst;
     for (int64_t r = 0; r < count; ++r, panels += kPanelWidth<T>) {
       const T* src = rows + r * width + first;
-      if (filled == kPanelWidth<T>) {
+      if (valid == kPanelWidth<T>) {
         store(panels, load(src));
         store(panels + kLanes<T>, load(src + kLanes<T>));
       } else {
-        std::fill(std::copy(src, src + filled, panels), panels + kPanelWidth<T>, T(0));
+        std::fill(std::copy(src, src + valid, panels), panels + kPanelWidth<T>, T(0));
       }
     }
   }
@@ -82,16 +82,18 @@ void stream(const Matrix& keys, int64_t begin, int64_t end, const T* query_panel
     if (!in_place) widen(keys, first, count, scratch.rows);
     if (sums) pack_columns(rows, count, width, scratch.columns, count);
     for (int64_t query = 0; query < queries; query += kGroup<T>) {
-      const int64_t remaining = std::min<int64_t>(kGroup<T>, queries - query), panels = panel_count<T>(remaining);
+      const int64_t group_queries = std::min<int64_t>(kGroup<T>, queries - query),
+                    panels = panel_count<T>(group_queries);
       for (int64_t p = 0; p < panels; ++p)
         multiply_panel<false>(count, width, Operand<T>{rows, width, 1},
-                              query_panels + (query + p * kPanelWidth<T>)*width, kPanelWidth<T>,
+                              query_panels + (p * kPanelWidth<T> + query) * width, kPanelWidth<T>,
                               scratch.weights + p * kPanelWidth<T>, kGroup<T>);
       epilogue(scratch.weights, first, count, query, panels);
       if (sums)
         for (int64_t c = 0; c < sums_stride; c += kPanelWidth<T>)
-          multiply_panel<true>(remaining, count, Operand<T>{scratch.weights, 1, kGroup<T>}, scratch.columns + c * count,
-                               kPanelWidth<T>, sums + query * sums_stride + c, sums_stride);
+          multiply_panel<true>(group_queries, count, Operand<T>{scratch.weights, 1, kGroup<T>},
+                               scratch.columns + c * count, kPanelWidth<T>, sums + query * sums_stride + c,
+                               sums_stride);
     }
   }
 }

@@ -27,6 +27,7 @@ namespace fastssl {
 #endif
 constexpr int kVectorBytes = FASTSSL_VECTOR_BYTES;
 
+// A vector type of kBytes bytes. `unaligned` is for loads and stores at any address.
 template <typename T, int kBytes = kVectorBytes>
 struct VecOf {
   typedef T type __attribute__((vector_size(kBytes)));
@@ -93,7 +94,7 @@ inline void widen(const S* src, int64_t stride, int64_t n, T* dst) {
 // Stores a vector in any floating dtype, rounded to nearest even.
 inline void store_narrow(float* dst, Vec<float> x) { store(dst, x); }
 inline void store_narrow(double* dst, Vec<double> x) { store(dst, x); }
-inline Vec<uint32_t> bfloat16_bits(Vec<float> x) {  // in the low half of each lane
+inline Vec<uint32_t> bfloat16_bits(Vec<float> x) {  // rounded, in the low half of each lane
   const Vec<uint32_t> bits = Vec<uint32_t>(x);
   const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Vec<uint32_t> nan = Vec<uint32_t>(x != x);
@@ -128,7 +129,7 @@ inline Vec<float> multiply_add(Vec<Bf16x2> a, Vec<Bf16x2> b, Vec<float> c) {
 template <typename T>
 using Accumulator = std::conditional_t<std::is_same_v<T, Bf16x2>, float, T>;  // type of a sum of products of T
 
-// Loads min(n, lanes of a vector) values, converted to the compute type; the other lanes are zero.
+// Loads the first n values of a vector, converted to the compute type; the other lanes are zero. n may exceed a vector.
 template <typename T, typename S>
 inline Vec<T> load_part(const S* src, int64_t n) {
   if (n >= kLanes<T>) return load_wide(src);
@@ -137,6 +138,7 @@ inline Vec<T> load_part(const S* src, int64_t n) {
   return load_wide(part);
 }
 
+// Stores the first n values of a vector, rounded to S. n may exceed a vector.
 template <typename T, typename S>
 inline void store_part(S* dst, Vec<T> x, int64_t n) {
   if (n >= kLanes<T>) return store_narrow(dst, x);
@@ -158,11 +160,11 @@ inline T sum(Vec<T> x) {  // adds the upper half to the lower, until one lane is
 template <typename T>
 inline double dot(const T* a, const T* b, int64_t n) {
   Vec<T> lanes{};
-  double rest = 0;
+  double remainder = 0;
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) lanes = load(a + i) * load(b + i) + lanes;
-  for (; i < n; ++i) rest += double(a[i]) * double(b[i]);
-  return rest + double(sum<T>(lanes));
+  for (; i < n; ++i) remainder += double(a[i]) * double(b[i]);
+  return remainder + double(sum<T>(lanes));
 }
 
 // Loads a vector if V is a vector type, one value if V is a scalar type, converted to the compute type: the same code
