@@ -37,9 +37,9 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 from fastssl.data.timing import speed
+from tests.support.transforms import plain_transform
 
 from .machine import environment, keep_memory, machine
-from .plain_transforms import augmentation
 from .table import PAGE, RESULTS, SUMMARY, insert, number, times
 
 KEPT = RESULTS / "loader"
@@ -102,7 +102,7 @@ class Views:
     @staticmethod
     def _transform(view: View):
         return v2.Compose(
-            [augmentation(view), v2.ToDtype(torch.float32, scale=True), v2.Normalize(view.mean, view.std)]
+            [plain_transform(view), v2.ToDtype(torch.float32, scale=True), v2.Normalize(view.mean, view.std)]
         )
 
     def __call__(self, image: Image.Image) -> list[torch.Tensor]:
