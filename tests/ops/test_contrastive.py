@@ -143,7 +143,7 @@ def test_errs_no_more_than_torch_that_sums_in_float32(dtype, tau, size):
     tau=st.sampled_from([0.05, 0.2, 2.0, -0.3]),
     length=st.sampled_from([1, 1, 20]),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_any_shape(batch, extra, width, dtypes, tau, length):
     """Also of long vectors, of negative temperature, and of mixed dtypes."""
     torch.manual_seed(0)

@@ -163,7 +163,7 @@ def test_autocast(dtype):
     assert torch.equal(total, expected) and torch.equal(normed, wide)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_shape_and_strides(data):
     batch, length, width = (data.draw(st.integers(low, most)) for low, most in ((0, 4), (0, 70), (1, 90)))
