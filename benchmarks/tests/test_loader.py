@@ -12,7 +12,7 @@ def test_every_contestant_has_a_row(tmp_path, monkeypatch):
     """All contestants read the same images, from a folder and from tar shards."""
     pytest.importorskip("skimage")
     pytest.importorskip("webdataset")
-    for name, value in {"ROUNDS": 1, "SECONDS": 0.05, "BATCH": 8, "COPIES": 4, "HEADLINE": 32, "WORKERS": 1}.items():
+    for name, value in {"ROUNDS": 1, "SECONDS": 0.05, "BATCH": 8, "COPIES": 4, "SHARDED": 32, "WORKERS": 1}.items():
         monkeypatch.setattr(loader, name, value)
     rows = list(loader.measure(32, ("moco_v2",)))
     assert [(row["recipe"], row["source"], row["side"]) for row in rows] == [
