@@ -7,7 +7,7 @@ programs, it asks the kernel's own file for the cut that a card gets.
 import math
 from typing import NamedTuple
 
-from fastssl.kernels import attention, contrastive, masking, memory, norm, patches, tile
+from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
 from fastssl.kernels.tile import CARDS
 
 
@@ -97,7 +97,7 @@ def masked_patch_mse_fwd(
 def enqueue_(K: int, D: int, N: int, queue_bytes: int, key_bytes: int, arch: str = "sm_90") -> Moved:
     """Keys in, as many rows out; the pointer is read by every program, then moved."""
     kept = min(N, K)
-    count, _ = memory.move_tile(kept, D, key_bytes, memory.ENQUEUE[arch].bytes)
+    count, _ = tile.move_tile(kept, D, key_bytes, queue.ENQUEUE[arch].bytes)
     rows = kept * D * (queue_bytes + key_bytes)
     return Moved(rows + 8 * math.ceil(kept / count) + 16, rows + 24, rows + 16)
 

@@ -28,7 +28,8 @@ HEADLINE = re.compile(
 )
 
 FAMILIES = (
-    "memory",
+    "ema",
+    "queue",
     "masking",
     "patches",
     "norm",

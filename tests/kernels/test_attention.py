@@ -5,10 +5,10 @@ import types
 
 import pytest
 import torch
-from fastssl.kernels import attention as kernels
-from fastssl.kernels import tile
 
 from benchmarks import model
+from fastssl.kernels import attention as kernels
+from fastssl.kernels import tile
 from fastssl.ops import attention, attention_packed, dispatch
 from tests.close import assert_as_exact_on_average
 from tests.kernels.interpreter import triton_on_cpu, watch

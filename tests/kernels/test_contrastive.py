@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fastssl.kernels import contrastive as kernels
-from fastssl.kernels import tile
 from torch import Tensor
 
 from benchmarks import model
+from fastssl.kernels import contrastive as kernels
+from fastssl.kernels import tile
 from fastssl.ops import batch_info_nce, dispatch, info_nce, nt_xent
 from tests.close import FLOOR, assert_exact
 from tests.kernels.interpreter import triton_on_cpu, watch

@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 import torch
-from fastssl.kernels import masking as kernels
-from fastssl.kernels import tile
 
 from benchmarks import model
+from fastssl.kernels import masking as kernels
+from fastssl.kernels import tile
 from fastssl.ops import dispatch, keep_tokens, masking, random_masking, restore_tokens
 from tests.close import assert_exact
 from tests.kernels.contract import launched, same_as_body

@@ -2,10 +2,10 @@ import itertools
 
 import pytest
 import torch
-from fastssl.kernels import norm as kernels
-from fastssl.kernels import tile
 
 from benchmarks import model
+from fastssl.kernels import norm as kernels
+from fastssl.kernels import tile
 from fastssl.ops import dispatch, norm, residual_norm
 from tests.kernels.contract import launched
 from tests.kernels.interpreter import triton_on_cpu

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from fastssl.kernels import patches as kernels
-from fastssl.kernels import tile
 
 from benchmarks import model
+from fastssl.kernels import patches as kernels
+from fastssl.kernels import tile
 from fastssl.ops import dispatch, keep_patches, masked_patch_mse, patches, patchify, unpatchify
 from tests.close import assert_exact
 from tests.kernels.contract import launched, same_as_body

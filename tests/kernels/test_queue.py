@@ -2,11 +2,12 @@ import itertools
 
 import pytest
 import torch
-from fastssl.kernels import memory as kernels
-from fastssl.kernels import tile
 
 from benchmarks import model
-from fastssl.ops import dispatch, enqueue_, memory
+from fastssl.kernels import queue as kernels
+from fastssl.kernels import tile
+from fastssl.ops import dispatch, enqueue_
+from fastssl.ops import queue as module
 from tests.close import assert_same
 from tests.kernels.contract import launched
 from tests.kernels.interpreter import triton_on_cpu, watch
@@ -21,7 +22,7 @@ def check(queue, start, keys):
     """Queue and pointer after it are those of plain torch; returns both."""
     queues, pointers = [queue.clone(), queue], [torch.tensor([start]), torch.tensor([start])]
     with dispatch.reference():
-        memory._enqueue_(queues[0], pointers[0], keys)
+        module._enqueue_(queues[0], pointers[0], keys)
     with watch():
         kernels.enqueue_(queues[1], pointers[1], keys)
     assert_same(queues[1], queues[0], "queue")
