@@ -199,7 +199,7 @@ def _attention() -> list[Case]:
 
 def _both_directions(B, L, H, E, dtype, what, forward=None, backward=None) -> list[Case]:
     q, k, v = meta(B, L, 3, H, E, dtype=dtype).unbind(2)
-    out, lse = meta(B, L, H, E, dtype=dtype), meta(B, H, L, dtype=tile.wide(dtype))
+    out, lse = meta(B, L, H, E, dtype=dtype), meta(B, H, L, dtype=tile.acc_dtype(dtype))
     return [
         Case("attention", what, attention.attention_fwd, (q, k, v, 0.1), forward),
         Case("attention, backward", what, attention.attention_bwd, (out, q, k, v, out, lse, 0.1), backward),
@@ -212,7 +212,7 @@ def _contrastive_tables() -> list[Case]:
         q, negatives, lse = (
             meta(256, width, dtype=dtype),
             meta(8192, width, dtype=dtype),
-            meta(256, dtype=tile.wide(dtype)),
+            meta(256, dtype=tile.acc_dtype(dtype)),
         )
         for op, launcher, args in (
             ("info_nce", contrastive.info_nce_fwd, (q, q, negatives, tau, True)),
@@ -226,7 +226,7 @@ def _contrastive_tables() -> list[Case]:
         q, negatives, lse = (
             meta(256, 128, dtype=query),
             meta(8192, 128, dtype=others),
-            meta(256, dtype=tile.wide(query)),
+            meta(256, dtype=tile.acc_dtype(query)),
         )
         what = f"D=128, {NAMES[query]} with {NAMES[others]}"
         cases.append(Case("info_nce", what, contrastive.info_nce_fwd, (q, q, negatives, tau, True)))

@@ -5,7 +5,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version  # a kernel writes without autograd's knowledge
 
 from . import check
-from .dispatch import fake, op, serve, triton
+from .dispatch import fake, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import queue
+
+    return queue
 
 
 def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
@@ -59,4 +66,4 @@ def _(queue, ptr, keys):
     pass
 
 
-serve(_enqueue_, cuda=triton("queue", "enqueue_"))
+register_triton(_enqueue_, lambda: _kernels().enqueue_)
