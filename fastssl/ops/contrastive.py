@@ -300,12 +300,8 @@ class _NTXent(torch.autograd.Function):
 
 
 def _fake_rows(q: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss = q.new_empty(q.shape[0], dtype=acc_dtype(q))
-    return (
-        loss,
-        q.new_empty(q.shape[0], dtype=torch.int64),
-        q.new_empty(q.shape if with_grad else 0, dtype=acc_dtype(q)),
-    )
+    loss, rank = q.new_empty(q.shape[0], dtype=acc_dtype(q)), q.new_empty(q.shape[0], dtype=torch.int64)
+    return loss, rank, q.new_empty(q.shape if with_grad else 0, dtype=acc_dtype(q))
 
 
 def _softmax_minus_positive(logits_BM: Tensor, lse_B: Tensor, label_offset: int) -> Tensor:

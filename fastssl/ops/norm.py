@@ -64,11 +64,8 @@ def _residual_norm_fwd(
 
 @fake(_residual_norm_fwd)
 def _(x, delta, weight, bias, eps, dtype):
-    normed, moments = (
-        x.new_empty(x.shape, dtype=dtype),
-        (x.new_empty(x.shape[:2], dtype=acc_dtype(x)) for _ in range(2)),
-    )
-    return x.new_empty(0 if delta is None else x.shape), normed, *moments
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=acc_dtype(x)) for _ in range(2))
+    return x.new_empty(0 if delta is None else x.shape), x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
 register_triton(_residual_norm_fwd, lambda: _kernels().residual_norm_fwd)
