@@ -68,7 +68,7 @@ def test_no_rows():
 
 
 def test_rows_that_are_too_wide_are_refused():
-    with pytest.raises(ValueError, match="residual_norm: x must have at most 16384 values a row .*, got 16385"):
+    with pytest.raises(ValueError, match=r"x must have at most 16384 values a row .*, got 16385"):
         kernels.residual_norm_fwd(*made(1, 1, 16385), EPS, torch.float32)
 
 
