@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import check
 from .dispatch import acc_dtype, autocast_dtype, fake, first_order, has_kernel, op, register_triton
@@ -21,6 +22,10 @@ def _kernels():
 
 
 LONGEST = 512  # tokens up to which a kernel is the best choice
+# On processors with AMX, torch's fused CPU kernel for 16-bit tensors packs its operands with an AVX-512 function. Where
+# ATEN_CPU_CAPABILITY limits torch to a lower level, it raises "pack_vnni2 is only supported when avx512 is supported":
+# there torch's unfused formula runs instead.
+FUSED_16_BIT = "AVX512" in torch.backends.cpu.get_cpu_capability() or not torch.cpu._is_amx_tile_supported()
 WIDEST = {2: 128, 4: 64, 8: 64}  # head width that a GPU's registers hold, by bytes of an element; the CPU takes any
 
 
@@ -32,6 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     a GPU kernel (over 128, over 64 in float32), go to xformers where it is installed and supports the call, else to
     torch.
     The kernels take all four dtypes and any strides, and always give the same bits, on any number of threads.
+    Where ATEN_CPU_CAPABILITY keeps torch below AVX-512 on a processor with AMX, torch's fused kernel for 16-bit tensors
+    raises, and its unfused formula (with all scores in memory) runs in its place.
 
     Args:
         q, k, v: [B, L, H, E] of one floating dtype and any strides: views ``qkv.unbind(2)`` of a packed
@@ -68,7 +75,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         return _Attention.apply(q, k, v, scale)
     if name == "xformers":
         return _fmha().memory_efficient_attention(q, k, v, scale=scale).contiguous()
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu" and q.element_size() == 2 and not FUSED_16_BIT:
+        with sdpa_kernel(SDPBackend.MATH):
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).contiguous()
 
 

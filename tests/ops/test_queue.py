@@ -3,8 +3,8 @@ import torch
 
 from fastssl.ops import dispatch, enqueue_
 from fastssl.ops import queue as module
-from tests.close import assert_same
-from tests.ops.contract import opcheck, refused, sparse
+from tests.support.close import assert_same
+from tests.support.contract import opcheck, refused, sparse
 
 DTYPES = [torch.float32, torch.bfloat16]
 
