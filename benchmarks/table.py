@@ -50,7 +50,7 @@ all take turns in one process, after their results were compared. *memory*: the 
 optimizer, or what one call holds beyond its inputs: ours / official."""
 
 # Order of the rows; families that are not named follow by name.
-FAMILIES = ("memory", "masking", "patches", "norm", "contrastive", "attention", "augment", "dropin")
+FAMILIES = ("ema", "queue", "masking", "patches", "norm", "contrastive", "attention", "augment", "dropin")
 
 LEGEND = """\
 Median times of one call, in ms; ± is half the distance between the quartiles. The results of all contestants of a row

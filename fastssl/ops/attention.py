@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import check
-from .dispatch import autocast_dtype, fake, first_order, op, serve, serves, triton, wide
+from .dispatch import acc_dtype, autocast_dtype, fake, first_order, has_kernel, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import attention
+
+    return attention
+
 
 LONGEST = 512  # tokens up to which a kernel is the best choice
 # On processors with AMX, torch's fused CPU kernel for 16-bit tensors packs its operands with an AVX-512 function. Where
@@ -108,7 +116,7 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
 def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
     """What runs `attention` on these tensors: "kernel", "xformers" or "torch". The one place where that is decided."""
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
-    if serves("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
+    if has_kernel("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
         return "kernel"
     if q.is_cuda and not torch.compiler.is_compiling() and _fmha() is not None:
         call = _fmha().Inputs(query=q, key=k, value=v)
@@ -140,10 +148,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 @fake(_attention_fwd)
 def _(q, k, v, scale):
     batch, length, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=wide(q))
+    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=acc_dtype(q))
 
 
-serve(_attention_fwd, cuda=triton("attention", "attention_fwd"))
+register_triton(_attention_fwd, lambda: _kernels().attention_fwd)
 
 
 @op("attention_bwd")
@@ -172,7 +180,7 @@ def _(dout, q, k, v, out, lse, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-serve(_attention_bwd, cuda=triton("attention", "attention_bwd"))
+register_triton(_attention_bwd, lambda: _kernels().attention_bwd)
 
 
 @op("attention_packed_fwd")
@@ -184,10 +192,10 @@ def _attention_packed_fwd(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 @fake(_attention_packed_fwd)
 def _(qkv, scale):
     batch, length, _, heads, width = qkv.shape
-    return qkv.new_empty(batch, length, heads, width), qkv.new_empty(batch, heads, length, dtype=wide(qkv))
+    return qkv.new_empty(batch, length, heads, width), qkv.new_empty(batch, heads, length, dtype=acc_dtype(qkv))
 
 
-serve(_attention_packed_fwd, cuda=triton("attention", "attention_packed_fwd"))
+register_triton(_attention_packed_fwd, lambda: _kernels().attention_packed_fwd)
 
 
 @op("attention_packed_bwd")
@@ -201,7 +209,7 @@ def _(dout, qkv, out, lse, scale):
     return qkv.new_empty(qkv.shape)
 
 
-serve(_attention_packed_bwd, cuda=triton("attention", "attention_packed_bwd"))
+register_triton(_attention_packed_bwd, lambda: _kernels().attention_packed_bwd)
 
 
 class _Attention(torch.autograd.Function):
@@ -233,5 +241,5 @@ class _AttentionPacked(torch.autograd.Function):
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    dtype = wide(q)
+    dtype = acc_dtype(q)
     return torch.einsum("blhe,bmhe->bhlm", q.to(dtype), k.to(dtype)) * scale
