@@ -25,8 +25,9 @@ from typing import NamedTuple
 import triton
 
 from fastssl.kernels import tile
+from tests.support import kernel_model as model
+from tests.support import nvcc
 
-from . import model, nvcc
 from .ahead_of_time import Launch, Resources, ahead_of_time
 from .static_cases import Case, recipes, variants
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
-
-from . import model
+from tests.support import kernel_model as model
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}

@@ -6,11 +6,11 @@ import types
 import pytest
 import torch
 
-from benchmarks import model
 from fastssl.kernels import attention as kernels
 from fastssl.kernels import tile
 from fastssl.ops import attention, attention_packed, dispatch
 from tests.kernels.interpreter import triton_on_cpu, watch
+from tests.support import kernel_model as model
 from tests.support.close import assert_as_exact_on_average
 from tests.support.contract import sparse
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import model
 from fastssl.kernels import contrastive as kernels
 from fastssl.kernels import tile
 from fastssl.ops import batch_info_nce, dispatch, info_nce, nt_xent
 from tests.kernels.interpreter import triton_on_cpu, watch
+from tests.support import kernel_model as model
 from tests.support.close import FLOOR, assert_exact
 from tests.support.contract import sparse
 

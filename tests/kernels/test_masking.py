@@ -3,12 +3,12 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import model
 from fastssl.kernels import masking as kernels
 from fastssl.kernels import tile
 from fastssl.ops import dispatch, keep_tokens, masking, random_masking, restore_tokens
 from tests.kernels.contract import launched, same_as_body
 from tests.kernels.interpreter import triton_on_cpu
+from tests.support import kernel_model as model
 from tests.support.close import assert_exact
 from tests.support.contract import plain, sparse
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from benchmarks import nvcc
+from tests.support import nvcc
 from tests.support.close import assert_exact, assert_same
 
 HERE = Path(__file__).parent

@@ -3,13 +3,13 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import model
 from fastssl.kernels import queue as kernels
 from fastssl.kernels import tile
 from fastssl.ops import dispatch, enqueue_
 from fastssl.ops import queue as module
 from tests.kernels.contract import launched
 from tests.kernels.interpreter import triton_on_cpu, watch
+from tests.support import kernel_model as model
 from tests.support.close import assert_same
 from tests.support.contract import sparse
 

@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.harness import peak_memory
 from fastssl.ops import batch_info_nce, contrastive, dispatch, info_nce, nt_xent
 from fastssl.ops.dispatch import acc_dtype
 from tests.support.close import assert_exact, assert_same
@@ -17,6 +16,7 @@ from tests.support.contract import (
     sparse,
     torch_threads,
 )
+from tests.support.memory import peak_memory
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FLOATS = st.sampled_from(DTYPES)

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = Path(__file__).parent.parent / "csrc"
+SOURCES = Path(__file__).parent.parent.parent / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # those of setup.py
 FLAGS = ("-O3", "-std=c++20", f"-I{SOURCES}")
 
