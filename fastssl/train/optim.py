@@ -34,14 +34,14 @@ def build_optimizer(
     """
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
     groups = parameter_groups(method) if parameter_groups else _default_groups(trained, training.decay_all)
+    groups = [
+        {"lr_scale": 1.0, "weight_decay_scale": 1.0, **group, "params": list(group["params"])} for group in groups
+    ]
     grouped = {id(p) for group in groups for p in group["params"]}
     if missing := [name for name, p in trained.items() if id(p) not in grouped]:
         raise ValueError(
             f"train: parameter_groups must hold every parameter that requires a gradient, got none with {missing[0]}"
         )
-    groups = [
-        {"lr_scale": 1.0, "weight_decay_scale": 1.0, **group, "params": list(group["params"])} for group in groups
-    ]
     groups = [group for group in groups if group["params"]]
     for group in groups:
         group["weight_decay"] = training.weight_decay * group["weight_decay_scale"]
