@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     """One training batch, on the device of the method."""
 
     views: tuple[Tensor, ...]  # augmented views of the images, each [B, 3, H, W] float32, normalised; sizes may differ
-    index: Tensor  # [B] int64, number of the image in its source
+    index: Tensor  # type: ignore[assignment]  # [B] int64, number of the image in its source
     label: Tensor  # [B] int64, −1 for no label; for evaluation, never for the loss
     seed: Tensor | None = None  # [B] int64, function of (run, epoch, image): draws from it are the same on any rank
     extras: dict[str, Tensor] = {}  # noqa: RUF012 - further data of the source, each [B, …]: token ids, a depth map

@@ -30,7 +30,7 @@ class StepResult(NamedTuple):
     loss: Tensor  # scalar, mean over the micro-batches
     metrics: dict[str, Tensor]  # scalars of the method, means over the micro-batches
     grad_norm: Tensor  # scalar, norm of the whole gradient before clipping; not finite where the step was skipped
-    index: Tensor  # [B] int64, numbers of the images in their source
+    index: Tensor  # type: ignore[assignment]  # [B] int64, numbers of the images in their source
     data_seconds: float  # time the step waited for batches
 
 

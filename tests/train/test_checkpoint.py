@@ -68,22 +68,22 @@ def test_a_damaged_file_is_found_and_the_one_before_it_taken(tmp_path, capsys, h
         content[len(content) // 2] ^= 1
     newest.write_bytes(content[: {"truncated": 700, "flipped": None, "emptied": 0}[harm]])
     assert checkpoint.load(tmp_path, "mae")["step"] == 1
-    assert capsys.readouterr().out == f"checkpoint: {newest} is damaged: taking the one before it\n"
+    assert capsys.readouterr().out == f"checkpoint: {newest} is damaged: loading the previous one\n"
     saved(tmp_path, 2)  # the run gets there again
     assert checkpoint.load(tmp_path, "mae")["step"] == 2
     assert steps_in(tmp_path) == [1, 2]
 
 
 def test_error_sentences(tmp_path):
-    nothing = f"checkpoint: {tmp_path} holds none: was the run stopped before its first checkpoint?"
-    refused(nothing, ValueError, checkpoint.load, tmp_path, "mae")
+    no_checkpoint = f"checkpoint: no checkpoint in {tmp_path}: was the run stopped before its first one?"
+    refused(no_checkpoint, ValueError, checkpoint.load, tmp_path, "mae")
     saved(tmp_path, 1)
     (path,) = checkpoint.files(tmp_path)
     refused(
         f"checkpoint: {path} is of the method mae, not of moco_v2", ValueError, checkpoint.load, tmp_path, "moco_v2"
     )
     path.write_bytes(b"no")
-    refused(f"checkpoint: all 1 in {tmp_path} are damaged", ValueError, checkpoint.load, tmp_path, "mae")
+    refused(f"checkpoint: all 1 checkpoints in {tmp_path} are damaged", ValueError, checkpoint.load, tmp_path, "mae")
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
