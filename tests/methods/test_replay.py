@@ -27,8 +27,8 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 LOSS = {"rtol": 1e-12, "atol": 0}
 STATE = {"rtol": 1e-10, "atol": 1e-11}
 # Parameters that do not change the loss: the bias of attention keys, and the bias of the last norm in front of the
-# projector's batch norm. Their exact gradient is 0, and AdamW turns rounding errors of 1e-17 into steps of lr · 1e-17 / eps, with
-# eps 1e-8. They differ by 7e-11 after twelve steps, and so does the running mean of the batch norm.
+# projector's batch norm. Their exact gradient is 0, and AdamW turns rounding errors of 1e-17 into steps of
+# lr · 1e-17 / eps, with eps 1e-8. They differ by 7e-11 after twelve steps, and so does the batch norm's running mean.
 WITHOUT_EFFECT = ("attn.qkv.bias", "encoder.norm.bias", "encoder.head.1.running_mean")
 WITHOUT_EFFECT_STATE = {"rtol": 1e-10, "atol": 1e-9}
 
