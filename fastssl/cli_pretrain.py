@@ -8,6 +8,7 @@ import torch
 import tyro
 
 from fastssl import distributed
+from fastssl.bounds import check_ranges
 from fastssl.cli_eval import value_of, write_knn
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source, open_source
@@ -15,7 +16,7 @@ from fastssl.eval.reconstruction import first_images, save_snapshot
 from fastssl.machine import device_named, engine_named, engine_there, facts, keep_memory, share_cores
 from fastssl.run import Options, Run, method_module, method_names, open_run
 from fastssl.train import checkpoint
-from fastssl.train.loop import PRECISIONS, train
+from fastssl.train.loop import train
 from fastssl.train.parallel import check_sharding
 from fastssl.weights import load_weights, read_weights
 
@@ -106,22 +107,10 @@ def _flat(values: dict) -> dict:
 
 
 def _check_numbers(options: Options, config) -> None:
-    """Refuses what no method can be asked for; what a method alone can know, its `build` refuses."""
-    training, execution = config.training, options.execution
-    if execution.precision not in PRECISIONS:
-        raise ValueError(f"pretrain: --precision must be {' or '.join(PRECISIONS)}, got {execution.precision!r}")
-    counts = {name: getattr(execution, name) for name in ("log_every", "keep_last")}
-    counts |= {name: getattr(training, name) for name in ("batch_size", "epochs", "accumulate")}
-    for name, value in {**counts, **vars(config)}.items():  # whole numbers of a method are all sizes
-        values = value if isinstance(value, tuple) else (value,)
-        if any(type(number) is int and number < 1 for number in values):
-            raise ValueError(f"pretrain: {_flag(name)} must be at least 1, got {' '.join(map(str, values))}")
-    for name, value in {**vars(options), **vars(config), **vars(training), **vars(execution)}.items():
-        of_number = type(value) in (int, float)
-        if (of_number and not 0 <= value < float("inf")) or (of_number and value >= 2**63):
-            raise ValueError(f"pretrain: {_flag(name)} must be a number from 0 on, got {value}")
-    if drops := [epoch for epoch in training.lr_drops if epoch >= training.epochs]:
-        raise ValueError(f"pretrain: --lr-drops must lie before --epochs {training.epochs}, got {drops[0]}")
+    """Check numbers and choices against their annotations; the method's `build` checks the rest."""
+    check_ranges(options, "pretrain")
+    check_ranges(config, "pretrain")
+    config.training.check("pretrain")
 
 
 def _flag(name: str) -> str:
@@ -182,6 +171,7 @@ def _pretrain(run: Run, begin: bool, device: torch.device) -> None:
         run.folder,
         resume=state,
         after_epoch=lambda epoch: _due(options, training, epoch) and evaluate(epoch),
+        parameter_groups=getattr(method_module(run.method_name), "parameter_groups", None),
     )
     if loader.bad:
         print(f"{loader.bad} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")

@@ -16,14 +16,16 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 import fastssl.methods
+from fastssl.bounds import NOT_NEGATIVE
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution
 
@@ -48,9 +50,9 @@ class Options:
     """digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH or cifar100:PATH"""
     folder: Path | None = None
     """folder of the run, runs/METHOD-DATA if not given"""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """of weights, order, augmentations and masks"""
-    workers: int | None = None
+    workers: Annotated[int | None, NOT_NEGATIVE] = None
     """processes (dali: threads) that load data; if not given, a quarter of the cores, beside a GPU up to 8"""
     engine: str = "auto"
     """torchvision, dali, or auto: dali on a GPU where it is installed"""
@@ -58,9 +60,9 @@ class Options:
     """file to start from: an official checkpoint of the method, or a whole model that `fastssl export` wrote"""
     device: str = "auto"
     """cuda, cpu, or auto: cuda where there is one"""
-    max_bad: float = 0.01
+    max_bad: Annotated[float, NOT_NEGATIVE] = 0.01
     """share of images that may be undecodable"""
-    knn_every: int = 0
+    knn_every: Annotated[int, NOT_NEGATIVE] = 0
     """epochs between kNN evaluations during the run, 0 for one before and one after it"""
     execution: Execution = field(default_factory=Execution)
 
@@ -141,11 +143,11 @@ def open_run(folder: Path) -> Run:
 
 
 def _from_json(cls: type, values: dict) -> Any:
-    """A dataclass from what dataclasses.asdict and JSON made of it: tuples are lists there, paths strings."""
-    hints = {f.name: f.type for f in dataclasses.fields(cls)}
+    """A dataclass from its JSON form, where tuples are lists and paths are strings."""
+    hints = typing.get_type_hints(cls)
     if unknown := set(values) - set(hints):
         raise TypeError(f"unknown field {sorted(unknown)[0]!r}")
-    made = {}
+    fields = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             value = _from_json(hints[name], value)
@@ -153,5 +155,5 @@ def _from_json(cls: type, values: dict) -> Any:
             value = tuple(value)
         elif hints[name] == Path | None and value is not None:
             value = Path(value)
-        made[name] = value
-    return cls(**made)
+        fields[name] = value
+    return cls(**fields)
