@@ -111,11 +111,15 @@ def test_a_view_without_crop_or_centre_shows_all():
 
 def test_recipes_refuse_impossible_numbers():
     refused(
-        "augmentation: crop must lie above 0, up to 1, and rise, got 0.5 0.2", ValueError, View, (8, 8), crop=(0.5, 0.2)
+        "augmentation: crop must be a range above 0 and at most 1, got 0.5 0.2",
+        ValueError,
+        View,
+        (8, 8),
+        crop=(0.5, 0.2),
     )
-    refused("augmentation: crop must lie above 0, up to 1, and rise, got 0 1", ValueError, View, (8, 8), crop=(0, 1))
-    refused("augmentation: centre must lie above 0, up to 1, and rise, got 1.5", ValueError, View, (8, 8), centre=1.5)
-    refused("augmentation: blur_sigma must lie above 0, and rise, got 0 2", ValueError, View, (8, 8), blur_sigma=(0, 2))
+    refused("augmentation: crop must be a range above 0 and at most 1, got 0 1", ValueError, View, (8, 8), crop=(0, 1))
+    refused("augmentation: centre must be above 0 and at most 1, got 1.5", ValueError, View, (8, 8), centre=1.5)
+    refused("augmentation: blur_sigma must be a range above 0, got 0 2", ValueError, View, (8, 8), blur_sigma=(0, 2))
     refused(
         "augmentation: interpolation must be bilinear or bicubic, got 'nearest'",
         ValueError,
@@ -124,7 +128,7 @@ def test_recipes_refuse_impossible_numbers():
         interpolation="nearest",
     )
     refused(
-        "augmentation: jitter must be four strengths from 0 on, the hue's up to 0.5, got (0, 0, 0, 0.6)",
+        "augmentation: jitter must be four strengths of at least 0, the hue's at most 0.5, got (0, 0, 0, 0.6)",
         ValueError,
         View,
         (8, 8),

@@ -216,7 +216,7 @@ def test_a_poisoned_folder_trains_to_the_end(tmp_path, engine, workers):
             assert len(batch.index) == 8
             assert torch.isfinite(batch.views[0]).all()
             assert not {source.name(i).rpartition("/")[2] for i in batch.index.tolist()} & set(bad)
-    assert loader.bad == len(bad)
+    assert loader.bad_count == len(bad)
     assert sorted(line.partition(": ")[0].rpartition("/")[2] for line in log.read_text().splitlines()) == bad
 
 
@@ -317,7 +317,7 @@ def test_what_dali_alone_refuses_is_decoded_by_pillow_from_then_on(tmp_path, mon
         seen = indices(loader, 0)
         assert seen == list(range(len(source)))
         assert len(built) == builds
-    assert loader.bad == 0
+    assert loader.bad_count == 0
     assert [source.name(i).rpartition("/")[2] for i in loader._engine._refused] == ["bad-cut.jpg"]
 
 

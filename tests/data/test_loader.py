@@ -142,7 +142,7 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path, engine, encoded, wor
         seen = indices(loader, epoch)
         assert len(seen) == 300  # others of the batch stand in, so that every step has a whole batch
         assert set(seen) == set(range(300)) - {7, 100, 222}
-    assert loader.bad == 3
+    assert loader.bad_count == 3
     assert sorted(line.split(":")[0] for line in log.read_text().splitlines()) == ["image 100", "image 222", "image 7"]
     assert ("truncated" if encoded else "broken") in log.read_text().lower()
     sample = next(iter(Loader(source, Augmentation((view,)), 10, engine=engine).epoch(0)))
@@ -294,7 +294,7 @@ def test_a_loader_has_one_epoch_under_way(engine, workers):
     next(first)
     second = loader.epoch(1)
     begun = [digest(next(second)) for _ in range(2)]
-    with pytest.raises(RuntimeError, match=r"^data: this epoch was ended by a later one"):
+    with pytest.raises(RuntimeError, match=r"^data: a later epoch ended this one"):
         next(first)
     del first
     assert begun + [digest(batch) for batch in second] == whole
