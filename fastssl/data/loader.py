@@ -15,7 +15,7 @@ from fastssl.contract import Batch
 
 from .augmentation import Augmentation
 from .order import Order
-from .samples import Engine, Samples
+from .samples import Engine, Layout, Samples, describe
 from .source import BadSource, Source
 
 ENGINES = ("torchvision", "dali")
@@ -75,7 +75,7 @@ class Loader:
         self._bad: set[int] = set()
         self._order = Order(len(source), batch_size, seed, train, source.shards, rank, world)
         self._epochs_begun, self._world = 0, world
-        self._extras: dict[str, tuple] | None = None  # dtype and shape of each array, known from the first batch
+        self._layout: Layout | None = None  # of the source's extras, known from the first batch
         self._engine = _build_engine(engine, source, augmentation, batch_size, seed, workers, self.device, train)
         self._mean_and_std = [
             tuple(torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (view.mean, view.std))
@@ -147,13 +147,14 @@ class Loader:
             yield batch
 
     def _check_extras(self, samples: Samples) -> None:
-        extras = {key: (value.dtype, list(value.shape[1:])) for key, value in samples.extras.items()}
-        if self._extras is None:
-            self._extras = extras
-        if extras != self._extras:
+        """Compares extras with those of the first batch; the engines compare them within a batch."""
+        layout: Layout = {key: (value.dtype, tuple(value.shape[1:])) for key, value in samples.extras.items()}
+        if self._layout is None:
+            self._layout = layout
+        if layout != self._layout:
             raise BadSource(
-                f"data: extras must have the same keys, shapes and dtypes for every image, got {extras} after "
-                f"{self._extras}"
+                f"data: extras must have the same keys, shapes and dtypes for every image, got {describe(layout)} in a "
+                f"batch after {describe(self._layout)} in another"
             )
 
     def _note_bad(self, bad: list[tuple[int, str]]) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .source import BadSource, Source
 
+Layout = dict[str, tuple[np.dtype | torch.dtype, tuple[int, ...]]]  # dtype and shape of each array of an image
+
 
 class Samples(NamedTuple):
     """A batch with its pixels as bytes, on the device that made it."""
@@ -54,17 +56,14 @@ def stack_extras(source: Source, indices: np.ndarray, extras: Sequence[dict[str,
     for index, layout in zip(indices.tolist(), layouts):
         if layout != layouts[0]:
             raise BadSource(
-                f"data: extras must have the same keys, shapes and dtypes for every image, got {_text(layout)} for "
-                f"{source.name(index)} and {_text(layouts[0])} for {source.name(int(indices[0]))}"
+                f"data: extras must have the same keys, shapes and dtypes for every image, got {describe(layout)} for "
+                f"{source.name(index)} and {describe(layouts[0])} for {source.name(int(indices[0]))}"
             )
     stacked = {key: np.stack([arrays[key] for arrays in extras]) for key in (layouts[0] if layouts else ())}
     try:
         return {key: torch.from_numpy(array) for key, array in stacked.items()}
     except TypeError as error:
-        raise BadSource(f"data: extras must have dtypes that torch has, got {_text(layouts[0])}") from error
-
-
-Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]  # dtype and shape of each array
+        raise BadSource(f"data: extras must have dtypes that torch has, got {describe(layouts[0])}") from error
 
 
 def _layout(arrays: dict[str, np.ndarray], source: Source, index: int) -> Layout:
@@ -77,5 +76,7 @@ def _layout(arrays: dict[str, np.ndarray], source: Source, index: int) -> Layout
     return {key: (array.dtype, array.shape) for key, array in arrays.items()}
 
 
-def _text(layout: Layout) -> str:
-    return ", ".join(f"{key} {dtype} {list(shape)}" for key, (dtype, shape) in layout.items()) or "none"
+def describe(layout: Layout) -> str:
+    """A layout as text, such as "tokens int64 [77]"."""
+    arrays = (f"{key} {str(dtype).removeprefix('torch.')} {list(shape)}" for key, (dtype, shape) in layout.items())
+    return ", ".join(arrays) or "none"
