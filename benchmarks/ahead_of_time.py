@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import triton
-from fastssl.kernels import tile
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from fastssl.kernels import tile
 
 
 class Resources(NamedTuple):
@@ -65,7 +66,7 @@ def ahead_of_time(arch: str) -> Iterator[list[Launch]]:
     triton.runtime.driver.set_active(Driver(arch))
     JITFunction.run = compile_only
     try:
-        with tile.pretend(arch):
+        with tile.assume_card(arch):
             yield launches
     finally:
         JITFunction.run = run

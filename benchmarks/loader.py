@@ -37,16 +37,16 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 from fastssl.data.timing import measure_throughput
+from tests.support.transforms import plain_transform
 
 from .machine import environment, keep_memory, machine
-from .plain_transforms import augmentation
-from .table import PAGE, RESULTS, SUMMARY, insert, number, times
+from .table import PAGE, RESULTS, insert, number, present, result_files, times, write_or_check
 
 KEPT = RESULTS / "loader"
 RECIPES = ("mae", "moco_v2", "moco_v3", "evaluation")
 SIDES = (256, 400, 1024)  # pixels of the shorter side
 WORKERS, BATCH, ROUNDS, SECONDS, COPIES = 2, 64, 3, 3.0, 40
-HEADLINE = 400  # the side that README shows
+SHARDED = 400  # the side that is measured in tar shards too
 MARKERS = "<!-- loaders:begin -->", "<!-- loaders:end -->"
 HEADER = ("recipe", "source", "torchvision engine", "DALI engine", "baseline", "× baseline", "CPU s / 1,000 images")
 
@@ -102,7 +102,7 @@ class Views:
     @staticmethod
     def _transform(view: View):
         return v2.Compose(
-            [augmentation(view), v2.ToDtype(torch.float32, scale=True), v2.Normalize(view.mean, view.std)]
+            [plain_transform(view), v2.ToDtype(torch.float32, scale=True), v2.Normalize(view.mean, view.std)]
         )
 
     def __call__(self, image: Image.Image) -> list[torch.Tensor]:
@@ -163,7 +163,7 @@ def measure(side: int, recipes: tuple[str, ...]) -> Iterator[dict]:
         root = Path(folder, f"photos-{side}")
         write_photographs(root, side)
         sources = [("folder", root, image_folder)]
-        if side == HEADLINE:
+        if side == SHARDED:
             sources.append(("webdataset", root.parent / f"shards-{side}", webdataset))
         for name, (kind, path, baseline) in itertools.product(recipes, sources):
             if kind == "webdataset" and name not in ("mae", "moco_v2"):
@@ -198,18 +198,17 @@ def start_up(folders: int = 1000, files: int = 100) -> dict:
     return {"files": folders * files, "first": round(first, 2), "again": round(statistics.median(again), 2)}
 
 
-def render(summary: bool) -> str:
+def render(paths: list[Path]) -> str:
     parts = []
-    for path in sorted(KEPT.glob("*.json")):
+    for path in paths:
         kept = json.loads(path.read_text())
         made = kept["environment"]
-        rows = [row for row in kept["rows"] if not summary or row["side"] == HEADLINE]
         versions = ", ".join(f"{name} {made[name.lower()]}" for name in ("torch", "torchvision", "DALI", "Pillow"))
         about = f"**{kept['machine']['name']}** · level {made['level']} · {versions} · commit `{made['commit']}`"
         parts.append(f"{about} · {made['date']}")
         rule = ["---"] * 2 + ["---:"] * (len(HEADER) - 2)
         opened = kept["start_up"]
-        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, rule, *map(_cells, rows))))
+        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, rule, *map(_cells, kept["rows"]))))
         parts.append(
             f"A folder of {opened['files']:,} files opens in {opened['first']} s the first time, then in "
             f"{opened['again']} s."
@@ -235,13 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (options.render or options.check):
         _measure_and_keep()
-    stale = 0
-    for page in (SUMMARY, PAGE):
-        text = insert(render(summary=page is SUMMARY), page, MARKERS)
-        stale += text != page.read_text()
-        if not options.check:
-            page.write_text(text)
-    return int(options.check and stale > 0)
+    paths = result_files(KEPT, shown_in=present(PAGE, MARKERS) if options.check else None)
+    return write_or_check(
+        {PAGE: insert(render(paths), PAGE, MARKERS)}, options.check, "python -m benchmarks.loader --render"
+    )
 
 
 def _measure_and_keep() -> None:

@@ -3,4 +3,4 @@
 `fastssl.ops` computes, `fastssl.nn` are modules to drop in, `fastssl.methods` the models. See README.md.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from fastssl.data.decoding import open_image
 from fastssl.data.source import BadImage, open_source, source_names
 from fastssl.data.sources import folder, shapes
-from tests.ops.contract import refused
+from tests.support.contract import refused
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
