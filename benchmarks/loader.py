@@ -15,7 +15,6 @@ several sizes, each repeated.
 import argparse
 import io
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -39,8 +38,10 @@ from fastssl.data.source import open_source
 from fastssl.data.timing import measure_throughput
 from tests.support.transforms import plain_transform
 
+from . import store
 from .machine import environment, keep_memory, machine
-from .table import PAGE, RESULTS, insert, number, present, result_files, times, write_or_check
+from .store import RESULTS, machine_files
+from .table import PAGE, insert, markdown_table, number, present, times, write_or_check
 
 KEPT = RESULTS / "loader"
 RECIPES = ("mae", "moco_v2", "moco_v3", "evaluation")
@@ -201,18 +202,19 @@ def start_up(folders: int = 1000, files: int = 100) -> dict:
 def render(paths: list[Path]) -> str:
     parts = []
     for path in paths:
-        kept = json.loads(path.read_text())
-        made = kept["environment"]
-        versions = ", ".join(f"{name} {made[name.lower()]}" for name in ("torch", "torchvision", "DALI", "Pillow"))
-        about = f"**{kept['machine']['name']}** · level {made['level']} · {versions} · commit `{made['commit']}`"
-        parts.append(f"{about} · {made['date']}")
-        rule = ["---"] * 2 + ["---:"] * (len(HEADER) - 2)
-        opened = kept["start_up"]
-        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, rule, *map(_cells, kept["rows"]))))
-        parts.append(
-            f"A folder of {opened['files']:,} files opens in {opened['first']} s the first time, then in "
-            f"{opened['again']} s."
-        )
+        document = store.read(path)
+        for run in document["runs"]:
+            software, opening = run["environment"], run["start_up"]
+            versions = ", ".join(
+                f"{name} {software[name.lower()]}" for name in ("torch", "torchvision", "DALI", "Pillow")
+            )
+            about = f"**{document['machine']['name']}** · level {software['level']} · {versions}"
+            parts.append(f"{about} · commit `{software['commit']}` · {software['date']}")
+            parts.append(markdown_table(HEADER, map(_cells, run["rows"]), text_columns=2))
+            parts.append(
+                f"A folder of {opening['files']:,} files opens in {opening['first']} s the first time, then in "
+                f"{opening['again']} s."
+            )
     return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: `python -m benchmarks.loader` makes them."
 
 
@@ -234,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (options.render or options.check):
         _measure_and_keep()
-    paths = result_files(KEPT, shown_in=present(PAGE, MARKERS) if options.check else None)
+    paths = machine_files(KEPT, shown_in=present(PAGE, MARKERS) if options.check else None)
     return write_or_check(
         {PAGE: insert(render(paths), PAGE, MARKERS)}, options.check, "python -m benchmarks.loader --render"
     )
@@ -249,11 +251,7 @@ def _measure_and_keep() -> None:
     about = machine(cpuinfo.get_cpu_info()["brand_raw"])
     software = {"torchvision": version("torchvision"), "pillow": version("pillow"), "dali": _dali()}
     rows = [row for side in SIDES for row in measure(side, RECIPES)]
-    KEPT.mkdir(parents=True, exist_ok=True)
-    held = {"machine": about, "environment": {**environment(), **software}, "start_up": start_up()}
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    text = json.dumps(held, ensure_ascii=False)[:-1] + f', "rows": [\n{lines}\n ]}}\n'
-    (KEPT / f"{about['slug']}.json").write_text(text)
+    store.add(KEPT, about, {**environment(), **software}, rows, replaces=lambda row: True, start_up=start_up())
 
 
 def _dali() -> str:

@@ -15,7 +15,6 @@ works in the memory that another one left in pieces.
 
 import argparse
 import functools
-import json
 import multiprocessing
 import statistics
 import sys
@@ -30,11 +29,13 @@ from torch.profiler import ProfilerActivity, profile
 from fastssl.train.graph import WARM_UP
 from fastssl.train.profile import PARTS, times_of_parts
 
+from . import store
 from .floor import floor
 from .harness import TOLERANCE, WrongResult, measure, peak_memory, quartiles, short
 from .machine import BUSY, DEVICE, environment, keep_memory, machine, wait
 from .step_cases import CASES, PRECISIONS, TOTAL, Case, contestants, state_bytes
-from .table import PAGE, RESULTS, compact_json, insert, megabytes, number, present, result_files, times, write_or_check
+from .store import RESULTS, machine_files
+from .table import PAGE, insert, megabytes, number, present, times, write_or_check
 
 KEPT = RESULTS / "step"
 CHECKED = 2  # steps whose losses are compared before anything is timed
@@ -155,23 +156,14 @@ def rows(only: str, precisions: list[str], rounds: int | None, compiled: bool) -
 def keep(row: dict, about: dict, made: dict, folder: Path) -> None:
     """Writes the row into the machine's file, in the place of the one it had. Rows stand under the environment in which
     they were measured."""
-    path = folder / f"{about['slug']}.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    this = (row["case"], row["precision"])
-    for run in runs:
-        run["rows"] = [kept for kept in run["rows"] if (kept["case"], kept["precision"]) != this]
-    same = next((run for run in runs if run["environment"] == made), None)
-    if same is None:
-        runs.append(same := {"environment": made, "rows": []})
-    same["rows"].append(row)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(compact_json(about, [run for run in runs if run["rows"]]))
+    measured = (row["case"], row["precision"])
+    store.add(folder, about, made, [row], replaces=lambda other: (other["case"], other["precision"]) == measured)
 
 
 def render(paths: list[Path]) -> str:
     blocks = []
     for path in paths:
-        document = json.loads(path.read_text())
+        document = store.read(path)
         for run in document["runs"]:
             rows = sorted(run["rows"], key=_place)
             blocks += [_about(document["machine"], run["environment"]), _table(HEADER, map(_cells, rows), 2)]
@@ -249,7 +241,7 @@ def main(arguments: list[str] | None = None, folder: Path = KEPT, page: Path = P
     if not (options.render or options.check):
         precisions = [options.precision] if options.precision else [*PRECISIONS]
         _measure_and_keep(rows(options.only, precisions, options.rounds, not options.no_compile), folder)
-    paths = result_files(folder, shown_in=present(page, MARKERS) if options.check else None)
+    paths = machine_files(folder, shown_in=present(page, MARKERS) if options.check else None)
     return write_or_check(
         {page: insert(render(paths), page, MARKERS)}, options.check, "python -m benchmarks.step --render"
     )

@@ -17,10 +17,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from . import store
 from .plots import draw
+from .store import RESULTS, machine_files
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 SUMMARY, PAGE = ROOT / "README.md", ROOT / "docs" / "measurements.md"
 MARKERS = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HEADLINE_MARKERS = "<!-- headline:begin -->", "<!-- headline:end -->"
@@ -88,32 +89,17 @@ def add_run(raw_path: Path, results: Path) -> Path:
     if not rows:
         raise Problem(f"{raw_path} holds no measurements")
     facts = raw["machine_info"]["fastssl"]
-    path = results / f"{facts['machine']['slug']}.json"
     measured = {row["family"] for row in rows}
-    runs = []
-    for run in json.loads(path.read_text())["runs"] if path.exists() else []:
-        kept = [row for row in run["rows"] if row["family"] not in measured]
-        if kept:
-            runs.append({**run, "rows": kept})
-    runs.append({"environment": facts["environment"], "rows": rows})
-    results.mkdir(exist_ok=True)
-    path.write_text(compact_json(facts["machine"], runs))
-    return path
-
-
-def result_files(folder: Path, shown_in: str | None = None) -> list[Path]:
-    """The files of results in a folder, one a machine; with a text, those of the machines that it names in bold."""
-    paths = sorted(folder.glob("*.json"))
-    if shown_in is None:
-        return paths
-    return [path for path in paths if f"**{json.loads(path.read_text())['machine']['name']}**" in shown_in]
+    return store.add(
+        results, facts["machine"], facts["environment"], rows, replaces=lambda row: row["family"] in measured
+    )
 
 
 def render(paths: list[Path]) -> str:
     """The tables of all machines, as Markdown."""
     parts = []
     for path in paths:
-        document = json.loads(path.read_text())
+        document = store.read(path)
         for run in document["runs"]:
             parts.append(_about(document["machine"], run["environment"]))
             parts.append(markdown_table(HEADER, map(_cells, sorted(run["rows"], key=_place)), text_columns=3))
@@ -154,7 +140,7 @@ def render_number(results: Path) -> str:
 
 def _headline_row(path: Path, selection: dict[str, str]) -> tuple[dict, dict, dict]:
     """The machine, the environment and the row that a selection finds in a file of results."""
-    document = json.loads(path.read_text()) if path.is_file() else {"runs": []}
+    document = store.read(path)
     for run in document["runs"]:
         for row in run["rows"]:
             if _matches(row, selection) and not row["busy"]:
@@ -198,7 +184,7 @@ def main(
     try:
         if options.raw:
             _report_run(add_run(options.raw, results))
-        paths = result_files(results, shown_in=present(page) if options.check else None)
+        paths = machine_files(results, shown_in=present(page) if options.check else None)
         text = insert(render_number(results), summary, NUMBER_MARKERS)
         text = insert(render_headline(results), summary, HEADLINE_MARKERS, text)
         texts = {summary: text, page: insert(render(paths), page)}
@@ -225,7 +211,7 @@ def write_or_check(texts: dict[Path, str], check: bool, command: str) -> int:
 
 def _report_run(path: Path) -> None:
     print(f"wrote {path}")
-    rows = [row for run in json.loads(path.read_text())["runs"] for row in run["rows"]]
+    rows = store.rows_of(path)
     busy = [row for row in rows if row["busy"]]
     if busy:
         share = max(row["others"] for row in busy)
@@ -332,15 +318,6 @@ def markdown_table(header: tuple[str, ...], rows: Iterable[list[str]], text_colu
     """A Markdown table whose columns behind the first `text_columns` are set flush right."""
     rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
-
-
-def compact_json(machine: dict, runs: list[dict]) -> str:
-    """The JSON text with one row a line, so that a new measurement changes one line."""
-    blocks = []
-    for run in runs:
-        rows = ",\n".join("   " + json.dumps(row, ensure_ascii=False) for row in run["rows"])
-        blocks.append(f' {{"environment": {json.dumps(run["environment"])},\n  "rows": [\n{rows}\n  ]}}')
-    return f'{{"machine": {json.dumps(machine)},\n "runs": [\n' + ",\n".join(blocks) + "\n ]}\n"
 
 
 if __name__ == "__main__":
