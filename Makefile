@@ -67,7 +67,7 @@ docs: .venv/installed
 
 bench: .venv/installed
 	@mkdir -p build
-	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmark.json
+	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/tests --benchmark-json=build/benchmark.json
 	$(BIN)/python -m benchmarks.table build/benchmark.json
 
 bench-step: .venv/installed
