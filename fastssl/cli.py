@@ -13,7 +13,7 @@ import fastssl
 from fastssl import cli_data
 from fastssl.cli_eval import evaluate
 from fastssl.cli_pretrain import pretrain
-from fastssl.data.source import names as source_names
+from fastssl.data.source import source_names
 from fastssl.machine import facts
 from fastssl.run import method_names, open_run
 from fastssl.train.signals import Interrupted

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from fastssl.data import augmentation as augmentations
 from fastssl.data.augmentation import Augmentation
-from fastssl.data.contact_sheet import sheet
-from fastssl.data.findings import check
+from fastssl.data.contact_sheet import make_contact_sheet
+from fastssl.data.findings import scan
 from fastssl.data.loader import ENGINES, Loader, has_dali
 from fastssl.data.source import Source, open_source
-from fastssl.data.timing import Speed, cores, speed
+from fastssl.data.timing import Throughput, cores, measure_throughput
 from fastssl.run import method_module, method_names
 
 OTHER_AUGMENTATIONS = ("multi_crop", "evaluation")
@@ -58,7 +58,7 @@ def _check(words: list[str]) -> None:
         flags.bad_files.write_text("")  # refused now rather than after the whole scan
     console, source = Console(highlight=False), open_source(flags.source, flags.split)
     began = time.perf_counter()
-    found = check(source, flags.workers)
+    found = scan(source, flags.workers)
     took = time.perf_counter() - began
     for name, value in _facts(found, len(source), flags.split, took):
         console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
@@ -118,7 +118,7 @@ def _show(words: list[str]) -> None:
     augmentation = augmentation_of(flags.augmentation, source, flags.image_size)
     if not flags.to.absolute().parent.is_dir():
         raise ValueError(f"data: there is no folder {flags.to.absolute().parent} to write {flags.to.name} into")
-    sheet(source, augmentation, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
+    make_contact_sheet(source, augmentation, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
     print(flags.to)
 
 
@@ -165,7 +165,7 @@ def _at_least(least: int, **flags: float) -> None:
 
 def measured(
     source: Source, augmentation: Augmentation, engine: str, batch_size: int, workers: int, seconds: float
-) -> Speed:
+) -> Throughput:
     """Of a loader, epoch after epoch, on a GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -173,7 +173,7 @@ def measured(
         loader = Loader(source, augmentation, batch_size, workers=workers, engine=engine, device=device, max_bad=1.0)
         return (len(batch.index) for epoch in itertools.count() for batch in loader.epoch(epoch))
 
-    return speed(start, seconds, warm_up=2 * max(1, workers) + 2)
+    return measure_throughput(start, seconds, warm_up=2 * max(1, workers) + 2)
 
 
 def augmentation_of(name: str, source: Source, size: tuple[int, int] | None = None) -> Augmentation:
@@ -195,5 +195,5 @@ def engines() -> tuple[str, ...]:
     return tuple(engine for engine in ENGINES if engine != "dali" or has_dali())
 
 
-def _said(seen: Speed) -> str:
+def _said(seen: Throughput) -> str:
     return f"{seen.images_per_second:,.0f} images/s, {seen.cpu_seconds:,.2f} processor seconds for 1,000"

@@ -173,8 +173,8 @@ def _pretrain(run: Run, begin: bool, device: torch.device) -> None:
         after_epoch=lambda epoch: _due(options, training, epoch) and evaluate(epoch),
         parameter_groups=getattr(method_module(run.method_name), "parameter_groups", None),
     )
-    if loader.bad:
-        print(f"{loader.bad} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")
+    if loader.bad_count:
+        print(f"{loader.bad_count} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")
     evaluate(training.epochs)
     _say(f"done: {run.folder} · fastssl report {run.folder}")
 
