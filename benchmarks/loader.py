@@ -32,11 +32,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from fastssl.cli_data import augmentation_of, engines
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 from fastssl.data.timing import speed
+from fastssl.machine import installed_engines
+from fastssl.run import augmentation_named
 
 from .machine import environment, keep_memory, machine
 from .plain_transforms import augmentation
@@ -168,8 +169,8 @@ def measure(side: int, recipes: tuple[str, ...]) -> Iterator[dict]:
         for name, (kind, path, baseline) in itertools.product(recipes, sources):
             if kind == "webdataset" and name not in ("mae", "moco_v2"):
                 continue
-            augmentation = augmentation_of(name, open_source(f"{kind}:{path}"))
-            contestants = {engine: ours(f"{kind}:{path}", augmentation, engine) for engine in engines()}
+            augmentation = augmentation_named(name, open_source(f"{kind}:{path}"))
+            contestants = {engine: ours(f"{kind}:{path}", augmentation, engine) for engine in installed_engines()}
             row = {"recipe": name, "source": kind, "side": side}
             row |= compare({**contestants, "baseline": baseline(path, augmentation)})
             print(row, flush=True)

@@ -7,7 +7,7 @@ import pytest
 
 from fastssl.methods import mae, moco_v2
 from fastssl.report import curves, tables
-from fastssl.report.opened import Opened
+from fastssl.report.run_data import RunData
 
 from .made import make_run
 
@@ -26,7 +26,7 @@ def drawn(monkeypatch):
 
 
 def opened(run, colour="#123456"):
-    return Opened(run, run.folder.name, colour)
+    return RunData(run, run.folder.name, colour)
 
 
 def test_lines_may_lack_keys_and_values(tmp_path, drawn):
