@@ -75,7 +75,7 @@ def measure_case(case: Case, precision: str, rounds: int | None = ROUNDS, compil
     split = {name: parts(runs[name]) for name in ("ours", "official")}
     products = {name: floor(runs[name]) for name in ("ours", "official")}
     if DEVICE.type == "cuda":
-        loops["ours"].as_graph()
+        loops["ours"].use_graph()
         for _ in range(1 + WARM_UP):
             runs["ours"]()
     seconds, others = measure(runs, rounds)

@@ -22,8 +22,7 @@ from fastssl.nn.masking import seeded_noise
 from fastssl.nn.resnet import ResNetMini
 from fastssl.nn.vit import MOCO_V3_SIZES, SIZES
 from fastssl.train.config import Execution, Training
-from fastssl.train.graph import Graph
-from fastssl.train.loop import _State, _step
+from fastssl.train.trainer import Trainer
 
 from . import official
 from .machine import DEVICE
@@ -54,22 +53,22 @@ class Case:
 
 
 class Ours:
-    """The trainer's own step on batch after batch: ``loss = ours(batch, progress)``."""
+    """The step of the trainer, at the peak learning rate: ``loss = ours(batch, progress)``."""
 
     def __init__(self, case: Case, model: nn.Module, precision: str):
-        self.model, self.lr, self.next = model.to(DEVICE), case.lr, None
-        self.state = _State(self.model, "benchmark", case.training, Execution(precision=precision), None)
-        self.optimizer = self.state.optimizer
-        self.batches = iter(lambda: self.next, object())  # endless: whatever is next
+        self.model = model.to(DEVICE)
+        # In the first epoch of a run that changes the learning rate once per epoch it is the peak.
+        training = dataclasses.replace(case.training, epochs=1, warmup_epochs=0, lr_by_epoch=True, lr_drops=())
+        self.trainer = Trainer(self.model, training, Execution(precision=precision), TOTAL)
+        self.optimizer = self.trainer.optimizer
 
-    def as_graph(self) -> None:
-        """From here on as with --graph."""
-        self.state.gradients_of = Graph(self.state.gradients_of, self.model.parameters())
+    def use_graph(self) -> None:
+        """Run the following steps as with --graph."""
+        self.trainer.use_graph()
 
     def __call__(self, batch: Batch, progress: float) -> Tensor:
-        """The trainer knows itself how far it is; it says nothing of `progress`."""
-        self.next = batch
-        return _step(self.state, self.batches, self.lr, TOTAL)[0]
+        """`progress` is ignored: the trainer counts its steps."""
+        return self.trainer.step(iter((batch,))).loss
 
 
 def plain(case: Case, state: dict, autocast: torch.dtype | None, dtype: torch.dtype = torch.float32) -> official.Loop:
@@ -203,7 +202,7 @@ def moco_v3_case(backbone: str, image_size: tuple[int, int], batch: int, **chang
 
 
 class Contrast(nn.Module):
-    """A method of a projection head on features that are given, as SimCLR has it on its encoder."""
+    """A method that trains the projection head of SimCLR on given features."""
 
     def __init__(self, features: int, hidden: int, dim: int, tau: float):
         super().__init__()
@@ -215,8 +214,18 @@ class Contrast(nn.Module):
         with torch.profiler.record_function("loss"):
             return self.criterion(a, b), {}
 
+    def before_step(self, progress: float) -> None:
+        """The forward pass has no scheduled values."""
+
     def after_step(self, progress: float) -> None:
-        """Nothing is carried from step to step."""
+        """There is no state beside the parameters."""
+
+    @property
+    def encoder(self) -> nn.Module:
+        return nn.Identity()
+
+    def features(self, images: Tensor) -> Tensor:
+        return images
 
 
 def simclr_case(batch: int, features: int, hidden: int, dim: int, tau: float = 0.1) -> Case:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from fastssl import distributed
+from fastssl.bounds import check_ranges
 from fastssl.contract import Reconstructs
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source
@@ -28,7 +29,7 @@ from fastssl.run import (
 )
 from fastssl.settings import differences, flag, update
 from fastssl.train import checkpoint
-from fastssl.train.loop import PRECISIONS, train
+from fastssl.train.loop import train
 from fastssl.train.parallel import check_sharding
 from fastssl.weights import load_weights, read_weights
 
@@ -181,23 +182,11 @@ def _resume(run: Run, options: Options, config: Any, way_out: str) -> Run:
     return _join_ranks_and_train(resumed, changes)
 
 
-def _check_numbers(options: Options, config) -> None:
-    """Checks numbers that no method accepts; what depends on the method is checked by its `build`."""
-    training, execution = config.training, options.execution
-    if execution.precision not in PRECISIONS:
-        raise ValueError(f"pretrain: --precision must be {' or '.join(PRECISIONS)}, got {execution.precision!r}")
-    counts = {name: getattr(execution, name) for name in ("log_every", "keep_last")}
-    counts |= {name: getattr(training, name) for name in ("batch_size", "epochs", "accumulate")}
-    for name, value in {**counts, **vars(config)}.items():  # whole numbers of a method are all sizes
-        values = value if isinstance(value, tuple) else (value,)
-        if any(type(number) is int and number < 1 for number in values):
-            raise ValueError(f"pretrain: {flag(name)} must be at least 1, got {' '.join(map(str, values))}")
-    for name, value in {**vars(options), **vars(config), **vars(training), **vars(execution)}.items():
-        of_number = type(value) in (int, float)
-        if (of_number and not 0 <= value < float("inf")) or (of_number and value >= 2**63):
-            raise ValueError(f"pretrain: {flag(name)} must be a number from 0 on, got {value}")
-    if drops := [epoch for epoch in training.lr_drops if epoch >= training.epochs]:
-        raise ValueError(f"pretrain: --lr-drops must lie before --epochs {training.epochs}, got {drops[0]}")
+def _check_numbers(options: Options, config: Any) -> None:
+    """Checks numbers and choices against their annotations; the method's `build` checks the rest."""
+    check_ranges(options, "pretrain")
+    check_ranges(config, "pretrain")
+    config.training.check("pretrain")
 
 
 def _join_ranks_and_train(run: Run, changes: dict[str, tuple[Any, Any]] | None = None) -> Run:
@@ -249,6 +238,7 @@ def _train(run: Run, changes: dict[str, tuple[Any, Any]] | None, device: torch.d
         run.folder,
         resume=state,
         after_epoch=lambda epoch: _is_due(options, training, epoch) and evaluate(epoch),
+        parameter_groups=getattr(method_module(run.method_name), "parameter_groups", None),
     )
     if loader.bad:
         print(f"{loader.bad} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")

@@ -17,16 +17,18 @@ import importlib
 import inspect
 import json
 import pkgutil
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import fastssl.methods
+from fastssl.bounds import NOT_NEGATIVE
 from fastssl.data.augmentation import Augmentation, evaluation, multi_crop
 from fastssl.data.source import Source, expanded, open_source
 from fastssl.files import write_atomically
@@ -125,9 +127,9 @@ class Options:
     cifar100:PATH, or package.module:ARGUMENT for a source of your own"""
     folder: Path | None = None
     """folder of the run; runs/METHOD-DATA by default"""
-    seed: int = 0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
     """random seed of initial weights, order, augmentations and masks"""
-    workers: int | None = None
+    workers: Annotated[int | None, NOT_NEGATIVE] = None
     """processes (dali: threads) that load data; by default a quarter of the cores, and up to 8 beside a GPU"""
     engine: str = "auto"
     """loader engine: torchvision, dali, or auto (dali on a GPU if it is installed)"""
@@ -135,9 +137,9 @@ class Options:
     """file with initial weights: an official checkpoint of the method, or a whole model written by `fastssl export`"""
     device: str = "auto"
     """device: cuda, cpu, or auto (cuda if available)"""
-    max_bad: float = 0.01
+    max_bad: Annotated[float, NOT_NEGATIVE] = 0.01
     """largest share of images that cannot be decoded; above it the run stops"""
-    knn_every: int = 0
+    knn_every: Annotated[int, NOT_NEGATIVE] = 0
     """epochs between kNN evaluations during the run; 0: one before and one after it"""
     execution: Execution = field(default_factory=Execution)
 
@@ -437,11 +439,11 @@ def name_given(data: Sources) -> str:
 
 
 def _from_json(cls: type, values: dict) -> Any:
-    """A dataclass from what dataclasses.asdict and JSON made of it: tuples are lists there, paths strings."""
-    hints = {f.name: f.type for f in dataclasses.fields(cls)}
+    """A dataclass from its JSON form, where tuples are lists and paths are strings."""
+    hints = typing.get_type_hints(cls)
     if unknown := set(values) - set(hints):
         raise TypeError(f"unknown field {sorted(unknown)[0]!r}")
-    made = {}
+    fields = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
             value = _from_json(hints[name], value)
@@ -449,5 +451,5 @@ def _from_json(cls: type, values: dict) -> Any:
             value = tuple(value)
         elif hints[name] == Path | None and value is not None:
             value = Path(value)
-        made[name] = value
-    return cls(**made)
+        fields[name] = value
+    return cls(**fields)

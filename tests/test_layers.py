@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "distributed",
         "data.augmentation",
         "train.config",
+        "train.schedule",
         "eval.protocols",
     },
     "data": {*VALUES, "ops"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "cli": {"run", "ops", "data", "report", "weights", "train", "machine", "cli_data", "cli_eval", "cli_pretrain"},
     "cli_data": {"run", "data"},
     "cli_eval": {"run", "data", "eval", "machine", "train", "weights", "distributed"},
-    "cli_pretrain": {"run", "data", "eval", "machine", "train", "weights", "distributed", "cli_eval"},
+    "cli_pretrain": {*VALUES, "run", "data", "eval", "machine", "train", "weights", "distributed", "cli_eval"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -6,10 +6,8 @@ Learning rates are for a batch of 256 images and scale with the batch size.
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, Range, check_ranges
+from fastssl.bounds import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, check_ranges
 from fastssl.train.config import Training
-
-BELOW_1 = Range(0, 1, high_open=True)
 
 
 class Setting(NamedTuple):

@@ -13,6 +13,9 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fastssl.files import sync_folder
 
 DIGEST = 16  # hexadecimal digits of the SHA-256 in a name
 
@@ -50,7 +53,7 @@ class Checkpoints:
         for name, x in state["model"].items():
             if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all():
                 raise ValueError(f"checkpoint: {name} is not finite after step {step}: not saved; {self._intact()}")
-        self._thread = threading.Thread(target=self._write, args=(_copied(state), step))
+        self._thread = threading.Thread(target=self._write, args=(tree_map_only(Tensor, _cpu_copy, state), step))
         self._thread.start()
 
     def wait(self) -> None:
@@ -73,7 +76,7 @@ class Checkpoints:
                 os.fsync(file.fileno())
             path = self.folder / f"step-{step:08d}.{hashed.sha.hexdigest()[:DIGEST]}.pt"
             beside.replace(path)
-            _sync(self.folder)
+            sync_folder(self.folder)
             self._prune(path)
         except (OSError, RuntimeError) as error:  # torch's zip writer wraps what the file raised
             cause = hashed.failed if hashed and hashed.failed else error
@@ -169,22 +172,8 @@ def _step_of(path: Path) -> int:
     return int(path.name.split(".")[0].removeprefix("step-"))
 
 
-def _copied(state):
-    """The same with every tensor copied to the CPU."""
-    if isinstance(state, Tensor):
-        return state.detach().cpu() if state.device.type != "cpu" else state.detach().clone()
-    if isinstance(state, dict):
-        return {key: _copied(value) for key, value in state.items()}
-    return type(state)(map(_copied, state)) if isinstance(state, list | tuple) else state
-
-
-def _sync(folder: Path) -> None:
-    """A rename is on disk when its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _cpu_copy(x: Tensor) -> Tensor:
+    return x.detach().cpu() if x.device.type != "cpu" else x.detach().clone()
 
 
 def random_state() -> dict:
