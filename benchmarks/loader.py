@@ -35,7 +35,7 @@ from torchvision.transforms import v2
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
-from fastssl.data.timing import speed
+from fastssl.data.timing import measure_throughput
 from fastssl.machine import installed_engines
 from fastssl.run import augmentation_named
 
@@ -148,7 +148,7 @@ def compare(contestants: dict[str, Callable[[], Iterator[int]]]) -> dict:
     names = list(contestants)
     for turn in range(ROUNDS):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seen[name].append(speed(contestants[name], SECONDS, warm_up=2 * WORKERS + 2))
+            seen[name].append(measure_throughput(contestants[name], SECONDS, warm_up=2 * WORKERS + 2))
     rates = {name: [one.images_per_second for one in runs] for name, runs in seen.items()}
     ratios = {name: [a / b for a, b in zip(rates[name], rates["baseline"])] for name in names if name != "baseline"}
     seconds = {name: [one.cpu_seconds for one in runs] for name, runs in seen.items()}

@@ -240,8 +240,8 @@ def _train(run: Run, changes: dict[str, tuple[Any, Any]] | None, device: torch.d
         after_epoch=lambda epoch: _is_due(options, training, epoch) and evaluate(epoch),
         parameter_groups=getattr(method_module(run.method_name), "parameter_groups", None),
     )
-    if loader.bad:
-        print(f"{loader.bad} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")
+    if loader.bad_count:
+        print(f"{loader.bad_count} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")
     evaluate(training.epochs)
     _print(f"done: {run.folder} · fastssl report {run.folder}")
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import fastssl.methods
 from fastssl.bounds import NOT_NEGATIVE
 from fastssl.data.augmentation import Augmentation, evaluation, multi_crop
-from fastssl.data.source import Source, expanded, open_source
+from fastssl.data.source import Source, expand_user, open_source
 from fastssl.files import write_atomically
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution
@@ -97,7 +97,7 @@ def absolute_data(spec: str) -> str:
     if name not in PATH_SOURCES or not argument or "://" in argument:
         return spec
     paths = argument.split(",") if name == "arrays" else [argument]
-    return f"{name}:" + ",".join(str(expanded(path).absolute()) if path else path for path in paths)
+    return f"{name}:" + ",".join(str(expand_user(path).absolute()) if path else path for path in paths)
 
 
 def augmentation_named(name: str, source: Source, size: tuple[int, int] | None = None) -> Augmentation:

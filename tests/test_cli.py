@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastssl.data.source import names as source_names
+from fastssl.data.source import source_names
 from tests.support.command import refused, run
 
 FAST = ["--epochs", "1", "--batch-size", "32", "--workers", "0"]
@@ -125,7 +125,7 @@ def test_a_folder_with_a_bad_image_trains_to_the_end(monkeypatch, capsys, tmp_pa
     data, folder = pictures(tmp_path / "data", 200, bad=1), tmp_path / "run"
     run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--folder", folder, *FAST)
     assert "1 of 160 images could not be decoded" in capsys.readouterr().out
-    assert "000.png: no image that Pillow knows" in (folder / "bad_files.txt").read_text()
+    assert "000.png: no image format that Pillow supports" in (folder / "bad_files.txt").read_text()
 
 
 def test_too_many_bad_images_stop_the_run(monkeypatch, tmp_path):
@@ -147,7 +147,8 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     )
     refused(
         monkeypatch,
-        f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images)",
+        f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images, "
+        f"package.module:ARGUMENT for a source of your own)",
         "pretrain",
         "mae",
         "--data",

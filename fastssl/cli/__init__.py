@@ -77,7 +77,9 @@ def _run(words: list[str]) -> None:
 
 
 def _help() -> str:
-    from fastssl.data.source import names
+    from fastssl.data.source import source_names
     from fastssl.run import method_names
 
-    return HELP.format(version=fastssl.__version__, methods=", ".join(method_names()), sources=", ".join(names()))
+    return HELP.format(
+        version=fastssl.__version__, methods=", ".join(method_names()), sources=", ".join(source_names())
+    )

@@ -12,7 +12,7 @@ from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, check_ranges
 from fastssl.data.augmentation import Augmentation
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source, open_source
-from fastssl.data.timing import Speed, cores, speed
+from fastssl.data.timing import Throughput, cores, measure_throughput
 from fastssl.machine import installed_engines
 from fastssl.run import augmentation_named
 
@@ -59,12 +59,12 @@ def command(words: list[str]) -> None:
 
 def loader_speed(
     source: Source, augmentation: Augmentation, engine: str, batch_size: int, workers: int, seconds: float
-) -> Speed:
-    """Speed of a loader over epochs, with batches on a GPU if there is one."""
+) -> Throughput:
+    """Throughput of a loader over epochs, with batches on a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def start():
         loader = Loader(source, augmentation, batch_size, workers=workers, engine=engine, device=device, max_bad=1.0)
         return (len(batch.index) for epoch in itertools.count() for batch in loader.epoch(epoch))
 
-    return speed(start, seconds, warm_up=2 * max(1, workers) + 2)
+    return measure_throughput(start, seconds, warm_up=2 * max(1, workers) + 2)

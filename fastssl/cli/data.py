@@ -11,10 +11,10 @@ import tyro
 from rich.console import Console
 
 from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, check_ranges
-from fastssl.data.contact_sheet import sheet
-from fastssl.data.findings import Findings, check
+from fastssl.data.contact_sheet import make_contact_sheet
+from fastssl.data.findings import Findings, scan
 from fastssl.data.source import open_source
-from fastssl.data.timing import Speed, cores
+from fastssl.data.timing import Throughput, cores
 from fastssl.machine import installed_engines
 from fastssl.run import augmentation_named
 
@@ -80,7 +80,7 @@ def _check(words: list[str]) -> None:
         flags.bad_files.write_text("")  # raises now rather than after the whole scan
     console, source = Console(highlight=False), open_source(flags.source, flags.split)
     start = time.perf_counter()
-    findings = check(source, flags.workers)
+    findings = scan(source, flags.workers)
     seconds = time.perf_counter() - start
     for name, value in _facts(findings, len(source), flags.split, seconds):
         console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
@@ -120,9 +120,9 @@ def _show(words: list[str]) -> None:
     augmentation = augmentation_named(flags.augmentation, source, flags.image_size)
     if not flags.to.absolute().parent.is_dir():
         raise ValueError(f"data: --to must be in a folder that exists, got {flags.to}")
-    sheet(source, augmentation, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
+    make_contact_sheet(source, augmentation, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
     print(flags.to)
 
 
-def _speed_text(measured: Speed) -> str:
+def _speed_text(measured: Throughput) -> str:
     return f"{measured.images_per_second:,.0f} images/s, {measured.cpu_seconds:,.2f} processor seconds per 1,000"

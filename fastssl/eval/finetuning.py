@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.decoding import open_image
-from fastssl.data.samples import stand_in
+from fastssl.data.samples import fill_in_rows
 from fastssl.data.source import BadImage, Source
 from fastssl.extras import need
 from fastssl.nn import accelerate
@@ -265,7 +265,7 @@ def _collate(samples: list[tuple[Tensor, int] | int]) -> _Batch:
     bad = [sample for sample in samples if isinstance(sample, int)]
     if not good:
         return _Batch(None, None, bad)
-    images, labels = zip(*(good[row] for row in stand_in(list(range(len(good))), len(samples))))
+    images, labels = zip(*(good[row] for row in fill_in_rows(list(range(len(good))), len(samples))))
     return _Batch(torch.stack(images), torch.tensor(labels), bad)
 
 
