@@ -94,7 +94,7 @@ def _linear_command(words: list[str]) -> None:
     class LinearFlags(TrainFlags):
         protocol: Literal["features", "official"] = "features"
         """features: extracted once, swept in seconds to minutes; official: the paper's, with its augmentations"""
-        pool: Literal["cls", "mean"] | None = None
+        pool: Literal["token", "avg"] | None = None
         """of a ViT: class token or mean of the patches; if not given, what the method's paper takes, the class token"""
         how: type(default) = field(default_factory=lambda: default)
 

@@ -77,7 +77,7 @@ def all_gather_uneven(x: Tensor) -> Tensor:
 
 
 def features_of(method: nn.Module, pool: str | None = None) -> Callable[[Tensor], Tensor]:
-    """The method's ``features``; with `pool` "cls" or "mean" those of its ViT, pooled so.
+    """The method's ``features``; with `pool` "token" or "avg" those of its ViT, pooled that way.
 
     Raises:
         ValueError: `pool` is given and there is no ViT.
