@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import triton
-from fastssl.kernels import tile
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from fastssl.kernels import tile
 
 
 class Resources(NamedTuple):

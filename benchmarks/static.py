@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
+
 from fastssl.kernels import tile
 
 from . import model, nvcc

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from fastssl.kernels import attention, contrastive, masking, memory, norm, patches, tile
 
 from . import model

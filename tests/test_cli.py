@@ -9,21 +9,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastssl import cli
 from fastssl.data.source import names as source_names
+from tests.support.command import refused, run
 
 FAST = ["--epochs", "1", "--batch-size", "32", "--workers", "0"]
-
-
-def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, words)])
-    cli.main()
-
-
-def refused(monkeypatch, sentence, *words):
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *words)
-    assert str(stopped.value) == f"fastssl: {sentence}"
 
 
 def accuracies(folder):

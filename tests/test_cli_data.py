@@ -16,9 +16,8 @@ from fastssl.data.loader import has_dali
 from fastssl.data.source import open_source
 from fastssl.data.timing import speed
 from fastssl.methods import moco_v2, moco_v3
-from tests.data.test_engines import poison
-from tests.data.test_loader import engines
-from tests.test_cli import refused, run
+from tests.support.command import refused, run
+from tests.support.loaders import engines, poison
 
 ENGINES = ["torchvision", *(["dali"] if has_dali() else [])]
 

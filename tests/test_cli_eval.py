@@ -10,8 +10,8 @@ import torch
 from fastssl import cli_eval
 from fastssl.cli_eval import write_knn
 from fastssl.run import open_run
-from tests.ranks import run_ranks
-from tests.test_cli import refused, run
+from tests.support.command import refused, run
+from tests.support.ranks import run_ranks
 
 TINY = ["--data", "digits", "--epochs", "1", "--batch-size", "512", "--decoder-depth", "1", "--image-size", "8", "8"]
 

@@ -13,7 +13,7 @@ from fastssl.contract import Batch
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 from fastssl.nn.vit import ViT
 from fastssl.weights import export, load_weights, read_weights
-from tests.ops.contract import refused
+from tests.support.contract import refused
 
 
 def equal(one: dict, two: dict) -> bool:

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from fastssl.data.augmentation import View, evaluation
 from fastssl.data.draws import _orders, draw, windows
-from tests.ops.contract import refused
+from tests.support.contract import refused
 
 COUNT = 4000
 UNLIKELY = 1e-3

@@ -17,7 +17,7 @@ from fastssl.data.loader import Loader, has_dali
 from fastssl.data.source import Subset, open_source
 from fastssl.data.sources.arrays import Arrays
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
-from tests.data.test_loader import digest, engines, indices
+from tests.support.loaders import digest, engines, indices, poison
 
 needs_dali = pytest.mark.skipif(not has_dali(), reason="needs DALI")
 SIZE = (64, 96)
@@ -157,51 +157,6 @@ def spreads(x):
 
 def edges(x):
     return x.diff(dim=3).square().mean((1, 2, 3))[:, None]
-
-
-def poison(folder, good):
-    """A folder of images of all kinds, and of files that are none; returns the names of the bad ones."""
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    for i in range(good):
-        image.save(folder / f"{i:03d}.jpg")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(folder / "turned.jpg", exif=exif)
-    image.convert("L").save(folder / "grey.jpg")
-    image.convert("CMYK").save(folder / "cmyk.jpg")
-    image.save(folder / "progressive.jpg", progressive=True)
-    image.save(folder / "x.webp")
-    image.save(folder / "x.bmp")
-    image.save(folder / "x.tif")
-    image.convert("RGBA").save(folder / "x.png")
-    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
-    image.convert("P").save(folder / "palette.gif")
-    whole = (folder / "000.jpg").read_bytes()
-    bad = {
-        "bad-zero.jpg": b"",
-        "bad-text.jpg": b"not an image",
-        "bad-cut.jpg": whole[: len(whole) // 2],
-        "bad-head.jpg": whole[:30],
-        "bad-cut.png": (folder / "x.png").read_bytes()[:200],
-        "bad-cut.webp": (folder / "x.webp").read_bytes()[:100],
-        "bad-noise.jpg": whole[:2] + bytes(500),
-        "bad-bomb.png": bomb(),
-    }
-    for name, data in bad.items():
-        (folder / name).write_bytes(data)
-    (folder / "bad-gone.jpg").symlink_to("nowhere")
-    return sorted([*bad, "bad-gone.jpg"])
-
-
-def bomb():
-    """A header that claims 20,000 × 20,000 pixels."""
-    import struct
-    import zlib
-
-    body = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + bytes(100)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -19,8 +19,8 @@ from fastssl.data.decoding import open_image
 from fastssl.data.loader import Loader
 from fastssl.data.source import BadImage, Strings, open_source
 from fastssl.data.sources import folder, webdataset
-from tests.data.test_loader import engines, indices, plain
-from tests.ops.contract import refused
+from tests.support.contract import refused
+from tests.support.loaders import engines, indices, plain
 
 RANDOM = np.random.default_rng(0)
 

@@ -1,4 +1,3 @@
-import hashlib
 import io
 import os
 
@@ -12,19 +11,13 @@ from fastssl.data.draws import mix
 from fastssl.data.loader import Loader, has_dali
 from fastssl.data.order import BUFFER, Order
 from fastssl.data.source import BadImage, open_source
-from tests.ops.contract import refused
+from tests.support.contract import refused
+from tests.support.loaders import digest, engines, indices, plain
 
 VIEW = View(
     (16, 24), crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale_p=0.2, blur_p=0.5, flip_p=0.5
 )
 TWO = Augmentation((VIEW, VIEW))
-ENGINES = ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI"))]
-engines = pytest.mark.parametrize("engine", ENGINES)
-
-
-def plain(size):
-    """The whole image, resized."""
-    return Augmentation((View(size),))
 
 
 class Numbers:
@@ -54,15 +47,6 @@ class Numbers:
         if index in self.bad:
             raise BadImage(f"image {index}: broken")
         return pixels
-
-
-def indices(loader, epoch, start=0):
-    return [i for batch in loader.epoch(epoch, start) for i in batch.index.tolist()]
-
-
-def digest(batch):
-    tensors = (*batch.views, batch.index, batch.label, batch.seed)
-    return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 @engines

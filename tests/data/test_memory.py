@@ -13,7 +13,7 @@ from PIL import Image
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
-from tests.data.test_loader import engines
+from tests.support.loaders import engines
 
 ROOT = Path(__file__).parent.parent.parent
 linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what processes share")

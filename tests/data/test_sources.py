@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from fastssl.data.decoding import open_image
 from fastssl.data.source import BadImage, names, open_source
 from fastssl.data.sources import folder, shapes
-from tests.ops.contract import refused
+from tests.support.contract import refused
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

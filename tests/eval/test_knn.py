@@ -12,7 +12,7 @@ from fastssl.distributed import rank, world_size
 from fastssl.eval import knn
 from fastssl.eval.features import extract, extract_together
 from fastssl.eval.knn import knn_accuracy, nearest
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 KS = (1, 3, 9, 200)
 

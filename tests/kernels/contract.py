@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from tests.close import assert_same
 from tests.kernels.interpreter import watch
-from tests.ops.contract import plain, tensors_of
+from tests.support.close import assert_same
+from tests.support.contract import plain, tensors_of
 
 
 def launched(launcher: Callable, *args) -> tuple[list[Tensor], int]:

@@ -5,14 +5,14 @@ import types
 
 import pytest
 import torch
-from fastssl.kernels import attention as kernels
-from fastssl.kernels import tile
 
 from benchmarks import model
+from fastssl.kernels import attention as kernels
+from fastssl.kernels import tile
 from fastssl.ops import attention, attention_packed, dispatch
-from tests.close import assert_as_exact_on_average
 from tests.kernels.interpreter import triton_on_cpu, watch
-from tests.ops.contract import sparse
+from tests.support.close import assert_as_exact_on_average
+from tests.support.contract import sparse
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
 

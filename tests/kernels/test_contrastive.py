@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fastssl.kernels import contrastive as kernels
-from fastssl.kernels import tile
 from torch import Tensor
 
 from benchmarks import model
+from fastssl.kernels import contrastive as kernels
+from fastssl.kernels import tile
 from fastssl.ops import batch_info_nce, dispatch, info_nce, nt_xent
-from tests.close import FLOOR, assert_exact
 from tests.kernels.interpreter import triton_on_cpu, watch
-from tests.ops.contract import sparse
+from tests.support.close import FLOOR, assert_exact
+from tests.support.contract import sparse
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
 

@@ -2,15 +2,15 @@ import itertools
 
 import pytest
 import torch
-from fastssl.kernels import masking as kernels
-from fastssl.kernels import tile
 
 from benchmarks import model
+from fastssl.kernels import masking as kernels
+from fastssl.kernels import tile
 from fastssl.ops import dispatch, keep_tokens, masking, random_masking, restore_tokens
-from tests.close import assert_exact
 from tests.kernels.contract import launched, same_as_body
 from tests.kernels.interpreter import triton_on_cpu
-from tests.ops.contract import plain, sparse
+from tests.support.close import assert_exact
+from tests.support.contract import plain, sparse
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
 

@@ -2,15 +2,15 @@ import itertools
 
 import pytest
 import torch
-from fastssl.kernels import memory as kernels
-from fastssl.kernels import tile
 
 from benchmarks import model
+from fastssl.kernels import memory as kernels
+from fastssl.kernels import tile
 from fastssl.ops import dispatch, enqueue_, memory
-from tests.close import assert_same
 from tests.kernels.contract import launched
 from tests.kernels.interpreter import triton_on_cpu, watch
-from tests.ops.contract import sparse
+from tests.support.close import assert_same
+from tests.support.contract import sparse
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
 

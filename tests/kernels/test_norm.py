@@ -2,14 +2,14 @@ import itertools
 
 import pytest
 import torch
-from fastssl.kernels import norm as kernels
-from fastssl.kernels import tile
 
 from benchmarks import model
+from fastssl.kernels import norm as kernels
+from fastssl.kernels import tile
 from fastssl.ops import dispatch, norm, residual_norm
 from tests.kernels.contract import launched
 from tests.kernels.interpreter import triton_on_cpu
-from tests.ops.contract import plain
+from tests.support.contract import plain
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
 

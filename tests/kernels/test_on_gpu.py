@@ -24,8 +24,8 @@ from fastssl.ops import (
     restore_tokens,
     unpatchify,
 )
-from tests.close import assert_as_exact_on_average, assert_same
-from tests.ops.contract import compiles, tensors_of
+from tests.support.close import assert_as_exact_on_average, assert_same
+from tests.support.contract import compiles, tensors_of
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")

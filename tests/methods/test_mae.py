@@ -9,9 +9,9 @@ from fastssl.methods import mae
 from fastssl.methods.mae import MAE
 from fastssl.nn.vit import ViT
 from fastssl.ops import dispatch
-from tests.close import assert_as_exact_on_average, assert_exact
-from tests.golden.golden import part, read
-from tests.ops.contract import refused
+from tests.support.close import assert_as_exact_on_average, assert_exact
+from tests.support.contract import refused
+from tests.support.golden import part, read
 
 GOLDEN = ["mae_raw_pixels", "mae_norm_pixels"]
 

@@ -11,10 +11,10 @@ from fastssl.distributed import all_gather, rank, world_size
 from fastssl.methods import moco_v1, moco_v2
 from fastssl.methods.moco_v1 import MoCo
 from fastssl.ops import dispatch
-from tests.close import FLOOR
-from tests.golden.golden import part, read
-from tests.ops.contract import refused
-from tests.ranks import run_ranks
+from tests.support.close import FLOOR
+from tests.support.contract import refused
+from tests.support.golden import part, read
+from tests.support.ranks import run_ranks
 
 
 class OneLayer(nn.Module):

@@ -11,9 +11,9 @@ from fastssl.methods.moco_v3 import MoCoV3
 from fastssl.nn.heads import moco_v3_head
 from fastssl.nn.norm import SyncBatchNorm
 from fastssl.nn.vit import ConvStem
-from tests.golden.golden import part, read
-from tests.ops.contract import refused
-from tests.ranks import run_ranks
+from tests.support.contract import refused
+from tests.support.golden import part, read
+from tests.support.ranks import run_ranks
 
 
 class Encoder(nn.Module):

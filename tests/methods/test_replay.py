@@ -17,7 +17,7 @@ from fastssl.methods.mae import MAE
 from fastssl.train.config import Training
 from fastssl.train.optim import build_optimizer
 from fastssl.train.schedule import learning_rate
-from tests.golden.golden import part
+from tests.support.golden import part
 
 STEPS, EPOCHS, WARMUP, BATCH = 12, 4, 1, 8  # three steps an epoch, so the warm-up ends amid the replay
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

@@ -12,8 +12,16 @@ from fastssl.ops.attention import (
     _attention_packed_bwd,
     _attention_packed_fwd,
 )
-from tests.close import assert_exact, assert_same
-from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, sparse, torch_threads
+from tests.support.close import assert_exact, assert_same
+from tests.support.contract import (
+    compiles,
+    gradcheck,
+    opcheck,
+    refused,
+    refuses_second_derivative,
+    sparse,
+    torch_threads,
+)
 
 # B, L, H, E
 SIZES = [(1, 1, 1, 1), (2, 13, 3, 8), (1, 63, 2, 80), (2, 197, 2, 32), (0, 5, 2, 4), (3, 50, 2, 64), (1, 512, 1, 17)]

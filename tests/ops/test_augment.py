@@ -5,8 +5,8 @@ import torch
 import torchvision.transforms.v2.functional as F
 
 from fastssl.ops import augment, augment_, dispatch
-from tests.close import assert_same
-from tests.ops.contract import opcheck, refused, sparse, torch_threads
+from tests.support.close import assert_same
+from tests.support.contract import opcheck, refused, sparse, torch_threads
 
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 SIZES = [(1, 1), (1, 7), (6, 1), (5, 3), (8, 8), (33, 17), (20, 70), (224, 224)]

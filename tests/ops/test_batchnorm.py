@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastssl.ops import Running, batch_norm, dispatch
-from tests.close import assert_as_exact_on_average, assert_same
-from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, torch_threads
+from tests.support.close import assert_as_exact_on_average, assert_same
+from tests.support.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, torch_threads
 
 module = importlib.import_module("fastssl.ops.batchnorm")
 SIZES = [  # shape, splits; rows shorter than a vector, of a part of a page, of pages; one task and several

@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 from benchmarks.harness import peak_memory
 from fastssl.ops import batch_info_nce, contrastive, dispatch, info_nce, nt_xent
 from fastssl.ops.dispatch import wide
-from tests.close import assert_exact, assert_same
-from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, sparse, torch_threads
+from tests.support.close import assert_exact, assert_same
+from tests.support.contract import (
+    compiles,
+    gradcheck,
+    opcheck,
+    refused,
+    refuses_second_derivative,
+    sparse,
+    torch_threads,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FLOATS = st.sampled_from(DTYPES)

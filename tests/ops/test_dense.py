@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from fastssl import _C
 from fastssl.ops import dispatch, linear
-from tests.close import assert_as_exact_on_average, assert_same
-from tests.ops.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, torch_threads
+from tests.support.close import assert_as_exact_on_average, assert_same
+from tests.support.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, torch_threads
 
 module = importlib.import_module("fastssl.ops.dense")
 SIZES = [(1, 1, 1), (5, 3, 2), (70, 33, 45), (97, 129, 31), (300, 700, 65), (131, 77, 515)]  # M, K, N

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastssl.ops import batch_info_nce, info_nce, patchify, random_masking, unpatchify
-from tests.golden.golden import read
+from tests.support.golden import read
 
 
 def test_random_masking():

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.ops import dispatch, keep_tokens, masking, random_masking, restore_tokens
-from tests.close import assert_exact
-from tests.ops.contract import (
+from tests.support.close import assert_exact
+from tests.support.contract import (
     compiles,
     equals_body,
     gradcheck,

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fastssl.ops import dispatch, ema_update_, enqueue_, memory
-from tests.close import assert_exact, assert_same
-from tests.ops.contract import opcheck, refused, sparse, torch_threads
+from tests.support.close import assert_exact, assert_same
+from tests.support.contract import opcheck, refused, sparse, torch_threads
 
 SIZES = [(), (1,), (13,), (63, 7), (1000, 33), (0, 4), (40, 1000)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.ops import dispatch, norm, residual_norm
-from tests.close import assert_as_exact_on_average, assert_exact
-from tests.ops.contract import (
+from tests.support.close import assert_as_exact_on_average, assert_exact
+from tests.support.contract import (
     compiles,
     gradcheck,
     opcheck,

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.ops import dispatch, keep_patches, masked_patch_mse, patches, patchify, random_masking, unpatchify
-from tests.close import assert_exact
-from tests.ops.contract import (
+from tests.support.close import assert_exact
+from tests.support.contract import (
     compiles,
     equals_body,
     gradcheck,

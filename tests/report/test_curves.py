@@ -8,8 +8,7 @@ import pytest
 from fastssl.methods import mae, moco_v2
 from fastssl.report import curves, tables
 from fastssl.report.opened import Opened
-
-from .made import make_run
+from tests.support.runs import make_run
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ from fastssl.methods import mae, moco_v2, moco_v3
 from fastssl.report import images, ranks
 from fastssl.report import page as report_page
 from fastssl.report.page import write_report
-
-from .made import Page, make_run
+from tests.support.runs import Page, make_run
 
 HOSTILE = ["<script>alert(1)<", "quotes \" ' `", "$x^$ \\frac", "two\nlines", "long " * 45, "{{ 7 * 7 }}", "<!-- -->"]
 

@@ -5,8 +5,7 @@ import torch
 from fastssl.methods import moco_v1, moco_v3
 from fastssl.report import ranks
 from fastssl.report.opened import Opened
-
-from .made import make_run
+from tests.support.runs import make_run
 
 
 def test_bins_double_and_hold_every_rank_once():

@@ -9,7 +9,7 @@ import torch
 
 from fastssl.train import checkpoint
 from fastssl.train.checkpoint import Checkpoints
-from tests.ops.contract import refused
+from tests.support.contract import refused
 
 
 def state(step: int, **model) -> dict:

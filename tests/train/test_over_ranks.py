@@ -20,7 +20,7 @@ from fastssl.train.config import Execution
 from fastssl.train.log import read_metrics
 from fastssl.train.loop import train
 from fastssl.train.signals import Interrupted
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 SMALL = {
     "mae": {"decoder_depth": 1},

@@ -5,7 +5,7 @@ from fastssl.nn.momentum import cosine_momentum
 from fastssl.train.config import Training
 from fastssl.train.optim import LARS
 from fastssl.train.schedule import learning_rate
-from tests.golden.golden import read
+from tests.support.golden import read
 
 
 def test_golden_schedules():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.ops import dispatch
-from tests.close import assert_same
+from tests.support.close import assert_same
 
 
 def tensors_of(result) -> list[Tensor]:

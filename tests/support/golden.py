@@ -6,10 +6,12 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+FOLDER = Path(__file__).parent.parent / "golden"
+
 
 def read(name: str) -> tuple[dict[str, Tensor], dict]:
     """(tensors, configuration) of tests/golden/<name>.safetensors."""
-    with safe_open(Path(__file__).with_name(f"{name}.safetensors"), "pt") as file:
+    with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["meta"])  # noqa: SIM118
 
 
