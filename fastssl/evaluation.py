@@ -66,7 +66,7 @@ def knn(
 def linear(
     run: Run,
     protocol: Literal["features", "official"] = "features",
-    pool: Literal["cls", "mean"] | None = None,
+    pool: Literal["token", "avg"] | None = None,
     labels: float = 1.0,
     seed: int = 0,
     data: str | Sources | None = None,

@@ -334,7 +334,7 @@ class Run:
         self,
         protocol: Literal["features", "official"] = "features",
         *,
-        pool: Literal["cls", "mean"] | None = None,
+        pool: Literal["token", "avg"] | None = None,
         labels: float = 1.0,
         seed: int = 0,
         data: str | Sources | None = None,

@@ -70,12 +70,12 @@ def test_knn(monkeypatch, capsys, folder):
 def test_linear(monkeypatch, capsys, folder):
     fast = ["--epochs", "5", "--optimizers", "sgd", "lbfgs"]
     run(monkeypatch, "eval", "linear", folder, *fast)
-    run(monkeypatch, "eval", "linear", folder, *fast, "--pool", "mean", "--labels", "0.1", "--seed", "1")
+    run(monkeypatch, "eval", "linear", folder, *fast, "--pool", "avg", "--labels", "0.1", "--seed", "1")
     whole, few = noted(folder, "linear")
     assert whole["accuracy"] > 0.8
     assert few["accuracy"] < whole["accuracy"] < whole["top5"]
     assert (whole["protocol"], whole["labels"], whole["step"], whole["epoch"]) == ("features", 1.0, 2, 1.0)
-    assert (few["labels"], few["seed"], few["pool"]) == (0.1, 1, "mean")
+    assert (few["labels"], few["seed"], few["pool"]) == (0.1, 1, "avg")
     first, second = capsys.readouterr().out.splitlines()
     assert first == (
         f"linear accuracy of {folder} on digits: top-1 {whole['accuracy']:.1%}, top-5 {whole['top5']:.1%} "
@@ -198,7 +198,7 @@ def test_pooling_is_for_vits(monkeypatch, tmp_path):
         tmp_path / "moco",
     )
     sentence = "eval: --pool is for ViTs, and MoCo has another backbone here"
-    refused(monkeypatch, sentence, "eval", "linear", tmp_path / "moco", "--pool", "mean")
+    refused(monkeypatch, sentence, "eval", "linear", tmp_path / "moco", "--pool", "avg")
 
 
 def test_what_runs_in_one_process_says_so(monkeypatch, pretrained):

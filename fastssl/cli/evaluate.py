@@ -83,7 +83,7 @@ def _linear(words: list[str]) -> None:
         class Flags(LabelFlags):
             protocol: Literal["features", "official"] = "features"
             """features: extract once, then sweep settings (minutes); official: the paper's, with augmentation"""
-            pool: Literal["cls", "mean"] | None = None
+            pool: Literal["token", "avg"] | None = None
             """features of a ViT: class token or mean of the patch tokens; the method's own choice by default"""
             numbers: type(default) = field(default_factory=lambda: default)
 

@@ -92,7 +92,7 @@ def all_gather_uneven(x: Tensor) -> Tensor:
 
 
 def features_of(method: nn.Module, pool: str | None = None) -> Callable[[Tensor], Tensor]:
-    """The method's `features`, or with `pool` "cls" or "mean" those of its ViT encoder with that pooling.
+    """The method's `features`, or with `pool` "token" or "avg" those of its ViT encoder with that pooling.
 
     Raises:
         ValueError: `pool` is given and the encoder is not a `ViT`.

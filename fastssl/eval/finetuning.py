@@ -77,7 +77,7 @@ def build_classifier(
 def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    width, heads = vit.norm.normalized_shape[0], vit.blocks[0].attn.num_heads
+    width, heads = vit.embed_dim, vit.blocks[0].attn.num_heads
     model = VisionTransformer(
         img_size=vit.img_size,
         patch_size=vit.patch_size,
