@@ -66,7 +66,7 @@ def ahead_of_time(arch: str) -> Iterator[list[Launch]]:
     triton.runtime.driver.set_active(Driver(arch))
     JITFunction.run = compile_only
     try:
-        with tile.pretend(arch):
+        with tile.assume_card(arch):
             yield launches
     finally:
         JITFunction.run = run

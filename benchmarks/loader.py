@@ -15,7 +15,6 @@ several sizes, each repeated.
 import argparse
 import io
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -38,16 +37,18 @@ from fastssl.data.source import open_source
 from fastssl.data.timing import measure_throughput
 from fastssl.machine import installed_engines
 from fastssl.run import augmentation_named
+from tests.support.transforms import plain_transform
 
+from . import store
 from .machine import environment, keep_memory, machine
-from .plain_transforms import augmentation
-from .table import PAGE, RESULTS, SUMMARY, insert, number, times
+from .store import RESULTS, machine_files
+from .table import PAGE, insert, markdown_table, number, present, times, write_or_check
 
 KEPT = RESULTS / "loader"
 RECIPES = ("mae", "moco_v2", "moco_v3", "evaluation")
 SIDES = (256, 400, 1024)  # pixels of the shorter side
 WORKERS, BATCH, ROUNDS, SECONDS, COPIES = 2, 64, 3, 3.0, 40
-HEADLINE = 400  # the side that README shows
+SHARDED = 400  # the side that is measured in tar shards too
 MARKERS = "<!-- loaders:begin -->", "<!-- loaders:end -->"
 HEADER = ("recipe", "source", "torchvision engine", "DALI engine", "baseline", "× baseline", "CPU s / 1,000 images")
 
@@ -103,7 +104,7 @@ class Views:
     @staticmethod
     def _transform(view: View):
         return v2.Compose(
-            [augmentation(view), v2.ToDtype(torch.float32, scale=True), v2.Normalize(view.mean, view.std)]
+            [plain_transform(view), v2.ToDtype(torch.float32, scale=True), v2.Normalize(view.mean, view.std)]
         )
 
     def __call__(self, image: Image.Image) -> list[torch.Tensor]:
@@ -164,7 +165,7 @@ def measure(side: int, recipes: tuple[str, ...]) -> Iterator[dict]:
         root = Path(folder, f"photos-{side}")
         write_photographs(root, side)
         sources = [("folder", root, image_folder)]
-        if side == HEADLINE:
+        if side == SHARDED:
             sources.append(("webdataset", root.parent / f"shards-{side}", webdataset))
         for name, (kind, path, baseline) in itertools.product(recipes, sources):
             if kind == "webdataset" and name not in ("mae", "moco_v2"):
@@ -199,22 +200,22 @@ def start_up(folders: int = 1000, files: int = 100) -> dict:
     return {"files": folders * files, "first": round(first, 2), "again": round(statistics.median(again), 2)}
 
 
-def render(summary: bool) -> str:
+def render(paths: list[Path]) -> str:
     parts = []
-    for path in sorted(KEPT.glob("*.json")):
-        kept = json.loads(path.read_text())
-        made = kept["environment"]
-        rows = [row for row in kept["rows"] if not summary or row["side"] == HEADLINE]
-        versions = ", ".join(f"{name} {made[name.lower()]}" for name in ("torch", "torchvision", "DALI", "Pillow"))
-        about = f"**{kept['machine']['name']}** · level {made['level']} · {versions} · commit `{made['commit']}`"
-        parts.append(f"{about} · {made['date']}")
-        rule = ["---"] * 2 + ["---:"] * (len(HEADER) - 2)
-        opened = kept["start_up"]
-        parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, rule, *map(_cells, rows))))
-        parts.append(
-            f"A folder of {opened['files']:,} files opens in {opened['first']} s the first time, then in "
-            f"{opened['again']} s."
-        )
+    for path in paths:
+        document = store.read(path)
+        for run in document["runs"]:
+            software, opening = run["environment"], run["start_up"]
+            versions = ", ".join(
+                f"{name} {software[name.lower()]}" for name in ("torch", "torchvision", "DALI", "Pillow")
+            )
+            about = f"**{document['machine']['name']}** · level {software['level']} · {versions}"
+            parts.append(f"{about} · commit `{software['commit']}` · {software['date']}")
+            parts.append(markdown_table(HEADER, map(_cells, run["rows"]), text_columns=2))
+            parts.append(
+                f"A folder of {opening['files']:,} files opens in {opening['first']} s the first time, then in "
+                f"{opening['again']} s."
+            )
     return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: `python -m benchmarks.loader` makes them."
 
 
@@ -236,13 +237,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not (options.render or options.check):
         _measure_and_keep()
-    stale = 0
-    for page in (SUMMARY, PAGE):
-        text = insert(render(summary=page is SUMMARY), page, MARKERS)
-        stale += text != page.read_text()
-        if not options.check:
-            page.write_text(text)
-    return int(options.check and stale > 0)
+    paths = machine_files(KEPT, shown_in=present(PAGE, MARKERS) if options.check else None)
+    return write_or_check(
+        {PAGE: insert(render(paths), PAGE, MARKERS)}, options.check, "python -m benchmarks.loader --render"
+    )
 
 
 def _measure_and_keep() -> None:
@@ -254,11 +252,7 @@ def _measure_and_keep() -> None:
     about = machine(cpuinfo.get_cpu_info()["brand_raw"])
     software = {"torchvision": version("torchvision"), "pillow": version("pillow"), "dali": _dali()}
     rows = [row for side in SIDES for row in measure(side, RECIPES)]
-    KEPT.mkdir(parents=True, exist_ok=True)
-    held = {"machine": about, "environment": {**environment(), **software}, "start_up": start_up()}
-    lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    text = json.dumps(held, ensure_ascii=False)[:-1] + f', "rows": [\n{lines}\n ]}}\n'
-    (KEPT / f"{about['slug']}.json").write_text(text)
+    store.add(KEPT, about, {**environment(), **software}, rows, replaces=lambda row: True, start_up=start_up())
 
 
 def _dali() -> str:

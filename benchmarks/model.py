@@ -7,7 +7,7 @@ programs, it asks the kernel's own file for the cut that a card gets.
 import math
 from typing import NamedTuple
 
-from fastssl.kernels import attention, contrastive, masking, memory, norm, patches, tile
+from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
 from fastssl.kernels.tile import CARDS
 
 
@@ -97,7 +97,7 @@ def masked_patch_mse_fwd(
 def enqueue_(K: int, D: int, N: int, queue_bytes: int, key_bytes: int, arch: str = "sm_90") -> Moved:
     """Keys in, as many rows out; the pointer is read by every program, then moved."""
     kept = min(N, K)
-    count, _ = memory.move_tile(kept, D, key_bytes, memory.ENQUEUE[arch].bytes)
+    count, _ = tile.move_tile(kept, D, key_bytes, queue.ENQUEUE[arch].bytes)
     rows = kept * D * (queue_bytes + key_bytes)
     return Moved(rows + 8 * math.ceil(kept / count) + 16, rows + 24, rows + 16)
 
@@ -142,15 +142,15 @@ def info_nce_fwd(B: int, K: int, D: int, size: int, grad: bool = True, arch: str
     """Queries, keys, queue in; loss, rank, gradient out; a partial result of each query for each part of the queue."""
     wide, cut = max(4, size), contrastive.plan(B, K, D, size, CARDS[arch])
     (blocks, parts, columns), tiles = cut.grid, math.ceil(K / cut.block_k)
-    programs, depth = blocks * parts * columns, math.ceil(D / (cut.chunk or cut.width)) * (cut.chunk or cut.width)
+    programs, depth = blocks * parts * columns, math.ceil(D / (cut.chunk or cut.block_d)) * (cut.chunk or cut.block_d)
     stream = programs * wide + parts * columns * B * 2 * D * size  # temperature, and the positive's logit
     stream += tiles * columns * B * D * size if cut.chunk else parts * B * D * size  # the queries
     stream += blocks * K * D * size * ((columns + grad) if cut.chunk else 1)  # the queue
     partial = parts * B * (2 * wide + 4 + grad * D * wide)
     merge = B * (wide + 2 * D * size + parts * (3 * wide + 4) + 2 * wide + 8)
-    merge += grad * B * (math.ceil(D / min(128, cut.width)) * parts * wide + parts * D * wide + D * (size + wide))
+    merge += grad * B * (math.ceil(D / min(128, cut.block_d)) * parts * wide + parts * D * wide + D * (size + wide))
     least = K * D * size + 2 * B * D * size + B * (2 * wide + 8 + grad * D * wide)
-    operations = 2 * tiles * columns * blocks * cut.block_b * cut.block_k * (depth + grad * cut.width)
+    operations = 2 * tiles * columns * blocks * cut.block_b * cut.block_k * (depth + grad * cut.block_d)
     return Moved(stream + partial + merge, least + 2 * partial, least, operations)
 
 
@@ -179,13 +179,13 @@ def nt_xent_bwd(rows: int, D: int, size: int, arch: str = "sm_90") -> Moved:
 def _gather(R: int, C: int, D: int, size: int, both: bool, arch: str) -> Moved:
     wide, cut = max(4, size), contrastive.plan(R, C, D, size, CARDS[arch])
     (blocks, parts, columns), tiles = cut.grid, math.ceil(C / cut.block_k)
-    depth = math.ceil(D / (cut.chunk or cut.width)) * (cut.chunk or cut.width)
+    depth = math.ceil(D / (cut.chunk or cut.block_d)) * (cut.chunk or cut.block_d)
     requested = blocks * columns * (parts + C) * 2 * wide  # numbers, and each row's sum and gradient
     requested += both * parts * columns * R * 2 * wide
     requested += tiles * columns * R * D * size if cut.chunk else parts * R * D * size
     requested += blocks * C * D * size * ((columns + 1) if cut.chunk else 1)
     least = (R + C * (not both)) * D * size + 2 * C * wide + R * D * wide
-    operations = 2 * tiles * columns * blocks * cut.block_b * cut.block_k * (depth + cut.width)
+    operations = 2 * tiles * columns * blocks * cut.block_b * cut.block_k * (depth + cut.block_d)
     partial = parts * R * D * wide
     return Moved(requested + partial, least + (2 * partial if parts > 1 else 0), least, operations)
 
@@ -202,10 +202,10 @@ def attention_fwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90"
 
 def attention_bwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90") -> Moved:
     """q, k, v, the result, its gradient and the logarithms in; three gradients out."""
-    resident, block_l, block_m, width, _, _ = attention.backward_plan(L, L, E, size, arch)
+    per_head, block_l, block_m, width, _, _ = attention.backward_plan(L, L, E, size, arch)
     wide, tensor = max(4, size), L * E * size
     least = B * H * (8 * tensor + L * wide)
-    if resident:
+    if per_head:
         return Moved(least, least, least, 10 * B * H * block_l * math.ceil(L / block_m) * block_m * width)
     blocks = math.ceil(L / block_l)
     requested = B * H * (blocks * (3 * tensor + L * wide) + 3 * tensor + L * wide + blocks * 2 * tensor + 5 * tensor)

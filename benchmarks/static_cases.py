@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastssl.kernels import attention, contrastive, masking, memory, norm, patches, tile
+from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
 
 from . import model
 
@@ -46,16 +46,16 @@ def variants() -> list[Case]:
 def _moco() -> list[Case]:
     cases, tau = [], meta(dtype=FP32)
     for length, dtype in ((65_536, BF16), (1_048_576, BF16), (65_536, FP32)):
-        q, queue, size = meta(256, 128, dtype=dtype), meta(length, 128, dtype=dtype), dtype.itemsize
+        q, negatives, size = meta(256, 128, dtype=dtype), meta(length, 128, dtype=dtype), dtype.itemsize
 
         def moved(arch, length=length, size=size):
             return model.info_nce_fwd(256, length, 128, size, True, arch)
 
         what = f"B=256, D=128, K={length:,}, {NAMES[dtype]}"
-        cases.append(Case("info_nce", what, contrastive.info_nce_fwd, (q, q, queue, tau, True), moved, size))
+        cases.append(Case("info_nce", what, contrastive.info_nce_fwd, (q, q, negatives, tau, True), moved, size))
     moved = lambda arch: model.enqueue_(65_536, 128, 256, 2, 2, arch)  # noqa: E731
     args = (meta(65_536, 128), ids(1), meta(256, 128))
-    return [*cases, Case("enqueue_", "256 into K=65,536, D=128, bf16", memory.enqueue_, args, moved)]
+    return [*cases, Case("enqueue_", "256 into K=65,536, D=128, bf16", queue.enqueue_, args, moved)]
 
 
 def _in_batch() -> list[Case]:
@@ -199,7 +199,7 @@ def _attention() -> list[Case]:
 
 def _both_directions(B, L, H, E, dtype, what, forward=None, backward=None) -> list[Case]:
     q, k, v = meta(B, L, 3, H, E, dtype=dtype).unbind(2)
-    out, lse = meta(B, L, H, E, dtype=dtype), meta(B, H, L, dtype=tile.wide(dtype))
+    out, lse = meta(B, L, H, E, dtype=dtype), meta(B, H, L, dtype=tile.acc_dtype(dtype))
     return [
         Case("attention", what, attention.attention_fwd, (q, k, v, 0.1), forward),
         Case("attention, backward", what, attention.attention_bwd, (out, q, k, v, out, lse, 0.1), backward),
@@ -209,20 +209,28 @@ def _both_directions(B, L, H, E, dtype, what, forward=None, backward=None) -> li
 def _contrastive_tables() -> list[Case]:
     cases, tau = [], meta(dtype=FP32)
     for dtype, width in itertools.product((BF16, FP32, FP64), (16, 64, 128, 256, 512, 1024)):
-        q, queue, lse = meta(256, width, dtype=dtype), meta(8192, width, dtype=dtype), meta(256, dtype=tile.wide(dtype))
+        q, negatives, lse = (
+            meta(256, width, dtype=dtype),
+            meta(8192, width, dtype=dtype),
+            meta(256, dtype=tile.acc_dtype(dtype)),
+        )
         for op, launcher, args in (
-            ("info_nce", contrastive.info_nce_fwd, (q, q, queue, tau, True)),
+            ("info_nce", contrastive.info_nce_fwd, (q, q, negatives, tau, True)),
             ("batch_info_nce", contrastive.batch_info_nce_fwd, (q, q, tau, 0, True)),
-            ("batch_info_nce, keys", contrastive.batch_info_nce_dkeys, (q, queue, tau, 0, lse, lse)),
+            ("batch_info_nce, keys", contrastive.batch_info_nce_dkeys, (q, negatives, tau, 0, lse, lse)),
             ("nt_xent", contrastive.nt_xent_fwd, (q, tau)),
             ("nt_xent, backward", contrastive.nt_xent_bwd, (q, tau, lse, lse)),
         ):
             cases.append(Case(op, f"D={width}, {NAMES[dtype]}", launcher, args))
     for query, others in ((BF16, FP64), (FP16, FP32), (FP64, BF16)):
-        q, queue, lse = meta(256, 128, dtype=query), meta(8192, 128, dtype=others), meta(256, dtype=tile.wide(query))
+        q, negatives, lse = (
+            meta(256, 128, dtype=query),
+            meta(8192, 128, dtype=others),
+            meta(256, dtype=tile.acc_dtype(query)),
+        )
         what = f"D=128, {NAMES[query]} with {NAMES[others]}"
-        cases.append(Case("info_nce", what, contrastive.info_nce_fwd, (q, q, queue, tau, True)))
-        args = (q, queue, tau, 0, lse, lse)
+        cases.append(Case("info_nce", what, contrastive.info_nce_fwd, (q, q, negatives, tau, True)))
+        args = (q, negatives, tau, 0, lse, lse)
         cases.append(Case("batch_info_nce, keys", what, contrastive.batch_info_nce_dkeys, args))
     return cases
 
@@ -252,7 +260,7 @@ def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
             ("keep_patches, backward", patches.keep_patches_bwd, (kept, keep, 16, 224, 224)),
             ("masked_patch_mse", patches.masked_patch_mse_fwd, (pred, images, rest, 16, False, True)),
             ("masked_patch_mse, norm_pix", patches.masked_patch_mse_fwd, (pred, images, rest, 16, True, True)),
-            ("enqueue_", memory.enqueue_, (meta(99, 128, dtype=dtype), ids(1), meta(9, 128))),
+            ("enqueue_", queue.enqueue_, (meta(99, 128, dtype=dtype), ids(1), meta(9, 128))),
         ):
             cases.append(Case(op, NAMES[dtype], launcher, args))
     return cases
@@ -279,7 +287,7 @@ def _ones() -> list[Case]:
         "keep_patches": (patches.keep_patches_fwd, (meta(1, 1, 1, 1), ids(1, 1), 1)),
         "keep_patches, backward": (patches.keep_patches_bwd, (meta(1, 1, 1), ids(1, 1), 1, 1, 1)),
         "masked_patch_mse": (patches.masked_patch_mse_fwd, (meta(1, 1, 1), meta(1, 1, 1, 1), ids(1, 1), 1, True, True)),
-        "enqueue_": (memory.enqueue_, (q, ids(1), q)),
+        "enqueue_": (queue.enqueue_, (q, ids(1), q)),
     }
     cases = [Case(op, "sizes of 1, bf16", launcher, args) for op, (launcher, args) in launches.items()]
     for dtype in (BF16, FP32):

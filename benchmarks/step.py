@@ -15,7 +15,6 @@ works in the memory that another one left in pieces.
 
 import argparse
 import functools
-import json
 import multiprocessing
 import statistics
 import sys
@@ -30,11 +29,13 @@ from torch.profiler import ProfilerActivity, profile
 from fastssl.train.graph import WARM_UP
 from fastssl.train.profile import PARTS, times_of_parts
 
+from . import store
 from .floor import floor
 from .harness import TOLERANCE, WrongResult, measure, peak_memory, quartiles, short
 from .machine import BUSY, DEVICE, environment, keep_memory, machine, wait
 from .step_cases import CASES, PRECISIONS, TOTAL, Case, contestants, state_bytes
-from .table import PAGE, RESULTS, SUMMARY, compact_json, insert, megabytes, number, times
+from .store import RESULTS, machine_files
+from .table import PAGE, insert, megabytes, number, present, times, write_or_check
 
 KEPT = RESULTS / "step"
 CHECKED = 2  # steps whose losses are compared before anything is timed
@@ -42,7 +43,6 @@ CHECKED = 2  # steps whose losses are compared before anything is timed
 # ResNet, in its two layouts, then differ by 4e-4.
 KINKS = 1e-3
 ROUNDS = 5
-HEADLINE = ("mae-vit-base", "moco_v2-resnet50", "moco_v3-vit-small", "moco_v3-resnet50")  # the cases that README shows
 MARKERS = "<!-- steps:begin -->", "<!-- steps:end -->"
 HEADER = ("step", "", "ours", "official", "torch", "× official", "× best torch", "memory", "products")
 
@@ -156,36 +156,24 @@ def rows(only: str, precisions: list[str], rounds: int | None, compiled: bool) -
 def keep(row: dict, about: dict, made: dict, folder: Path) -> None:
     """Writes the row into the machine's file, in the place of the one it had. Rows stand under the environment in which
     they were measured."""
-    path = folder / f"{about['slug']}.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    this = (row["case"], row["precision"])
-    for run in runs:
-        run["rows"] = [kept for kept in run["rows"] if (kept["case"], kept["precision"]) != this]
-    same = next((run for run in runs if run["environment"] == made), None)
-    if same is None:
-        runs.append(same := {"environment": made, "rows": []})
-    same["rows"].append(row)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(compact_json(about, [run for run in runs if run["rows"]]))
+    measured = (row["case"], row["precision"])
+    store.add(folder, about, made, [row], replaces=lambda other: (other["case"], other["precision"]) == measured)
 
 
-def render(folder: Path, summary: bool) -> str:
+def render(paths: list[Path]) -> str:
     blocks = []
-    for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text())
+    for path in paths:
+        document = store.read(path)
         for run in document["runs"]:
-            shown = sorted((row for row in run["rows"] if not summary or row["case"] in HEADLINE), key=_place)
-            if shown:
-                blocks += [_about(document["machine"], run["environment"]), _table(HEADER, map(_cells, shown), 2)]
-                blocks += [
-                    f"{row['size']}, {row['precision']}: {name} failed: {why}"
-                    for row in shown
-                    for name, why in row["failed"].items()
-                ]
-                if not summary:
-                    header = ("ms of a step", "", "", *PARTS)
-                    split = (cells for row in shown for cells in _parts_cells(row))
-                    blocks.append(_table(header, split, 3))
+            rows = sorted(run["rows"], key=_place)
+            blocks += [_about(document["machine"], run["environment"]), _table(HEADER, map(_cells, rows), 2)]
+            blocks += [
+                f"{row['size']}, {row['precision']}: {name} failed: {why}"
+                for row in rows
+                for name, why in row["failed"].items()
+            ]
+            split = (cells for row in rows for cells in _parts_cells(row))
+            blocks.append(_table(("ms of a step", "", "", *PARTS), split, 3))
     return "\n\n".join([*blocks, LEGEND]) if blocks else "No measurements yet: `make bench-step` makes them."
 
 
@@ -235,7 +223,7 @@ def _parts_cells(row: dict) -> Iterator[list[str]]:
         yield [row["size"], row["precision"], name, *shares]
 
 
-def main(arguments: list[str] | None = None, folder: Path = KEPT, pages: tuple[Path, Path] = (SUMMARY, PAGE)) -> int:
+def main(arguments: list[str] | None = None, folder: Path = KEPT, page: Path = PAGE) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", metavar="WORD", help=f"cases with it in their name: {', '.join(CASES)}")
     parser.add_argument("--precision", choices=[*PRECISIONS], help="one of them, not both")
@@ -253,13 +241,10 @@ def main(arguments: list[str] | None = None, folder: Path = KEPT, pages: tuple[P
     if not (options.render or options.check):
         precisions = [options.precision] if options.precision else [*PRECISIONS]
         _measure_and_keep(rows(options.only, precisions, options.rounds, not options.no_compile), folder)
-    stale = 0
-    for page in pages:
-        text = insert(render(folder, summary=page is pages[0]), page, MARKERS)
-        stale += text != page.read_text()
-        if not options.check:
-            page.write_text(text)
-    return int(options.check and stale > 0)
+    paths = machine_files(folder, shown_in=present(page, MARKERS) if options.check else None)
+    return write_or_check(
+        {page: insert(render(paths), page, MARKERS)}, options.check, "python -m benchmarks.step --render"
+    )
 
 
 def _measure_and_keep(measured: Iterator[dict], folder: Path) -> None:

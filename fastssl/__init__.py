@@ -8,13 +8,10 @@
 safetensors alone; pretraining and evaluation need the extra `train`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
-_LAZY = {
-    "pretrain": "pretraining",
-    "open_run": "run",
-    "Run": "run",
-}  # loaded at first use: `import fastssl` stays light
+# loaded at first use, so that `import fastssl` stays light
+_LAZY = {"pretrain": "pretraining", "open_run": "run", "Run": "run"}
 
 
 def __getattr__(name: str):

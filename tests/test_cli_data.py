@@ -1,14 +1,11 @@
-"""The commands that look at data, and the benchmark of loaders."""
+"""The commands that look at data."""
 
 import itertools
 import time
 
 import numpy as np
-import pytest
-from fastssl.cli_data import augmentation_of
 from PIL import Image
 
-from benchmarks import loader as benchmark
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.contact_sheet import GAP, make_contact_sheet
 from fastssl.data.findings import scan
@@ -16,6 +13,7 @@ from fastssl.data.loader import has_dali
 from fastssl.data.source import open_source
 from fastssl.data.timing import measure_throughput
 from fastssl.methods import moco_v2, moco_v3
+from fastssl.run import augmentation_named
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison
 
@@ -125,11 +123,11 @@ def test_recipes_by_name(tmp_path):
     photos.mkdir()
     Image.new("RGB", (90, 70)).save(photos / "x.png")
     large, small = open_source(f"folder:{photos}"), open_source("shapes")
-    assert augmentation_of("moco_v3", large) == moco_v3.Config.paper().augmentation
-    assert augmentation_of("moco_v2", small) == moco_v2.Config.small().augmentation
-    assert augmentation_of("moco_v2", large, (32, 64)).views[0].size == (32, 64)
-    assert len(augmentation_of("multi_crop", large).views) == 8
-    assert augmentation_of("evaluation", large, (32, 32)).views[0].centre == 0.875
+    assert augmentation_named("moco_v3", large) == moco_v3.Config.paper().augmentation
+    assert augmentation_named("moco_v2", small) == moco_v2.Config.small().augmentation
+    assert augmentation_named("moco_v2", large, (32, 64)).views[0].size == (32, 64)
+    assert len(augmentation_named("multi_crop", large).views) == 8
+    assert augmentation_named("evaluation", large, (32, 32)).views[0].centre == 0.875
 
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
@@ -174,21 +172,3 @@ def test_speed_counts_images_and_seconds():
     seen = measure_throughput(start, 0.3, warm_up=2)
     assert 500 < seen.images_per_second <= 1000
     assert 0 <= seen.cpu_seconds < 2
-
-
-def test_the_benchmark_of_loaders_gives_a_row_for_each_contestant(tmp_path, monkeypatch):
-    """The whole of it at a size that takes seconds: what it compares are loaders of the same data."""
-    pytest.importorskip("skimage")
-    pytest.importorskip("webdataset")
-    for name, value in {"ROUNDS": 1, "SECONDS": 0.05, "BATCH": 8, "COPIES": 4, "HEADLINE": 32, "WORKERS": 1}.items():
-        monkeypatch.setattr(benchmark, name, value)
-    rows = list(benchmark.measure(32, ("moco_v2",)))
-    assert [(row["recipe"], row["source"], row["side"]) for row in rows] == [
-        ("moco_v2", "folder", 32),
-        ("moco_v2", "webdataset", 32),
-    ]
-    for row in rows:
-        assert set(row["images_per_second"]) == {*ENGINES, "baseline"}
-        assert set(row["ratio"]) == set(ENGINES)
-        assert min(row["images_per_second"].values()) > 0
-        assert benchmark._cells(row)[:2] == ["`moco_v2`", f"`{row['source']}`, 32"]

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from fastssl.cli_eval import write_knn
 
 from fastssl import cli_eval
+from fastssl.cli_eval import write_knn
 from fastssl.run import open_run
 from tests.support.command import refused, run
 from tests.support.ranks import run_ranks

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.distributed import all_sum, world_size
 from fastssl.ops import Running, batch_norm, residual_norm
-from fastssl.ops.dispatch import wide
+from fastssl.ops.dispatch import acc_dtype
 
 
 class ResidualNorm(nn.LayerNorm):
@@ -97,7 +97,7 @@ class SyncBatchNorm(_BatchNorm):
             return super().forward(x)
         dims = [d for d in range(x.ndim) if d != 1]
         column = (1, -1, *[1] * (x.ndim - 2))
-        values = x.to(wide(x))
+        values = x.to(acc_dtype(x))
         local_count = values.new_tensor([x.numel() / x.shape[1]])
         total, count = all_sum(torch.cat([values.sum(dims), local_count])).split([x.shape[1], 1])
         mean = total / count

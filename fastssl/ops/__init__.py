@@ -11,9 +11,10 @@ from .augment import augment_
 from .batchnorm import Running, batch_norm
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .dense import linear
+from .ema import ema_update_
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
-from .memory import ema_update_, enqueue_
 from .norm import residual_norm
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
+from .queue import enqueue_
 
 dispatch.load_native()

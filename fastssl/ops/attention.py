@@ -8,11 +8,24 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import check
-from .dispatch import autocast_dtype, fake, first_order, op, serve, serves, triton, wide
+from .dispatch import acc_dtype, autocast_dtype, fake, first_order, has_kernel, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import attention
+
+    return attention
+
 
 LONGEST = 512  # tokens up to which a kernel is the best choice
+# On processors with AMX, torch's fused CPU kernel for 16-bit tensors packs its operands with an AVX-512 function. Where
+# ATEN_CPU_CAPABILITY limits torch to a lower level, it raises "pack_vnni2 is only supported when avx512 is supported":
+# there torch's unfused formula runs instead.
+FUSED_16_BIT = "AVX512" in torch.backends.cpu.get_cpu_capability() or not torch.cpu._is_amx_tile_supported()
 WIDEST = {2: 128, 4: 64, 8: 64}  # head width that a GPU's registers hold, by bytes of an element; the CPU takes any
 
 
@@ -24,6 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     a GPU kernel (over 128, over 64 in float32), go to xformers where it is installed and supports the call, else to
     torch.
     The kernels take all four dtypes and any strides, and always give the same bits, on any number of threads.
+    Where ATEN_CPU_CAPABILITY keeps torch below AVX-512 on a processor with AMX, torch's fused kernel for 16-bit tensors
+    raises, and its unfused formula (with all scores in memory) runs in its place.
 
     Args:
         q, k, v: [B, L, H, E] of one floating dtype and any strides: views ``qkv.unbind(2)`` of a packed
@@ -60,7 +75,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         return _Attention.apply(q, k, v, scale)
     if name == "xformers":
         return _fmha().memory_efficient_attention(q, k, v, scale=scale).contiguous()
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu" and q.element_size() == 2 and not FUSED_16_BIT:
+        with sdpa_kernel(SDPBackend.MATH):
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).contiguous()
 
 
@@ -96,7 +116,7 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
 def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
     """What runs `attention` on these tensors: "kernel", "xformers" or "torch". The one place where that is decided."""
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
-    if serves("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
+    if has_kernel("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
         return "kernel"
     if q.is_cuda and not torch.compiler.is_compiling() and _fmha() is not None:
         call = _fmha().Inputs(query=q, key=k, value=v)
@@ -128,10 +148,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 @fake(_attention_fwd)
 def _(q, k, v, scale):
     batch, length, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=wide(q))
+    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=acc_dtype(q))
 
 
-serve(_attention_fwd, cuda=triton("attention", "attention_fwd"))
+register_triton(_attention_fwd, lambda: _kernels().attention_fwd)
 
 
 @op("attention_bwd")
@@ -160,7 +180,7 @@ def _(dout, q, k, v, out, lse, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-serve(_attention_bwd, cuda=triton("attention", "attention_bwd"))
+register_triton(_attention_bwd, lambda: _kernels().attention_bwd)
 
 
 @op("attention_packed_fwd")
@@ -172,10 +192,10 @@ def _attention_packed_fwd(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 @fake(_attention_packed_fwd)
 def _(qkv, scale):
     batch, length, _, heads, width = qkv.shape
-    return qkv.new_empty(batch, length, heads, width), qkv.new_empty(batch, heads, length, dtype=wide(qkv))
+    return qkv.new_empty(batch, length, heads, width), qkv.new_empty(batch, heads, length, dtype=acc_dtype(qkv))
 
 
-serve(_attention_packed_fwd, cuda=triton("attention", "attention_packed_fwd"))
+register_triton(_attention_packed_fwd, lambda: _kernels().attention_packed_fwd)
 
 
 @op("attention_packed_bwd")
@@ -189,7 +209,7 @@ def _(dout, qkv, out, lse, scale):
     return qkv.new_empty(qkv.shape)
 
 
-serve(_attention_packed_bwd, cuda=triton("attention", "attention_packed_bwd"))
+register_triton(_attention_packed_bwd, lambda: _kernels().attention_packed_bwd)
 
 
 class _Attention(torch.autograd.Function):
@@ -221,5 +241,5 @@ class _AttentionPacked(torch.autograd.Function):
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    dtype = wide(q)
+    dtype = acc_dtype(q)
     return torch.einsum("blhe,bmhe->bhlm", q.to(dtype), k.to(dtype)) * scale

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, serves, wide
+from .dispatch import acc_dtype, fake, first_order, has_kernel, op
 
 
 class Running(NamedTuple):
@@ -60,7 +60,7 @@ def batch_norm(
         out = out if residual is None else out.add_(residual)
         return F.relu_(out) if relu else out
     x, residual = _channels_last(x), None if residual is None else _channels_last(residual.to(x.dtype))
-    weight, bias = weight.to(wide(x)), bias.to(wide(x))
+    weight, bias = weight.to(acc_dtype(x)), bias.to(acc_dtype(x))
     y, mean, var = _BatchNorm.apply(x, weight, bias, residual, eps, splits, relu)
     with torch.no_grad():
         for average, now in ((running.mean, mean), (running.var, var)):
@@ -70,7 +70,7 @@ def batch_norm(
 
 def backend(x: Tensor) -> str:
     """What runs `batch_norm` on x: "kernel", on CPUs, or "torch". The one place where that is decided."""
-    return "kernel" if serves("batch_norm_fwd", x.device.type) and x.numel() else "torch"
+    return "kernel" if has_kernel("batch_norm_fwd", x.device.type) and x.numel() else "torch"
 
 
 def _check(x, weight, bias, running, splits, residual):
@@ -178,7 +178,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _parts(x: Tensor, splits: int) -> Tensor:
     """[B, C, …] → [B / splits, splits, P, C] in the dtype of sums."""
-    return x.to(wide(x)).reshape(-1, splits, x.shape[1], x.shape[2:].numel()).movedim(2, 3)
+    return x.to(acc_dtype(x)).reshape(-1, splits, x.shape[1], x.shape[2:].numel()).movedim(2, 3)
 
 
 def _joined(parts: Tensor, x: Tensor) -> Tensor:

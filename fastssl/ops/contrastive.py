@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, serve, triton, wide
+from .dispatch import acc_dtype, fake, first_order, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import contrastive
+
+    return contrastive
 
 
 class InfoNCE(NamedTuple):
@@ -72,7 +79,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
 @op("info_nce_fwd")
 def _info_nce_fwd(q: Tensor, k: Tensor, queue: Tensor, tau: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [B], rank [B], dq [B, D] for an upstream gradient of 1; an empty dq without `with_grad`)."""
-    dtype = wide(q)
+    dtype = acc_dtype(q)
     q, k, queue, tau = q.to(dtype), k.to(dtype), queue.to(dtype), tau.to(dtype)
     positive_B1 = (q * k).sum(1, keepdim=True) / tau
     logits = torch.cat([positive_B1, (q @ queue.T) / tau], dim=1)  # [B, 1 + K]
@@ -91,7 +98,7 @@ def _(q, k, queue, tau, with_grad):
     return _fake_rows(q, with_grad)
 
 
-serve(_info_nce_fwd, cuda=triton("contrastive", "info_nce_fwd"))
+register_triton(_info_nce_fwd, lambda: _kernels().info_nce_fwd)
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -151,7 +158,7 @@ def _batch_info_nce_fwd(
     q: Tensor, keys: Tensor, tau: Tensor, label_offset: int, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [B], rank [B], dq [B, D] as in info_nce_fwd, lse [B] of the logits)."""
-    dtype = wide(q)
+    dtype = acc_dtype(q)
     q, keys, tau = q.to(dtype), keys.to(dtype), tau.to(dtype)
     logits_BM = (q @ keys.T) / tau
     positive_B = logits_BM.diagonal(label_offset)[: q.shape[0]]
@@ -168,7 +175,7 @@ def _(q, keys, tau, label_offset, with_grad):
     return loss, rank, dq, torch.empty_like(loss)
 
 
-serve(_batch_info_nce_fwd, cuda=triton("contrastive", "batch_info_nce_fwd"))
+register_triton(_batch_info_nce_fwd, lambda: _kernels().batch_info_nce_fwd)
 
 
 @op("batch_info_nce_dkeys")
@@ -187,7 +194,7 @@ def _(q, keys, tau, label_offset, lse, dloss):
     return keys.new_empty(keys.shape, dtype=lse.dtype)
 
 
-serve(_batch_info_nce_dkeys, cuda=triton("contrastive", "batch_info_nce_dkeys"))
+register_triton(_batch_info_nce_dkeys, lambda: _kernels().batch_info_nce_dkeys)
 
 
 class _BatchInfoNCE(torch.autograd.Function):
@@ -243,18 +250,18 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
 @op("nt_xent_fwd")
 def _nt_xent_fwd(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """(loss [2B], lse [2B] of the logits)."""
-    logits = _nt_xent_logits(z.to(wide(z)), tau)
+    logits = _nt_xent_logits(z.to(acc_dtype(z)), tau)
     log_softmax, half = logits.log_softmax(1), z.shape[0] // 2
     return -torch.cat([log_softmax.diagonal(half), log_softmax.diagonal(-half)]), logits.logsumexp(1)
 
 
 @fake(_nt_xent_fwd)
 def _(z, tau):
-    rows = z.new_empty(z.shape[0], dtype=wide(z))
+    rows = z.new_empty(z.shape[0], dtype=acc_dtype(z))
     return rows, torch.empty_like(rows)
 
 
-serve(_nt_xent_fwd, cuda=triton("contrastive", "nt_xent_fwd"))
+register_triton(_nt_xent_fwd, lambda: _kernels().nt_xent_fwd)
 
 
 @op("nt_xent_bwd")
@@ -273,7 +280,7 @@ def _(z, tau, lse, dloss):
     return z.new_empty(z.shape, dtype=lse.dtype)
 
 
-serve(_nt_xent_bwd, cuda=triton("contrastive", "nt_xent_bwd"))
+register_triton(_nt_xent_bwd, lambda: _kernels().nt_xent_bwd)
 
 
 class _NTXent(torch.autograd.Function):
@@ -293,8 +300,8 @@ class _NTXent(torch.autograd.Function):
 
 
 def _fake_rows(q: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss = q.new_empty(q.shape[0], dtype=wide(q))
-    return loss, q.new_empty(q.shape[0], dtype=torch.int64), q.new_empty(q.shape if with_grad else 0, dtype=wide(q))
+    loss, rank = q.new_empty(q.shape[0], dtype=acc_dtype(q)), q.new_empty(q.shape[0], dtype=torch.int64)
+    return loss, rank, q.new_empty(q.shape if with_grad else 0, dtype=acc_dtype(q))
 
 
 def _softmax_minus_positive(logits_BM: Tensor, lse_B: Tensor, label_offset: int) -> Tensor:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import autocast_dtype, fake, first_order, op, product_is_ours, serves
+from .dispatch import autocast_dtype, fake, first_order, has_kernel, op, uses_native_gemm
 
 FEWEST = 64  # rows from which the kernel is the better choice: to pack the weight costs as much as some rows of product
 
@@ -60,7 +60,7 @@ def backend(x: Tensor, weight: Tensor) -> str:
     (AMX) for 16 bits, and Intel's own library on Intel's processors for float32 and float64.
     """
     rows = x.numel() // max(1, x.shape[-1])
-    ours = serves("linear_fwd", x.device.type) and product_is_ours(x.dtype)
+    ours = has_kernel("linear_fwd", x.device.type) and uses_native_gemm(x.dtype)
     return "kernel" if ours and rows >= FEWEST and weight.numel() else "torch"
 
 

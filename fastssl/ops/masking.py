@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, serve, triton, wide
+from .dispatch import acc_dtype, fake, first_order, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import masking
+
+    return masking
 
 
 class Masking(NamedTuple):
@@ -69,7 +76,7 @@ def _(noise, keep):
     )
 
 
-serve(_random_masking, cuda=triton("masking", "random_masking"))
+register_triton(_random_masking, lambda: _kernels().random_masking)
 
 
 def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tensor:
@@ -110,7 +117,7 @@ def _(x, ids_keep, pos):
     return x.new_empty(*ids_keep.shape, x.shape[2], dtype=dtype)
 
 
-serve(_keep_tokens_fwd, cuda=triton("masking", "keep_tokens_fwd"))
+register_triton(_keep_tokens_fwd, lambda: _kernels().keep_tokens_fwd)
 
 
 @op("keep_tokens_bwd")
@@ -125,7 +132,7 @@ def _(dkept, ids_keep, length):
     return dkept.new_empty(dkept.shape[0], length, dkept.shape[2])
 
 
-serve(_keep_tokens_bwd, cuda=triton("masking", "keep_tokens_bwd"))
+register_triton(_keep_tokens_bwd, lambda: _kernels().keep_tokens_bwd)
 
 
 class _KeepTokens(torch.autograd.Function):
@@ -200,7 +207,7 @@ def _(x, mask_token, ids_restore, pos, prefix):
     return x.new_empty(x.shape[0], prefix + ids_restore.shape[1], x.shape[2], dtype=dtype)
 
 
-serve(_restore_tokens_fwd, cuda=triton("masking", "restore_tokens_fwd"))
+register_triton(_restore_tokens_fwd, lambda: _kernels().restore_tokens_fwd)
 
 
 @op("restore_tokens_bwd")
@@ -210,16 +217,16 @@ def _restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: in
     in_order = torch.empty_like(dtokens, memory_format=torch.contiguous_format)
     in_order.scatter_(1, ids_restore.unsqueeze(-1).expand_as(dtokens), dtokens)
     dx = torch.cat([dout[:, :prefix], in_order[:, :kept]], dim=1)
-    return dx, in_order[:, kept:].sum(dim=(0, 1), dtype=wide(dout))
+    return dx, in_order[:, kept:].sum(dim=(0, 1), dtype=acc_dtype(dout))
 
 
 @fake(_restore_tokens_bwd)
 def _(dout, ids_restore, prefix, kept):
     width = dout.shape[2]
-    return dout.new_empty(dout.shape[0], prefix + kept, width), dout.new_empty(width, dtype=wide(dout))
+    return dout.new_empty(dout.shape[0], prefix + kept, width), dout.new_empty(width, dtype=acc_dtype(dout))
 
 
-serve(_restore_tokens_bwd, cuda=triton("masking", "restore_tokens_bwd"))
+register_triton(_restore_tokens_bwd, lambda: _kernels().restore_tokens_bwd)
 
 
 class _RestoreTokens(torch.autograd.Function):
@@ -259,4 +266,4 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _batch_sum(dx: Tensor, dtype: torch.dtype) -> Tensor:
-    return dx.sum(0, dtype=wide(dx)).to(dtype)
+    return dx.sum(0, dtype=acc_dtype(dx)).to(dtype)

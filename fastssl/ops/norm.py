@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import autocast_dtype, fake, first_order, op, serve, triton, wide
+from .dispatch import acc_dtype, autocast_dtype, fake, first_order, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import norm
+
+    return norm
 
 
 def residual_norm(
@@ -48,8 +55,8 @@ def _residual_norm_fwd(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum, normed, mean [B, L], 1 / deviation [B, L]) of x [B, L, D]; an empty sum without delta."""
-    total = x if delta is None else (x.to(wide(x)) + delta.to(wide(x))).to(x.dtype)
-    rows, affine = total.to(wide(x)), (weight.to(wide(x)), bias.to(wide(x)))
+    total = x if delta is None else (x.to(acc_dtype(x)) + delta.to(acc_dtype(x))).to(x.dtype)
+    rows, affine = total.to(acc_dtype(x)), (weight.to(acc_dtype(x)), bias.to(acc_dtype(x)))
     normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[2:], *affine, eps)
     total = x.new_empty(0) if delta is None else total
     return total.contiguous(), normed.to(dtype).contiguous(), mean.squeeze(2), rstd.squeeze(2)
@@ -57,11 +64,11 @@ def _residual_norm_fwd(
 
 @fake(_residual_norm_fwd)
 def _(x, delta, weight, bias, eps, dtype):
-    normed, moments = x.new_empty(x.shape, dtype=dtype), (x.new_empty(x.shape[:2], dtype=wide(x)) for _ in range(2))
-    return x.new_empty(0 if delta is None else x.shape), normed, *moments
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=acc_dtype(x)) for _ in range(2))
+    return x.new_empty(0 if delta is None else x.shape), x.new_empty(x.shape, dtype=dtype), mean, rstd
 
 
-serve(_residual_norm_fwd, cuda=triton("norm", "residual_norm_fwd"))
+register_triton(_residual_norm_fwd, lambda: _kernels().residual_norm_fwd)
 
 
 @op("residual_norm_bwd")
@@ -70,7 +77,7 @@ def _residual_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, ddelta in the dtype `narrow`, dweight, dbias), the last two float32 or wider; an empty ddelta where `narrow`
     is the dtype of dx, which then is ddelta too."""
-    dtype = wide(total)
+    dtype = acc_dtype(total)
     factors = weight.to(dtype)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dnormed.to(dtype).contiguous(),
@@ -89,11 +96,11 @@ def _residual_norm_bwd(
 @fake(_residual_norm_bwd)
 def _(dnormed, dsum, total, mean, rstd, weight, narrow):
     ddelta = total.new_empty(0 if narrow == total.dtype else total.shape, dtype=narrow)
-    affine = (weight.new_empty(weight.shape, dtype=wide(total)) for _ in range(2))
+    affine = (weight.new_empty(weight.shape, dtype=acc_dtype(total)) for _ in range(2))
     return total.new_empty(total.shape), ddelta, *affine
 
 
-serve(_residual_norm_bwd, cuda=triton("norm", "residual_norm_bwd"))
+register_triton(_residual_norm_bwd, lambda: _kernels().residual_norm_bwd)
 
 
 class _ResidualNorm(torch.autograd.Function):

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, first_order, op, serve, triton, wide
+from .dispatch import acc_dtype, fake, first_order, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import patches
+
+    return patches
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -42,7 +49,7 @@ def _(images, patch):
     return images.new_empty(batch, (height // patch) * (width // patch), patch * patch * channels)
 
 
-serve(_patchify, cuda=triton("patches", "patchify"))
+register_triton(_patchify, lambda: _kernels().patchify)
 
 
 def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
@@ -79,7 +86,7 @@ def _(patches, patch, height, width):
     return patches.new_empty(patches.shape[0], patches.shape[2] // patch**2, height, width)
 
 
-serve(_unpatchify, cuda=triton("patches", "unpatchify"))
+register_triton(_unpatchify, lambda: _kernels().unpatchify)
 
 
 class _Patchify(torch.autograd.Function):
@@ -143,7 +150,7 @@ def _(images, ids_keep, patch):
     return images.new_empty(*ids_keep.shape, patch * patch * images.shape[1])
 
 
-serve(_keep_patches_fwd, cuda=triton("patches", "keep_patches_fwd"))
+register_triton(_keep_patches_fwd, lambda: _kernels().keep_patches_fwd)
 
 
 @op("keep_patches_bwd")
@@ -158,7 +165,7 @@ def _(dkept, ids_keep, patch, height, width):
     return dkept.new_empty(dkept.shape[0], dkept.shape[2] // patch**2, height, width)
 
 
-serve(_keep_patches_bwd, cuda=triton("patches", "keep_patches_bwd"))
+register_triton(_keep_patches_bwd, lambda: _kernels().keep_patches_bwd)
 
 
 class _KeepPatches(torch.autograd.Function):
@@ -217,7 +224,7 @@ def _masked_patch_mse_fwd(
     pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm_pix: bool, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """(loss, dpred in the loss's dtype for an upstream gradient of 1; an empty dpred without `with_grad`)."""
-    dtype = wide(pred)
+    dtype = acc_dtype(pred)
     target = _keep_patches_fwd(images, ids, patch).to(dtype)
     if norm_pix:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
@@ -230,11 +237,11 @@ def _masked_patch_mse_fwd(
 
 @fake(_masked_patch_mse_fwd)
 def _(pred, images, ids, patch, norm_pix, with_grad):
-    loss = pred.new_empty((), dtype=wide(pred))
+    loss = pred.new_empty((), dtype=acc_dtype(pred))
     return loss, pred.new_empty(pred.shape if with_grad else 0, dtype=loss.dtype)
 
 
-serve(_masked_patch_mse_fwd, cuda=triton("patches", "masked_patch_mse_fwd"))
+register_triton(_masked_patch_mse_fwd, lambda: _kernels().masked_patch_mse_fwd)
 
 
 class _MaskedPatchMSE(torch.autograd.Function):

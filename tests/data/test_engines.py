@@ -18,6 +18,7 @@ from fastssl.data.source import Subset, open_source
 from fastssl.data.sources.arrays import Arrays
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 from tests.support.loaders import digest, engines, indices, poison
+from tests.support.transforms import plain_transform
 
 needs_dali = pytest.mark.skipif(not has_dali(), reason="needs DALI")
 SIZE = (64, 96)
@@ -136,7 +137,7 @@ def test_statistics_over_many_draws_equal_those_of_plain_torchvision(photos, nam
     image, photo = Image.fromarray(pixels), Arrays(np.stack([pixels] * 50), None, None, np.arange(50), "a photograph")
     views, _ = views_of(engine, photo, augmentation, count=count)
     for pixels, view in zip(views, augmentation.views):
-        transform = plain_transforms.augmentation(view)
+        transform = plain_transform(view)
         expected = torch.stack([transform(image) for _ in range(count)]).float()
         for statistic, tolerance in ((means, 0.01), (deviations, 0.01), (edges, 0.04)):
             a, b = statistic(pixels), statistic(expected)

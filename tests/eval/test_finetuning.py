@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+from fastssl.data.source import Subset, open_source
 from fastssl.eval.finetune import (
     Pictures,
     _collated,
@@ -16,10 +20,6 @@ from fastssl.eval.finetune import (
     need_timm,
     parameter_groups,
 )
-from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
-
-from fastssl.data.source import Subset, open_source
 from fastssl.eval.protocols import Finetune
 from fastssl.methods import moco_v1, moco_v3
 from fastssl.methods.mae import MAE

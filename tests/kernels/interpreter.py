@@ -92,8 +92,8 @@ def watch() -> Iterator[Watch]:
 def triton_on_cpu() -> Iterator[Watch]:
     """Serves CPU tensors by the Triton kernels, interpreted, so that the public ops can be tried with them."""
     with torch.library._scoped_library("fastssl", "IMPL") as library, watch() as seen:
-        for name, launcher in dispatch._launchers.items():
-            library.impl(name, launcher, "CPU", allow_override=True)
+        for name, load in dispatch._triton_loaders.items():
+            library.impl(name, load(), "CPU", allow_override=True)
         yield seen
 
 

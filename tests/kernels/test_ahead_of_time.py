@@ -28,7 +28,7 @@ ROW = {
     "arch": "sm_80",
     "op": "info_nce",
     "size": "D=1, bf16",
-    "kernel": "_stream",
+    "kernel": "info_nce_fwd_kernel",
     "config": "",
     "registers": 110,
     "spill_bytes": 0,
@@ -76,7 +76,7 @@ def test_rows_hold_the_static_model():
         ({"shared_bytes": 163 * 1024 + 1}, "bytes of shared memory, 166912 is the most"),
         ({"tensor_core": None}, "a matrix product without tensor-core instructions"),
         ({"registers": 111}, "111 registers, 100 were recorded"),
-        ({"kernel": "_other"}, "not in resources.json"),
+        ({"kernel": "other_kernel"}, "not in resources.json"),
     ],
 )
 def test_faults_are_found(change, sentence):
@@ -89,7 +89,7 @@ def test_faults_are_found(change, sentence):
 def test_importing_needs_no_driver():
     code = (
         "import fastssl.kernels.attention, fastssl.kernels.contrastive, fastssl.kernels.masking, "
-        "fastssl.kernels.memory, fastssl.kernels.patches"
+        "fastssl.kernels.patches, fastssl.kernels.queue"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

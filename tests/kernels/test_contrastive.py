@@ -121,7 +121,7 @@ def test_strided_rows():
 def test_any_number_of_parts(multiprocessors):
     """The card's size cuts the keys: into one part, a few with a short last one, more than the merge takes at once."""
     q, k, queue = unit(3, 8).requires_grad_(), unit(3, 8), unit(700, 8)
-    with tile.pretend("sm_120", multiprocessors):
+    with tile.assume_card("sm_120", multiprocessors):
         compare(lambda q, k, queue: info_nce(q, k, queue, 0.1), q, k, queue)
         compare(lambda q, keys: batch_info_nce(q, keys, 0.1, 300), q, queue.requires_grad_())
 
@@ -130,7 +130,7 @@ def test_any_number_of_parts(multiprocessors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_every_row_of_the_table(arch, dtype):
     """Also wider rows than the table's last, which take several programs."""
-    with tile.pretend(arch, 2):
+    with tile.assume_card(arch, 2):
         for widest in kernels.TILES[arch][dtype.itemsize]:
             D = widest if widest < max(kernels.TILES[arch][dtype.itemsize]) else widest + 5
             q, k, queue = unit(3, D, dtype=dtype).requires_grad_(), unit(3, D, dtype=dtype), unit(37, D, dtype=dtype)
@@ -222,11 +222,11 @@ def test_bytes_and_operations_of_gradients_to_keys(B, M, D, dtype):
 
 
 def test_a_switch_of_torch_allows_tf32():
-    assert tile.precision(torch.float32) == "tf32x3"
+    assert tile.dot_precision(torch.float32) == "tf32x3"
     torch.set_float32_matmul_precision("high")
     try:
-        assert tile.precision(torch.float32) == "tf32"
+        assert tile.dot_precision(torch.float32) == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
-    with tile.pretend("gfx942"):
-        assert tile.precision(torch.float32) == "ieee"
+    with tile.assume_card("gfx942"):
+        assert tile.dot_precision(torch.float32) == "ieee"

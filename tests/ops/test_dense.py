@@ -21,7 +21,7 @@ DTYPES = [  # of x, of the weight
 def kernel_at_any_size(monkeypatch):
     """Sizes of tests, and every processor."""
     monkeypatch.setattr(module, "FEWEST", 1)
-    monkeypatch.setattr(module, "product_is_ours", lambda dtype: True)
+    monkeypatch.setattr(module, "uses_native_gemm", lambda dtype: True)
 
 
 def layer(rows, depth, columns, x_dtype=torch.float64, dtype=torch.float64):
@@ -140,7 +140,7 @@ def test_what_runs(monkeypatch):
     torch.testing.assert_close(linear(x, weight, gelu=True), F.linear(F.gelu(x), weight))
 
 
-def test_where_the_product_is_ours():
+def test_where_the_uses_native_gemm():
     assert _C.processor_maker() in ("intel", "amd", "other")
     every, half = {torch.float32, torch.float64, torch.bfloat16, torch.float16}, {torch.bfloat16, torch.float16}
     for level, maker, ours in (
@@ -151,9 +151,9 @@ def test_where_the_product_is_ours():
         ("baseline", "amd", set()),
         (None, "amd", set()),
     ):
-        assert dispatch.better_products(level, maker) == ours
-    here = dispatch.better_products(dispatch.native_level(), _C.processor_maker())
-    assert {dtype for dtype in every if dispatch.product_is_ours(dtype)} == here
+        assert dispatch.native_gemm_dtypes(level, maker) == ours
+    here = dispatch.native_gemm_dtypes(dispatch.native_level(), _C.processor_maker())
+    assert {dtype for dtype in every if dispatch.uses_native_gemm(dtype)} == here
 
 
 def test_nothing_in_nothing_out():

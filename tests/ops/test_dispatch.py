@@ -43,14 +43,14 @@ def test_a_cuda_part_that_does_not_load_says_so(monkeypatch):
 
 
 def test_serves_and_reference():
-    assert dispatch.serves("enqueue_", "cpu")
-    assert not dispatch.serves("enqueue_", "mps")
+    assert dispatch.has_kernel("enqueue_", "cpu")
+    assert not dispatch.has_kernel("enqueue_", "mps")
     with dispatch.reference():
-        assert not dispatch.serves("enqueue_", "cpu")
+        assert not dispatch.has_kernel("enqueue_", "cpu")
         with dispatch.reference():
             pass
-        assert not dispatch.serves("enqueue_", "cpu")
-    assert dispatch.serves("enqueue_", "cpu")
+        assert not dispatch.has_kernel("enqueue_", "cpu")
+    assert dispatch.has_kernel("enqueue_", "cpu")
 
 
 def test_reference_runs_the_body_and_the_kernel_comes_back():
@@ -61,7 +61,7 @@ def test_reference_runs_the_body_and_the_kernel_comes_back():
         return torch.zeros_like(x)
 
     try:
-        dispatch.serve(which, cpu=lambda x: torch.ones_like(x), cuda=None)
+        dispatch.register_kernel(which, "cpu", lambda x: torch.ones_like(x))
         assert which(torch.empty(1)).item() == 1
         with dispatch.reference():
             assert which(torch.empty(1)).item() == 0
@@ -70,7 +70,7 @@ def test_reference_runs_the_body_and_the_kernel_comes_back():
         assert implementations("cuda")["test_which"] == "plain torch"
     finally:
         dispatch._bodies.pop("test_which")
-        dispatch._served.pop(("test_which", "cpu"))
+        dispatch._kernels.pop(("test_which", "cpu"))
 
 
 def test_autocast_is_off_inside_a_body():
@@ -90,6 +90,31 @@ def test_autocast_is_off_inside_a_body():
         dispatch._bodies.pop("test_autocast")
 
 
-def test_a_kernel_that_does_not_exist_is_no_fallback():
-    with pytest.raises(ModuleNotFoundError):
-        dispatch.triton("no_such_family", "f")
+def test_every_launcher_exists():
+    """Launchers are loaded at the first call on a GPU; a wrong name would show only there."""
+    pytest.importorskip("triton")
+    assert dispatch._triton_loaders.keys() >= {"info_nce_fwd", "enqueue_", "attention_bwd"}
+    for name, load in dispatch._triton_loaders.items():
+        assert load().__name__ == name
+
+
+def test_a_kernel_file_that_fails_to_import_raises():
+    """No fallback to plain torch, on a GPU or on what stands for one."""
+    pytest.importorskip("triton")
+
+    def load():
+        raise ImportError("no such kernel")
+
+    @dispatch.op("test_broken")
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    try:
+        dispatch.register_triton(body, load)
+        assert implementations("cuda")["test_broken"] == "triton"
+        with pytest.raises(ImportError, match="no such kernel"):
+            body.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.zeros(1))
+    finally:
+        dispatch._bodies.pop("test_broken")
+        dispatch._kernels.pop(("test_broken", "cuda"))
+        dispatch._triton_loaders.pop("test_broken")

@@ -168,7 +168,7 @@ def test_any_strides():
         equals_body(masking._keep_tokens_bwd, x[:, :5], ids_keep, 16)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_shape(data):
     batch, length, width = (data.draw(st.integers(low, high)) for low, high in ((0, 4), (1, 70), (0, 40)))
@@ -244,7 +244,7 @@ def test_ids_named_twice_leave_nothing_unwritten():
     x = torch.randn(2, 5, WIDTH)
     twice = torch.tensor([[3, 3, 0, 0, 3], [1, 1, 1, 1, 1]])
     assert masking._keep_tokens_bwd(x, twice, 5).isfinite().all()
-    if dispatch.serves("restore_tokens_bwd", "cpu"):  # the body leaves them as they are in memory
+    if dispatch.has_kernel("restore_tokens_bwd", "cpu"):  # the body leaves them as they are in memory
         assert all(t.isfinite().all() for t in masking._restore_tokens_bwd(x, twice[:, :4], 1, 3))
 
 

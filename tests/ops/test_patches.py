@@ -172,7 +172,7 @@ def test_loss_of_all_dtypes_errs_no_more_than_the_body(norm_pix, dtype, pixels):
 
 def test_a_single_value_has_no_variance():
     images, ids = torch.randn(2, 1, 3, 4), torch.tensor([[3], [0]])
-    if dispatch.serves("masked_patch_mse_fwd", "cpu"):  # torch warns of it, then gives NaN
+    if dispatch.has_kernel("masked_patch_mse_fwd", "cpu"):  # torch warns of it, then gives NaN
         assert masked_patch_mse(torch.zeros(2, 1, 1), images, ids, 1, True).isnan()
 
 
@@ -187,7 +187,7 @@ def test_loss_of_no_images_is_nan_and_of_long_patches_exact():
         assert_exact(masked_patch_mse(pred, images, ids, 160, norm_pix), truth, plain_loss, "loss")
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_shape(data):
     batch, channels, rows, columns, patch = (data.draw(st.integers(low, 5)) for low in (0, 1, 1, 1, 1))

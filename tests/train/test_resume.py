@@ -112,10 +112,10 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, data):
+def test_killed_at_random_moments(tmp_path, data, seed):
     """One run, killed ten times: at random moments after a random step, and while a checkpoint is being written,
     which is there half when the next process begins. Each goes on by the same command; the last one ends the run."""
-    chance = random.Random(time.time_ns())
+    chance = random.Random(seed)
     large = ["--epochs", "8", "--decoder-dim", "256", "--checkpoint-every", "2"]  # writing it takes a while
     options = [*RUNS["mae"], *data, *large, "--log-every", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -1,5 +1,7 @@
-"""Recipes as plain torchvision (v2) transforms on Pillow images, as the reference code has them: what tests compare
-statistics with and what the loaders are timed against."""
+"""Augmentations as plain torchvision (v2) transforms on Pillow images, as the reference code writes them.
+
+Tests compare statistics with them, and benchmarks/loader.py times the loaders against them.
+"""
 
 import torch
 from PIL import Image, ImageFilter
@@ -22,7 +24,7 @@ class PillowBlur(v2.Transform):
         return image.filter(ImageFilter.GaussianBlur(params["radius"]))
 
 
-def augmentation(view: View) -> v2.Compose:
+def plain_transform(view: View) -> v2.Compose:
     """Pillow RGB image → uint8 tensor [3, H, W]. All randomness comes from torch's global generator."""
     interpolation = InterpolationMode(view.interpolation)
     if view.crop is not None:

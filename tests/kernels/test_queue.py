@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from benchmarks import model
-from fastssl.kernels import memory as kernels
+from fastssl.kernels import queue as kernels
 from fastssl.kernels import tile
-from fastssl.ops import dispatch, enqueue_, memory
+from fastssl.ops import dispatch, enqueue_
+from fastssl.ops import queue as module
 from tests.kernels.contract import launched
 from tests.kernels.interpreter import triton_on_cpu, watch
 from tests.support.close import assert_same
@@ -21,7 +22,7 @@ def check(queue, start, keys):
     """Queue and pointer after it are those of plain torch; returns both."""
     queues, pointers = [queue.clone(), queue], [torch.tensor([start]), torch.tensor([start])]
     with dispatch.reference():
-        memory._enqueue_(queues[0], pointers[0], keys)
+        module._enqueue_(queues[0], pointers[0], keys)
     with watch():
         kernels.enqueue_(queues[1], pointers[1], keys)
     assert_same(queues[1], queues[0], "queue")
@@ -84,12 +85,13 @@ def test_public_op():
     with triton_on_cpu() as seen:
         enqueue_(queue, ptr, keys)
     assert torch.equal(queue, expected) and torch.equal(ptr, moved) and queue._version > version
-    assert [kernel for kernel, _ in seen.launches] == ["_enqueue", "_advance"]  # or some would see the pointer moved
+    # Two launches: in one, some programs would read the pointer after it moved.
+    assert [kernel for kernel, _ in seen.launches] == ["enqueue_kernel", "advance_pointer_kernel"]
 
 
 @pytest.mark.parametrize("arch", tile.ARCHITECTURES)
 def test_every_configuration(arch):
-    with tile.pretend(arch):
+    with tile.assume_card(arch):
         check(torch.randn(50, 130).bfloat16(), 41, torch.randn(37, 130))
 
 
@@ -99,7 +101,7 @@ def test_bytes_are_the_model_s(sizes, arch):
     K, D, N = sizes
     for queue, keys in ((torch.float32, torch.float32), (torch.bfloat16, torch.float64)):
         args = torch.randn(K, D).to(queue), torch.tensor([5]), torch.randn(N, D).to(keys)
-        with tile.pretend(arch):
+        with tile.assume_card(arch):
             _, count = launched(lambda *args: [kernels.enqueue_(*args)], *args)
         assert count == model.enqueue_(K, D, N, queue.itemsize, keys.itemsize, arch).requested
 
