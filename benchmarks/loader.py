@@ -40,7 +40,7 @@ from fastssl.run import augmentation_named
 from tests.support.transforms import plain_transform
 
 from . import store
-from .machine import environment, keep_memory, machine
+from .machine import environment, keep_freed_memory, machine
 from .store import RESULTS, machine_files
 from .table import PAGE, insert, markdown_table, number, present, times, write_or_check
 
@@ -248,7 +248,7 @@ def _measure_and_keep() -> None:
 
     import cpuinfo
 
-    keep_memory()
+    keep_freed_memory()
     about = machine(cpuinfo.get_cpu_info()["brand_raw"])
     software = {"torchvision": version("torchvision"), "pillow": version("pillow"), "dali": _dali()}
     rows = [row for side in SIDES for row in measure(side, RECIPES)]

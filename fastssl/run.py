@@ -405,10 +405,6 @@ class Run:
             to: file to write, RUN/report.html by default.
             map: projection of the features to two dimensions; umap needs the extra of that name.
         """
-        from fastssl.extras import need
-
-        need("matplotlib", what="report", extra="report")
-        need("jinja2", what="report", extra="report")
         from fastssl.report.page import write_report
 
         return write_report([self], None if to is None else Path(to), map)

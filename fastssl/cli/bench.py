@@ -16,7 +16,7 @@ from fastssl.data.timing import Throughput, cores, measure_throughput
 from fastssl.machine import installed_engines
 from fastssl.run import augmentation_named
 
-from .parse import parse
+from .flags import parse
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from fastssl.machine import installed_engines
 from fastssl.run import augmentation_named
 
 from .bench import loader_speed
-from .parse import parse
+from .flags import parse
 
 NAMED_BAD = 20  # bad files that are printed; --bad-files FILE names all
 

@@ -10,7 +10,7 @@ from fastssl.eval.embedding import check_path, write_embedding
 from fastssl.evaluation import embed
 from fastssl.run import open_run
 
-from .parse import parse
+from .flags import parse
 
 
 @dataclass

@@ -8,7 +8,7 @@ from fastssl.eval.labels import Accuracy
 from fastssl.run import SMALL, Run
 from fastssl.settings import flatten
 
-from .parse import first_pass, parse_for_run
+from .flags import first_pass, parse_for_run
 
 HELP = """fastssl eval: accuracy of a run's encoder, on the run's data or another source (--data)
 

@@ -9,7 +9,7 @@ import tyro
 from fastssl.run import open_run
 from fastssl.weights import FORMATS
 
-from .parse import parse
+from .flags import parse
 
 
 @dataclass

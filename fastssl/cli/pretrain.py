@@ -8,7 +8,7 @@ from fastssl.pretraining import check_method, configured, new_run, preset_config
 from fastssl.run import Options, absolute_data, method_module, method_names, open_run
 from fastssl.settings import differences
 
-from .parse import first_pass, parse
+from .flags import first_pass, parse
 
 PROG = "fastssl pretrain"
 

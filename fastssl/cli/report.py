@@ -6,10 +6,9 @@ from typing import Literal
 
 import tyro
 
-from fastssl.extras import need
 from fastssl.run import open_run
 
-from .parse import parse
+from .flags import parse
 
 
 @dataclasses.dataclass
@@ -29,8 +28,6 @@ def command(words: list[str]) -> None:
     flags = parse(Flags, words, "fastssl report")
     if not flags.runs:
         raise ValueError("report: a run folder is needed: fastssl report RUN [RUN ...]")
-    for package in ("matplotlib", "jinja2"):
-        need(package, what="report", extra="report")
     from fastssl.report.page import write_report  # here: matplotlib takes a second to import
 
     print(write_report([open_run(run) for run in flags.runs], flags.to, flags.map))

@@ -9,8 +9,9 @@ import torch
 from fastssl.data.findings import scan
 from fastssl.data.loader import Loader
 from fastssl.data.source import BadImage, Subset, open_source
-from tests.data.test_loader import Numbers, digest, engines, plain
-from tests.ops.contract import refused
+from tests.data.test_loader import Numbers
+from tests.support.contract import refused
+from tests.support.loaders import digest, engines, plain
 
 
 def tokens_of(index):
