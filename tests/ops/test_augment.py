@@ -47,8 +47,8 @@ def truth(images, jitter, order, grey, sigma, solarize, flip, grey_first=False):
     result = images.clone()
     columns = (column.tolist() for column in (jitter, order, grey, sigma, solarize, flip))
     for image, factors, steps, is_grey, blur, inverted, mirrored in zip(result, *columns):
-        values = augment.coloured(image.double(), factors, steps, is_grey, grey_first)
-        values = (augment.blurred(values, blur) if blur > 0 else values).round()
+        values = augment.jitter_image(image.double(), factors, steps, is_grey, grey_first)
+        values = (augment.blur_image(values, blur) if blur > 0 else values).round()
         values = torch.where(values >= 128, 255 - values, values) if inverted else values
         image.copy_(values.flip(-1) if mirrored else values)
     return result

@@ -222,9 +222,9 @@ def test_error_sentences():
     refused(wanted, TypeError, batch_norm, x.long(), weight, bias, after)
     wanted = "batch_norm: bias must be on cpu like x, got meta"
     refused(wanted, ValueError, batch_norm, x, weight, bias.to("meta"), after)
-    wanted = "batch_norm: the batch must be divisible by splits=4, got 6"
+    wanted = "batch_norm: x must have a batch divisible by splits=4, got B=6"
     refused(wanted, ValueError, batch_norm, x, weight, bias, after, splits=4)
-    wanted = "batch_norm: x must have more than one value a channel in 6 parts, got [6, 3, 1, 1]"
+    wanted = "batch_norm: x must have more than one value a channel in each of 6 parts, got [6, 3, 1, 1]"
     refused(wanted, ValueError, batch_norm, x[:, :, :1, :1], weight, bias, after, splits=6)
     wanted = "batch_norm: residual must have x's shape [6, 3, 2, 2], got [5, 3, 2, 2]"
     refused(wanted, ValueError, batch_norm, x, weight, bias, after, residual=residual[:5])

@@ -318,7 +318,7 @@ def test_error_sentences():
     refused("info_nce: tau must be > 0, got nan", ValueError, info_nce, q, k, queue, float("nan"))
     refused("nt_xent: tau must be > 0, got -0.1", ValueError, nt_xent, q, k, -0.1)
     refused(
-        "info_nce: k must not require a gradient, it gets none (pass k.detach())",
+        "info_nce: k must not require a gradient, got requires_grad=True; pass k.detach()",
         ValueError,
         info_nce,
         q,
@@ -328,7 +328,7 @@ def test_error_sentences():
     )
     refused("info_nce: q must be a tensor of shape [B, D], got list", TypeError, info_nce, [[1.0]], k, queue, 0.1)
     refused(
-        "batch_info_nce: label_offset must be at least 0 and label_offset + B ≤ M = 9 with B = 4, got label_offset=6",
+        "batch_info_nce: label_offset must be at least 0 and at most M − B = 5, got 6",
         ValueError,
         batch_info_nce,
         q,

@@ -124,8 +124,8 @@ def test_error_sentences():
         0.9,
     )
     refused(
-        "ema_update_: targets[0] must be float32 or float64 (steps of 1 - momentum vanish in 16 bits: keep float32 "
-        "targets, pass shadows), got bfloat16",
+        "ema_update_: targets[0] must be float32 or float64 (an update vanishes in 16 bits: pass float32 targets, "
+        "16-bit shadows), got bfloat16",
         TypeError,
         ema_update_,
         [t.bfloat16()],

@@ -282,7 +282,7 @@ def test_error_sentences():
         "keep_tokens: ids_keep must have shape [B=2, M], got [1, 4]", ValueError, keep_tokens, x, masks.ids_keep[:1]
     )
     refused(
-        "keep_tokens: pos must have shape [L=16, D=7] or that with a 1 in front, got [17, 7]",
+        "keep_tokens: pos must have shape [L=16, D=7] or [1, L=16, D=7], got [17, 7]",
         ValueError,
         keep_tokens,
         x,

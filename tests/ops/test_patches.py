@@ -304,7 +304,7 @@ def test_error_sentences():
         4,
     )
     refused(
-        "masked_patch_mse: ids must name at least one patch a sample, got shape [2, 0]",
+        "masked_patch_mse: ids must have at least one patch a sample, got shape [2, 0]",
         ValueError,
         masked_patch_mse,
         torch.zeros(2, 0, 48),
