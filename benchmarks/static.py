@@ -209,8 +209,8 @@ uses local memory, in any configuration of any architecture (`make static`). *MB
 the card with sm_80's tiles, *least* what any implementation must move; tests compare these formulas with counts in
 Triton's interpreter. A prediction is the longer of bytes / bandwidth and operations / rate, with the numbers of the
 data sheets below, divided by the part of the multiprocessors that the programs fill. It is a lower bound, without
-launches, latencies and exponentials (which may limit attention with narrow heads on the fastest cards). It is given once
-for all kernels of an op, in the row of the first.
+launches, latencies and exponentials (which may limit attention with narrow heads on the fastest cards). It is given
+once for all kernels of an op, in the row of the first.
 
 {rates}
 

@@ -15,8 +15,8 @@ class Moved(NamedTuple):
     """Bytes and operations of an op."""
 
     requested: int  # bytes that the programs load and store
-    # Bytes between memory and the card, with torch's sum of partial results. Tensors that many programs read (positions,
-    # mask token, ids that are searched) count once, since they stay in the L2 cache.
+    # Bytes between memory and the card, with torch's sum of partial results. Tensors that many programs read
+    # (positions, mask token, ids that are searched) count once, since they stay in the L2 cache.
     moved: int
     least: int  # bytes that any implementation must read and write
     operations: int = 0  # of matrix products, in whole tiles
