@@ -1,7 +1,17 @@
 # Each target does all the set-up it needs, in .venv; a second run does no set-up again.
-#   make demo     set up, pretrain on embedded data, evaluate, report
-#   make test     set up, run all tests
-#   make lint · make bench · make bench-step · make sanitize · make static · make install · make clean
+#
+#   make demo        pretrain MAE and MoCo v2 on embedded data, evaluate, report
+#   make test        the tests, without those marked exhaustive
+#   make test-fast   without those marked slow, too: minutes
+#   make test-all    every test: all kernel configurations, long kills, long learning runs
+#   make lint        format, style and types
+#   make docs        the documentation as a site, build/docs/index.html; every warning is an error
+#   make bench       time each op beside its baselines; writes benchmarks/results and the tables of the documentation
+#   make bench-step  the same for whole training steps
+#   make sanitize    the native kernels under AddressSanitizer and UBSan
+#   make static      every configuration of every GPU kernel compiled, no GPU needed
+#   make install     set up .venv alone
+#   make clean       remove .venv and what was built
 #
 # PYTHON=python3.12 make …       another interpreter (3.10 or later)
 # FASTSSL_BUILD=none make …      without a C++ compiler: every op runs in plain torch
@@ -10,10 +20,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q -c .ci/constraints.txt
 , := ,
-EXTRAS := $(if $(filter Linux,$(shell uname -s)),dev$(,)dali,dev)
 SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 
-.PHONY: install demo test lint bench bench-step sanitize static clean
+.PHONY: demo test test-fast test-all lint docs bench bench-step sanitize static install clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -28,7 +37,7 @@ install: .venv/installed
 	  { echo "Python has no venv module: install it (Debian: apt-get install python3-venv)"; exit 1; }
 	@echo "setting up .venv: torch and the other packages of pyproject.toml, several GB the first time"
 	$(PIP) setuptools wheel ninja pybind11 torch torchvision
-	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	$(PIP) --no-build-isolation -e '.[dev$(,)docs]'
 	@touch $@
 
 demo: .venv/installed
@@ -39,16 +48,27 @@ demo: .venv/installed
 	@$(BIN)/fastssl report runs/demo-moco
 
 test: .venv/installed
+	$(BIN)/python -m pytest -m "not exhaustive"
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow and not exhaustive"
+
+test-all: .venv/installed
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/* tests/kernels/*.h tests/kernels/*.cpp
+	$(BIN)/mypy
+
+docs: .venv/installed
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "wrote build/docs/index.html"
 
 bench: .venv/installed
 	@mkdir -p build
-	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmark.json
+	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/tests --benchmark-json=build/benchmark.json
 	$(BIN)/python -m benchmarks.table build/benchmark.json
 
 bench-step: .venv/installed

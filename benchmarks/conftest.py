@@ -1,4 +1,4 @@
-"""Joins the harness to pytest-benchmark: its clock, a seed for each case, the facts about machine and software."""
+"""Connects the harness to pytest-benchmark: its clock, a seed for each case, the machine and software of a run."""
 
 from pathlib import Path
 
@@ -6,17 +6,15 @@ import pytest
 import torch
 
 from .harness import CLOCK
-from .machine import environment, keep_memory, machine
-
-
-def pytest_sessionstart():
-    keep_memory()
+from .machine import environment, keep_freed_memory, machine
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+    benchmarks = [item for item in items if item.path.parent == Path(__file__).parent]
+    if benchmarks:  # not in a session of benchmarks/tests alone
+        keep_freed_memory()
+    for item in benchmarks:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
 @pytest.fixture(autouse=True)

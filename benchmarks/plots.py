@@ -4,7 +4,6 @@ Each picture shows the rows that carry its axis (`Case.points`), one line a cont
 machines are several pictures.
 """
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")  # a machine that measures has no screen
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from . import store
 
 COLOURS = {"ours": "#c2410c", "official": "#64748b"}  # the others take matplotlib's own
 TITLES = {
@@ -24,8 +25,8 @@ TITLES = {
 def draw(results: Path, docs: Path) -> list[Path]:
     """Writes the pictures of all machines; returns their paths."""
     written = []
-    for path in sorted(results.glob("*.json")):
-        document = json.loads(path.read_text())
+    for path in store.machine_files(results):
+        document = store.read(path)
         rows = [row for run in document["runs"] for row in run["rows"] if not row["busy"]]
         for axis, title in TITLES.items():
             points = sorted((row for row in rows if axis in row.get("points", {})), key=lambda row: row["points"][axis])

@@ -1,51 +1,66 @@
-"""Turns measurements into the tables of README.md and docs/measurements.md, so that no number is typed by hand.
+"""Tables of measurements in README.md and docs/measurements.md, written from benchmarks/results.
 
-    python -m benchmarks.table build/benchmark.json   # takes a run of pytest-benchmark in, then writes the tables
-    python -m benchmarks.table                        # writes the tables again from benchmarks/results/*.json
+    python -m benchmarks.table build/benchmark.json   # adds a run of pytest-benchmark to the results, writes the tables
+    python -m benchmarks.table                        # writes the tables from benchmarks/results
     python -m benchmarks.table --check                # writes nothing; exit status 1 where a table is out of date
 
-benchmarks/results/<machine>.json keeps one row a case, without samples. A run replaces the rows of the families (files
-of benchmarks/) that it measured; those of other families stay, under the environment in which they were measured.
+benchmarks/results/<machine>.json holds one row a case, without samples. A run replaces the rows of the families (files
+of benchmarks/) that it measured; rows of other families stay, under the environment in which they were measured.
+
+docs/measurements.md shows every row of every machine, README.md the rows named in HEADLINE. `--check` compares the
+machines that a page shows: results of a new machine are no error, the next run without `--check` adds them.
 """
 
 import argparse
 import json
-import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from . import store
 from .plots import draw
+from .store import RESULTS, machine_files
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 SUMMARY, PAGE = ROOT / "README.md", ROOT / "docs" / "measurements.md"
 MARKERS = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+HEADLINE_MARKERS = "<!-- headline:begin -->", "<!-- headline:end -->"
+NUMBER_MARKERS = "<!-- number:begin -->", "<!-- number:end -->"
 
-# The sizes that README shows, those of the papers' recipes; the other page shows all.
-HEADLINE = re.compile(
-    r"B=256, (D=128, K=65,536|L=196|196|50|224)|B=M=4,096|2 × 4,096|ViT-B|B=\d+, H=1[26], L=(50|197)"
-    r"|vit_base|^3,152 rows|ResNet-50, fp32; ours|2 × 2,048, D=128|B=64, 224"
+# README's rows: a file of results, a name, and what selects the row there.
+EPYC, H200 = "amd-epyc-2-cores.json", "nvidia-h200.json"
+HEADLINE: tuple[tuple[str, str, dict[str, str]], ...] = (
+    (f"step/{H200}", "training step", {"case": "mae-vit-base", "precision": "bf16"}),
+    (H200, "`masked_patch_mse`", {"op": "masked_patch_mse", "size": "B=256, "}),
+    (
+        H200,
+        "`restore_tokens`",
+        {"op": "restore_tokens", "size": "B=256, 50 → 197 tokens, D=512, fp32, forward + backward"},
+    ),
+    (f"step/{EPYC}", "training step", {"case": "mae-vit-base", "precision": "bf16"}),
+    (f"step/{EPYC}", "training step", {"case": "moco_v2-resnet50", "precision": "bf16"}),
+    (EPYC, "`info_nce`", {"op": "info_nce", "size": "B=256, D=128, K=65,536, fp32"}),
+    (EPYC, "`nt_xent`", {"op": "nt_xent", "size": "2 × 4,096, "}),
+    (EPYC, "`attention`", {"op": "attention", "size": "B=64, H=12, L=50, E=64, fp32"}),
 )
+HEADLINE_HEADER = ("", "size", "machine", "ours", "official", "best torch", "× official", "× best torch", "memory, MB")
+HEADLINE_LEGEND = """\
+*official*: the paper's formula, or the official code's step, in plain eager torch. *best torch*: the fastest other
+implementation by torch or lightly. × is how many times as long as ours the other takes: the median over rounds in which
+all take turns in one process, after their results were compared. *memory*: the peak of a step with its parameters and
+optimizer, or what one call holds beyond its inputs: ours / official."""
 
-FAMILIES = (
-    "memory",
-    "masking",
-    "patches",
-    "norm",
-    "contrastive",
-    "attention",
-    "augment",
-    "dropin",
-)  # order of the rows; others follow by name
+# Order of the rows; families that are not named follow by name.
+FAMILIES = ("ema", "queue", "masking", "patches", "norm", "contrastive", "attention", "augment", "dropin")
 
 LEGEND = """\
-Median times of one call, in ms; ± is half the distance between the quartiles. All contestants of a row were checked
-against each other and then timed in turn, in one process; × is how many times as long as ours the other takes, as the
-median over the rounds. *official*: the paper's formula in plain eager torch. *best torch*: what else torch, or lightly,
-has for it, fastest first, and × of the fastest. *limit*: the time that the row's bytes or operations would take at the
-memory bandwidth or matrix-product rate measured in the same run; none for small sizes, and what stays in a cache can
-be faster. *memory*: the most that one call holds beyond its inputs, in MB: ours / official / fastest other. *busy*:
-other programs took this share of the processors meanwhile, so the times mean little and no ratio is stated."""
+Median times of one call, in ms; ± is half the distance between the quartiles. The results of all contestants of a row
+were compared first; then they were timed in turn, in one process. × is how many times as long as ours the other takes,
+the median over the rounds. *official*: the paper's formula in plain eager torch. *best torch*: other implementations by
+torch or lightly, fastest first, and × of the fastest. *limit*: the time that the row's bytes or operations take at the
+memory bandwidth or matrix-product rate measured in the same run; left out for small sizes. What stays in a cache can be
+faster than the limit. *memory*: peak memory of one call beyond its inputs, in MB: ours / official / fastest other.
+*busy*: other programs used this share of the processors during the measurement, so no ratio is stated."""
 
 HEADER = (
     "op",
@@ -62,11 +77,11 @@ HEADER = (
 
 
 class Problem(Exception):
-    """One sentence for the user."""
+    """A mistake of the user, in one sentence."""
 
 
-def take_in(raw_path: Path, results: Path) -> Path:
-    """Writes the compact form of a run into `results`, beside the rows of families that it did not measure."""
+def add_run(raw_path: Path, results: Path) -> Path:
+    """Adds a run of pytest-benchmark to the machine's results, in place of the rows of the families it measured."""
     if not raw_path.is_file() or not raw_path.stat().st_size:
         raise Problem(f"{raw_path} does not exist or is empty: run `make bench`")
     raw = json.loads(raw_path.read_text())
@@ -74,42 +89,88 @@ def take_in(raw_path: Path, results: Path) -> Path:
     if not rows:
         raise Problem(f"{raw_path} holds no measurements")
     facts = raw["machine_info"]["fastssl"]
-    path = results / f"{facts['machine']['slug']}.json"
     measured = {row["family"] for row in rows}
-    runs = []
-    for run in json.loads(path.read_text())["runs"] if path.exists() else []:
-        kept = [row for row in run["rows"] if row["family"] not in measured]
-        if kept:
-            runs.append({**run, "rows": kept})
-    runs.append({"environment": facts["environment"], "rows": rows})
-    results.mkdir(exist_ok=True)
-    path.write_text(compact_json(facts["machine"], runs))
-    return path
+    return store.add(
+        results, facts["machine"], facts["environment"], rows, replaces=lambda row: row["family"] in measured
+    )
 
 
-def render(results: Path, summary: bool = False) -> str:
-    """The tables of all machines, as Markdown; of the headline sizes alone for a summary."""
+def render(paths: list[Path]) -> str:
+    """The tables of all machines, as Markdown."""
     parts = []
-    for path in sorted(results.glob("*.json")):
-        document = json.loads(path.read_text())
+    for path in paths:
+        document = store.read(path)
         for run in document["runs"]:
-            rows = [row for row in sorted(run["rows"], key=_place) if not summary or HEADLINE.search(row["size"])]
-            if rows:
-                parts.append(_about(document["machine"], run["environment"]))
-                parts.append(_markdown_table([_cells(row) for row in rows]))
-    return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: `make bench` makes them."
+            parts.append(_about(document["machine"], run["environment"]))
+            parts.append(markdown_table(HEADER, map(_cells, sorted(run["rows"], key=_place)), text_columns=3))
+    return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: run `make bench`."
 
 
-def insert(tables: str, page: Path, markers: tuple[str, str] = MARKERS) -> str:
-    """The page's text with the tables between its markers."""
+def render_headline(results: Path) -> str:
+    """The rows of HEADLINE as one table, each with its machine, and below it the versions of torch.
+
+    Raises:
+        Problem: a row is not among the results, or other programs disturbed it.
+    """
+    lines, versions = [], []
+    for file, name, selection in HEADLINE:
+        machine, environment, row = _headline_row(results / file, selection)
+        on_gpu = machine["device"] == "cuda"
+        place = machine["name"] if on_gpu else f"{machine['name']}, {environment['level']}"
+        lines.append(_headline_cells(name, row, place))
+        version = f"{machine['name']}: torch {environment['torch'].partition('+')[0]}"
+        if version not in versions:
+            versions.append(version)
+    table = markdown_table(HEADLINE_HEADER, lines, text_columns=3)
+    return f"{table}\n\n{HEADLINE_LEGEND}\n{'; '.join(versions)}."
+
+
+def render_number(results: Path) -> str:
+    """The first row of HEADLINE, a training step, as a sentence."""
+    file, _, selection = HEADLINE[0]
+    machine, _, row = _headline_row(results / file, selection)
+    rate = {name: number(quartiles[1]) for name, quartiles in row["images_per_second"].items()}
+    best = row["best_torch"]
+    model = row["size"].partition(", 224")[0]
+    return (
+        f"**Training steps of {model} on one {machine['name']}: {rate['ours']} images a second**, without loading; "
+        f"{rate[best]} by the\nfastest plain torch that was tried ({best}), {rate['official']} by the official code's "
+        f"formulas as they are."
+    )
+
+
+def _headline_row(path: Path, selection: dict[str, str]) -> tuple[dict, dict, dict]:
+    """The machine, the environment and the row that a selection finds in a file of results."""
+    document = store.read(path)
+    for run in document["runs"]:
+        for row in run["rows"]:
+            if _matches(row, selection) and not row["busy"]:
+                return document["machine"], run["environment"], row
+    raise Problem(f"{path} must hold an undisturbed row with {selection}: measure it, or change HEADLINE")
+
+
+def insert(tables: str, page: Path, markers: tuple[str, str] = MARKERS, text: str | None = None) -> str:
+    """The page's text, or another text for it, with the tables between its markers."""
+    before, _, after = _split(page, markers, text)
+    return f"{before}{markers[0]}\n{tables}\n{markers[1]}{after}"
+
+
+def present(page: Path, markers: tuple[str, str] = MARKERS) -> str:
+    """What stands between the markers of a page."""
+    return _split(page, markers)[1]
+
+
+def _split(page: Path, markers: tuple[str, str], text: str | None = None) -> tuple[str, str, str]:
+    """The page's text before its markers, between them, and behind them."""
     begin, end = markers
     if not page.is_file():
-        raise Problem(f"{page} does not exist: make it, with the lines {begin} and {end}, between which the tables go")
-    text = page.read_text()
+        raise Problem(f"{page} does not exist: write it, with the lines {begin} and {end} where the tables go")
+    text = page.read_text() if text is None else text
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise Problem(f"{page} must hold the lines {begin} and {end}, once each and in this order")
     before, rest = text.split(begin)
-    return f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
+    between, after = rest.split(end)
+    return before, between, after
 
 
 def main(
@@ -117,45 +178,80 @@ def main(
 ) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.split("\n")[0])
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("raw", nargs="?", type=Path, help="JSON that pytest --benchmark-json wrote: taken in first")
+    either.add_argument("raw", nargs="?", type=Path, help="JSON file of pytest --benchmark-json to add to the results")
     either.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a table is out of date")
     options = parser.parse_args(arguments)
+    summary, page = pages
     try:
         if options.raw:
-            _take_in_and_tell(options.raw, results)
-        new = {page: insert(render(results, summary=page is pages[0]), page) for page in pages}
+            _report_run(add_run(options.raw, results))
+        paths = machine_files(results, shown_in=present(page) if options.check else None)
+        text = insert(render_number(results), summary, NUMBER_MARKERS)
+        text = insert(render_headline(results), summary, HEADLINE_MARKERS, text)
+        texts = {summary: text, page: insert(render(paths), page)}
     except Problem as problem:
         print(f"benchmarks.table: {problem}", file=sys.stderr)
         return 1
     if not options.check:
-        for picture in draw(results, pages[1].parent):
+        for picture in draw(results, page.parent):
             print(f"wrote {picture}")
-    stale = [page for page, text in new.items() if page.read_text() != text]
+    return write_or_check(texts, options.check, "python -m benchmarks.table")
+
+
+def write_or_check(texts: dict[Path, str], check: bool, command: str) -> int:
+    """Writes the pages whose text changed; to check, names them and the command that writes them. The exit status."""
+    stale = [page for page, text in texts.items() if page.read_text() != text]
     for page in stale:
-        if options.check:
-            print(f"{page} is out of date: run `python -m benchmarks.table`", file=sys.stderr)
+        if check:
+            print(f"{page} is out of date: run `{command}`", file=sys.stderr)
         else:
-            page.write_text(new[page])
+            page.write_text(texts[page])
             print(f"wrote {page}")
-    return 1 if options.check and stale else 0
+    return int(check and bool(stale))
 
 
-def _take_in_and_tell(raw_path: Path, results: Path) -> None:
-    path = take_in(raw_path, results)
+def _report_run(path: Path) -> None:
     print(f"wrote {path}")
-    rows = [row for run in json.loads(path.read_text())["runs"] for row in run["rows"]]
+    rows = store.rows_of(path)
     busy = [row for row in rows if row["busy"]]
     if busy:
         share = max(row["others"] for row in busy)
         print(
-            f"benchmarks.table: {len(busy)} of {len(rows)} cases were measured while other programs took up to "
-            f"{share:.0%} of the processors; they get no ratio: run them again on a quiet machine",
+            f"benchmarks.table: other programs used up to {share:.0%} of the processors while {len(busy)} of "
+            f"{len(rows)} cases were measured; these get no ratio: run them again on a quiet machine",
             file=sys.stderr,
         )
 
 
+def _matches(row: dict, selection: dict[str, str]) -> bool:
+    """Whether the row has the selected values; a size is selected by its beginning."""
+    return all(row.get(k, "").startswith(v) if k == "size" else row.get(k) == v for k, v in selection.items())
+
+
+def _headline_cells(name: str, row: dict, machine: str) -> list[str]:
+    """The cells of a row of HEADLINE: times of an op, images a second of a whole step."""
+    rate = "images_per_second" in row
+    values = {who: quartiles[1] for who, quartiles in (row["images_per_second"] if rate else row["ms"]).items()}
+    others = [who for who in values if who not in ("ours", "official")]
+    best = (max if rate else min)(others, key=values.__getitem__, default=None)
+    unit = "images/s" if rate else "ms"
+    memory = {who: sum(mb) if isinstance(mb, list) else mb for who, mb in row["memory_mb"].items()}
+    size = row["size"] + (f", {row['precision']}" if rate else "")
+    return [
+        name,
+        size,
+        machine,
+        f"{number(values['ours'])} {unit}",
+        number(values["official"]),
+        f"{number(values[best])} ({_code(best)})" if best else "–",
+        times(row["ratio"]["official"]),
+        times(row["ratio"].get(best)),
+        f"{megabytes(memory['ours'])} / {megabytes(memory['official'])}",
+    ]
+
+
 def number(value: float, digits: int = 3) -> str:
-    """Three digits that count: 0.0123, 1.23, 12.3, 1,230."""
+    """A number with three significant digits: 0.0123, 1.23, 12.3, 1,230."""
     rounded = float(f"{value:.{digits}g}")
     if rounded == 0:
         return "0"
@@ -172,7 +268,7 @@ def _family(fullname: str) -> str:
 
 
 def _place(row: dict) -> tuple:
-    """Families in the order of FAMILIES; inside one the order of the file, which sorting keeps."""
+    """Sorting key: families in the order of FAMILIES, rows of one family as in the file (the sort is stable)."""
     family = row["family"]
     return (FAMILIES.index(family), "") if family in FAMILIES else (len(FAMILIES), family)
 
@@ -207,7 +303,7 @@ def _cells(row: dict) -> list[str]:
 
 
 def _code(name: str) -> str:
-    """Names with an underscore as code: Markdown would take it for emphasis."""
+    """A name as code if it has an underscore, which Markdown takes for emphasis."""
     return f"`{name}`" if "_" in name else name
 
 
@@ -219,18 +315,10 @@ def megabytes(value: float) -> str:
     return number(value, 2) if value >= 0.01 or value == 0 else "< 0.01"
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
-    rule = ["---"] * 3 + ["---:"] * (len(HEADER) - 3)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, rule, *rows))
-
-
-def compact_json(machine: dict, runs: list[dict]) -> str:
-    """One row a line, so that a change in one measurement is a change in one line."""
-    blocks = []
-    for run in runs:
-        rows = ",\n".join("   " + json.dumps(row, ensure_ascii=False) for row in run["rows"])
-        blocks.append(f' {{"environment": {json.dumps(run["environment"])},\n  "rows": [\n{rows}\n  ]}}')
-    return f'{{"machine": {json.dumps(machine)},\n "runs": [\n' + ",\n".join(blocks) + "\n ]}\n"
+def markdown_table(header: tuple[str, ...], rows: Iterable[list[str]], text_columns: int) -> str:
+    """A Markdown table whose columns behind the first `text_columns` are set flush right."""
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 if __name__ == "__main__":

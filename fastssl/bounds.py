@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-LARGEST = 2.0**63  # what an int64 and a C++ long can hold: a limit that needs no words
+LARGEST = 2.0**63  # first number beyond an int64, which errors do not mention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,28 +35,58 @@ NOT_NEGATIVE = Range(0, LARGEST, high_open=True)
 POSITIVE = Range(0, LARGEST, low_open=True, high_open=True)
 SHARE = Range(0, 1, low_open=True)  # of something that must not be empty
 PROBABILITY = Range(0, 1)
+COEFFICIENT = Range(0, 1)  # of a moving average
+BELOW_1 = Range(0, 1, high_open=True)
 
 
 def check_ranges(values: Any, owner: str) -> None:
-    """Checks every number of a dataclass against the `Range` in its field's annotation, dataclasses in it included.
+    """Check the numbers and choices of a dataclass, and of dataclasses in its fields, against their annotations.
+
+    A number must lie in the `Range` of an ``Annotated`` field, and be whole where the type is int; a choice must be
+    one of its ``Literal``. A tuple is checked element by element. None is always accepted.
 
     Args:
-        values: a dataclass. A field that holds a tuple is checked element by element, and None is never out of range.
-        owner: the command or class that the error names.
+        values: a dataclass.
+        owner: command or class that the error names.
 
     Raises:
-        ValueError: a number is out of range or not finite; one sentence with the flag, its range, and the value.
+        ValueError: a value is out of range, not finite, or no choice; one sentence with the flag, what it must be, and
+            the value.
     """
     hints = get_type_hints(type(values), include_extras=True)
     for field in dataclasses.fields(values):
-        value = getattr(values, field.name)
+        value, hint = getattr(values, field.name), hints[field.name]
         if dataclasses.is_dataclass(value):
             check_ranges(value, owner)
             continue
-        numbers = value if isinstance(value, tuple) else (value,)
-        for bounds in (m for m in getattr(hints[field.name], "__metadata__", ()) if isinstance(m, Range)):
-            wrong = [n for n in numbers if n is not None and not isinstance(n, bool) and n not in bounds]
-            if wrong:
-                flag = "--" + field.name.replace("_", "-")
-                got = " ".join(map(str, numbers))
-                raise ValueError(f"{owner}: {flag} must be {bounds}, got {got}")
+        elements = [x for x in (value if isinstance(value, tuple) else (value,)) if x is not None]
+        problem = _out_of_range(elements, hint) or _no_choice(elements, hint)
+        if problem:
+            flag = "--" + field.name.replace("_", "-")
+            raise ValueError(f"{owner}: {flag} must be {problem}")
+
+
+def _out_of_range(elements: list, hint: Any) -> str | None:
+    """Expectation and value where a number is outside its `Range`."""
+    base = getattr(hint, "__origin__", hint)
+    whole = base is int or int in get_args(base)
+    got = " ".join(map(str, elements))
+    for bounds in (m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)):
+        for x in elements:
+            if isinstance(x, bool):
+                continue
+            if not isinstance(x, int | float) or (whole and not isinstance(x, int)):
+                return f"a {'whole ' * whole}number, got {x!r}"
+            if x not in bounds:
+                return f"{bounds}, got {got}"
+    return None
+
+
+def _no_choice(elements: list, hint: Any) -> str | None:
+    """Expectation and value where an element is none of the `Literal` of its type."""
+    literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]
+    choices = [choice for literal in literals for choice in get_args(literal)]
+    for x in elements if choices else ():
+        if x not in choices:
+            return f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}, got {x!r}"
+    return None

@@ -1,15 +1,22 @@
-"""What a data loader hands to a method, and what a trainer, an evaluation and a report ask of one.
+"""The contract between data loaders, methods, and the code that uses methods: trainer, evaluation, report.
 
-A method is a module of `fastssl.methods`, or any other module with the same names:
+A method is a module of `fastssl.methods`, or any other importable module that defines:
 
-    Config                     a dataclass whose defaults are the paper's numbers: ``Config.paper(backbone)``,
-                               ``Config.small()``, ``config.augmentation`` (data), ``config.training`` (trainer)
-    build(config)              the method with fresh weights: an `nn.Module` that is a `Method`
-    linear_probe(backbone)     the paper's own linear evaluation, an `eval.protocols.Official`
-    OFFICIAL                   name of the reference checkpoint's layout, a format of `fastssl export`
-    parameter_groups(method)   groups for the optimizer, where the paper treats some parameters differently
+    Config                     dataclass whose defaults are the paper's numbers, with ``Config.paper(backbone)``,
+                               ``Config.small()`` (preset for images of at most 64 pixels), ``config.augmentation``
+                               (a `data.augmentation.Augmentation`) and ``config.training`` (a `train.config.Training`).
+                               Its fields are the flags of `fastssl pretrain`, their docstrings the help texts; numbers
+                               declare their range (`fastssl.bounds`)
+    build(config)              the method with initial weights: an `nn.Module` that fulfils `Method`
 
-The last three are optional: what needs one that a method lacks raises.
+and optionally
+
+    linear_probe(backbone)     the paper's linear evaluation, an `eval.protocols.Official`
+    OFFICIAL                   layout of the reference checkpoint, a format of `fastssl export`
+    parameter_groups(method)   groups for the optimizer, where the paper treats some parameters differently: dicts of
+                               "params" and optional factors "lr_scale" and "weight_decay_scale" (`train.optim`)
+
+A command that needs an optional name which the module does not define raises an error.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -21,30 +28,31 @@ class Batch(NamedTuple):
     """One training batch, on the device of the method."""
 
     views: tuple[Tensor, ...]  # augmented views of the images, each [B, 3, H, W] float32, normalised; sizes may differ
-    index: Tensor  # [B] int64, number of the image in its source
-    label: Tensor  # [B] int64, −1 where there is none; for evaluation, never for the loss
-    seed: Tensor | None = None  # [B] int64, of (run, epoch, image): what is drawn from it is the same on any rank
-    extras: dict[str, Tensor] = {}  # noqa: RUF012 - what the source gives beside the image, each [B, …]: token ids
+    index: Tensor  # type: ignore[assignment]  # [B] int64, number of the image in its source
+    label: Tensor  # [B] int64, −1 for no label; for evaluation, never for the loss
+    seed: Tensor | None = None  # [B] int64, function of (run, epoch, image): draws from it are the same on any rank
+    extras: dict[str, Tensor] = {}  # noqa: RUF012 - further data of the source, each [B, …]: token ids, a depth map
 
 
 @runtime_checkable
 class Method(Protocol):
     """A self-supervised method: an `nn.Module` whose `forward` reads state and whose hooks write it.
 
-    One step is ``before_step``, ``forward`` and backward for each micro-batch, the optimizer's step, ``after_step``.
-    Progress is the share of the run's steps that are done, 0 … 1.
+    One step is ``before_step``, then ``forward`` and backward of each micro-batch, the optimizer's step, and
+    ``after_step``. Progress is the share of the run's steps that are done, from 0 to 1. With a CUDA graph the hooks run
+    outside of it, at every step.
     """
 
     @property
     def encoder(self) -> nn.Module:
-        """What evaluation, fine-tuning and export take: images [B, 3, H, W] → features [B, F].
+        """Module for evaluation, fine-tuning and export: images [B, 3, H, W] → features [B, F].
 
         It shares its parameters with the method, and its state dict has the names of timm or torchvision.
         """
         ...
 
     def before_step(self, progress: float) -> None:
-        """Writes scheduled values (a temperature, a momentum) into buffers, where a captured CUDA graph reads them."""
+        """Write scheduled values (a temperature, a momentum) into buffers, which a captured CUDA graph reads."""
         ...
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -52,17 +60,17 @@ class Method(Protocol):
         ...
 
     def after_step(self, progress: float) -> None:
-        """Updates state after the optimizer's step: momentum encoder, queue, centre."""
+        """Update state after the optimizer's step: momentum encoder, queue, centre."""
         ...
 
     def features(self, images: Tensor) -> Tensor:
-        """Features [B, F] of normalised images [B, 3, H, W], as evaluation uses them."""
+        """Features [B, F] of normalised images [B, 3, H, W], for evaluation."""
         ...
 
 
 @runtime_checkable
 class Reconstructs(Protocol):
-    """A method that predicts removed patches."""
+    """A method that predicts masked patches."""
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predictions of all patches [B, L, P] and the mask [B, L]: 0 kept, 1 removed."""
@@ -71,17 +79,20 @@ class Reconstructs(Protocol):
 
 @runtime_checkable
 class RanksNegatives(Protocol):
-    """A method that contrasts a query with one positive and many negatives."""
+    """A method that contrasts a query with one positive key and many negative keys."""
 
     def ranks(self, batch: Batch) -> tuple[Tensor, int]:
-        """How many negatives score above each query's positive [Q], and the number of negatives. Changes no state."""
+        """Number of negative keys that score above each query's positive key [Q], and the number of negative keys.
+
+        Changes no state.
+        """
         ...
 
 
 @runtime_checkable
 class SchedulesMomentum(Protocol):
-    """A method whose momentum encoder follows a schedule."""
+    """A method with a momentum encoder, whose momentum coefficient may follow a schedule."""
 
     def momentum_at(self, progress: float) -> float:
-        """Momentum of the momentum encoder's update."""
+        """Momentum coefficient of the momentum encoder's update at `progress`."""
         ...

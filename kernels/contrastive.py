@@ -1,26 +1,28 @@
 """InfoNCE over a queue, in the batch, and NT-Xent: attention whose values are its keys.
 
-Forward, two launches. `_stream` is flash attention with V = K: a program holds BLOCK_B queries, takes BLOCK_K keys at a
-time, and keeps for each query the running maximum of its logits, the sum of exp(logit − maximum), the sum of the keys
-so weighted, and how many logits exceed the positive's. A batch has few blocks of queries (two at B = 256), so the keys
-too are cut, into as many parts as fill the card; `_merge` joins the parts of a query in a fixed order, adds the
-positive, and leaves loss, rank and the whole gradient of q behind. The positive is no part of the stream: it is skipped
-where it is among the keys, so its weight 1 − p is a sum of what it is made of and does not cancel.
+Forward, two launches. `info_nce_fwd_kernel` is flash attention with V = K: a program holds BLOCK_B queries, takes
+BLOCK_K keys at a time, and keeps for each query the running maximum of its logits, the sum of exp(logit − maximum), the
+sum of the keys with these weights, and the number of logits above the positive's. A batch has few blocks of queries
+(two at B = 256), so the keys are cut too, into as many parts as fill the card, as in flash decoding;
+`info_nce_combine_kernel` combines the parts of a query in a fixed order, adds the positive, and writes loss, rank and
+the whole gradient of q. The positive is not in any part: it is skipped where it is among the keys, so its weight 1 − p
+is the sum of the other weights and does not cancel.
 
-Backward, for keys that learn (one launch, and a sum over its parts): `_gather` runs the same loop with roles swapped. A
-program holds BLOCK_B keys and passes over the queries, whose softmax is known from the forward pass: no atomics, no
-logits in memory. NT-Xent's rows are queries and keys at once, so there one pass gives both gradients.
+Backward, for keys with a gradient (one launch, and a sum over its parts): `info_nce_bwd_kernel` runs the same loop with
+the roles exchanged. A program holds BLOCK_B keys and passes over the queries, whose softmax is known from the forward
+pass: no atomics, no logits in memory. NT-Xent's rows are queries and keys at once, so there one pass gives both
+gradients.
 
-    bytes        stream: keys once from memory (once a block of queries from the L2 cache), B·D of queries, and
+    bytes        forward: keys once from memory (once for each block of queries from the L2 cache), B·D of queries, and
                  parts·B·(D + 3)·4 of partial results, written and read once
-    operations   stream 4·B·K·D with the gradient and 2·B·K·D without; gather 4·B·M·D
+    operations   forward 4·B·K·D with the gradient and 2·B·K·D without; backward 4·B·M·D
     limit        B = 256, D = 128, K = 65,536 in 16 bits: 16.8 MB and 8.6 GFLOP, so tensor cores, not memory
 
-Why the tiles are as they are: D = 128 in 16 bits takes 128 queries by 64 keys on 8 warps. The float32 sums of 128 × 128
-are 64 registers a thread, the logits 32, and two warp groups of 64 rows are what Hopper's instructions want (Ampere's
-take their operands from registers, which leaves room for 32 keys). Fewer queries would read the queue from L2 more
-often, more would write more partial results. float32 is multiplied as three products of tf32 parts, which holds every
-operand twice: smaller tiles.
+Tile sizes: D = 128 in 16 bits takes 128 queries by 64 keys on 8 warps. The float32 sums of 128 × 128 are 64 registers a
+thread, the logits 32, and two warp groups of 64 rows are what Hopper's instructions want (Ampere's take their operands
+from registers, which leaves room for 32 keys). Fewer queries would read the queue from L2 more often, more would write
+more partial results. float32 is multiplied as three products of tf32 parts, which holds every operand twice: smaller
+tiles.
 """
 
 from typing import NamedTuple
@@ -36,14 +38,14 @@ from .tile import (
     LOWEST,
     TRITON_DTYPES,
     Card,
+    acc_dtype,
     card,
     choose,
-    operand,
+    contiguous_rows,
+    dot_precision,
+    operand_dtype,
     power_of_2,
-    precision,
-    rows,
-    splits,
-    wide,
+    split_loop,
 )
 
 # {architecture: {bytes of an operand: {widest D: (BLOCK_B, BLOCK_K, CHUNK, warps, stages, programs a multiprocessor)}}}
@@ -81,76 +83,78 @@ TILES["gfx942"] = TILES["sm_80"] | {
     2: {32: (128, 32, 32, 8, 2, 1), 128: (128, 64, 32, 8, 2, 1), 256: (64, 32, 32, 4, 2, 1), 512: (64, 32, 64, 8, 2, 1)}
 }
 
-QUEUE, BATCH, VIEWS = (tl.constexpr(i) for i in range(3))  # where the positive of a row is, and what a row must skip
+# Which loss: InfoNCE over a queue, in the batch, or NT-Xent. It decides which key is a query's positive, and which keys
+# are no negatives.
+QUEUE, BATCH, VIEWS = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
-def _positive_of(row, B, first, KIND: tl.constexpr):
-    """The row of the keys' tensor that is the positive of each query."""
+def _positive_of(row, B, label_offset, KIND: tl.constexpr):
+    """The row of each query's positive in the tensor of positives."""
     if KIND == QUEUE:
         return row
     elif KIND == BATCH:
-        return row + first
+        return row + label_offset
     else:
         return (row + B // 2) % B
 
 
 @triton.jit
-def _rows(x_ptr, row, in_row, column, stride, D):
+def _load_tile(x_ptr, row, in_row, column, stride, D):
     """[rows, columns] of a matrix, zeros outside."""
     offset = row.to(tl.int64)[:, None] * stride + column[None, :]
     return tl.load(x_ptr + offset, mask=in_row[:, None] & (column < D)[None, :], other=0.0)
 
 
 @triton.jit
-def _dots(
-    a_ptr,
+def _dot_in_chunks(
+    a_ptr,  # [·, D]
     a_row,
     in_a,
     stride_a,
-    b_ptr,
+    b_ptr,  # [·, D]
     b_row,
     in_b,
     stride_b,
     D,
     OPERAND: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """a · bᵀ of rows that are too wide to be held in registers: CHUNK columns at a time."""
-    dots = tl.zeros([a_row.shape[0], b_row.shape[0]], WIDE)
+    """a · bᵀ of rows that are too wide for the registers: CHUNK columns at a time."""
+    dots = tl.zeros([a_row.shape[0], b_row.shape[0]], ACC_DTYPE)
     for start in range(0, D, CHUNK):
         column = start + tl.arange(0, CHUNK)
-        a = _rows(a_ptr, a_row, in_a, column, stride_a, D).to(OPERAND)
-        b = _rows(b_ptr, b_row, in_b, column, stride_b, D).to(OPERAND)
-        dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION, out_dtype=WIDE)
+        a = _load_tile(a_ptr, a_row, in_a, column, stride_a, D).to(OPERAND)
+        b = _load_tile(b_ptr, b_row, in_b, column, stride_b, D).to(OPERAND)
+        dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION, out_dtype=ACC_DTYPE)
     return dots
 
 
 @triton.jit
-def _stream(
-    q_ptr,
-    keys_ptr,
-    positives_ptr,
-    tau_ptr,
-    top_ptr,
-    sum_ptr,
-    above_ptr,
-    weighted_ptr,
+def info_nce_fwd_kernel(
+    q_ptr,  # [B, D], rows contiguous
+    keys_ptr,  # [K, D], rows contiguous
+    positives_ptr,  # [B, D] for QUEUE, else the keys
+    tau_ptr,  # one value
+    top_ptr,  # [parts, B], written: largest logit of the negatives in a part
+    sum_ptr,  # [parts, B], written: Σ exp(logit − largest)
+    above_ptr,  # [parts, B] int32, written: logits above the positive's
+    weighted_ptr,  # [parts, B, D], written with WITH_GRAD: Σ exp(logit − largest)·key
     B,
     K,
     D,
-    first,
-    each,
-    stride_q,
-    stride_keys,
-    stride_positives,
+    label_offset,
+    tiles_per_part,
+    stride_qb,
+    stride_keys_k,
+    stride_positives_b,
     KIND: tl.constexpr,
-    GRAD: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
     CHUNK: tl.constexpr,
     OPERAND: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -160,301 +164,305 @@ def _stream(
     part = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_b = row < B
-    column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)  # of the weighted sum; a wide D has several chunks
-    scale = 1 / tl.load(tau_ptr).to(WIDE) * LOG2E
+    column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)  # of the weighted sum; a wide D has several blocks
+    scale = 1 / tl.load(tau_ptr).to(ACC_DTYPE) * LOG2E
 
-    positive = _positive_of(row, B, first, KIND)
-    positive_score = tl.zeros([BLOCK_B], WIDE)
+    positive = _positive_of(row, B, label_offset, KIND)
+    positive_logit = tl.zeros([BLOCK_B], ACC_DTYPE)
     for start in range(0, D, BLOCK_D):
-        at = start + tl.arange(0, BLOCK_D)
-        own = _rows(q_ptr, row, in_b, at, stride_q, D).to(WIDE)
-        positive_score += tl.sum(own * _rows(positives_ptr, positive, in_b, at, stride_positives, D).to(WIDE), 1)
-    positive_score *= scale
+        d = start + tl.arange(0, BLOCK_D)
+        q_d = _load_tile(q_ptr, row, in_b, d, stride_qb, D).to(ACC_DTYPE)
+        k_d = _load_tile(positives_ptr, positive, in_b, d, stride_positives_b, D).to(ACC_DTYPE)
+        positive_logit += tl.sum(q_d * k_d, 1)
+    positive_logit *= scale
 
     if CHUNK == 0:
-        q = _rows(q_ptr, row, in_b, column, stride_q, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
-    top = tl.full([BLOCK_B], LOWEST, WIDE)
-    total = tl.zeros([BLOCK_B], WIDE)
+        q = _load_tile(q_ptr, row, in_b, column, stride_qb, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
+    top = tl.full([BLOCK_B], LOWEST, ACC_DTYPE)
+    total = tl.zeros([BLOCK_B], ACC_DTYPE)
     above = tl.zeros([BLOCK_B], tl.int32)
-    weighted = tl.zeros([BLOCK_B, BLOCK_D], WIDE)
-    for tile in range(part * each, tl.minimum((part + 1) * each, tl.cdiv(K, BLOCK_K))):
+    weighted = tl.zeros([BLOCK_B, BLOCK_D], ACC_DTYPE)
+    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tl.cdiv(K, BLOCK_K))):
         key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         in_k = key < K
         if CHUNK == 0:
-            keys = _rows(keys_ptr, key, in_k, column, stride_keys, D).to(OPERAND)  # [BLOCK_K, BLOCK_D]
-            scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=WIDE)
+            keys = _load_tile(keys_ptr, key, in_k, column, stride_keys_k, D).to(OPERAND)  # [BLOCK_K, BLOCK_D]
+            logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC_DTYPE)
         else:
-            scores = _dots(
-                q_ptr, row, in_b, stride_q, keys_ptr, key, in_k, stride_keys, D, OPERAND, WIDE, PRECISION, CHUNK
+            logits = _dot_in_chunks(
+                q_ptr, row, in_b, stride_qb, keys_ptr, key, in_k, stride_keys_k, D, OPERAND, ACC_DTYPE, PRECISION, CHUNK
             )
-            if GRAD:
-                keys = _rows(keys_ptr, key, in_k, column, stride_keys, D).to(OPERAND)
-        taken = in_k[None, :]
+            if WITH_GRAD:
+                keys = _load_tile(keys_ptr, key, in_k, column, stride_keys_k, D).to(OPERAND)
+        is_negative = in_k[None, :]
         if KIND != QUEUE:
-            taken = taken & (key[None, :] != positive[:, None])
+            is_negative = is_negative & (key[None, :] != positive[:, None])
         if KIND == VIEWS:
-            taken = taken & (key[None, :] != row[:, None])
-        scores = tl.where(taken, scores * scale, float("-inf"))
-        above += tl.sum((scores > positive_score[:, None]).to(tl.int32), 1)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])  # [BLOCK_B, BLOCK_K]
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        if GRAD:
+            is_negative = is_negative & (key[None, :] != row[:, None])
+        logits = tl.where(is_negative, logits * scale, float("-inf"))
+        above += tl.sum((logits > positive_logit[:, None]).to(tl.int32), 1)
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_top[:, None])  # [BLOCK_B, BLOCK_K]
+        rescale = tl.exp2(top - new_top)
+        total = total * rescale + tl.sum(weights, 1)
+        if WITH_GRAD:
             weighted = tl.dot(
-                weights.to(OPERAND), keys, weighted * shrink[:, None], input_precision=PRECISION, out_dtype=WIDE
+                weights.to(OPERAND), keys, weighted * rescale[:, None], input_precision=PRECISION, out_dtype=ACC_DTYPE
             )
         top = new_top
 
-    at = part.to(tl.int64) * B + row
+    partial = part.to(tl.int64) * B + row
     if tl.program_id(2) == 0:
-        tl.store(top_ptr + at, top, mask=in_b)
-        tl.store(sum_ptr + at, total, mask=in_b)
-        tl.store(above_ptr + at, above, mask=in_b)
-    if GRAD:
-        tl.store(weighted_ptr + at[:, None] * D + column[None, :], weighted, mask=in_b[:, None] & (column < D)[None, :])
+        tl.store(top_ptr + partial, top, mask=in_b)
+        tl.store(sum_ptr + partial, total, mask=in_b)
+        tl.store(above_ptr + partial, above, mask=in_b)
+    if WITH_GRAD:
+        inside = in_b[:, None] & (column < D)[None, :]
+        tl.store(weighted_ptr + partial[:, None] * D + column[None, :], weighted, mask=inside)
 
 
 @triton.jit
-def _merge(
-    q_ptr,
-    positives_ptr,
-    tau_ptr,
-    top_ptr,
-    sum_ptr,
-    above_ptr,
-    weighted_ptr,
-    loss_ptr,
-    rank_ptr,
-    lse_ptr,
-    dq_ptr,
+def info_nce_combine_kernel(
+    q_ptr,  # [B, D], rows contiguous
+    positives_ptr,  # [B, D] or the keys, rows contiguous
+    tau_ptr,  # one value
+    top_ptr,  # [parts, B]
+    sum_ptr,  # [parts, B]
+    above_ptr,  # [parts, B] int32
+    weighted_ptr,  # [parts, B, D] with WITH_GRAD
+    loss_ptr,  # [B], written
+    rank_ptr,  # [B] int64, written
+    lse_ptr,  # [B], written: log-sum-exp of all logits
+    dq_ptr,  # [B, D], written with WITH_GRAD: gradient for an upstream gradient of 1
     B,
     D,
-    first,
+    label_offset,
     parts,
-    stride_q,
-    stride_positives,
+    stride_qb,
+    stride_positives_b,
     KIND: tl.constexpr,
-    GRAD: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One query: joins its parts, in order, with its positive."""
+    """Combines the parts of one query, in order, with its positive."""
     row = tl.program_id(0)
-    positive = _positive_of(row, B, first, KIND).to(tl.int64)
-    own = q_ptr + row.to(tl.int64) * stride_q
-    tau = tl.load(tau_ptr).to(WIDE)
+    positive = _positive_of(row, B, label_offset, KIND).to(tl.int64)
+    q_row_ptr = q_ptr + row.to(tl.int64) * stride_qb
+    k_row_ptr = positives_ptr + positive * stride_positives_b
+    tau = tl.load(tau_ptr).to(ACC_DTYPE)
 
-    score = tl.zeros([BLOCK_D], WIDE)
+    products = tl.zeros([BLOCK_D], ACC_DTYPE)
     for start in range(0, D, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
-        q = tl.load(own + column, mask=column < D, other=0.0).to(WIDE)
-        k = tl.load(positives_ptr + positive * stride_positives + column, mask=column < D, other=0.0).to(WIDE)
-        score += q * k
-    score = tl.sum(score, 0) * (1 / tau * LOG2E)
+        q = tl.load(q_row_ptr + column, mask=column < D, other=0.0).to(ACC_DTYPE)
+        k = tl.load(k_row_ptr + column, mask=column < D, other=0.0).to(ACC_DTYPE)
+        products += q * k
+    positive_logit = tl.sum(products, 0) * (1 / tau * LOG2E)
 
-    tops = tl.full([BLOCK_S], LOWEST, WIDE)
-    for start in range(0, parts, BLOCK_S):
-        part = start + tl.arange(0, BLOCK_S)
-        at = part.to(tl.int64) * B + row
-        tops = tl.maximum(tops, tl.load(top_ptr + at, mask=part < parts, other=LOWEST))
-    top = tl.maximum(tl.max(tops, 0), score)
+    tops = tl.full([BLOCK_PARTS], LOWEST, ACC_DTYPE)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        partial = part.to(tl.int64) * B + row
+        tops = tl.maximum(tops, tl.load(top_ptr + partial, mask=part < parts, other=LOWEST))
+    top = tl.maximum(tl.max(tops, 0), positive_logit)
 
-    totals, aboves = tl.zeros([BLOCK_S], WIDE), tl.zeros([BLOCK_S], tl.int64)
-    for start in range(0, parts, BLOCK_S):
-        part = start + tl.arange(0, BLOCK_S)
-        at = part.to(tl.int64) * B + row
-        share = tl.exp2(tl.load(top_ptr + at, mask=part < parts, other=LOWEST) - top)
-        totals += share * tl.load(sum_ptr + at, mask=part < parts, other=0.0)
-        aboves += tl.load(above_ptr + at, mask=part < parts, other=0)
-    others = tl.sum(totals, 0)  # of the negatives, the positive's own term is exp2(score − top)
-    every = others + tl.exp2(score - top)
-    tl.store(loss_ptr + row, (tl.log2(every) + (top - score)) * LN2)
+    totals, aboves = tl.zeros([BLOCK_PARTS], ACC_DTYPE), tl.zeros([BLOCK_PARTS], tl.int64)
+    for start in range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        partial = part.to(tl.int64) * B + row
+        rescale = tl.exp2(tl.load(top_ptr + partial, mask=part < parts, other=LOWEST) - top)
+        totals += rescale * tl.load(sum_ptr + partial, mask=part < parts, other=0.0)
+        aboves += tl.load(above_ptr + partial, mask=part < parts, other=0)
+    negatives_sum = tl.sum(totals, 0)
+    sum_of_all = negatives_sum + tl.exp2(positive_logit - top)
+    tl.store(loss_ptr + row, (tl.log2(sum_of_all) + (top - positive_logit)) * LN2)
     tl.store(rank_ptr + row, tl.sum(aboves, 0))
-    tl.store(lse_ptr + row, (tl.log2(every) + top) * LN2)
-    if GRAD:
+    tl.store(lse_ptr + row, (tl.log2(sum_of_all) + top) * LN2)
+    if WITH_GRAD:
         for start in range(0, D, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
-            dq = tl.zeros([BLOCK_S, BLOCK_D], WIDE)
-            for begin in range(0, parts, BLOCK_S):
-                part = begin + tl.arange(0, BLOCK_S)
-                at = part.to(tl.int64) * B + row
-                share = tl.exp2(tl.load(top_ptr + at, mask=part < parts, other=LOWEST) - top)
-                dq += share[:, None] * _rows(weighted_ptr, at, part < parts, column, D, D)
-            k = tl.load(positives_ptr + positive * stride_positives + column, mask=column < D, other=0.0).to(WIDE)
-            dq = (tl.sum(dq, 0) - others * k) / every / tau
+            dq = tl.zeros([BLOCK_PARTS, BLOCK_D], ACC_DTYPE)
+            for part_start in range(0, parts, BLOCK_PARTS):
+                part = part_start + tl.arange(0, BLOCK_PARTS)
+                partial = part.to(tl.int64) * B + row
+                rescale = tl.exp2(tl.load(top_ptr + partial, mask=part < parts, other=LOWEST) - top)
+                dq += rescale[:, None] * _load_tile(weighted_ptr, partial, part < parts, column, D, D)
+            k = tl.load(k_row_ptr + column, mask=column < D, other=0.0).to(ACC_DTYPE)
+            dq = (tl.sum(dq, 0) - negatives_sum * k) / sum_of_all / tau
             tl.store(dq_ptr + row.to(tl.int64) * D + column, dq, mask=column < D)
 
 
 @triton.jit
-def _gather(
-    own_ptr,
-    others_ptr,
-    tau_ptr,
-    lse_ptr,
-    dloss_ptr,
-    unit_ptr,
-    grad_ptr,
+def info_nce_bwd_kernel(
+    keys_ptr,  # [R, D], rows contiguous: the rows whose gradient is computed
+    queries_ptr,  # [C, D], rows contiguous; for VIEWS the keys
+    tau_ptr,  # one value
+    lse_ptr,  # [C], log-sum-exp of each query's logits
+    dloss_ptr,  # [C], gradient of each query's loss
+    unit_ptr,  # one value, by which weights are divided before they are rounded to 16 bits
+    dkeys_ptr,  # [parts, R, D], written
     R,
     C,
     D,
-    first,
-    each,
-    stride_own,
-    stride_others,
+    label_offset,
+    tiles_per_part,
+    stride_keys_r,
+    stride_queries_c,
     KIND: tl.constexpr,
     CHUNK: tl.constexpr,
     OPERAND: tl.constexpr,
-    WIDE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradient of BLOCK_B of the R rows `own` through one part of the C rows `others`, by whose softmax they count.
+    """Gradient of BLOCK_B of the keys through one part of the queries.
 
-    With weight_rc = dloss_c · (softmax_c at r, less 1 where r is the positive of c) it is Σ_c weight_rc · others_c / τ.
+    With weight_rc = dloss_c · (softmax of query c at key r, less 1 where r is the positive of c) the gradient of key r
+    is Σ_c weight_rc · query_c / τ. For VIEWS a row is a query too, which adds the same sum with weight_cr.
     """
     part = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_r = row < R
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    tau = tl.load(tau_ptr).to(WIDE)
-    unit = tl.load(unit_ptr).to(WIDE)  # weights are divided by it before they are rounded to 16 bits
+    tau = tl.load(tau_ptr).to(ACC_DTYPE)
+    unit = tl.load(unit_ptr).to(ACC_DTYPE)
     per_unit = 1 / unit
     if CHUNK == 0:
-        own = _rows(own_ptr, row, in_r, column, stride_own, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
+        keys = _load_tile(keys_ptr, row, in_r, column, stride_keys_r, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
     if KIND == VIEWS:
-        own_lse = tl.load(lse_ptr + row, mask=in_r, other=0.0)
-        own_dloss = tl.load(dloss_ptr + row, mask=in_r, other=0.0).to(WIDE) * per_unit
-    grad = tl.zeros([BLOCK_B, BLOCK_D], WIDE)
-    for tile in range(part * each, tl.minimum((part + 1) * each, tl.cdiv(C, BLOCK_K))):
-        other = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-        in_c = other < C
+        row_lse = tl.load(lse_ptr + row, mask=in_r, other=0.0)
+        row_dloss = tl.load(dloss_ptr + row, mask=in_r, other=0.0).to(ACC_DTYPE) * per_unit
+    dkeys = tl.zeros([BLOCK_B, BLOCK_D], ACC_DTYPE)
+    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tl.cdiv(C, BLOCK_K))):
+        query = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        in_c = query < C
         if CHUNK == 0:
-            others = _rows(others_ptr, other, in_c, column, stride_others, D).to(OPERAND)  # [BLOCK_K, BLOCK_D]
-            scores = tl.dot(own, tl.trans(others), input_precision=PRECISION, out_dtype=WIDE)
+            queries = _load_tile(queries_ptr, query, in_c, column, stride_queries_c, D).to(OPERAND)
+            logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC_DTYPE)
         else:
-            scores = _dots(
-                own_ptr,
+            logits = _dot_in_chunks(
+                keys_ptr,
                 row,
                 in_r,
-                stride_own,
-                others_ptr,
-                other,
+                stride_keys_r,
+                queries_ptr,
+                query,
                 in_c,
-                stride_others,
+                stride_queries_c,
                 D,
                 OPERAND,
-                WIDE,
+                ACC_DTYPE,
                 PRECISION,
                 CHUNK,
             )
-            others = _rows(others_ptr, other, in_c, column, stride_others, D).to(OPERAND)
-        scores = scores * (1 / tau)
-        lse = tl.load(lse_ptr + other, mask=in_c, other=float("inf"))
-        dloss = tl.load(dloss_ptr + other, mask=in_c, other=0.0).to(WIDE) * per_unit
-        is_positive = row[:, None] == _positive_of(other, C, first, KIND)[None, :]
-        weights = tl.exp2((scores - lse[None, :]) * LOG2E) * dloss[None, :]
+            queries = _load_tile(queries_ptr, query, in_c, column, stride_queries_c, D).to(OPERAND)
+        logits = logits * (1 / tau)  # [BLOCK_B, BLOCK_K]
+        lse = tl.load(lse_ptr + query, mask=in_c, other=float("inf"))
+        dloss = tl.load(dloss_ptr + query, mask=in_c, other=0.0).to(ACC_DTYPE) * per_unit
+        is_positive = row[:, None] == _positive_of(query, C, label_offset, KIND)[None, :]
+        weights = tl.exp2((logits - lse[None, :]) * LOG2E) * dloss[None, :]
         positive_weights = dloss[None, :]
         if KIND == VIEWS:
-            weights += tl.exp2((scores - own_lse[:, None]) * LOG2E) * own_dloss[:, None]
-            positive_weights += own_dloss[:, None]
+            weights += tl.exp2((logits - row_lse[:, None]) * LOG2E) * row_dloss[:, None]
+            positive_weights += row_dloss[:, None]
         weights = tl.where(is_positive, weights - positive_weights, weights)
-        taken = in_c[None, :]
+        counts = in_c[None, :]
         if KIND == VIEWS:
-            taken = taken & (other[None, :] != row[:, None])
-        weights = tl.where(taken, weights, 0.0)  # also where a row that does not exist made a NaN
-        grad = tl.dot(weights.to(OPERAND), others, grad, input_precision=PRECISION, out_dtype=WIDE)
-    at = part.to(tl.int64) * R + row
-    tl.store(
-        grad_ptr + at[:, None] * D + column[None, :], grad * (unit / tau), mask=in_r[:, None] & (column < D)[None, :]
-    )
+            counts = counts & (query[None, :] != row[:, None])
+        weights = tl.where(counts, weights, 0.0)  # also where a row beyond the end made a NaN
+        dkeys = tl.dot(weights.to(OPERAND), queries, dkeys, input_precision=PRECISION, out_dtype=ACC_DTYPE)
+    partial = part.to(tl.int64) * R + row
+    inside = in_r[:, None] & (column < D)[None, :]
+    tl.store(dkeys_ptr + partial[:, None] * D + column[None, :], dkeys * (unit / tau), mask=inside)
 
 
 def info_nce_fwd(q: Tensor, k: Tensor, queue: Tensor, tau: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss, rank, _, dq = _forward(q, queue, k, tau, 0, QUEUE, with_grad)
+    loss, rank, _, dq = launch_info_nce_fwd(q, queue, k, tau, 0, QUEUE, with_grad)
     return loss, rank, dq
 
 
 def batch_info_nce_fwd(
-    q: Tensor, keys: Tensor, tau: Tensor, first: int, with_grad: bool
+    q: Tensor, keys: Tensor, tau: Tensor, label_offset: int, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, rank, lse, dq = _forward(q, keys, keys, tau, first, BATCH, with_grad)
+    loss, rank, lse, dq = launch_info_nce_fwd(q, keys, keys, tau, label_offset, BATCH, with_grad)
     return loss, rank, dq, lse
 
 
 def nt_xent_fwd(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    loss, _, lse, _ = _forward(z, z, z, tau, 0, VIEWS, False)
+    loss, _, lse, _ = launch_info_nce_fwd(z, z, z, tau, 0, VIEWS, False)
     return loss, lse
 
 
-def batch_info_nce_dkeys(q: Tensor, keys: Tensor, tau: Tensor, first: int, lse: Tensor, dloss: Tensor) -> Tensor:
-    return _backward(keys, q, tau, first, lse, dloss, BATCH)
+def batch_info_nce_dkeys(q: Tensor, keys: Tensor, tau: Tensor, label_offset: int, lse: Tensor, dloss: Tensor) -> Tensor:
+    return launch_info_nce_bwd(keys, q, tau, label_offset, lse, dloss, BATCH)
 
 
 def nt_xent_bwd(z: Tensor, tau: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
-    return _backward(z, z, tau, 0, lse, dloss, VIEWS)
+    return launch_info_nce_bwd(z, z, tau, 0, lse, dloss, VIEWS)
 
 
 class Plan(NamedTuple):
-    """How a launch of `_stream` or `_gather` is cut."""
+    """How a launch of `info_nce_fwd_kernel` or `info_nce_bwd_kernel` is cut."""
 
-    grid: tuple[int, int, int]  # blocks of rows, parts of the keys, parts of the columns
-    each: int  # tiles a part
+    grid: tuple[int, int, int]  # blocks of rows, parts of the keys, blocks of columns
+    tiles_per_part: int
     block_b: int
     block_k: int
     chunk: int
-    width: int
+    block_d: int
     warps: int
     stages: int
 
-    def options(self, multiplied: torch.dtype, dtype: torch.dtype) -> dict:
+    def options(self, operand: torch.dtype, sum_dtype: torch.dtype) -> dict:
+        """Constants of the kernel for operands and sums of these dtypes."""
         return {
-            "OPERAND": TRITON_DTYPES[multiplied],
-            "WIDE": TRITON_DTYPES[dtype],
-            "PRECISION": precision(multiplied),
+            "OPERAND": TRITON_DTYPES[operand],
+            "ACC_DTYPE": TRITON_DTYPES[sum_dtype],
+            "PRECISION": dot_precision(operand),
             "BLOCK_B": self.block_b,
             "BLOCK_K": self.block_k,
-            "BLOCK_D": self.width,
+            "BLOCK_D": self.block_d,
             "CHUNK": self.chunk,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
 
 
-def plan(B: int, K: int, D: int, size: int, on: Card) -> Plan:
-    """The cut of B rows against K keys of D values, in `size` bytes where they are multiplied."""
-    table = TILES[on.arch][size]
-    width = min(power_of_2(D, 32), max(table))
-    block_b, block_k, chunk, warps, stages, programs = choose(table, width)
-    chunk = min(chunk or width, width) if chunk or width < D else 0
-    blocks, columns = triton.cdiv(B, block_b), max(1, triton.cdiv(D, width))
-    parts, each = splits(blocks * columns, triton.cdiv(K, block_k), programs * on.multiprocessors)
-    return Plan((blocks, parts, columns), each, block_b, block_k, chunk, width, warps, stages)
+def plan(B: int, K: int, D: int, size: int, gpu: Card) -> Plan:
+    """The plan for B rows against K keys of D values, with operands of `size` bytes."""
+    table = TILES[gpu.arch][size]
+    block_d = min(power_of_2(D, 32), max(table))
+    block_b, block_k, chunk, warps, stages, programs = choose(table, block_d)
+    chunk = min(chunk or block_d, block_d) if chunk or block_d < D else 0
+    blocks, columns = triton.cdiv(B, block_b), max(1, triton.cdiv(D, block_d))
+    parts, tiles_per_part = split_loop(blocks * columns, triton.cdiv(K, block_k), programs * gpu.multiprocessors)
+    return Plan((blocks, parts, columns), tiles_per_part, block_b, block_k, chunk, block_d, warps, stages)
 
 
-def _forward(
-    q: Tensor, keys: Tensor, positives: Tensor, tau: Tensor, first: int, kind: tl.constexpr, with_grad: bool
+def launch_info_nce_fwd(
+    q: Tensor, keys: Tensor, positives: Tensor, tau: Tensor, label_offset: int, kind: tl.constexpr, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, rank, lse, dq or nothing)"""
-    (B, D), K, dtype = q.shape, keys.shape[0], wide(q.dtype)
-    loss, lse = q.new_empty(B, dtype=dtype), q.new_empty(B, dtype=dtype)
+    """(loss, rank, lse, dq); dq is empty without `with_grad`."""
+    (B, D), K, sum_dtype = q.shape, keys.shape[0], acc_dtype(q.dtype)
+    loss, lse = q.new_empty(B, dtype=sum_dtype), q.new_empty(B, dtype=sum_dtype)
     rank = q.new_empty(B, dtype=torch.int64)
-    dq = q.new_empty((B, D) if with_grad else 0, dtype=dtype)
+    dq = q.new_empty((B, D) if with_grad else 0, dtype=sum_dtype)
     if B == 0:
         return loss, rank, lse, dq
-    q, keys, positives = rows(q), rows(keys), rows(positives)
-    multiplied = operand(dtype, q, keys)
-    if multiplied == torch.float64:  # Triton fails to compile a product of float64 made from 16 bits
+    q, keys, positives = contiguous_rows(q), contiguous_rows(keys), contiguous_rows(positives)
+    operand = operand_dtype(sum_dtype, q, keys)
+    if operand == torch.float64:  # Triton fails to compile a product of float64 made from 16 bits
         q, keys = q.double(), keys.double()
-    cut = plan(B, K, D, multiplied.itemsize, card(q))
+    cut = plan(B, K, D, operand.itemsize, card(q))
     parts = cut.grid[1]
-    top, total = q.new_empty(parts, B, dtype=dtype), q.new_empty(parts, B, dtype=dtype)
+    top, total = q.new_empty(parts, B, dtype=sum_dtype), q.new_empty(parts, B, dtype=sum_dtype)
     above = q.new_empty(parts, B, dtype=torch.int32)
-    weighted = q.new_empty((parts, B, D) if with_grad else 0, dtype=dtype)
-    _stream[cut.grid](
+    weighted = q.new_empty((parts, B, D) if with_grad else 0, dtype=sum_dtype)
+    info_nce_fwd_kernel[cut.grid](
         q,
         keys,
         positives,
@@ -466,16 +474,16 @@ def _forward(
         B,
         K,
         D,
-        first,
-        cut.each,
+        label_offset,
+        cut.tiles_per_part,
         q.stride(0),
         keys.stride(0),
         positives.stride(0),
         KIND=kind.value,
-        GRAD=with_grad,
-        **cut.options(multiplied, dtype),
+        WITH_GRAD=with_grad,
+        **cut.options(operand, sum_dtype),
     )
-    _merge[(B, 1, 1)](
+    info_nce_combine_kernel[(B, 1, 1)](
         q,
         positives,
         tau,
@@ -489,52 +497,53 @@ def _forward(
         dq,
         B,
         D,
-        first,
+        label_offset,
         parts,
         q.stride(0),
         positives.stride(0),
         KIND=kind.value,
-        GRAD=with_grad,
-        WIDE=TRITON_DTYPES[dtype],
-        BLOCK_S=16,
-        BLOCK_D=min(128, cut.width),
+        WITH_GRAD=with_grad,
+        ACC_DTYPE=TRITON_DTYPES[sum_dtype],
+        BLOCK_PARTS=16,
+        BLOCK_D=min(128, cut.block_d),
         num_warps=4,
     )
     return loss, rank, lse, dq
 
 
-def _backward(
-    own: Tensor, others: Tensor, tau: Tensor, first: int, lse: Tensor, dloss: Tensor, kind: tl.constexpr
+def launch_info_nce_bwd(
+    keys: Tensor, queries: Tensor, tau: Tensor, label_offset: int, lse: Tensor, dloss: Tensor, kind: tl.constexpr
 ) -> Tensor:
-    (R, D), C = own.shape, others.shape[0]
-    grad = own.new_empty(R, D, dtype=lse.dtype)
+    """Gradient of the keys [R, D], in the dtype of lse."""
+    (R, D), C = keys.shape, queries.shape[0]
+    dkeys = keys.new_empty(R, D, dtype=lse.dtype)
     if R == 0:
-        return grad
-    own, others, dloss = rows(own), rows(others), dloss.contiguous()
-    multiplied = operand(lse.dtype, own, others)
-    if multiplied == torch.float64:  # as above
-        own, others = own.double(), others.double()
-    cut = plan(R, C, D, multiplied.itemsize, card(own))
+        return dkeys
+    keys, queries, dloss = contiguous_rows(keys), contiguous_rows(queries), dloss.contiguous()
+    operand = operand_dtype(lse.dtype, keys, queries)
+    if operand == torch.float64:  # as in launch_info_nce_fwd
+        keys, queries = keys.double(), queries.double()
+    cut = plan(R, C, D, operand.itemsize, card(keys))
     parts = cut.grid[1]
-    # float16 has no room for softmax times a loss's gradient: the largest weight is made 256 there.
-    unit = (dloss.abs().max() / 256).clamp(min=1e-30) if multiplied == torch.float16 and C else dloss.new_ones(())
-    partial = grad if parts == 1 else own.new_empty(parts, R, D, dtype=lse.dtype)
-    _gather[cut.grid](
-        own,
-        others,
+    # float16 has no room for softmax times a loss's gradient: the unit makes the largest weight 256 there.
+    unit = (dloss.abs().max() / 256).clamp(min=1e-30) if operand == torch.float16 and C else dloss.new_ones(())
+    partial_sums = dkeys if parts == 1 else keys.new_empty(parts, R, D, dtype=lse.dtype)
+    info_nce_bwd_kernel[cut.grid](
+        keys,
+        queries,
         tau,
         lse,
         dloss,
         unit,
-        partial,
+        partial_sums,
         R,
         C,
         D,
-        first,
-        cut.each,
-        own.stride(0),
-        others.stride(0),
+        label_offset,
+        cut.tiles_per_part,
+        keys.stride(0),
+        queries.stride(0),
         KIND=kind.value,
-        **cut.options(multiplied, lse.dtype),
+        **cut.options(operand, lse.dtype),
     )
-    return grad if parts == 1 else partial.sum(0)
+    return dkeys if parts == 1 else partial_sums.sum(0)

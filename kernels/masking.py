@@ -1,34 +1,35 @@
-"""MAE's masking: which tokens stay, taking them out, putting them back. Only bytes count here.
+"""MAE's masking: which tokens stay, gathering them, and restoring them. These kernels are limited by bytes alone.
 
-`_mask` finds the rank of each token's noise by counting the tokens that come before it: no sort, no second argsort, and
-ties are ordered by index because the count says so. A row of up to WHOLE_ROW tokens is one program, which loads its
-noise once and holds it as row and as column; longer rows are cut, and each program passes over all of their noise.
+`random_masking_kernel` finds the rank of each token's noise by counting the tokens that come before it: no sort and no
+second argsort, and the count orders equal noise by index. A row of up to WHOLE_ROW tokens is one program, which loads
+its noise once and holds it as row and as column; longer rows are cut, and each program passes over all of their noise.
 
-`_keep` copies rows that are named, adding their position, and `_restore` is its inverse: each row of the result is a
-prefix, a kept row or the mask token. Their gradients also go by rows of the result, so that each is written once:
-`_keep_bwd` looks every token up in ids_keep and writes its gradient or zeros, with no memset and no scatter;
-`_restore_bwd` reads the gradient once in the order of memory, stores the kept rows in their places and adds up the
-masked ones. Its programs leave partial sums, which torch adds in a fixed order, so no atomics and always the same bits.
+`keep_tokens_fwd_kernel` gathers rows by their ids and adds their positions; `restore_tokens_fwd_kernel` is its inverse:
+each row of the result is a prefix token, a kept token or the mask token. Their gradients also go by rows of the result,
+so that each row is written once: `keep_tokens_bwd_kernel` searches ids_keep for every token and writes its gradient or
+zeros, with no memset and no scatter; `restore_tokens_bwd_kernel` reads the gradient once in the order of memory, stores
+the kept rows in their places and adds up the masked ones. Its programs write partial sums, which torch adds in a fixed
+order, so there are no atomics and the same bits every time.
 
     bytes        random_masking B·L·(s + 20): noise in; ids, ids_restore and mask out
                  keep_tokens    B·M·(2·D·s + 8) + L·D·s; backward B·D·s·(M + L) + 8·B·M
                  restore_tokens B·D·s·(2·prefix + M + L) + 8·B·L + (prefix + L)·D·s; backward the same without the
                                 last term, and parts·D·8 for partial sums, under 3 % of it in MAE at B = 256
-                 Positions, the mask token and the ids that a row of a batch looks up are read by many programs and
-                 come from the L2 cache: memory sees them once. benchmarks/model.py counts all this exactly.
-    operations   random_masking B·L² compares, the others a few for each element
+                 Positions, the mask token and the ids that are searched are read by many programs and come from the
+                 L2 cache: memory reads them once. tests/support/kernel_model.py counts all this exactly.
+    operations   random_masking B·L² comparisons, the others a few for each element
     limit        memory: B = 256, D = 768 in 16 bits take 39 MB forward and 96 MB backward
 
-Why the tiles are as they are: by its data sheet (bandwidth times latency, over the multiprocessors) a card needs 10 to
-40 kB under way on each. 4 warps ask for 4 kB at once, 32 bytes a thread in words of 16, and at 64 registers a thread 8
-such programs fit side by side. A tile is TOKENS rows by COLUMNS values, half a kilobyte of a row where the row is so
-long: one word for each thread of a warp. A row of a multiple of 16 values, as in every ViT, has no ragged end, which is
-what lets the compiler use such words. `_restore` takes the same tokens of several samples, as many as leave 8 programs
-a multiprocessor, so that positions are not read again for each: that would be 0.8 times the bytes from memory, and the
-L2 cache is not that much faster.
+Tile sizes: by its data sheet (bandwidth times latency, over the multiprocessors) a card needs 10 to 40 kB in flight on
+each multiprocessor. 4 warps ask for 4 kB at once, 32 bytes a thread in words of 16, and at 64 registers a thread 8 such
+programs fit side by side. A tile is TOKENS rows by COLUMNS values, half a kilobyte of a row where the row is that long:
+one word for each thread of a warp. A row of a multiple of 16 values, as in every ViT, has no ragged end, so the
+compiler can use such words. `restore_tokens_fwd_kernel` takes the same tokens of several samples, as many as leave 8
+programs a multiprocessor, so that positions are not read again for each sample: that would be 0.8 times the bytes from
+memory, and the L2 cache is not that much faster.
 
-Ids are not checked here: reading one on the host would stop it until the GPU is done. An id outside its range is taken
-as a row of zeros (in ids_restore as a mask token), or finds no place; nothing outside the tensors is read or written.
+Ids are not checked here: to read one on the host would stop it until the GPU is done. An id outside its range reads as
+a row of zeros (in ids_restore as a mask token), or has no place; nothing outside the tensors is read or written.
 """
 
 import torch
@@ -41,24 +42,24 @@ from .tile import (
     TRITON_DTYPES,
     Card,
     Launch,
+    acc_dtype,
     card,
+    contiguous_rows,
     move_tile,
-    places,
+    positions_in_row,
     power_of_2,
-    rows,
     search_block,
-    splits,
-    wide,
+    split_loop,
 )
 
 WHOLE_ROW = 512  # the longest row that one program ranks
 
-# {architecture: warps of a program}. A batch is two programs a multiprocessor, so what counts is how soon one is done.
-MASK = dict.fromkeys(ARCHITECTURES, 8) | {"gfx942": 4}  # a warp has 64 lanes there
-# {architecture: warps of a program, bytes of the tile that it takes at a time}: keep_tokens both ways, restore_tokens
+# {architecture: warps of a program of random_masking}. A batch is two programs a multiprocessor, so latency decides.
+MASK = dict.fromkeys(ARCHITECTURES, 8) | {"gfx942": 4}  # whose warps have 64 lanes
+# {architecture: configuration} of keep_tokens, forward and backward, and of restore_tokens forward
 MOVE = dict.fromkeys(ARCHITECTURES, Launch(4, 4096)) | {"gfx942": Launch(4, 8192)}
-# The same, and how many programs a multiprocessor gets: as many as fit beside each other, since each leaves a partial
-# sum behind and none should wait for another's end.
+# {architecture: (configuration, programs a multiprocessor)} of restore_tokens backward. As many programs as fit side by
+# side: each writes a partial sum, and none should wait until another ends.
 SUM = {
     "sm_80": (Launch(4, 8192), 4),
     "sm_90": (Launch(4, 8192), 4),
@@ -69,218 +70,219 @@ SUM = {
 
 
 @triton.jit
-def _order(noise):
-    """Integers that are ordered as the noise is: −0.0 equals 0.0, and every NaN comes after +∞."""
+def _sortable_bits(noise):
+    """Integers in the order of the noise: −0.0 equals 0.0, and every NaN comes after +∞."""
     if noise.dtype == tl.float64:
         bits = noise.to(tl.int64, bitcast=True)
-        size = bits & 0x7FFFFFFFFFFFFFFF
-        order = tl.where(size > 0x7FF0000000000000, 0x7FFFFFFFFFFFFFFF, tl.where(bits < 0, -size, size))
+        magnitude = bits & 0x7FFFFFFFFFFFFFFF
+        order = tl.where(magnitude > 0x7FF0000000000000, 0x7FFFFFFFFFFFFFFF, tl.where(bits < 0, -magnitude, magnitude))
     else:
         bits = noise.to(tl.float32).to(tl.int32, bitcast=True)
-        size = bits & 0x7FFFFFFF
-        order = tl.where(size > 0x7F800000, 0x7FFFFFFF, tl.where(bits < 0, -size, size))
+        magnitude = bits & 0x7FFFFFFF
+        order = tl.where(magnitude > 0x7F800000, 0x7FFFFFFF, tl.where(bits < 0, -magnitude, magnitude))
     return order
 
 
 @triton.jit
-def _count_before(others, other, own, token):
-    """How many of `others` come before each of `own`; equal noise is ordered by index."""
-    earlier = other[:, None] < token[None, :]
-    before = (others[:, None] < own[None, :]) | ((others[:, None] == own[None, :]) & earlier)
+def _count_before(chunk, chunk_token, order, token):
+    """How many values of a chunk come before each value of `order`; equal values are ordered by token."""
+    earlier = chunk_token[:, None] < token[None, :]
+    before = (chunk[:, None] < order[None, :]) | ((chunk[:, None] == order[None, :]) & earlier)
     return tl.sum(before.to(tl.int32), 0)
 
 
 @triton.jit
-def _mask(
-    noise_ptr,
-    keep_ptr,
-    masked_ptr,
-    restore_ptr,
-    mask_ptr,
+def random_masking_kernel(
+    noise_ptr,  # [B, L]
+    ids_keep_ptr,  # [B, keep] int64, written
+    ids_masked_ptr,  # [B, L − keep] int64, written
+    ids_restore_ptr,  # [B, L] int64, written
+    mask_ptr,  # [B, L] float32, written
     L,
     keep,
-    blocks,
-    noise_b,
-    noise_l,
-    WHOLE: tl.constexpr,
+    blocks,  # of a row
+    stride_noise_b,
+    stride_noise_l,
+    WHOLE: tl.constexpr,  # a program holds a whole row
     BLOCK: tl.constexpr,
-    OTHERS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Ranks of BLOCK tokens of one row. Beyond the row's end all is NaN, which comes before nothing."""
+    """Ranks BLOCK tokens of one row. Beyond the end of the row the noise is NaN, which comes last."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     in_l = token < L
-    row = noise_ptr + sample * noise_b
-    own = _order(tl.load(row + token.to(tl.int64) * noise_l, mask=in_l, other=float("nan")))
+    row_ptr = noise_ptr + sample * stride_noise_b
+    order = _sortable_bits(tl.load(row_ptr + token.to(tl.int64) * stride_noise_l, mask=in_l, other=float("nan")))
     rank = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, L, OTHERS):
-        other = start + tl.arange(0, OTHERS)
-        if WHOLE:  # the program holds all of the row: cut the part out of it
-            chunk = tl.arange(0, BLOCK // OTHERS)[:, None] * OTHERS
-            others = tl.sum(tl.where(chunk == start, tl.reshape(own, [BLOCK // OTHERS, OTHERS]), 0), 0)
+    for start in range(0, L, CHUNK):
+        chunk_token = start + tl.arange(0, CHUNK)
+        if WHOLE:  # select the chunk from the row in registers
+            chunk_start = tl.arange(0, BLOCK // CHUNK)[:, None] * CHUNK
+            chunk = tl.sum(tl.where(chunk_start == start, tl.reshape(order, [BLOCK // CHUNK, CHUNK]), 0), 0)
         else:
-            others = _order(tl.load(row + other.to(tl.int64) * noise_l, mask=other < L, other=float("nan")))
-        rank += _count_before(others, other, own, token)
-    at = sample * L + token
-    tl.store(restore_ptr + at, rank.to(tl.int64), mask=in_l)
-    tl.store(mask_ptr + at, (rank >= keep).to(tl.float32), mask=in_l)
-    tl.store(keep_ptr + sample * keep + rank, token.to(tl.int64), mask=in_l & (rank < keep))
-    tl.store(masked_ptr + sample * (L - keep) + (rank - keep), token.to(tl.int64), mask=in_l & (rank >= keep))
+            chunk_ptr = row_ptr + chunk_token.to(tl.int64) * stride_noise_l
+            chunk = _sortable_bits(tl.load(chunk_ptr, mask=chunk_token < L, other=float("nan")))
+        rank += _count_before(chunk, chunk_token, order, token)
+    offset = sample * L + token
+    tl.store(ids_restore_ptr + offset, rank.to(tl.int64), mask=in_l)
+    tl.store(mask_ptr + offset, (rank >= keep).to(tl.float32), mask=in_l)
+    tl.store(ids_keep_ptr + sample * keep + rank, token.to(tl.int64), mask=in_l & (rank < keep))
+    tl.store(ids_masked_ptr + sample * (L - keep) + (rank - keep), token.to(tl.int64), mask=in_l & (rank >= keep))
 
 
 @triton.jit
-def _keep(
-    x_ptr,
-    ids_ptr,
-    pos_ptr,
-    out_ptr,
+def keep_tokens_fwd_kernel(
+    x_ptr,  # [B, L, D], rows contiguous
+    ids_ptr,  # [B, M] int64
+    pos_ptr,  # [L, D], rows contiguous, or None
+    out_ptr,  # [B, M, D], written
     L,
     M,
     D,
-    blocks,
-    x_b,
-    x_l,
-    ids_b,
-    ids_m,
-    pos_l,
-    WIDE: tl.constexpr,
+    blocks,  # of a sample
+    stride_xb,
+    stride_xl,
+    stride_ids_b,
+    stride_ids_m,
+    stride_pos_l,
+    ACC_DTYPE: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """TOKENS kept tokens of one sample."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    place = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
-    in_m = place < M
-    token = tl.load(ids_ptr + sample * ids_b + place.to(tl.int64) * ids_m, mask=in_m, other=-1)
+    m = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
+    in_m = m < M
+    token = tl.load(ids_ptr + sample * stride_ids_b + m.to(tl.int64) * stride_ids_m, mask=in_m, other=-1)
     exists = ((token >= 0) & (token < L))[:, None]
-    x_row, out_row = x_ptr + sample * x_b + token[:, None] * x_l, out_ptr + (sample * M + place)[:, None] * D
+    x_row, out_row = x_ptr + sample * stride_xb + token[:, None] * stride_xl, out_ptr + (sample * M + m)[:, None] * D
     for start in range(0, D, COLUMNS):
         column = (start + tl.arange(0, COLUMNS))[None, :]
         kept = tl.load(x_row + column, mask=exists & (column < D), other=0.0)
         if pos_ptr is not None:
-            pos = tl.load(pos_ptr + token[:, None] * pos_l + column, mask=exists & (column < D), other=0.0)
-            kept = kept.to(WIDE) + pos.to(WIDE)
+            pos = tl.load(pos_ptr + token[:, None] * stride_pos_l + column, mask=exists & (column < D), other=0.0)
+            kept = kept.to(ACC_DTYPE) + pos.to(ACC_DTYPE)
         tl.store(out_row + column, kept, mask=in_m[:, None] & (column < D))
 
 
 @triton.jit
-def _keep_bwd(
-    dkept_ptr,
-    ids_ptr,
-    dx_ptr,
+def keep_tokens_bwd_kernel(
+    dkept_ptr,  # [B, M, D], rows contiguous
+    ids_ptr,  # [B, M] int64
+    dx_ptr,  # [B, L, D], written
     L,
     M,
     D,
-    blocks,
-    dkept_b,
-    dkept_m,
-    ids_b,
-    ids_m,
+    blocks,  # of a sample
+    stride_dkept_b,
+    stride_dkept_m,
+    stride_ids_b,
+    stride_ids_m,
     BLOCK_M: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """TOKENS whole rows of dx: the search in ids is made once for them, and serves all columns."""
+    """TOKENS whole rows of dx: the ids are searched once for them, and the result serves all columns."""
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
-    place = places(ids_ptr + sample * ids_b, ids_m, M, token, BLOCK_M)[:, None].to(tl.int64)
-    dkept = dkept_ptr + sample * dkept_b + place * dkept_m
-    dx = dx_ptr + (sample * L + token)[:, None] * D
+    m = positions_in_row(ids_ptr + sample * stride_ids_b, stride_ids_m, M, token, BLOCK_M)[:, None].to(tl.int64)
+    dkept_row = dkept_ptr + sample * stride_dkept_b + m * stride_dkept_m
+    dx_row = dx_ptr + (sample * L + token)[:, None] * D
     for start in range(0, D, COLUMNS):
         column = (start + tl.arange(0, COLUMNS))[None, :]
         inside = (token < L)[:, None] & (column < D)
-        tl.store(dx + column, tl.load(dkept + column, mask=inside & (place >= 0), other=0.0), mask=inside)
+        tl.store(dx_row + column, tl.load(dkept_row + column, mask=inside & (m >= 0), other=0.0), mask=inside)
 
 
 @triton.jit
-def _restore(
-    x_ptr,
-    mask_token_ptr,
-    ids_ptr,
-    pos_ptr,
-    out_ptr,
+def _source_row(ids_ptr, token, stride_ids_l, L, prefix, kept):
+    """(row of x, whether there is one) of each of the prefix + L tokens; a token without one is a mask token."""
+    in_prefix = token < prefix
+    has_rank = (token >= prefix) & (token < prefix + L)
+    rank = tl.load(ids_ptr + (token - prefix).to(tl.int64) * stride_ids_l, mask=has_rank, other=0)
+    return tl.where(in_prefix, token.to(tl.int64), prefix + rank), in_prefix | ((rank >= 0) & (rank < kept))
+
+
+@triton.jit
+def restore_tokens_fwd_kernel(
+    x_ptr,  # [B, prefix + kept, D], rows contiguous
+    mask_token_ptr,  # [D]
+    ids_ptr,  # [B, L] int64: ids_restore
+    pos_ptr,  # [prefix + L, D], rows contiguous, or None
+    out_ptr,  # [B, prefix + L, D], written
     B,
     L,
     D,
     prefix,
     kept,
-    each,
-    blocks,
-    x_b,
-    x_m,
-    ids_b,
-    ids_l,
-    pos_l,
-    WIDE: tl.constexpr,
+    samples_per_part,
+    blocks,  # of a sample
+    stride_xb,
+    stride_xm,
+    stride_ids_b,
+    stride_ids_l,
+    stride_pos_l,
+    ACC_DTYPE: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The same TOKENS of `each` samples: mask token and positions are read once for all of them."""
+    """The same TOKENS of several samples: mask token and positions are read once for all of them."""
     part = tl.program_id(0) // blocks
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)  # of the prefix + L
     for start in range(0, D, COLUMNS):
         column = (start + tl.arange(0, COLUMNS))[None, :]
         inside = (token < prefix + L)[:, None] & (column < D)
-        mask_token = tl.load(mask_token_ptr + column, mask=column < D, other=0.0).to(WIDE)
+        mask_token = tl.load(mask_token_ptr + column, mask=column < D, other=0.0).to(ACC_DTYPE)
         if pos_ptr is not None:
-            pos = pos_ptr + token.to(tl.int64)[:, None] * pos_l + column
-            pos = tl.load(pos, mask=inside, other=0.0).to(WIDE)
-        for b in range(part * each, tl.minimum((part + 1) * each, B)):
+            pos = pos_ptr + token.to(tl.int64)[:, None] * stride_pos_l + column
+            pos = tl.load(pos, mask=inside, other=0.0).to(ACC_DTYPE)
+        for b in range(part * samples_per_part, tl.minimum((part + 1) * samples_per_part, B)):
             sample = tl.cast(b, tl.int64)
-            source, is_given = _source(ids_ptr + sample * ids_b, token, ids_l, L, prefix, kept)
-            x = x_ptr + sample * x_b + source[:, None] * x_m + column
-            x = tl.load(x, mask=inside & is_given[:, None], other=0.0).to(WIDE)
-            out = tl.where(is_given[:, None], x, mask_token)
+            source, in_x = _source_row(ids_ptr + sample * stride_ids_b, token, stride_ids_l, L, prefix, kept)
+            x = x_ptr + sample * stride_xb + source[:, None] * stride_xm + column
+            x = tl.load(x, mask=inside & in_x[:, None], other=0.0).to(ACC_DTYPE)
+            out = tl.where(in_x[:, None], x, mask_token)
             if pos_ptr is not None:
                 out += pos
             tl.store(out_ptr + (sample * (prefix + L) + token)[:, None] * D + column, out, mask=inside)
 
 
 @triton.jit
-def _source(ids_ptr, token, ids_l, L, prefix, kept):
-    """Of each of the prefix + L tokens: which row of x it is, and whether it is one at all or a mask token."""
-    first = token < prefix
-    among = (token >= prefix) & (token < prefix + L)
-    rank = tl.load(ids_ptr + (token - prefix).to(tl.int64) * ids_l, mask=among, other=0)
-    return tl.where(first, token.to(tl.int64), prefix + rank), first | ((rank >= 0) & (rank < kept))
-
-
-@triton.jit
-def _restore_bwd(
-    dout_ptr,
-    ids_ptr,
-    dx_ptr,
-    partial_ptr,
+def restore_tokens_bwd_kernel(
+    dout_ptr,  # [B, prefix + L, D], rows contiguous
+    ids_ptr,  # [B, L] int64: ids_restore
+    dx_ptr,  # [B, prefix + kept, D], written
+    dmask_token_ptr,  # [parts, D], written: partial sums
     L,
     D,
     prefix,
     kept,
     tiles,
-    each,
-    blocks,
-    dout_b,
-    dout_l,
-    ids_b,
-    ids_l,
-    WIDE: tl.constexpr,
+    tiles_per_part,
+    blocks,  # of a sample
+    stride_dout_b,
+    stride_dout_l,
+    stride_ids_b,
+    stride_ids_l,
+    ACC_DTYPE: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """`each` tiles of TOKENS tokens of a sample, one after the other; the sum stays in registers until the last."""
+    """Some tiles of TOKENS tokens of a sample, one after the other; the sum stays in registers until the last."""
     part = tl.program_id(1)
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    total = tl.zeros([TOKENS, COLUMNS], WIDE)
-    for tile in range(part * each, tl.minimum((part + 1) * each, tiles)):
+    total = tl.zeros([TOKENS, COLUMNS], ACC_DTYPE)
+    for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
         sample = (tile // blocks).to(tl.int64)
         token = tile % blocks * TOKENS + tl.arange(0, TOKENS)  # of the prefix + L
-        source, is_given = _source(ids_ptr + sample * ids_b, token, ids_l, L, prefix, kept)
+        source, in_x = _source_row(ids_ptr + sample * stride_ids_b, token, stride_ids_l, L, prefix, kept)
         inside = (token < prefix + L)[:, None] & (column < D)
-        dout = tl.load(
-            dout_ptr + sample * dout_b + token.to(tl.int64)[:, None] * dout_l + column, mask=inside, other=0.0
-        )
+        dout = dout_ptr + sample * stride_dout_b + token.to(tl.int64)[:, None] * stride_dout_l + column
+        dout = tl.load(dout, mask=inside, other=0.0)
         dx = dx_ptr + (sample * (prefix + kept) + source)[:, None] * D + column
-        tl.store(dx, dout, mask=inside & is_given[:, None])
-        total += tl.where(is_given[:, None], 0.0, dout.to(WIDE))
-    partial = partial_ptr + part.to(tl.int64) * D + column
+        tl.store(dx, dout, mask=inside & in_x[:, None])
+        total += tl.where(in_x[:, None], 0.0, dout.to(ACC_DTYPE))
+    partial = dmask_token_ptr + part.to(tl.int64) * D + column
     tl.store(partial, tl.sum(total, 0)[None, :], mask=column < D)
 
 
@@ -290,7 +292,7 @@ def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Te
     ids_restore, mask = (noise.new_empty(B, L, dtype=dtype) for dtype in (torch.int64, torch.float32))
     if B:
         block, blocks = mask_tile(L)
-        _mask[(B * blocks,)](
+        random_masking_kernel[(B * blocks,)](
             noise,
             ids_keep,
             ids_masked,
@@ -302,7 +304,7 @@ def random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Te
             *noise.stride(),
             WHOLE=L <= WHOLE_ROW,
             BLOCK=block,
-            OTHERS=min(32, block),
+            CHUNK=min(32, block),
             num_warps=MASK[card(noise).arch],
         )
     return ids_keep, ids_masked, ids_restore, mask
@@ -312,10 +314,10 @@ def keep_tokens_fwd(x: Tensor, ids_keep: Tensor, pos: Tensor | None) -> Tensor:
     (B, L, D), M = x.shape, ids_keep.shape[1]
     out = x.new_empty(B, M, D, dtype=x.dtype if pos is None else torch.promote_types(x.dtype, pos.dtype))
     if out.numel():
-        x, pos, launch = rows(x), None if pos is None else rows(pos), MOVE[card(x).arch]
+        x, pos, launch = contiguous_rows(x), None if pos is None else contiguous_rows(pos), MOVE[card(x).arch]
         tokens, columns = move_tile(M, D, x.element_size(), launch.bytes)
         blocks = triton.cdiv(M, tokens)
-        _keep[(B * blocks,)](
+        keep_tokens_fwd_kernel[(B * blocks,)](
             x,
             ids_keep,
             pos,
@@ -327,7 +329,7 @@ def keep_tokens_fwd(x: Tensor, ids_keep: Tensor, pos: Tensor | None) -> Tensor:
             *x.stride()[:2],
             *ids_keep.stride(),
             0 if pos is None else pos.stride(0),
-            WIDE=TRITON_DTYPES[wide(out.dtype)],
+            ACC_DTYPE=TRITON_DTYPES[acc_dtype(out.dtype)],
             TOKENS=tokens,
             COLUMNS=columns,
             num_warps=launch.warps,
@@ -339,10 +341,10 @@ def keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
     B, M, D = dkept.shape
     dx = dkept.new_empty(B, length, D)
     if dx.numel():
-        dkept, launch = rows(dkept), MOVE[card(dkept).arch]
+        dkept, launch = contiguous_rows(dkept), MOVE[card(dkept).arch]
         tokens, columns = move_tile(length, D, dkept.element_size(), launch.bytes)
         blocks = triton.cdiv(length, tokens)
-        _keep_bwd[(B * blocks,)](
+        keep_tokens_bwd_kernel[(B * blocks,)](
             dkept,
             ids_keep,
             dx,
@@ -361,13 +363,14 @@ def keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
 
 
 def restore_tokens_fwd(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor | None, prefix: int) -> Tensor:
-    (B, given, D), L = x.shape, ids_restore.shape[1]
+    (B, tokens_in, D), L = x.shape, ids_restore.shape[1]
     dtype = torch.promote_types(x.dtype, mask_token.dtype)
     out = x.new_empty(B, prefix + L, D, dtype=dtype if pos is None else torch.promote_types(dtype, pos.dtype))
     if out.numel():
-        x, mask_token, pos, on = rows(x), rows(mask_token), None if pos is None else rows(pos), card(x)
-        (tokens, columns), blocks, parts, each = restore_tile(B, prefix + L, D, x.element_size(), on)
-        _restore[(parts * blocks,)](
+        x, mask_token, gpu = contiguous_rows(x), contiguous_rows(mask_token), card(x)
+        pos = None if pos is None else contiguous_rows(pos)
+        (tokens, columns), blocks, parts, samples_per_part = restore_tile(B, prefix + L, D, x.element_size(), gpu)
+        restore_tokens_fwd_kernel[(parts * blocks,)](
             x,
             mask_token,
             ids_restore,
@@ -377,66 +380,66 @@ def restore_tokens_fwd(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: 
             L,
             D,
             prefix,
-            given - prefix,
-            each,
+            tokens_in - prefix,
+            samples_per_part,
             blocks,
             *x.stride()[:2],
             *ids_restore.stride(),
             0 if pos is None else pos.stride(0),
-            WIDE=TRITON_DTYPES[wide(out.dtype)],
+            ACC_DTYPE=TRITON_DTYPES[acc_dtype(out.dtype)],
             TOKENS=tokens,
             COLUMNS=columns,
-            num_warps=MOVE[on.arch].warps,
+            num_warps=MOVE[gpu.arch].warps,
         )
     return out
 
 
 def restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: int) -> tuple[Tensor, Tensor]:
-    (B, _, D), L, dtype = dout.shape, ids_restore.shape[1], wide(dout.dtype)
+    (B, _, D), L, sum_dtype = dout.shape, ids_restore.shape[1], acc_dtype(dout.dtype)
     dx = dout.new_empty(B, prefix + kept, D)
     if not dout.numel():
-        return dx, dout.new_zeros(D, dtype=dtype)
-    dout, on = rows(dout), card(dout)
-    (tokens, columns), blocks, parts, each = sum_tile(B, prefix + L, D, dout.element_size(), on)
-    partial = dout.new_empty(parts, D, dtype=dtype)
-    _restore_bwd[(triton.cdiv(D, columns), parts)](
+        return dx, dout.new_zeros(D, dtype=sum_dtype)
+    dout, gpu = contiguous_rows(dout), card(dout)
+    (tokens, columns), blocks, parts, tiles_per_part = sum_tile(B, prefix + L, D, dout.element_size(), gpu)
+    partial_sums = dout.new_empty(parts, D, dtype=sum_dtype)
+    restore_tokens_bwd_kernel[(triton.cdiv(D, columns), parts)](
         dout,
         ids_restore,
         dx,
-        partial,
+        partial_sums,
         L,
         D,
         prefix,
         kept,
         B * blocks,
-        each,
+        tiles_per_part,
         blocks,
         *dout.stride()[:2],
         *ids_restore.stride(),
-        WIDE=TRITON_DTYPES[dtype],
+        ACC_DTYPE=TRITON_DTYPES[sum_dtype],
         TOKENS=tokens,
         COLUMNS=columns,
-        num_warps=SUM[on.arch][0].warps,
+        num_warps=SUM[gpu.arch][0].warps,
     )
-    return dx, partial.sum(0)
+    return dx, partial_sums.sum(0)
 
 
 def mask_tile(L: int) -> tuple[int, int]:
-    """(tokens a program, programs a row)"""
+    """(tokens of a program, programs of a row) of random_masking."""
     block = power_of_2(L) if L <= WHOLE_ROW else 256
     return block, triton.cdiv(L, block)
 
 
-def restore_tile(B: int, tokens: int, D: int, size: int, on: Card) -> tuple[tuple[int, int], int, int, int]:
-    """(the tile, tiles a sample, parts of the batch, samples a part)"""
-    tile = move_tile(tokens, D, size, MOVE[on.arch].bytes)
+def restore_tile(B: int, tokens: int, D: int, size: int, gpu: Card) -> tuple[tuple[int, int], int, int, int]:
+    """(tile, tiles of a sample, parts of the batch, samples of a part) of restore_tokens."""
+    tile = move_tile(tokens, D, size, MOVE[gpu.arch].bytes)
     blocks = triton.cdiv(tokens, tile[0])
-    return tile, blocks, *splits(blocks, B, 8 * on.multiprocessors)
+    return tile, blocks, *split_loop(blocks, B, 8 * gpu.multiprocessors)
 
 
-def sum_tile(B: int, tokens: int, D: int, size: int, on: Card) -> tuple[tuple[int, int], int, int, int]:
-    """(the tile, tiles a sample, parts, tiles a part) of the gradient of restore_tokens."""
-    launch, programs = SUM[on.arch]
+def sum_tile(B: int, tokens: int, D: int, size: int, gpu: Card) -> tuple[tuple[int, int], int, int, int]:
+    """(tile, tiles of a sample, parts, tiles of a part) of the gradient of restore_tokens."""
+    launch, programs = SUM[gpu.arch]
     tile = move_tile(tokens, D, size, launch.bytes)
     blocks = triton.cdiv(tokens, tile[0])
-    return tile, blocks, *splits(triton.cdiv(D, tile[1]), B * blocks, programs * on.multiprocessors)
+    return tile, blocks, *split_loop(triton.cdiv(D, tile[1]), B * blocks, programs * gpu.multiprocessors)

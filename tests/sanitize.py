@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from fastssl._C import processor_level
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from fastssl._C import processor_level
 
 ROOT = Path(__file__).parent.parent
 FLAGS = [

@@ -9,21 +9,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastssl import cli
-from fastssl.data.source import names as source_names
+from fastssl.data.source import source_names
+from tests.support.command import refused, run
 
 FAST = ["--epochs", "1", "--batch-size", "32", "--workers", "0"]
-
-
-def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["fastssl", *map(str, words)])
-    cli.main()
-
-
-def refused(monkeypatch, sentence, *words):
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *words)
-    assert str(stopped.value) == f"fastssl: {sentence}"
 
 
 def accuracies(folder):
@@ -71,8 +60,8 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     refused(
         monkeypatch,
-        f"pretrain: {folder} holds a run already: go on with it (--resume {folder}, or --resume auto beside the "
-        f"options it was begun with) or name another (--folder)",
+        f"pretrain: {folder} has a run already: continue it (--resume {folder}, or --resume auto beside its original "
+        f"options) or choose another folder (--folder)",
         "pretrain",
         "mae",
         "--data",
@@ -136,7 +125,7 @@ def test_a_folder_with_a_bad_image_trains_to_the_end(monkeypatch, capsys, tmp_pa
     data, folder = pictures(tmp_path / "data", 200, bad=1), tmp_path / "run"
     run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--folder", folder, *FAST)
     assert "1 of 160 images could not be decoded" in capsys.readouterr().out
-    assert "000.png: no image that Pillow knows" in (folder / "bad_files.txt").read_text()
+    assert "000.png: no image format that Pillow supports" in (folder / "bad_files.txt").read_text()
 
 
 def test_too_many_bad_images_stop_the_run(monkeypatch, tmp_path):
@@ -158,7 +147,8 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     )
     refused(
         monkeypatch,
-        f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images)",
+        f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images, "
+        f"package.module:ARGUMENT for a source of your own)",
         "pretrain",
         "mae",
         "--data",
@@ -174,25 +164,25 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         ("mae", "--image-size", "30", "32"): "MAE: img_size must be divisible by patch_size=4, got 30×32",
         ("mae", "--mask-ratio", "0.999"): "MAE: mask_ratio must keep at least one and mask at least one of 36 patches, "
         "got 0.999, which keeps 0",
-        ("moco_v2", "--tau", "0"): "InfoNCELoss: tau must be > 0, got 0.0",
-        ("moco_v3", "--tau", "0"): "MoCoV3: tau must be > 0, got 0.0",
+        ("moco_v2", "--tau", "0"): "pretrain: --tau must be above 0, got 0.0",
+        ("moco_v3", "--tau", "0"): "pretrain: --tau must be above 0, got 0.0",
         ("mae", "--batch-size", "5000"): "data: the batch of 5000 is larger than the data, which has 1438 images",
         ("mae", "--preset", "huge"): "pretrain: --preset must be small or paper, got 'huge'",
-        ("mae", "--device", "tpu"): "--device must be auto, cpu or a cuda device that is there, got 'tpu'",
+        ("mae", "--device", "tpu"): "--device must be auto, cpu or an available cuda device, got 'tpu'",
         ("moco_v1", "--bn-splits", "0"): "pretrain: --bn-splits must be at least 1, got 0",
         ("moco_v3", "--hidden", "0"): "pretrain: --hidden must be at least 1, got 0",
         ("moco_v1", "--image-size", "32", "0"): "pretrain: --image-size must be at least 1, got 32 0",
         ("moco_v1", "--preset", "paper", "--bn-splits", "1", "--epochs", "100"): "pretrain: --lr-drops must lie before "
         "--epochs 100, got 120",
-        ("mae", "--lr", "nan"): "pretrain: --lr must be a number from 0 on, got nan",
-        ("mae", "--workers", "-2"): "pretrain: --workers must be a number from 0 on, got -2",
+        ("mae", "--lr", "nan"): "pretrain: --lr must be at least 0, got nan",
+        ("mae", "--workers", "-2"): "pretrain: --workers must be at least 0, got -2",
         (
             "mae",
             "--accumulate",
             "3",
         ): "pretrain: --batch-size must be divisible by 1 ranks times --accumulate 3, got 64",
         ("mae", "--shard"): "train: --shard needs several ranks: torchrun --nproc-per-node N -m fastssl pretrain …",
-        ("mae", "--clip-norm", "-1"): "pretrain: --clip-norm must be a number from 0 on, got -1.0",
+        ("mae", "--clip-norm", "-1"): "pretrain: --clip-norm must be at least 0, got -1.0",
         ("mae", "--keep-last", "0"): "pretrain: --keep-last must be at least 1, got 0",
         (
             "moco_v2",
@@ -202,11 +192,10 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
             "8",
         ): "moco: batch_size must be at least twice bn_splits=8, got 8",
         ("mae", "--log-every", "0"): "pretrain: --log-every must be at least 1, got 0",
-        ("mae", "--precision", "int4"): "pretrain: --precision must be fp32 or bf16 or fp16, got 'int4'",
     }.items():
         refused(monkeypatch, sentence, "pretrain", *words, "--data", "digits", "--folder", new)
         assert not (new / "config.json").exists()
-    refused(monkeypatch, f"run: {empty} is no run folder: it has no config.json", "pretrain", "--resume", empty)
+    refused(monkeypatch, f"run: {empty} is not a run folder: it has no config.json", "pretrain", "--resume", empty)
     refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got nothing", "eval")
 
 

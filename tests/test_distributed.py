@@ -16,7 +16,7 @@ from fastssl.distributed import (
     world_size,
 )
 from fastssl.nn.norm import SyncBatchNorm, sync_batch_norms
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def collectives():

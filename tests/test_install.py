@@ -6,9 +6,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import fastssl.kernels
 import pytest
 
+import fastssl.kernels
 from fastssl import _C
 from fastssl.ops import dispatch
 

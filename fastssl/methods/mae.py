@@ -1,21 +1,23 @@
 """Masked autoencoder: encode a quarter of the patches, predict the pixels of the rest.
 
-He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021, arXiv:2111.06377. Nothing is embedded that is not
-kept, and nothing is predicted that is not scored. Names in the state dict are those of the official code.
+He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021, arXiv:2111.06377. Only kept patches are embedded,
+and only masked patches are predicted in training. Names in the state dict are those of the official code.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.profiler import record_function
 
+from fastssl.bounds import AT_LEAST_1, PROBABILITY, SHARE
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.eval.protocols import Official
 from fastssl.nn.linear import Linear
 from fastssl.nn.masking import kept_tokens, seeded_noise
-from fastssl.nn.norm import Norm
+from fastssl.nn.norm import ResidualNorm
 from fastssl.nn.sharing import shared_copy
 from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions, xavier_
 from fastssl.ops import Masking, check, keep_patches, masked_patch_mse, random_masking, restore_tokens
@@ -26,25 +28,25 @@ OFFICIAL = "mae"  # layout of the reference checkpoint
 
 @dataclass
 class Config:
-    """MAE as in the paper (sections 3 and 4, appendix A.1, table 8); effective batch and epochs are its too."""
+    """MAE as in the paper (sections 3 and 4, appendix A.1, table 8), with its effective batch size and epochs."""
 
     backbone: str = "vit_base"
-    """vit_mini, vit_tiny, vit_small, vit_base, vit_large or vit_huge"""
-    image_size: tuple[int, int] = (224, 224)
-    """height and width in pixels, divisible by the patch"""
-    mask_ratio: float = 0.75
-    """share of the patches that is removed"""
+    """encoder: vit_mini, vit_tiny, vit_small, vit_base, vit_large or vit_huge"""
+    image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
+    """height and width of the images in pixels, divisible by the patch size"""
+    mask_ratio: Annotated[float, PROBABILITY] = 0.75
+    """fraction of patches that are masked"""
     norm_pix: bool = True
-    """predict each patch's own standardised pixels"""
-    decoder_dim: int = 512
+    """predict pixels standardised by the mean and variance of their patch"""
+    decoder_dim: Annotated[int, AT_LEAST_1] = 512
     """width of the decoder"""
-    decoder_depth: int = 8
-    """blocks of the decoder"""
-    decoder_heads: int = 16
-    """heads of the decoder"""
-    crop_min: float = 0.2
-    """smallest share of the image that a training crop takes"""
-    flip_p: float = 0.5
+    decoder_depth: Annotated[int, AT_LEAST_1] = 8
+    """number of transformer blocks of the decoder"""
+    decoder_heads: Annotated[int, AT_LEAST_1] = 16
+    """number of attention heads of the decoder"""
+    crop_min: Annotated[float, SHARE] = 0.2
+    """smallest fraction of the image area that a training crop covers"""
+    flip_p: Annotated[float, PROBABILITY] = 0.5
     """probability of a horizontal flip"""
     training: Training = field(
         default_factory=lambda: Training(
@@ -60,11 +62,11 @@ class Config:
 
     @classmethod
     def paper(cls, backbone: str = "vit_base") -> "Config":
-        return cls(backbone)  # one recipe for all sizes
+        return cls(backbone)  # the same numbers for all sizes
 
     @classmethod
     def small(cls) -> "Config":
-        """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
+        """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(
             epochs=50, batch_size=64, optimizer="adamw", lr=6e-3, weight_decay=0.05, betas=(0.9, 0.95), warmup_epochs=4
         )
@@ -112,9 +114,10 @@ def build(config: Config) -> "MAE":
 
 
 class MAE(ViT):
-    """The encoder is the ViT itself; the decoder is thrown away after pretraining.
+    """Masked autoencoder: a ViT, which is the encoder, and a decoder that is discarded after pretraining.
 
-    Arguments are the official ones but `norm_layer`, with `img_size` also as (height, width), and `mask_ratio` added.
+    Arguments are those of the official code without `norm_layer`; `img_size` may be (height, width), and `mask_ratio`
+    is an argument.
     """
 
     tables = ("pos_embed", "decoder_pos_embed")
@@ -144,7 +147,7 @@ class MAE(ViT):
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
         )
-        self.decoder_norm = Norm(decoder_embed_dim)
+        self.decoder_norm = ResidualNorm(decoder_embed_dim)
         self.decoder_pred = Linear(decoder_embed_dim, patch_size**2 * in_chans)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(xavier_)
@@ -156,13 +159,14 @@ class MAE(ViT):
         return self.loss(images, noise), {}
 
     def before_step(self, progress: float) -> None:
-        """MAE schedules nothing."""
+        """MAE has no scheduled values."""
 
     def after_step(self, progress: float) -> None:
-        """MAE carries no state from step to step."""
+        """MAE has no state beside its parameters."""
 
     def loss(self, images: Tensor, noise: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-        """Mean squared error of the masked patches, a scalar. `noise` [B, L] chooses the mask; `generator` draws it."""
+        """Mean squared error of the masked patches, a scalar. The mask is given by `noise` [B, L] or drawn by
+        `generator`."""
         masking = self.masking(images, noise, generator)
         tokens = self.decode(self.encode_kept(images, masking), masking, only=1 + masking.ids_masked)
         pred = self.decoder_pred(tokens)
@@ -170,13 +174,13 @@ class MAE(ViT):
             return masked_patch_mse(pred, images, masking.ids_masked, self.patch_size, self.norm_pix_loss)
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(predictions of all patches [B, L, P], mask [B, L]: 0 kept, 1 removed)."""
+        """Predictions of all patches [B, L, P] and the mask [B, L]: 0 kept, 1 removed."""
         masking = self.masking(images, noise)
         tokens = self.decode(self.encode_kept(images, masking), masking)[:, 1:]
         return self.decoder_pred(tokens), masking.mask
 
     def masking(self, images: Tensor, noise: Tensor | None = None, generator: Generator | None = None) -> Masking:
-        """Which patches of images [B, C, H, W] stay: those of smallest `noise` [B, L], uniform if None."""
+        """Masking of images [B, C, H, W]: the patches of smallest `noise` [B, L] are kept; uniform noise if None."""
         self.check_images(images)
         if noise is None:
             noise = torch.rand(images.shape[0], self.length, device=images.device, generator=generator)
@@ -184,12 +188,13 @@ class MAE(ViT):
         return random_masking(noise, self.keep)
 
     def encode_kept(self, images: Tensor, masking: Masking) -> Tensor:
-        """[B, 1 + keep, D], class token first, kept patches in noise order."""
+        """Encoded tokens [B, 1 + keep, D]: the class token, then the kept patches in the order of their noise."""
         tokens = self.patch_embed(keep_patches(images, masking.ids_keep, self.patch_size))
         return self.encode(tokens + self.pos_embed[0, 1:][masking.ids_keep])
 
     def decode(self, latent: Tensor, masking: Masking, only: Tensor | None = None) -> Tensor:
-        """[B, 1 + keep, D] → tokens in their places, normalised [B, 1 + L, D_decoder]; or `only` [B, M] of them."""
+        """Encoded tokens [B, 1 + keep, D] → normalised decoder tokens in image order [B, 1 + L, D_decoder], or the
+        selection `only` [B, M] of them."""
         x = restore_tokens(self.decoder_embed(latent), self.mask_token, masking.ids_restore, self.decoder_pos_embed)
         delta, (*blocks, last) = None, self.decoder_blocks
         for block in blocks:

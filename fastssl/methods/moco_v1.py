@@ -1,16 +1,18 @@
-"""MoCo: a query must find its key among a queue of others, made by a slowly moving encoder.
+"""MoCo: contrast each query with its positive key and a queue of negative keys from a momentum encoder.
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, arXiv:1911.05722. Names and
-layouts in the state dict are those of the official code (queue [D, K] there, [K, D] here).
+layouts in the state dict are those of the official code (queue [D, K]; in memory it is [K, D]).
 """
 
 import functools
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastssl.bounds import AT_LEAST_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, SHARE
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import shuffle, unshuffle, world_size
@@ -22,37 +24,40 @@ from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.ops import InfoNCE
 from fastssl.train.config import Training
+from fastssl.train.schedule import cosine_schedule
 
 OFFICIAL = "moco"  # layout of the reference checkpoint
 
 
 @dataclass
 class Config:
-    """MoCo as in its paper (sections 3.3 and 4, "Technical details") and code: 200 epochs, batch 256."""
+    """MoCo as in its paper (sections 3.3 and 4, "Technical details") and code: 200 epochs, batch size 256."""
 
     backbone: str = "resnet50"
-    """resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
-    image_size: tuple[int, int] = (224, 224)
-    """height and width in pixels"""
-    dim: int = 128
-    """width of queries and keys"""
-    queue_size: int = 65536
-    """negatives"""
-    tau: float = 0.07
-    """temperature"""
-    ema_momentum: float = 0.999
-    """of the key encoder"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
+    """height and width of the images in pixels"""
+    dim: Annotated[int, AT_LEAST_1] = 128
+    """dimension of queries and keys"""
+    queue_size: Annotated[int, AT_LEAST_1] = 65536
+    """number of negative keys in the queue (K)"""
+    tau: Annotated[float, POSITIVE] = 0.07
+    """temperature τ of the contrastive loss"""
+    ema_momentum: Annotated[float, COEFFICIENT] = 0.999
+    """momentum coefficient m of the key encoder"""
+    ema_momentum_end: Annotated[float | None, COEFFICIENT] = None
+    """momentum coefficient m at the end of training, reached along a cosine; constant if not given"""
     symmetric: bool = False
-    """each view is query once and key once"""
-    bn_splits: int = 8
-    """parts of the whole batch with batch statistics of their own, for the 8 GPUs of the paper; at least one a rank"""
+    """use each view once as query and once as key, and average both losses"""
+    bn_splits: Annotated[int, AT_LEAST_1] = 8
+    """parts of the whole batch with separate batch-norm statistics (8 GPUs in the paper), at least one per rank"""
     shard_queue: bool = False
-    """each rank keeps its share of the queue, instead of a copy of it"""
+    """keep 1/ranks of the queue on each rank instead of a copy of the whole queue"""
     small_images: bool = False
-    """a stem without stride and pooling, for images of 32 pixels"""
-    crop_min: float = 0.2
-    """smallest share of the image that a crop takes"""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4)
+    """stem without stride and pooling, for images of 32 pixels"""
+    crop_min: Annotated[float, SHARE] = 0.2
+    """smallest fraction of the image area that a crop covers"""
+    jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.4, 0.4, 0.4, 0.4)
     """strengths of brightness, contrast, saturation and hue jitter"""
     training: Training = field(
         default_factory=lambda: Training(
@@ -69,11 +74,11 @@ class Config:
 
     @classmethod
     def paper(cls, backbone: str = "resnet50") -> "Config":
-        return cls(backbone)  # one recipe for all ResNets
+        return cls(backbone)  # the same numbers for all ResNets
 
     @classmethod
     def small(cls) -> "Config":
-        """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
+        """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(epochs=14, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True)
         return cls(
             "resnet_mini",
@@ -123,23 +128,25 @@ def build(config: Config, mlp: bool = False) -> "MoCo":
     if splits > 1 and batch < 2 * splits * parts:
         raise ValueError(f"moco: batch_size must be at least twice bn_splits={config.bn_splits}, got {batch}")
     encoder = build_resnet(config.backbone, config.dim, config.small_images, splits)
-    momentum, shuffled = config.ema_momentum, max(config.bn_splits, world_size()) > 1
-    return MoCo(encoder, config.queue_size, config.tau, momentum, mlp, config.symmetric, shuffled, config.shard_queue)
+    choices = {"shuffled": max(config.bn_splits, world_size()) > 1, "shard_queue": config.shard_queue}
+    momenta = {"momentum": config.ema_momentum, "momentum_end": config.ema_momentum_end}
+    return MoCo(encoder, config.queue_size, config.tau, mlp=mlp, symmetric=config.symmetric, **choices, **momenta)
 
 
 class MoCo(nn.Module):
     """Query encoder, momentum key encoder and queue.
 
     Args:
-        encoder: a network whose last layer is the linear `fc`.
-        queue_size: K.
-        tau: temperature.
-        momentum: of the key encoder.
-        mlp: replace `fc` by v2's head; False for v1.
-        symmetric: each view is query once and key once; the loss is the mean of both.
-        shuffled: shuffle the batch over all ranks for the key encoder, so that batch norms of a rank, or split ones,
-            see other company than the query's.
-        shard_queue: each rank keeps its share of the queue (see `KeyQueue`: state dicts are then made together).
+        encoder: network whose last layer is the linear `fc`.
+        queue_size: number of negative keys K.
+        tau: temperature τ.
+        momentum: momentum coefficient m of the key encoder.
+        mlp: replace `fc` by the MLP head of MoCo v2.
+        symmetric: use each view once as query and once as key; the loss is the mean of both.
+        shuffled: shuffle the batch over all ranks for the key encoder, so that a batch norm of one rank, or of one
+            split, normalises keys together with other samples than their queries.
+        shard_queue: keep 1/ranks of the queue on each rank; all ranks must then make state dicts together.
+        momentum_end: momentum coefficient at the end of training, reached along a cosine; None for a constant one.
     """
 
     def __init__(
@@ -152,18 +159,20 @@ class MoCo(nn.Module):
         symmetric: bool = False,
         shuffled: bool = False,
         shard_queue: bool = False,
+        momentum_end: float | None = None,
     ):
         super().__init__()
         dim = encoder.fc.out_features
         if mlp:
             encoder.fc = moco_v2_head(encoder.fc)
         self.symmetric, self.shuffled = symmetric, shuffled
+        self.momentum, self.momentum_end = momentum, momentum if momentum_end is None else momentum_end
         self.encoder_q = encoder
         self.encoder_k = MomentumEncoder(encoder, momentum)
         self.criterion = InfoNCELoss(dim, queue_size, tau, normalize=False, shard=shard_queue)
         self.register_state_dict_post_hook(functools.partial(_rename, "criterion.queue", "queue"))
         self.register_load_state_dict_pre_hook(functools.partial(_rename, "queue", "criterion.queue"))
-        self._keys: list[list[Tensor]] = []  # of each micro-batch of the step under way; they enter the queue after it
+        self._keys: list[list[Tensor]] = []  # keys of each micro-batch of the current step, for `after_step`
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         keys, (loss, rank) = self.contrast(batch)
@@ -172,9 +181,9 @@ class MoCo(nn.Module):
         return loss.mean(), {"top1": (rank == 0).float().mean()}
 
     def contrast(self, batch: Batch) -> tuple[list[Tensor], InfoNCE]:
-        """(the keys [B, D] of each direction, loss and rank of all queries); changes nothing."""
-        one, two = batch.views
-        pairs = [(one, two), (two, one)] if self.symmetric else [(one, two)]
+        """The keys [B, D] of each direction, and loss and rank of all queries. Changes no state."""
+        view1, view2 = batch.views
+        pairs = [(view1, view2), (view2, view1)] if self.symmetric else [(view1, view2)]
         keys = [self.keys(view) for _, view in pairs]
         queries = [unit(self.encoder_q(view)) for view, _ in pairs]
         with record_function("loss"):
@@ -182,34 +191,38 @@ class MoCo(nn.Module):
             return keys, InfoNCE(*map(torch.cat, zip(*results)))
 
     def ranks(self, batch: Batch) -> tuple[Tensor, int]:
-        """(how many negatives score above each query's key [Q], negatives); for reports, changes nothing."""
+        """Number of negative keys that score above each query's positive key [Q], and the number of negative keys."""
         _, (_, rank) = self.contrast(batch)
         return rank, self.criterion.full_queue().shape[0]
 
     @torch.no_grad()
     def keys(self, images: Tensor) -> Tensor:
-        """[B, D] of unit length, by the key encoder."""
+        """Keys [B, D] of unit length, by the key encoder."""
         if not self.shuffled:
             return unit(self.encoder_k(images))
         images, order = shuffle(images)
         return unshuffle(unit(self.encoder_k(images)), order)
 
     def before_step(self, progress: float) -> None:
-        """MoCo schedules nothing."""
+        """The forward pass of MoCo has no scheduled values."""
 
     def after_step(self, progress: float) -> None:
-        """The reference updates the key encoder at the start of a step and enqueues at its end: with both here the
-        losses are the same, since its two encoders start equal. Keys enter in the order of the whole batch, however it
-        was cut into micro-batches and ranks."""
+        """Enqueue the step's keys, in the order of the whole batch for any micro-batches and ranks, and update the key
+        encoder. The reference updates the key encoder at the start of a step: its losses are the same, since its two
+        encoders start equal."""
         for direction in zip(*self._keys):
             for keys in direction:
                 self.criterion.enqueue(keys)
         self._keys = []
-        self.encoder_k.update(self.encoder_q)
+        self.encoder_k.update(self.encoder_q, self.momentum_at(progress))
+
+    def momentum_at(self, progress: float) -> float:
+        """Momentum coefficient of the key encoder's update at `progress`."""
+        return cosine_schedule(self.momentum, self.momentum_end, progress)
 
     @property
     def encoder(self) -> nn.Module:
-        """The query encoder without its head, in torchvision's names."""
+        """The query encoder without its head; names of torchvision."""
         return headless(self.encoder_q, "fc")
 
     def features(self, images: Tensor) -> Tensor:

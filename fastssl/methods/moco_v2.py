@@ -4,7 +4,9 @@ Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020, arXi
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from fastssl.bounds import NOT_NEGATIVE, POSITIVE, PROBABILITY
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.train.config import Training
 
@@ -15,13 +17,13 @@ OFFICIAL = moco_v1.OFFICIAL
 
 @dataclass
 class Config(moco_v1.Config):
-    """MoCo v2 as in its paper (section 3) and code: what differs from MoCo; 200 epochs and batch 256 as in table 1."""
+    """MoCo v2 as in its paper (section 3) and code: 200 epochs and batch size 256 as in table 1."""
 
-    tau: float = 0.2
-    """temperature"""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    tau: Annotated[float, POSITIVE] = 0.2
+    """temperature τ of the contrastive loss"""
+    jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.4, 0.4, 0.4, 0.1)
     """strengths of brightness, contrast, saturation and hue jitter"""
-    blur_p: float = 0.5
+    blur_p: Annotated[float, PROBABILITY] = 0.5
     """probability of Gaussian blur"""
     training: Training = field(
         default_factory=lambda: Training(

@@ -1,60 +1,65 @@
-"""MoCo v3: keys of the batch itself, symmetric, with a prediction head, for ViTs and ResNets.
+"""MoCo v3: contrast each query with the keys of the batch, symmetrically, with a prediction head; ViTs and ResNets.
 
 Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, arXiv:2104.02057. Names in the
 state dict are those of the official code.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastssl.bounds import AT_LEAST_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.eval.protocols import Official
 from fastssl.nn.heads import moco_v3_head
 from fastssl.nn.losses import unit
-from fastssl.nn.momentum import MomentumEncoder, cosine_momentum
+from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.nn.vit import MOCO_V3_SIZES, moco_v3_vit
 from fastssl.ops import batch_info_nce
 from fastssl.train.config import Training
+from fastssl.train.schedule import cosine_schedule
 
 OFFICIAL = "moco"  # layout of the reference checkpoint
 
 
 @dataclass
 class Config:
-    """MoCo v3 as in its paper (section 4) and code: a ViT of 300 epochs; `paper` has the ResNet's numbers too."""
+    """MoCo v3 as in its paper (section 4) and code: 300 epochs of a ViT. `paper` has the numbers of ResNets, too."""
 
     backbone: str = "vit_small"
-    """vit_mini, vit_small, vit_base, vit_conv_small, vit_conv_base, or a ResNet: resnet_mini, resnet50, …"""
-    image_size: tuple[int, int] = (224, 224)
-    """height and width in pixels, for a ViT divisible by the patch"""
-    dim: int = 256
-    """width of queries and keys"""
-    hidden: int = 4096
-    """width inside projector and predictor"""
-    tau: float = 0.2
-    """temperature"""
-    ema_momentum: float = 0.99
-    """of the momentum encoder at the start; rises to 1 along a cosine"""
+    """encoder: vit_mini, vit_small, vit_base, vit_conv_small, vit_conv_base, or a ResNet: resnet_mini, resnet50, …"""
+    image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
+    """height and width of the images in pixels, for a ViT divisible by the patch size"""
+    dim: Annotated[int, AT_LEAST_1] = 256
+    """dimension of queries and keys"""
+    hidden: Annotated[int, AT_LEAST_1] = 4096
+    """hidden width of projector and predictor"""
+    tau: Annotated[float, POSITIVE] = 0.2
+    """temperature τ of the contrastive loss"""
+    ema_momentum: Annotated[float, COEFFICIENT] = 0.99
+    """momentum coefficient m of the momentum encoder at the start of training"""
+    ema_momentum_end: Annotated[float, COEFFICIENT] = 1.0
+    """momentum coefficient m at the end of training, reached along a cosine"""
     freeze_patch_embed: bool = True
-    """leave the patch embedding at its random weights: stable training of a ViT"""
+    """keep the patch embedding at its random initial weights, which stabilises the training of a ViT"""
     small_images: bool = False
-    """a ResNet's stem without stride and pooling, for images of 32 pixels"""
-    crop_min: float = 0.08
-    """smallest share of the image that a crop takes"""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """ResNet stem without stride and pooling, for images of 32 pixels"""
+    crop_min: Annotated[float, SHARE] = 0.08
+    """smallest fraction of the image area that a crop covers"""
+    jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.4, 0.4, 0.2, 0.1)
     """strengths of brightness, contrast, saturation and hue jitter"""
-    blur_p: tuple[float, float] = (1.0, 0.1)
-    """probability of Gaussian blur, for either view"""
-    solarize_p: tuple[float, float] = (0.0, 0.2)
-    """probability of solarization, for either view"""
+    blur_p: Annotated[tuple[float, float], PROBABILITY] = (1.0, 0.1)
+    """probability of Gaussian blur, one for each view"""
+    solarize_p: Annotated[tuple[float, float], PROBABILITY] = (0.0, 0.2)
+    """probability of solarization, one for each view"""
     training: Training = field(
         default_factory=lambda: Training(
             epochs=300,
@@ -69,8 +74,8 @@ class Config:
 
     @classmethod
     def paper(cls, backbone: str = "vit_small") -> "Config":
-        """ViT: 300 epochs, AdamW. ResNet: 1000 epochs, LARS (of the code's README; for 100 epochs it has lr 0.6, weight
-        decay 1e-6 and momentum 0.99, for 300 lr 0.3 and those)."""
+        """ViT: 300 epochs, AdamW. ResNet: 1000 epochs, LARS, from the code's README, where 100 epochs have learning
+        rate 0.6, weight decay 1e-6, momentum coefficient 0.99, and 300 epochs the same with learning rate 0.3."""
         if not backbone.startswith("resnet"):
             return cls(backbone)
         training = Training(1000, 4096, "lars", lr=0.3, weight_decay=1.5e-6, warmup_epochs=10)
@@ -78,7 +83,7 @@ class Config:
 
     @classmethod
     def small(cls) -> "Config":
-        """For images of at most 64 pixels and minutes on a laptop: not of the paper."""
+        """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(
             epochs=14, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5
         )
@@ -130,7 +135,7 @@ def build(config: Config) -> "MoCoV3":
     else:
         raise ValueError(f"moco_v3: unknown backbone {name!r}, there are {', '.join(MOCO_V3_SIZES)} and ResNets")
     predictor = moco_v3_head(2, dim, hidden, dim, last_bn=not name.startswith("resnet"))
-    return sync_batch_norms(MoCoV3(encoder, predictor, config.tau, config.ema_momentum))
+    return sync_batch_norms(MoCoV3(encoder, predictor, config.tau, config.ema_momentum, config.ema_momentum_end))
 
 
 class MoCoV3(nn.Module):
@@ -138,16 +143,24 @@ class MoCoV3(nn.Module):
 
     Args:
         base_encoder: backbone whose last layer, `head` or `fc`, is the projector.
-        predictor: on the side of the queries alone.
-        tau: temperature.
-        momentum: of the momentum encoder at the start.
+        predictor: prediction head, applied to the queries only.
+        tau: temperature τ.
+        momentum: momentum coefficient m at the start of training.
+        momentum_end: momentum coefficient m at the end of training.
     """
 
-    def __init__(self, base_encoder: nn.Module, predictor: nn.Module, tau: float = 0.2, momentum: float = 0.99):
+    def __init__(
+        self,
+        base_encoder: nn.Module,
+        predictor: nn.Module,
+        tau: float = 0.2,
+        momentum: float = 0.99,
+        momentum_end: float = 1.0,
+    ):
         super().__init__()
         if not tau > 0:
             raise ValueError(f"MoCoV3: tau must be > 0, got {tau}")
-        self.tau, self.momentum = tau, momentum
+        self.tau, self.momentum, self.momentum_end = tau, momentum, momentum_end
         self.base_encoder = base_encoder
         self.momentum_encoder = MomentumEncoder(base_encoder, momentum)
         self.predictor = predictor
@@ -158,36 +171,37 @@ class MoCoV3(nn.Module):
         return loss1 + loss2, {"top1": (torch.cat([rank1, rank2]) == 0).float().mean()}
 
     def directions(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """(loss, rank of each query's own key [B]) of either view's queries among the other's keys."""
+        """Loss and rank of each query's positive key [B]: queries of either view among the keys of the other view."""
         q1, q2 = (unit(self.predictor(self.base_encoder(view))) for view in batch.views)
         k1, k2 = (unit(self.momentum_encoder(view)) for view in batch.views)
         with record_function("loss"):
             return [self.contrast(q1, k2), self.contrast(q2, k1)]
 
     def ranks(self, batch: Batch) -> tuple[Tensor, int]:
-        """(how many negatives score above each query's key [Q], negatives); for reports, changes nothing."""
+        """Number of negative keys that score above each query's positive key [Q], and the number of negative keys."""
         ranks = torch.cat([rank for _, rank in self.directions(batch)])
         return ranks, world_size() * len(batch.views[0]) - 1
 
     def contrast(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """(2τ · mean InfoNCE of the queries among the keys of all ranks, rank of each query's own key)."""
-        loss, place = batch_info_nce(q, all_gather(k), self.tau, label_offset=rank() * k.shape[0])
-        return 2 * self.tau * loss.mean(), place
+        """2τ · mean InfoNCE of the queries among the keys of all ranks, and the rank of each query's positive key."""
+        loss, key_rank = batch_info_nce(q, all_gather(k), self.tau, label_offset=rank() * k.shape[0])
+        return 2 * self.tau * loss.mean(), key_rank
 
     def before_step(self, progress: float) -> None:
-        """The momentum is a number of `after_step`'s; nothing in the forward pass follows a schedule."""
+        """The forward pass of MoCo v3 has no scheduled values."""
 
     def after_step(self, progress: float) -> None:
-        """The reference does this at the start of the next step, with that step's momentum."""
+        """Update the momentum encoder. The reference does so at the start of the next step, with the momentum
+        coefficient of that step."""
         self.momentum_encoder.update(self.base_encoder, self.momentum_at(progress))
 
     def momentum_at(self, progress: float) -> float:
-        """Of the momentum encoder, `progress` from 0 to 1 through the run."""
-        return cosine_momentum(self.momentum, progress)
+        """Momentum coefficient of the momentum encoder's update at `progress`."""
+        return cosine_schedule(self.momentum, self.momentum_end, progress)
 
     @property
     def encoder(self) -> nn.Module:
-        """The base encoder without its projector, in timm's or torchvision's names."""
+        """The base encoder without its projector; names of timm or torchvision."""
         return headless(self.base_encoder, self.projector_name)
 
     def features(self, images: Tensor) -> Tensor:

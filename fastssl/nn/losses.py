@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from fastssl.distributed import all_gather, all_gather_with_grad, all_to_all, rank, world_size
 from fastssl.ops import InfoNCE, info_nce, nt_xent
-from fastssl.ops.dispatch import wide
+from fastssl.ops.dispatch import acc_dtype
 
 from .queue import KeyQueue
 
 
 def unit(x: Tensor) -> Tensor:
     """Rows [B, D] of unit length, in float32 (float64 for float64) also where autocast made x."""
-    return F.normalize(x.to(wide(x)), dim=1)
+    return F.normalize(x.to(acc_dtype(x)), dim=1)
 
 
 class InfoNCELoss(KeyQueue):

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 from typing import Literal
 
 import torch
@@ -84,14 +83,6 @@ class MomentumEncoder(nn.Module):
         if not (self._shadow and self._shadow.dtype == dtype and self._shadow.fits(self.module)):
             self._shadow = _Shadow(self.module, dtype)
         return self._shadow.following(self.module)
-
-
-def cosine_momentum(start: float, progress: float) -> float:
-    """Momentum that rises from `start` to 1 over the run; progress in [0, 1].
-
-    Source: Grill et al., 2020 (BYOL), section 3.2; Chen et al., 2021 (MoCo v3), section 4.1.
-    """
-    return 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - start)
 
 
 class _Shadow:

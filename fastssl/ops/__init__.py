@@ -1,8 +1,8 @@
-"""The engine: each op is a contract (docstring), a plain-torch body, a gradient, and the kernels that serve it.
+"""Ops of self-supervised learning: each has a contract (its docstring), a plain-torch body, a gradient, and kernels.
 
-Shape letters, everywhere: **B** batch · **L** tokens · **M** kept tokens, or keys of all ranks · **D** width ·
-**K** queue length · **H E** heads and head width · **P** values of a patch. A local carries the letters of its shape
-where shapes mix: ``logits_BK``.
+Letters of shapes, everywhere: **B** batch · **L** tokens · **M** kept tokens, or keys of all ranks · **D** width ·
+**K** queue length · **H E** heads and head width · **P** values of a patch. Where shapes mix, the name of a local ends
+in the letters of its shape: ``logits_BK``.
 """
 
 from . import dispatch
@@ -11,9 +11,10 @@ from .augment import augment_
 from .batchnorm import Running, batch_norm
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .dense import linear
+from .ema import ema_update_
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
-from .memory import ema_update_, enqueue_
 from .norm import residual_norm
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
+from .queue import enqueue_
 
 dispatch.load_native()

@@ -1,9 +1,9 @@
-"""Which implementation serves an op: the only file that knows backends.
+"""Implementations of the ops: which one runs on which device. The only file that deals with backends.
 
 An op is a schema `fastssl::<name>` in torch's dispatcher whose default implementation is plain torch. A kernel for one
-device goes beside it: C++ registers itself when its library is loaded, Triton through `serve`; torch then picks by the
-device of the tensors. Nothing falls back in silence: a Triton file that fails to import raises, and a build without
-native kernels says so once.
+device is registered beside it, C++ when its library is loaded, Triton through `register_triton`; torch then picks by
+the device of the tensors. Nothing falls back in silence: a Triton file that fails to import raises, and a build without
+native kernels warns once.
 
 `torch.library.custom_op` would do the same with three layers of Python around each call, 5 to 20 µs more than the
 2 µs that the C++ kernels of small tensors take.
@@ -11,34 +11,35 @@ native kernels says so once.
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
 LEVELS = ("baseline", "avx2", "avx512")  # instruction sets that setup.py builds for, lowest first
-_TORCH_LEVELS = {"AVX2": "avx2", "AVX512": "avx512"}  # what torch calls them; anything else is its baseline
+_TORCH_LEVELS = {"AVX2": "avx2", "AVX512": "avx512"}  # torch's names for them; any other name is its baseline
 
 _library = torch.library.Library("fastssl", "DEF")
-_bodies: dict[str, Callable] = {}  # of every op, its plain torch
-_served: dict[tuple[str, str], str] = {}  # (op, device) -> "native avx2", "triton"
-_launchers: dict[str, Callable] = {}  # of every op that Triton serves
+_bodies: dict[str, Callable[..., Any]] = {}  # op -> its plain torch
+_kernels: dict[tuple[str, str], str] = {}  # (op, device) -> "native avx2", "triton"
+_triton_loaders: dict[str, Callable[[], Callable[..., Any]]] = {}  # op -> function that imports its launcher
 
 
-def op(name: str, mutates_args=()) -> Callable[[Callable], OpOverload]:
+def op(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], OpOverload]:
     """Makes a function of plain torch the op `fastssl::<name>` and its default implementation on every device.
 
-    The body computes in the dtypes it is given: autocast is off inside it, as it is inside a compiled kernel. It has no
-    gradient of its own: a `torch.autograd.Function` calls it. What it returns never shares memory with its arguments.
+    The body computes in the dtypes of its arguments: autocast is off inside it, as it is inside a compiled kernel. It
+    has no gradient; the `torch.autograd.Function` that calls the op has. Its results never share memory with its
+    arguments.
     """
 
-    def make(body: Callable) -> OpOverload:
+    def make(body: Callable[..., Any]) -> OpOverload:
         @functools.wraps(body)
-        def without_autocast(*args, **kwargs):
+        def without_autocast(*args: Any, **kwargs: Any) -> Any:
             with contextlib.ExitStack() as stack:
                 for device in ("cpu", "cuda"):
                     if torch.is_autocast_enabled(device):
@@ -54,22 +55,23 @@ def op(name: str, mutates_args=()) -> Callable[[Callable], OpOverload]:
     return make
 
 
-def fake(op: OpOverload) -> Callable[[Callable], Callable]:
-    """Marks the function that gives shapes and dtypes of the op's results to torch.compile, without computing."""
+def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks the function that gives torch.compile the shapes and dtypes of the op's results, without computing them."""
     return torch.library.register_fake(op, lib=_library)
 
 
-def first_order(backward: Callable) -> Callable:
-    """Marks a gradient that was computed in the forward pass, or by a kernel: differentiating it again raises."""
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a gradient computed in the forward pass or by a kernel: differentiating it again raises."""
     return torch.autograd.function.once_differentiable(backward)
 
 
-def wide(x: torch.Tensor) -> torch.dtype:
+def acc_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which an op computes and sums: float64 for float64, else float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# Of other devices, as meta, one may not even ask whether autocast is on. Found once: torch 2.11 does not compile that.
+# Devices for which torch can be asked whether autocast is on; for others, such as meta, the question raises. Computed
+# here, because torch 2.11 does not compile `is_autocast_available`.
 _AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps")))
 
 
@@ -81,40 +83,38 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return None
 
 
-def serve(op: OpOverload, **kernels: Callable | None) -> None:
-    """Lets a Python function that launches a kernel serve the op on a device: `serve(op, cuda=triton(…))`."""
-    for device, kernel in kernels.items():
-        if kernel is not None:
-            name = op.name().removeprefix("fastssl::")
-            _library.impl(name, kernel, device.upper())
-            _served[name, device], _launchers[name] = "triton", kernel
+def register_kernel(op: OpOverload, device: str, kernel: Callable[..., Any]) -> None:
+    """Registers a Python function as the op's implementation on a device, such as "cuda"."""
+    name = op.name().removeprefix("fastssl::")
+    _library.impl(name, kernel, device.upper())
+    _kernels[name, device] = "triton"
 
 
-def serves(name: str, device: str) -> bool:
-    """True where a kernel, not the plain-torch body, runs the op on that device now."""
-    return (name, device) in _served and not _reference_depth
+def register_triton(op: OpOverload, load: Callable[[], Callable[..., Any]]) -> None:
+    """Registers a Triton kernel for GPUs; does nothing where Triton is not installed (CPU builds of torch).
 
-
-def triton(module: str, name: str) -> Callable | None:
-    """The launcher `fastssl.kernels.<module>.<name>`, or None where Triton is not installed (CPU builds of torch).
-
-    The file is imported at the first call: who has no GPU does not wait for it. Triton launches on the current device,
-    so the device of the first tensor is made that.
+    Args:
+        op: the op.
+        load: imports the kernel's file and returns the launcher, a function with the op's signature:
+            ``register_triton(_enqueue_, lambda: _kernels().enqueue_)``. Called at the first call on a GPU, so that the
+            others need not wait for the import of Triton. Triton launches on the current device, which the launch
+            therefore sets to that of the first tensor.
     """
     if importlib.util.find_spec("triton") is None:
-        return None
-    if importlib.util.find_spec(f"fastssl.kernels.{module}") is None:
-        raise ModuleNotFoundError(f"fastssl: there is no file kernels/{module}.py with a kernel {name}")
+        return
+    launcher = functools.cache(load)
 
-    @functools.cache
-    def launcher() -> Callable:
-        return getattr(importlib.import_module(f"fastssl.kernels.{module}"), name)
-
-    def launch(x: torch.Tensor, *args):
+    def launch(x: torch.Tensor, *args: Any) -> Any:
         with torch.cuda.device_of(x):
             return launcher()(x, *args)
 
-    return launch
+    register_kernel(op, "cuda", launch)
+    _triton_loaders[op.name().removeprefix("fastssl::")] = load
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """True where a kernel, not the plain-torch body, runs the op on that device now."""
+    return (name, device) in _kernels and not _reference_depth
 
 
 _reference_depth = 0
@@ -125,7 +125,7 @@ def reference() -> Iterator[None]:
     """Runs every op by its plain-torch body: for tests and as the baseline of benchmarks."""
     global _reference_depth
     with torch.library._scoped_library("fastssl", "IMPL") as library:
-        for name, device in _served:
+        for name, device in _kernels:
             library.impl(name, _bodies[name], device.upper(), allow_override=True)
         _reference_depth += 1
         try:
@@ -135,24 +135,24 @@ def reference() -> Iterator[None]:
 
 
 def table() -> list[tuple[str, str, str]]:
-    """(op, device, implementation) of every op: what `fastssl env` prints."""
+    """(op, device, implementation) of every op, as `fastssl env` prints it."""
     return [
-        (name, device, _served.get((name, device), "plain torch")) for name in _bodies for device in ("cpu", "cuda")
+        (name, device, _kernels.get((name, device), "plain torch")) for name in _bodies for device in ("cpu", "cuda")
     ]
 
 
-def product_is_ours(dtype: torch.dtype) -> bool:
-    """Whether large matrix products of a dtype are made by our kernels on this CPU, not by torch's libraries."""
-    return dtype in _our_products
+def uses_native_gemm(dtype: torch.dtype) -> bool:
+    """True where large matrix products of a dtype run in our kernels on this CPU, not in torch's libraries."""
+    return dtype in _native_gemm_dtypes
 
 
-def better_products(level: str | None, maker: str) -> set[torch.dtype]:
-    """The dtypes for which ours are taken, by instruction set and maker of the processor.
+def native_gemm_dtypes(level: str | None, maker: str) -> set[torch.dtype]:
+    """The dtypes whose matrix products run in our kernels, by instruction set and maker of the processor.
 
-    On Intel's processors torch has Intel's own library for 32 and 64 bits, and for 16 bits, from those with bfloat16
-    instructions on, tiles (AMX) that our kernels lack. Elsewhere that library is no faster than ours. For 16 bits torch
-    emulates what AVX2 lacks; with AVX-512's bf16 dot product its products alone are as fast as ours or faster, and
-    ours save the casts, the GELU and the bias around them.
+    On Intel's processors torch has Intel's own library for 32 and 64 bits and, for 16 bits, from the processors with
+    bfloat16 instructions on, tiles (AMX) that our kernels lack. On other processors that library is no faster than our
+    kernels. For 16 bits torch emulates what AVX2 lacks; with AVX-512's bf16 dot product its products are at most as
+    fast as ours, and ours save the casts, the GELU and the bias around them.
     """
     if level in (None, "baseline"):
         return set()
@@ -162,7 +162,7 @@ def better_products(level: str | None, maker: str) -> set[torch.dtype]:
     return half | {torch.float32, torch.float64}
 
 
-_our_products: set[torch.dtype] = set()
+_native_gemm_dtypes: set[torch.dtype] = set()
 
 
 def load_native() -> None:
@@ -170,16 +170,16 @@ def load_native() -> None:
     if level := native_level():
         from fastssl import _C
 
-        _our_products.update(better_products(level, _C.processor_maker()))
+        _native_gemm_dtypes.update(native_gemm_dtypes(level, _C.processor_maker()))
         for device, part in (("cpu", level), *([("cuda", "cuda")] if native_cuda() else [])):
             for name in _bodies:
                 if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{name}", device.upper()):
-                    _served.setdefault((name, device), f"native {part}")
+                    _kernels.setdefault((name, device), f"native {part}")
 
 
 @functools.cache
 def native_level() -> str | None:
-    """Loads the C++ kernels of the best instruction set and names it; None in a build without them.
+    """Loads the C++ kernels of the best instruction set and returns its name; None in a build without them.
 
     The best is the highest that was built, that the processor has, and that torch itself uses: torch's variable
     ATEN_CPU_CAPABILITY (default, avx2, avx512) therefore lowers ours too.
@@ -207,7 +207,7 @@ def native_cuda() -> bool:
     """Loads the kernels in CUDA C++; False where they were not built, or where torch itself has no CUDA."""
     from fastssl import _C
 
-    if not (_C.build_facts()["cuda"] and torch.version.cuda):  # the file may still lie there from an earlier build
+    if not (_C.build_facts()["cuda"] and torch.version.cuda):  # a library of an earlier build may still be there
         return False
     folder = Path(_C.__file__).parent
     try:
@@ -216,8 +216,8 @@ def native_cuda() -> bool:
     except OSError as error:
         warnings.warn(
             f"fastssl: the CUDA part of this build could not be loaded ({error.__cause__ or error}), so its ops run in "
-            "plain torch on GPUs, while those on CPUs are as ever: run `pip install -e .` again to build it for this "
-            "torch, or with FASTSSL_BUILD=cpu to build without it",
+            "plain torch on GPUs; CPUs are not affected: run `pip install -e .` again to build it for this torch, or "
+            "with FASTSSL_BUILD=cpu to build without it",
             UserWarning,
             stacklevel=2,
         )

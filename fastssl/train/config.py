@@ -1,68 +1,97 @@
-"""How a method is optimised, and how a run goes about it, as plain values read by the trainer."""
+"""Optimisation and execution of a run as plain values, read by the trainer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, check_ranges
 
 
 @dataclass
 class Training:
-    """Optimizer and schedule: the numbers of a paper. Learning rates are per 256 images and scale with the batch."""
+    """Optimizer and schedules: the numbers of a paper. Learning rates are per 256 images and scale with the batch."""
 
-    epochs: int
+    epochs: Annotated[int, AT_LEAST_1]
     """passes over the data"""
-    batch_size: int
-    """images a step, of all ranks and micro-batches together"""
+    batch_size: Annotated[int, AT_LEAST_1]
+    """images per step, over all ranks and micro-batches"""
     optimizer: Literal["adamw", "sgd", "lars"]
     """adamw, sgd or lars"""
-    lr: float
-    """learning rate for a batch of 256"""
-    weight_decay: float
-    """decoupled for adamw, as part of the gradient for sgd and lars"""
+    lr: Annotated[float, NOT_NEGATIVE]
+    """peak learning rate for a batch of 256 images"""
+    weight_decay: Annotated[float, NOT_NEGATIVE]
+    """weight decay λ: decoupled for adamw, part of the gradient for sgd and lars"""
+    weight_decay_end: Annotated[float | None, NOT_NEGATIVE] = None
+    """weight decay at the end of training, reached along a cosine; constant if not given"""
     decay_all: bool = False
-    """decay biases and norms too"""
-    momentum: float = 0.9
-    """of sgd and lars"""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """of adamw"""
-    warmup_epochs: float = 0
-    """epochs over which the learning rate rises from 0"""
+    """apply weight decay to biases and normalisation layers too"""
+    momentum: Annotated[float, COEFFICIENT] = 0.9
+    """momentum coefficient of SGD and LARS"""
+    betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
+    """decay rates β1 and β2 of AdamW's moment estimates"""
+    warmup_epochs: Annotated[float, NOT_NEGATIVE] = 0
+    """epochs of linear learning-rate warm-up from 0"""
     lr_by_epoch: bool = False
-    """change the learning rate once an epoch instead of every step"""
-    lr_drops: tuple[int, ...] = ()
-    """epochs at which the learning rate falls to a tenth, instead of along a cosine"""
-    accumulate: int = 1
-    """micro-batches that a step's images come in, one after the other: less memory for the same step"""
+    """change the learning rate once per epoch instead of every step"""
+    lr_drops: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    """epochs at which the learning rate is divided by 10, instead of a cosine schedule"""
+    clip_parameter_norm: Annotated[float, NOT_NEGATIVE] = 0.0
+    """largest gradient norm of each single parameter, 0 for no clipping (clip_grad of DINO)"""
+    freeze: tuple[str, ...] = ()
+    """names of parameters or modules that keep their initial weights during the first --freeze-epochs"""
+    freeze_epochs: Annotated[float, NOT_NEGATIVE] = 0
+    """epochs during which the parameters of --freeze are not updated (freeze_last_layer of DINO)"""
+    accumulate: Annotated[int, AT_LEAST_1] = 1
+    """micro-batches per step, whose gradients are accumulated: less memory for the same step"""
+
+    def check(self, owner: str = "train") -> None:
+        """Check every number, and those that depend on each other.
+
+        Args:
+            owner: command or class that the error names.
+
+        Raises:
+            ValueError: a value is out of range, a learning-rate drop lies behind the last epoch, or there are
+                --freeze-epochs without --freeze.
+        """
+        check_ranges(self, owner)
+        if late := [epoch for epoch in self.lr_drops if epoch >= self.epochs]:
+            raise ValueError(f"{owner}: --lr-drops must lie before --epochs {self.epochs}, got {late[0]}")
+        if self.freeze_epochs and not self.freeze:
+            raise ValueError(
+                f"{owner}: --freeze-epochs must be 0 without --freeze, got {self.freeze_epochs:g}: name parameters or "
+                f"modules by --freeze"
+            )
 
 
 @dataclass
 class Execution:
-    """How a run goes about it. Without rounding, precision and clipping, nothing here changes what is learned."""
+    """How a run is executed. Apart from rounding, precision and clipping, nothing here changes what is learned."""
 
-    precision: str = "fp32"
-    """fp32; bf16 or fp16 for autocast, fp16 with loss scaling"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, or bf16 or fp16 for autocast; fp16 with loss scaling"""
     shard: bool = False
-    """shard parameters, gradients and optimizer over the ranks (FSDP2), for models too large for one device"""
+    """shard parameters, gradients and optimizer state over the ranks (FSDP2), for models too large for one device"""
     recompute: bool = False
-    """run a transformer's blocks again in the backward pass and keep nothing of them: less memory, more time"""
+    """recompute the activations of transformer blocks in the backward pass: less memory, more time"""
     compile: bool = False
-    """give the method to torch.compile"""
+    """compile the method with torch.compile"""
     graph: bool = False
-    """capture forward and backward as a CUDA graph, which spares a step its launches; on one GPU"""
-    clip_norm: float = 0.0
-    """largest norm of the gradient, 0 for no clipping, as in the papers"""
-    max_skipped: int = 10
-    """steps in a row that may be skipped because the loss or the gradient is not finite"""
-    log_every: int = 10
-    """steps between lines of metrics"""
-    checkpoint_every: int = 0
-    """steps between checkpoints, 0 for one an epoch"""
-    keep_last: int = 2
-    """newest checkpoints that are kept"""
-    keep_every: int = 0
-    """epochs between checkpoints that are kept for good, 0 for none; they are those that --checkpoint-every meets"""
-    profile: int = 0
-    """steps to profile: where their time goes, as a table and a trace"""
+    """capture forward and backward as a CUDA graph, which avoids kernel-launch overhead; one GPU only"""
+    clip_norm: Annotated[float, NOT_NEGATIVE] = 0.0
+    """largest norm of the whole gradient, 0 for no clipping"""
+    max_skipped: Annotated[int, NOT_NEGATIVE] = 10
+    """largest number of consecutive steps skipped because the loss or the gradient is not finite"""
+    log_every: Annotated[int, AT_LEAST_1] = 10
+    """steps between lines of metrics.jsonl"""
+    checkpoint_every: Annotated[int, NOT_NEGATIVE] = 0
+    """steps between checkpoints, 0 for one per epoch"""
+    keep_last: Annotated[int, AT_LEAST_1] = 2
+    """number of newest checkpoints to keep"""
+    keep_every: Annotated[int, NOT_NEGATIVE] = 0
+    """epochs between checkpoints that are never deleted, 0 for none; they must fall on a step of --checkpoint-every"""
+    profile: Annotated[int, NOT_NEGATIVE] = 0
+    """number of steps to profile; writes a table and a trace"""
     tensorboard: bool = True
-    """write RUN/tensorboard"""
+    """write TensorBoard event files to RUN/tensorboard"""
     wandb: str | None = None
-    """project at Weights & Biases that metrics go to as well"""
+    """Weights & Biases project to log metrics to"""

@@ -1,58 +1,61 @@
-"""Forward and backward as one CUDA graph: a step then takes what its kernels take, not what it takes to launch them."""
+"""Forward and backward as one CUDA graph, which avoids the overhead of launching each kernel."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastssl.contract import Batch
 from fastssl.distributed import world_size
 
 from .config import Training
 
-WARM_UP = 3  # steps made kernel by kernel first: they compile, choose algorithms, and allocate
+WARM_UP = 3  # steps without a graph: they compile kernels, choose algorithms and allocate
 
 
 class Graph:
     """``results = graph(batch)`` is ``run(batch)``, which computes gradients and returns a dict of tensors.
 
-    The first steps run it as it is. Then it is captured, and from there on a batch is copied to where the graph reads
-    it, and the graph leaves gradients and results where it left them at the capture. A batch of another size runs as
-    it is.
+    The first steps call `run` directly. Then one call is captured; from there on a batch is copied into the captured
+    input tensors, and the graph writes gradients and results to their captured addresses. A batch of other shapes is
+    given to `run` directly.
 
     Args:
-        run: works on a GPU, never waits for it, and depends on nothing but the batch and tensors that stay in place.
-        parameters: get gradients; none may have one when the graph is called.
+        run: works on a GPU, never waits for it, and reads only the batch and tensors whose addresses do not change.
+        parameters: receive gradients; none may have one when the graph is called.
 
     Source: CUDA Programming Guide, "CUDA Graphs".
     """
 
-    def __init__(self, run: Callable[[tuple], dict[str, Tensor]], parameters: Iterable[nn.Parameter]):
+    def __init__(self, run: Callable[[Batch], dict[str, Tensor]], parameters: Iterable[nn.Parameter]):
         self.run, self.parameters, self.steps = run, list(parameters), 0
-        self.stream, self.graph = torch.cuda.Stream(), None
+        self.stream = torch.cuda.Stream()
+        self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, batch: tuple) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
         if self.graph is None and self.steps >= WARM_UP:
             self._capture(batch)
         if self.graph is None or _shapes(batch) != _shapes(self.batch):
             self.steps += 1
-            return self._aside(batch)
-        for own, new in zip(_tensors(self.batch), _tensors(batch)):
-            own.copy_(new, non_blocking=True)
+            return self._run_on_capture_stream(batch)
+        for captured, new in zip(_tensors(self.batch), _tensors(batch)):
+            captured.copy_(new, non_blocking=True)
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
         self.graph.replay()
         return {name: result.clone() for name, result in self.results.items()}  # the next replay overwrites them
 
-    def _aside(self, batch: tuple) -> dict[str, Tensor]:
-        """On the stream of the capture, so that what libraries keep for each stream is there before it."""
+    def _run_on_capture_stream(self, batch: Batch) -> dict[str, Tensor]:
+        """Libraries keep workspaces for each stream: those of the capture's stream must exist before it."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             results = self.run(batch)
         torch.cuda.current_stream().wait_stream(self.stream)
         return results
 
-    def _capture(self, batch: tuple) -> None:
-        self.batch = _copy(batch)  # kept: the graph reads from there
+    def _capture(self, batch: Batch) -> None:
+        self.batch = tree_map_only(Tensor, Tensor.clone, batch)  # input tensors of the graph
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             self.results = self.run(self.batch)
@@ -61,7 +64,7 @@ class Graph:
 
 
 def check_graph(device: torch.device, training: Training, shard: bool, profile: int) -> None:
-    """Refuses what --graph can't do.
+    """Refuse --graph where a CUDA graph cannot be captured.
 
     Raises:
         ValueError: no GPU, several processes or shards, micro-batches, or a profile of `profile` steps.
@@ -69,28 +72,17 @@ def check_graph(device: torch.device, training: Training, shard: bool, profile: 
     if device.type != "cuda":
         raise ValueError(f"train: --graph needs a GPU, got {device}: leave it out")
     if world_size() > 1 or shard:
-        came = f"{world_size()} processes" + " and --shard" * shard
-        raise ValueError(f"train: --graph is for one process without --shard, got {came}: leave it out")
+        processes = f"{world_size()} processes" + " and --shard" * shard
+        raise ValueError(f"train: --graph is for one process without --shard, got {processes}: leave it out")
     if training.accumulate > 1:
-        raise ValueError(f"train: --graph needs accumulate 1, got {training.accumulate}: its gradients don't add up")
+        raise ValueError(f"train: --graph needs accumulate 1, got {training.accumulate}: a replay overwrites gradients")
     if profile:
-        raise ValueError("train: --profile sees no parts in a graph: leave out one of --profile and --graph")
+        raise ValueError("train: --profile cannot see inside a CUDA graph: leave out --profile or --graph")
 
 
-def _copy(value):
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, tuple):
-        parts = map(_copy, value)
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
 
 
-def _tensors(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [x for part in value for x in _tensors(part)] if isinstance(value, tuple) else []
-
-
-def _shapes(batch: tuple) -> list[tuple]:
+def _shapes(batch: Batch) -> list[tuple]:
     return [(x.shape, x.dtype) for x in _tensors(batch)]

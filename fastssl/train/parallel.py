@@ -1,7 +1,10 @@
-"""One method on several ranks, by torch's DistributedDataParallel, or by FSDP2 where it is too large for one device."""
+"""Data-parallel training on several ranks: DistributedDataParallel, or FSDP2 for models too large for one device."""
 
 import contextlib
+import functools
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from fastssl.distributed import world_size
 
@@ -16,22 +20,24 @@ from .config import Execution, Training
 
 
 def check_sharding(training: Training, execution: Execution) -> None:
-    """Refuses what can't be sharded.
+    """Refuse --shard where it does not apply.
 
     Raises:
-        ValueError: there is one process alone, or the optimizer is not AdamW.
+        ValueError: there is only one process, or the optimizer is not AdamW.
     """
     if execution.shard and world_size() == 1:
         raise ValueError("train: --shard needs several ranks: torchrun --nproc-per-node N -m fastssl pretrain …")
-    if execution.shard and training.optimizer != "adamw":  # torch's fused SGD knows no shards, LARS needs whole norms
+    if (
+        execution.shard and training.optimizer != "adamw"
+    ):  # torch's fused SGD does not support shards, LARS needs the norms of whole weights
         raise ValueError(f"train: --shard works with --optimizer adamw, not with {training.optimizer}")
 
 
 def wrap_parallel(method: nn.Module, shard: bool) -> nn.Module:
-    """What to call instead of `method`, so that gradients are means over the ranks: in one process the method itself.
+    """The module to call instead of `method`, so that gradients are means over the ranks; `method` itself on one rank.
 
-    With `shard` its parameters become shards, in place: each element of a ModuleList (a transformer's block) is
-    gathered when it is its turn, the rest as a whole.
+    With `shard` its parameters become shards, in place: each element of a ModuleList (a transformer block) is gathered
+    when it runs, all other parameters together.
     """
     if shard:
         mesh = init_device_mesh(next(method.parameters()).device.type, (world_size(),))
@@ -43,14 +49,16 @@ def wrap_parallel(method: nn.Module, shard: bool) -> nn.Module:
         return method
     if world_size() == 1:
         return method
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.13
-    return DistributedDataParallel(method, gradient_as_bucket_view=True, **{unsynced: False})
+    arguments = inspect.signature(DistributedDataParallel.__init__).parameters
+    # the argument's name from torch 2.14 on, and before
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, sync_buffers: False}
+    return DistributedDataParallel(method, **options)
 
 
 @contextlib.contextmanager
-def sync_on_last_micro_batch(module: nn.Module, last: bool):
-    """Around forward and backward of a micro-batch: the ranks' gradients are averaged after the last one alone."""
+def sync_on_last_micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
+    """Context of a micro-batch's forward and backward: gradients are averaged over ranks after the last one only."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     elif isinstance(module, DistributedDataParallel) and not last:
@@ -60,28 +68,22 @@ def sync_on_last_micro_batch(module: nn.Module, last: bool):
     yield
 
 
-def full_state(state):
-    """The same state without shards; all ranks must ask together."""
-    if isinstance(state, DTensor):
-        return state.full_tensor()
-    if isinstance(state, dict):
-        return {key: full_state(value) for key, value in state.items()}
-    return type(state)(map(full_state, state)) if isinstance(state, list | tuple) else state
+def full_state(state: Any) -> Any:
+    """The same nested state with shards gathered into whole tensors. All ranks must call together."""
+    return tree_map_only(DTensor, DTensor.full_tensor, state)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Loads a whole state; what belongs to a sharded parameter is sharded like it."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the whole state of an optimizer; state of sharded parameters is sharded like them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {
-        number: {name: _like(x, parameters[number]) for name, x in values.items()}
+    sharded = {
+        number: tree_map_only(Tensor, functools.partial(_shard_like, parameters[number]), values)
         for number, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": own})
+    optimizer.load_state_dict({**state, "state": sharded})
 
 
-def _like(x, parameter: Tensor):
-    if isinstance(parameter, DTensor) and isinstance(x, Tensor) and x.shape == parameter.shape:
-        return distribute_tensor(
-            x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    return x
+def _shard_like(parameter: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,16 +1,29 @@
-"""The learning rate as a function of the epoch, which may be a fraction."""
+"""Schedules: learning rate, weight decay and other values as functions of the training progress."""
 
 import math
 
 from .config import Training
 
 
-def learning_rate(training: Training, epoch: float) -> float:
-    """Linear warm-up from 0, then half a cosine to 0, or a tenth at each of ``lr_drops``, for the batch size of
-    `training`.
+def cosine_schedule(start: float, end: float, progress: float) -> float:
+    """Value on half a cosine from `start` to `end`; progress from 0 to 1.
 
-    Source: He et al., 2021 (MAE), appendix A.1, table 8; with ``lr_by_epoch`` MoCo v2's, which steps once an epoch;
-        with ``lr_drops`` He et al., 2020 (MoCo), section 4.
+    Equals ``end + (start − end) · (1 + cos(π · progress)) / 2``.
+
+    Source: Loshchilov and Hutter, 2017 (SGDR), equation 5; for the momentum of a momentum encoder Grill et al., 2020
+        (BYOL), section 3.2, and Chen et al., 2021 (MoCo v3), section 4.1; for weight decay Caron et al., 2021 (DINO),
+        section 3.2.
+    """
+    return end - 0.5 * (1 + math.cos(math.pi * progress)) * (end - start)
+
+
+def learning_rate(training: Training, epoch: float) -> float:
+    """Learning rate for the batch size of `training`, after `epoch` epochs, which may be a fraction.
+
+    Linear warm-up from 0, then half a cosine to 0, or a division by 10 at each of ``lr_drops``.
+
+    Source: He et al., 2021 (MAE), appendix A.1, table 8; with ``lr_by_epoch`` the code of MoCo v2, which changes the
+        learning rate once per epoch; with ``lr_drops`` He et al., 2020 (MoCo), section 4.
     """
     peak = training.lr * training.batch_size / 256
     epoch = math.floor(epoch) if training.lr_by_epoch else epoch
@@ -18,5 +31,14 @@ def learning_rate(training: Training, epoch: float) -> float:
         return peak * epoch / training.warmup_epochs
     if training.lr_drops:
         return peak * 0.1 ** sum(epoch >= drop for drop in training.lr_drops)
-    done = (epoch - training.warmup_epochs) / (training.epochs - training.warmup_epochs)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return cosine_schedule(peak, 0.0, (epoch - training.warmup_epochs) / (training.epochs - training.warmup_epochs))
+
+
+def weight_decay(training: Training, progress: float) -> float:
+    """Weight decay at `progress`, the share of the run's steps that are done.
+
+    Source: Caron et al., 2021 (DINO), section 3.2: a cosine from 0.04 to 0.4.
+    """
+    if training.weight_decay_end is None:
+        return training.weight_decay
+    return cosine_schedule(training.weight_decay, training.weight_decay_end, progress)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from benchmarks import nvcc
-from tests.close import assert_exact, assert_same
+from tests.support import nvcc
+from tests.support.close import assert_exact, assert_same
 
 HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")

@@ -2,14 +2,14 @@ import itertools
 
 import pytest
 import torch
+
 from fastssl.kernels import norm as kernels
 from fastssl.kernels import tile
-
-from benchmarks import model
 from fastssl.ops import dispatch, norm, residual_norm
 from tests.kernels.contract import launched
 from tests.kernels.interpreter import triton_on_cpu
-from tests.ops.contract import plain
+from tests.support import kernel_model as model
+from tests.support.contract import plain
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
 
@@ -67,13 +67,13 @@ def test_no_rows():
         check(*made(*shape))
 
 
-def test_rows_that_are_too_wide_are_refused():
-    with pytest.raises(ValueError, match="residual_norm: on a GPU rows of up to 16384 values, got 16385: add, then"):
+def test_rows_that_are_too_wide_raise():
+    with pytest.raises(ValueError, match=r"x must have at most 16384 values a row .*, got 16385"):
         kernels.residual_norm_fwd(*made(1, 1, 16385), EPS, torch.float32)
 
 
 def test_rows_far_from_zero_keep_their_variance():
-    """E[x²] − mean² would lose it."""
+    """E[x²] − mean² would cancel."""
     x, _, weight, bias = made(2, 3, 64, delta=None)
     x = x + 1000
     (_, normed, _, rstd), _ = launched(kernels.residual_norm_fwd, x, None, weight, bias, EPS, torch.float32)
@@ -94,7 +94,7 @@ def test_public_op():
         expected = run()
     with triton_on_cpu() as seen:
         found = run()
-    assert [kernel for kernel, _ in seen.launches] == ["_norm", "_norm_bwd"]
+    assert [kernel for kernel, _ in seen.launches] == ["residual_norm_fwd_kernel", "residual_norm_bwd_kernel"]
     for result, other in zip(found, expected, strict=True):
         tolerance = 2e-5 if result.dtype == torch.float32 else 2**-7
         torch.testing.assert_close(result, other, rtol=tolerance, atol=tolerance)
@@ -102,15 +102,15 @@ def test_public_op():
 
 @pytest.mark.parametrize("arch", tile.ARCHITECTURES)
 def test_every_configuration(arch):
-    with tile.pretend(arch, 2):  # so few that each program of the backward pass takes several tiles
+    with tile.assume_card(arch, 2):  # a program of the backward pass takes several tiles
         check(*made(5, 9, 200, delta=torch.bfloat16), out=torch.bfloat16)
 
 
 @pytest.mark.parametrize("delta", [2, None])
-def test_bytes_are_the_model_s(delta):
+def test_bytes_are_those_of_the_model(delta):
     B, L, D = 3, 40, 100
     x, d, weight, bias = made(B, L, D, delta=delta and torch.bfloat16)
-    with tile.pretend("sm_90", 4):
+    with tile.assume_card("sm_90", 4):
         results, count = launched(kernels.residual_norm_fwd, x, d, weight, bias, EPS, torch.bfloat16)
         assert count == model.residual_norm_fwd(B * L, D, 4, delta or 0, 2, 4).requested
         args = results[1], x if d is not None else None, x, *results[2:], weight, torch.bfloat16 if delta else x.dtype

@@ -21,7 +21,7 @@ from fastssl.nn import (
     ViT,
     random_masking,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 class Masker(nn.Module):

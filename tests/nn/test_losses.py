@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.nn import InfoNCELoss, KeyQueue, NTXentLoss
 from fastssl.nn.losses import _joined
-from tests.ops.contract import refused
-from tests.ranks import run_ranks
+from tests.support.contract import refused
+from tests.support.ranks import run_ranks
 
 K, D, BATCH = 24, 8, 5
 

@@ -6,9 +6,9 @@ from fastssl.distributed import rank
 from fastssl.methods.mae import MAE
 from fastssl.nn import MaskedPatchLoss, random_masking, seeded_noise
 from fastssl.ops import masked_patch_mse
-from tests.golden.golden import read
-from tests.ops.contract import refused
-from tests.ranks import run_ranks
+from tests.support.contract import refused
+from tests.support.golden import read
+from tests.support.ranks import run_ranks
 
 
 def official_random_masking(x, mask_ratio):

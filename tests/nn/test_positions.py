@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from fastssl.methods.mae import MAE
 from fastssl.nn.positions import fit_positions, sincos_positions
 from fastssl.nn.vit import ViT
-from tests.ops.contract import refused
+from tests.support.contract import refused
 
 SIZES = {"embed_dim": 16, "depth": 1, "num_heads": 2}
 DECODER = {f"decoder_{name}": value for name, value in SIZES.items()}

@@ -9,7 +9,7 @@ from torch import nn
 from fastssl.nn import Attention, accelerate
 from fastssl.nn.attention import TorchvisionAttention
 from fastssl.nn.vit import ViT
-from tests.ops.contract import refused
+from tests.support.contract import refused
 
 KNOWN = [  # class and register tokens, distillation, LayerScale, no class token, norms before the blocks, other patches
     "vit_tiny_patch16_224",

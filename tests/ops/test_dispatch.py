@@ -19,7 +19,7 @@ def test_the_cuda_part_is_loaded_where_build_and_torch_have_cuda():
     assert dispatch.native_cuda() == bool(_C.build_facts()["cuda"] and torch.version.cuda)
 
 
-def test_a_cuda_file_of_an_earlier_build_is_left_alone(monkeypatch):
+def test_a_cuda_library_of_an_earlier_build_is_not_loaded(monkeypatch):
     def never(path):
         raise AssertionError(f"loaded {path}")
 
@@ -31,7 +31,7 @@ def test_a_cuda_file_of_an_earlier_build_is_left_alone(monkeypatch):
     assert not dispatch.native_cuda.__wrapped__()
 
 
-def test_a_cuda_part_that_does_not_load_says_so(monkeypatch):
+def test_a_cuda_part_that_does_not_load_warns(monkeypatch):
     def broken(path):
         raise OSError(f"Could not load this library: {path}") from OSError("libcudart.so.99: no")
 
@@ -42,26 +42,26 @@ def test_a_cuda_part_that_does_not_load_says_so(monkeypatch):
         assert not dispatch.native_cuda.__wrapped__()
 
 
-def test_serves_and_reference():
-    assert dispatch.serves("enqueue_", "cpu")
-    assert not dispatch.serves("enqueue_", "mps")
+def test_has_kernel_and_reference():
+    assert dispatch.has_kernel("enqueue_", "cpu")
+    assert not dispatch.has_kernel("enqueue_", "mps")
     with dispatch.reference():
-        assert not dispatch.serves("enqueue_", "cpu")
+        assert not dispatch.has_kernel("enqueue_", "cpu")
         with dispatch.reference():
             pass
-        assert not dispatch.serves("enqueue_", "cpu")
-    assert dispatch.serves("enqueue_", "cpu")
+        assert not dispatch.has_kernel("enqueue_", "cpu")
+    assert dispatch.has_kernel("enqueue_", "cpu")
 
 
 def test_reference_runs_the_body_and_the_kernel_comes_back():
-    """An op whose kernel and body differ on purpose."""
+    """With an op whose kernel and plain-torch body return different values."""
 
     @dispatch.op("test_which")
     def which(x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
 
     try:
-        dispatch.serve(which, cpu=lambda x: torch.ones_like(x), cuda=None)
+        dispatch.register_kernel(which, "cpu", lambda x: torch.ones_like(x))
         assert which(torch.empty(1)).item() == 1
         with dispatch.reference():
             assert which(torch.empty(1)).item() == 0
@@ -70,7 +70,7 @@ def test_reference_runs_the_body_and_the_kernel_comes_back():
         assert implementations("cuda")["test_which"] == "plain torch"
     finally:
         dispatch._bodies.pop("test_which")
-        dispatch._served.pop(("test_which", "cpu"))
+        dispatch._kernels.pop(("test_which", "cpu"))
 
 
 def test_autocast_is_off_inside_a_body():
@@ -90,6 +90,31 @@ def test_autocast_is_off_inside_a_body():
         dispatch._bodies.pop("test_autocast")
 
 
-def test_a_kernel_that_does_not_exist_is_no_fallback():
-    with pytest.raises(ModuleNotFoundError):
-        dispatch.triton("no_such_family", "f")
+def test_every_launcher_exists():
+    """Launchers are loaded at the first call on a GPU; a wrong name would show only there."""
+    pytest.importorskip("triton")
+    assert dispatch._triton_loaders.keys() >= {"info_nce_fwd", "enqueue_", "attention_bwd"}
+    for name, load in dispatch._triton_loaders.items():
+        assert load().__name__ == name
+
+
+def test_a_kernel_file_that_fails_to_import_raises():
+    """There is no fallback to plain torch."""
+    pytest.importorskip("triton")
+
+    def load():
+        raise ImportError("no such kernel")
+
+    @dispatch.op("test_broken")
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    try:
+        dispatch.register_triton(body, load)
+        assert implementations("cuda")["test_broken"] == "triton"
+        with pytest.raises(ImportError, match="no such kernel"):
+            body.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.zeros(1))
+    finally:
+        dispatch._bodies.pop("test_broken")
+        dispatch._kernels.pop(("test_broken", "cuda"))
+        dispatch._triton_loaders.pop("test_broken")

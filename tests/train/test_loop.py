@@ -1,4 +1,4 @@
-"""The step and what guards it, with a model of a few numbers."""
+"""The training loop and its safeguards, with a model of a few numbers."""
 
 import json
 import sys
@@ -15,47 +15,58 @@ from fastssl.nn import KeyQueue
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution, Training
 from fastssl.train.log import read_metrics
-from fastssl.train.loop import _State, train
-from fastssl.train.loop import _step as one_step
+from fastssl.train.loop import train
+from tests.support.trainers import constant_rate_trainer
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 QUIET = {"tensorboard": False, "log_every": 1}
 
 
 class Line(nn.Module):
-    """A regression whose images are numbers; `nan` among them makes the loss what it says."""
+    """A regression on vectors of four numbers; a NaN among them makes the loss NaN."""
 
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(4, 4)
-        self.steps = []
+        self.starts, self.steps = [], []  # progress given to before_step and after_step
 
     def forward(self, batch):
         (x,) = batch.views
         loss = (self.layer(x) - 1).square().mean()
         return loss, {"size": loss.detach().new_tensor(float(len(x)))}
 
+    def before_step(self, progress):
+        self.starts.append(progress)
+
     def after_step(self, progress):
         self.steps.append(progress)
 
+    @property
+    def encoder(self):
+        return self.layer
+
+    def features(self, images):
+        return self.layer(images)
+
 
 def batches(count=6, size=8, bad=()):
-    """An ``epoch_of`` of `count` batches; those numbered in `bad` have a nan in one image."""
+    """An ``epoch_of`` of `count` batches; those whose numbers are in `bad` have a NaN in one image."""
 
     def epoch_of(epoch, start):
         generator = torch.Generator().manual_seed(epoch)
-        made = [torch.randn(size, 4, generator=generator) for _ in range(count)]
+        images = [torch.randn(size, 4, generator=generator) for _ in range(count)]
         for i in range(start, count):
             if epoch * count + i in bad:
-                made[i][3, 0] = torch.nan
+                images[i][3, 0] = torch.nan
             index = torch.arange(size) + 100 * (epoch * count + i)
-            yield Batch((made[i],), index, index)
+            yield Batch((images[i],), index, index)
 
     return epoch_of
 
 
 def settings(optimizer="adamw", size=8, epochs=1, **changes):
-    return Training(epochs, size, optimizer, lr=3.0 if optimizer == "lars" else 0.3, weight_decay=0.0, **changes)
+    lr = 3.0 if optimizer == "lars" else 0.3
+    return Training(epochs, size, optimizer, **{"lr": lr, "weight_decay": 0.0, **changes})
 
 
 def run(tmp_path, epoch_of, training, steps=6, method=None, resume=None, **execution):
@@ -68,18 +79,15 @@ def run(tmp_path, epoch_of, training, steps=6, method=None, resume=None, **execu
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("bad", [0, 2])
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optimizer, bad):
-    """Weights, momenta and Adam's count are those of a run that never saw the batch; its images are named."""
+    """Weights, momenta and AdamW's step count equal those of a run without the batch; its images are listed."""
     (tmp_path / "with").mkdir(), (tmp_path / "without").mkdir()
-    training = settings(optimizer, warmup_epochs=0)
-    constant = {"lr_drops": (1000,)}  # no schedule: a skipped step still counts as one
-    for name, value in constant.items():
-        setattr(training, name, value)
+    training = settings(optimizer, lr_by_epoch=True)  # a constant rate: a skipped step counts in the schedule
     method = run(tmp_path / "with", batches(bad={bad}), training)
 
-    def others(epoch, start):
+    def without_bad(epoch, start):
         return (batch for i, batch in enumerate(batches()(epoch, 0)) if i != bad)
 
-    expected = run(tmp_path / "without", others, training, steps=5)
+    expected = run(tmp_path / "without", without_bad, training, steps=5)
     for p, q in zip(method.parameters(), expected.parameters()):
         assert torch.equal(p, q)
     states = [
@@ -98,19 +106,19 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optimizer, bad):
     assert lines[bad]["loss"] is None
 
 
-def test_too_many_in_a_row_stop_the_run(tmp_path):
+def test_too_many_consecutive_skipped_steps_stop_the_run(tmp_path):
     with pytest.raises(ValueError) as error:
         run(tmp_path, batches(bad={1, 3, 4, 5}), settings(), checkpoint_every=1, max_skipped=2)
     assert str(error.value) == (
-        "train: loss nan and gradient norm nan in step 6: 3 steps in a row were skipped, more than --max-skipped 2; "
-        f"their images are numbered in {tmp_path}/skipped-0.jsonl, and checkpoints written before are intact"
+        "train: loss nan and gradient norm nan in step 6: 3 consecutive steps were skipped, more than --max-skipped 2; "
+        f"their images are listed in {tmp_path}/skipped-0.jsonl, and earlier checkpoints are intact"
     )
     assert checkpoint.load(tmp_path / "checkpoints", "line")["step"] == 5
     assert [note["step"] for note in read_metrics(tmp_path / "skipped-0.jsonl")] == [2, 4, 5, 6]
 
 
-def test_a_gradient_alone_that_is_not_finite(tmp_path):
-    """The loss is finite, as for a square root at zero."""
+def test_a_gradient_that_is_not_finite_with_a_finite_loss(tmp_path):
+    """The derivative of a square root at zero."""
 
     class Root(Line):
         def forward(self, batch):
@@ -125,8 +133,8 @@ def test_a_gradient_alone_that_is_not_finite(tmp_path):
 
 
 def test_clipping(tmp_path):
-    """The step is that of the gradient scaled to the norm; without the option no step is touched."""
-    training = settings("sgd", momentum=0.0, lr_drops=(9,))
+    """The step is that of the gradient scaled down to the norm."""
+    training = settings("sgd", momentum=0.0, lr_by_epoch=True)
     first = Line()
     start = [p.detach().clone() for p in first.parameters()]
     run(tmp_path, batches(count=1), training, steps=1, method=first, clip_norm=1e-3)
@@ -134,7 +142,7 @@ def test_clipping(tmp_path):
     lr = 0.3 * 8 / 256
     assert moved.item() == pytest.approx(lr * 1e-3, rel=1e-3)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert line["grad_norm"] > 0.1  # what is logged is the norm before
+    assert line["grad_norm"] > 0.1  # the norm before clipping
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -150,32 +158,33 @@ def test_accumulation_equals_the_large_batch(tmp_path, optimizer):
     for p, q in zip(large.parameters(), parts.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("large", "small")]
-    for one, other in zip(*lines, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    for line, line_of_parts in zip(*lines, strict=True):
+        assert line["loss"] == pytest.approx(line_of_parts["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(line_of_parts["grad_norm"], rel=1e-4)
     assert parts.steps == large.steps
+    assert parts.starts == large.starts == [i / 12 for i in range(12)]  # once per step, not per micro-batch
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_keys_of_all_micro_batches_enter_the_queue_in_order(symmetric):
-    """After a step of three micro-batches the queue and the weights are those of the large batch."""
+    """After steps of three micro-batches the queue and the weights equal those of the large batch."""
     config = moco_v2.Config.small()
     config.symmetric, config.queue_size, config.bn_splits = symmetric, 40, 1
     torch.manual_seed(0)
-    one = moco_v2.build(config).double().eval()  # running statistics: no norm sees what company a sample keeps
-    other = moco_v2.build(config).double().eval()
-    other.load_state_dict(one.state_dict())
+    whole = moco_v2.build(config).double()
+    split = moco_v2.build(config).double()
+    split.load_state_dict(whole.state_dict())
     views = tuple(torch.randn(12, 3, 32, 32, dtype=torch.float64) for _ in range(2))
     label = torch.arange(12)
     training = Training(1, 12, "sgd", 30.0, 0.0)
     states = []
-    for method, parts in ((one, 1), (other, 3)):
+    for method, parts in ((whole, 1), (split, 3)):
         training.accumulate = parts
-        state = _State(method, "moco", training, Execution(), None)
-        method.eval()
+        trainer = constant_rate_trainer(method, training, 0.5, steps=2)
+        method.eval()  # batch norms use running statistics, so that results do not depend on the micro-batch
         for _ in range(2):
             pieces = [Batch(tuple(v[i] for v in views), label[i], label[i]) for i in label.chunk(parts)]
-            one_step(state, iter(pieces), 0.5, 2)
+            trainer.step(iter(pieces))
         states.append(method.state_dict())
     assert int(states[0]["queue_ptr"]) == (24 * (1 + symmetric)) % 40
     for name, x in states[0].items():
@@ -194,7 +203,7 @@ def test_keys_that_are_not_finite_do_not_enter_the_queue():
 
 
 class Syncs(TorchDispatchMode):
-    """Counts what makes a host wait for its device: reading a value, and shapes that depend on values."""
+    """Records operations that make the host wait for a device: reads of values, and shapes that depend on values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2")
 
@@ -217,23 +226,25 @@ def tiny(module, **changes):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("module", "changes"), [(mae, {}), (moco_v2, {"queue_size": 64}), (moco_v3, {"hidden": 32})])
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_a_step_never_waits_for_the_device(module, changes, precision, clip):
+@pytest.mark.parametrize("clipping", [{}, {"clip_norm": 1.0}, {"clip_parameter_norm": 0.1}])
+def test_a_step_never_waits_for_the_device(module, changes, precision, clipping):
     config, method = tiny(module, **changes)
-    state = _State(method, "x", config.training, Execution(precision=precision, clip_norm=clip), None)
+    execution = {name: norm for name, norm in clipping.items() if name == "clip_norm"}
+    config.training.clip_parameter_norm = clipping.get("clip_parameter_norm", 0.0)
+    trainer = constant_rate_trainer(method, config.training, 0.1, precision=precision, **execution)
     images = torch.randn(8, 3, *config.image_size)
     batch = Batch((images,) * len(config.augmentation.views), torch.arange(8), torch.arange(8), torch.arange(8))
     with Syncs() as syncs:
-        one_step(state, iter([batch]), 0.1, 10)
-        one_step(state, iter([batch]), 0.1, 10)
+        trainer.step(iter([batch]))
+        trainer.step(iter([batch]))
     assert syncs.seen == []
     with syncs:
         float(images.sum())
-    assert len(syncs.seen) == 1  # it would have been seen
+    assert len(syncs.seen) == 1
 
 
 def test_fp16_scales_the_loss_and_skips_what_overflows(tmp_path):
-    """The first scale, 65536, is too much for a loss of this size: steps are skipped until it fits."""
+    """The initial loss scale of 65536 makes this loss overflow: steps are skipped until the scale is small enough."""
 
     class Steep(Line):
         def forward(self, batch):
@@ -274,7 +285,7 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
         run(tmp_path, batches(), settings(), wandb="project")
 
 
-def test_profile_tells_where_the_time_goes(tmp_path):
+def test_profile_lists_the_parts_of_a_step(tmp_path):
     config, method = tiny(moco_v3, hidden=32)
 
     def epoch_of(epoch, start):
@@ -291,12 +302,25 @@ def test_profile_tells_where_the_time_goes(tmp_path):
     assert rows["backward"]["ms"] > rows["loss"]["ms"]
     trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
     assert "backward" in {event.get("name") for event in trace["traceEvents"]}
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 8  # the run went on
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 8  # the run continued
 
 
+SCHEDULES = {
+    "constant": {},
+    "all schedules": {
+        "weight_decay_end": 0.4,
+        "clip_parameter_norm": 0.05,
+        "freeze": ("layer.bias",),
+        "freeze_epochs": 0.5,
+        "warmup_epochs": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("schedules", SCHEDULES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_resume_is_bit_equal_at_every_step(tmp_path, optimizer):
-    training = settings(optimizer, epochs=2)
+def test_resume_is_bit_equal_at_every_step(tmp_path, optimizer, schedules):
+    training = settings(optimizer, epochs=2, weight_decay=0.04, **SCHEDULES[schedules])
     (tmp_path / "whole").mkdir()
     expected = run(tmp_path / "whole", batches(), training, checkpoint_every=1, keep_last=12)
     for path in checkpoint.files(tmp_path / "whole" / "checkpoints")[:-1]:
@@ -304,4 +328,5 @@ def test_resume_is_bit_equal_at_every_step(tmp_path, optimizer):
         folder = tmp_path / path.name
         folder.mkdir()
         method = run(folder, batches(), training, resume=state)
-        assert torch.equal(method.layer.weight, expected.layer.weight)
+        for p, q in zip(method.parameters(), expected.parameters()):
+            assert torch.equal(p, q)

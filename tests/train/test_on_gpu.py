@@ -1,4 +1,4 @@
-"""Whole training steps on a GPU: the losses of the CPU, no wait of the host, and one CUDA graph for all of it."""
+"""Whole training steps on a GPU: losses equal to the CPU's, no host synchronisation, CUDA graphs."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastssl.contract import Batch
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
-from fastssl.train.config import Execution
-from fastssl.train.loop import _State, _step
 from fastssl.train.profile import times_of_parts
+from tests.support import toy_method
+from tests.support.trainers import constant_rate_trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -18,11 +18,12 @@ METHODS = {
     "moco_v2": (moco_v2, {"queue_size": 64, "bn_splits": 1}),
     "moco_v3": (moco_v3, {"hidden": 32}),
     "moco_v3, ViT": (moco_v3, {"hidden": 32, "backbone": "vit_mini"}),
+    "toy": (toy_method, {}),
 }
 
 
 def begin(name, device="cuda", **execution):
-    """(state, a batch) of a small method, on any device the same."""
+    """Trainer of a small method, and a batch; the same on any device."""
     torch.manual_seed(0)
     module, changes = METHODS[name]
     config = module.Config.small()
@@ -30,18 +31,18 @@ def begin(name, device="cuda", **execution):
         setattr(config, key, value)
     method = module.build(config)
     views = tuple(torch.randn(16, 3, *config.image_size).to(device) for _ in config.augmentation.views)
-    state = _State(method.to(device), name, config.training, Execution(**execution), None)
-    return state, Batch(views, *(torch.arange(16, device=device) for _ in range(3)))
+    trainer = constant_rate_trainer(method.to(device), config.training, 0.001, **execution)
+    return trainer, Batch(views, *(torch.arange(16, device=device) for _ in range(3)))
 
 
-def losses(state, batch, steps=3):
-    return torch.stack([_step(state, iter([batch]), 0.001, 10)[0] for _ in range(steps)]).cpu()
+def losses(trainer, batch, steps=3):
+    return torch.stack([trainer.step(iter([batch])).loss for _ in range(steps)]).cpu()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_losses_are_those_of_the_cpu(name, precision):
-    """Both devices round, in another order: bfloat16 by 2^-8, and a step spreads what it got."""
+def test_losses_equal_those_of_the_cpu(name, precision):
+    """Both devices round in another order: bfloat16 by 2^-8, and each step amplifies the difference."""
     expected = losses(*begin(name, "cpu"))
     assert expected.unique().numel() == 3
     tolerance = 2e-3 if precision == "fp32" else 3e-2
@@ -50,64 +51,63 @@ def test_losses_are_those_of_the_cpu(name, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_does_not_wait(name, precision):
-    state, batch = begin(name, precision=precision)
-    losses(state, batch)  # compiles kernels, makes the optimizer's state and tables of addresses
+def test_a_step_does_not_synchronise(name, precision):
+    trainer, batch = begin(name, precision=precision)
+    losses(trainer, batch)  # compiles kernels, makes the optimizer's state and tables of addresses
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = _step(state, iter([batch]), 0.001, 10)[0]
+        result = trainer.step(iter([batch])).loss
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.isfinite()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "toy"])  # which schedules its forward pass
 def test_a_step_is_one_cuda_graph(name, precision):
-    """Captured whole, with optimizer, twin and queue: its replays are the steps that would have been made."""
-    state, batch = begin(name, precision=precision)
-    for group in state.optimizer.param_groups:
+    """Captured whole, with optimizer, momentum encoder and queue: replays equal steps without a graph."""
+    trainer, batch = begin(name, precision=precision)
+    for group in trainer.optimizer.param_groups:
         group["capturable"] = True  # torch asks for it, of AdamW
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        warm = losses(state, batch, 3)
+        warm = losses(trainer, batch, 3)
     torch.cuda.synchronize()
     expected = losses(*begin(name, precision=precision), steps=6)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
-        loss = _step(state, iter([batch]), 0.001, 10)[0]
-    found = []
+        loss = trainer.step(iter([batch])).loss
+    replayed = []
     for _ in range(3):
         graph.replay()
-        found.append(loss.clone())
+        replayed.append(loss.clone())
     tolerance = 1e-4 if precision == "fp32" else 1e-2
-    # Twins move by a schedule of the step, which a graph keeps as it was: their share of three steps is far smaller.
-    torch.testing.assert_close(torch.stack(found).cpu(), expected[3:], rtol=tolerance, atol=tolerance)
+    # The graph keeps the momentum coefficient of the captured step, whose effect on three steps is far smaller.
+    torch.testing.assert_close(torch.stack(replayed).cpu(), expected[3:], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(warm, expected[:3], rtol=tolerance, atol=tolerance)
     assert expected.unique().numel() == 6
 
 
 def test_compiled_by_inductor():
-    state, batch = begin("mae", precision="bf16", compile=True)
-    torch.testing.assert_close(losses(state, batch), losses(*begin("mae", precision="bf16")), rtol=2e-2, atol=2e-2)
+    trainer, batch = begin("mae", precision="bf16", compile=True)
+    torch.testing.assert_close(losses(trainer, batch), losses(*begin("mae", precision="bf16")), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_steps_of_a_graph_are_the_steps(name, precision):
-    """Three steps to warm up, the capture, and replays; on batches that change, and one of another size."""
+def test_steps_with_a_graph_equal_steps_without(name, precision):
+    """Three warm-up steps, the capture, and replays; batches differ, and one has another size."""
 
     def run(**execution):
-        state, batch = begin(name, precision=precision, **execution)
-        found = []
+        trainer, batch = begin(name, precision=precision, **execution)
+        results = []
         for i in range(7):
             views = tuple(view[: 8 if i == 5 else None].roll(i, 0) for view in batch.views)
-            some = Batch(views, *(x[: len(views[0])] for x in batch[1:]))
-            loss, *_ = _step(state, iter([some]), 0.001, 10)
-            found.append(loss)
-        return torch.stack(found).cpu()
+            part = Batch(views, *(x[: len(views[0])] for x in batch[1:]))
+            results.append(trainer.step(iter([part])).loss)
+        return torch.stack(results).cpu()
 
     expected = run()
     # Convolutions of float32 are tf32's on GPUs, which rounds by 2^-11, and cuDNN chooses among several.
@@ -117,11 +117,11 @@ def test_steps_of_a_graph_are_the_steps(name, precision):
 
 
 def test_profile_counts_the_kernels_of_the_backward_pass():
-    state, batch = begin("moco_v3, ViT")
-    losses(state, batch)
+    trainer, batch = begin("moco_v3, ViT")
+    losses(trainer, batch)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        losses(state, batch)
+        losses(trainer, batch)
         torch.cuda.synchronize()
-    found = times_of_parts(profiler.events(), cuda=True)
-    assert all(found[part] > 0 for part in ("forward", "loss", "backward", "optimizer", "EMA and queue"))
-    assert found["backward"] > found["optimizer"] / 10
+    seconds = times_of_parts(profiler.events(), cuda=True)
+    assert all(seconds[part] > 0 for part in ("forward", "loss", "backward", "optimizer", "EMA and queue"))
+    assert seconds["backward"] > seconds["optimizer"] / 10

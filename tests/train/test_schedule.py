@@ -1,11 +1,10 @@
 import pytest
 import torch
 
-from fastssl.nn.momentum import cosine_momentum
 from fastssl.train.config import Training
 from fastssl.train.optim import LARS
-from fastssl.train.schedule import learning_rate
-from tests.golden.golden import read
+from fastssl.train.schedule import cosine_schedule, learning_rate, weight_decay
+from tests.support.golden import read
 
 
 def test_golden_schedules():
@@ -14,8 +13,32 @@ def test_golden_schedules():
     training = Training(mae["epochs"], 256, "adamw", mae["lr"], 0.0, warmup_epochs=mae["warmup"])
     for epoch, lr, momentum in zip(*(golden[k].tolist() for k in ("epoch", "mae_lr", "moco_v3_momentum"))):
         assert learning_rate(training, epoch) == pytest.approx(lr, rel=1e-9, abs=1e-15)
-        ours = cosine_momentum(meta["moco_v3"]["m"], epoch / meta["moco_v3"]["epochs"])
+        ours = cosine_schedule(meta["moco_v3"]["m"], 1.0, epoch / meta["moco_v3"]["epochs"])
         assert ours == pytest.approx(momentum, rel=1e-12)
+
+
+def test_golden_weight_decay_and_momentum_of_other_methods():
+    """DINO: 20 epochs of 7 steps, weight decay 0.04 → 0.4, momentum 0.996 → 1. BYOL: 100 steps, momentum 0.996 → 1."""
+    golden, _ = read("schedules_family")
+    training = Training(20, 64, "adamw", 0.0, weight_decay=0.04, weight_decay_end=0.4)
+    for step, (decay, momentum) in enumerate(zip(golden["dino.wd"].tolist(), golden["dino.momentum"].tolist())):
+        assert weight_decay(training, step / 140) == pytest.approx(decay, rel=1e-13)
+        assert cosine_schedule(0.996, 1.0, step / 140) == pytest.approx(momentum, rel=1e-13)
+    for step, momentum in enumerate(golden["byol.tau"].tolist()):
+        assert cosine_schedule(0.996, 1.0, step / 100) == pytest.approx(momentum, rel=1e-13)
+
+
+def test_weight_decay_is_constant_without_an_end():
+    training = Training(10, 256, "adamw", 0.0, weight_decay=0.05)
+    assert [weight_decay(training, progress) for progress in (0, 0.3, 1)] == [0.05] * 3
+    training.weight_decay_end = 0.0
+    assert [weight_decay(training, progress) for progress in (0, 0.5, 1)] == pytest.approx([0.05, 0.025, 0])
+
+
+def test_a_cosine_reaches_both_ends():
+    for start, end in ((0.04, 0.4), (0.996, 1.0), (0.3, 0.3), (1.0, 0.0)):
+        assert cosine_schedule(start, end, 0) == pytest.approx(start, rel=1e-14)
+        assert cosine_schedule(start, end, 1) == end
 
 
 def test_learning_rate_scales_with_the_batch_and_may_change_by_epoch():

@@ -1,0 +1,303 @@
+"""End-to-end fine-tuning of an encoder with timm's model, augmentations and losses, on the engine's attention."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastssl.data.decoding import open_image
+from fastssl.data.samples import fill_in_rows
+from fastssl.data.source import BadImage, Source
+from fastssl.extras import need
+from fastssl.nn import accelerate
+from fastssl.nn.resnet import build_resnet
+from fastssl.nn.vit import ConvStem, ViT
+from fastssl.train.schedule import learning_rate
+
+from .features import extract
+from .labels import Accuracy, accuracy
+from .progress import Progress
+from .protocols import Finetune
+
+
+def need_timm() -> None:
+    """Checks that timm is installed.
+
+    Raises:
+        MissingExtra: it is not.
+    """
+    need("timm", what="eval finetune", extra="finetune")
+
+
+def build_classifier(
+    method: nn.Module, backbone: str, classes: int, drop_path: float = 0.0, small_images: bool = False
+) -> nn.Module:
+    """The method's encoder with a new classifier: timm's VisionTransformer with our attention, or our ResNet.
+
+    The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's
+    code; its initial weights are normal(0, 2e-5). The classifier of a ResNet is `fc`.
+
+    Args:
+        method: a method whose `encoder` is a `ViT` or a ResNet in torchvision's names.
+        backbone: name of the ResNet; the sizes of a ViT are those of the encoder.
+        classes: number of classes.
+        drop_path: largest probability of skipping a block of a ViT.
+        small_images: whether the ResNet was pretrained with the stem for small images.
+
+    Raises:
+        ValueError: the encoder is neither a ViT nor a ResNet of that name.
+    """
+    encoder = method.encoder
+    state = encoder.state_dict()
+    if isinstance(encoder, ViT):
+        model, new = _vit(encoder, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+        state = {name: x for name, x in state.items() if not name.startswith("norm.")}
+    elif backbone.startswith("resnet"):
+        model, new = build_resnet(backbone, classes, small_images), {"fc.weight", "fc.bias"}
+    else:
+        raise ValueError(
+            f"eval: finetune is for ViTs and ResNets, and the encoder of {type(method).__name__} is a "
+            f"{type(encoder).__name__}: train run.encoder() in a loop of yours"
+        )
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if set(missing) != new or unexpected:
+        wrong = sorted({*missing, *unexpected} - new)[0]
+        raise ValueError(f"eval: the encoder of {type(method).__name__} does not fit {type(model).__name__}: {wrong}")
+    return model
+
+
+def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    width, heads = vit.embed_dim, vit.blocks[0].attn.num_heads
+    model = VisionTransformer(
+        img_size=vit.img_size,
+        patch_size=vit.patch_size,
+        in_chans=vit.in_chans,
+        num_classes=classes,
+        global_pool="avg",
+        embed_dim=width,
+        depth=len(vit.blocks),
+        num_heads=heads,
+        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / width,
+        drop_path_rate=drop_path,
+    )
+    if isinstance(vit.patch_embed, ConvStem):
+        model.patch_embed = ConvStem(vit.in_chans, width)
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    nn.init.zeros_(model.head.bias)
+    accelerate(model)
+    return model
+
+
+def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:
+    """Parameter groups with `weight_decay` and `lr_scale`.
+
+    The scale is layer_decay^(depth + 1 − i) for block i = 1 … depth of a ViT, i = 0 for class token, positions and
+    patch embedding, and i = depth + 1 for what follows the blocks; times `head_lr` for the classifier.
+
+    Source: Clark et al., 2020 (ELECTRA); Bao et al., 2021 (BEiT), from whose code MAE's is; here by timm.
+    """
+    head = model.head if hasattr(model, "head") else model.fc
+    head_ids = set(map(id, head.parameters()))
+    if hasattr(model, "head"):
+        from timm.optim import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(
+            model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
+        )
+    else:
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+            {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+        ]
+    split = []
+    for group in groups:
+        for inside, scale in ((False, 1.0), (True, config.head_lr)):
+            params = [p for p in group["params"] if (id(p) in head_ids) == inside]
+            split += [{**group, "params": params, "lr_scale": group["lr_scale"] * scale}] if params else []
+    return split
+
+
+def finetune(
+    model: nn.Module, train: Source, test: Source, config: Finetune, size: tuple[int, int], seed: int = 0, **loading
+) -> Accuracy:
+    """Trains all of `model`, in place, and returns its accuracy on `test` after the last epoch.
+
+    Images that cannot be decoded are replaced by others of their batch, and their number is printed.
+
+    Args:
+        model: a model of `build_classifier`.
+        train, test: sources with labels; images of classes that only `test` has count as errors.
+        config: optimizer, schedule and augmentation.
+        size: (height, width) in pixels.
+        seed: random seed of order, augmentation and drop path; global generators are left unchanged.
+        loading: `device`, `workers` and `engine`, as for `Loader`.
+
+    Raises:
+        MissingExtra: timm is not installed.
+        ValueError: the batch is larger than the data, or odd with mixup, or none of the images can be decoded.
+    """
+    need_timm()
+    batch, micro = config.batch_size, config.batch_size // config.accumulate
+    if batch > len(train):
+        raise ValueError(f"eval: --batch-size must be at most the {len(train)} labelled images, got {batch}")
+    if (config.mixup or config.cutmix) and micro % 2:
+        raise ValueError(f"eval: mixup and cutmix take pairs: --batch-size over --accumulate must be even, got {micro}")
+    device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size))
+    with _seeded(seed, device):
+        loader = DataLoader(
+            pictures,
+            micro,
+            shuffle=True,
+            drop_last=True,
+            num_workers=loading.get("workers", 0),
+            collate_fn=_collate,
+            persistent_workers=loading.get("workers", 0) > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator().manual_seed(seed),
+        )
+        bad = _train(model.to(device).train(), loader, config, len(train.classes), device)
+    if bad:
+        print(f"{len(bad)} of {len(train)} images could not be decoded and were replaced by others", flush=True)
+    logits, labels, _ = extract(model.eval(), test, size, **loading)
+    return accuracy(logits, labels)
+
+
+def _train(model: nn.Module, loader: DataLoader, config: Finetune, classes: int, device: torch.device) -> set[int]:
+    """Trains the model; returns the indices of the images that could not be decoded."""
+    groups, steps = parameter_groups(model, config), len(loader) // config.accumulate
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    objective, progress, bad = _Objective(config, classes), Progress("finetune", config.epochs), set()
+    for epoch in range(config.epochs):
+        batches, counted = iter(loader), 0
+        for step in range(steps):
+            lr = learning_rate_at(config, epoch + step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            for _ in range(config.accumulate):
+                batch = next(batches)
+                bad |= set(batch.bad)
+                if batch.images is None:
+                    continue
+                images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss = objective(model, images, labels)
+                (loss / config.accumulate).backward()
+                counted += 1
+                progress(epoch + (step + 1) / steps, loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+        if not counted:
+            raise ValueError("eval: none of the labelled images can be decoded")
+    return bad
+
+
+def learning_rate_at(config: Finetune, epoch: float) -> float:
+    """Learning rate: warm-up from 0, then half a cosine to `min_lr`, or a tenth at each of `lr_drops`."""
+    lr = learning_rate(config.training, epoch)
+    if epoch < config.warmup_epochs or config.lr_drops:
+        return lr
+    peak = config.lr * config.batch_size / 256
+    return config.min_lr + (peak - config.min_lr) * lr / peak
+
+
+class _Objective:
+    """Cross entropy with the soft labels of mixup and cutmix, or with label smoothing."""
+
+    def __init__(self, config: Finetune, classes: int):
+        from timm.data import Mixup
+        from timm.loss import SoftTargetCrossEntropy
+
+        mixing = config.mixup > 0 or config.cutmix > 0
+        self.smoothing, self.soft = config.label_smoothing, SoftTargetCrossEntropy()
+        self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=self.smoothing, num_classes=classes)
+        self.mixup = self.mixup if mixing else None
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        if self.mixup is None:
+            return F.cross_entropy(model(images).float(), labels, label_smoothing=self.smoothing)
+        images, soft = self.mixup(images, labels)
+        return self.soft(model(images).float(), soft)
+
+
+class _Batch(NamedTuple):
+    images: Tensor | None  # [B, 3, H, W] float32, normalised; None if none can be decoded
+    labels: Tensor | None  # [B] int64
+    bad: list[int]  # indices of images that cannot be decoded
+
+
+class Pictures(Dataset):
+    """Images of a source through a transform of PIL images.
+
+    An item is (image, label), or the index of an image that cannot be decoded.
+    """
+
+    def __init__(self, source: Source, transform):
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | int:
+        try:
+            pixels = open_image(self.source, index).pixels()
+        except BadImage:
+            return index
+        return self.transform(Image.fromarray(pixels.permute(1, 2, 0).numpy())), self.source.label(index)
+
+
+def _collate(samples: list[tuple[Tensor, int] | int]) -> _Batch:
+    good = [sample for sample in samples if not isinstance(sample, int)]
+    bad = [sample for sample in samples if isinstance(sample, int)]
+    if not good:
+        return _Batch(None, None, bad)
+    images, labels = zip(*(good[row] for row in fill_in_rows(list(range(len(good))), len(samples))))
+    return _Batch(torch.stack(images), torch.tensor(labels), bad)
+
+
+def _transform(config: Finetune, size: tuple[int, int]):
+    from timm.data import create_transform
+
+    return create_transform(
+        (3, *size),
+        is_training=True,
+        scale=(config.crop_min, 1.0),
+        hflip=config.flip_p,
+        color_jitter=None,
+        auto_augment=None if config.randaugment == "none" else config.randaugment,
+        interpolation="bicubic",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        re_prob=config.erasing,
+        re_mode="pixel",
+        re_count=1,
+    )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the global generators of Python, numpy and torch, which timm uses, and restores them afterwards."""
+    saved = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(saved[0])
+            np.random.set_state(saved[1])  # noqa: NPY002

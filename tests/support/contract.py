@@ -1,0 +1,97 @@
+"""What every op of the public surface must do, whatever it computes."""
+
+import contextlib
+import math
+import mmap
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastssl.ops import dispatch
+from tests.support.close import assert_same
+
+
+def tensors_of(result) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def plain(op, *args) -> list[Tensor]:
+    """What the op's plain torch makes of it."""
+    with dispatch.reference():
+        return tensors_of(op(*args))
+
+
+def equals_body(op, *args) -> list[Tensor]:
+    """The results of the op that is served, which must be those of its plain torch, bit for bit."""
+    results = tensors_of(op(*args))
+    for i, (result, expected) in enumerate(zip(results, plain(op, *args), strict=True)):
+        assert_same(result, expected, f"{op.name()}, result {i}")
+        assert result.is_contiguous()
+    return results
+
+
+def sparse(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of zeros spread over more memory than there is: only the pages that are touched exist."""
+    numel = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+    memory = mmap.mmap(-1, math.ceil(numel * dtype.itemsize / mmap.PAGESIZE) * mmap.PAGESIZE)
+    return torch.frombuffer(memory, dtype=dtype, count=numel).as_strided(shape, strides)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def gradcheck(function: Callable, *inputs) -> None:
+    """Analytic against numerical gradient in float64, for every floating input that requires one."""
+    assert torch.autograd.gradcheck(
+        lambda *args: [t for t in tensors_of(function(*args)) if t.requires_grad], inputs, fast_mode=False
+    )
+
+
+def refuses_second_derivative(function: Callable, x: Tensor) -> None:
+    """A gradient left behind by the forward pass is a constant to autograd: asking for its gradient must raise."""
+    (dx,) = torch.autograd.grad(tensors_of(function(x))[0].square().sum(), x, create_graph=True)
+    try:
+        dx.sum().backward()
+    except RuntimeError as error:
+        assert "once_differentiable" in str(error)
+    else:
+        raise AssertionError("a second derivative was returned")
+
+
+def compiles(function: Callable, *inputs) -> None:
+    """One graph, same values, same gradients, also at another batch size (dynamic shapes)."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    results = [tensors_of(f(*inputs)) for f in (function, compiled)]
+    for eager, traced in zip(*results):
+        torch.testing.assert_close(traced, eager)
+    if leaves:
+        gradients = [
+            torch.autograd.grad(sum(t.double().square().sum() for t in r if t.requires_grad), leaves) for r in results
+        ]
+        for eager, traced in zip(*gradients):
+            torch.testing.assert_close(traced, eager)
+
+
+def opcheck(op, *inputs) -> None:
+    """torch's own check of schema, fake tensors and AOT dispatch. The gradient belongs to the public function."""
+    torch.library.opcheck(op, [x.detach() if isinstance(x, Tensor) else x for x in inputs])
+
+
+def refused(sentence: str, error: type[Exception], function: Callable, *args, **kwargs) -> None:
+    """Raises `error` with exactly this one sentence."""
+    try:
+        function(*args, **kwargs)
+    except error as raised:
+        assert str(raised) == sentence, f"\n got: {raised}\nwant: {sentence}"
+    else:
+        raise AssertionError(f"accepted, but should say: {sentence}")
