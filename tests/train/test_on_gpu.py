@@ -69,7 +69,7 @@ def test_a_step_is_one_cuda_graph(name, precision):
     """Captured whole, with optimizer, momentum encoder and queue: replays equal steps without a graph."""
     trainer, batch = begin(name, precision=precision)
     for group in trainer.optimizer.param_groups:
-        group["capturable"] = True  # torch asks for it, of AdamW
+        group["capturable"] = True  # AdamW requires it under capture
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
