@@ -65,7 +65,7 @@ def rows_of(case: Case, arch: str) -> list[dict]:
 
 def ema_rows(arch: str) -> list[dict]:
     """The one kernel in CUDA C++, where nvcc is found. Chunks are of 16,384 parameters."""
-    if not nvcc.found() or arch not in nvcc.ARCHITECTURES:
+    if not nvcc.is_available() or arch not in nvcc.ARCHITECTURES:
         return []
     found, rows = nvcc.resources(arch)["fastssl::ema_update"], []
     taken = Resources(
