@@ -115,8 +115,8 @@ def test_a_step_finds_everything_where_the_last_one_left_it(name, precision):
     state, batch = begin(name, precision=precision)
 
     def addresses():
-        twins = [m for m in state.method.modules() if isinstance(m, MomentumEncoder) and m._shadow]
-        copies = [w for twin in twins for w in twin._shadow.copies.values()]
+        twins = [m for m in state.method.modules() if isinstance(m, MomentumEncoder) and m._low_precision]
+        copies = [w for twin in twins for w in twin._low_precision.copies.values()]
         held = [
             *state.method.parameters(),
             *state.method.buffers(),
@@ -131,7 +131,7 @@ def test_a_step_finds_everything_where_the_last_one_left_it(name, precision):
     second = step(iter([batch]))
     assert addresses() == before
     assert [x.shape for x in tensors_of(list(first))] == [x.shape for x in tensors_of(list(second))]
-    shadows = sum(isinstance(m, MomentumEncoder) and m._shadow is not None for m in state.method.modules())
+    shadows = sum(isinstance(m, MomentumEncoder) and m._low_precision is not None for m in state.method.modules())
     assert shadows == (precision == "bf16" and name != "mae")
 
 
