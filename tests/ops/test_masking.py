@@ -121,10 +121,8 @@ def test_masking_equals_the_plain_torch_body(length, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_equal_the_plain_torch_body_in_mixed_dtypes(dtype):
     masks, x, kept, token, pos = masked(2, 13, 5)
-    wide_rows = [
-        t.repeat(*[1] * (t.ndim - 1), 5) for t in (x, kept, token, pos)
-    ]  # 35 columns: whole vectors and a tail
-    x, kept, token, pos = wide_rows
+    # 35 columns: whole vectors and a tail
+    x, kept, token, pos = (t.repeat(*[1] * (t.ndim - 1), 5) for t in (x, kept, token, pos))
     for other, third in itertools.product(DTYPES, [None, *DTYPES]):
         home = None if third is None else pos.to(third)
         equals_body(masking._restore_tokens_fwd, kept.to(dtype), token.to(other), masks.ids_restore, home, 1)
