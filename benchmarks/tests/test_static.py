@@ -74,7 +74,7 @@ def test_rows_hold_the_static_model():
     "change, sentence",
     [
         ({"spill_bytes": 8}, "8 bytes are spilled"),
-        ({"shared_bytes": 163 * 1024 + 1}, "bytes of shared memory, 166912 is the most"),
+        ({"shared_bytes": 163 * 1024 + 1}, "bytes of shared memory, the limit is 166912"),
         ({"tensor_core": None}, "a matrix product without tensor-core instructions"),
         ({"registers": 111}, "111 registers, 100 were recorded"),
         ({"kernel": "other_kernel"}, "not in resources.json"),

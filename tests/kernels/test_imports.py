@@ -16,6 +16,6 @@ def test_importing_needs_no_driver():
 
 
 def test_import_of_the_package_leaves_triton_alone():
-    """Who has no GPU does not wait for it."""
+    """Their import takes a second, which only calls on a GPU need."""
     code = "import sys, fastssl.ops; assert not any(name.startswith('fastssl.kernels.') for name in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,4 @@
-"""The tests of the ops again, at every lower instruction set that this processor has: one library each."""
+"""The tests of the ops at every lower instruction set of this processor, each with its library."""
 
 import os
 import subprocess
