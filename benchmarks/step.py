@@ -199,16 +199,16 @@ def _place(row: dict) -> tuple:
 def _cells(row: dict) -> list[str]:
     rate = row["images_per_second"]
     low, median, high = rate["ours"]
-    others = sorted((name for name in rate if name not in ("ours", "official")), key=lambda name: -rate[name][1])
+    variants = sorted((name for name in rate if name not in ("ours", "official")), key=lambda name: -rate[name][1])
     ratio = {} if row["busy"] else row["ratio"]
-    memory = [megabytes(sum(row["memory_mb"][name])) for name in ("ours", "official", *others[:1])]
+    memory = [megabytes(sum(row["memory_mb"][name])) for name in ("ours", "official", *variants[:1])]
     products, whole = row["products_ms"], row["ms"]
     return [
         row["size"],
         row["precision"] + (f" (busy: {row['others']:.0%})" if row["busy"] else ""),
         f"{number(median)} ± {number((high - low) / 2, 1)}",
         number(rate["official"][1]),
-        "<br>".join(f"{number(rate[name][1])} ({name})" for name in others) or "–",
+        "<br>".join(f"{number(rate[name][1])} ({name})" for name in variants) or "–",
         times(ratio.get("official")),
         times(ratio.get(row["best_torch"])),
         " / ".join(memory),

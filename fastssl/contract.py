@@ -19,7 +19,7 @@ and optionally
 A command that needs an optional name which the module does not define raises an error.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -56,7 +56,7 @@ class Method(Protocol):
         ...
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a scalar, and metrics to log, scalars without gradient. Changes no state."""
+        """The loss, a scalar, and metrics to log, scalars without gradient. Changes no state, see `DefersUpdates`."""
         ...
 
     def after_step(self, progress: float) -> None:
@@ -66,6 +66,16 @@ class Method(Protocol):
     def features(self, images: Tensor) -> Tensor:
         """Features [B, F] of normalised images [B, 3, H, W], for evaluation."""
         ...
+
+
+@runtime_checkable
+class DefersUpdates(Protocol):
+    """A method whose `after_step` updates state from tensors of `forward`: keys for a queue, outputs for a centre.
+
+    A tensor kept in any other attribute would be lost when a captured CUDA graph replaces the call of `forward`.
+    """
+
+    pending: list[Any]  # `forward` appends one entry of tensors per micro-batch; `after_step` reads and clears it
 
 
 @runtime_checkable

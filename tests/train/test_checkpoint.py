@@ -1,3 +1,5 @@
+"""Checkpoint files: completeness, damage, disk errors."""
+
 import errno
 import os
 import resource
