@@ -8,6 +8,7 @@ from fastssl.data.loader import has_dali
 ENGINES = ["torchvision", *(["dali"] if has_dali() else [])]
 
 
+@pytest.mark.slow
 def test_every_contestant_has_a_row(tmp_path, monkeypatch):
     """All contestants read the same images, from a folder and from tar shards."""
     pytest.importorskip("skimage")

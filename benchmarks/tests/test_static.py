@@ -53,6 +53,7 @@ def test_recipes_compile_for_every_architecture():
     assert "0 faults" in done.stderr
 
 
+@pytest.mark.slow
 def test_rows_hold_the_static_model():
     done = compiler("--json", "--arch", "sm_90")
     rows = json.loads(done.stdout)

@@ -76,7 +76,9 @@ def case_of(name):
     return case, [images(BATCH, SIZE, views, seed=step) for step in range(STEPS)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["mae", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "mae")]
+)
 def test_losses_equal_those_of_the_official_steps(name):
     case, batches = case_of(name)
     losses = {name: torch.tensor(x, dtype=torch.float64) for name, x in losses_of(case, batches).items()}

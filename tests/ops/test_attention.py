@@ -21,6 +21,7 @@ from tests.support.contract import (
     opcheck,
     refused,
     refuses_second_derivative,
+    rejects,
     sparse,
     torch_threads,
 )
@@ -321,27 +322,13 @@ def test_error_sentences():
         attention_packed,
         qkv[:, :, :2],
     )
-    refused(
-        "attention_packed: qkv must have at least one token, got [2, 0, 3, 2, 8]",
-        ValueError,
-        attention_packed,
-        qkv[:, :0],
-    )
-    refused(
-        "attention_packed: qkv must be float32, float64, bfloat16 or float16, got int64",
-        TypeError,
-        attention_packed,
-        qkv.long(),
-    )
+    rejects("attention_packed", "qkv", "[2, 0, 3, 2, 8]", ValueError, attention_packed, qkv[:, :0])
+    rejects("attention_packed", "qkv", "int64", TypeError, attention_packed, qkv.long())
     q, k, v = packed(2, 9, 2, 8, torch.float32)
-    refused("attention: k must have at least one token, got [2, 0, 2, 8]", ValueError, attention, q, k[:, :0], v[:, :0])
-    refused("attention: q must have shape [B, L, H, E], got [9, 2, 8]", ValueError, attention, q[0], k, v)
-    refused(
-        "attention: k must have shape [B=2, L, H=2, E=8], got [2, 9, 1, 8]", ValueError, attention, q, k[:, :, :1], v
-    )
-    refused(
-        "attention: v must have shape [B=2, L=9, H=2, E=8], got [2, 8, 2, 8]", ValueError, attention, q, k, v[:, 1:]
-    )
+    rejects("attention", "k", "[2, 0, 2, 8]", ValueError, attention, q, k[:, :0], v[:, :0])
+    rejects("attention", "q", "[9, 2, 8]", ValueError, attention, q[0], k, v)
+    rejects("attention", "k", "[2, 9, 1, 8]", ValueError, attention, q, k[:, :, :1], v)
+    rejects("attention", "v", "[2, 8, 2, 8]", ValueError, attention, q, k, v[:, 1:])
     refused(
         "attention: q, k and v must have one dtype, got torch.float32, torch.float64, torch.float32",
         TypeError,

@@ -15,6 +15,7 @@ from tests.support.contract import (
     plain,
     refused,
     refuses_second_derivative,
+    rejects,
     sparse,
 )
 
@@ -121,10 +122,8 @@ def test_masking_equals_the_plain_torch_body(length, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_equal_the_plain_torch_body_in_mixed_dtypes(dtype):
     masks, x, kept, token, pos = masked(2, 13, 5)
-    wide_rows = [
-        t.repeat(*[1] * (t.ndim - 1), 5) for t in (x, kept, token, pos)
-    ]  # 35 columns: whole vectors and a tail
-    x, kept, token, pos = wide_rows
+    # 35 columns: whole vectors and a tail
+    x, kept, token, pos = (t.repeat(*[1] * (t.ndim - 1), 5) for t in (x, kept, token, pos))
     for other, third in itertools.product(DTYPES, [None, *DTYPES]):
         home = None if third is None else pos.to(third)
         equals_body(masking._restore_tokens_fwd, kept.to(dtype), token.to(other), masks.ids_restore, home, 1)
@@ -268,42 +267,11 @@ def test_contract():
 def test_error_sentences():
     masks, x, kept, token, pos = masked(2, 16, 4)
     refused("random_masking: keep must be between 1 and L=16, got 0", ValueError, random_masking, torch.rand(2, 16), 0)
-    refused(
-        "random_masking: keep must be between 1 and L=16, got 17", ValueError, random_masking, torch.rand(2, 16), 17
-    )
-    refused("random_masking: noise must have shape [B, L], got [16]", ValueError, random_masking, torch.rand(16), 4)
-    refused(
-        "random_masking: noise must be float32, float64, bfloat16 or float16, got int64",
-        TypeError,
-        random_masking,
-        torch.zeros(2, 16, dtype=torch.int64),
-        4,
-    )
-    refused("keep_tokens: ids_keep must be int64, got int32", TypeError, keep_tokens, x, masks.ids_keep.int())
-    refused(
-        "keep_tokens: ids_keep must have shape [B=2, M], got [1, 4]", ValueError, keep_tokens, x, masks.ids_keep[:1]
-    )
-    refused(
-        "keep_tokens: pos must have shape [L=16, D=7] or [1, L=16, D=7], got [17, 7]",
-        ValueError,
-        keep_tokens,
-        x,
-        masks.ids_keep,
-        pos,
-    )
-    refused(
-        "restore_tokens: mask_token must have shape [D=7], got [3]",
-        ValueError,
-        restore_tokens,
-        kept,
-        token[:3],
-        masks.ids_restore,
-    )
-    refused(
-        "restore_tokens: x must have prefix=1 to prefix+L=17 tokens, got 18",
-        ValueError,
-        restore_tokens,
-        torch.zeros(2, 18, 7),
-        token,
-        masks.ids_restore,
-    )
+    rejects("random_masking", "keep", "17", ValueError, random_masking, torch.rand(2, 16), 17)
+    rejects("random_masking", "noise", "[16]", ValueError, random_masking, torch.rand(16), 4)
+    rejects("random_masking", "noise", "int64", TypeError, random_masking, torch.zeros(2, 16, dtype=torch.int64), 4)
+    rejects("keep_tokens", "ids_keep", "int32", TypeError, keep_tokens, x, masks.ids_keep.int())
+    rejects("keep_tokens", "ids_keep", "[1, 4]", ValueError, keep_tokens, x, masks.ids_keep[:1])
+    rejects("keep_tokens", "pos", "[17, 7]", ValueError, keep_tokens, x, masks.ids_keep, pos)
+    rejects("restore_tokens", "mask_token", "[3]", ValueError, restore_tokens, kept, token[:3], masks.ids_restore)
+    rejects("restore_tokens", "x", "18", ValueError, restore_tokens, torch.zeros(2, 18, 7), token, masks.ids_restore)

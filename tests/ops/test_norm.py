@@ -15,6 +15,7 @@ from tests.support.contract import (
     plain,
     refused,
     refuses_second_derivative,
+    rejects,
     sparse,
     torch_threads,
 )
@@ -262,43 +263,8 @@ def test_error_sentences():
         weight,
         bias,
     )
-    refused(
-        "residual_norm: delta must have the shape of x, [2, 3, 8], got [2, 8]",
-        ValueError,
-        residual_norm,
-        x,
-        delta[:, 0],
-        weight,
-        bias,
-    )
-    refused(
-        "residual_norm: weight must have shape [D=8], got [7]", ValueError, residual_norm, x, None, weight[1:], bias
-    )
-    refused(
-        "residual_norm: delta must be float32, float64, bfloat16 or float16, got int64",
-        TypeError,
-        residual_norm,
-        x,
-        delta.long(),
-        weight,
-        bias,
-    )
-    refused(
-        "residual_norm: dtype must be float32, float64, bfloat16 or float16, got int8",
-        TypeError,
-        residual_norm,
-        x,
-        delta,
-        weight,
-        bias,
-        dtype=torch.int8,
-    )
-    refused(
-        "residual_norm: weight must be on cpu like x, got meta",
-        ValueError,
-        residual_norm,
-        x,
-        delta,
-        weight.to("meta"),
-        bias,
-    )
+    rejects("residual_norm", "delta", "[2, 8]", ValueError, residual_norm, x, delta[:, 0], weight, bias)
+    rejects("residual_norm", "weight", "[7]", ValueError, residual_norm, x, None, weight[1:], bias)
+    rejects("residual_norm", "delta", "int64", TypeError, residual_norm, x, delta.long(), weight, bias)
+    rejects("residual_norm", "dtype", "int8", TypeError, residual_norm, x, delta, weight, bias, dtype=torch.int8)
+    rejects("residual_norm", "weight", "meta", ValueError, residual_norm, x, delta, weight.to("meta"), bias)

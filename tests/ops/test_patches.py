@@ -13,6 +13,7 @@ from tests.support.contract import (
     plain,
     refused,
     refuses_second_derivative,
+    rejects,
     sparse,
 )
 
@@ -275,36 +276,16 @@ def test_contract():
 def test_error_sentences():
     images, ids = images_of(2, 3, 8, 12, torch.float32), torch.tensor([[5, 0], [2, 3]])
     refused("patchify: height and width must be divisible by patch=5, got 8×12", ValueError, patchify, images, 5)
-    refused("patchify: images must have shape [B, C, H, W], got [3, 8, 12]", ValueError, patchify, images[0], 4)
-    refused(
-        "unpatchify: patches must have shape [B, L=6, P], got [2, 5, 48]",
-        ValueError,
-        unpatchify,
-        torch.zeros(2, 5, 48),
-        4,
-        8,
-        12,
+    rejects("patchify", "images", "[3, 8, 12]", ValueError, patchify, images[0], 4)
+    rejects("unpatchify", "patches", "[2, 5, 48]", ValueError, unpatchify, torch.zeros(2, 5, 48), 4, 8, 12)
+    rejects("unpatchify", "patches", "P=47", ValueError, unpatchify, torch.zeros(2, 6, 47), 4, 8, 12)
+    rejects(
+        "masked_patch_mse", "pred", "[2, 6, 48]", ValueError, masked_patch_mse, torch.zeros(2, 6, 48), images, ids, 4
     )
-    refused(
-        "unpatchify: patches must have P divisible by patch² = 16, got P=47",
-        ValueError,
-        unpatchify,
-        torch.zeros(2, 6, 47),
-        4,
-        8,
-        12,
-    )
-    refused(
-        "masked_patch_mse: pred must have shape [B=2, M=2, P=48], got [2, 6, 48]",
-        ValueError,
-        masked_patch_mse,
-        torch.zeros(2, 6, 48),
-        images,
-        ids,
-        4,
-    )
-    refused(
-        "masked_patch_mse: ids must have at least one patch a sample, got shape [2, 0]",
+    rejects(
+        "masked_patch_mse",
+        "ids",
+        "shape [2, 0]",
         ValueError,
         masked_patch_mse,
         torch.zeros(2, 0, 48),
@@ -312,4 +293,4 @@ def test_error_sentences():
         ids[:, :0],
         4,
     )
-    refused("keep_patches: ids_keep must be int64, got float32", TypeError, keep_patches, images, ids.float(), 4)
+    rejects("keep_patches", "ids_keep", "float32", TypeError, keep_patches, images, ids.float(), 4)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import mmap
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -95,3 +96,20 @@ def refused(sentence: str, error: type[Exception], function: Callable, *args, **
         assert str(raised) == sentence, f"\n got: {raised}\nwant: {sentence}"
     else:
         raise AssertionError(f"accepted, but should say: {sentence}")
+
+
+def rejects(op: str, argument: str, value: str, error: type[Exception], function: Callable, *args, **kwargs) -> None:
+    """Raises `error` with one sentence that names the op, the argument and the value it got; the wording is free.
+
+    For all but one sentence of a family of errors, whose exact words `refused` checks.
+    """
+    try:
+        function(*args, **kwargs)
+    except error as raised:
+        sentence = str(raised)
+        named = sentence.startswith(f"{op}: ") and re.search(rf"\b{re.escape(argument)}\b", sentence)
+        assert named and re.search(rf"got {re.escape(value)}(?=$|[ ,;:])", sentence), (
+            f"{op}, {argument} and {value} must be named: {sentence}"
+        )
+    else:
+        raise AssertionError(f"accepted, but {op} should refuse {argument} = {value}")

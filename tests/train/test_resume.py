@@ -17,6 +17,7 @@ import torch
 from fastssl import cli
 from fastssl.data.loader import has_dali
 from fastssl.train import checkpoint
+from tests.support.ranks import start_process
 
 SMALL = ["--epochs", "2", "--batch-size", "32", "--no-tensorboard"]
 RUNS = {
@@ -25,7 +26,6 @@ RUNS = {
     "moco_v2": ["moco_v2", *SMALL, "--queue-size", "100"],
     "moco_v3": ["moco_v3", *SMALL, "--hidden", "64"],
 }
-KILLS = 10
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,7 @@ def data(tmp_path_factory) -> list[str]:
 
 def start_run(*words: str) -> multiprocessing.Process:
     """`fastssl pretrain …` in a new process, forked from one that has imported the package."""
-    process = multiprocessing.get_context("forkserver").Process(target=_pretrain, args=(words,))
-    process.start()
-    return process
+    return start_process(_pretrain, words)
 
 
 def _pretrain(words: tuple[str, ...]) -> None:
@@ -111,14 +109,16 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):
     assert len(losses(whole)) == losses(whole)[-1][0] > 8
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, data, seed):
-    """One run is killed ten times, alternately at a random moment after a random step and while a checkpoint is being
-    written, of which a partial file remains. Each time it is resumed by the same command, at last to its end."""
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [pytest.param(4, 5, marks=pytest.mark.slow), pytest.param(10, 8, marks=pytest.mark.exhaustive)]
+)
+def test_killed_at_random_moments(tmp_path, data, seed, kills, epochs):
+    """One run is killed several times, alternately at a random moment after a random step and while it writes a
+    checkpoint, of which a partial file remains. The same command resumes it each time, at last to its end."""
     chance = random.Random(seed)
     large = [
         "--epochs",
-        "8",
+        str(epochs),
         "--decoder-dim",
         "256",
         "--checkpoint-every",
@@ -129,7 +129,7 @@ def test_killed_at_random_moments(tmp_path, data, seed):
     assert exit_code(start_run(*options, "--folder", str(whole))) == 0
     resume_words = (*options, "--folder", str(broken), "--resume", "auto")
     while_writing = 0
-    for kill in range(KILLS):
+    for kill in range(kills):
         before, more, delay = steps(broken), chance.randint(1, 3), chance.random() * 0.1
         reached: list[float] = []
 
@@ -145,14 +145,16 @@ def test_killed_at_random_moments(tmp_path, data, seed):
         while_writing += any((broken / "checkpoints").glob("*.writing"))
         if checkpoint.files(broken / "checkpoints"):  # the first may not have been written yet
             checkpoint.load(broken / "checkpoints", "mae")
-    assert while_writing >= 2
+    assert while_writing >= kills // 5
     assert exit_code(start_run(*resume_words)) == 0
     assert_same_run(broken, whole, "mae")
     assert not list((broken / "checkpoints").glob("*.writing"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.exhaustive)]
+)
 def test_a_signal_saves_and_exits(tmp_path, data, number, code):
     """The signals of schedulers before they stop a job: the step is finished and saved; exit status 128 + signal."""
     options = [*RUNS["moco_v2"], *data, "--log-every", "1", "--workers", "1"]
