@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from .harness import CLOCK
-from .machine import environment, keep_memory, machine
+from .machine import environment, keep_freed_memory, machine
 
 
 def pytest_collection_modifyitems(items):
     benchmarks = [item for item in items if item.path.parent == Path(__file__).parent]
     if benchmarks:  # not in a session of benchmarks/tests alone
-        keep_memory()
+        keep_freed_memory()
     for item in benchmarks:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 

@@ -31,15 +31,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from fastssl.cli_data import augmentation_of, engines
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
-from fastssl.data.timing import speed
+from fastssl.data.timing import measure_throughput
+from fastssl.machine import installed_engines
+from fastssl.run import augmentation_named
 from tests.support.transforms import plain_transform
 
 from . import store
-from .machine import environment, keep_memory, machine
+from .machine import environment, keep_freed_memory, machine
 from .store import RESULTS, machine_files
 from .table import PAGE, insert, markdown_table, number, present, times, write_or_check
 
@@ -148,7 +149,7 @@ def compare(contestants: dict[str, Callable[[], Iterator[int]]]) -> dict:
     names = list(contestants)
     for turn in range(ROUNDS):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seen[name].append(speed(contestants[name], SECONDS, warm_up=2 * WORKERS + 2))
+            seen[name].append(measure_throughput(contestants[name], SECONDS, warm_up=2 * WORKERS + 2))
     rates = {name: [one.images_per_second for one in runs] for name, runs in seen.items()}
     ratios = {name: [a / b for a, b in zip(rates[name], rates["baseline"])] for name in names if name != "baseline"}
     seconds = {name: [one.cpu_seconds for one in runs] for name, runs in seen.items()}
@@ -169,8 +170,8 @@ def measure(side: int, recipes: tuple[str, ...]) -> Iterator[dict]:
         for name, (kind, path, baseline) in itertools.product(recipes, sources):
             if kind == "webdataset" and name not in ("mae", "moco_v2"):
                 continue
-            augmentation = augmentation_of(name, open_source(f"{kind}:{path}"))
-            contestants = {engine: ours(f"{kind}:{path}", augmentation, engine) for engine in engines()}
+            augmentation = augmentation_named(name, open_source(f"{kind}:{path}"))
+            contestants = {engine: ours(f"{kind}:{path}", augmentation, engine) for engine in installed_engines()}
             row = {"recipe": name, "source": kind, "side": side}
             row |= compare({**contestants, "baseline": baseline(path, augmentation)})
             print(row, flush=True)
@@ -247,7 +248,7 @@ def _measure_and_keep() -> None:
 
     import cpuinfo
 
-    keep_memory()
+    keep_freed_memory()
     about = machine(cpuinfo.get_cpu_info()["brand_raw"])
     software = {"torchvision": version("torchvision"), "pillow": version("pillow"), "dali": _dali()}
     rows = [row for side in SIDES for row in measure(side, RECIPES)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastssl.machine import keep_memory as keep_memory
+from fastssl.machine import keep_freed_memory as keep_freed_memory
 from fastssl.ops import dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -32,7 +32,7 @@ from fastssl.train.profile import PARTS, times_of_parts
 from . import store
 from .floor import floor
 from .harness import TOLERANCE, WrongResult, measure, peak_memory, quartiles, short
-from .machine import BUSY, DEVICE, environment, keep_memory, machine, wait
+from .machine import BUSY, DEVICE, environment, keep_freed_memory, machine, wait
 from .step_cases import CASES, PRECISIONS, TOTAL, Case, contestants, state_bytes
 from .store import RESULTS, machine_files
 from .table import PAGE, insert, megabytes, number, present, times, write_or_check
@@ -142,7 +142,7 @@ def parts(run: Callable[[], Any], steps: int = 2) -> dict[str, float]:
 
 def _measure_in_process(name: str, precision: str, rounds: int | None, compiled: bool) -> dict:
     """The row of a case, in its own process."""
-    keep_memory()
+    keep_freed_memory()
     return {"case": name, **measure_case(CASES[name](), precision, rounds, compiled)}
 
 

@@ -1,4 +1,4 @@
-"""The machine that a command runs on: its device, its cores, its loader, and what is installed."""
+"""The machine that a command runs on: device, cores, memory, loader engine, installed packages."""
 
 import contextlib
 import ctypes
@@ -8,25 +8,34 @@ import platform
 import torch
 
 import fastssl
-from fastssl.data.loader import has_dali
+from fastssl.data.loader import ENGINES, has_dali
 from fastssl.data.timing import cores
 
 
-def device_named(name: str) -> torch.device:
-    """ "cuda", "cpu", or "auto": cuda where there is one."""
+def select_device(name: str) -> torch.device:
+    """The device of "cuda", "cuda:1", "cpu", or "auto": cuda if available.
+
+    Raises:
+        ValueError: the device is unknown or not available.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device must be auto, cpu or a cuda device that is there, got {name!r}")
+        raise ValueError(f"--device must be auto, cpu or an available cuda device, got {name!r}")
     return torch.device(name)
 
 
 def share_cores(workers: int | None, device: torch.device, ranks: int = 1) -> int:
-    """Workers that load data, `workers` if given, of each of the `ranks` on this machine; on a CPU torch gets the other
-    cores.
+    """Divides the cores between data loading and computing; returns the number of workers.
 
-    Threads and workers must not share cores: an OpenMP thread that waits for a core which a worker holds stops all
-    the others, and a step takes several times as long. So two cores load and compute in turn, without workers.
+    On a CPU torch gets the cores that workers leave. Threads and workers must not share cores: an OpenMP thread that
+    waits for a core which a worker holds stops all the others, and a step takes several times as long. So two cores
+    load and compute in turn, without workers.
+
+    Args:
+        workers: number of workers of a rank; None for a default that depends on the machine.
+        device: device of the computation.
+        ranks: ranks on this machine.
     """
     available = max(1, cores() // ranks)
     if device.type != "cpu":
@@ -36,57 +45,67 @@ def share_cores(workers: int | None, device: torch.device, ranks: int = 1) -> in
     return workers
 
 
-def keep_memory() -> None:
-    """Tells the C library to keep what is freed, as jemalloc and tcmalloc do.
+def keep_freed_memory() -> None:
+    """Makes the C library keep freed memory, as jemalloc and tcmalloc do.
 
-    glibc returns blocks of 32 MB and more to the system at each free, unless its heap has a gap of that size, and to
-    get them back, one page fault for 4 kB, can take ten times as long as to fill them: activations and gradients of
-    every step. Whether it happens depends on what ran before.
+    glibc returns blocks of 32 MB and more to the system at each free, unless its heap has a gap of that size. Getting
+    them back takes a page fault per 4 kB, up to ten times as long as filling them, in every step: they are activations
+    and gradients. Whether it happens depends on earlier allocations.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for anything
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: all allocations from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return nothing
 
 
-def engine_named(name: str, device: torch.device) -> str:
-    """The engine meant by "auto". On a CPU DALI is slower: it resamples in several times torchvision's time."""
+def select_engine(name: str, device: torch.device) -> str:
+    """The loader engine of "torchvision", "dali" or "auto": dali on a GPU if installed.
+
+    On a CPU DALI is slower: its resampling takes several times as long as torchvision's.
+    """
     if name == "auto":
         return "dali" if device.type == "cuda" and has_dali() else "torchvision"
     return name
 
 
-def engine_there(name: str, device: torch.device) -> str:
-    """That of a run begun elsewhere; where it is not installed the other, and says so: both draw the same."""
+def installed_engines() -> tuple[str, ...]:
+    """Names of the loader engines that are installed."""
+    return tuple(engine for engine in ENGINES if engine != "dali" or has_dali())
+
+
+def available_engine(name: str, device: torch.device) -> str:
+    """The loader engine of a run that was started on another machine: torchvision, with a notice, if DALI is missing.
+
+    Both engines draw the same augmentations.
+    """
     if name == "dali" and not has_dali():
-        print("the engine dali, which the run asks for, is not installed: torchvision makes the same views instead")
+        print("the run's engine dali is not installed: torchvision makes the same views")
         return "torchvision"
-    return engine_named(name, device)
+    return select_engine(name, device)
 
 
 def facts() -> dict[str, str]:
-    """Versions, processor, kernels."""
+    """Versions of packages, processor, kernels, GPU."""
     from fastssl.ops import dispatch
     from fastssl.ops.attention import LONGEST
 
     level = dispatch.native_level()
-    found = {"fastssl": fastssl.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions = {"fastssl": fastssl.__version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("torchvision", "triton", "xformers", "nvidia-dali-cuda130"):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["processor"] = f"{platform.machine()}, {cores()} cores, {torch.get_num_threads()} threads"
-    found["kernels"] = f"native {level}" if level else "none: this build has no native kernels"
+            versions[package] = "not installed"
+    versions["processor"] = f"{platform.machine()}, {cores()} cores, {torch.get_num_threads()} threads"
+    versions["kernels"] = f"native {level}" if level else "none: this build has no native kernels"
     if level:
         from fastssl import _C
 
         build = _C.build_facts()
         cuda = "with" if build["cuda"] else "without"
-        found["build"] = f"{build['compiler']}, levels {' '.join(build['levels'])}, {cuda} CUDA"
-    beyond = (
-        "torch" if found["xformers"] == "not installed" else "xformers on GPUs where it supports the call, else torch"
-    )
-    found["attention"] = f"kernels up to {LONGEST} tokens, beyond that {beyond}"
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return found
+        versions["build"] = f"{build['compiler']}, levels {' '.join(build['levels'])}, {cuda} CUDA"
+    has_xformers = versions["xformers"] != "not installed"
+    beyond = "xformers on GPUs where it supports the call, else torch" if has_xformers else "torch"
+    versions["attention"] = f"kernels up to {LONGEST} tokens, beyond that {beyond}"
+    versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return versions

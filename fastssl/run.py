@@ -1,94 +1,199 @@
-"""A run folder: config.json says what was asked for, checkpoints hold what was learned.
+"""A run folder, and what can be done with the run in it.
 
-config.json          method, data, every option; enough to open or resume the run
-metrics.jsonl        a line every few steps (train/log.py)
-checkpoints/         the last ones, and those kept for good (train/checkpoint.py)
-evaluations.jsonl    a line for each evaluation: kNN before, during and after training, linear and fine-tuned accuracy
-reconstructions/     of MAE, at each evaluation
-tensorboard/         the same curves for TensorBoard
-profile/             where the time of a step goes, by --profile
-bad_files.txt        images that could not be decoded, where there were any
-skipped-RANK.jsonl   steps whose loss or gradient was not finite, and their images
-report.html          by `fastssl report`
+config.json          method, data and every option: what opening or resuming the run needs
+metrics.jsonl        training metrics, one line per logging interval (train/log.py)
+checkpoints/         the newest checkpoints, and those that are kept for good (train/checkpoint.py)
+evaluations.jsonl    one line per evaluation: kNN before, during and after training, linear and fine-tuned accuracy
+reconstructions/     reconstructed images at each evaluation, of methods that reconstruct
+tensorboard/         the metrics for TensorBoard
+profile/             time of each part of a step (--profile)
+bad_files.txt        images that could not be decoded, if there are any
+skipped-RANK.jsonl   steps with a loss or gradient that was not finite, and their images
+report.html          the report that `fastssl report` writes
 """
 
 import dataclasses
 import importlib
+import inspect
 import json
 import pkgutil
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import fastssl.methods
 from fastssl.bounds import NOT_NEGATIVE
+from fastssl.data.augmentation import Augmentation, evaluation, multi_crop
+from fastssl.data.source import Source, expand_user, open_source
+from fastssl.files import write_atomically
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution
+from fastssl.train.log import read_metrics
+
+if TYPE_CHECKING:
+    from fastssl.eval.labels import Accuracy
+
+PATH_SOURCES = ("folder", "webdataset", "arrays", "idx", "cifar10", "cifar100")  # their argument is a path
+GIVEN = "python"  # name of a source that was given as objects
+AUGMENTATIONS = {"multi_crop": multi_crop, "evaluation": evaluation}  # augmentations that belong to no method
+SMALL = 64  # pixels of the longer side up to which the preset `small` is the default
+Sources = tuple[Source, Source]  # training and held-out split
 
 
 def method_names() -> list[str]:
-    """The methods there are: the modules of fastssl/methods."""
+    """Names of the methods in fastssl/methods."""
     return sorted(module.name for module in pkgutil.iter_modules(fastssl.methods.__path__))
 
 
 def method_module(name: str) -> ModuleType:
-    """The module of that name: it has `Config` and `build(config)`."""
-    if name not in method_names():
-        raise ValueError(f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}")
-    return importlib.import_module(f"fastssl.methods.{name}")
+    """The module of a method: a name of `method_names`, or a dotted module name such as ``my_package.my_method``.
+
+    Raises:
+        ValueError: the method is unknown, cannot be imported, or has no `Config` and `build(config)` (see contract.py).
+    """
+    if "." not in name:
+        if name not in method_names():
+            raise ValueError(
+                f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}, or a module of yours: "
+                "package.module"
+            )
+        return importlib.import_module(f"fastssl.methods.{name}")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"pretrain: the method {name} cannot be imported ({error}); PYTHONPATH must list the folder of its package"
+        ) from error
+    for member in ("Config", "build"):
+        if not hasattr(module, member):
+            raise ValueError(f"pretrain: the method {name} must define {member}: fastssl/contract.py lists its parts")
+    return module
+
+
+def method_name_of(method: str | ModuleType) -> str:
+    """The name that `method_module` finds a method by."""
+    if not inspect.ismodule(method):
+        return method
+    name = method.__name__
+    if name.startswith("fastssl.methods."):
+        return name.rpartition(".")[2]
+    if "." not in name:
+        raise ValueError(f"pretrain: the method's module must be part of a package (package.module), got {name}")
+    return name
+
+
+def absolute_data(spec: str) -> str:
+    """A data specification with absolute paths, ~ expanded: a run can then be resumed and evaluated from any folder.
+
+    Embedded sources, URLs and sources outside the package stay as they are.
+    """
+    name, _, argument = spec.partition(":")
+    if name not in PATH_SOURCES or not argument or "://" in argument:
+        return spec
+    paths = argument.split(",") if name == "arrays" else [argument]
+    return f"{name}:" + ",".join(str(expand_user(path).absolute()) if path else path for path in paths)
+
+
+def augmentation_named(name: str, source: Source, size: tuple[int, int] | None = None) -> Augmentation:
+    """The augmentation of a method, of its preset `small` for small images, or one of `AUGMENTATIONS`."""
+    if name in AUGMENTATIONS:
+        return AUGMENTATIONS[name](size or (224, 224))
+    if name not in method_names() and "." not in name:
+        raise ValueError(
+            f"data: unknown augmentation {name!r}, there are {', '.join((*method_names(), *AUGMENTATIONS))}"
+        )
+    config = method_module(name).Config
+    chosen = config.small() if has_small_images(source) else config.paper()
+    return (dataclasses.replace(chosen, image_size=size) if size else chosen).augmentation
+
+
+def has_small_images(source: Source) -> bool:
+    """Whether all images of a source have one size, of at most `SMALL` pixels."""
+    return source.size is not None and max(source.size) <= SMALL
 
 
 @dataclass
 class Options:
-    """What a run needs beside its method."""
+    """Options of a run beside its method's configuration."""
 
     data: str
-    """digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH or cifar100:PATH"""
+    """source of images: digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH,
+    cifar100:PATH, or package.module:ARGUMENT for a source of your own"""
     folder: Path | None = None
-    """folder of the run, runs/METHOD-DATA if not given"""
+    """folder of the run; runs/METHOD-DATA by default"""
     seed: Annotated[int, NOT_NEGATIVE] = 0
-    """of weights, order, augmentations and masks"""
+    """random seed of initial weights, order, augmentations and masks"""
     workers: Annotated[int | None, NOT_NEGATIVE] = None
-    """processes (dali: threads) that load data; if not given, a quarter of the cores, beside a GPU up to 8"""
+    """processes (dali: threads) that load data; by default a quarter of the cores, and up to 8 beside a GPU"""
     engine: str = "auto"
-    """torchvision, dali, or auto: dali on a GPU where it is installed"""
+    """loader engine: torchvision, dali, or auto (dali on a GPU if it is installed)"""
     weights: Path | None = None
-    """file to start from: an official checkpoint of the method, or a whole model that `fastssl export` wrote"""
+    """file with initial weights: an official checkpoint of the method, or a whole model written by `fastssl export`"""
     device: str = "auto"
-    """cuda, cpu, or auto: cuda where there is one"""
+    """device: cuda, cpu, or auto (cuda if available)"""
     max_bad: Annotated[float, NOT_NEGATIVE] = 0.01
-    """share of images that may be undecodable"""
+    """largest share of images that cannot be decoded; above it the run stops"""
     knn_every: Annotated[int, NOT_NEGATIVE] = 0
-    """epochs between kNN evaluations during the run, 0 for one before and one after it"""
+    """epochs between kNN evaluations during the run; 0: one before and one after it"""
     execution: Execution = field(default_factory=Execution)
 
 
 @dataclass
 class Run:
-    """An opened run folder."""
+    """A run folder: its configuration, its weights, and evaluations of them.
+
+    `fastssl.pretrain` and `fastssl.open_run` return it. Evaluations use the newest checkpoint and note their result in
+    evaluations.jsonl; `data` is another source than the run's, as text or as a pair of sources (training, held-out).
+
+    Args:
+        folder: the run folder.
+        method_name: name or dotted module name of the method.
+        options: data, seed, execution.
+        config: the method's `Config`.
+        facts: versions and machine that the run was started on.
+    """
 
     folder: Path
     method_name: str
     options: Options
-    config: Any  # the method's Config
-    facts: dict = field(default_factory=dict)  # versions and machine it ran on
+    config: Any
+    facts: dict = field(default_factory=dict)
+    _sources: dict[tuple[str, str], Source] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    # The folder's content
 
     def save(self) -> None:
+        """Writes config.json."""
         record = {
             "method": self.method_name,
             "options": dataclasses.asdict(self.options),
             "config": dataclasses.asdict(self.config),
             "facts": self.facts,
         }
-        (self.folder / "config.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+        with write_atomically(self.folder / "config.json") as file:
+            file.write(json.dumps(record, indent=1, default=str) + "\n")
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.folder / "checkpoints"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the method's images: `image_size` of its config, else the size of its first view."""
+        size = getattr(self.config, "image_size", None)
+        return size or self.config.augmentation.views[0].size
+
+    @property
+    def backbone(self) -> str:
+        """Name of the backbone; "" for a method without that field."""
+        return getattr(self.config, "backbone", "")
 
     def state(self) -> dict:
         """The newest checkpoint that is intact.
@@ -98,41 +203,223 @@ class Run:
         """
         return checkpoint.load(self.checkpoints, self.method_name)
 
+    def metrics(self) -> list[dict]:
+        """Records of metrics.jsonl, in the order of the steps."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    def evaluations(self) -> list[dict]:
+        """Records of evaluations.jsonl."""
+        path = self.folder / "evaluations.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def note(self, evaluation: str, step: int, accuracy: float, **facts: Any) -> None:
+        """Appends {"evaluation", "step", "accuracy" (0 … 1), facts} to evaluations.jsonl.
+
+        A record of the same evaluation with the same facts at the same step is replaced.
+        """
+        record = {"evaluation": evaluation, "step": step, **facts}
+        kept = [known for known in self.evaluations() if {**known, **record} != known]
+        with write_atomically(self.folder / "evaluations.jsonl") as file:
+            file.writelines(json.dumps(line) + "\n" for line in (*kept, {**record, "accuracy": accuracy}))
+
+    def source(self, split: Literal["train", "test"], data: str | Sources | None = None) -> Source:
+        """A split of the run's data, or of other data; each is opened once.
+
+        Raises:
+            ValueError: the data cannot be opened, or the run's data was given as objects and is not in memory.
+        """
+        if data is not None and not isinstance(data, str):
+            return data[split == "test"]
+        spec = self.data_name(data)
+        if (spec, split) not in self._sources:
+            if spec.startswith(f"{GIVEN}:"):
+                raise ValueError(
+                    f"run: {self.folder} was trained on sources given as objects ({spec}): give them again as data=…"
+                )
+            self._sources[spec, split] = open_source(spec, split)
+        return self._sources[spec, split]
+
+    def keep_sources(self, data: Sources) -> None:
+        """Keeps a pair of sources (training, held-out) that was given as objects."""
+        for split, source in zip(("train", "test"), data):
+            self._sources[name_given(data), split] = source
+
+    def data_name(self, data: str | Sources | None = None) -> str:
+        """How evaluations name the data: its specification with absolute paths."""
+        if data is None:
+            return self.options.data
+        return absolute_data(data) if isinstance(data, str) else name_given(data)
+
+    # The method
+
     def build(self) -> nn.Module:
         """The method with fresh weights."""
         return method_module(self.method_name).build(self.config)
 
-    def note(self, evaluation: str, step: int, accuracy: float, **facts: Any) -> None:
-        """Adds a line to evaluations.jsonl, {"evaluation", "step", "accuracy" (0 … 1), and the facts: what was asked
-        for}; one that asked for the same at the same step is replaced."""
-        record = {"evaluation": evaluation, "step": step, **facts}
-        kept = [known for known in self.evaluations() if {**known, **record} != known]
-        lines = [json.dumps(line) + "\n" for line in (*kept, {**record, "accuracy": accuracy})]
-        beside = self.folder / "evaluations.jsonl.writing"
-        beside.write_text("".join(lines))
-        beside.replace(self.folder / "evaluations.jsonl")
-
-    def evaluations(self) -> list[dict]:
-        """The lines of evaluations.jsonl."""
-        path = self.folder / "evaluations.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
     def load(self) -> nn.Module:
-        """The method with the weights of the last checkpoint, in evaluation mode."""
+        """The method with the weights of the newest checkpoint, in evaluation mode, on the CPU."""
         method = self.build()
         method.load_state_dict(self.state()["model"])
         return method.eval()
 
+    def encoder(self) -> nn.Module:
+        """The pretrained encoder in evaluation mode, on the CPU: images [B, 3, H, W] → features [B, F].
 
-def open_run(folder: Path) -> Run:
-    """Reads the config of a run folder.
+        Images are normalised with `fastssl.data.augmentation.IMAGENET_MEAN` and `IMAGENET_STD`; (H, W) is `image_size`.
+        Its state dict has the names of timm or torchvision.
+        """
+        return self.load().encoder.eval()
+
+    def export(self, layout: str, to: str | Path | None = None) -> Path:
+        """Writes the weights of the newest checkpoint in another layout and returns the file.
+
+        Args:
+            layout: timm or torchvision (the encoder in their names), safetensors (the whole model), or the name of the
+                reference checkpoint's layout, where the method defines `OFFICIAL`.
+            to: file to write, RUN/METHOD-LAYOUT by default; its suffix is set.
+        """
+        from fastssl.weights import FORMATS, export
+
+        official = getattr(method_module(self.method_name), "OFFICIAL", None)
+        general = ("timm", "torchvision", "safetensors")
+        if layout in FORMATS and layout not in (*general, official):
+            raise ValueError(
+                f"export: {self.method_name} has no weights in the format {layout}: use "
+                f"{', '.join(filter(None, (*general, official)))}"
+            )
+        return export(self.load(), layout, Path(to or self.folder / f"{self.short_name}-{layout}"), self.backbone)
+
+    @property
+    def short_name(self) -> str:
+        """The method's name without its package."""
+        return self.method_name.rpartition(".")[2]
+
+    # Actions: what they need is imported when they are called, since those modules import this one
+
+    def resume(self, data: str | Sources | None = None, **settings: Any) -> "Run":
+        """Continues the run from its newest checkpoint and returns it.
+
+        Args:
+            data: the same images in another place.
+            settings: options that can change during a run, such as epochs, workers, device or log_every; see
+                `fastssl.pretrain`.
+        """
+        from fastssl.pretraining import resume_run
+
+        return resume_run(self, data, settings)
+
+    def knn(
+        self,
+        k: int | Sequence[int] = (10, 20, 200),
+        tau: float = 0.07,
+        data: str | Sources | None = None,
+        device: str = "auto",
+    ) -> dict[int, float]:
+        """Weighted k-nearest-neighbour accuracy: training images vote on held-out images. {k: accuracy}.
+
+        Args:
+            k: numbers of neighbours.
+            tau: temperature of the votes.
+            data: another source than the run's.
+            device: cuda, cpu, or auto.
+
+        Raises:
+            ValueError: the source has no labels, or a number is out of range.
+        """
+        from fastssl.evaluation import knn
+
+        return knn(self, (k,) if isinstance(k, int) else tuple(k), tau, data, device)
+
+    def linear(
+        self,
+        protocol: Literal["features", "official"] = "features",
+        *,
+        pool: Literal["token", "avg"] | None = None,
+        labels: float = 1.0,
+        seed: int = 0,
+        data: str | Sources | None = None,
+        device: str = "auto",
+        **settings: Any,
+    ) -> "Accuracy | None":
+        """Accuracy of a linear classifier on the frozen encoder.
+
+        Args:
+            protocol: "features" extracts features once and sweeps optimizers and learning rates; "official" is the
+                protocol of the method's paper, with augmentation.
+            pool: features of a ViT: class token or mean of the patch tokens; the method's own choice by default.
+            labels: share of the training labels to use, the same number of each class.
+            seed: random seed of the choice of labels, initial weights, order and augmentation.
+            data: another source than the run's.
+            device: cuda, cpu, or auto.
+            settings: fields of `eval.protocols.Sweep` (features) or `eval.protocols.Official` (official).
+
+        Returns:
+            Accuracy (top1, top5); None on ranks other than the first.
+        """
+        from fastssl.evaluation import linear
+
+        return linear(self, protocol, pool, labels, seed, data, device, settings)
+
+    def finetune(
+        self,
+        *,
+        labels: float = 1.0,
+        seed: int = 0,
+        data: str | Sources | None = None,
+        device: str = "auto",
+        **settings: Any,
+    ) -> "Accuracy":
+        """Accuracy of the encoder and a classifier trained end to end. Needs the extra `finetune`.
+
+        Args:
+            labels, seed, data, device: as for `linear`.
+            settings: fields of `eval.protocols.Finetune`.
+        """
+        from fastssl.evaluation import finetune
+
+        return finetune(self, labels, seed, data, device, settings)
+
+    @torch.no_grad()
+    def embed(
+        self, data: str | Sources | None = None, split: Literal["all", "train", "test"] = "all", device: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """(features [N, F] float32, labels [N] int64) of every image that can be decoded, on the CPU.
+
+        Args:
+            data: another source than the run's.
+            split: "all" is the training images, then the held-out ones.
+            device: cuda, cpu, or auto.
+
+        Returns:
+            Labels are −1 where the source has none. `fastssl.evaluation.embed` also returns names and numbers.
+        """
+        from fastssl.evaluation import embed
+
+        features, labels, *_ = embed(self, data, split, device)
+        return features, labels
+
+    def report(self, to: str | Path | None = None, map: Literal["pca", "umap"] = "pca") -> Path:
+        """Writes a self-contained report.html and returns its path. Needs the extra `report`.
+
+        Args:
+            to: file to write, RUN/report.html by default.
+            map: projection of the features to two dimensions; umap needs the extra of that name.
+        """
+        from fastssl.report.page import write_report
+
+        return write_report([self], None if to is None else Path(to), map)
+
+
+def open_run(folder: str | Path) -> Run:
+    """Opens a run folder.
 
     Raises:
-        ValueError: it is no run folder, or its config does not fit this version.
+        ValueError: the folder has no config.json, or it was written by another version of fastssl.
     """
+    folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"run: {folder} is no run folder: it has no config.json")
+        raise ValueError(f"run: {folder} is not a run folder: it has no config.json")
     try:
         record = json.loads(path.read_text())
         options = _from_json(Options, record["options"])
@@ -140,6 +427,11 @@ def open_run(folder: Path) -> Run:
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"run: {path} does not fit this version of fastssl ({error})") from error
     return Run(folder, record["method"], options, config, record.get("facts", {}))
+
+
+def name_given(data: Sources) -> str:
+    """Name of sources that are given as objects."""
+    return f"{GIVEN}:{type(data[0]).__name__}"
 
 
 def _from_json(cls: type, values: dict) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastssl.data.source import names as source_names
+from fastssl.data.source import source_names
 from tests.support.command import refused, run
 
 FAST = ["--epochs", "1", "--batch-size", "32", "--workers", "0"]
@@ -60,8 +60,8 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     refused(
         monkeypatch,
-        f"pretrain: {folder} holds a run already: go on with it (--resume {folder}, or --resume auto beside the "
-        f"options it was begun with) or name another (--folder)",
+        f"pretrain: {folder} has a run already: continue it (--resume {folder}, or --resume auto beside its original "
+        f"options) or choose another folder (--folder)",
         "pretrain",
         "mae",
         "--data",
@@ -125,7 +125,7 @@ def test_a_folder_with_a_bad_image_trains_to_the_end(monkeypatch, capsys, tmp_pa
     data, folder = pictures(tmp_path / "data", 200, bad=1), tmp_path / "run"
     run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--folder", folder, *FAST)
     assert "1 of 160 images could not be decoded" in capsys.readouterr().out
-    assert "000.png: no image that Pillow knows" in (folder / "bad_files.txt").read_text()
+    assert "000.png: no image format that Pillow supports" in (folder / "bad_files.txt").read_text()
 
 
 def test_too_many_bad_images_stop_the_run(monkeypatch, tmp_path):
@@ -147,7 +147,8 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     )
     refused(
         monkeypatch,
-        f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images)",
+        f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images, "
+        f"package.module:ARGUMENT for a source of your own)",
         "pretrain",
         "mae",
         "--data",
@@ -167,7 +168,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         ("moco_v3", "--tau", "0"): "pretrain: --tau must be above 0, got 0.0",
         ("mae", "--batch-size", "5000"): "data: the batch of 5000 is larger than the data, which has 1438 images",
         ("mae", "--preset", "huge"): "pretrain: --preset must be small or paper, got 'huge'",
-        ("mae", "--device", "tpu"): "--device must be auto, cpu or a cuda device that is there, got 'tpu'",
+        ("mae", "--device", "tpu"): "--device must be auto, cpu or an available cuda device, got 'tpu'",
         ("moco_v1", "--bn-splits", "0"): "pretrain: --bn-splits must be at least 1, got 0",
         ("moco_v3", "--hidden", "0"): "pretrain: --hidden must be at least 1, got 0",
         ("moco_v1", "--image-size", "32", "0"): "pretrain: --image-size must be at least 1, got 32 0",
@@ -194,7 +195,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     }.items():
         refused(monkeypatch, sentence, "pretrain", *words, "--data", "digits", "--folder", new)
         assert not (new / "config.json").exists()
-    refused(monkeypatch, f"run: {empty} is no run folder: it has no config.json", "pretrain", "--resume", empty)
+    refused(monkeypatch, f"run: {empty} is not a run folder: it has no config.json", "pretrain", "--resume", empty)
     refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got nothing", "eval")
 
 

@@ -6,14 +6,14 @@ import time
 import numpy as np
 from PIL import Image
 
-from fastssl.cli_data import augmentation_of
 from fastssl.data.augmentation import Augmentation, View
-from fastssl.data.contact_sheet import GAP, sheet
-from fastssl.data.findings import check
+from fastssl.data.contact_sheet import GAP, make_contact_sheet
+from fastssl.data.findings import scan
 from fastssl.data.loader import has_dali
 from fastssl.data.source import open_source
-from fastssl.data.timing import speed
+from fastssl.data.timing import measure_throughput
 from fastssl.methods import moco_v2, moco_v3
+from fastssl.run import augmentation_named
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison
 
@@ -48,7 +48,7 @@ def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp
 
 
 def test_check_of_pixels_and_labels():
-    found = check(open_source("shapes:count=23,size=16"))
+    found = scan(open_source("shapes:count=23,size=16"))
     assert (found.good, found.bad, found.formats) == (23, [], {"pixels RGB": 23})
     assert found.labels == {label: 3 if label < 3 else 2 for label in range(10)}
     assert set(found.heights.tolist()) | set(found.widths.tolist()) == {16}
@@ -89,7 +89,7 @@ def test_show_writes_what_a_method_sees(engine, monkeypatch, capsys, tmp_path):
 @engines
 def test_a_sheet_shows_the_pixels_themselves(engine):
     source = open_source("shapes:count=40")
-    canvas = np.asarray(sheet(source, Augmentation((View((32, 32)),)), engine, rows=4, columns=1))
+    canvas = np.asarray(make_contact_sheet(source, Augmentation((View((32, 32)),)), engine, rows=4, columns=1))
     for row, index in enumerate((0, 13, 26, 39)):
         assert np.array_equal(canvas[row * (32 + GAP) :][:32], source.read(index))
 
@@ -123,11 +123,11 @@ def test_recipes_by_name(tmp_path):
     photos.mkdir()
     Image.new("RGB", (90, 70)).save(photos / "x.png")
     large, small = open_source(f"folder:{photos}"), open_source("shapes")
-    assert augmentation_of("moco_v3", large) == moco_v3.Config.paper().augmentation
-    assert augmentation_of("moco_v2", small) == moco_v2.Config.small().augmentation
-    assert augmentation_of("moco_v2", large, (32, 64)).views[0].size == (32, 64)
-    assert len(augmentation_of("multi_crop", large).views) == 8
-    assert augmentation_of("evaluation", large, (32, 32)).views[0].centre == 0.875
+    assert augmentation_named("moco_v3", large) == moco_v3.Config.paper().augmentation
+    assert augmentation_named("moco_v2", small) == moco_v2.Config.small().augmentation
+    assert augmentation_named("moco_v2", large, (32, 64)).views[0].size == (32, 64)
+    assert len(augmentation_named("multi_crop", large).views) == 8
+    assert augmentation_named("evaluation", large, (32, 32)).views[0].centre == 0.875
 
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
@@ -169,6 +169,6 @@ def test_speed_counts_images_and_seconds():
             time.sleep(0.01)
             yield 10
 
-    seen = speed(start, 0.3, warm_up=2)
+    seen = measure_throughput(start, 0.3, warm_up=2)
     assert 500 < seen.images_per_second <= 1000
     assert 0 <= seen.cpu_seconds < 2

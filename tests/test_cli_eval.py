@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from fastssl import cli_eval
-from fastssl.cli_eval import write_knn
+from fastssl import evaluation
+from fastssl.evaluation import note_knn
 from fastssl.run import open_run
 from tests.support.command import refused, run
 from tests.support.ranks import run_ranks
@@ -53,7 +53,7 @@ def test_knn(monkeypatch, capsys, folder):
     assert list(of_k) == [10, 20, 200]
     assert of_k[20] == online  # the same question has one line
     said = " · ".join(f"k={k} {line['accuracy']:.1%}" for k, line in of_k.items())
-    assert capsys.readouterr().out == f"kNN of {folder} on digits: {said}\n"
+    assert capsys.readouterr().out == f"kNN accuracy of {folder} on digits: {said}\n"
     run(monkeypatch, "eval", "knn", folder, "--k", "1", "--tau", "0.1", "--data", "shapes:count=40")
     (line,) = [line for line in noted(folder, "knn") if line["data"] != "digits"]
     assert {**line, "accuracy": 0} == {
@@ -70,12 +70,12 @@ def test_knn(monkeypatch, capsys, folder):
 def test_linear(monkeypatch, capsys, folder):
     fast = ["--epochs", "5", "--optimizers", "sgd", "lbfgs"]
     run(monkeypatch, "eval", "linear", folder, *fast)
-    run(monkeypatch, "eval", "linear", folder, *fast, "--pool", "mean", "--labels", "0.1", "--seed", "1")
+    run(monkeypatch, "eval", "linear", folder, *fast, "--pool", "avg", "--labels", "0.1", "--seed", "1")
     whole, few = noted(folder, "linear")
     assert whole["accuracy"] > 0.8
     assert few["accuracy"] < whole["accuracy"] < whole["top5"]
     assert (whole["protocol"], whole["labels"], whole["step"], whole["epoch"]) == ("features", 1.0, 2, 1.0)
-    assert (few["labels"], few["seed"], few["pool"]) == (0.1, 1, "mean")
+    assert (few["labels"], few["seed"], few["pool"]) == (0.1, 1, "avg")
     first, second = capsys.readouterr().out.splitlines()
     assert first == (
         f"linear accuracy of {folder} on digits: top-1 {whole['accuracy']:.1%}, top-5 {whole['top5']:.1%} "
@@ -141,9 +141,9 @@ def test_help(monkeypatch, capsys, pretrained):
     for words, shown in {
         ("knn",): "--k",
         ("linear",): "--optimizers",
-        ("linear", "--protocol", "official", pretrained): "--batch-size INT images a step (default: 16384)",
-        ("finetune",): "--batch-size INT images a step (default: 1024)",
-        ("finetune", pretrained): "--batch-size INT images a step (default: 64)",  # the run's images are small
+        ("linear", "--protocol", "official", pretrained): "--batch-size INT images per step (default: 16384)",
+        ("finetune",): "--batch-size INT images per step (default: 1024)",
+        ("finetune", pretrained): "--batch-size INT images per step (default: 64)",  # the run's images are small
     }.items():
         with pytest.raises(SystemExit, match="0"):
             run(monkeypatch, "eval", *words, "--help")
@@ -154,7 +154,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
     refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got nothing", "eval")
     refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got probe", "eval", "probe", pretrained)
     for command in ("knn", "linear", "finetune"):
-        sentence = f"run: {tmp_path} is no run folder: it has no config.json"
+        sentence = f"run: {tmp_path} is not a run folder: it has no config.json"
         refused(monkeypatch, sentence, "eval", command, tmp_path)
         unlabelled = tmp_path / "images"
         unlabelled.mkdir(exist_ok=True)
@@ -165,17 +165,17 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
     for words, sentence in {
         ("knn", "--k", "0"): "--k must be at least 1, got 0",
         ("knn", "--k", "20", "-3"): "--k must be at least 1, got 20 -3",
-        ("knn", "--tau", "nan"): "--tau must be above 0, up to 1e6, got nan",
-        ("linear", "--labels", "0"): "--labels must be above 0, up to 1, got 0.0",
-        ("linear", "--labels", "10"): "--labels must be above 0, up to 1, got 10.0",
-        ("linear", "--seed", "-1"): "--seed must be from 0 on, up to 1e9, got -1",
+        ("knn", "--tau", "nan"): "--tau must be above 0, got nan",
+        ("linear", "--labels", "0"): "--labels must be above 0 and at most 1, got 0.0",
+        ("linear", "--labels", "10"): "--labels must be above 0 and at most 1, got 10.0",
+        ("linear", "--seed", "-1"): "--seed must be at least 0, got -1",
         ("linear", "--epochs", "0"): "--epochs must be at least 1, got 0",
-        ("linear", "--lrs", "0.1", "inf"): "--lrs must be above 0, up to 1e6, got 0.1 inf",
+        ("linear", "--lrs", "0.1", "inf"): "--lrs must be above 0, got 0.1 inf",
         ("linear", "--protocol", "papers"): "--protocol must be features or official, got 'papers'",
         ("linear", "--protocol", "official"): "--batch-size must be at most the 1438 labelled images, got 16384",
         ("linear", "--protocol", "official", "--epochs", "5"): "--warmup-epochs must lie before --epochs 5, got 10",
-        ("finetune", "--layer-decay", "1.5"): "--layer-decay must be above 0, up to 1, got 1.5",
-        ("finetune", "--erasing", "2"): "--erasing must be 0 … 1, got 2.0",
+        ("finetune", "--layer-decay", "1.5"): "--layer-decay must be above 0 and at most 1, got 1.5",
+        ("finetune", "--erasing", "2"): "--erasing must be at least 0 and at most 1, got 2.0",
         ("finetune", "--batch-size", "64", "--accumulate", "3"): "--batch-size must be divisible by --accumulate 3, "
         "got 64",
         ("finetune", "--lr-drops", "1", "30"): "--lr-drops must lie before --epochs 20, got 30",
@@ -197,8 +197,8 @@ def test_pooling_is_for_vits(monkeypatch, tmp_path):
         "--folder",
         tmp_path / "moco",
     )
-    sentence = "eval: --pool is for ViTs, and MoCo has another backbone here"
-    refused(monkeypatch, sentence, "eval", "linear", tmp_path / "moco", "--pool", "mean")
+    sentence = "eval: --pool is for ViTs, and the encoder of MoCo is not one"
+    refused(monkeypatch, sentence, "eval", "linear", tmp_path / "moco", "--pool", "avg")
 
 
 def test_what_runs_in_one_process_says_so(monkeypatch, pretrained):
@@ -211,14 +211,14 @@ def test_what_runs_in_one_process_says_so(monkeypatch, pretrained):
         refused(monkeypatch, sentence, first, second, pretrained, *words)
 
 
-def _write_knn(folder):
+def _note_knn(folder):
     torch.manual_seed(3)
     opened = open_run(folder)
     method, before = opened.load().train(), torch.random.get_rng_state()
     torch.set_num_threads(1)
-    cli_eval.share_cores = lambda workers, device, ranks: 0
-    write_knn(opened, method, 0, 0, torch.device("cpu"))
-    write_knn(opened, method, 2, 1, torch.device("cpu"))
+    evaluation.share_cores = lambda workers, device, ranks: 0
+    note_knn(opened, method, 0, 0, torch.device("cpu"))
+    note_knn(opened, method, 2, 1, torch.device("cpu"))
     return torch.equal(before, torch.random.get_rng_state()), method.training
 
 
@@ -226,11 +226,11 @@ def test_ranks_write_together_what_one_process_writes(capsys, folder):
     """The first rank alone notes it; random numbers go on as if nothing had been evaluated."""
     (folder / "evaluations.jsonl").unlink()
     state = random.getstate()
-    assert _write_knn(folder) == (True, False)
+    assert _note_knn(folder) == (True, False)
     assert random.getstate() == state
     alone = (folder / "evaluations.jsonl").read_text()
     assert "epoch 1 " in capsys.readouterr().out
     (folder / "evaluations.jsonl").unlink()
-    assert run_ranks(2, _write_knn, folder) == [(True, False)] * 2
+    assert run_ranks(2, _note_knn, folder) == [(True, False)] * 2
     assert (folder / "evaluations.jsonl").read_text() == alone
     assert len(alone.splitlines()) == 3

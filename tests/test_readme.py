@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fastssl.ops
 from benchmarks import loader, step, table
-from fastssl.data.source import names, open_source
+from fastssl.data.source import open_source, source_names
 from fastssl.ops import dispatch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -48,7 +48,7 @@ def test_the_data_section_shows_every_source():
     """Those that are embedded are opened; tests/data/ opens the others on files of its own."""
     shown = re.findall(r'^fastssl data check "?([^\s"]+)', README, re.MULTILINE)
     specs = [spec for spec in shown if spec != "SOURCE"]
-    assert sorted(spec.partition(":")[0] for spec in specs) == names()
+    assert sorted(spec.partition(":")[0] for spec in specs) == source_names()
     for spec in specs:
         if spec.partition(":")[0] in ("digits", "shapes"):
             assert len(open_source(spec)) > 100

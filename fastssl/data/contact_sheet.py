@@ -1,4 +1,4 @@
-"""Contact sheet of a augmentation: a row for each image, its views side by side, as many draws as fit."""
+"""Contact sheet of an augmentation: one row per image, with the views of several draws side by side."""
 
 import numpy as np
 import torch
@@ -12,26 +12,35 @@ from .source import Source, Subset
 GAP = 4  # pixels between tiles
 
 
-def sheet(
+def make_contact_sheet(
     source: Source, augmentation: Augmentation, engine: str, rows: int = 4, columns: int = 4, seed: int = 0
 ) -> Image.Image:
-    """`rows` images from all over the source, each in `columns` draws (epochs) of all views of the augmentation.
+    """A picture of what a method sees, with the normalisation undone.
 
-    What a method would see, with the normalisation undone. Images that can't be decoded are left out.
+    Args:
+        source: images, of which `rows` are shown, evenly spread over the source; bad ones are left out.
+        augmentation: all its views are shown.
+        engine: "torchvision" or "dali".
+        rows: number of images.
+        columns: number of draws (epochs) of each image.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: none of the images can be decoded.
     """
-    chosen = Subset(source, np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int).tolist())
-    loader = Loader(chosen, augmentation, rows, seed=seed, engine=engine, max_bad=1.0, train=False)
-    shown = [batch for epoch in range(columns) for batch in loader.epoch(epoch)]  # one an epoch
-    if not shown:
+    indices = np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int).tolist()
+    loader = Loader(Subset(source, indices), augmentation, rows, seed=seed, engine=engine, max_bad=1.0, train=False)
+    batches = [batch for epoch in range(columns) for batch in loader.epoch(epoch)]  # one batch per epoch
+    if not batches:
         raise ValueError("data: none of the images to show can be decoded")
-    columns_of_tiles = [
-        _bytes(pixels, view) for batch in shown for pixels, view in zip(batch.views, augmentation.views)
+    tiles_by_column = [
+        _to_bytes(pixels, view) for batch in batches for pixels, view in zip(batch.views, augmentation.views)
     ]
-    tiles = list(zip(*columns_of_tiles))
-    width = max(sum(tile.shape[2] + GAP for tile in row) for row in tiles) - GAP
-    height = sum(max(tile.shape[1] for tile in row) + GAP for row in tiles) - GAP
+    tiles_by_row = list(zip(*tiles_by_column))
+    width = max(sum(tile.shape[2] + GAP for tile in row) for row in tiles_by_row) - GAP
+    height = sum(max(tile.shape[1] for tile in row) + GAP for row in tiles_by_row) - GAP
     canvas, top = Image.new("RGB", (width, height), (255, 255, 255)), 0
-    for row in tiles:
+    for row in tiles_by_row:
         left = 0
         for tile in row:
             canvas.paste(Image.fromarray(tile.permute(1, 2, 0).numpy()), (left, top))
@@ -40,6 +49,6 @@ def sheet(
     return canvas
 
 
-def _bytes(pixels: Tensor, view: View) -> Tensor:
-    mean, std = (torch.tensor(np.float32(values)).view(1, 3, 1, 1) for values in (view.mean, view.std))
+def _to_bytes(pixels: Tensor, view: View) -> Tensor:
+    mean, std = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in (view.mean, view.std))
     return ((pixels.cpu() * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)

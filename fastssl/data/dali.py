@@ -1,10 +1,10 @@
-"""The engine on NVIDIA's DALI: on a GPU the files are decoded and augmented there, and the pixels never leave it.
+"""The engine on NVIDIA DALI: on a GPU, files are decoded and augmented there, and the pixels never leave it.
 
-The graph takes what chance decided (`draws.py`) as inputs, so it makes the same views as the other engine, but for what
-two ways to resample differ. What few samples drew (blur, solarize, jitter) is computed for those alone.
+The graph gets the random draws (`draws.py`) as inputs, so it makes the same views as the other engine, except for small
+differences in resampling. Steps that few samples need (blur, solarize, jitter) are computed for those samples alone.
 
-On a CPU, DALI decodes and resamples, and `augment_` does the colours: the exact turn of a hue takes DALI's CPU
-operators 9 ms an image. `colours_in_graph=True` gives a CPU the whole graph of a GPU, which tests compare with.
+On a CPU, DALI decodes and resamples, and `augment_` changes the colours: the exact rotation of a hue takes DALI's CPU
+operators 9 ms per image. `colours_in_graph=True` runs the whole graph of a GPU on a CPU, for comparisons in tests.
 """
 
 from collections import deque
@@ -19,33 +19,64 @@ from nvidia.dali import math as dm
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from fastssl.ops import augment_
 from fastssl.ops.augment import BRIGHTNESS, CONTRAST, LUMA, SATURATION
 
 from . import torchvision
 from .augmentation import Augmentation, View
 from .decoding import open_image
 from .draws import Draws, draw, mix, windows
-from .samples import Samples, stand_in
-from .source import BadImage, Source
+from .samples import Samples, fill_in_rows, labels_of, stack_extras
+from .source import BadImage, Source, read_extras
 
-AHEAD = 2  # batches that are being made while another is used
-# EXIF's orientation: whether rows and columns are exchanged, then left and right, then top and bottom.
-TURNS = {1: (False, False, False), 2: (False, True, False), 3: (False, True, True), 4: (False, False, True),
-         5: (True, False, False), 6: (True, True, False), 7: (True, True, True), 8: (True, False, True)}  # fmt: skip
+PREFETCH = 2  # batches that are made while another one is used
+# EXIF's orientation: whether to transpose, then to mirror left and right, then to mirror top and bottom.
+ORIENTATIONS = {
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
 INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
+class _Image(NamedTuple):
+    """An image as the graph takes it."""
+
+    data: np.ndarray  # bytes [N] of a JPEG, or pixels [H, W, 3]
+    size: tuple[int, int]  # (height, width) of the upright image
+    orientation: int  # EXIF's orientation of the JPEG
+    extras: dict[str, np.ndarray]
+
+
+class _Pending(NamedTuple):
+    """A batch in the pipeline."""
+
+    epoch: int
+    requested: np.ndarray  # image numbers, bad images included
+    inputs: dict[str, list[np.ndarray]]  # of the graph, which reads them in place: they must outlive its run
+    indices: np.ndarray  # image numbers of the samples
+    seeds: np.ndarray
+    draws: list[Draws]  # of each view
+    extras: dict[str, torch.Tensor]
+    bad: list[tuple[int, str]]
+
+
 class Engine:
-    """Makes batches by DALI.
+    """Makes batches with DALI.
 
     Args:
-        source, augmentation, seed: what to read, what to make of it, and the seed of all draws.
+        source: the images.
+        augmentation: the views to make of each image.
+        seed: seed of all draws.
         batch_size: images of the largest batch.
-        threads: of the CPU, for reading and for DALI's operators.
+        threads: threads of the CPU, for DALI's operators; twice as many read files.
         device: where the batches are made and stay.
-        fill: others of the batch stand in for images that can't be decoded.
-        colours_in_graph: DALI does the colours; always so on a GPU.
+        fill_in: replace images that can't be decoded by others of the batch; else they are left out.
+        colours_in_graph: change the colours with DALI's operators; always so on a GPU.
     """
 
     def __init__(
@@ -57,84 +88,89 @@ class Engine:
         batch_size: int,
         threads: int,
         device: torch.device,
-        fill: bool,
+        fill_in: bool,
         colours_in_graph: bool = False,
     ):
-        self.source, self.augmentation, self.seed, self.fill = source, augmentation, seed, fill
+        self.source, self.augmentation, self.seed, self.fill_in = source, augmentation, seed, fill_in
         self.colours = colours_in_graph or device.type == "cuda"
         gpu = None if device.type == "cpu" else device.index
         if device.type == "cuda" and gpu is None:
             gpu = torch.cuda.current_device()
-        self._built = {"batch_size": batch_size, "num_threads": threads, "device_id": gpu, "prefetch_queue_depth": 1}
+        self._options = {"batch_size": batch_size, "num_threads": threads, "device_id": gpu, "prefetch_queue_depth": 1}
         self._pipeline: Pipeline | None = None
-        self._under_way: deque[_Read] = deque()
-        self._broken: dict[int, BadImage] = {}  # images that broke a pipeline: they shall do so once
-        self._refused: set[int] = set()  # images that DALI can't decode, and Pillow can
+        self._pending: deque[_Pending] = deque()
+        self._broken: dict[int, BadImage] = {}  # images that broke a pipeline, kept out of the next ones
+        self._refused: set[int] = set()  # images that Pillow decodes and DALI does not
         self._readers = ThreadPoolExecutor(2 * threads)
 
     def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Samples]:
-        """Makes these batches of image numbers, in their order. Ends a run that was left in its middle."""
-        if self._under_way:  # what is in the pipeline belongs to nobody
+        """Makes the batches of these image numbers, in their order. An unfinished earlier run ends."""
+        if self._pending:  # its batches are in the pipeline: discard them with it
             self._pipeline = None
-        under_way = self._under_way = deque()
+        pending = self._pending = deque()
         for batch in batches:
-            under_way.append(self._start(self._read(epoch, batch)))
-            if len(under_way) > AHEAD:
-                yield self._finish(under_way)
-        while under_way:
-            yield self._finish(under_way)
+            pending.append(self._start(self._read(epoch, batch)))
+            if len(pending) > PREFETCH:
+                yield self._finish(pending)
+        while pending:
+            yield self._finish(pending)
 
-    def _read(self, epoch: int, batch: np.ndarray) -> "_Read":
-        """The files of a batch. Those of other formats than JPEG are decoded here: DALI does not know all of them."""
+    def _read(self, epoch: int, batch: np.ndarray) -> _Pending:
+        """Reads the files of a batch. Formats other than JPEG are decoded here, since DALI lacks some of them."""
         seeds = mix(self.seed, epoch, batch)
-        files, bad = [], []
-        for index, file in zip(batch.tolist(), self._readers.map(self._read_one, batch.tolist())):
-            if isinstance(file, BadImage):
-                bad.append((index, str(file)))
-            files.append(file)
-        good = [i for i, file in enumerate(files) if not isinstance(file, BadImage)]
-        rows = stand_in(good, len(batch)) if self.fill else good
+        good: dict[int, _Image] = {}  # by row of the batch
+        bad: list[tuple[int, str]] = []
+        for row, image in enumerate(self._readers.map(self._read_image, batch.tolist())):
+            if isinstance(image, BadImage):
+                bad.append((int(batch[row]), str(image)))
+            else:
+                good[row] = image
+        rows = fill_in_rows(list(good), len(batch)) if self.fill_in else list(good)
+        images = [good[row] for row in rows]
         draws = [draw(view, number, seeds).take(rows) for number, view in enumerate(self.augmentation.views)]
-        inputs = dict(self._inputs([files[row] for row in rows], draws)) if rows else {}
-        return _Read(epoch, batch, inputs, batch[rows], seeds[rows], draws, bad)
+        inputs = dict(self._inputs(images, draws)) if images else {}
+        extras = stack_extras(self.source, batch[rows], [image.extras for image in images])
+        return _Pending(epoch, batch, inputs, batch[rows], seeds[rows], draws, extras, bad)
 
-    def _read_one(self, index: int) -> "_File | BadImage":
+    def _read_image(self, index: int) -> _Image | BadImage:
         if index in self._broken:
             return self._broken[index]
         try:
-            opened = open_image(self.source, index)
-            if opened.format in ("JPEG", "MPO") and index not in self._refused:  # MPO: more pictures behind a JPEG
-                return _File(opened.data, opened.size, opened.orientation)
-            return _File(opened.pixels().permute(1, 2, 0).numpy(), opened.size)
+            file, extras = open_image(self.source, index), read_extras(self.source, index)
+            if file.format in ("JPEG", "MPO") and index not in self._refused:  # MPO: a JPEG followed by more pictures
+                return _Image(file.data, file.size, file.orientation, extras)
+            return _Image(file.pixels().permute(1, 2, 0).numpy(), file.size, 1, extras)
         except BadImage as error:
             return error
 
-    def _start(self, read: "_Read") -> "_Read":
-        if read.inputs:
-            self._pipeline = self._pipeline or _graph(self.augmentation, self.colours, **self._built)
-            for name, column in read.inputs.items():
+    def _start(self, batch: _Pending) -> _Pending:
+        """Hands a batch to the pipeline."""
+        if batch.inputs:
+            self._pipeline = self._pipeline or _graph(self.augmentation, self.colours, **self._options)
+            for name, column in batch.inputs.items():
                 self._pipeline.feed_input(name, column)
             self._pipeline.schedule_run()
-        return read
+        return batch
 
-    def _inputs(self, files: "list[_File]", draws: list[Draws]) -> Iterator[tuple[str, list[np.ndarray]]]:
-        nothing, black = np.zeros(1, np.uint8), np.zeros((1, 1, 3), np.uint8)
-        is_file = [file.data.ndim == 1 for file in files]
+    def _inputs(self, images: list[_Image], draws: list[Draws]) -> Iterator[tuple[str, list[np.ndarray]]]:
+        """(name, a value for each sample) of the graph's inputs."""
+        no_file, no_pixels = np.zeros(1, np.uint8), np.zeros((1, 1, 3), np.uint8)
+        is_file = [image.data.ndim == 1 for image in images]
         yield "is_file", [np.array(x) for x in is_file]
-        yield "file", [file.data if x else nothing for x, file in zip(is_file, files)]
-        yield "pixels", [black if x else file.data for x, file in zip(is_file, files)]
-        turns = np.array([TURNS[file.orientation] for file in files])
+        yield "file", [image.data if x else no_file for x, image in zip(is_file, images)]
+        yield "pixels", [no_pixels if x else image.data for x, image in zip(is_file, images)]
+        turns = np.array([ORIENTATIONS[image.orientation] for image in images])
         yield "is_turned", [np.array(turn.any()) for turn in turns]
         yield "transposed", [np.array(turn[0]) for turn in turns]
         yield "mirrored", [np.array(turn[1], np.int32) for turn in turns]
         yield "upside_down", [np.array(turn[2], np.int32) for turn in turns]
-        sizes = np.array([file.size for file in files])
+        sizes = np.array([image.size for image in images])
         for number, (view, drawn) in enumerate(zip(self.augmentation.views, draws)):
             window = windows(view, drawn, sizes).astype(np.int32)
             yield f"start {number}", list(window[:, :2])
             yield f"end {number}", list(window[:, :2] + window[:, 2:])
             if self.colours:
-                jittered = (drawn.jitter != np.float32([1, 1, 1, 0])).any(axis=1)
+                jittered = (drawn.jitter != np.array([1, 1, 1, 0], np.float32)).any(axis=1)
                 fields = {
                     "jitter": drawn.jitter,
                     "order": drawn.order.astype(np.int32),
@@ -147,71 +183,60 @@ class Engine:
                 }
                 yield from ((f"{name} {number}", list(map(np.asarray, column))) for name, column in fields.items())
 
-    def _finish(self, under_way: "deque[_Read]") -> Samples:
-        """The oldest batch under way."""
-        read = under_way.popleft()
-        labels = torch.tensor([self.source.label(index) for index in read.index.tolist()], dtype=torch.int64)
-        numbers = torch.from_numpy(read.index), labels, torch.from_numpy(read.seed)
-        if not read.inputs:
-            return Samples([], *numbers, read.bad)
-        try:
-            outputs = self._pipeline.share_outputs()
-        except RuntimeError as error:
-            return self._recovered(read, under_way, error)
-        views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-        self._pipeline.release_outputs()  # dlpack keeps the memory alive
-        if not self.colours:
-            for view, drawn, pixels in zip(self.augmentation.views, read.draws, views):
-                augment_(pixels, *map(torch.from_numpy, drawn.colours), grey_first=view.grayscale_first)
-        return Samples(views, *numbers, read.bad)
+    def _finish(self, pending: deque[_Pending]) -> Samples:
+        """Takes the oldest batch out of the pipeline."""
+        batch, views = pending.popleft(), []
+        if batch.inputs:
+            assert self._pipeline is not None
+            try:
+                outputs = self._pipeline.share_outputs()
+            except RuntimeError as error:
+                return self._recover(batch, pending, error)
+            views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+            self._pipeline.release_outputs()  # dlpack keeps the memory alive
+            if not self.colours:
+                for view, drawn, pixels in zip(self.augmentation.views, batch.draws, views):
+                    torchvision.change_colours(pixels, view, drawn)
+        indices, seeds = torch.from_numpy(batch.indices), torch.from_numpy(batch.seeds)
+        return Samples(views, indices, labels_of(self.source, batch.indices), seeds, batch.extras, batch.bad)
 
-    def _recovered(self, read: "_Read", under_way: "deque[_Read]", error: RuntimeError) -> Samples:
-        """A batch that broke the pipeline, by the other engine, which names what can't be decoded. What Pillow decodes
-        and DALI does not is found by trying each file alone, and decoded by Pillow from then on."""
+    def _recover(self, batch: _Pending, pending: deque[_Pending], error: RuntimeError) -> Samples:
+        """Makes a batch that broke the pipeline with the other engine, which finds the images that can't be decoded.
+
+        An image that Pillow decodes and DALI does not is found by decoding each file alone; Pillow decodes it from then
+        on.
+        """
         self._pipeline = None
-        made = torchvision.make(self.source, self.augmentation, self.seed, read.epoch, read.batch, self.fill)
-        self._broken |= {index: BadImage(reason) for index, reason in made.bad}
-        files = dict(zip(read.index.tolist(), read.inputs["file"]))
+        samples = torchvision.make_batch(
+            self.source, self.augmentation, self.seed, batch.epoch, batch.requested, self.fill_in
+        )
+        self._broken |= {index: BadImage(reason) for index, reason in samples.bad}
+        files = dict(zip(batch.indices.tolist(), batch.inputs["file"]))
         refused = {index for index, file in files.items() if index not in self._broken and not self._decodes(file)}
-        if not made.bad and not refused:
+        if not samples.bad and not refused:
             raise error
         self._refused |= refused
-        again = [self._start(self._read(later.epoch, later.batch)) for later in under_way]
-        under_way.clear()
-        under_way.extend(again)
-        return made
+        restarted = [self._start(self._read(later.epoch, later.requested)) for later in pending]
+        pending.clear()
+        pending.extend(restarted)
+        return samples
 
     def _decodes(self, file: np.ndarray) -> bool:
-        if len(file) < 2:  # the place of one that is no JPEG
+        """True if DALI decodes a file, tried alone."""
+        if len(file) < 2:  # a placeholder: DALI gets pixels for this image
             return True
-        alone = _decoding(**{**self._built, "batch_size": 1})
-        alone.feed_input("file", [file])
+        pipeline = _decoding(**{**self._options, "batch_size": 1})
+        pipeline.feed_input("file", [file])
         try:
-            alone.run()
+            pipeline.run()
         except RuntimeError:
             return False
         return True
 
 
-class _File(NamedTuple):
-    data: np.ndarray  # bytes [N] of a JPEG, or pixels [H, W, 3]
-    size: tuple[int, int]  # (height, width) as it is shown
-    orientation: int = 1  # EXIF's
-
-
-class _Read(NamedTuple):
-    epoch: int
-    batch: np.ndarray  # image numbers that were asked for
-    inputs: dict[str, list[np.ndarray]]  # of the graph, which reads them where they lie: they must outlive it
-    index: np.ndarray
-    seed: np.ndarray
-    draws: list[Draws]  # of each view
-    bad: list[tuple[int, str]]
-
-
 @pipeline_def(enable_conditionals=True, exec_dynamic=True)
-def _graph(augmentation: Augmentation, colours: bool):
-    """The views of a batch, each [B, 3, H, W] uint8. Decoded once, however many views there are."""
+def _graph(augmentation: Augmentation, colours: bool) -> tuple[DataNode, ...]:
+    """The views of a batch, each [B, 3, H, W] uint8. An image is decoded once for all its views."""
     on_gpu = Pipeline.current().device_id is not None
     pixels = _input("pixels", types.UINT8, 3, layout="HWC")
     if _input("is_file", types.BOOL, 0):
@@ -232,42 +257,42 @@ def _graph(augmentation: Augmentation, colours: bool):
             end=_input(f"end {number}", types.INT32, 1),
             axes=[0, 1],
         )
-        made = fn.resize(window, size=view.size, interp_type=INTERPOLATION[view.interpolation], antialias=True)
+        resized = fn.resize(window, size=view.size, interp_type=INTERPOLATION[view.interpolation], antialias=True)
         if colours:
-            views.append(_coloured(made, view, number, on_gpu))
+            views.append(_change_colours(resized, view, number, on_gpu))
         else:
-            views.append(fn.transpose(made, perm=[2, 0, 1]))
+            views.append(fn.transpose(resized, perm=[2, 0, 1]))
     return tuple(views)
 
 
 @pipeline_def(exec_dynamic=True)
-def _decoding():
-    """One file alone."""
+def _decoding() -> DataNode:
+    """Decodes a single file."""
     return _decoded(_input("file", types.UINT8, 1), Pipeline.current().device_id is not None)
 
 
 def _decoded(file: DataNode, on_gpu: bool) -> DataNode:
-    """As it was stored: DALI, unlike Pillow, knows EXIF alone, and only where all of it is sound."""
+    """Pixels of a file as stored: DALI reads the orientation from undamaged EXIF only, Pillow also from XMP."""
     return fn.decoders.image(file, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
 
 
-def _input(name: str, dtype: types.DALIDataType, ndim: int, **more) -> DataNode:
-    return fn.external_source(name=name, dtype=dtype, ndim=ndim, no_copy=True, **more)
+def _input(name: str, dtype: types.DALIDataType, ndim: int, layout: str | None = None) -> DataNode:
+    return fn.external_source(name=name, dtype=dtype, ndim=ndim, layout=layout, no_copy=True)
 
 
-def _coloured(x: DataNode, view: View, number: int, on_gpu: bool) -> DataNode:
-    """The contract of `fastssl.ops.augment_` in DALI's operators."""
+def _change_colours(x: DataNode, view: View, number: int, on_gpu: bool) -> DataNode:
+    """Equals `fastssl.ops.augment_`, in DALI's operators."""
     grey = _input(f"grey {number}", types.BOOL, 0)
     x = fn.cast(x, dtype=types.FLOAT)
     if view.grayscale_first:
-        x = _greyed(x, grey)
+        x = _grayscale(x, grey)
     if _input(f"jittered {number}", types.BOOL, 0):
         order, factors = _input(f"order {number}", types.INT32, 1), _input(f"jitter {number}", types.FLOAT, 1)
         factors = factors.gpu() if on_gpu else factors
-        for place in range(4):
-            x = _jittered(x, order[place], factors)
+        for position in range(4):
+            x = _jitter(x, order[position], factors)
     if not view.grayscale_first:
-        x = _greyed(x, grey)
+        x = _grayscale(x, grey)
     if _input(f"blurred {number}", types.BOOL, 0):
         x = fn.gaussian_blur(x, sigma=_input(f"sigma {number}", types.FLOAT, 0))
     x = fn.cast(x, dtype=types.UINT8)  # rounds
@@ -278,7 +303,7 @@ def _coloured(x: DataNode, view: View, number: int, on_gpu: bool) -> DataNode:
     )
 
 
-def _jittered(x: DataNode, step: DataNode, factors: DataNode) -> DataNode:
+def _jitter(x: DataNode, step: DataNode, factors: DataNode) -> DataNode:
     if step == BRIGHTNESS:
         x = dm.clamp(x * factors[0], 0.0, 255.0)
     elif step == CONTRAST:
@@ -286,11 +311,11 @@ def _jittered(x: DataNode, step: DataNode, factors: DataNode) -> DataNode:
     elif step == SATURATION:
         x = _blend(x, _luma(x), factors[2])
     else:
-        x = _hue_turned(x, factors[3])
+        x = _rotate_hue(x, factors[3])
     return x
 
 
-def _greyed(x: DataNode, grey: DataNode) -> DataNode:
+def _grayscale(x: DataNode, grey: DataNode) -> DataNode:
     if grey:
         luma = _luma(x)
         x = fn.cat(luma, luma, luma, axis=2)
@@ -306,8 +331,8 @@ def _blend(x: DataNode, other: DataNode, factor: DataNode) -> DataNode:
     return dm.clamp((x - other) * factor + other, 0.0, 255.0)
 
 
-def _hue_turned(x: DataNode, turns: DataNode) -> DataNode:
-    """See `fastssl.ops.augment`: fn.hue turns about the grey axis instead, up to 90 of 255 away from that."""
+def _rotate_hue(x: DataNode, turns: DataNode) -> DataNode:
+    """Rotation of the hue as in `fastssl.ops.augment`. fn.hue rotates about the grey axis: up to 90 of 255 apart."""
     red, green, blue = x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3]
     top, low = dm.max(dm.max(red, green), blue), dm.min(dm.min(red, green), blue)
     spread = top - low

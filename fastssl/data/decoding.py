@@ -1,6 +1,7 @@
-"""The bytes of an image file become pixels, by Pillow. DALI has the same libjpeg-turbo and gives the same pixels.
+"""Decodes image files to pixels with Pillow.
 
-torchvision's decode_jpeg would save a copy of the pixels, about a tenth of the time, but is to be removed.
+DALI has the same libjpeg-turbo and gives the same pixels. torchvision's decode_jpeg would save a copy of the pixels,
+about a tenth of the time, but torchvision plans to remove it.
 """
 
 import io
@@ -12,80 +13,92 @@ from torch import Tensor
 
 from .source import BadImage, Source
 
-MOST_PIXELS = 2 * 89_478_485  # where Pillow too sees a decompression bomb: half a gigabyte
-ORIENTATION, TURNED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that exchange height and width
+MAX_PIXELS = 2 * 89_478_485  # Pillow's limit against decompression bombs: half a gigabyte
+ORIENTATION, TRANSPOSED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that exchange height and width
 
 
-class Opened:
-    """An image of which the header has been read, in 40 µs; `pixels` decodes it.
+class ImageFile:
+    """An image file of which the header is read, in 40 µs, or an array of pixels. `pixels` decodes it.
+
+    Attributes:
+        size: (height, width) of the upright image.
+        orientation: EXIF's orientation of the stored pixels, 1 to 8; 1 for an array.
+        format, mode: Pillow's words, such as "PNG" and "I;16"; "pixels" and "RGB" for an array.
 
     Args:
-        data: bytes [N] of a file, or pixels [H, W, 3], uint8, writable.
-        name: in messages.
+        data: bytes [N] of a file, or pixels [H, W, 3], uint8 and writable.
+        name: the image in errors.
 
     Raises:
-        BadImage: it is no image, or has too many pixels.
+        BadImage: the data is no image, or has more than `MAX_PIXELS` pixels.
     """
 
     def __init__(self, data: np.ndarray, name: str):
-        self.data, self.name, self.orientation, self._image = data, name, 1, None
+        self.data, self.name, self.orientation = data, name, 1
+        self.size: tuple[int, int]
+        self.format: str | None
+        self._image: Image.Image | None = None
         if data.ndim == 3:
-            self.size, self.format, self.mode = data.shape[:2], "pixels", "RGB"
+            self.size, self.format, self.mode = (data.shape[0], data.shape[1]), "pixels", "RGB"
             return
         if not len(data):
             raise BadImage(f"{name}: the file is empty")
         try:
-            self._image = image = Image.open(io.BytesIO(data))
+            self._image = image = Image.open(io.BytesIO(data.tobytes()))
         except Exception as error:  # decoders raise anything from OSError to struct.error on broken files
-            raise self._bad(error) from error
-        if image.width * image.height > MOST_PIXELS:
-            raise BadImage(f"{name}: {image.width}×{image.height} are more than {MOST_PIXELS:,} pixels")
+            raise self._bad_image(error) from error
+        if image.width * image.height > MAX_PIXELS:
+            raise BadImage(f"{name}: {image.width}×{image.height} are more than {MAX_PIXELS:,} pixels")
         self.orientation = _orientation(image)
-        turned = self.orientation in TURNED and image.format != "TIFF"  # whose size Pillow has turned already
-        self.size = (image.width, image.height) if turned else (image.height, image.width)  # as it is shown
-        self.format, self.mode = image.format, image.mode  # as Pillow calls them: "PNG", "I;16"
+        transposed = self.orientation in TRANSPOSED and image.format != "TIFF"  # Pillow gives a TIFF's upright size
+        self.size = (image.width, image.height) if transposed else (image.height, image.width)
+        self.format, self.mode = image.format, image.mode
 
     def pixels(self) -> Tensor:
-        """[3, H, W] uint8, in memory [H, W, 3], upright.
+        """Upright pixels [3, H, W] uint8, in memory [H, W, 3].
 
-        Grey becomes RGB, of 16 bits the high byte stays, transparency is dropped, of an animation the first picture
-        stays.
+        Grey becomes RGB, 16-bit values are cut to their high byte, transparency is dropped, and an animation gives its
+        first picture.
 
         Raises:
-            BadImage: it can't be decoded or is cut short.
+            BadImage: the file can't be decoded or is truncated.
         """
         if self._image is None:
             return torch.from_numpy(self.data).permute(2, 0, 1)
         try:
             image = self._image
             if self.orientation != 1:
-                image = ImageOps.exif_transpose(image)  # decodes: a truncated file fails here
-            if image.mode.startswith("I"):  # 16 bits of grey, as "I;16" or in 32
+                image = ImageOps.exif_transpose(image)  # decodes, and fails on a truncated file
+            if image.mode.startswith("I"):  # 16 bits of grey, as "I;16" or in 32 bits
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode != "RGB":
                 image = image.convert("RGB")
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # …or here
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # decodes an image that is stored upright
         except Exception as error:
-            raise self._bad(error) from error
+            raise self._bad_image(error) from error
 
-    def _bad(self, error: Exception) -> BadImage:
-        if isinstance(error, UnidentifiedImageError):  # whose text is the address of a buffer
-            return BadImage(f"{self.name}: no image that Pillow knows")
-        said = str(error).splitlines()
-        return BadImage(f"{self.name}: {type(error).__name__}: {said[0] if said else ''}")
+    def _bad_image(self, error: Exception) -> BadImage:
+        if isinstance(error, UnidentifiedImageError):  # its text is the address of a buffer
+            return BadImage(f"{self.name}: no image format that Pillow supports")
+        lines = str(error).splitlines()
+        return BadImage(f"{self.name}: {type(error).__name__}: {lines[0] if lines else ''}")
 
 
-def open_image(source: Source, index: int) -> Opened:
-    """An image of a source. Raises `BadImage`."""
-    return Opened(source.read(index), source.name(index))
+def open_image(source: Source, index: int) -> ImageFile:
+    """An image of a source, with its header read.
+
+    Raises:
+        BadImage: the image can't be read, is no image or has too many pixels.
+    """
+    return ImageFile(source.read(index), source.name(index))
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8, from EXIF or XMP; 1 where there is none or it is damaged, which decoders pass over."""
-    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode it to look behind the pixels
+    """Orientation from EXIF or XMP, 1 to 8; 1 where it is missing or damaged, as other decoders treat it."""
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode the pixels to look behind them
         return 1
     try:
-        found = image.getexif().get(ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:
         return 1
-    return found if found in range(1, 9) else 1
+    return orientation if orientation in range(1, 9) else 1

@@ -1,8 +1,8 @@
-"""What chance decides about a sample, from (seed, epoch, index, view) alone: every engine makes views of these numbers.
+"""Random draws of an augmentation, a function of (seed, epoch, index, view) alone.
 
-So neither the engine, nor the batch, nor the number of workers or ranks has a part in an augmentation, and a run goes
-on without the state of any generator. The generator is SplitMix64 (Steele, Lea and Flood, 2014) by counter, whole
-batches at a time.
+Every engine makes its views from these numbers. So an augmentation does not depend on the engine, the batch, or the
+number of workers or ranks, and a run resumes without the state of a generator. The generator is SplitMix64 (Steele, Lea
+and Flood, 2014) in counter mode, for a whole batch at a time.
 """
 
 import functools
@@ -13,36 +13,36 @@ import numpy as np
 
 from .augmentation import View
 
-ATTEMPTS = 10  # at a window that fits into the image; then its middle, as torchvision's RandomResizedCrop does
-ASPECT = (3 / 4, 4 / 3)
+ATTEMPTS = 10  # random windows to try, then the middle of the image, as in torchvision's RandomResizedCrop
+ASPECT = (3 / 4, 4 / 3)  # range of width / height
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Draws(NamedTuple):
-    """Of one view of B samples: three for `windows`, then `colours`, the arguments of `fastssl.ops.augment_`."""
+    """Random numbers for one view of B samples: three fields for `windows`, then the arguments of `augment_`."""
 
     area: np.ndarray  # [B, ATTEMPTS] float64, share of the image's area
     aspect: np.ndarray  # [B, ATTEMPTS] float64, width / height
-    place: np.ndarray  # [B, 2] float64 in [0, 1), of the room above and to the left of the window
-    jitter: np.ndarray  # [B, 4] float32, factors of brightness, contrast, saturation; turn of the hue
-    order: np.ndarray  # [B, 4] int64, of the four
+    place: np.ndarray  # [B, 2] float64 in [0, 1), position of the window between top and bottom, left and right
+    jitter: np.ndarray  # [B, 4] float32, factors of brightness, contrast and saturation, and rotation of the hue
+    order: np.ndarray  # [B, 4] int64, order of these four steps
     grey: np.ndarray  # [B] bool
     sigma: np.ndarray  # [B] float32, pixels; 0 for no blur
     solarize: np.ndarray  # [B] bool
     flip: np.ndarray  # [B] bool
 
     @property
-    def colours(self) -> tuple[np.ndarray, ...]:
-        """What `augment_` takes."""
+    def colours(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Arguments of `fastssl.ops.augment_`, as arrays."""
         return self.jitter, self.order, self.grey, self.sigma, self.solarize, self.flip
 
-    def take(self, rows) -> "Draws":
-        """Those of some of the samples."""
+    def take(self, rows: list[int]) -> "Draws":
+        """The draws of the samples in these rows."""
         return Draws(*(column[rows] for column in self))
 
 
-def mix(*numbers) -> np.ndarray:
-    """Seeds [B] int64 ≥ 0 from several integers or arrays of them: neighbours get unrelated streams."""
+def mix(*numbers: int | np.ndarray) -> np.ndarray:
+    """Seeds [B] int64 ≥ 0 from several integers or arrays of integers; neighbouring numbers give unrelated seeds."""
     state = np.zeros(1, np.uint64)
     for number in numbers:
         state = _finalised(state + np.asarray(number).astype(np.uint64) + _GOLDEN)
@@ -50,13 +50,14 @@ def mix(*numbers) -> np.ndarray:
 
 
 def _finalised(state: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function."""
     state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return state ^ state >> np.uint64(31)
 
 
 def draw(view: View, number: int, seeds: np.ndarray) -> Draws:
-    """The draws of view `number` of the samples with these seeds [B]."""
+    """Draws of view `number` of an augmentation for the samples with these seeds [B]."""
     counter = np.arange(1, 2 * ATTEMPTS + 14, dtype=np.uint64) * _GOLDEN
     streams = mix(seeds, number).astype(np.uint64)
     uniform = (_finalised(streams[:, None] + counter) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
@@ -75,46 +76,47 @@ def draw(view: View, number: int, seeds: np.ndarray) -> Draws:
     )
 
 
-def _between(uniform: np.ndarray, low, high) -> np.ndarray:
+def _between(uniform: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
     return low + (high - low) * uniform
 
 
 def _jitter(view: View, uniform: np.ndarray) -> np.ndarray:
-    """Factors in [max(0, 1 − strength), 1 + strength], the hue in [−strength, strength]: torchvision's ColorJitter."""
+    """Factors of torchvision's ColorJitter: in [max(0, 1 − strength), 1 + strength], the hue's in ±strength."""
     strengths = np.asarray(view.jitter)
-    middle = np.array([1, 1, 1, 0])
-    low = np.where(middle == 1, np.maximum(0, 1 - strengths), -strengths)
-    return _between(uniform, low, middle + strengths)
+    identity = np.array([1, 1, 1, 0])
+    low = np.where(identity == 1, np.maximum(0, 1 - strengths), -strengths)
+    return _between(uniform, low, identity + strengths)
 
 
 @functools.cache
 def _orders() -> np.ndarray:
+    """The 24 orders of four steps."""
     return np.array(list(itertools.permutations(range(4))))
 
 
 def windows(view: View, draws: Draws, sizes: np.ndarray) -> np.ndarray:
-    """[B, 4] int64: top, left, height and width, in pixels, of what the view shows of images of these sizes [B, 2]."""
+    """The windows that a view takes from images of these sizes [B, 2]: top, left, height, width in pixels, [B, 4]."""
     if view.crop is not None:
         return _random_windows(draws, sizes)
-    shown = sizes
-    if view.centre is not None:  # the largest window of the view's aspect, and that share of its sides
-        fit = (sizes / np.asarray(view.size)).min(axis=1, keepdims=True)
-        shown = np.clip(np.rint(view.centre * fit * np.asarray(view.size)), 1, sizes).astype(np.int64)
-    return np.concatenate([(sizes - shown) // 2, shown], axis=1)
+    window = sizes
+    if view.centre is not None:  # a share of the sides of the largest window with the view's aspect
+        scale = (sizes / np.asarray(view.size)).min(axis=1, keepdims=True)
+        window = np.clip(np.rint(view.centre * scale * np.asarray(view.size)), 1, sizes).astype(np.int64)
+    return np.concatenate([(sizes - window) // 2, window], axis=1)
 
 
 def _random_windows(draws: Draws, sizes: np.ndarray) -> np.ndarray:
-    """torchvision's RandomResizedCrop: the first of ten windows that fits, else the middle, cut to the aspect."""
+    """Windows of torchvision's RandomResizedCrop: the first of ten that fits, else the middle, cut to the aspect."""
     height, width = sizes.T[:, :, None]
     area = draws.area * height * width
-    wide, tall = np.rint(np.sqrt(area * draws.aspect)), np.rint(np.sqrt(area / draws.aspect))
-    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    widths, heights = np.rint(np.sqrt(area * draws.aspect)), np.rint(np.sqrt(area / draws.aspect))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     first = fits.argmax(axis=1)[:, None]
-    shown = np.concatenate([np.take_along_axis(side, first, 1) for side in (tall, wide)], axis=1)
-    widest = np.concatenate(
+    window = np.concatenate([np.take_along_axis(side, first, 1) for side in (heights, widths)], axis=1)
+    middle = np.concatenate(
         [np.minimum(height, np.rint(width / ASPECT[0])), np.minimum(width, np.rint(height * ASPECT[1]))], axis=1
     )
-    found = fits.any(axis=1, keepdims=True)
-    shown = np.where(found, shown, np.maximum(widest, 1)).astype(np.int64)
-    corner = np.where(found, draws.place * (sizes - shown + 1), (sizes - shown) // 2).astype(np.int64)
-    return np.concatenate([corner, shown], axis=1)
+    any_fits = fits.any(axis=1, keepdims=True)
+    window = np.where(any_fits, window, np.maximum(middle, 1)).astype(np.int64)
+    corner = np.where(any_fits, draws.place * (sizes - window + 1), (sizes - window) // 2).astype(np.int64)
+    return np.concatenate([corner, window], axis=1)

@@ -1,7 +1,7 @@
-"""Looks at every image of a source once: what `fastssl data check` reports."""
+"""A scan of every image of a source: what `fastssl data check` reports."""
 
 from collections import Counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -9,37 +9,49 @@ from torch.utils.data import DataLoader, Dataset
 from .decoding import open_image
 from .source import BadImage, Source
 
+T = TypeVar("T")
+
 
 class Findings(NamedTuple):
-    """Of a whole source."""
+    """Counts and sizes of a whole source."""
 
-    good: int
-    formats: Counter  # "JPEG RGB", "PNG I;16", …, "pixels RGB"
+    good: int  # images that can be decoded
+    formats: Counter[str]  # images of each format and mode: "JPEG RGB", "PNG I;16", …, "pixels RGB"
     heights: np.ndarray  # [good] int64, pixels
     widths: np.ndarray  # [good] int64
-    bytes: int  # of the files
-    labels: Counter  # images of each class
-    bad: list[str]  # "PATH: reason"
+    bytes: int  # size of all good files
+    labels: Counter[int]  # images of each class
+    bad: list[str]  # "PATH: reason" of the other images
 
 
-def check(source: Source, workers: int = 0) -> Findings:
-    """Decodes every image, in `workers` processes."""
-    formats, labels, sizes, held, bad = Counter(), Counter(), [], 0, []
-    for index, found in enumerate(DataLoader(_Looked(source), batch_size=None, num_workers=workers, collate_fn=_same)):
-        if isinstance(found, str):
-            bad.append(found)
+def scan(source: Source, workers: int = 0) -> Findings:
+    """Decodes every image of a source.
+
+    Args:
+        source: the images.
+        workers: processes that decode; 0 decodes in this process.
+    """
+    formats: Counter[str] = Counter()
+    labels: Counter[int] = Counter()
+    sizes: list[tuple[int, int]] = []
+    bad: list[str] = []
+    total_bytes = 0
+    facts = DataLoader(_Facts(source), batch_size=None, num_workers=workers, collate_fn=_identity)
+    for index, fact in enumerate(facts):
+        if isinstance(fact, str):
+            bad.append(fact)
             continue
-        kind, size, length = found
+        kind, size, length = fact
         formats[kind] += 1
         labels[source.label(index)] += 1
         sizes.append(size)
-        held += length
+        total_bytes += length
     heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
-    return Findings(len(sizes), formats, heights, widths, held, labels, bad)
+    return Findings(len(sizes), formats, heights, widths, total_bytes, labels, bad)
 
 
-class _Looked(Dataset):
-    """(format and mode, (height, width), bytes) of each image, or why it is bad."""
+class _Facts(Dataset):
+    """Format and mode, (height, width) and bytes of each image, or "PATH: reason" of one that can't be decoded."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -49,12 +61,12 @@ class _Looked(Dataset):
 
     def __getitem__(self, index: int) -> tuple[str, tuple[int, int], int] | str:
         try:
-            opened = open_image(self.source, index)
-            size = tuple(opened.pixels().shape[1:])
-            return f"{opened.format} {opened.mode}", size, opened.data.nbytes
+            image = open_image(self.source, index)
+            _, height, width = image.pixels().shape
+            return f"{image.format} {image.mode}", (height, width), image.data.nbytes
         except BadImage as error:
             return str(error)
 
 
-def _same(found):
-    return found
+def _identity(fact: T) -> T:
+    return fact

@@ -1,7 +1,8 @@
-"""Batches on the device, from a source by a augmentation.
+"""Batches on the device, from a source and an augmentation.
 
 Order and augmentations depend on (seed, epoch, index) alone. So the state of a loader is (epoch, batch): a run that is
-resumed in the middle of an epoch sees exactly what it would have seen, whatever the engine and the number of workers.
+resumed in the middle of an epoch gets exactly the batches that it would have got, with any engine and any number of
+workers.
 """
 
 import importlib.util
@@ -14,8 +15,8 @@ from fastssl.contract import Batch
 
 from .augmentation import Augmentation
 from .order import Order
-from .samples import Samples
-from .source import Source
+from .samples import Engine, Layout, Samples, describe
+from .source import BadSource, Source
 
 ENGINES = ("torchvision", "dali")
 
@@ -25,20 +26,22 @@ class Loader:
 
     Args:
         source: the images.
-        augmentation: the views to make of each.
-        batch_size: samples a batch, on each rank. In training the last, incomplete batch of an epoch is left out.
-        seed: of the order and of the augmentations.
-        workers: processes (torchvision) or threads (dali) that decode and augment; 0 does it in this process.
-        device: where the batches go; pixels travel as bytes and become normalised floats there.
-        train: shuffled and without the incomplete batch; else in order and complete.
-        engine: "torchvision" or "dali". Same order, same draws; pixels differ by what two ways to resample differ.
-        rank, world: which part of every batch is wanted, see `Order`.
-        bad_files: file that images which can't be decoded are named in; in training others of the batch stand in.
-        max_bad: share of the source (of a rank's part of it) that may be bad; beyond it the run stops.
+        augmentation: the views to make of each image.
+        batch_size: samples per batch on each rank. Training leaves out the last, incomplete batch of an epoch.
+        seed: seed of the order and of the augmentations.
+        workers: processes (torchvision) or threads (DALI) that decode and augment; 0 works in this process.
+        device: device of the batches. Pixels are copied as bytes and become normalised floats there.
+        train: shuffle, and leave out the incomplete batch; else the source's order, complete.
+        engine: "torchvision" or "dali". Both have the same order and the same draws; pixels differ slightly by the
+            engines' resampling.
+        rank, world: number of this rank, and number of ranks, see `Order`.
+        bad_files: file to which the names of images that can't be decoded are appended. In training others of the batch
+            take their place, in evaluation they are left out.
+        max_bad: largest share of the source (of this rank's part of it) that may be bad.
 
     Raises:
-        ValueError: the batch is larger than the source, an engine is unknown or not installed, or, while iterating, too
-            many images are bad.
+        ValueError: the batch is larger than the source, or the engine is unknown or not installed; while iterating, too
+            many images are bad, or the source's extras differ between images.
     """
 
     def __init__(
@@ -63,41 +66,49 @@ class Loader:
         if not 0 <= rank < world:
             raise ValueError(f"data: rank must be one of 0 … {world - 1}, got {rank}")
         if train and batch_size * world > len(source):
-            each = f" on each of {world} ranks" if world > 1 else ""
+            per_rank = f" on each of {world} ranks" if world > 1 else ""
             raise ValueError(
-                f"data: the batch of {batch_size}{each} is larger than the data, which has {len(source)} images"
+                f"data: the batch of {batch_size}{per_rank} is larger than the data, which has {len(source)} images"
             )
         self.device = torch.device(device)
         self.augmentation, self.bad_files, self.max_bad, self.total = augmentation, bad_files, max_bad, len(source)
         self._bad: set[int] = set()
         self._order = Order(len(source), batch_size, seed, train, source.shards, rank, world)
-        self._runs, self._world = 0, world
+        self._epochs_begun, self._world = 0, world
+        self._layout: Layout | None = None  # of the source's extras, known from the first batch
         self._engine = _build_engine(engine, source, augmentation, batch_size, seed, workers, self.device, train)
-        self._scale = [
+        self._mean_and_std = [
             tuple(torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (view.mean, view.std))
             for view in augmentation.views
         ]
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Batches per epoch."""
         return len(self._order)
 
+    @property
+    def bad_count(self) -> int:
+        """Number of images so far that could not be decoded."""
+        return len(self._bad)
+
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `number`, `len(loader)` of them, from batch `start` on. It ends one still under way."""
+        """The batches of epoch `number` from batch `start` on, of `len(loader)`. An unfinished earlier epoch ends."""
         if not 0 <= start <= len(self):
             raise ValueError(f"data: start must be a batch of the epoch, 0 … {len(self)}, got {start}")
-        self._runs += 1
-        samples = self._checked(self._engine.run(number, self._order.batches(number, start)), self._runs)
-        return map(self._batch, samples) if self.device.type == "cpu" else self._beside_the_step(samples)
+        self._epochs_begun += 1
+        samples = self._checked(self._engine.run(number, self._order.batches(number, start)), self._epochs_begun)
+        return map(self._to_batch, samples) if self.device.type == "cpu" else self._on_copy_stream(samples)
 
-    def _checked(self, made: Iterator[Samples], run: int) -> Iterator[Samples]:
+    def _checked(self, batches: Iterator[Samples], epoch_begun: int) -> Iterator[Samples]:
+        """The batches with at least one image, once bad images are noted and extras are checked."""
         while True:
-            if run != self._runs:
-                raise RuntimeError("data: this epoch was ended by a later one: a loader has one under way at a time")
-            if (samples := next(made, None)) is None:
+            if epoch_begun != self._epochs_begun:
+                raise RuntimeError("data: a later epoch ended this one: a loader runs one epoch at a time")
+            if (samples := next(batches, None)) is None:
                 return
-            self._note(samples.bad)
+            self._note_bad(samples.bad)
             if len(samples.index):
+                self._check_extras(samples)
                 yield samples
             elif samples.bad and self._order.train:
                 raise ValueError(
@@ -105,31 +116,53 @@ class Loader:
                     f"(the last: {samples.bad[-1][1]})"
                 )
 
-    def _batch(self, samples: Samples) -> Batch:
-        """Bytes to normalised floats, on the device."""
-        views = (
+    def _to_batch(self, samples: Samples) -> Batch:
+        """Copies a batch to the device; bytes become normalised floats."""
+        views = tuple(
             view.to(self.device, non_blocking=True).float().sub_(mean).div_(std)
-            for view, (mean, std) in zip(samples.views, self._scale)
+            for view, (mean, std) in zip(samples.views, self._mean_and_std)
         )
-        numbers = (samples.index, samples.label, samples.seed)  # copied: shared memory of a worker holds a file open
-        return Batch(tuple(views), *(tensor.to(self.device, non_blocking=True, copy=True) for tensor in numbers))
+        # the others are copied on a CPU too: a tensor in a worker's shared memory holds a file open
+        index, label, seed, *values = (
+            tensor.to(self.device, non_blocking=True, copy=True)
+            for tensor in (samples.index, samples.label, samples.seed, *samples.extras.values())
+        )
+        return Batch(views, index, label, seed, dict(zip(samples.extras, values)))
 
-    def _beside_the_step(self, made: Iterator[Samples]) -> Iterator[Batch]:
-        """On a stream of its own: copy and normalisation pass while the GPU still computes the step before."""
-        stream, read, before = torch.cuda.Stream(self.device), torch.cuda.Event(), None
-        for samples in made:
-            if before is not None:
-                read.synchronize()  # long done; until then DALI may not have its memory back
+    def _on_copy_stream(self, batches: Iterator[Samples]) -> Iterator[Batch]:
+        """Copies and normalises on a stream of its own, while the GPU computes the previous step."""
+        stream, copied = torch.cuda.Stream(self.device), torch.cuda.Event()
+        previous: Samples | None = None
+        for samples in batches:
+            if previous is not None:
+                copied.synchronize()  # long done; only then may DALI reuse the memory of the previous samples
             with torch.cuda.stream(stream):
-                batch, before = self._batch(samples), samples
-                read.record()
-            computing = torch.cuda.current_stream(self.device)
-            computing.wait_stream(stream)
-            for tensor in (*batch.views, *batch[1:]):
-                tensor.record_stream(computing)  # its memory may not be used again before the step is through with it
+                batch, previous = self._to_batch(samples), samples
+                copied.record()
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            for tensor in (*batch.views, batch.index, batch.label, batch.seed, *batch.extras.values()):
+                if tensor is not None:
+                    tensor.record_stream(current)  # its memory may not be reused before the step has read it
             yield batch
 
-    def _note(self, bad: list[tuple[int, str]]) -> None:
+    def _check_extras(self, samples: Samples) -> None:
+        """Compares extras with those of the first batch; the engines compare them within a batch."""
+        layout: Layout = {key: (value.dtype, tuple(value.shape[1:])) for key, value in samples.extras.items()}
+        if self._layout is None:
+            self._layout = layout
+        if layout != self._layout:
+            raise BadSource(
+                f"data: extras must have the same keys, shapes and dtypes for every image, got {describe(layout)} in a "
+                f"batch after {describe(self._layout)} in another"
+            )
+
+    def _note_bad(self, bad: list[tuple[int, str]]) -> None:
+        """Appends new bad images to the file of bad files.
+
+        Raises:
+            ValueError: there are more bad images than `max_bad` allows.
+        """
         new = [(index, reason) for index, reason in bad if index not in self._bad]
         if not new:
             return
@@ -145,26 +178,32 @@ class Loader:
                 f"that max_bad allows{where} (the last: {new[-1][1]})"
             )
 
-    @property
-    def bad(self) -> int:
-        """Images that could not be decoded so far."""
-        return len(self._bad)
-
 
 def has_dali() -> bool:
-    """True where NVIDIA's DALI is installed."""
+    """True if NVIDIA DALI is installed."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-def _build_engine(name, source, augmentation, batch_size, seed, workers, device, train):
+def _build_engine(
+    name: str,
+    source: Source,
+    augmentation: Augmentation,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    device: torch.device,
+    train: bool,
+) -> Engine:
     if name == "torchvision":
-        from .torchvision import Engine
+        from .torchvision import Engine as TorchvisionEngine
 
-        return Engine(source, augmentation, seed, workers=workers, pin=device.type == "cuda", fill=train)
+        pin = device.type == "cuda"
+        return TorchvisionEngine(source, augmentation, seed, workers=workers, pin=pin, fill_in=train)
     if name != "dali":
         raise ValueError(f"data: unknown engine {name!r}, there are {', '.join(ENGINES)}")
     if not has_dali():
         raise ValueError("data: the engine dali is not installed: pip install 'fastssl-engine[dali]' (Linux)")
-    from .dali import Engine
+    from .dali import Engine as DaliEngine
 
-    return Engine(source, augmentation, seed, batch_size=batch_size, threads=max(1, workers), device=device, fill=train)
+    threads = max(1, workers)
+    return DaliEngine(source, augmentation, seed, batch_size=batch_size, threads=threads, device=device, fill_in=train)

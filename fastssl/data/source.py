@@ -1,6 +1,11 @@
-"""Where images come from. A source is a module of `sources`: `folder:PATH` is opened by `sources/folder.py`.
+"""Sources of images, opened by name: `NAME:ARGUMENT` on the command line and in `open_source`.
 
-Each such module has ``open_split(argument, split)``, with split "train" or "test", which returns a `Source`.
+    folder:PATH                  a source of this package: the module `fastssl/data/sources/folder.py`
+    package.module:ARGUMENT      a source of your own: a name with a dot is imported as a Python module
+
+A source module has the function ``open_split(argument, split)``. It gets the text after the colon (empty without one)
+and the split, "train" or "test", and returns a `Source`. A module of your own must be importable: installed, or in a
+folder of PYTHONPATH.
 """
 
 import importlib
@@ -15,39 +20,71 @@ import numpy as np
 
 import fastssl.data.sources
 
-MOST_CLASSES = 1_000_000
+SPLITS = ("train", "test")
+MAX_CLASSES = 1_000_000
 
 
 class BadImage(Exception):
-    """An image that can't be decoded. Its text is "PATH: reason"."""
+    """Error of an image that can't be read or decoded, with the text "PATH: reason"."""
+
+
+class BadSource(ValueError):
+    """Error of a source that breaks the contract of `Source`, in one sentence."""
 
 
 class Source(Protocol):
-    """Images by number. It must be picklable, and the same number must always give the same image."""
+    """Images by number.
 
-    classes: list[str] | None  # names of the labels, or None where there are none
-    size: tuple[int, int] | None  # (height, width) of every image, or None where they differ
-    shards: np.ndarray | None  # first image of each file that is best read in a row, and the end; None: any order
+    A source is picklable, and the same number always gives the same image. A class that inherits from `Source` gets its
+    `extras`; other classes with the same attributes are sources too.
+    """
 
-    def __len__(self) -> int: ...
+    classes: list[str] | None  # names of the labels; None: the images have no labels
+    size: tuple[int, int] | None  # (height, width) of every image; None: sizes differ
+    shards: np.ndarray | None  # [S + 1] first image of each file best read in sequence, and the end; None: any order
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
 
     def read(self, index: int) -> np.ndarray:
-        """uint8, writable: pixels [H, W, 3], or the bytes [N] of a file, which `decoding.Opened` turns into pixels.
+        """Pixels [H, W, 3] or the bytes [N] of an image file, uint8 and writable. `decoding.ImageFile` decodes both.
 
         Raises:
-            BadImage: it can't be read.
+            BadImage: the image can't be read.
         """
+        ...
 
     def name(self, index: int) -> str:
-        """What a user would look for: a path."""
+        """Name of the image in messages, such as its path."""
+        ...
 
     def label(self, index: int) -> int:
-        """The class of the image, or −1 where the source has no labels."""
+        """Class of the image, −1 without a label."""
+        ...
+
+    def extras(self, index: int) -> dict[str, np.ndarray]:
+        """Arrays that belong to the image, such as token ids or a depth map; none by default.
+
+        Keys, shapes and dtypes are the same for every image. Loaders stack them to `Batch.extras`, unchanged: the
+        augmentation changes pixels only.
+
+        Raises:
+            BadImage: the arrays can't be read; the image is then treated as one that can't be decoded.
+        """
+        return {}
+
+
+def read_extras(source: Source, index: int) -> dict[str, np.ndarray]:
+    """``source.extras(index)``; an empty dict for a source without that method."""
+    return source.extras(index) if hasattr(source, "extras") else {}
 
 
 class Strings:
-    """A list of strings as one run of bytes: of a million Python strings, whose references are counted where they lie,
-    every worker would come to own a copy."""
+    """An immutable list of strings, stored as one array of bytes.
+
+    The reference counts of a million Python strings would make every forked worker copy the memory that holds them.
+    """
 
     def __init__(self, strings: Sequence[str]):
         encoded = [os.fsencode(string) for string in strings]
@@ -60,13 +97,12 @@ class Strings:
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
 
 
-class Subset:
-    """Some images of a source, as a source."""
-
-    shards = None
+class Subset(Source):
+    """Images of a source selected by their numbers, renumbered from 0."""
 
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source, self.indices, self.classes, self.size = source, indices, source.classes, source.size
+        self.shards = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -80,43 +116,90 @@ class Subset:
     def label(self, index: int) -> int:
         return self.source.label(self.indices[index])
 
+    def extras(self, index: int) -> dict[str, np.ndarray]:
+        return read_extras(self.source, self.indices[index])
 
-def names() -> list[str]:
-    """The sources there are."""
+
+def source_names() -> list[str]:
+    """Names of the sources in this package."""
     return sorted(module.name for module in pkgutil.iter_modules(fastssl.data.sources.__path__))
 
 
 def cache_folder() -> Path:
-    """Where a source may keep what took long to find out: $XDG_CACHE_HOME/fastssl or ~/.cache/fastssl; a temporary
-    folder for those who have no home."""
+    """Folder for cached file lists and downloads: $XDG_CACHE_HOME/fastssl or ~/.cache/fastssl.
+
+    A user without a home folder gets a temporary folder.
+    """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastssl")
     except RuntimeError:
         return Path(tempfile.gettempdir(), f"fastssl-{os.getuid()}")
 
 
-def expanded(path: str) -> Path:
-    """With ~ and ~user as a shell has them."""
+def expand_user(path: str) -> Path:
+    """The path with ~ and ~user replaced by home folders, as in a shell.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(f"data: {path}: {error}") from error
 
 
-def numbered(labels: np.ndarray, what: str) -> list[str]:
-    """Names of classes that are numbers: "0", "1", … up to the largest label."""
-    if (most := int(labels.max())) >= MOST_CLASSES:
-        raise ValueError(f"data: {what}: labels must be numbers of classes below {MOST_CLASSES:,}, got {most}")
-    return [str(label) for label in range(most + 1)]
+def class_names(labels: np.ndarray, name: str) -> list[str]:
+    """Names "0", "1", … of classes that are given by numbers, up to the largest label.
+
+    Args:
+        labels: [N] integers from 0 on, at least one.
+        name: the source in the error.
+
+    Raises:
+        ValueError: a label is `MAX_CLASSES` or larger.
+    """
+    if (largest := int(labels.max())) >= MAX_CLASSES:
+        raise ValueError(f"data: {name}: labels must be class numbers below {MAX_CLASSES:,}, got {largest}")
+    return [str(label) for label in range(largest + 1)]
 
 
 def open_source(spec: str, split: str = "train") -> Source:
-    """Opens `NAME` or `NAME:ARGUMENT`; what the argument means is the source's own business.
+    """Opens the source named by `NAME`, `NAME:ARGUMENT` or `package.module:ARGUMENT`.
+
+    Args:
+        spec: the name and what that source takes as its argument, such as a path.
+        split: "train" or "test".
 
     Raises:
-        ValueError: there is no source of that name, or it refuses the argument; one sentence.
+        ValueError: the source does not exist, can't be imported or refuses the argument; one sentence.
     """
+    if split not in SPLITS:
+        raise ValueError(f"data: split must be {' or '.join(SPLITS)}, got {split!r}")
     name, _, argument = spec.partition(":")
-    if name not in names():
-        raise ValueError(f"data: unknown source {name!r}, there are {', '.join(names())} (folder:PATH for your images)")
-    return importlib.import_module(f"fastssl.data.sources.{name}").open_split(argument, split)
+    if name in source_names():
+        return importlib.import_module(f"fastssl.data.sources.{name}").open_split(argument, split)
+    if "." not in name or not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(
+            f"data: unknown source {name!r}, there are {', '.join(source_names())} (folder:PATH for your images, "
+            f"package.module:ARGUMENT for a source of your own)"
+        )
+    return _open_module(name, argument, split)
+
+
+def _open_module(name: str, argument: str, split: str) -> Source:
+    """The source of a module outside this package."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"data: the source module {name} can't be imported ({error}): install it, or add its folder to PYTHONPATH"
+        ) from error
+    if not callable(getattr(module, "open_split", None)):
+        raise ValueError(f"data: the source module {name} must have a function open_split(argument, split), got none")
+    source = module.open_split(argument, split)
+    required = ("classes", "size", "shards", "__len__", "read", "name", "label")
+    if missing := [attribute for attribute in required if not hasattr(source, attribute)]:
+        raise BadSource(
+            f"data: {name}.open_split must return a source, got {type(source).__name__} without {', '.join(missing)}"
+        )
+    return source

@@ -1,4 +1,4 @@
-"""How fast a loader is: images and processor time."""
+"""Throughput of a loader: images per second and processor time."""
 
 import os
 import time
@@ -6,34 +6,37 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
-class Speed(NamedTuple):
+class Throughput(NamedTuple):
+    """Speed and cost of a loader."""
+
     images_per_second: float
-    cpu_seconds: float  # a thousand images, of this process and its workers, with what it takes to start them
+    cpu_seconds: float  # per 1,000 images, of this process and its workers, their start included
 
 
-def speed(start: Callable[[], Iterator[int]], seconds: float, warm_up: int = 4) -> Speed:
+def measure_throughput(start: Callable[[], Iterator[int]], seconds: float, warm_up: int = 4) -> Throughput:
     """Runs a loader for about `seconds`.
 
     Args:
-        start: makes a loader and returns an endless iterator of its batches' sizes.
-        seconds: measured, after the warm-up.
-        warm_up: batches before the clock starts: workers are started, and what they prefetched meanwhile is used up.
+        start: makes a loader and returns an endless iterator over the sizes of its batches.
+        seconds: time to measure, after the warm-up.
+        warm_up: batches before the clock starts, in which workers start and what they prefetched is used up.
     """
-    before = _cpu()
+    cpu_before = _cpu_seconds()
     batches = start()
-    first = sum(next(batches) for _ in range(warm_up))
+    warm_up_images = sum(next(batches) for _ in range(warm_up))
     started, images = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < seconds or not images:
+    while (elapsed := time.perf_counter() - started) < seconds or not images:
         images += next(batches)
-        passed = time.perf_counter() - started
-    del batches  # ends the workers, whose time counts from then on
-    return Speed(images / passed, (_cpu() - before) / (first + images) * 1000)
+        elapsed = time.perf_counter() - started
+    del batches  # ends the workers, whose processor time is counted only then
+    return Throughput(images / elapsed, (_cpu_seconds() - cpu_before) / (warm_up_images + images) * 1000)
 
 
 def cores() -> int:
-    """Those that this process may use, which in a container or a batch job are not all."""
+    """Number of processor cores that this process may use, which a container or a batch job can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu() -> float:
-    return sum(os.times()[:4])  # user and system; of this process, and of children that have ended
+def _cpu_seconds() -> float:
+    """User and system time of this process and of its children that have ended."""
+    return sum(os.times()[:4])

@@ -1,133 +1,174 @@
-"""The engine for every machine and every source: worker processes decode once, torchvision resamples every view of it,
-and `augment_` does the colours of a whole batch."""
+"""The engine for every machine and every source, on torchvision.
+
+Worker processes decode each image once, torchvision resamples every view of it, and `augment_` changes the colours of a
+whole batch.
+"""
 
 import gc
 import itertools
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fastssl.ops import augment_
 
 from .augmentation import Augmentation, View
-from .decoding import Opened, open_image
+from .decoding import ImageFile, open_image
 from .draws import Draws, draw, mix, windows
-from .samples import Samples, stand_in
-from .source import BadImage, Source
+from .samples import Samples, fill_in_rows, labels_of, stack_extras
+from .source import BadImage, BadSource, Source, read_extras
 
-HELD = 16  # files of a batch that are in memory at a time
+FILES_IN_MEMORY = 16  # files of a batch that are in memory at a time
+
+T = TypeVar("T")
 
 
 class Engine:
-    """Makes batches by torchvision.
+    """Makes batches with torchvision.
 
     Args:
-        source, augmentation, seed: what to read, what to make of it, and the seed of all draws.
-        workers: processes that make batches; 0 makes them here, with torch's threads.
-        pin: into page-locked memory, from which a GPU fetches while the host goes on.
-        fill: others of the batch stand in for images that can't be decoded.
+        source: the images.
+        augmentation: the views to make of each image.
+        seed: seed of all draws.
+        workers: processes that make batches; 0 makes them in this process, with torch's threads.
+        pin: copy batches to page-locked memory, from which a GPU copies them asynchronously.
+        fill_in: replace images that can't be decoded by others of the batch; else they are left out.
     """
 
-    def __init__(self, source: Source, augmentation: Augmentation, seed: int, *, workers: int, pin: bool, fill: bool):
-        self._plan, self._forks = _Plan(), workers > 0
+    def __init__(
+        self, source: Source, augmentation: Augmentation, seed: int, *, workers: int, pin: bool, fill_in: bool
+    ):
+        self._sampler, self._will_fork = _BatchSampler(), workers > 0
         self._batches = DataLoader(
-            _Maker(source, augmentation, seed, fill),
+            _Batches(source, augmentation, seed, fill_in),
             batch_size=None,
-            sampler=self._plan,
+            sampler=self._sampler,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             persistent_workers=workers > 0,
             pin_memory=pin,
-            worker_init_fn=_keep_garbage,
-            generator=torch.Generator(),  # else each epoch would draw from the global one, and a resume once more
+            worker_init_fn=_freeze_garbage,
+            generator=torch.Generator(),  # the global generator would advance in every epoch, and again after a resume
         )
 
     def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Samples]:
-        """Makes these batches of image numbers, in their order."""
-        self._plan.epoch, self._plan.batches = epoch, batches
-        if self._forks:  # once: the workers stay
+        """Makes the batches of these image numbers, in their order."""
+        self._sampler.epoch, self._sampler.batches = epoch, batches
+        if self._will_fork:  # once: the workers are persistent
             gc.collect()
-            self._forks = False
-        return iter(self._batches)
+            self._will_fork = False
+        return map(_raise_error, iter(self._batches))
 
 
-def make(source: Source, augmentation: Augmentation, seed: int, epoch: int, indices: np.ndarray, fill: bool) -> Samples:
-    """One batch. Files are held a few at a time and pixels one at a time: large photographs would fill the memory."""
+def make_batch(
+    source: Source, augmentation: Augmentation, seed: int, epoch: int, indices: np.ndarray, fill_in: bool
+) -> Samples:
+    """Makes the batch of these image numbers [B].
+
+    Memory: holds `FILES_IN_MEMORY` files and the pixels of one image at a time, since photographs may be large.
+    """
     seeds = mix(seed, epoch, indices)
     draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
     views = [torch.empty(len(indices), 3, *view.size, dtype=torch.uint8) for view in augmentation.views]
-    good, bad = [], []
-    for first in range(0, len(indices), HELD):
-        opened: dict[int, Opened] = {}  # by the row of the batch
-        for row in range(first, min(first + HELD, len(indices))):
+    extras: dict[int, dict[str, np.ndarray]] = {}  # by row of the batch, of the images that can be decoded
+    bad: list[tuple[int, str]] = []
+    for first in range(0, len(indices), FILES_IN_MEMORY):
+        files: dict[int, ImageFile] = {}  # by row of the batch
+        for row in range(first, min(first + FILES_IN_MEMORY, len(indices))):
             try:
-                opened[row] = open_image(source, int(indices[row]))
+                files[row] = open_image(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
-        for row, shown in _windows(augmentation, draws, opened):
+        for row, view_windows in _windows(augmentation, draws, files):
             try:
-                pixels = opened[row].pixels()
+                pixels = files[row].pixels()
+                extras[row] = read_extras(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
                 continue
-            good.append(row)
-            for view, window, made in zip(augmentation.views, shown, views):
-                made[row] = resampled(pixels, view, window)
+            for view, window, batch in zip(augmentation.views, view_windows, views):
+                batch[row] = resample(pixels, view, window)
+    rows = list(extras)
     if bad:
-        rows = stand_in(good, len(indices)) if fill else good
+        rows = fill_in_rows(rows, len(indices)) if fill_in else rows
         indices, seeds = indices[rows], seeds[rows]
         views, draws = [view[rows] for view in views], [drawn.take(rows) for drawn in draws]
-    for view, drawn, made in zip(augmentation.views, draws, views):
-        augment_(made, *map(torch.from_numpy, drawn.colours), grey_first=view.grayscale_first)
-    labels = np.array([source.label(index) for index in indices.tolist()], dtype=np.int64)
-    return Samples(views, *map(torch.from_numpy, (indices, labels, seeds)), bad)
+    for view, drawn, batch in zip(augmentation.views, draws, views):
+        change_colours(batch, view, drawn)
+    stacked = stack_extras(source, indices, [extras[row] for row in rows])
+    labels = labels_of(source, indices)
+    return Samples(views, torch.from_numpy(indices), labels, torch.from_numpy(seeds), stacked, bad)
 
 
-def resampled(image: Tensor, view: View, window: list[int]) -> Tensor:
-    """[3, h, w]: the window (top, left, height, width) of an image [3, H, W] in the view's size, antialiased."""
+def resample(image: Tensor, view: View, window: list[int]) -> Tensor:
+    """The window (top, left, height, width) of an image [3, H, W] in the view's size, antialiased: [3, h, w]."""
     top, left, height, width = window
-    shown = image[None, :, top : top + height, left : left + width]
-    return F.interpolate(shown, view.size, mode=view.interpolation, antialias=True)[0]
+    cropped = image[None, :, top : top + height, left : left + width]
+    return F.interpolate(cropped, view.size, mode=view.interpolation, antialias=True)[0]
 
 
-def _windows(augmentation: Augmentation, draws: list[Draws], opened: dict[int, Opened]) -> Iterator[tuple[int, tuple]]:
-    """(row, the window of each view) of opened images; of several at once, since numpy's calls take long."""
-    rows, sizes = list(opened), np.array([image.size for image in opened.values()]).reshape(-1, 2)
-    shown = [windows(view, drawn.take(rows), sizes).tolist() for view, drawn in zip(augmentation.views, draws)]
-    return zip(rows, zip(*shown))
+def change_colours(pixels: Tensor, view: View, draws: Draws) -> None:
+    """Changes the colours of a batch [B, 3, H, W] uint8 by its draws, in place."""
+    jitter, order, grey, sigma, solarize, flip = map(torch.from_numpy, draws.colours)
+    augment_(pixels, jitter, order, grey, sigma, solarize, flip, grey_first=view.grayscale_first)
 
 
-class _Plan:
-    """A sampler of whole batches. The epoch travels with each to workers that outlive it."""
+def _windows(
+    augmentation: Augmentation, draws: list[Draws], files: dict[int, ImageFile]
+) -> Iterator[tuple[int, tuple[list[int], ...]]]:
+    """(row, the window of each view) for several files at once, since a call of NumPy takes long."""
+    rows, sizes = list(files), np.array([file.size for file in files.values()]).reshape(-1, 2)
+    by_view = [windows(view, drawn.take(rows), sizes).tolist() for view, drawn in zip(augmentation.views, draws)]
+    return zip(rows, zip(*by_view))
 
-    epoch, batches = 0, ()
 
-    def __iter__(self):
+class _BatchSampler(Sampler):
+    """A sampler of whole batches: (epoch, image numbers). The workers outlive an epoch, so they are told its number."""
+
+    epoch: int = 0
+    batches: list[np.ndarray] = []  # noqa: RUF012 - replaced, never changed
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         return zip(itertools.repeat(self.epoch), self.batches)
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-def _keep_garbage(worker: int) -> None:
-    """What was garbage when a worker was forked is not collected there: the end of a pipeline of DALI would wait for
-    its threads, which a fork does not have."""
+class _Batches(Dataset):
+    """A dataset whose samples are whole batches.
+
+    An error of the source is returned, since a worker's exception would arrive with the worker's traceback as its text.
+    """
+
+    def __init__(self, source: Source, augmentation: Augmentation, seed: int, fill_in: bool):
+        self.source, self.augmentation, self.seed, self.fill_in = source, augmentation, seed, fill_in
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Samples | BadSource:
+        try:
+            return make_batch(self.source, self.augmentation, self.seed, *key, self.fill_in)
+        except BadSource as error:
+            return error
+
+
+def _raise_error(samples: Samples | BadSource) -> Samples:
+    if isinstance(samples, BadSource):
+        raise samples
+    return samples
+
+
+def _freeze_garbage(worker: int) -> None:
+    """Keeps the collector of a worker from garbage that it inherited.
+
+    A pipeline of DALI would wait for its threads when it is collected, and a forked process does not have them.
+    """
     gc.freeze()
 
 
-class _Maker(Dataset):
-    """A data set whose samples are whole batches."""
-
-    def __init__(self, source: Source, augmentation: Augmentation, seed: int, fill: bool):
-        self.source, self.augmentation, self.seed, self.fill = source, augmentation, seed, fill
-
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> Samples:
-        return make(self.source, self.augmentation, self.seed, *key, self.fill)
-
-
-def _as_it_is(samples: Samples) -> Samples:
+def _identity(samples: T) -> T:
     return samples

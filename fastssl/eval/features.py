@@ -1,4 +1,4 @@
-"""Features of a whole source, computed once."""
+"""Features of all images of a source."""
 
 import functools
 from collections.abc import Callable
@@ -25,11 +25,21 @@ def extract(
     engine: str = "torchvision",
     part: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(features [N, F] float32, labels [N], indices [N]) of every image that can be decoded, in `size`.
+    """(features [N, F] float32, labels [N], indices [N]) of every image that can be decoded.
 
-    `features` maps normalised images [B, 3, H, W] to [B, F]; a method's ``features`` in evaluation mode does. Of images
-    it sees the middle, undistorted, 224 pixels of a side of 256; those that are no larger than `size`, as much as its
-    aspect admits. `part` is (rank, world): which images to take, where each rank extracts some; N may be 0 there.
+    Images are shown as in the papers' evaluation: undistorted, the centre of 224 pixels of a side of 256, at any
+    `size`; images no larger than `size` are shown whole, as far as its aspect ratio admits.
+
+    Args:
+        features: normalised images [B, 3, H, W] → [B, F], such as a method's `features` in evaluation mode.
+        source: images to extract.
+        size: (height, width) in pixels that `features` takes.
+        batch_size: images a batch.
+        workers, device, engine: as for `Loader`.
+        part: (rank, world): the part of the images to extract, which may be empty.
+
+    Raises:
+        ValueError: none of the images can be decoded.
     """
     small = source.size is not None and max(source.size) <= max(size)
     augmentation = evaluation(size, centre=1.0 if small else 0.875)
@@ -49,18 +59,23 @@ def extract(
     parts = [(features(batch.views[0]).float(), batch.label, batch.index) for batch in loader.epoch(0)]
     if not parts and world == 1:
         raise ValueError("features: none of the images can be decoded")
-    if not parts:  # the others must know how wide nothing is
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return features(torch.zeros(1, 3, *size, device=device))[:0].float(), none, none
+    if not parts:  # an empty table of the right width, for collectives
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        return features(torch.zeros(1, 3, *size, device=device))[:0].float(), empty, empty
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
-def extract_together(
-    features: Callable[[Tensor], Tensor], source: Source, size: tuple[int, int], **where
+def extract_on_all_ranks(
+    features: Callable[[Tensor], Tensor], source: Source, size: tuple[int, int], **loading
 ) -> tuple[Tensor, Tensor]:
-    """`extract`'s (features, labels) on every rank alike, in the source's order; each extracts its part."""
-    mine = extract(features, source, size, part=(rank(), world_size()), **where)
-    x, labels, index = map(all_gather_uneven, mine)
+    """(features, labels) of all images on every rank, in the source's order; each rank extracts its part.
+
+    Args:
+        features, source, size: as for `extract`.
+        loading: `device`, `workers` and `engine`, as for `Loader`.
+    """
+    table = extract(features, source, size, part=(rank(), world_size()), **loading)
+    x, labels, index = map(all_gather_uneven, table)
     if not len(x):
         raise ValueError("features: none of the images can be decoded")
     order = index.argsort()
@@ -68,27 +83,23 @@ def extract_together(
 
 
 def all_gather_uneven(x: Tensor) -> Tensor:
-    """[B, …] of every rank, B different on each, → all of them in rank order; no gradient."""
+    """Rows [B, …] of every rank, where B may differ between ranks, in rank order; no gradient."""
     sizes = all_gather_object(len(x))
     if len(sizes) == 1:
         return x
     padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
-    return torch.cat([theirs[:size] for theirs, size in zip(all_gather(padded).chunk(len(sizes)), sizes)])
+    return torch.cat([part[:size] for part, size in zip(all_gather(padded).chunk(len(sizes)), sizes)])
 
 
 def features_of(method: nn.Module, pool: str | None = None) -> Callable[[Tensor], Tensor]:
-    """The method's ``features``; with `pool` "cls" or "mean" those of its ViT, pooled so.
+    """The method's `features`, or with `pool` "token" or "avg" those of its ViT encoder with that pooling.
 
     Raises:
-        ValueError: `pool` is given and there is no ViT.
+        ValueError: `pool` is given and the encoder is not a `ViT`.
     """
     if pool is None:
         return method.features
-    if (vit := vit_of(method)) is None:
-        raise ValueError(f"eval: --pool is for ViTs, and {type(method).__name__} has another backbone here")
-    return functools.partial(vit.features, pool=pool)
-
-
-def vit_of(method: nn.Module) -> ViT | None:
-    """The encoder if it is a `ViT`: a MAE itself, of a MoCo v3 the base encoder."""
-    return next((m for m in (method, getattr(method, "base_encoder", None)) if isinstance(m, ViT)), None)
+    encoder = method.encoder
+    if not isinstance(encoder, ViT):
+        raise ValueError(f"eval: --pool is for ViTs, and the encoder of {type(method).__name__} is not one")
+    return functools.partial(encoder.features, pool=pool)

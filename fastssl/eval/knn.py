@@ -10,9 +10,9 @@ from fastssl.distributed import all_gather, all_gather_object
 
 from .features import all_gather_uneven
 
-TILE = 1024  # queries and bank features at a time: memory is TILE × (TILE + k), never queries × bank
-LOW = 2**32 - 1  # the lower half of a key, and its largest tag
-NONE = -(2**63)  # key of a neighbour that isn't there
+TILE = 1024  # rows of queries and of the bank in one product: memory is TILE × (TILE + k), not queries × bank
+LOW = 2**32 - 1  # lower half of a key, and the largest tag
+NONE = -(2**63)  # key of a missing neighbour
 
 
 @torch.no_grad()
@@ -24,16 +24,16 @@ def knn_accuracy(
     ks: Sequence[int] = (10, 20, 200),
     tau: float = 0.07,
 ) -> dict[int, float]:
-    """{k: share of the queries whose k nearest bank features, by cosine, vote for their label}, votes exp(cos / τ).
+    """{k: share of the queries for whose label their k nearest bank features vote}, by cosine, with votes exp(cos / τ).
 
-    Of equally near features those of smaller labels vote, so that the result does not depend on the bank's order. On
-    several ranks each gives its own part of bank and queries, of any sizes, and all get the accuracy of the whole: the
-    bank stays where it is, the queries go round, and only the k nearest of each rank meet.
+    Among equally near features those with smaller labels vote, so that the result does not depend on the order of the
+    bank. On several ranks each passes its part of bank and queries, of any size, and all get the accuracy of the
+    whole: queries are gathered, the bank is not, and the k nearest of all ranks are merged.
 
     Args:
-        bank: [N, F], queries: [M, F], floating, on one device; computed in float32. bank_labels: [N], 0 … 2³² − 1,
-            labels: [M], int64.
-        ks: numbers of neighbours, all answered by one search; k is cut to N.
+        bank: [N, F], queries: [M, F], floating point, on one device; computed in float32. bank_labels: [N],
+            0 … 2³² − 1, labels: [M], int64.
+        ks: numbers of neighbours, all from one search; at most N are used.
         tau: temperature of the votes.
 
     Raises:
@@ -46,64 +46,66 @@ def knn_accuracy(
         raise ValueError(f"knn: ks must be at least 1 and tau > 0, got {tuple(ks)} and {tau}")
     wrong = not bank.isfinite().all() or not queries.isfinite().all() or bool((bank_labels < 0).any())
     highest = [int(column.max()) for column in (bank_labels, labels) if len(column)]
-    banks, asked, wrongs, classes = zip(*all_gather_object((len(bank), len(queries), wrong, max(highest, default=0))))
-    if any(wrongs) or not sum(banks) or not sum(asked):
+    banks, counts, wrongs, classes = zip(*all_gather_object((len(bank), len(queries), wrong, max(highest, default=0))))
+    if any(wrongs) or not sum(banks) or not sum(counts):
         which = ", some of which are not" if any(wrongs) else ""
         raise ValueError(
             f"knn: bank and queries must be finite features, bank labels at least 0, got {sum(banks)} "
-            f"features and {sum(asked)} queries{which}"
+            f"features and {sum(counts)} queries{which}"
         )
     queries, labels = all_gather_uneven(queries), all_gather_uneven(labels)
     bank, most = F.normalize(bank.float(), dim=1), min(max(ks), sum(banks))
-    right = {k: torch.zeros((), dtype=torch.int64, device=bank.device) for k in ks}
-    for tile, wanted in zip(queries.split(TILE), labels.split(TILE)):
-        keys = _of_all_ranks(_nearest(bank, bank_labels, F.normalize(tile.float(), dim=1), most))
-        cosine, voters = _opened(keys)
-        weights = ((cosine - cosine[:, :1]) / tau).exp()  # − the largest: the same votes, no overflow, never all 0
-        for k in right:
-            right[k] += (_elected(voters[:, :k], weights[:, :k], max(classes) + 1) == wanted).sum()
-    return {k: int(hits) / len(queries) for k, hits in right.items()}
+    correct = {k: torch.zeros((), dtype=torch.int64, device=bank.device) for k in ks}
+    for tile, tile_labels in zip(queries.split(TILE), labels.split(TILE)):
+        keys = _merge_ranks(_nearest(bank, bank_labels, F.normalize(tile.float(), dim=1), most))
+        cosine, voters = _unpack(keys)
+        weights = ((cosine - cosine[:, :1]) / tau).exp()  # minus the largest: same winner, no overflow, not all 0
+        for k in correct:
+            correct[k] += (_vote(voters[:, :k], weights[:, :k], max(classes) + 1) == tile_labels).sum()
+    return {k: int(hits) / len(queries) for k, hits in correct.items()}
 
 
 @torch.no_grad()
 def nearest(bank: Tensor, queries: Tensor, k: int) -> Tensor:
-    """[M, k] rows of the bank nearest to each query by cosine, nearest first, of equally near ones the earlier; k is
-    cut to N. In one process."""
+    """Rows [M, k] of the bank nearest to each query by cosine, nearest first; among equally near ones the earlier.
+
+    At most N are returned. For one process.
+    """
     bank, rows = F.normalize(bank.float(), dim=1), torch.arange(len(bank), device=bank.device)
     k = min(k, len(bank))
     tiles = (_nearest(bank, rows, F.normalize(tile.float(), dim=1), k) for tile in queries.split(TILE))
-    return torch.cat([_opened(keys)[1] for keys in tiles])
+    return torch.cat([_unpack(keys)[1] for keys in tiles])
 
 
 def _nearest(bank: Tensor, tags: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Keys [T, k] int64 of the nearest rows of the bank [N, F], descending; where N < k the rest is `NONE`.
+    """Keys [T, k] int64 of the nearest rows of the bank [N, F], descending; `NONE` where N < k.
 
-    A key is the cosine and, below it, the row's tag, the smaller the better. So sorting knows no ties: which neighbours
-    are found depends on neither the tiles nor the ranks.
+    A key has the cosine in its upper half and the row's tag in its lower half, a smaller tag being better. Keys have no
+    ties, so the neighbours depend on neither tiles nor ranks.
     """
     best = torch.full((len(queries), k), NONE, device=queries.device)
     for features, tag in zip(bank.split(TILE), tags.split(TILE)):
         bits = (queries @ features.T).add_(0.0).view(torch.int32)  # + 0 makes −0 of the products 0
-        ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)  # integers in the order of the floats
+        ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)  # integers that sort as the floats do
         keys = ordered.long().bitwise_left_shift_(32).add_(LOW - tag)
         best = torch.cat([best, keys], dim=1).topk(k, dim=1).values
     return best
 
 
-def _of_all_ranks(keys: Tensor) -> Tensor:
-    """The best k of every rank's keys [T, k] for the same queries."""
-    together = all_gather(keys.T.contiguous()).T  # [T, world · k]
-    return together.topk(keys.shape[1], dim=1).values if together.shape != keys.shape else keys
+def _merge_ranks(keys: Tensor) -> Tensor:
+    """The best k of all ranks' keys [T, k] for the same queries."""
+    gathered = all_gather(keys.T.contiguous()).T  # [T, world · k]
+    return gathered.topk(keys.shape[1], dim=1).values if gathered.shape != keys.shape else keys
 
 
-def _opened(keys: Tensor) -> tuple[Tensor, Tensor]:
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
     """(cosine float32, tag int64) of keys."""
     ordered = (keys >> 32).int()
     return (ordered ^ (ordered >> 31 & 0x7FFFFFFF)).view(torch.float32), LOW - (keys & LOW)
 
 
-def _elected(voters: Tensor, weights: Tensor, classes: int) -> Tensor:
-    """[T] the class with most votes, of voters [T, k]; a few queries at a time where there are many classes."""
+def _vote(voters: Tensor, weights: Tensor, classes: int) -> Tensor:
+    """Class with the largest sum of votes [T] among voters [T, k]; some queries at a time if there are many classes."""
     rows = max(1, TILE * TILE // classes)
     return torch.cat(
         [

@@ -1,4 +1,4 @@
-"""Fewer labels, and how often a classifier is right."""
+"""Subsets of the labels, and accuracy."""
 
 from typing import NamedTuple
 
@@ -12,24 +12,26 @@ class Accuracy(NamedTuple):
     """Shares of images, 0 … 1."""
 
     top1: float
-    top5: float | None  # None where there are no more than 5 classes
+    top5: float | None  # None with 5 classes or fewer
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
-    """Of logits [N, C] and labels [N]; a label from C on, of a class that training did not have, is never right."""
+    """Accuracy of logits [N, C] for labels [N]. Labels from C on, of classes without training images, are errors."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     top5 = best.any(1).float().mean().item() if logits.shape[1] > 5 else None
     return Accuracy(best[:, 0].float().mean().item(), top5)
 
 
-def labelled(source: Source, share: float, seed: int) -> Source:
-    """The images whose labels may be used: the same number of each class, at least one.
+def labelled_subset(source: Source, share: float, seed: int) -> Source:
+    """A share of the labelled images: the same number of each class, at least one.
 
-    A class with fewer images gives all it has. Chosen by a generator of its own: one seed gives one choice, in which
-    that of a smaller share is contained. Images without a label (−1) are left out.
+    All images of a class are taken if it has fewer. A seed determines the choice, and the choice of a smaller share is
+    part of that of a larger one. Images without a label (−1) are left out.
 
     Args:
-        share: of the labelled images, above 0, up to 1.
+        source: images with labels.
+        share: share of the labelled images, above 0 and at most 1.
+        seed: random seed of the choice; the global generator is not used.
 
     Raises:
         ValueError: the source has no labels.

@@ -1,8 +1,8 @@
 """Linear probing: a linear classifier on frozen features, in two protocols.
 
-`swept` works on features extracted once and takes seconds to minutes. They are standardised as MAE's probe has it,
-(x − mean) / √(variance + 1e-6) of each feature, with the statistics of all features that it trains on: what its batch
-norm without weights would do with one batch. `trained_officially` is the published protocol with its augmentations.
+`sweep` works on features extracted once and takes seconds to minutes. Features are standardised as in MAE's probe,
+(x − mean) / √(variance + 1e-6), with the statistics of all training features: what its batch norm without weights does
+with a single batch. `train_official` is the published protocol with augmentation.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from .labels import Accuracy, accuracy
 from .progress import Progress
 from .protocols import Official, Setting, Sweep
 
-EPS = 1e-6  # of MAE's batch norm
-AT_ONCE = 65536  # features whose logits L-BFGS holds
+EPS = 1e-6  # epsilon of MAE's batch norm
+AT_ONCE = 65536  # features in one product of L-BFGS
 
 
 class Affine(NamedTuple):
@@ -41,20 +41,21 @@ class Affine(NamedTuple):
         return F.linear((x - self.mean) * self.scale, self.weight, self.bias)
 
 
-def swept(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, sweep: Sweep, seed: int = 0
+def sweep(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, numbers: Sweep, seed: int = 0
 ) -> tuple[Accuracy, Setting]:
-    """Accuracy on `test` of the best of `sweep.settings`, and which it was.
+    """(accuracy on `test` of the best of `numbers.settings`, that setting).
 
-    A tenth of `train`, chosen by `seed`, is held out. Each setting is trained on the rest; the one that is most often
-    right about the held-out tenth is trained once more on all of `train`; among equals that with the smaller cross
-    entropy is taken. `test` is looked at last and once. With few labels the held-out tenth is a few images, and the
-    choice as coarse; with one of each class nothing can be compared, and the first setting is taken.
+    A tenth of `train` is held out for validation, and each setting is trained on the rest. The one with the highest
+    validation accuracy, among equals with the smaller cross entropy, is trained again on all of `train`; `test` is used
+    once, at the end. With few labels the held-out tenth is a few images and the choice is coarse; with one image per
+    class there is nothing to compare, and the first setting is taken.
 
     Args:
         train, test: (features [N, F] float32, labels [N] int64) on one device; labels of `train` in 0 … classes − 1.
-        classes: C, of `train`.
-        seed: of the held-out tenth, the first weights and the order.
+        classes: number of classes C of `train`.
+        numbers: optimizers, learning rates, epochs and batch size.
+        seed: random seed of the held-out tenth, the initial weights and the order.
 
     Raises:
         ValueError: fewer than two images, or features that are not finite.
@@ -66,37 +67,37 @@ def swept(
         raise ValueError("eval: some of the encoder's features are not finite")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     held, rest = order.tensor_split([max(1, len(x) // 10)])
-    held = held[torch.isin(y[held], y[rest])]  # a class that was held out whole says nothing
-    settings, best = sweep.settings, sweep.settings[0]
+    held = held[torch.isin(y[held], y[rest])]  # a class that is held out whole has no training images
+    settings, best = numbers.settings, numbers.settings[0]
     if len(held) and len(settings) > 1:
-        tried = _fitted(x[rest], y[rest], classes, settings, sweep, seed)
+        tried = _fit(x[rest], y[rest], classes, settings, numbers, seed)
         scores = [_score(classifier(x[held]), y[held]) for classifier in tried]
         best = settings[max(range(len(settings)), key=scores.__getitem__)]
-    (classifier,) = _fitted(x, y, classes, [best], sweep, seed)
+    (classifier,) = _fit(x, y, classes, [best], numbers, seed)
     return accuracy(classifier(test[0]), test[1]), best
 
 
 def _score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """What the choice goes by, the larger the better."""
+    """(accuracy, −cross entropy): the larger, the better."""
     if not logits.isfinite().all():
         return -1.0, 0.0
     return (logits.argmax(1) == labels).float().mean().item(), -F.cross_entropy(logits, labels).item()
 
 
-def _fitted(x: Tensor, y: Tensor, classes: int, settings: list[Setting], sweep: Sweep, seed: int) -> list[Affine]:
-    """A classifier of each setting, in their order. Those of sgd and lars are trained all at once."""
+def _fit(x: Tensor, y: Tensor, classes: int, settings: list[Setting], numbers: Sweep, seed: int) -> list[Affine]:
+    """A classifier for each setting, in their order. Those of SGD and LARS are trained together."""
     variance, mean = torch.var_mean(x, dim=0, correction=0)
     scale = (variance + EPS).rsqrt()
     stepwise = [setting for setting in settings if setting.optimizer != "lbfgs"]
-    made = dict(zip(stepwise, _descended(x, y, (mean, scale), classes, stepwise, sweep, seed)))
+    fitted = dict(zip(stepwise, fit_sgd(x, y, (mean, scale), classes, stepwise, numbers, seed)))
     for setting in settings:
-        if setting not in made:
-            made[setting] = _minimised((x - mean) * scale, y, classes, setting.value, 2 * sweep.epochs)
-    return [Affine(mean, scale, *made[setting]) for setting in settings]
+        if setting not in fitted:
+            fitted[setting] = fit_lbfgs((x - mean) * scale, y, classes, setting.value, 2 * numbers.epochs)
+    return [Affine(mean, scale, *fitted[setting]) for setting in settings]
 
 
-def _minimised(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """(weight [C, F], bias [C]) of least mean cross entropy + ½ · l2 · ‖weight‖², by L-BFGS from 0."""
+def fit_lbfgs(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """(weight [C, F], bias [C]) that minimise mean cross entropy + ½ · l2 · ‖weight‖², by L-BFGS from zero."""
     weight, bias = (x.new_zeros(classes, *shape).requires_grad_() for shape in ((x.shape[1],), ()))
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
@@ -116,39 +117,39 @@ def _minimised(x: Tensor, y: Tensor, classes: int, l2: float, iterations: int) -
     return weight.detach(), bias.detach()
 
 
-def _descended(
+def fit_sgd(
     x: Tensor,
     y: Tensor,
     standard: tuple[Tensor, Tensor],
     classes: int,
     settings: list[Setting],
-    sweep: Sweep,
+    numbers: Sweep,
     seed: int,
 ) -> list[tuple[Tensor, Tensor]]:
-    """(weight, bias) of each setting of sgd and lars, in one pass for all: one matrix product gives all their logits.
+    """(weight, bias) of each setting of SGD and LARS; one matrix product computes the logits of all settings.
 
-    One that diverges has no influence on the others.
+    A setting that diverges does not affect the others.
     """
     if not settings:
         return []
     (mean, scale), generator = standard, torch.Generator().manual_seed(seed)
     first = 0.01 * torch.randn(classes, x.shape[1], generator=generator).to(x.device)
-    made = [(first.clone().requires_grad_(), x.new_zeros(classes).requires_grad_()) for _ in settings]
-    batch = min(sweep.batch_size, len(x))
-    trainings = [Training(sweep.epochs, batch, setting.optimizer, setting.value, 0.0) for setting in settings]
+    pairs = [(first.clone().requires_grad_(), x.new_zeros(classes).requires_grad_()) for _ in settings]
+    batch = min(numbers.batch_size, len(x))
+    trainings = [Training(numbers.epochs, batch, setting.optimizer, setting.value, 0.0) for setting in settings]
     optimizers = []
     for kind, name in ((torch.optim.SGD, "sgd"), (LARS, "lars")):
         groups = [
             {"params": list(pair), "schedule": training}
-            for pair, training in zip(made, trainings)
+            for pair, training in zip(pairs, trainings)
             if training.optimizer == name
         ]
         optimizers += [kind(groups, lr=0.0, momentum=0.9)] if groups else []
-    steps, progress = len(x) // batch, Progress(f"linear, {len(settings)} settings at once", sweep.epochs)
-    for epoch in range(sweep.epochs):
+    steps, progress = len(x) // batch, Progress(f"linear, {len(settings)} settings at once", numbers.epochs)
+    for epoch in range(numbers.epochs):
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for step, rows in enumerate(order[: steps * batch].split(batch)):
-            weight, bias = (torch.cat(parts) for parts in zip(*made))
+            weight, bias = (torch.cat(parts) for parts in zip(*pairs))
             logits = F.linear((x[rows] - mean) * scale, weight, bias).view(-1, classes)  # [B · S, C]
             loss = F.cross_entropy(logits, y[rows].repeat_interleave(len(settings)), reduction="sum") / batch
             loss.backward()
@@ -158,41 +159,42 @@ def _descended(
                 optimizer.step()
                 optimizer.zero_grad()
         progress(epoch + 1, loss / len(settings))
-    return [(weight.detach(), bias.detach()) for weight, bias in made]
+    return [(weight.detach(), bias.detach()) for weight, bias in pairs]
 
 
-def trained_officially(
+def train_official(
     features: Callable[[Tensor], Tensor],
     train: Source,
     test: Source,
     official: Official,
     size: tuple[int, int],
     seed: int = 0,
-    **where,
+    **loading,
 ) -> Accuracy:
-    """Accuracy on `test` of the probe that `official` describes; the last epoch's, none is chosen.
+    """Accuracy on `test` of the paper's linear probe, after the last epoch.
 
-    Every step takes new random crops (area 0.08 to 1, flipped or not) through the frozen encoder. Images that can't be
-    decoded are replaced by others of their batch.
+    Every step passes new random crops (area 0.08 to 1, flipped with probability 0.5) through the frozen encoder. Images
+    that cannot be decoded are replaced by others of their batch.
 
     Args:
-        features: of images [B, 3, H, W], of a method in evaluation mode; no gradient reaches it and it stays as it is.
-        train, test: with labels; classes that only `test` has are never right.
+        features: images [B, 3, H, W] → features [B, F] of a method in evaluation mode; computed without gradient.
+        train, test: sources with labels; images of classes that only `test` has count as errors.
+        official: optimizer, schedule and augmentation of the probe.
         size: (height, width) in pixels.
-        seed: of the first weights, the order and the crops.
-        where: `device`, `workers` and `engine`, as for the loader.
+        seed: random seed of initial weights, order and crops.
+        loading: `device`, `workers` and `engine`, as for `Loader`.
 
     Raises:
         ValueError: the batch is larger than the data.
     """
-    training, device = official.training, where.get("device", "cpu")
+    training, device = official.training, loading.get("device", "cpu")
     if official.batch_size > len(train):
         raise ValueError(
             f"eval: --batch-size must be at most the {len(train)} labelled images, got {official.batch_size}"
         )
     view = View(size, crop=(0.08, 1.0), interpolation=official.interpolation, flip_p=0.5)
     loader = Loader(
-        train, Augmentation((view,)), official.batch_size // official.pieces, seed=seed, max_bad=1.0, **where
+        train, Augmentation((view,)), official.batch_size // official.pieces, seed=seed, max_bad=1.0, **loading
     )
     with torch.no_grad():
         width = features(torch.zeros(1, 3, *size, device=device)).shape[1]
@@ -214,13 +216,13 @@ def trained_officially(
             optimizer.zero_grad()
             progress(epoch + (step + 1) / steps, loss * official.pieces)
     probe.eval()
-    logits, labels, _ = extract(lambda images: probe(features(images).float()), test, size, **where)
+    logits, labels, _ = extract(lambda images: probe(features(images).float()), test, size, **loading)
     return accuracy(logits, labels)
 
 
 def _probe(width: int, classes: int, standardise: bool, seed: int) -> nn.Module:
-    """Weights from normal(0, 0.01), bias 0, as in the code of MoCo, MoCo v3 and MAE."""
-    linear = nn.utils.skip_init(nn.Linear, width, classes)  # draws nothing from the global generator
+    """Linear classifier with weights from normal(0, 0.01) and bias 0, as in the code of MoCo, MoCo v3 and MAE."""
+    linear = nn.utils.skip_init(nn.Linear, width, classes)  # does not use the global generator
     nn.init.normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.BatchNorm1d(width, eps=EPS, affine=False), linear) if standardise else linear

@@ -1,4 +1,4 @@
-"""How far a long training is."""
+"""Progress of a long evaluation."""
 
 import time
 
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 class Progress:
-    """Prints a line every `every` seconds at most; nothing about what takes less."""
+    """Prints a line at most every `every` seconds, and none for shorter trainings."""
 
     def __init__(self, what: str, epochs: int, every: float = 30.0):
         self.what, self.epochs, self.every = what, epochs, every
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
 
     def __call__(self, epoch: float, loss: Tensor) -> None:
-        """`epoch` is how many are done, `loss` a scalar that is read only when it is printed."""
-        if time.monotonic() - self._said >= self.every:
+        """Reports the number of epochs done; `loss`, a scalar, is read only when it is printed."""
+        if time.monotonic() - self._printed >= self.every:
             print(f"{self.what}: epoch {epoch:.1f} of {self.epochs}, loss {loss.item():.3f}", flush=True)
-            self._said = time.monotonic()
+            self._printed = time.monotonic()

@@ -1,23 +1,26 @@
-"""The numbers of linear probing and fine-tuning, as plain values; learning rates are per 256 images."""
+"""Optimizers, schedules and augmentations of linear probing and fine-tuning, as plain values.
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+Learning rates are for a batch of 256 images and scale with the batch size.
+"""
 
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+from fastssl.bounds import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, check_ranges
 from fastssl.train.config import Training
 
 
 class Setting(NamedTuple):
-    """One way to train a linear classifier on features."""
+    """Optimizer and learning rate of a linear classifier."""
 
     optimizer: str
-    value: float  # learning rate; of lbfgs the weight of ½‖w‖²
+    value: float  # learning rate; for lbfgs the weight of the penalty ½‖w‖²
 
     def __str__(self) -> str:
         return f"{self.optimizer}, {'l2' if self.optimizer == 'lbfgs' else 'lr'} {self.value:g}"
 
 
-TRIED = {  # decades around what is best on features of unit variance; the first is taken where none can be compared
+TRIED = {  # decades around the best for features of unit variance; the first is the default without validation images
     "lbfgs": (1e-3, 1e-2, 1e-1, 1e-4, 1e-5, 1e-6),
     "sgd": (0.1, 0.01, 0.03, 0.3, 1.0, 3.0),
     "lars": (30.0, 3.0, 10.0, 100.0),
@@ -26,51 +29,51 @@ TRIED = {  # decades around what is best on features of unit variance; the first
 
 @dataclass
 class Sweep:
-    """A linear classifier on features extracted once. Several optimizers and learning rates are tried on nine tenths of
-    the training features; the best on the last tenth is trained on all and asked about the test images."""
+    """A linear classifier on features extracted once. Several optimizers and learning rates are trained on nine tenths
+    of the training features; the best on the remaining tenth is trained on all and evaluated on the held-out split."""
 
     optimizers: tuple[Literal["lbfgs", "sgd", "lars"], ...] = ("lbfgs", "sgd", "lars")
-    """which to try: lbfgs (with several weights of the L2 penalty), sgd, lars"""
-    lrs: tuple[float, ...] = ()
-    """learning rates of sgd and lars to try, for a batch of 256; several decades of each if not given"""
-    epochs: int = 100
-    """passes over the features; of lbfgs twice as many iterations at most"""
-    batch_size: int = 256
-    """features a step of sgd and lars"""
+    """optimizers to try: lbfgs (with several weights of the L2 penalty), sgd, lars"""
+    lrs: Annotated[tuple[float, ...], POSITIVE] = ()
+    """learning rates of sgd and lars to try, for a batch of 256; several decades by default"""
+    epochs: Annotated[int, AT_LEAST_1] = 100
+    """passes over the features; lbfgs takes at most twice as many iterations"""
+    batch_size: Annotated[int, AT_LEAST_1] = 256
+    """features per step of sgd and lars"""
 
     @property
     def settings(self) -> list[Setting]:
-        """All that are tried."""
+        """All combinations of optimizer and learning rate to try."""
         tried = {name: self.lrs if self.lrs and name != "lbfgs" else values for name, values in TRIED.items()}
         return [Setting(name, value) for name in dict.fromkeys(self.optimizers) for value in tried[name]]
 
 
 @dataclass
 class Official:
-    """The linear probe of a method's own code: augmented images through the frozen encoder, every step anew."""
+    """The linear probe of the method's paper: each step passes newly augmented images through the frozen encoder."""
 
-    epochs: int = 90
+    epochs: Annotated[int, AT_LEAST_1] = 90
     """passes over the images"""
-    batch_size: int = 16384
-    """images a step"""
+    batch_size: Annotated[int, AT_LEAST_1] = 16384
+    """images per step"""
     optimizer: Literal["sgd", "lars"] = "lars"
-    """sgd or lars"""
-    lr: float = 0.1
+    """optimizer: sgd or lars"""
+    lr: Annotated[float, POSITIVE] = 0.1
     """learning rate for a batch of 256"""
-    weight_decay: float = 0.0
-    """part of the gradient"""
-    warmup_epochs: float = 10
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    """weight decay, added to the gradient"""
+    warmup_epochs: Annotated[float, NOT_NEGATIVE] = 10
     """epochs over which the learning rate rises from 0"""
     lr_by_epoch: bool = False
-    """change the learning rate once an epoch instead of every step"""
-    lr_drops: tuple[int, ...] = ()
-    """epochs at which the learning rate falls to a tenth, instead of along a cosine"""
+    """change the learning rate once per epoch instead of every step"""
+    lr_drops: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    """epochs at which the learning rate drops to a tenth, instead of a cosine schedule"""
     standardise: bool = True
-    """a batch norm without weights (eps 1e-6) before the linear layer"""
+    """batch norm without weights (eps 1e-6) before the linear layer"""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    """of the training crops; test images are resized bicubically"""
-    at_once: int = 512
-    """images a batch norm sees, and the encoder takes, at once at most: those of one GPU in the official run"""
+    """interpolation of the training crops; test images are resized bicubically"""
+    at_once: Annotated[int, AT_LEAST_1] = 512
+    """largest number of images in one pass of encoder and batch norm: those of one GPU in the official run"""
 
     @property
     def training(self) -> Training:
@@ -87,61 +90,64 @@ class Official:
 
     @property
     def pieces(self) -> int:
-        """Equal parts that a step's images come in."""
+        """Number of equal parts that the images of a step are divided into."""
         batch = self.batch_size
         return next(n for n in range(-(-batch // self.at_once), batch + 1) if batch % n == 0)
 
 
 @dataclass
 class Finetune:
-    """End-to-end fine-tuning. A ViT's classifier reads the mean of the patch tokens, a ResNet's its pooled features."""
+    """End-to-end fine-tuning. The classifier takes the mean of a ViT's patch tokens, or a ResNet's pooled features."""
 
-    epochs: int = 100
+    epochs: Annotated[int, AT_LEAST_1] = 100
     """passes over the images"""
-    batch_size: int = 1024
-    """images a step"""
-    accumulate: int = 1
-    """micro-batches that a step's images come in: less memory for the same step"""
+    batch_size: Annotated[int, AT_LEAST_1] = 1024
+    """images per step"""
+    accumulate: Annotated[int, AT_LEAST_1] = 1
+    """micro-batches per step: less memory for the same step"""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw (betas 0.9, 0.999) or sgd (momentum 0.9)"""
-    lr: float = 5e-4
+    """optimizer: adamw (betas 0.9, 0.999) or sgd (momentum 0.9)"""
+    lr: Annotated[float, POSITIVE] = 5e-4
     """learning rate for a batch of 256"""
-    min_lr: float = 1e-6
-    """what the cosine ends at"""
-    weight_decay: float = 0.05
-    """decoupled for adamw, as part of the gradient for sgd; none of biases, norms, positions and class token"""
-    warmup_epochs: float = 5
+    min_lr: Annotated[float, NOT_NEGATIVE] = 1e-6
+    """learning rate at the end of the cosine schedule"""
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
+    """weight decay, decoupled for adamw, added to the gradient for sgd; not of biases, norms, positions, class token"""
+    warmup_epochs: Annotated[float, NOT_NEGATIVE] = 5
     """epochs over which the learning rate rises from 0"""
-    lr_drops: tuple[int, ...] = ()
-    """epochs at which the learning rate falls to a tenth, instead of along a cosine"""
-    layer_decay: float = 0.65
-    """learning rate of each block relative to that of the next one, of a ViT"""
-    head_lr: float = 1.0
+    lr_drops: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    """epochs at which the learning rate drops to a tenth, instead of a cosine schedule"""
+    layer_decay: Annotated[float, SHARE] = 0.65
+    """learning rate of a ViT's block relative to that of the next block"""
+    head_lr: Annotated[float, POSITIVE] = 1.0
     """learning rate of the classifier relative to that of the last block"""
-    drop_path: float = 0.1
-    """largest probability to skip a block, of a ViT"""
-    mixup: float = 0.8
-    """alpha of mixup, 0 for none"""
-    cutmix: float = 1.0
-    """alpha of cutmix, 0 for none"""
-    label_smoothing: float = 0.1
-    """share of the label that goes to all classes"""
+    drop_path: Annotated[float, BELOW_1] = 0.1
+    """largest probability of skipping a block of a ViT (stochastic depth)"""
+    mixup: Annotated[float, NOT_NEGATIVE] = 0.8
+    """mixup alpha, 0 to turn it off"""
+    cutmix: Annotated[float, NOT_NEGATIVE] = 1.0
+    """cutmix alpha, 0 to turn it off"""
+    label_smoothing: Annotated[float, BELOW_1] = 0.1
+    """label smoothing: share of the label spread over all classes"""
     randaugment: str = "rand-m9-mstd0.5-inc1"
-    """policy in timm's words, or none"""
-    erasing: float = 0.25
+    """RandAugment policy in timm's notation, or none"""
+    erasing: Annotated[float, PROBABILITY] = 0.25
     """probability of random erasing"""
-    crop_min: float = 0.08
-    """smallest share of the image that a crop takes"""
-    flip_p: float = 0.5
+    crop_min: Annotated[float, SHARE] = 0.08
+    """smallest area of a random crop, as a share of the image"""
+    flip_p: Annotated[float, PROBABILITY] = 0.5
     """probability of a horizontal flip"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 for autocast"""
+    """precision: fp32, or bf16 for autocast"""
 
     @classmethod
     def paper(cls, backbone: str) -> "Finetune":
-        """Source: ViT: He et al., 2021 (MAE), appendix A.1, table 9, and its code's FINETUNE.md; that of B for smaller
-        ones. ResNet: Caron et al., 2020 (SwAV), section 4.1 and its code for few labels, with learning rates of 0.01
-        and 0.2 for the classifier; they fall to a tenth here, to a fifth there."""
+        """Numbers of the papers.
+
+        Source: ViT: He et al., 2021 (MAE), appendix A.1, table 9, and its code's FINETUNE.md; smaller ViTs have those
+            of ViT-B. ResNet: Caron et al., 2020 (SwAV), section 4.1 and its code for few labels, with learning rates of
+            0.01 and of 0.2 for the classifier, which drop to a tenth here and to a fifth there.
+        """
         if backbone.startswith("resnet"):
             return cls(
                 20,
@@ -167,7 +173,7 @@ class Finetune:
 
     @classmethod
     def small(cls, backbone: str) -> "Finetune":
-        """For images of at most 64 pixels and minutes on a laptop: not of a paper. No flips: digits have none."""
+        """For images of at most 64 pixels and minutes on a laptop; not from a paper. No flips, which change digits."""
         light = {"label_smoothing": 0.1, "randaugment": "none", "erasing": 0.0, "crop_min": 0.6, "flip_p": 0.0}
         if backbone.startswith("resnet"):
             return cls(
@@ -198,51 +204,42 @@ class Finetune:
         )
 
 
-_COUNT = ("at least 1", lambda x: x >= 1)
-_RATE = ("above 0, up to 1e6", lambda x: 0 < x <= 1e6)
-_NOT_NEGATIVE = ("from 0 on, up to 1e9", lambda x: 0 <= x <= 1e9)
-_SHARE = ("above 0, up to 1", lambda x: 0 < x <= 1)
-_PROBABILITY = ("0 … 1", lambda x: 0 <= x <= 1)
-_BELOW_1 = ("from 0 on, below 1", lambda x: 0 <= x < 1)
-RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    **dict.fromkeys(("k", "epochs", "batch_size", "accumulate", "at_once"), _COUNT),
-    **dict.fromkeys(("tau", "lr", "lrs", "head_lr"), _RATE),
-    **dict.fromkeys(("seed", "weight_decay", "warmup_epochs", "min_lr", "mixup", "cutmix"), _NOT_NEGATIVE),
-    **dict.fromkeys(("labels", "layer_decay", "crop_min"), _SHARE),
-    **dict.fromkeys(("flip_p", "erasing"), _PROBABILITY),
-    **dict.fromkeys(("label_smoothing", "drop_path"), _BELOW_1),
-}
-
-
-def check(asked: Any) -> None:
-    """Refuses numbers out of range.
-
-    Args:
-        asked: a dataclass: one of those above, or flags that are named like what `RANGES` knows.
+def check_protocol(numbers: Sweep | Official | Finetune) -> None:
+    """Checks the numbers of a protocol, each by itself and against the others.
 
     Raises:
-        ValueError: one sentence with the flag, its range, and what came.
+        ValueError: a number is out of range; one sentence with the flag, its range, and the value.
     """
-    values = {field.name: getattr(asked, field.name) for field in fields(asked)}
-    for name, value in values.items():
-        several = value if isinstance(value, tuple) else (value,)
-        wanted, fits = RANGES.get(name, ("", lambda _: True))
-        if not all(map(fits, several)) or (name in ("k", "optimizers") and not several):
-            raise ValueError(f"eval: --{name.replace('_', '-')} must be {wanted or 'named'}, got {_words(several)}")
-    epochs = values.get("epochs")
-    for name in ("warmup_epochs", "lr_drops"):
-        late = [epoch for epoch in _tuple(values.get(name, ())) if epoch >= epochs]
+    check_ranges(numbers, "eval")
+    if isinstance(numbers, Sweep):
+        if not numbers.optimizers:
+            raise ValueError("eval: --optimizers must name at least one of lbfgs, sgd, lars, got none")
+        return
+    for flag, epochs in (("--warmup-epochs", (numbers.warmup_epochs,)), ("--lr-drops", numbers.lr_drops)):
+        late = [epoch for epoch in epochs if epoch >= numbers.epochs]
         if late:
-            raise ValueError(f"eval: --{name.replace('_', '-')} must lie before --epochs {epochs}, got {late[0]:g}")
-    if values.get("batch_size", 0) % values.get("accumulate", 1):
-        raise ValueError(
-            f"eval: --batch-size must be divisible by --accumulate {values['accumulate']}, got {values['batch_size']}"
-        )
+            raise ValueError(f"eval: {flag} must lie before --epochs {numbers.epochs}, got {late[0]:g}")
+    accumulate = getattr(numbers, "accumulate", 1)
+    if numbers.batch_size % accumulate:
+        raise ValueError(f"eval: --batch-size must be divisible by --accumulate {accumulate}, got {numbers.batch_size}")
 
 
-def _tuple(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
+@dataclass
+class _Evaluation:
+    """Numbers that evaluations have beside those of their protocol."""
+
+    k: Annotated[tuple[int, ...], AT_LEAST_1] = (1,)
+    tau: Annotated[float, POSITIVE] = 1.0
+    labels: Annotated[float, SHARE] = 1.0
+    seed: Annotated[int, NOT_NEGATIVE] = 0
 
 
-def _words(values: tuple) -> str:
-    return " ".join(map(str, values)) or "none"
+def check_evaluation(**numbers: Any) -> None:
+    """Checks some of k, tau, labels and seed.
+
+    Raises:
+        ValueError: a number is out of range; one sentence with the flag, its range, and the value.
+    """
+    check_ranges(_Evaluation(**numbers), "eval")
+    if not numbers.get("k", True):
+        raise ValueError("eval: --k must have at least one number of neighbours, got none")

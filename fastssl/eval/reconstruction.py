@@ -1,4 +1,4 @@
-"""What a MAE makes of images: four pictures of each, and snapshots of them while it learns."""
+"""Reconstructed images of a masked autoencoder, and snapshots of them during a run."""
 
 import itertools
 import re
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.decoding import open_image
 from fastssl.data.source import BadImage, Source, Subset
+from fastssl.files import write_atomically
 from fastssl.ops import patchify, unpatchify
 
 from .features import extract
@@ -21,19 +22,19 @@ from .features import extract
 class Reconstruction(NamedTuple):
     """Pixels [N, 3, H, W] float32 in 0..1, on the CPU."""
 
-    input: Tensor  # what the model should see
-    masked: Tensor  # what it saw: removed patches are grey, the mean colour of ImageNet
-    output: Tensor  # what it made of it, every patch
-    filled: Tensor  # its output in the removed patches, the input in the others
+    input: Tensor  # the image
+    masked: Tensor  # the image with removed patches in grey, the mean colour of ImageNet
+    output: Tensor  # predictions of all patches
+    filled: Tensor  # predictions in the removed patches, the image elsewhere
 
 
 @torch.no_grad()
 def reconstruct(mae: nn.Module, images: Tensor) -> Reconstruction:
-    """Masks and reconstructs images; the masks depend on nothing but N and the model's sizes.
+    """Masks and reconstructs images; the masks depend on N and the model's sizes alone.
 
     Args:
-        mae: a `MAE` on any device. With `norm_pix_loss` it predicts the shape of each patch; the true brightness and
-            contrast are then added.
+        mae: a `MAE` on any device. With `norm_pix_loss` it predicts standardised patches, which then get the true mean
+            and variance of each patch.
         images: [N, 3, H, W] float32, normalised as for ImageNet.
     """
     device = next(mae.parameters()).device
@@ -50,7 +51,7 @@ def reconstruct(mae: nn.Module, images: Tensor) -> Reconstruction:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Undoes the normalisation: [N, 3, H, W] float32, cut to 0..1."""
+    """Pixels of normalised images: [N, 3, H, W] float32, clamped to 0..1."""
     mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images * std + mean).clamp(0, 1)
 
@@ -61,9 +62,9 @@ def as_bytes(images: Tensor) -> np.ndarray:
 
 
 def first_images(source: Source, size: tuple[int, int], count: int = 10) -> Tensor:
-    """The first images that can be decoded, as evaluation sees them: [≤ count, 3, H, W] float32, normalised.
+    """The first images that can be decoded, as in evaluation: [≤ count, 3, H, W] float32, normalised, on the CPU.
 
-    They are on the CPU. torch's generator is left as it was: a run that is evaluated goes on as one that is not.
+    torch's generator is left unchanged, so that an evaluation does not affect the run.
 
     Raises:
         ValueError: none can be decoded.
@@ -82,27 +83,25 @@ def _decodes(source: Source, index: int) -> bool:
 
 
 def save_snapshot(mae: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes `filled` of `reconstruct` as uint8 [N, H, W, 3] into an .npz; the file is whole or not there.
+    """Writes `filled` of `reconstruct` as uint8 [N, H, W, 3] into an .npz, atomically.
 
     Args:
         mae, images: as for `reconstruct`.
-        path: RUN/reconstructions/step-000120.npz; its folder is made if it is not there.
+        path: RUN/reconstructions/step-000120.npz; the folder is created if missing.
     """
     filled = as_bytes(reconstruct(mae, images).filled)
     path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(path.name + ".writing")
-    with beside.open("wb") as file:
+    with write_atomically(path, "wb") as file:
         np.savez_compressed(file, filled=filled)
-    beside.replace(path)
 
 
 def read_snapshots(folder: Path) -> list[tuple[int, np.ndarray]]:
-    """(step, uint8 [N, H, W, 3]) of each snapshot in RUN/reconstructions, by step; none where there is no such folder.
+    """(step, uint8 [N, H, W, 3]) of each snapshot in RUN/reconstructions, by step; [] if the folder is missing.
 
     Raises:
         ValueError: a file is damaged.
     """
-    found = []
+    snapshots = []
     for path in folder.glob("step-*.npz"):
         if not (match := re.fullmatch(r"step-(\d+)\.npz", path.name)):
             continue
@@ -113,5 +112,5 @@ def read_snapshots(folder: Path) -> list[tuple[int, np.ndarray]]:
             raise ValueError(f"reconstruction: {path} is damaged: remove it") from error
         if filled.dtype != np.uint8 or filled.ndim != 4 or filled.shape[3] != 3:
             raise ValueError(f"reconstruction: {path} must hold uint8 [N, H, W, 3], got {filled.dtype} {filled.shape}")
-        found.append((int(match[1]), filled))
-    return sorted(found, key=lambda snapshot: snapshot[0])
+        snapshots.append((int(match[1]), filled))
+    return sorted(snapshots, key=lambda snapshot: snapshot[0])

@@ -17,7 +17,7 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.eval.protocols import Official
 from fastssl.nn.linear import Linear
 from fastssl.nn.masking import kept_tokens, seeded_noise
-from fastssl.nn.norm import Norm
+from fastssl.nn.norm import ResidualNorm
 from fastssl.nn.sharing import shared_copy
 from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions, xavier_
 from fastssl.ops import Masking, check, keep_patches, masked_patch_mse, random_masking, restore_tokens
@@ -147,7 +147,7 @@ class MAE(ViT):
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
         )
-        self.decoder_norm = Norm(decoder_embed_dim)
+        self.decoder_norm = ResidualNorm(decoder_embed_dim)
         self.decoder_pred = Linear(decoder_embed_dim, patch_size**2 * in_chans)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(xavier_)

@@ -1,5 +1,5 @@
-"""A transformer's layer norm, and batch norms whose statistics are of less than the batch (MoCo v1, v2) or of more than
-it (MoCo v3)."""
+"""Layer norm with residual addition, and batch norms with statistics of a part of the batch (MoCo v1, v2) or of all
+ranks' batches (MoCo v3)."""
 
 import torch
 import torch.distributed as dist
@@ -12,17 +12,17 @@ from fastssl.ops import Running, batch_norm, residual_norm
 from fastssl.ops.dispatch import acc_dtype
 
 
-class Norm(nn.LayerNorm):
-    """Layer norm of the residual stream, eps 1e-6: adds what the sublayer before it returned, then normalises.
+class ResidualNorm(nn.LayerNorm):
+    """Layer norm of the residual stream: adds the preceding sublayer's output `delta`, then normalises.
 
     ``x, y = norm(x, delta)`` is ``x = x + delta; y = layer_norm(x)``, y in `dtype`, by default that in which a matrix
-    product would come next.
+    product computes: autocast's where it is on. See `ops.residual_norm`.
     """
 
-    def __init__(self, dim: int):
-        super().__init__(dim, eps=1e-6)
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__(dim, eps=eps)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, delta: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         return residual_norm(x, delta, self.weight, self.bias, self.eps, dtype)
@@ -31,9 +31,16 @@ class Norm(nn.LayerNorm):
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of each of `splits` parts of the batch.
 
-    On one process this stands for MoCo's shuffled batch norm over as many GPUs: with common statistics a query could
-    recognise its key by the company it keeps. The running statistics are the mean over the parts. With one part it is
-    torch's batch norm, in training by our kernel where there is one.
+    In one process this replaces MoCo's shuffled batch norm over as many GPUs: with common statistics a query could
+    recognise its key by the rest of the batch. The running statistics are the mean over the parts. With one part it
+    equals torch's batch norm, in training computed by `ops.batch_norm`.
+
+    Args:
+        num_features: C.
+        splits: number of parts; sample i belongs to part i mod splits.
+
+    Raises:
+        ValueError: by a call in training, the batch is not divisible by splits.
 
     Source: He et al., 2020 (MoCo), section 3.3, "Shuffling BN".
     """
@@ -43,25 +50,34 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        """relu(norm(x) + residual)"""
+        """norm(x) + residual, where given, through ReLU if `relu`: [B, C, H, W] → [B, C, H, W]."""
         if not self.training:
-            return _then(super().forward(x), relu, residual)
+            return _add_and_relu(super().forward(x), relu, residual)
         self._check_input_dim(x)
         if x.shape[0] % self.splits:
             raise ValueError(f"SplitBatchNorm2d: the batch must be divisible by splits={self.splits}, got {len(x)}")
-        self.num_batches_tracked.add_(1)
-        running = Running(self.running_mean, self.running_var, self.momentum)
+        mean, var, batches, momentum = _running(self)
+        batches.add_(1)
+        running = Running(mean, var, momentum)
         return batch_norm(x, self.weight, self.bias, running, self.eps, self.splits, relu, residual)
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual): in one pass over the values where `norm` is one of ours, else step by step."""
+    """relu(norm(x) + residual): in one pass over the values for a `SplitBatchNorm2d`, else step by step."""
     if isinstance(norm, SplitBatchNorm2d):
         return norm(x, True, residual)
-    return _then(norm(x), True, residual)
+    return _add_and_relu(norm(x), True, residual)
 
 
-def _then(out: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
+def _running(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Running mean and variance, number of batches, and momentum of a batch norm that has them."""
+    mean, var, batches, momentum = norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum
+    if mean is None or var is None or batches is None or momentum is None:
+        raise ValueError(f"{type(norm).__name__}: batch norms must have a momentum and running statistics")
+    return mean, var, batches, momentum
+
+
+def _add_and_relu(out: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
     out = out if residual is None else out.add_(residual)
     return F.relu_(out) if relu else out
 
@@ -69,27 +85,29 @@ def _then(out: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
 class SyncBatchNorm(_BatchNorm):
     """Batch norm whose training statistics are those of all ranks' batches, of any shape [B, C, …] and on any device.
 
-    torch's own is for GPUs alone, and DistributedDataParallel refuses it on a CPU.
+    torch's own is for GPUs alone, and DistributedDataParallel refuses it on a CPU. Every rank's part counts by its
+    number of values, so batches may differ in size.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Any number of dims will do."""
+        """Accepts any number of dimensions."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(x)
-        others = [d for d in range(x.ndim) if d != 1]
+        dims = [d for d in range(x.ndim) if d != 1]
         column = (1, -1, *[1] * (x.ndim - 2))
         values = x.to(acc_dtype(x))
-        here = values.new_tensor([x.numel() / x.shape[1]])
-        total, count = all_sum(torch.cat([values.sum(others), here])).split([x.shape[1], 1])
+        local_count = values.new_tensor([x.numel() / x.shape[1]])
+        total, count = all_sum(torch.cat([values.sum(dims), local_count])).split([x.shape[1], 1])
         mean = total / count
         centred = values - mean.view(column)  # two passes: E[x²] − mean² would cancel
-        var = all_sum(centred.square().sum(others)) / count
+        var = all_sum(centred.square().sum(dims)) / count
+        running_mean, running_var, batches, momentum = _running(self)
         with torch.no_grad():
-            self.num_batches_tracked += 1
-            for running, now in ((self.running_mean, mean), (self.running_var, var * count / (count - 1))):
-                running.lerp_(now.to(running.dtype), self.momentum)
+            batches += 1
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
         out = centred * (var + self.eps).rsqrt().view(column)
         if self.affine:
             out = out * self.weight.view(column) + self.bias.view(column)
@@ -97,8 +115,14 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def sync_batch_norms(module: nn.Module) -> nn.Module:
-    """Replaces every batch norm of `module` by one over all ranks, and returns it; parameters and buffers are the same
-    objects with the same names. In one process there is nothing to do, and with NCCL torch's own does it."""
+    """Replaces every batch norm of `module` by one over all ranks and returns the module, or the new batch norm if
+    `module` is one. Parameters and buffers stay the same objects with the same names.
+
+    In one process nothing is replaced; with NCCL the new ones are torch's own, else `SyncBatchNorm`.
+
+    Raises:
+        ValueError: a batch norm has no momentum or no running statistics.
+    """
     if world_size() == 1:
         return module
     if "nccl" in str(dist.get_backend()):

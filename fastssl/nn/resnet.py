@@ -4,9 +4,12 @@ import functools
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet
+
+from fastssl.extras import need
 
 from .norm import SplitBatchNorm2d, norm_relu
+
+resnet = need("torchvision.models.resnet", what="fastssl.nn.resnet", extra="train", distribution="torchvision")
 
 NAMES = ("resnet_mini", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 

@@ -1,16 +1,17 @@
 """Vision transformer on the engine's attention. Parameter names are those of timm and of the official MAE."""
 
-import itertools
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastssl.ops import check, keep_tokens, linear, patchify
+from fastssl.ops import check, patchify
 
-from .attention import Attention
+from .block import Block, drop_path_factors, drop_path_rates
 from .linear import Linear
-from .norm import Norm
-from .positions import fit_positions, sincos_positions
+from .norm import ResidualNorm
+from .patch_embed import ConvStem, PatchEmbed
+from .positions import fit_positions, interpolate_positions, sincos_positions
 
 # name: (embed_dim, depth, num_heads, patch_size). B, L, H: Dosovitskiy et al., 2021, table 1; H with MAE's patch 14.
 SIZES = {
@@ -29,88 +30,46 @@ MOCO_V3_SIZES = {
     "vit_conv_small": (384, 11, 12, 16),
     "vit_conv_base": (768, 11, 12, 16),
 }
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = Linear(dim, hidden)
-        self.fc2 = Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x), gelu=True)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block; LayerNorm eps 1e-6, as in the official ViT and MAE.
-
-    Takes and returns the residual stream and what is still to be added to it: the norm that comes next adds it. With
-    `only` [B, M] the MLP and what is returned are of those tokens alone.
-    """
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0):
-        super().__init__()
-        self.norm1 = Norm(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias=True)
-        self.norm2 = Norm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(self, x: Tensor, delta: Tensor | None = None, only: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, y = self.norm1(x, delta)
-        y = self.attn(y)
-        if only is not None:
-            x, y = keep_tokens(x, only), keep_tokens(y, only)
-        x, y = self.norm2(x, y)
-        return x, self.mlp(y)
-
-
-class PatchEmbed(nn.Module):
-    """Linear embedding of patches. Its weight has the shape of the convolution it equals: [D, C, p, p]."""
-
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """[B, M, P], as `patchify` or `keep_patches` cuts them, → [B, M, D]: only what is kept is embedded."""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p·p·C], channel last like the patches
-        return linear(patches, weight, self.proj.bias)
-
-
-class ConvStem(nn.Module):
-    """Four 3×3 convolutions of stride 2 and one of 1×1 in the place of a patch embedding of 16 pixels.
-
-    Source: Xiao et al., "Early Convolutions Help Transformers See Better", 2021; MoCo v3's `vit_conv_*`.
-    """
-
-    def __init__(self, in_chans: int, embed_dim: int):
-        super().__init__()
-        widths = [in_chans, *(embed_dim // 8 * 2**i for i in range(4))]
-        layers: list[nn.Module] = []
-        for narrow, wide in itertools.pairwise(widths):
-            layers += [nn.Conv2d(narrow, wide, 3, 2, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
-        self.proj = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, L, D]."""
-        return self.proj(images).flatten(2).transpose(1, 2)
+POOLS = ("token", "avg", "max", "avgmax", "")  # values of `global_pool`, as in timm
 
 
 class ViT(nn.Module):
-    """ViT encoder with class token and fixed sin-cos positions: images [B, C, H, W] → features [B, D], through `head`.
+    """Vision transformer: images [B, C, H, W] → features [B, D], and through `head` → logits.
 
-    A state dict made for another grid of patches loads too: its positional tables are interpolated.
+    Arguments, attributes and the state dict have timm's names, and a state dict of timm's `VisionTransformer` with the
+    same arguments loads strictly. Defaults are those of MAE's and MoCo v3's encoder: fixed positions, no classifier.
+    A state dict made for another grid of patches loads too: its positional tables are interpolated (`fit_positions`).
+
+    Tokens are in timm's order, which is DINOv2's: class token, registers, patches row by row.
 
     Args:
         img_size: (height, width) or one number for a square, divisible by patch_size.
         patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio: as in timm.
+        num_classes: outputs of `head`; 0 for none, so that the model returns features.
+        global_pool: how features are made of the tokens: "token" for the class token, "avg", "max" or "avgmax" over
+            patches, "" for all tokens [B, N, D].
+        qkv_bias, qk_norm, init_values, norm_eps: see `Block`; init_values is LayerScale's start, None for none.
+        class_token: False for a model without one.
+        pos_embed: "sincos" for fixed positions, "learn" for trained ones, "none".
+        no_embed_class: the positional table has rows for patches alone, none for class token and registers.
+        reg_tokens: registers, tokens whose output is not used.
+        pre_norm: layer norm in front of the first block, and no bias in the patch embedding (CLIP).
+        fc_norm: normalise after pooling, by `fc_norm`, in place of `norm` before it; if None where features are pooled
+            over patches.
+        dynamic_img_size: accept images of any size divisible by patch_size, with interpolated positions.
+        drop_path_rate: rate of stochastic depth in the last block, linear from 0 in the first; in training alone.
+        mlp: "gelu" or "swiglu", see `Block`. timm's mlp_ratio counts both halves of SwiGLU.
         conv_stem: embed by a `ConvStem`; patch_size is 16 then.
-        row_first: MoCo v3's order of the positional halves, see `sincos_positions`.
+        row_first: MoCo v3's order of fixed positions, see `sincos_positions`.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit another; by a call, images of another size.
+
+    Source: Dosovitskiy et al., 2021 (ViT), section 3.1; Darcet et al., "Vision Transformers Need Registers", 2024;
+    Oquab et al., "DINOv2", 2024.
     """
 
-    tables = ("pos_embed",)  # positional tables in the state dict, each for `grid`
+    tables: tuple[str, ...] = ("pos_embed",)  # positional tables in the state dict, each for `grid`
 
     def __init__(
         self,
@@ -121,66 +80,189 @@ class ViT(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        *,
+        num_classes: int = 0,
+        global_pool: str = "token",
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        class_token: bool = True,
+        pos_embed: Literal["sincos", "learn", "none"] = "sincos",
+        no_embed_class: bool = False,
+        reg_tokens: int = 0,
+        pre_norm: bool = False,
+        fc_norm: bool | None = None,
+        dynamic_img_size: bool = False,
+        drop_path_rate: float = 0.0,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        norm_eps: float = 1e-6,
         conv_stem: bool = False,
         row_first: bool = False,
     ):
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         name = type(self).__name__
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"{name}: img_size must be divisible by patch_size={patch_size}, got {height}×{width}")
+        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        if size[0] % patch_size or size[1] % patch_size:
+            got = f"got {size[0]}×{size[1]}"
+            raise ValueError(f"{name}: img_size must be divisible by patch_size={patch_size}, {got}")
         if conv_stem and (patch_size != 16 or embed_dim % 8):
-            wanted = "conv_stem needs patch_size=16 and embed_dim divisible by 8"
-            raise ValueError(f"{name}: {wanted}, got {patch_size} and {embed_dim}")
-        self.img_size, self.patch_size, self.in_chans = (height, width), patch_size, in_chans
-        self.grid = (height // patch_size, width // patch_size)
-        embed = (in_chans, embed_dim)
-        self.patch_embed = ConvStem(*embed) if conv_stem else PatchEmbed(patch_size, *embed)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        positions = sincos_positions(embed_dim, self.grid, row_first=row_first)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = Norm(embed_dim)
-        self.head: nn.Module = nn.Identity()
+            expected = "conv_stem needs patch_size=16 and embed_dim divisible by 8"
+            raise ValueError(f"{name}: {expected}, got {patch_size} and {embed_dim}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"{name}: drop_path_rate must be at least 0 and below 1, got {drop_path_rate}")
+        if reg_tokens < 0:
+            raise ValueError(f"{name}: reg_tokens must be at least 0, got {reg_tokens}")
+        self.img_size, self.patch_size, self.in_chans, self.embed_dim = size, patch_size, in_chans, embed_dim
+        self.grid = (size[0] // patch_size, size[1] // patch_size)
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.pos_prefix = 0 if no_embed_class else self.num_prefix_tokens  # rows of pos_embed for prefix tokens
+        self.global_pool = _check_pool(name, "global_pool", global_pool, class_token)
+        self.dynamic_img_size = dynamic_img_size
+        if conv_stem:
+            self.patch_embed: PatchEmbed | ConvStem = ConvStem(in_chans, embed_dim)
+        else:
+            self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, bias=not pre_norm)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.pos_embed: nn.Parameter | None = None
+        if pos_embed == "sincos":
+            fixed = sincos_positions(embed_dim, self.grid, self.pos_prefix, row_first)
+            self.pos_embed = nn.Parameter(fixed, requires_grad=False)
+        elif pos_embed == "learn":
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.pos_prefix + self.grid[0] * self.grid[1], embed_dim))
+        elif pos_embed != "none":
+            raise ValueError(f"{name}: pos_embed must be 'sincos', 'learn' or 'none', got {pos_embed!r}")
+        self.norm_pre = ResidualNorm(embed_dim, norm_eps) if pre_norm else None
+        block = {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "init_values": init_values, "mlp": mlp, "norm_eps": norm_eps}
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, **block) for _ in range(depth))
+        fc_norm = global_pool in ("avg", "max", "avgmax") if fc_norm is None else fc_norm
+        self.norm = None if fc_norm else ResidualNorm(embed_dim, norm_eps)
+        self.fc_norm = nn.LayerNorm(embed_dim, norm_eps) if fc_norm else None
+        self.head: nn.Module = Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        rates = drop_path_rates(drop_path_rate, depth) if drop_path_rate else None
+        self.register_buffer("drop_path_rates", rates, persistent=False)
+        self.drop_path_rates: Tensor | None
+        self._cache: dict[tuple[int, int], tuple[Tensor, tuple, Tensor]] = {}  # of `positions`, by grid
         self.register_load_state_dict_pre_hook(_fit_tables)
+        self._initialise()
+
+    def _initialise(self) -> None:
         self.apply(xavier_)
-        if not conv_stem:
-            nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # like the linear layer that it is
-        nn.init.normal_(self.cls_token, std=0.02)
+        if isinstance(self.patch_embed, PatchEmbed):
+            nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # as for the linear layer that it equals
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)
+        if self.pos_embed is not None and self.pos_embed.requires_grad:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def encode(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Patch tokens with their positions added [B, M, D] → [B, 1 + M, D], class token first; dtype as in `Norm`."""
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1).to(tokens.dtype)
-        x, delta = torch.cat([cls, tokens], dim=1), None
-        for block in self.blocks:
-            x, delta = block(x, delta)
-        return self.norm(x, delta, dtype)[1]
-
-    def features(self, images: Tensor, pool: str = "cls") -> Tensor:
-        """[B, C, H, W] → [B, D]: the class token ("cls") or the mean of the patch tokens ("mean")."""
-        if pool not in ("cls", "mean"):
-            raise ValueError(f"features: pool must be 'cls' or 'mean', got {pool!r}")
+    def embed(self, images: Tensor) -> Tensor:
+        """Patch tokens of images [B, C, H, W] without positions: [B, L, D]."""
         self.check_images(images)
         patched = isinstance(self.patch_embed, PatchEmbed)
-        tokens = self.patch_embed(patchify(images, self.patch_size) if patched else images) + self.pos_embed[:, 1:]
-        x = self.encode(tokens, tokens.dtype)  # not autocast's: features are not only multiplied
-        return x[:, 0] if pool == "cls" else x[:, 1:].mean(1)
+        return self.patch_embed(patchify(images, self.patch_size) if patched else images)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """Positions of a grid of patches [1, rows·columns, D]; None for a model without positions.
+
+        Another grid than the model's gets interpolated ones (`interpolate_positions`): fixed positions once for each
+        grid, trained ones at each call, since they change.
+        """
+        if self.pos_embed is None:
+            return None
+        if grid == self.grid:
+            return self.pos_embed[:, self.pos_prefix :]
+        table, cached = self.pos_embed, self._cache.get(grid)
+        if table.requires_grad or torch.compiler.is_compiling() or table.is_inference():
+            return interpolate_positions(table, self.grid, grid, self.pos_prefix)[:, self.pos_prefix :]
+        state = (table._version, table.device, table.dtype)  # the version changes with each write to the table
+        if cached is None or cached[0] is not table or cached[1] != state:
+            with torch.inference_mode(False):
+                positions = interpolate_positions(table, self.grid, grid, self.pos_prefix)[:, self.pos_prefix :]
+            self._cache[grid] = cached = (table, state, positions)
+        return cached[2]
+
+    def encode(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Patch tokens with their positions added [B, M, D] → normalised tokens [B, prefix + M, D].
+
+        Args:
+            tokens: of all patches, or of some in any order.
+            dtype: of the result, as in `ResidualNorm`.
+        """
+        x = self._add_prefix(tokens)
+        if self.norm_pre is not None:
+            x = self.norm_pre(x, None, x.dtype)[1]
+        delta = None
+        if self.training and self.drop_path_rates is not None:
+            factors = drop_path_factors(self.drop_path_rates, len(x))
+            for block, factor in zip(self.blocks, factors):
+                x, delta = block(x, delta, drop_path=factor)
+        else:
+            for block in self.blocks:
+                x, delta = block(x, delta)
+        if self.norm is not None:
+            return self.norm(x, delta, dtype)[1]
+        x = x if delta is None else x + delta
+        return x if dtype is None else x.to(dtype)
+
+    def _add_prefix(self, tokens: Tensor) -> Tensor:
+        """Class token and registers with their positions in front of tokens [B, M, D]."""
+        prefix = [x for x in (self.cls_token, self.reg_token) if x is not None]
+        if not prefix:
+            return tokens
+        x = torch.cat(prefix, dim=1) if len(prefix) > 1 else prefix[0]
+        if self.pos_embed is not None and self.pos_prefix:
+            x = x + self.pos_embed[:, : self.pos_prefix]
+        return torch.cat([x.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] → tokens [B, prefix + L, D], normalised unless `fc_norm` does that after pooling."""
+        tokens = self.embed(images)
+        positions = self.positions((images.shape[2] // self.patch_size, images.shape[3] // self.patch_size))
+        # Without positions in float32 to add, autocast's dtype would become that of the residual stream.
+        tokens = tokens.to(images.dtype) if positions is None else tokens + positions
+        return self.encode(tokens, tokens.dtype)  # not autocast's: features are not only multiplied
+
+    def features(self, images: Tensor, pool: str | None = None) -> Tensor:
+        """[B, C, H, W] → features [B, D], which `head` takes; by `pool` in place of `global_pool` if given."""
+        pool = self.global_pool if pool is None else _check_pool("features", "pool", pool, self.cls_token is not None)
+        x = self.forward_features(images)
+        patches = x[:, self.num_prefix_tokens :]
+        if pool == "token":
+            x = x[:, 0]
+        elif pool == "avg":
+            x = patches.mean(1)
+        elif pool == "max":
+            x = patches.amax(1)
+        elif pool == "avgmax":
+            x = 0.5 * (patches.amax(1) + patches.mean(1))
+        return x if self.fc_norm is None else self.fc_norm(x)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
+    def _apply(self, fn, recurse: bool = True) -> "ViT":
+        self._cache = {}  # `to` puts other data into the same parameters
+        return super()._apply(fn, recurse)
+
     def check_images(self, images: Tensor) -> None:
-        """Refuses images of another size than the positions were made for."""
-        (height, width), name = self.img_size, type(self).__name__
-        if images.ndim == 4 and images.shape[1:] != (self.in_chans, height, width):
-            wanted = f"[B, C={self.in_chans}, H={height}, W={width}]"
-            way_out = f"build {name}(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
-            raise ValueError(f"{name}: images must have shape {wanted}, got {list(images.shape)} ({way_out})")
+        """Refuses images that do not fit: of another size than `img_size`, or with `dynamic_img_size` not divisible."""
+        (height, width), name, patch = self.img_size, type(self).__name__, self.patch_size
         check.tensor(name, "images", images, "B C H W")
+        if self.dynamic_img_size:
+            divisible = images.shape[2] >= patch and not (images.shape[2] % patch or images.shape[3] % patch)
+            if images.shape[1] != self.in_chans or not divisible or not images.shape[3]:
+                expected = f"[B, C={self.in_chans}, H, W] with H and W divisible by patch_size={patch}"
+                raise ValueError(f"{name}: images must have shape {expected}, got {list(images.shape)}")
+        elif images.shape[1:] != (self.in_chans, height, width):
+            expected = f"[B, C={self.in_chans}, H={height}, W={width}]"
+            way_out = f"build {name}(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
+            raise ValueError(f"{name}: images must have shape {expected}, got {list(images.shape)} ({way_out})")
 
 
 def xavier_(module: nn.Module) -> None:
-    """Weight of a linear layer xavier-uniform, bias 0; for `Module.apply`. qkv counts as one matrix."""
+    """Xavier-uniform weight and zero bias of a linear layer; for `Module.apply`. qkv counts as one matrix."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -193,20 +275,34 @@ def moco_v3_vit(name: str, img_size: int | tuple[int, int] = 224, freeze_patch_e
     Source: Chen et al., 2021 (MoCo v3), section 4.3 ("random patch projection"), and its code.
     """
     dim, depth, heads, patch = MOCO_V3_SIZES[name]
-    stem = name.startswith("vit_conv")
-    vit = ViT(img_size, patch, 3, dim, depth, heads, conv_stem=stem, row_first=True)
-    for block in vit.blocks:
-        bound = (6 / (dim + dim)) ** 0.5  # q, k and v as three matrices
-        nn.init.uniform_(block.attn.qkv.weight, -bound, bound)
-    nn.init.normal_(vit.cls_token, std=1e-6)
-    if not stem:
-        nn.init.zeros_(vit.patch_embed.proj.bias)
+    vit = ViT(img_size, patch, 3, dim, depth, heads, conv_stem=name.startswith("vit_conv"), row_first=True)
+    bound = (6 / (dim + dim)) ** 0.5  # q, k and v as three matrices
+    for module in vit.modules():
+        if isinstance(module, Block):
+            nn.init.uniform_(module.attn.qkv.weight, -bound, bound)
+    if vit.cls_token is not None:
+        nn.init.normal_(vit.cls_token, std=1e-6)
+    if isinstance(vit.patch_embed, PatchEmbed):
+        if vit.patch_embed.proj.bias is not None:
+            nn.init.zeros_(vit.patch_embed.proj.bias)
         vit.patch_embed.requires_grad_(not freeze_patch_embed)
     return vit
 
 
-def _fit_tables(vit: ViT, state: dict, prefix: str, *_) -> None:
+def _check_pool(name: str, argument: str, pool: str, class_token: bool) -> str:
+    pools = POOLS if class_token else POOLS[1:]
+    if pool not in pools:
+        way_out = "" if class_token or pool != "token" else " (without class token)"
+        raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, pools))}, got {pool!r}{way_out}")
+    return pool
+
+
+def _fit_tables(vit: ViT, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Hook before `load_state_dict`: interpolates positional tables made for another grid of patches."""
     for name in vit.tables:
-        table, own = state.get(prefix + name), getattr(vit, name)
-        if table is not None and not table.is_meta and table.ndim == 3 and table.shape[2] == own.shape[2]:
-            state[prefix + name] = fit_positions(table, vit.grid)
+        table, parameter = state.get(prefix + name), getattr(vit, name)
+        if table is None or parameter is None or table.is_meta:
+            continue
+        prefix_tokens = parameter.shape[1] - vit.grid[0] * vit.grid[1]
+        if table.ndim == 3 and table.shape[2] == parameter.shape[2] and table.shape[1] > prefix_tokens:
+            state[prefix + name] = fit_positions(table, vit.grid, prefix_tokens)

@@ -1,4 +1,4 @@
-"""The command line that makes a run again."""
+"""Command line that repeats a run."""
 
 import dataclasses
 import shlex
@@ -9,19 +9,20 @@ from fastssl.run import Options, Run
 
 
 def reproduce(run: Run) -> str:
-    """`fastssl pretrain …` for a shell, with every option that is not its default, but for the run's folder."""
+    """`fastssl pretrain …` for a shell, with every option that differs from its default, without the run's folder."""
     options = run.options
     words = ["fastssl", "pretrain", run.method_name, "--data", options.data]
-    words += ["--preset", "paper", "--backbone", run.config.backbone]  # the defaults below depend on both
+    backbones = (run.backbone,) if run.backbone else ()
+    words += ["--preset", "paper", *(("--backbone", *backbones) if backbones else ())]  # the defaults depend on both
     words += _flags(options, Options(options.data, folder=options.folder))
-    words += _flags(run.config, type(run.config).paper(run.config.backbone))
+    words += _flags(run.config, type(run.config).paper(*backbones))
     return shlex.join(words)
 
 
-def _flags(values: Any, usual: Any) -> Iterator[str]:
-    """Words for the fields of a dataclass that differ from `usual`, those of dataclasses inside it among them."""
+def _flags(values: Any, defaults: Any) -> Iterator[str]:
+    """Flags of the fields that differ between a dataclass and its defaults, those of nested dataclasses included."""
     for field in dataclasses.fields(values):
-        value, default = getattr(values, field.name), getattr(usual, field.name)
+        value, default = getattr(values, field.name), getattr(defaults, field.name)
         flag = field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             yield from _flags(value, default)

@@ -1,44 +1,42 @@
-"""Images of a run: what a MAE makes of them, and which of them features hold for alike."""
+"""Images in a report: reconstructions and nearest neighbours."""
 
 import numpy as np
 from torch import Tensor
 
+from fastssl.contract import Reconstructs
 from fastssl.data.source import Subset
 from fastssl.eval.features import extract
 from fastssl.eval.knn import nearest
 from fastssl.eval.reconstruction import as_bytes, first_images, pixels, read_snapshots, reconstruct
 
-from .opened import BANK, Opened
 from .parts import Text, Tiles, short
 from .pictures import CRISP, tile, tiles
+from .run_data import BANK, RunData
 
-SHOWN = 10  # images a row
-QUERIES = 6
-MOST_STEPS = 8  # rows of reconstructions over time
-ROWS = {"input": "input", "masked": "masked", "output": "output", "filled": "output in the holes"}
+SHOWN = 10  # images per row
+QUERIES = 6  # held-out images with their neighbours
+MOST_STEPS = 8  # largest number of rows of snapshots
+ROWS = {"input": "input", "masked": "masked", "output": "output", "filled": "output in removed patches"}
 
 
-def reconstructions(run: Opened) -> list[Text | Tiles]:
-    """The snapshots of the run folder, and what the last weights make of test images; nothing of other methods."""
+def reconstructions(run: RunData) -> list[Text | Tiles]:
+    """Reconstructions of held-out images by the newest weights, and the snapshots of the run folder."""
     snapshots = read_snapshots(run.run.folder / "reconstructions")
-    able = run.method is not None and hasattr(run.method, "reconstruct") and run.test_source is not None
+    able = isinstance(run.method, Reconstructs) and run.test_source is not None
     images = first_images(run.test_source, run.size, SHOWN) if able else None
     parts = []
     if able:
-        made = reconstruct(run.method, images)
-        rows = [(name, as_bytes(getattr(made, part))) for part, name in ROWS.items()]
-        parts += [
-            Text("By the weights of the last checkpoint."),
-            tiles((name, row, _numbered(name, row)) for name, row in rows),
-        ]
+        reconstruction = reconstruct(run.method, images)
+        rows = [(name, as_bytes(getattr(reconstruction, part))) for part, name in ROWS.items()]
+        parts += [Text("Newest checkpoint."), tiles((name, row, _numbered(name, row)) for name, row in rows)]
     if snapshots:
-        parts.append(Text("While it learned, the output in the holes:"))
+        parts.append(Text("During the run, output in removed patches:"))
         parts.append(over_time(run, snapshots, None if images is None else as_bytes(pixels(images))))
     return parts
 
 
-def over_time(run: Opened, snapshots: list[tuple[int, np.ndarray]], inputs: np.ndarray | None) -> Tiles:
-    """A row for each of at most `MOST_STEPS` snapshots, the first and the last among them, then one of the inputs."""
+def over_time(run: RunData, snapshots: list[tuple[int, np.ndarray]], inputs: np.ndarray | None) -> Tiles:
+    """Rows of at most `MOST_STEPS` snapshots, including the first and the last, then a row of the inputs."""
     chosen = np.unique(np.linspace(0, len(snapshots) - 1, min(MOST_STEPS, len(snapshots))).round().astype(int))
     rows = []
     for step, images in (snapshots[i] for i in chosen):
@@ -53,20 +51,21 @@ def _numbered(name: str, images: np.ndarray) -> list[str]:
     return [f"{name} {i + 1}" for i in range(len(images))]
 
 
-def neighbours(run: Opened, features: Tensor, numbers: list[int]) -> tuple[Tiles, int]:
-    """(test images from all over the source, each before the training images nearest to it; how many were searched).
+def neighbours(run: RunData, features: Tensor, numbers: list[int]) -> tuple[Tiles, int]:
+    """(held-out images, each before its nearest training images; number of training images searched).
 
     Args:
-        features: [N, F] of test images, with their `numbers` in the test source.
+        features: features [N, F] of held-out images.
+        numbers: their indices in the held-out split.
     """
     bank, _, bank_numbers = run.features(run.train_source, BANK)
     queries = np.unique(np.linspace(0, len(numbers) - 1, min(QUERIES, len(numbers))).astype(int)).tolist()
     rows = []
-    for query, found in zip(queries, nearest(bank, features[queries], SHOWN - 1).tolist()):
-        asked = numbers[query]
-        label = run.test_source.label(asked)
-        row = [tile(_image(run, run.test_source, asked), _caption(run.test_source, asked), "query")]
-        for number in (bank_numbers[i] for i in found):
+    for query, rows_of_bank in zip(queries, nearest(bank, features[queries], SHOWN - 1).tolist()):
+        index = numbers[query]
+        label = run.test_source.label(index)
+        row = [tile(_image(run, run.test_source, index), _caption(run.test_source, index), "query")]
+        for number in (bank_numbers[i] for i in rows_of_bank):
             known = label >= 0 and run.train_source.label(number) >= 0
             mark = "other" if known and run.train_source.label(number) != label else ""
             row.append(tile(_image(run, run.train_source, number), _caption(run.train_source, number), mark))
@@ -74,8 +73,8 @@ def neighbours(run: Opened, features: Tensor, numbers: list[int]) -> tuple[Tiles
     return Tiles(rows, crisp=max(run.size) <= CRISP), len(bank)
 
 
-def _image(run: Opened, source, number: int) -> np.ndarray:
-    """The image as evaluation sees it, uint8 [H, W, 3]."""
+def _image(run: RunData, source, number: int) -> np.ndarray:
+    """The image as evaluation shows it to the encoder, uint8 [H, W, 3]."""
     image, *_ = extract(lambda images: images, Subset(source, [number]), run.size)
     return as_bytes(pixels(image))[0]
 

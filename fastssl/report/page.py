@@ -1,4 +1,4 @@
-"""One self-contained report.html of a run, or of several side by side: curves, evaluations, pictures, environment."""
+"""Self-contained report.html of a run, or of several side by side: curves, evaluations, pictures, environment."""
 
 import os
 from pathlib import Path
@@ -6,22 +6,23 @@ from typing import Any
 
 import jinja2
 
+from fastssl.contract import RanksNegatives
+from fastssl.files import write_atomically
 from fastssl.run import Run
 
-from . import command, curves, images, ranks, tables
-from . import embedding as maps
-from .embedding import Embedding
-from .opened import ASKED, Opened, names_of
+from . import command, curves, feature_map, images, ranks, tables
+from .feature_map import Projection
 from .parts import Section, Text, short
 from .pictures import COLOURS
+from .run_data import MAPPED, RunData, names_of
 
 TEXTS = {
-    "reconstructions": "Test images. The model sees the patches that are not grey and predicts the others.",
-    "neighbours": "Left a test image, then the training images whose features are nearest by cosine; those of another "
-    "class are framed.",
-    "map": "Features of test images, projected to two dimensions. Distances between far groups mean little.",
-    "ranks": "How many negatives score above a query's positive, in evaluation mode, on training images as the run "
-    "augments them. Nothing above it: the query finds its positive.",
+    "reconstructions": "Held-out images. The model gets the patches that are not grey and predicts the others.",
+    "neighbours": "A held-out image at the left, then the training images with the nearest features by cosine. "
+    "Images of another class are framed.",
+    "map": "Features of held-out images, projected to two dimensions. Distances between far groups mean little.",
+    "ranks": "Number of negatives that score above a query's positive, in evaluation mode, on augmented training "
+    "images. At rank 0 the positive scores highest.",
 }
 TITLES = {
     "reconstructions": "Reconstructions",
@@ -31,112 +32,115 @@ TITLES = {
 }
 
 
-def write_report(runs: list[Run], to: Path | None = None, embedding: Embedding = "pca") -> Path:
+def write_report(runs: list[Run], to: Path | None = None, map: Projection = "pca") -> Path:
     """Writes a report and returns its path.
 
-    What can't be had, as without a checkpoint or with data that moved, is left out, and the report says why.
+    Parts that need a missing checkpoint or data that moved are left out, and the report has the reason.
 
     Args:
-        runs: opened run folders, one or several to compare.
-        to: file to write; if not given report.html in the run's folder, or in the folder that several have in common.
-        embedding: how the map of the features is made, "pca" or "umap" (of umap-learn).
+        runs: one run, or several to compare.
+        to: file to write; by default report.html in the run's folder, or in the common folder of several runs.
+        map: projection of the features to two dimensions, "pca" or "umap" (of umap-learn).
 
     Raises:
-        ValueError: a run has no metrics yet or is named twice, `to` can't be a file, or umap-learn is not installed.
+        ValueError: a run has no metrics yet or is named twice, or `to` cannot be written.
+        MissingExtra: umap-learn is not installed.
     """
     if not runs:
-        raise ValueError("report: name a run")
-    maps.check(embedding)
-    path = to or _usual_path(runs)
+        raise ValueError("report: a run is needed")
+    feature_map.check_projection(map)
+    path = to or _default_path(runs)
     if path.is_dir() or not path.resolve().parent.is_dir():
-        raise ValueError(f"report: {path} must be a file in a folder that is there")
-    opened = [Opened(run, name, COLOURS[i % len(COLOURS)]) for i, (run, name) in enumerate(zip(runs, names_of(runs)))]
-    pictured = [_pictured(run, embedding) for run in opened]
+        raise ValueError(f"report: {path} must be a file in a folder that exists")
+    loaded = [RunData(run, name, COLOURS[i % len(COLOURS)]) for i, (run, name) in enumerate(zip(runs, names_of(runs)))]
+    pictured = [_pictured(run, map) for run in loaded]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastssl.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("page.html").render(
-        title=_title(opened),
-        runs=opened,
-        summary=[tables.summary(run) for run in opened],
-        compared=tables.compared(opened, tables.summary),
-        sections=_sections(opened, pictured),
+        title=_title(loaded),
+        runs=loaded,
+        summary=[tables.summary(run) for run in loaded],
+        compared=tables.compared(loaded, tables.summary),
+        sections=_sections(loaded, pictured),
     )
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text(page, encoding="utf-8", errors="backslashreplace")  # file names need not be valid text
-    beside.replace(path)
+    with write_atomically(path, encoding="utf-8", errors="backslashreplace") as file:  # file names may be any bytes
+        file.write(page)
     return path
 
 
-def _usual_path(runs: list[Run]) -> Path:
+def _default_path(runs: list[Run]) -> Path:
     if len(runs) == 1:
         return runs[0].folder / "report.html"
     return Path(os.path.commonpath([run.folder.resolve().parent for run in runs]), "report.html")
 
 
-def _title(runs: list[Opened]) -> str:
+def _title(runs: list[RunData]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
     return f"{runs[0].run.method_name} on {short(runs[0].run.options.data)}"
 
 
-def _pictured(run: Opened, embedding: Embedding) -> dict[str, list[Any]]:
-    """What needs the weights or the images of a run: the parts of the sections of `TEXTS`."""
+def _pictured(run: RunData, projection: Projection) -> dict[str, list[Any]]:
+    """Parts of the sections of `TEXTS`, which need the weights or the images of a run."""
     run.load()
     parts = {"reconstructions": run.attempt(lambda: images.reconstructions(run))}
     if run.method is not None and run.test_source is not None:
-        found = run.attempt(lambda: run.features(run.test_source, ASKED))
-        if found:
-            parts["neighbours"] = run.attempt(lambda: _neighbours(run, *found))
-            parts["map"] = run.attempt(lambda: _map(run, *found, embedding))
-        if hasattr(run.method, "ranks"):
+        table = run.attempt(lambda: run.features(run.test_source, MAPPED))
+        if table:
+            parts["neighbours"] = run.attempt(lambda: _neighbours(run, *table))
+            parts["map"] = run.attempt(lambda: _map(run, *table, projection))
+        if isinstance(run.method, RanksNegatives):
             parts["ranks"] = run.attempt(lambda: _ranks(run))
     run.release()
-    return {anchor: made for anchor, made in parts.items() if made}
+    return {anchor: content for anchor, content in parts.items() if content}
 
 
-def _neighbours(run: Opened, features, labels, numbers) -> list[Any]:
-    found, searched = images.neighbours(run, features, numbers)
-    return [found, Text(f"Searched: {searched:,} training images.")]
+def _neighbours(run: RunData, features, labels, numbers) -> list[Any]:
+    rows, searched = images.neighbours(run, features, numbers)
+    return [rows, Text(f"Searched: {searched:,} training images.")]
 
 
-def _map(run: Opened, features, labels, numbers, how: Embedding) -> list[Any]:
-    if len(features) < maps.FEWEST:
+def _map(run: RunData, features, labels, numbers, projection: Projection) -> list[Any]:
+    if len(features) < feature_map.FEWEST:
         return []
-    places, text = maps.flat(features, how)
-    return [maps.scatter(places, labels.tolist(), run.test_source.classes), Text(f"{len(places):,} images. {text}")]
+    places, text = feature_map.project(features, projection)
+    return [
+        feature_map.scatter(places, labels.tolist(), run.test_source.classes),
+        Text(f"{len(places):,} images. {text}"),
+    ]
 
 
-def _ranks(run: Opened) -> list[Any]:
-    found, negatives, size = ranks.collect(run)
-    if negatives < 1:  # a batch of one image in a method that has no queue
+def _ranks(run: RunData) -> list[Any]:
+    positions, negatives, size = ranks.collect(run)
+    if negatives < 1:  # one image per batch in a method without a queue
         return []
     text = (
-        f"{(found == 0).double().mean():.1%} of {len(found):,} positives rank first among {negatives:,} negatives; "
-        f"median rank {int(found.median()):,}. Batches of {size}."
+        f"{(positions == 0).double().mean():.1%} of {len(positions):,} positives rank first among {negatives:,} "
+        f"negatives; median rank {int(positions.median()):,}. Batches of {size}."
     )
-    return [ranks.histogram(found, negatives, run.colour), Text(text)]
+    return [ranks.histogram(positions, negatives, run.colour), Text(text)]
 
 
-def _sections(runs: list[Opened], pictured: list[dict[str, list[Any]]]) -> list[Section]:
-    """The page from top to bottom; a section that no run has anything for is left out."""
+def _sections(runs: list[RunData], pictured: list[dict[str, list[Any]]]) -> list[Section]:
+    """Sections of the page from top to bottom, without empty ones."""
     evaluated = [part for part in (curves.knn(runs), tables.evaluations(runs)) if part]
-    text = "A test image's class by the vote of its nearest training images (kNN), or by a trained classifier."
+    text = "Accuracy on held-out images: by votes of the nearest training images (kNN), or by a trained classifier."
     sections = [curves.training(runs), Section("evaluations", "Evaluations", text, evaluated)]
     for anchor, title in TITLES.items():
         columns = [(run, parts[anchor]) for run, parts in zip(runs, pictured) if anchor in parts]
         sections.append(Section(anchor, title, TEXTS[anchor], columns=_named(columns, runs)))
     profiles = [(run, tables.profile(run)) for run in runs]
-    took = [tables.compared(runs, tables.speed)]
-    sections.append(Section("speed", "Speed and memory", "", took, _named(profiles, runs)))
-    troubles = [(run, tables.trouble(run)) for run in runs]
-    sections.append(Section("trouble", "Left out of training", "", columns=_named(troubles, runs)))
+    speed = [tables.compared(runs, tables.speed)]
+    sections.append(Section("speed", "Speed and memory", "", speed, _named(profiles, runs)))
+    problems = [(run, tables.problems(run)) for run in runs]
+    sections.append(Section("trouble", "Left out of training", "", columns=_named(problems, runs)))
     sections.append(Section("environment", "Environment", "", [tables.compared(runs, tables.facts)]))
     commands = [(run, [Text(code=command.reproduce(run.run))]) for run in runs]
-    sections.append(Section("again", "To run it again", "", columns=_named(commands, runs)))
+    sections.append(Section("again", "Command to run it again", "", columns=_named(commands, runs)))
     return [section for section in sections if section.parts or section.columns]
 
 
-def _named(columns: list[tuple[Opened, list[Any]]], runs: list[Opened]) -> list[tuple[Opened | None, list[Any]]]:
-    """Columns that are not empty, each with its run where there are several."""
+def _named(columns: list[tuple[RunData, list[Any]]], runs: list[RunData]) -> list[tuple[RunData | None, list[Any]]]:
+    """Non-empty columns, each with its run if there are several runs."""
     return [(run if len(runs) > 1 else None, parts) for run, parts in columns if parts]

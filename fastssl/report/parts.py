@@ -1,20 +1,20 @@
-"""What a page is made of: page.html knows how each kind looks, the other modules fill them in."""
+"""Parts of a page; page.html lays each kind out."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-SHORT = 60  # characters of a name in a legend or beside a picture
+SHORT = 60  # largest number of characters of a name in a legend or beside a picture
 
 
 @dataclass
 class Picture:
-    """A drawing in two inks, as data URIs, and what stands around it."""
+    """A drawing for light and dark pages, as data URIs, with title and legend."""
 
     title: str
     alt: str
     light: str  # for a light page
     dark: str
-    values: list[tuple[str, str]] = field(default_factory=list)  # (colour or "", number): beside the title
+    values: list[tuple[str, str]] = field(default_factory=list)  # (colour or "", number) beside the title
     legend: list[tuple[str, str, str]] = field(default_factory=list)  # (colour, mark, name); mark: disc, diamond, dash
     kind = "picture"
 
@@ -25,33 +25,33 @@ class Tile:
 
     source: str
     alt: str
-    mark: str = ""  # "query" or "other": how it is framed
+    mark: str = ""  # "query" or "other": its frame
 
 
 @dataclass
 class Tiles:
-    """Rows of images, each with its name before it: [(name, tiles)]."""
+    """Rows of images with the name of each row."""
 
     rows: list[tuple[str, list[Tile]]]
-    crisp: bool  # few pixels: they are shown as squares
+    crisp: bool  # show pixels as squares
     kind = "tiles"
 
 
 @dataclass
 class Table:
-    """Cells are text; numbers stand at the right."""
+    """A table of text; numbers are aligned right."""
 
     head: list[str]
     rows: list[list[str]]
-    numbers: set[int] = field(default_factory=set)  # columns
-    shares: dict[int, list[float]] = field(default_factory=dict)  # bars 0..1 before the cells of a column
-    same: set[int] = field(default_factory=set)  # rows in which the runs agree
+    numbers: set[int] = field(default_factory=set)  # columns of numbers
+    shares: dict[int, list[float]] = field(default_factory=dict)  # column: lengths 0..1 of bars before its cells
+    same: set[int] = field(default_factory=set)  # rows in which all runs are equal
     kind = "table"
 
 
 @dataclass
 class Text:
-    """A paragraph; `code` is set as what one types, `items` as a list below."""
+    """A paragraph, with `code` in a monospaced font and `items` as a list below."""
 
     text: str = ""
     code: str = ""
@@ -61,7 +61,7 @@ class Text:
 
 @dataclass
 class Section:
-    """A heading, what concerns all runs, and a column for each run: (the run if there are several, its parts)."""
+    """A heading, parts for all runs together, and a column (run or None, parts) for each run."""
 
     anchor: str
     title: str
@@ -71,6 +71,6 @@ class Section:
 
 
 def short(name: str, most: int = SHORT) -> str:
-    """A name on one line, of `most` characters at most, with what can't be printed shown as an escape."""
+    """A name on one line of at most `most` characters, unprintable ones as escapes."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(name.split()))
     return line if len(line) <= most else line[: most - 1] + "…"

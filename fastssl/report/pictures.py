@@ -1,4 +1,4 @@
-"""Drawings and images as data URIs: nothing of a page lies outside its file."""
+"""Drawings and images as data URIs, so that a page is one file."""
 
 import base64
 import io
@@ -12,31 +12,32 @@ from PIL import Image
 
 from .parts import Picture, Tile, Tiles
 
-matplotlib.use("agg")  # no window system needed
+matplotlib.use("agg")  # without a window system
 
 COLOURS = ("#3b7dd8", "#e07b39", "#2f9e6e", "#c9485b", "#8a63d2", "#b08d1e", "#1f9bb0", "#d162a4", "#6f8f2f", "#8d6e63")
-GREY = "#8a919c"  # of what is there for comparison; it and the colours can be seen on light and on dark
-INKS = {"light": ("#4a525c", "#d9dce1"), "dark": ("#b3bac4", "#3a4149")}  # text, grid
-WIDTH = 3.4  # inches of a drawing; one column on a phone, where the text must still be read
-LARGEST = 112  # pixels of a side of a tile: what a page shows is no larger
-CRISP = 64  # pixels of a side up to which a tile is shown as squares, and kept as it is
+GREY = "#8a919c"  # colour of comparisons; all colours are visible on light and on dark pages
+INKS = {"light": ("#4a525c", "#d9dce1"), "dark": ("#b3bac4", "#3a4149")}  # (text, grid)
+WIDTH = 3.4  # inches of a drawing, one column on a phone
+LARGEST = 112  # pixels of the longer side of a tile on the page
+CRISP = 64  # pixels of the longer side up to which a tile is lossless and its pixels are shown as squares
 
 
-def draw(title: str, alt: str, onto: Callable[[Axes], None], height: float = 2.0, **around) -> Picture:
-    """A drawing of one pair of axes, made by `onto(axes)`, in either ink.
+def draw(title: str, alt: str, plot: Callable[[Axes], None], height: float = 2.0, **texts) -> Picture:
+    """A drawing of one pair of axes by `plot(axes)`, for light and for dark pages.
 
     Args:
-        title, alt, around: of the `Picture`. They are text of the page; on the axes themselves stands nothing that
-            came from outside, and nothing is read as a formula.
+        title, alt, texts: fields of the `Picture`. They are text of the page; the axes have no text from outside, and
+            nothing is parsed as a formula.
+        plot: draws on the axes.
         height: inches.
     """
-    light = dark = _svg(onto, height, *INKS["light"])
+    light = dark = _svg(plot, height, *INKS["light"])
     for old, new in zip(INKS["light"], INKS["dark"]):
         dark = dark.replace(old, new)
-    return Picture(title, alt, *(_uri("image/svg+xml", svg.encode()) for svg in (light, dark)), **around)
+    return Picture(title, alt, *(_uri("image/svg+xml", svg.encode()) for svg in (light, dark)), **texts)
 
 
-def _svg(onto: Callable[[Axes], None], height: float, ink: str, line: str) -> str:
+def _svg(plot: Callable[[Axes], None], height: float, ink: str, line: str) -> str:
     style = {
         "font.size": 8,
         "axes.labelsize": 8,
@@ -62,23 +63,23 @@ def _svg(onto: Callable[[Axes], None], height: float, ink: str, line: str) -> st
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        onto(figure.add_subplot())
+        plot(figure.add_subplot())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
-    return buffer.getvalue().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")  # the font of the page around it
+    return buffer.getvalue().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")  # the font of the page
 
 
 def tiles(rows: Iterable[tuple[str, np.ndarray, list[str]]]) -> Tiles:
-    """Rows of images: (name, uint8 [N, H, W, 3], what each image shows)."""
-    made = [
+    """Tiles of rows (name, images uint8 [N, H, W, 3], description of each image)."""
+    tiled = [
         (name, [tile(image, alt) for image, alt in zip(images, alts)], max(images.shape[1:3]))
         for name, images, alts in rows
     ]
-    return Tiles([row[:2] for row in made], crisp=all(side <= CRISP for *_, side in made))
+    return Tiles([row[:2] for row in tiled], crisp=all(side <= CRISP for *_, side in tiled))
 
 
 def tile(image: np.ndarray, alt: str, mark: str = "") -> Tile:
-    """An image, uint8 [H, W, 3]: small ones exactly, of larger ones a JPEG no larger than what is shown."""
+    """A tile of an image uint8 [H, W, 3]: lossless for small images, else a JPEG of the size on the page."""
     picture, buffer = Image.fromarray(image), io.BytesIO()
     if max(picture.size) <= CRISP:
         picture.save(buffer, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""What a run reached, what it took, and what went wrong, as text."""
+"""Summary, speed, evaluations, profile and problems of a run, as tables."""
 
 import json
 import statistics
@@ -6,49 +6,47 @@ from collections.abc import Callable
 
 from fastssl.train.log import read_metrics
 
-from .opened import Opened
 from .parts import Table, Text, short
+from .run_data import RunData
 
-NAMED_BAD = 10  # images, and skipped steps, that are named
-SAID = {"evaluation", "step", "epoch", "accuracy"}  # of an evaluation, in columns of their own
+NAMED_BAD = 10  # undecodable images, and skipped steps, that are listed
+COLUMNS = {"evaluation", "step", "epoch", "accuracy"}  # fields of an evaluation that have a column
 NONE = "–"
 
 
-def summary(run: Opened) -> dict[str, str]:
-    """The few facts that a reader wants first."""
+def summary(run: RunData) -> dict[str, str]:
+    """Main facts of a run."""
     points, raw = run.knn()
     training = run.run.config.training
-    facts = {
-        "method": run.run.method_name,
-        "data": short(run.run.options.data, 120),
-        "backbone": run.run.config.backbone,
-    }
+    facts = {"method": run.run.method_name, "data": short(run.run.options.data, 120)}
+    if run.run.backbone:
+        facts["backbone"] = run.run.backbone
     if points:
-        best, at = max((accuracy, -epoch) for epoch, accuracy in points)
-        facts["kNN accuracy, best"] = f"{best:.1%}" + (f" at epoch {-at:.3g}" if len(points) > 1 else "")
+        best, epoch = max((accuracy, -epoch) for epoch, accuracy in points)
+        facts["kNN accuracy, best"] = f"{best:.1%}" + (f" at epoch {-epoch:.3g}" if len(points) > 1 else "")
         if points[0][0] == 0:
-            facts[f"kNN, {run.at_the_start()}"] = f"{points[0][1]:.1%}"
+            facts[f"kNN, {run.initial_encoder()}"] = f"{points[0][1]:.1%}"
     if raw is not None:
         facts["kNN, raw pixels"] = f"{raw:.1%}"
     facts["epochs"] = f"{run.last['epoch']:.4g} of {training.epochs}"
     if speeds := _speeds(run):
-        facts["images/s"] = _sized(statistics.median(speeds))
+        facts["images/s"] = _number(statistics.median(speeds))
     return facts
 
 
-def speed(run: Opened) -> dict[str, str]:
-    """What a run took: time, memory, size."""
+def speed(run: RunData) -> dict[str, str]:
+    """Speed, memory and size of a run."""
     training, execution, speeds = run.run.config.training, run.run.options.execution, _speeds(run)
     facts = {
         "steps": f"{run.last['step']:,}",
         "epochs": f"{run.last['epoch']:.4g} of {training.epochs}",
-        "images a step": f"{training.batch_size:,}",
+        "images per step": f"{training.batch_size:,}",
         "precision": execution.precision,
     }
     if speeds:
         median = statistics.median(speeds)
-        facts["images/s, median"] = _sized(median)
-        facts["time a step, median"] = f"{_sized(1000 * training.batch_size / median)} ms" if median else NONE
+        facts["images/s, median"] = _number(median)
+        facts["time per step, median"] = f"{_number(1000 * training.batch_size / median)} ms" if median else NONE
     if waits := _values(run, "data_wait"):
         facts["waiting for data, median"] = f"{statistics.median(waits):.1%}"
     if peaks := _values(run, "peak_memory"):
@@ -58,25 +56,25 @@ def speed(run: Opened) -> dict[str, str]:
     return facts
 
 
-def _values(run: Opened, name: str) -> list[float]:
+def _values(run: RunData, name: str) -> list[float]:
     return [line[name] for line in run.metrics if line.get(name) is not None]
 
 
-def _speeds(run: Opened) -> list[float]:
+def _speeds(run: RunData) -> list[float]:
     return _values(run, "images_per_second")
 
 
-def _sized(value: float) -> str:
+def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def facts(run: Opened) -> dict[str, str]:
-    """The environment."""
+def facts(run: RunData) -> dict[str, str]:
+    """Versions and machine."""
     return {name: str(value) for name, value in run.run.facts.items()}
 
 
-def compared(runs: list[Opened], facts_of: Callable[[Opened], dict[str, str]]) -> Table:
-    """A row for each fact, a column for each run."""
+def compared(runs: list[RunData], facts_of: Callable[[RunData], dict[str, str]]) -> Table:
+    """A table with a row for each fact and a column for each run."""
     columns = [facts_of(run) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(column.get(name, NONE) for column in columns)] for name in names]
@@ -87,14 +85,14 @@ def compared(runs: list[Opened], facts_of: Callable[[Opened], dict[str, str]]) -
     )
 
 
-def evaluations(runs: list[Opened]) -> Table | None:
-    """Every line of evaluations.jsonl; None where there is none."""
+def evaluations(runs: list[RunData]) -> Table | None:
+    """All records of evaluations.jsonl; None without any."""
     rows, shares = [], []
     for run in runs:
         for line in run.evaluations:
             epoch = line.get("epoch", run.epoch_of(line["step"]))
-            asked = {name: value for name, value in line.items() if name not in SAID and value is not None}
-            how = ", ".join(f"{name.replace('_', ' ')} {short(str(value))}" for name, value in asked.items())
+            details = {name: value for name, value in line.items() if name not in COLUMNS and value is not None}
+            how = ", ".join(f"{name.replace('_', ' ')} {short(str(value))}" for name, value in details.items())
             name = [run.name] if len(runs) > 1 else []
             rows.append(
                 [*name, line["evaluation"], f"{epoch:.4g}", f"{line['step']:,}", f"{line['accuracy']:.2%}", how]
@@ -105,8 +103,8 @@ def evaluations(runs: list[Opened]) -> Table | None:
     return Table(head, rows, {accuracy - 2, accuracy - 1, accuracy}, {accuracy: shares}) if rows else None
 
 
-def profile(run: Opened) -> list[Table | Text]:
-    """Where the time of a step goes, if it was profiled."""
+def profile(run: RunData) -> list[Table | Text]:
+    """Time of each part of a step, if the run was profiled."""
     path = run.run.folder / "profile" / "table.json"
     if not path.is_file():
         return []
@@ -117,11 +115,11 @@ def profile(run: Opened) -> list[Table | Text]:
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
         return [Text(f"{path} is damaged: the profile is left out.")]
     total = sum(row["ms"] for row in rows)
-    return [Text(f"Profiled: {total:.1f} ms a step, the profiler's own cost among them."), table]
+    return [Text(f"Profiled: {total:.1f} ms per step, including the cost of profiling."), table]
 
 
-def trouble(run: Opened) -> list[Text]:
-    """Images that could not be decoded and steps that were skipped; nothing where all went well."""
+def problems(run: RunData) -> list[Text]:
+    """Images that could not be decoded and steps that were skipped; [] without any."""
     parts, path = [], run.run.folder / "bad_files.txt"
     if bad := path.read_text(errors="replace").splitlines() if path.is_file() else []:
         parts.append(
@@ -131,7 +129,7 @@ def trouble(run: Opened) -> list[Text]:
             )
         )
     skipped = [line for path in sorted(run.run.folder.glob("skipped-*.jsonl")) for line in read_metrics(path)]
-    if steps := {line["step"]: line for line in reversed(skipped)}:  # each rank noted them
+    if steps := {line["step"]: line for line in reversed(skipped)}:  # every rank writes them
         items = [
             f"step {step}: loss {line.get('loss')}, norm of the gradient {line.get('grad_norm')}"
             for step, line in sorted(steps.items())[:NAMED_BAD]

@@ -1,4 +1,4 @@
-"""The draws have torchvision's distributions. p-values are of fixed seeds: a sound draw fails none of them for good."""
+"""Distributions of the draws against torchvision's, with fixed seeds, so that a result never changes."""
 
 import numpy as np
 import pytest
@@ -15,23 +15,23 @@ UNLIKELY = 1e-3
 SEEDS = np.arange(COUNT)
 
 
-def same_distribution(ours, theirs):
-    assert ks_2samp(np.asarray(ours, float), np.asarray(theirs, float)).pvalue > UNLIKELY
+def assert_same_distribution(values, expected):
+    assert ks_2samp(np.asarray(values, float), np.asarray(expected, float)).pvalue > UNLIKELY
 
 
 @pytest.mark.parametrize("size", [(427, 640), (64, 64), (40, 400), (300, 30)], ids=str)
 @pytest.mark.parametrize("crop", [(0.08, 1.0), (0.2, 1.0), (0.05, 0.14)], ids=str)
 def test_windows_are_those_of_random_resized_crop(size, crop):
-    """Long images too, in which hardly a window fits and torchvision falls back on the middle."""
-    theirs = v2.RandomResizedCrop((8, 8), scale=crop)
+    """Also for long images, in which few windows fit and torchvision takes the middle."""
+    transform = v2.RandomResizedCrop((8, 8), scale=crop)
     image = torch.empty(3, *size)
-    params = [theirs.make_params([image]) for _ in range(COUNT)]
+    params = [transform.make_params([image]) for _ in range(COUNT)]
     view = View((8, 8), crop=crop)
     top, left, height, width = windows(view, draw(view, 0, SEEDS), np.broadcast_to(size, (COUNT, 2))).T
-    for ours, name in ((top, "top"), (left, "left"), (height, "height"), (width, "width")):
-        same_distribution(ours, [p[name] for p in params])
-    same_distribution(height * width, [p["height"] * p["width"] for p in params])
-    same_distribution(width / height, [p["width"] / p["height"] for p in params])
+    for values, name in ((top, "top"), (left, "left"), (height, "height"), (width, "width")):
+        assert_same_distribution(values, [p[name] for p in params])
+    assert_same_distribution(height * width, [p["height"] * p["width"] for p in params])
+    assert_same_distribution(width / height, [p["width"] / p["height"] for p in params])
     assert min(top.min(), left.min()) >= 0
     assert (top + height).max() <= size[0]
     assert (left + width).max() <= size[1]
@@ -44,13 +44,13 @@ def test_jitter_is_that_of_color_jitter(strengths):
     draws = draw(View((8, 8), jitter=strengths), 0, SEEDS)
     names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
     for column, name in zip(draws.jitter.T, names):
-        same_distribution(column, [p[name] for p in params])
+        assert_same_distribution(column, [p[name] for p in params])
     counts = [(draws.order == order).all(axis=1).sum() for order in _orders()]
     assert sum(counts) == COUNT
     assert chisquare(counts).pvalue > UNLIKELY
 
 
-def test_steps_are_drawn_as_often_as_the_view_says():
+def test_steps_have_the_probabilities_of_the_view():
     view = View(
         (8, 8), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grayscale_p=0.2, blur_p=0.1, solarize_p=0.3, flip_p=0.5
     )
@@ -66,31 +66,31 @@ def test_steps_are_drawn_as_often_as_the_view_says():
         p = getattr(view, f"{name}_p")
         assert chisquare([chosen.sum(), COUNT - chosen.sum()], [p * COUNT, (1 - p) * COUNT]).pvalue > UNLIKELY, name
     pairs = np.corrcoef(np.stack(list(drawn.values())).astype(float))
-    assert np.abs(pairs - np.eye(5)).max() < 0.06  # one says nothing about another
+    assert np.abs(pairs - np.eye(5)).max() < 0.06  # the steps are independent
     sigma = draws.sigma[draws.sigma > 0]
-    same_distribution(sigma, np.random.default_rng(0).uniform(*view.blur_sigma, COUNT))
-    nothing = draw(View((8, 8)), 0, SEEDS)
-    assert not (nothing.grey.any() or nothing.sigma.any() or nothing.solarize.any() or nothing.flip.any())
-    assert (nothing.jitter == np.float32([1, 1, 1, 0])).all()
+    assert_same_distribution(sigma, np.random.default_rng(0).uniform(*view.blur_sigma, COUNT))
+    default = draw(View((8, 8)), 0, SEEDS)
+    assert not (default.grey.any() or default.sigma.any() or default.solarize.any() or default.flip.any())
+    assert (default.jitter == np.float32([1, 1, 1, 0])).all()
 
 
 def test_views_and_neighbouring_seeds_are_independent():
     view = View((8, 8), crop=(0.2, 1.0))
     first, second = (draw(view, number, SEEDS) for number in (0, 1))
-    for column, other in ((first.area, second.area), (first.place, second.place), (first.area[:-1], first.area[1:])):
-        assert abs(np.corrcoef(column[:, 0], other[:, 0])[0, 1]) < 0.06
+    for a, b in ((first.area, second.area), (first.place, second.place), (first.area[:-1], first.area[1:])):
+        assert abs(np.corrcoef(a[:, 0], b[:, 0])[0, 1]) < 0.06
 
 
 def test_draws_of_a_sample_do_not_depend_on_its_batch():
     view = View((8, 8), crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5)
     whole, part = draw(view, 1, SEEDS), draw(view, 1, SEEDS[17:19])
-    assert all(np.array_equal(column[17:19], other) for column, other in zip(whole, part))
+    assert all(np.array_equal(a[17:19], b) for a, b in zip(whole, part))
     assert all(np.array_equal(a, b) for a, b in zip(whole.take([17, 18]), part))
 
 
 @pytest.mark.parametrize("size", [(480, 640), (640, 480), (100, 700), (224, 224), (7, 5)], ids=str)
-def test_evaluation_sees_what_resize_and_centre_crop_see(size):
-    """224 of 256: the window in the image's own pixels, to the pixel that rounding the resized sides takes."""
+def test_evaluation_takes_the_window_of_resize_and_centre_crop(size):
+    """224 of 256, in pixels of the image, to one pixel: torchvision rounds the resized sides."""
     view = evaluation((224, 224)).views[0]
     ((top, left, height, width),) = windows(view, draw(view, 0, SEEDS[:1]), np.array([size]))
     scale = min(size) / 256
@@ -104,18 +104,22 @@ def test_evaluation_of_a_rectangle_is_undistorted():
     assert (top, left, height, width) == (100, 0, 400, 800)
 
 
-def test_a_view_without_crop_or_centre_shows_all():
+def test_a_view_without_crop_or_centre_takes_the_whole_image():
     view = View((8, 8))
     assert windows(view, draw(view, 0, SEEDS[:1]), np.array([(30, 70)])).tolist() == [[0, 0, 30, 70]]
 
 
-def test_recipes_refuse_impossible_numbers():
+def test_error_sentences_of_views():
     refused(
-        "augmentation: crop must lie above 0, up to 1, and rise, got 0.5 0.2", ValueError, View, (8, 8), crop=(0.5, 0.2)
+        "augmentation: crop must be a range above 0 and at most 1, got 0.5 0.2",
+        ValueError,
+        View,
+        (8, 8),
+        crop=(0.5, 0.2),
     )
-    refused("augmentation: crop must lie above 0, up to 1, and rise, got 0 1", ValueError, View, (8, 8), crop=(0, 1))
-    refused("augmentation: centre must lie above 0, up to 1, and rise, got 1.5", ValueError, View, (8, 8), centre=1.5)
-    refused("augmentation: blur_sigma must lie above 0, and rise, got 0 2", ValueError, View, (8, 8), blur_sigma=(0, 2))
+    refused("augmentation: crop must be a range above 0 and at most 1, got 0 1", ValueError, View, (8, 8), crop=(0, 1))
+    refused("augmentation: centre must be above 0 and at most 1, got 1.5", ValueError, View, (8, 8), centre=1.5)
+    refused("augmentation: blur_sigma must be a range above 0, got 0 2", ValueError, View, (8, 8), blur_sigma=(0, 2))
     refused(
         "augmentation: interpolation must be bilinear or bicubic, got 'nearest'",
         ValueError,
@@ -124,7 +128,7 @@ def test_recipes_refuse_impossible_numbers():
         interpolation="nearest",
     )
     refused(
-        "augmentation: jitter must be four strengths from 0 on, the hue's up to 0.5, got (0, 0, 0, 0.6)",
+        "augmentation: jitter must be four strengths of at least 0, the hue's at most 0.5, got (0, 0, 0, 0.6)",
         ValueError,
         View,
         (8, 8),

@@ -1,4 +1,4 @@
-"""Both engines against plain torchvision: from the same draws the same pixels, over many the same statistics."""
+"""Both engines against plain torchvision: equal pixels from equal draws, and equal statistics over many draws."""
 
 import re
 
@@ -34,7 +34,7 @@ AUGMENTATIONS = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Two real photographs, 8 files."""
+    """Six images of two real photographs."""
     folder = tmp_path_factory.mktemp("photos")
     for name, image in zip("ab", load_sample_images().images):
         for i in range(4):
@@ -44,8 +44,8 @@ def photos(tmp_path_factory):
     return Subset(open_source(f"folder:{folder}"), range(6))
 
 
-def made(engine, source, augmentation, count=None, train=True, **options):
-    """Views [B, 3, H, W] in bytes' values, of as many epochs as it takes."""
+def views_of(engine, source, augmentation, count=None, train=True, **options):
+    """Views [B, 3, H, W] with values 0 … 255, of as many epochs as `count` images take."""
     loader = Loader(source, augmentation, len(source), train=train, engine=engine.partition(" ")[0], **options)
     if engine == "dali graph":
         loader._engine.colours = True
@@ -59,8 +59,8 @@ def made(engine, source, augmentation, count=None, train=True, **options):
     return [view * scales[1] + scales[0] for view in views], [batch.index for batch in batches]
 
 
-def by_torchvision(image: Image.Image, view: View, seed: int, number: int) -> torch.Tensor:
-    """What torchvision's own functions make of one image from our draws, on Pillow and bytes."""
+def view_by_torchvision(image: Image.Image, view: View, seed: int, number: int) -> torch.Tensor:
+    """A view of one image from our draws, made with torchvision's functions on a Pillow image and on bytes."""
     draws = draw(view, number, np.array([seed]))
     top, left, height, width = windows(view, draws, np.array([image.size[::-1]]))[0].tolist()
     image = F.resized_crop(image, top, left, height, width, view.size, InterpolationMode(view.interpolation))
@@ -91,20 +91,20 @@ def by_torchvision(image: Image.Image, view: View, seed: int, number: int) -> to
     "engine", ["torchvision", pytest.param("dali", marks=needs_dali), pytest.param("dali graph", marks=needs_dali)]
 )
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_views_are_torchvision_s(photos, name, engine):
-    """To the rounding of bytes between its steps: half a value each, which the hue's tables and contrast multiply."""
+def test_views_equal_those_of_torchvision(photos, name, engine):
+    """Up to torchvision's rounding to bytes after each step: half a value, which contrast and hue amplify."""
     augmentation = AUGMENTATIONS[name]
-    views, epochs = made(engine, photos, augmentation, count=24)
+    views, epochs = views_of(engine, photos, augmentation, count=24)
     differences = []
     for number, view in enumerate(augmentation.views):
         seeds = np.concatenate([mix(0, epoch, index.numpy()) for epoch, index in enumerate(epochs)])
         for pixels, seed, index in zip(views[number], seeds, torch.cat(epochs).tolist()):
             with Image.open(photos.name(index)) as image:
-                expected = by_torchvision(image, view, seed, number)
-            flipped_over = (
-                (expected.int() - 128).abs() <= 3 if view.solarize_p else torch.zeros_like(expected, dtype=bool)
-            )
-            differences.append((pixels - expected).abs()[~flipped_over])  # 127 stays, 128 becomes 127, 130 125
+                expected = view_by_torchvision(image, view, seed, number)
+            near_threshold = torch.zeros_like(expected, dtype=bool)
+            if view.solarize_p:  # a rounding error decides whether 128 is inverted
+                near_threshold = (expected.int() - 128).abs() <= 3
+            differences.append((pixels - expected).abs()[~near_threshold])
     difference = torch.cat(differences)
     assert difference.mean() < 1.2
     assert (difference > 6).float().mean() < 2e-3
@@ -112,47 +112,45 @@ def test_views_are_torchvision_s(photos, name, engine):
 
 @needs_dali
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_engines_agree_and_the_graph_of_a_gpu_too(photos, name):
+def test_engines_agree_and_so_does_the_graph_of_a_gpu(photos, name):
     augmentation = AUGMENTATIONS[name]
-    (ours, order), (theirs, same), (graph, _) = (
-        made(engine, photos, augmentation, count=24) for engine in ("torchvision", "dali", "dali graph")
+    (by_torchvision, torchvision_order), (by_dali, dali_order), (by_graph, _) = (
+        views_of(engine, photos, augmentation, count=24) for engine in ("torchvision", "dali", "dali graph")
     )
-    assert all(torch.equal(a, b) for a, b in zip(order, same))
+    assert all(torch.equal(a, b) for a, b in zip(torchvision_order, dali_order))
     for number, view in enumerate(augmentation.views):
-        apart = (ours[number] - theirs[number]).abs()
-        assert apart.mean() < 0.5
-        assert (apart > 6).float().mean() < 2e-3
-        rounded = (
-            theirs[number] - graph[number]
-        ).abs()  # the same resampled bytes, colours by ours or by DALI's operators
-        assert rounded.mean() < 0.01
-        assert (rounded > 1.01).float().mean() < (1e-4 if view.solarize_p else 1e-6)
+        difference = (by_torchvision[number] - by_dali[number]).abs()
+        assert difference.mean() < 0.5
+        assert (difference > 6).float().mean() < 2e-3
+        rounding = (by_dali[number] - by_graph[number]).abs()  # equal resampled bytes, `augment_` or DALI's operators
+        assert rounding.mean() < 0.01
+        assert (rounding > 1.01).float().mean() < (1e-4 if view.solarize_p else 1e-6)
 
 
 @pytest.mark.parametrize("engine", ["torchvision", pytest.param("dali", marks=needs_dali)])
 @pytest.mark.parametrize("name", ["mae", "moco_v2", "moco_v3"])
-def test_statistics_over_many_draws_are_those_of_plain_torchvision(photos, name, engine):
-    """Mean and standard deviation per channel, and the energy of edges, over 1,500 views of one photograph, against the
-    transforms with torch's random numbers. Pillow's blur is three boxes, no Gaussian: 4 % of the energy of edges."""
+def test_statistics_over_many_draws_equal_those_of_plain_torchvision(photos, name, engine):
+    """Mean and standard deviation per channel and energy of edges over 1,500 views of a photograph, against transforms
+    with torch's random numbers. Pillow blurs with three boxes instead of a Gaussian: 4 % of the energy of edges."""
     augmentation, count = AUGMENTATIONS[name], 1500
     pixels = open_image(photos, 0).pixels()[:, ::3, ::3].permute(1, 2, 0).numpy()
     image, photo = Image.fromarray(pixels), Arrays(np.stack([pixels] * 50), None, None, np.arange(50), "a photograph")
-    views, _ = made(engine, photo, augmentation, count=count)
-    for ours, view in zip(views, augmentation.views):
-        plain = plain_transform(view)
-        theirs = torch.stack([plain(image) for _ in range(count)]).float()
-        for what, allowed in ((means, 0.01), (spreads, 0.01), (edges, 0.04)):
-            a, b = what(ours), what(theirs)
-            by_chance = 4 * (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
-            assert ((a.mean(0) - b.mean(0)).abs() <= by_chance + allowed * b.mean(0)).all(), what.__name__
-            assert ((a.std(0) / b.std(0)).log().abs() < 0.15).all(), what.__name__
+    views, _ = views_of(engine, photo, augmentation, count=count)
+    for pixels, view in zip(views, augmentation.views):
+        transform = plain_transform(view)
+        expected = torch.stack([transform(image) for _ in range(count)]).float()
+        for statistic, tolerance in ((means, 0.01), (deviations, 0.01), (edges, 0.04)):
+            a, b = statistic(pixels), statistic(expected)
+            noise = 4 * (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+            assert ((a.mean(0) - b.mean(0)).abs() <= noise + tolerance * b.mean(0)).all(), statistic.__name__
+            assert ((a.std(0) / b.std(0)).log().abs() < 0.15).all(), statistic.__name__
 
 
 def means(x):
     return x.mean((2, 3))
 
 
-def spreads(x):
+def deviations(x):
     return x.std((2, 3))
 
 
@@ -172,47 +170,47 @@ def test_a_poisoned_folder_trains_to_the_end(tmp_path, engine, workers):
             assert len(batch.index) == 8
             assert torch.isfinite(batch.views[0]).all()
             assert not {source.name(i).rpartition("/")[2] for i in batch.index.tolist()} & set(bad)
-    assert loader.bad == len(bad)
+    assert loader.bad_count == len(bad)
     assert sorted(line.partition(": ")[0].rpartition("/")[2] for line in log.read_text().splitlines()) == bad
 
 
 @needs_dali
 def test_dali_decodes_what_pillow_decodes(tmp_path):
-    """Every format and mode of the poisoned folder, in the size of the file: the pixels of the other engine."""
+    """Equal pixels for every format and mode of the poisoned folder, in the size of the files."""
     poison(tmp_path / "data", good=1)
     source = open_source(f"folder:{tmp_path / 'data'}")
-    whole = [
-        Loader(source, Augmentation((View((40, 60)),)), 8, train=False, max_bad=1.0, engine=e)
-        for e in ("torchvision", "dali")
+    loaders = [
+        Loader(source, Augmentation((View((40, 60)),)), 8, train=False, max_bad=1.0, engine=engine)
+        for engine in ("torchvision", "dali")
     ]
-    ours, theirs = ([batch for batch in loader.epoch(0)] for loader in whole)
-    assert indices(whole[0], 0) == indices(whole[1], 0)
-    assert sum(len(batch.index) for batch in ours) == 11
-    for a, b in zip(ours, theirs):
-        # only the turned one, whose sides are exchanged, is resampled
-        still = torch.tensor(["turned" not in source.name(i) for i in a.index.tolist()])
-        assert torch.equal(a.views[0][still], b.views[0][still])
+    by_torchvision, by_dali = (list(loader.epoch(0)) for loader in loaders)
+    assert indices(loaders[0], 0) == indices(loaders[1], 0)
+    assert sum(len(batch.index) for batch in by_torchvision) == 11
+    for a, b in zip(by_torchvision, by_dali):
+        # only the rotated image, whose sides are exchanged, is resampled
+        upright = torch.tensor(["turned" not in source.name(i) for i in a.index.tolist()])
+        assert torch.equal(a.views[0][upright], b.views[0][upright])
         assert (a.views[0] - b.views[0]).abs().max() < 0.2
         assert torch.equal(a.index, b.index)
 
 
 @needs_dali
 def test_a_broken_pipeline_leaves_the_other_batches_bit_equal(tmp_path):
-    """The files that DALI fails on cost their own batch the engine, and no other batch anything."""
+    """A file that DALI fails on changes the engine of its own batch, and no other batch."""
     poison(tmp_path / "data", good=45)
     source = open_source(f"folder:{tmp_path / 'data'}")
     augmentation = Augmentation((View((16, 16), crop=(0.3, 1.0)),))
     loader = Loader(source, augmentation, 8, max_bad=1.0, engine="dali")
     first, again = ([(batch.index.tolist(), digest(batch)) for batch in loader.epoch(0)] for _ in range(2))
     assert [index for index, _ in first] == [index for index, _ in again]
-    same = sum(a == b for a, b in zip(first, again))
-    assert len(first) - 3 <= same < len(first)  # batches of cut and noisy JPEGs: by Pillow at first, then by DALI
+    equal = sum(a == b for a, b in zip(first, again))
+    assert len(first) - 3 <= equal < len(first)  # batches with truncated and noisy JPEGs: first by Pillow, then by DALI
 
 
 @needs_dali
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_the_graph_of_a_gpu_keeps_pixels_on_it(name):
-    """What can be seen without one: DALI accepts the graph, and whatever touches pixels runs on the GPU."""
+    """Checks that need no GPU: DALI accepts the graph, and every operator on pixels is placed on the GPU."""
     from fastssl.data import dali
 
     graph = dali._graph(AUGMENTATIONS[name], True, batch_size=8, num_threads=2, device_id=0, prefetch_queue_depth=1)
@@ -232,8 +230,8 @@ def test_the_graph_of_a_gpu_keeps_pixels_on_it(name):
 
 
 @needs_dali
-def test_rotation_that_only_pillow_knows(tmp_path):
-    """XMP has an orientation too, and EXIF may be damaged elsewhere: what Pillow says, DALI gets."""
+def test_dali_gets_the_orientation_from_pillow(tmp_path):
+    """XMP may hold an orientation too, and EXIF may be damaged in other places; DALI alone would ignore both."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     image, exif = Image.fromarray(pixels), Image.Exif()
     for orientation in range(1, 9):
@@ -245,18 +243,18 @@ def test_rotation_that_only_pillow_knows(tmp_path):
         image.save(tmp_path / f"exif{orientation}.jpg", exif=exif)
     source = open_source(f"folder:{tmp_path}")
     augmentation = Augmentation((View((32, 48), crop=(0.3, 0.9)),))
-    (ours,), (theirs,) = (
+    (by_torchvision,), (by_dali,) = (
         list(Loader(source, augmentation, 16, train=False, engine=engine).epoch(0))
         for engine in ("torchvision", "dali")
     )
-    assert (ours.views[0] - theirs.views[0]).abs().max() < 0.2
+    assert (by_torchvision.views[0] - by_dali.views[0]).abs().max() < 0.2
     sizes = {open_image(source, i).size for i in range(16)}
     assert sizes == {(40, 60), (60, 40)}
 
 
 @needs_dali
-def test_what_dali_alone_refuses_is_decoded_by_pillow_from_then_on(tmp_path, monkeypatch):
-    """Pillow is told to take files that are cut short, DALI is not."""
+def test_an_image_that_only_dali_refuses_is_decoded_by_pillow_from_then_on(tmp_path, monkeypatch):
+    """Pillow is set to accept truncated files, which DALI refuses."""
     from fastssl.data import dali
 
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -267,18 +265,17 @@ def test_what_dali_alone_refuses_is_decoded_by_pillow_from_then_on(tmp_path, mon
     source = open_source(f"folder:{tmp_path / 'data'}")
     augmentation = Augmentation((View((16, 16), crop=(0.3, 1.0)),))
     loader = Loader(source, augmentation, 8, train=False, engine="dali")
-    built, graph = [], dali._graph
-    monkeypatch.setattr(dali, "_graph", lambda *args, **options: built.append(1) or graph(*args, **options))
-    for builds in (2, 2, 2):
-        seen = indices(loader, 0)
-        assert seen == list(range(len(source)))
-        assert len(built) == builds
-    assert loader.bad == 0
+    builds, graph = [], dali._graph
+    monkeypatch.setattr(dali, "_graph", lambda *args, **options: builds.append(1) or graph(*args, **options))
+    for _ in range(3):
+        assert indices(loader, 0) == list(range(len(source)))
+        assert len(builds) == 2  # the first pipeline breaks, the second one stays
+    assert loader.bad_count == 0
     assert [source.name(i).rpartition("/")[2] for i in loader._engine._refused] == ["bad-cut.jpg"]
 
 
 @needs_dali
-def test_an_error_that_no_image_explains_is_raised(monkeypatch):
+def test_an_error_of_dali_without_a_bad_image_is_raised(monkeypatch):
     loader = Loader(open_source("shapes:count=8"), Augmentation((View((16, 16)),)), 8, engine="dali")
     monkeypatch.setattr(loader._engine, "_pipeline", Broken())
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -286,7 +283,7 @@ def test_an_error_that_no_image_explains_is_raised(monkeypatch):
 
 
 class Broken:
-    """A pipeline that fails for a reason of its own."""
+    """A pipeline that fails for another reason than an image."""
 
     def feed_input(self, name, column):
         pass

@@ -149,7 +149,7 @@ def test_too_few_images_for_a_test_split(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.jpg").write_bytes(jpeg())
     refused(
-        f"data: {tmp_path} has 2 images, and every fifth is the test split: 5 are needed",
+        f"data: {tmp_path} must have at least 5 images, as every fifth is the test split, got 2",
         ValueError,
         open_source,
         f"folder:{tmp_path}",
@@ -256,7 +256,7 @@ def test_the_index_of_a_shard_is_remembered_until_it_changes(shards, monkeypatch
     path = f"webdataset:{shards[0]}/s-00.tar"
     assert len(open_source(path)) == 4
     with monkeypatch.context() as patched:
-        patched.setattr(webdataset, "_scanned", None)
+        patched.setattr(webdataset, "_scan", None)
         assert len(open_source(path)) == 4
     shard(shards[0] / "s-00.tar", samples(0, 3))
     assert len(open_source(path)) == 3
@@ -320,7 +320,7 @@ def test_a_damaged_shard_is_no_shorter_shard(tmp_path, damage):
     if damage == "header":
         data[fourth + 150] ^= 0xFF
     path.write_bytes(data if damage == "header" else data[:fourth])
-    with pytest.raises(ValueError, match=rf"^data: .*x\.tar is damaged or cut short at byte {fourth:,}$"):
+    with pytest.raises(ValueError, match=rf"^data: .*x\.tar is damaged or truncated at byte {fourth:,}$"):
         open_source(f"webdataset:{path}")
 
 
@@ -332,7 +332,7 @@ def test_names_of_shards_that_only_hold_the_words(tmp_path):
     shard(tmp_path / "imagenet_val_0.tar", samples(0, 3))
     assert [len(open_source(f"webdataset:{tmp_path}", split)) for split in ("train", "test")] == [10, 3]
     shard(tmp_path / "extra.tar", samples(0, 3))
-    with pytest.raises(ValueError, match=r"^data: .*extra\.tar is of neither split"):
+    with pytest.raises(ValueError, match=r"^data: .*extra\.tar is neither named train nor test"):
         open_source(f"webdataset:{tmp_path}")
 
 
@@ -359,7 +359,7 @@ def test_members_of_all_kinds(tmp_path):
         info = tarfile.TarInfo("./c.cls")
         info.size = 1
         tar.addfile(info, io.BytesIO(b"0"))
-    with pytest.warns(UserWarning, match=r"x\.tar: 1 images are passed over"):
+    with pytest.warns(UserWarning, match=r"x\.tar: 1 images are ignored"):
         source = open_source(f"webdataset:{path}")
     assert [source.read(i).tobytes() for i in range(3)] == [one, two, one]
     assert [source.label(i) for i in range(3)] == [2, 1, 0]
@@ -377,11 +377,11 @@ def test_shards_that_do_not_fit_get_one_sentence(tmp_path):
         f"data: {tmp_path}/x-1.tar does not exist", ValueError, open_source, f"webdataset:{tmp_path}/x-{{1..3}}.tar"
     )
     (tmp_path / "no.tar").write_bytes(b"not a tar" * 100)
-    with pytest.raises(ValueError, match=r"^data: .*no\.tar is no tar file, is compressed or cut short"):
+    with pytest.raises(ValueError, match=r"^data: .*no\.tar is no tar file, or is compressed or truncated"):
         open_source(f"webdataset:{tmp_path}/no.tar")
     with tarfile.open(tmp_path / "z.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("x"))
-    with pytest.raises(ValueError, match=r"^data: .*z\.tar is no tar file, is compressed or cut short"):
+    with pytest.raises(ValueError, match=r"^data: .*z\.tar is no tar file, or is compressed or truncated"):
         open_source(f"webdataset:{tmp_path}/z.tar")
     shard(tmp_path / "text.tar", {"a.txt": b"x"})
     with pytest.raises(ValueError, match=r"^data: no image in .*text\.tar"):
@@ -406,7 +406,7 @@ def test_cifar_as_torchvision_finds_it(tmp_path, monkeypatch, dataset):
     for file, _ in dataset.train_list + dataset.test_list:
         (root / file).write_bytes(pickle.dumps(held))
     (root / dataset.meta["filename"]).write_bytes(pickle.dumps({dataset.meta["key"]: ["ant", "bee", "cat"]}))
-    refused_name = f"data: {tmp_path}: {dataset.__name__} is not there, or damaged"
+    refused_name = f"data: {tmp_path}: {dataset.__name__} is missing or damaged"
     with pytest.raises(ValueError, match=refused_name):
         open_source(f"{name}:{tmp_path}")
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: Path(path).is_file())

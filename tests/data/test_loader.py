@@ -21,7 +21,7 @@ TWO = Augmentation((VIEW, VIEW))
 
 
 class Numbers:
-    """Image i is grey of value i; some can't be decoded. As JPEG files where `encoded`."""
+    """A source whose image i is grey of value i, as pixels or as JPEG files; some images can't be decoded."""
 
     classes, size, shards = None, (8, 8), None
 
@@ -43,14 +43,14 @@ class Numbers:
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "JPEG", quality=95)
             data = np.frombuffer(file.getvalue(), np.uint8).copy()
-            return data[: len(data) // 2] if index in self.bad else data  # the header stays whole
+            return data[: len(data) // 2] if index in self.bad else data  # the header stays complete
         if index in self.bad:
             raise BadImage(f"image {index}: broken")
         return pixels
 
 
 @engines
-def test_an_epoch_has_every_image_once_in_another_order_each_time(engine):
+def test_each_epoch_has_every_image_once_in_a_new_order(engine):
     loader = Loader(Numbers(20), plain((8, 8)), 4, engine=engine)
     orders = [indices(loader, epoch) for epoch in (0, 1, 0)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(20))
@@ -59,7 +59,7 @@ def test_an_epoch_has_every_image_once_in_another_order_each_time(engine):
 
 
 @engines
-def test_the_incomplete_batch_is_left_out_in_training_alone(engine):
+def test_only_training_leaves_out_the_incomplete_batch(engine):
     train, test = (Loader(Numbers(10), plain((8, 8)), 4, train=train, engine=engine) for train in (True, False))
     assert (len(train), len(indices(train, 0))) == (2, 8)
     assert (len(test), indices(test, 0)) == (3, list(range(10)))
@@ -67,14 +67,14 @@ def test_the_incomplete_batch_is_left_out_in_training_alone(engine):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @engines
-def test_an_epoch_entered_in_its_middle_goes_on_bit_by_bit(engine, workers):
-    """…and the batches are the same with any number of workers: they depend on seed, epoch and index alone."""
+def test_an_epoch_started_in_its_middle_is_bit_equal(engine, workers):
+    """Batches depend on seed, epoch and index alone, so they are the same with any number of workers."""
     source = open_source("shapes:count=24")
     whole = [digest(batch) for batch in Loader(source, TWO, 4, seed=3, engine=engine).epoch(5)]
     loader = Loader(source, TWO, 4, seed=3, workers=workers, engine=engine)
-    torch.manual_seed(99)  # the global generator has no part in it
+    torch.manual_seed(99)  # the global generator is not used
     before = torch.get_rng_state()
-    next(iter(loader.epoch(0)))  # an epoch that was left early leaves nothing behind
+    next(iter(loader.epoch(0)))  # an unfinished epoch has no effect on the next one
     assert [digest(batch) for batch in loader.epoch(5, start=2)] == whole[2:]
     assert torch.equal(before, torch.get_rng_state())
     assert len(set(whole)) == len(whole) == 6
@@ -84,19 +84,19 @@ def test_an_epoch_entered_in_its_middle_goes_on_bit_by_bit(engine, workers):
 def test_views_of_a_sample_differ_and_so_do_epochs(engine):
     loader = Loader(open_source("shapes:count=8"), TWO, 8, engine=engine)
     first, second = (next(iter(loader.epoch(epoch))) for epoch in (0, 1))
-    back = second.index.argsort()[first.index.argsort().argsort()]  # the same images, other draws
-    assert torch.equal(first.index, second.index[back])
-    for ours, theirs in ((first.views[0], first.views[1]), (first.views[0], second.views[0][back])):
-        assert (ours != theirs).flatten(1).any(1).all()
+    permutation = second.index.argsort()[first.index.argsort().argsort()]  # to the same images, with other draws
+    assert torch.equal(first.index, second.index[permutation])
+    for a, b in ((first.views[0], first.views[1]), (first.views[0], second.views[0][permutation])):
+        assert (a != b).flatten(1).any(1).all()
 
 
 @engines
 def test_a_sample_is_the_same_in_any_batch(engine):
     source = open_source("shapes:count=24")
     by_index = [{}, {}]
-    for made, batch_size in zip(by_index, (24, 5)):
+    for views, batch_size in zip(by_index, (24, 5)):
         for batch in Loader(source, TWO, batch_size, engine=engine).epoch(0):
-            made.update({index: view for index, view in zip(batch.index.tolist(), batch.views[1])})
+            views.update(zip(batch.index.tolist(), batch.views[1]))
     assert all(torch.equal(by_index[0][index], view) for index, view in by_index[1].items())
 
 
@@ -118,15 +118,15 @@ def test_multi_crop_has_views_of_two_sizes(engine):
 @pytest.mark.parametrize("encoded", [False, True], ids=["pixels", "files"])
 @engines
 def test_bad_images_are_skipped_counted_and_named(tmp_path, engine, encoded, workers):
-    """Files that are cut short have a good header: a decoder finds them out in the middle of a batch."""
+    """Truncated files have a valid header, so a decoder fails on them in the middle of a batch."""
     log = tmp_path / "bad_files.txt"
     source, view = Numbers(300, bad=[7, 100, 222], encoded=encoded), View((8, 8), crop=(0.5, 1.0))
     loader = Loader(source, Augmentation((view,)), 10, workers=workers, bad_files=log, engine=engine)
     for epoch in (0, 1):
         seen = indices(loader, epoch)
-        assert len(seen) == 300  # others of the batch stand in, so that every step has a whole batch
+        assert len(seen) == 300  # other images of the batch fill in, so that every batch is complete
         assert set(seen) == set(range(300)) - {7, 100, 222}
-    assert loader.bad == 3
+    assert loader.bad_count == 3
     assert sorted(line.split(":")[0] for line in log.read_text().splitlines()) == ["image 100", "image 222", "image 7"]
     assert ("truncated" if encoded else "broken") in log.read_text().lower()
     sample = next(iter(Loader(source, Augmentation((view,)), 10, engine=engine).epoch(0)))
@@ -145,7 +145,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path):
 
 
 @engines
-def test_a_batch_of_bad_images_alone_stops_the_run(engine):
+def test_a_batch_without_good_images_stops_the_run(engine):
     bad = Numbers(4, bad=range(4))
     with pytest.raises(ValueError, match=r"^data: none of the 2 images of a batch can be decoded \(the last: image \d"):
         list(Loader(bad, plain((8, 8)), 2, max_bad=1.0, engine=engine).epoch(0))
@@ -196,7 +196,7 @@ def test_error_sentences():
 
 @pytest.mark.parametrize("workers", [0, 1])
 @engines
-def test_each_sample_brings_a_seed_of_run_epoch_and_image(engine, workers):
+def test_each_sample_has_a_seed_of_run_epoch_and_image(engine, workers):
     loader = Loader(Numbers(8, bad={3}), plain((8, 8)), 4, seed=5, workers=workers, max_bad=1.0, engine=engine)
     for epoch in (0, 1):
         for batch in loader.epoch(epoch):
@@ -205,8 +205,8 @@ def test_each_sample_brings_a_seed_of_run_epoch_and_image(engine, workers):
 
 @engines
 @pytest.mark.parametrize("train", [True, False])
-def test_three_ranks_cover_the_data_and_share_nothing(engine, train):
-    """…and together see what one process with the threefold batch sees, in the same order."""
+def test_three_ranks_divide_the_data(engine, train):
+    """Together they get the batches of one process with the threefold batch size, in the same order."""
     source, augmentation = open_source("shapes:count=25"), plain((8, 8))
     whole = list(Loader(source, augmentation, 6, train=train).epoch(1))
     ranks = [
@@ -223,7 +223,7 @@ def test_three_ranks_cover_the_data_and_share_nothing(engine, train):
         assert set.union(*seen) == set(range(25))
 
 
-def test_every_rank_has_as_many_batches():
+def test_every_rank_has_the_same_number_of_batches():
     for count, world in ((25, 3), (24, 3), (7, 4)):
         for train in (True, False):
             orders = [Order(count, 2, 0, train, rank=rank, world=world) for rank in range(world)]
@@ -233,26 +233,22 @@ def test_every_rank_has_as_many_batches():
 
 def test_the_images_left_out_differ_from_epoch_to_epoch():
     order = Order(10, 4, 0, True)
-    left = {tuple(set(range(10)) - set(np.concatenate(order.batches(epoch)).tolist())) for epoch in range(8)}
-    assert len(left) > 4
+    left_out = {tuple(set(range(10)) - set(np.concatenate(order.batches(epoch)).tolist())) for epoch in range(8)}
+    assert len(left_out) > 4
 
 
-def test_shards_are_read_nearly_in_a_row():
-    """Their order is shuffled; of their images, each stays within `BUFFER` places of where it would have come."""
+def test_shards_are_read_almost_in_sequence():
+    """The order of shards is shuffled; each image stays within `BUFFER` places of its place in that order."""
     ends = np.arange(0, 101_000, 1000)
     order = Order(100_000, 100, 0, True, ends)
     sequence = np.concatenate(order.batches(3))
     assert sorted(sequence) == list(range(100_000))
     shard = sequence // 1000
-    first, last = (np.array([positions(shard == s)[end] for s in range(100)]) for end in (0, -1))
+    first, last = (np.array([np.flatnonzero(shard == s)[end] for s in range(100)]) for end in (0, -1))
     assert (last - first).max() <= 1000 + 2 * BUFFER
     assert not np.array_equal(first.argsort(), np.arange(100))
     assert np.abs(np.diff(sequence)).mean() > 1000  # neighbours in a batch come from different shards
     assert not np.array_equal(sequence, np.concatenate(order.batches(4)))
-
-
-def positions(found):
-    return np.flatnonzero(found)
 
 
 def test_seeds_of_neighbours_differ():
@@ -264,28 +260,23 @@ def test_seeds_of_neighbours_differ():
 
 @pytest.mark.parametrize("workers", [0, 2])
 @engines
-def test_a_loader_has_one_epoch_under_way(engine, workers):
-    """A second one ends the first, which says so instead of giving pixels of the other."""
+def test_a_loader_runs_one_epoch_at_a_time(engine, workers):
+    """A second epoch ends the first, which then raises instead of giving pixels of the other."""
     source = open_source("shapes:count=24")
-    whole = [digest(batch) for batch in Loader(source, TWO, 4).epoch(1)]
+    whole = [digest(batch) for batch in Loader(source, TWO, 4, engine=engine).epoch(1)]
     loader = Loader(source, TWO, 4, engine=engine, workers=workers)
-    whole = (
-        whole
-        if engine == "torchvision"
-        else [digest(batch) for batch in Loader(source, TWO, 4, engine=engine).epoch(1)]
-    )
     first = loader.epoch(0)
     next(first)
     second = loader.epoch(1)
-    begun = [digest(next(second)) for _ in range(2)]
-    with pytest.raises(RuntimeError, match=r"^data: this epoch was ended by a later one"):
+    beginning = [digest(next(second)) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=r"^data: a later epoch ended this one"):
         next(first)
     del first
-    assert begun + [digest(batch) for batch in second] == whole
+    assert beginning + [digest(batch) for batch in second] == whole
 
 
 def test_batches_that_are_kept_hold_no_files_open():
-    """What workers send lies in shared memory, a file each; a source of a million images has thousands of batches."""
+    """Workers send tensors in shared memory, one open file each, and a large source has thousands of batches."""
     loader = Loader(open_source("shapes:count=160,size=8"), plain((8, 8)), 4, workers=1)
     kept, counts = [], []
     for batch in loader.epoch(0):
@@ -296,11 +287,13 @@ def test_batches_that_are_kept_hold_no_files_open():
 
 
 @pytest.mark.skipif(not has_dali(), reason="needs DALI")
-def test_workers_do_not_inherit_a_pipeline_of_dali_as_garbage():
-    """The end of a pipeline waits for its threads, which a fork does not have: a worker that collects it hangs."""
+def test_workers_do_not_collect_an_inherited_pipeline_of_dali():
+    """A pipeline waits for its threads when it is collected, and a forked worker does not have them: it would hang."""
     source = open_source("shapes:count=24")
     for _ in range(3):
-        list(Loader(source, TWO, 4, engine="dali").epoch(0))  # a pipeline refers to itself: it waits for the collector
+        list(
+            Loader(source, TWO, 4, engine="dali").epoch(0)
+        )  # a pipeline refers to itself, so it stays until the collector runs
         loader = Loader(source, TWO, 4, workers=2)
         assert len(list(loader.epoch(0))) == 6
         del loader

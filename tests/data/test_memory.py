@@ -1,4 +1,4 @@
-"""Loading takes no more memory after a hundred epochs than after thirty."""
+"""Memory of a loader over a hundred epochs."""
 
 import json
 import os
@@ -16,11 +16,13 @@ from fastssl.data.source import open_source
 from tests.support.loaders import engines
 
 ROOT = Path(__file__).parent.parent.parent
-linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what processes share")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux, which reports the memory that processes share"
+)
 
 
-def held() -> float:
-    """MB of this process and its children; what they share is counted once."""
+def memory() -> float:
+    """MB of this process and its children; shared memory is counted once."""
     children = [
         int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
     ]
@@ -32,7 +34,7 @@ def held() -> float:
 
 
 def trend(folder: str, engine: str, workers: int) -> list[float]:
-    """What is held after each of a hundred epochs."""
+    """MB after each of a hundred epochs."""
     augmentation = Augmentation(
         (View((64, 64), crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, flip_p=0.5),) * 2
     )
@@ -41,7 +43,7 @@ def trend(folder: str, engine: str, workers: int) -> list[float]:
     for epoch in range(100):
         for batch in loader.epoch(epoch):
             del batch
-        after.append(held())
+        after.append(memory())
     return after
 
 
@@ -49,9 +51,12 @@ def trend(folder: str, engine: str, workers: int) -> list[float]:
 @pytest.mark.parametrize("workers", [0, 2])
 @engines
 def test_memory_is_flat(tmp_path, engine, workers):
-    """What the allocator holds comes and goes by 30 MB. An epoch's views and files are 6 MB here, so if one in ten were
-    kept, the least of later epochs would lie above the most of earlier ones. In a process of its own: of a large
-    one, workers come to own what they share page by page, which looks like growth for long."""
+    """The allocator's memory varies by 30 MB. An epoch's views and files are 6 MB here, so if one epoch in ten were
+    kept, the minimum of later epochs would exceed the maximum of earlier ones.
+
+    The test runs in a new process: forked from a large one, workers copy its memory page by page, which looks like
+    growth for a long time.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
     for i in range(96):
         Image.fromarray(np.roll(pixels, i, 0)).save(tmp_path / f"{i}.jpg")

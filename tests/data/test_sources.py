@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 
 from fastssl.data.decoding import open_image
-from fastssl.data.source import BadImage, names, open_source
+from fastssl.data.source import BadImage, open_source, source_names
 from fastssl.data.sources import folder, shapes
 from tests.support.contract import refused
 
@@ -158,19 +158,17 @@ def test_bad_images_say_which_and_why(tmp_path, damage):
 
 def test_error_sentences(tmp_path):
     refused(
-        f"data: unknown source 'cifar', there are {', '.join(names())} (folder:PATH for your images)",
+        f"data: unknown source 'cifar', there are {', '.join(source_names())} (folder:PATH for your images, "
+        f"package.module:ARGUMENT for a source of your own)",
         ValueError,
         open_source,
         "cifar",
     )
-    assert names() == ["arrays", "cifar10", "cifar100", "digits", "folder", "idx", "shapes", "webdataset"]
+    assert source_names() == ["arrays", "cifar10", "cifar100", "digits", "folder", "idx", "shapes", "webdataset"]
     refused(f"data: {tmp_path / 'no'} is not a folder", ValueError, open_source, f"folder:{tmp_path / 'no'}")
     suffixes = ", ".join(folder.SUFFIXES)
     refused(
-        f"data: {tmp_path} holds no image ({suffixes}), not in its subfolders either",
-        ValueError,
-        open_source,
-        f"folder:{tmp_path}",
+        f"data: {tmp_path} and its subfolders hold no image ({suffixes})", ValueError, open_source, f"folder:{tmp_path}"
     )
     refused("data: folder needs a path: folder:PATH", ValueError, open_source, "folder")
     refused("data: digits takes no argument, got '5'", ValueError, open_source, "digits:5")
@@ -272,7 +270,7 @@ def test_arrays_and_idx_that_do_not_fit_get_one_sentence(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte"
     for data in (b"", b"\0\0\x08\x01\0\0\0\x02ab", bytes((0, 0, 8, 3)) + bytes(12) + b"x"):
         path.write_bytes(data)
-        says(f"idx:{tmp_path}", "is no idx file of 3 dims of bytes, or is cut short")
+        says(f"idx:{tmp_path}", "is no idx file of 3 dims of bytes, or is truncated")
     path.rename(f"{path}.gz")
     says(f"idx:{tmp_path}", "can't be read")
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastssl.data.source import Subset, open_source
 from fastssl.distributed import rank, world_size
 from fastssl.eval import knn
-from fastssl.eval.features import extract, extract_together
+from fastssl.eval.features import extract, extract_on_all_ranks
 from fastssl.eval.knn import knn_accuracy, nearest
 from tests.support.ranks import run_ranks
 
@@ -159,8 +159,8 @@ def _share(tied, sizes):
     x, labels, y, wanted = _whole(tied)
     pick = [torch.arange(n).tensor_split(sizes)[rank()] for n in (len(x), len(y))]
     found = knn_accuracy(x[pick[0]], labels[pick[0]], y[pick[1]], wanted[pick[1]], KS)
-    keys = knn._of_all_ranks(knn._nearest(F.normalize(x[pick[0]]), pick[0], F.normalize(y), 9))
-    return found, knn._opened(keys)[1]
+    keys = knn._merge_ranks(knn._nearest(F.normalize(x[pick[0]]), pick[0], F.normalize(y), 9))
+    return found, knn._unpack(keys)[1]
 
 
 @pytest.mark.parametrize(("world", "sizes"), [(2, (30,)), (3, (0, 41))])  # the first of three has nothing
@@ -175,7 +175,7 @@ def test_ranks_find_what_one_process_finds(world, sizes):
 def _extracted(count, batch_size):
     source = Subset(open_source("digits"), range(count))
     mine = extract(_flat, source, (8, 8), batch_size=batch_size, part=(rank(), world_size()))
-    return mine, extract_together(_flat, source, (8, 8), batch_size=batch_size)
+    return mine, extract_on_all_ranks(_flat, source, (8, 8), batch_size=batch_size)
 
 
 def _flat(images):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastssl.data.source import open_source
-from fastssl.eval.labels import accuracy, labelled
+from fastssl.eval.labels import accuracy, labelled_subset
 from fastssl.eval.progress import Progress
 
 
@@ -25,7 +25,7 @@ class Labels:
 
 
 def chosen(source, share, seed):
-    return set(labelled(source, share, seed).indices)
+    return set(labelled_subset(source, share, seed).indices)
 
 
 def test_subsets_are_balanced_nested_and_reproducible():
@@ -38,14 +38,14 @@ def test_subsets_are_balanced_nested_and_reproducible():
     assert ten != chosen(source, 0.1, 4)
     for subset, each in ((one, 1), (ten, 14)):
         assert Counter(source.label(i) for i in subset) == dict.fromkeys(range(10), each)
-    part = labelled(source, 0.1, 3)
+    part = labelled_subset(source, 0.1, 3)
     assert part.classes == source.classes
     assert [part.label(i) for i in range(140)] == [source.label(i) for i in part.indices]
 
 
 def test_the_global_generator_is_left_alone():
     before = torch.random.get_rng_state()
-    labelled(open_source("digits"), 0.1, 3)
+    labelled_subset(open_source("digits"), 0.1, 3)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -53,15 +53,15 @@ def test_small_classes_give_what_they_have_and_images_without_label_nothing():
     source = Labels([0] * 50 + [1] * 48 + [2] * 2 + [-1] * 20)
     assert Counter(source.label(i) for i in chosen(source, 0.3, 0)) == {0: 10, 1: 10, 2: 2}
     assert Counter(source.label(i) for i in chosen(source, 1e-6, 0)) == {0: 1, 1: 1, 2: 1}
-    assert len(labelled(source, 1, 0)) == 100
+    assert len(labelled_subset(source, 1, 0)) == 100
     complete = Labels([0, 1, 2])
-    assert labelled(complete, 1, 0) is complete
+    assert labelled_subset(complete, 1, 0) is complete
 
 
 @pytest.mark.parametrize("source", [Labels([0, 1], None), Labels([-1, -1])])
 def test_a_source_without_labels(source):
     with pytest.raises(ValueError, match=r"^eval: the source has no labels to learn from$"):
-        labelled(source, 0.1, 0)
+        labelled_subset(source, 0.1, 0)
 
 
 def test_accuracy_by_hand():

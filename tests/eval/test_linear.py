@@ -5,7 +5,8 @@ from PIL import Image
 
 from fastssl.data.source import Subset, open_source
 from fastssl.eval import linear
-from fastssl.eval.linear import swept, trained_officially
+from fastssl.eval.linear import sweep as sweep_settings
+from fastssl.eval.linear import train_official
 from fastssl.eval.protocols import Official, Setting, Sweep
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 
@@ -21,7 +22,7 @@ def clusters(count=300, classes=6, width=12, spread=0.3, seed=0):
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "sgd", "lars"])
 def test_separable_features_are_separated(optimizer):
-    found, setting = swept(clusters(), clusters(seed=1), 6, Sweep((optimizer,), epochs=100))
+    found, setting = sweep_settings(clusters(), clusters(seed=1), 6, Sweep((optimizer,), epochs=100))
     assert found.top1 > 0.98
     assert found.top5 == 1.0
     assert setting.optimizer == optimizer
@@ -33,7 +34,7 @@ def test_lbfgs_is_the_minimum_that_scikit_learn_finds():
     (x, y), (tx, ty) = clusters(spread=1.5), clusters(spread=1.5, seed=1)
     standard = (x - x.mean(0)) / x.std(0, correction=0), (tx - x.mean(0)) / x.std(0, correction=0)
     l2 = 1e-3
-    weight, bias = linear._minimised(standard[0], y, 6, l2, 500)
+    weight, bias = linear.fit_lbfgs(standard[0], y, 6, l2, 500)
     theirs = LogisticRegression(C=1 / (l2 * len(x)), max_iter=5000, tol=1e-8).fit(standard[0].numpy(), y.numpy())
     torch.testing.assert_close(weight, torch.tensor(theirs.coef_).float(), atol=2e-3, rtol=1e-2)
     ours = (F.linear(standard[1], weight, bias).argmax(1) == ty).float().mean().item()
@@ -42,53 +43,55 @@ def test_lbfgs_is_the_minimum_that_scikit_learn_finds():
 
 def test_pieces_of_the_data_change_nothing(monkeypatch):
     x, y = clusters(spread=1.0)
-    whole = linear._minimised(F.normalize(x), y, 6, 1e-2, 50)
+    whole = linear.fit_lbfgs(F.normalize(x), y, 6, 1e-2, 50)
     monkeypatch.setattr(linear, "AT_ONCE", 70)
-    for mine, theirs in zip(linear._minimised(F.normalize(x), y, 6, 1e-2, 50), whole):
+    for mine, theirs in zip(linear.fit_lbfgs(F.normalize(x), y, 6, 1e-2, 50), whole):
         torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
 
 
 def test_settings_trained_together_are_those_trained_alone():
     (x, y), sweep = clusters(), Sweep(epochs=3)
     settings = [Setting("sgd", 0.1), Setting("lars", 3.0), Setting("sgd", 3e38), Setting("sgd", 0.01)]
-    together = linear._fitted(x, y, 6, settings, sweep, 0)
+    together = linear._fit(x, y, 6, settings, sweep, 0)
     for setting, classifier in zip(settings, together):
-        (alone,) = linear._fitted(x, y, 6, [setting], sweep, 0)
+        (alone,) = linear._fit(x, y, 6, [setting], sweep, 0)
         torch.testing.assert_close(classifier.weight, alone.weight, equal_nan=True)
     assert not together[2].weight.isfinite().all()  # it diverged, and did not touch the others
 
 
 def test_a_setting_that_diverges_is_not_chosen():
     sweep = Sweep(("sgd",), lrs=(3e38, 0.1), epochs=5)
-    assert swept(clusters(), clusters(seed=1), 6, sweep)[1] == Setting("sgd", 0.1)
+    assert sweep_settings(clusters(), clusters(seed=1), 6, sweep)[1] == Setting("sgd", 0.1)
 
 
 def test_the_choice_never_looks_at_the_test_images():
     """Poisoned test labels and features change the accuracy, and not what was chosen."""
     train, (x, y) = clusters(spread=2.0), clusters(spread=2.0, seed=1)
     sweep = Sweep(epochs=5)
-    honest, setting = swept(train, (x, y), 6, sweep)
+    honest, setting = sweep_settings(train, (x, y), 6, sweep)
     for poisoned in ((x, (y + 1) % 6), (-x, y), (x[:1], y[:1])):
-        assert swept(train, poisoned, 6, sweep)[1] == setting
+        assert sweep_settings(train, poisoned, 6, sweep)[1] == setting
     assert honest.top1 > 0.5
-    assert swept(train, (x, (y + 1) % 6), 6, sweep)[0].top1 < 0.2
+    assert sweep_settings(train, (x, (y + 1) % 6), 6, sweep)[0].top1 < 0.2
 
 
 def test_few_labels_and_refusals():
     x, y = clusters()
     rows = torch.stack([(y == c).nonzero()[0, 0] for c in range(6)])  # one of each: nothing to compare settings by
-    found, setting = swept((x[rows], y[rows]), clusters(seed=1), 6, Sweep(epochs=20))
+    found, setting = sweep_settings((x[rows], y[rows]), clusters(seed=1), 6, Sweep(epochs=20))
     assert setting == Sweep().settings[0]
     assert found.top1 > 0.9
     with pytest.raises(ValueError, match=r"needs two labelled images or more, got 1$"):
-        swept((x[:1], y[:1]), (x, y), 6, Sweep())
+        sweep_settings((x[:1], y[:1]), (x, y), 6, Sweep())
     with pytest.raises(ValueError, match=r"^eval: some of the encoder's features are not finite$"):
-        swept((x * torch.inf, y), (x, y), 6, Sweep())
+        sweep_settings((x * torch.inf, y), (x, y), 6, Sweep())
 
 
 def test_the_same_seed_gives_the_same_numbers_and_leaves_the_global_generator():
     before = torch.random.get_rng_state()
-    first, second = (swept(clusters(spread=2.0), clusters(seed=1), 6, Sweep(epochs=3), seed=4) for _ in range(2))
+    first, second = (
+        sweep_settings(clusters(spread=2.0), clusters(seed=1), 6, Sweep(epochs=3), seed=4) for _ in range(2)
+    )
     assert first == second
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -116,7 +119,7 @@ def test_the_official_protocol_leaves_the_encoder_as_it_is(standardise):
     train, test = (Subset(open_source("digits", split), range(240)) for split in ("train", "test"))
     random = torch.random.get_rng_state()
     how = small(epochs=8, lr=1.0, standardise=standardise)
-    first, second = (trained_officially(method.features, train, test, how, (16, 16), 1) for _ in range(2))
+    first, second = (train_official(method.features, train, test, how, (16, 16), 1) for _ in range(2))
     assert first == second
     assert first.top1 > (0.3 if standardise else 0)  # unscaled features of fresh weights hardly differ
     assert all(torch.equal(x, before[name]) for name, x in method.state_dict().items())
@@ -129,7 +132,7 @@ def test_a_step_in_pieces_is_that_of_the_whole_batch():
 
     def found(**changes):
         how = small(standardise=False, lr=0.05, **changes)
-        return trained_officially(lambda images: images.flatten(1), train, test, how, (8, 8))
+        return train_official(lambda images: images.flatten(1), train, test, how, (8, 8))
 
     whole = found()
     assert whole.top1 > 0.25
@@ -147,5 +150,5 @@ def test_images_that_cannot_be_decoded_do_not_stop_it(tmp_path):
         else:
             Image.new("RGB", (20, 16), (255 * (i % 2), 99, i)).save(path)
     train, test = (open_source(f"folder:{tmp_path}", split) for split in ("train", "test"))
-    found = trained_officially(lambda images: images.flatten(1), train, test, small(batch_size=8), (16, 16))
+    found = train_official(lambda images: images.flatten(1), train, test, small(batch_size=8), (16, 16))
     assert found == (1.0, None)  # red or not; two classes have no top-5

@@ -101,7 +101,7 @@ def test_rectangular_images_and_any_channels():
     pred, mask = model.reconstruct(images)
     assert pred.shape == (3, 10, 128)
     assert mask.sum(1).tolist() == [5, 5, 5]
-    assert model.features(images).shape == model.features(images, "mean").shape == (3, 16)
+    assert model.features(images).shape == model.features(images, "avg").shape == (3, 16)
     model.loss(images).backward()
 
 

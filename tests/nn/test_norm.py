@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from fastssl.methods.mae import MAE
-from fastssl.nn.norm import Norm
+from fastssl.nn.norm import ResidualNorm
 
 
 def test_norm_is_torchs_layer_norm_of_the_sum():
-    ours, theirs = Norm(24), nn.LayerNorm(24, eps=1e-6)
+    ours, theirs = ResidualNorm(24), nn.LayerNorm(24, eps=1e-6)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -25,7 +25,7 @@ def test_norm_is_torchs_layer_norm_of_the_sum():
 def test_the_residual_stream_stays_float32_and_what_is_multiplied_has_autocasts_dtype(autocast):
     sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2}
     model = MAE(16, 4, **sizes, **{f"decoder_{name}": value for name, value in sizes.items()}, mask_ratio=0.5)
-    norms = [module for module in model.modules() if isinstance(module, Norm)]
+    norms = [module for module in model.modules() if isinstance(module, ResidualNorm)]
     seen = []
     for module in norms:
         module.register_forward_hook(lambda _, args, out: seen.append((args[0].dtype, *(t.dtype for t in out))))

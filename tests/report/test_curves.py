@@ -7,7 +7,7 @@ import pytest
 
 from fastssl.methods import mae, moco_v2
 from fastssl.report import curves, tables
-from fastssl.report.opened import Opened
+from fastssl.report.run_data import RunData
 from tests.support.runs import make_run
 
 
@@ -25,7 +25,7 @@ def drawn(monkeypatch):
 
 
 def opened(run, colour="#123456"):
-    return Opened(run, run.folder.name, colour)
+    return RunData(run, run.folder.name, colour)
 
 
 def test_lines_may_lack_keys_and_values(tmp_path, drawn):
@@ -103,7 +103,7 @@ def test_speed_in_numbers(tmp_path):
     run = opened(make_run(tmp_path / "run", mae, "digits", images_per_second=128.0, data_wait=0.25))
     facts = tables.speed(run)
     assert facts["images/s, median"] == "128"
-    assert facts["time a step, median"] == "500 ms"  # of 64 images
+    assert facts["time per step, median"] == "500 ms"  # of 64 images
     assert facts["waiting for data, median"] == "25.0%"
     assert facts["peak memory"] == "2.00 GB"
     assert facts["steps"] == "30"

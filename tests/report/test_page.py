@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from fastssl.eval.reconstruction import save_snapshot
+from fastssl.extras import MissingExtra
 from fastssl.methods import mae, moco_v2, moco_v3
 from fastssl.report import images, ranks
 from fastssl.report import page as report_page
@@ -19,7 +20,7 @@ HOSTILE = ["<script>alert(1)<", "quotes \" ' `", "$x^$ \\frac", "two\nlines", "l
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
     """Seconds go into features, not into what is tested here."""
-    monkeypatch.setattr(report_page, "ASKED", 40)
+    monkeypatch.setattr(report_page, "MAPPED", 40)
     monkeypatch.setattr(images, "BANK", 40)
     monkeypatch.setattr(ranks, "QUERIES", 32)
 
@@ -65,7 +66,7 @@ def test_report_is_self_contained_and_shows_everything(tmp_path, module, data):
         "protocol of the paper",
         "3 of 3",
         "2.00 GB",
-        "Profiled: 100.0 ms a step",
+        "Profiled: 100.0 ms per step",
         "75.0%",
         "a fast one",
         "norm of the gradient",
@@ -142,13 +143,13 @@ def test_mistakes_get_one_sentence(tmp_path, monkeypatch):
     empty = make_run(tmp_path / "empty", mae, "digits", lines=0, trained=False)
     monkeypatch.setitem(sys.modules, "umap", None)
     for words, sentence in (
-        (([],), "report: name a run"),
+        (([],), "report: a run is needed"),
         (([empty],), f"report: {empty.folder} has no metrics yet"),
         (([run, run],), f"report: {run.folder} is named twice"),
-        (([run], tmp_path), f"report: {tmp_path} must be a file in a folder that is there"),
+        (([run], tmp_path), f"report: {tmp_path} must be a file in a folder that exists"),
         (([run], tmp_path / "no" / "x.html"), f"report: {tmp_path / 'no' / 'x.html'} must be a file in a folder that"),
         (([run], None, "tsne"), "report: --map must be pca or umap, got 'tsne'"),
         (([run], None, "umap"), "report: --map umap needs umap-learn: pip install 'fastssl-engine[umap]'"),
     ):
-        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        with pytest.raises((ValueError, MissingExtra), match=f"^{re.escape(sentence)}"):
             write_report(*words)

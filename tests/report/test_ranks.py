@@ -4,7 +4,7 @@ import torch
 
 from fastssl.methods import moco_v1, moco_v3
 from fastssl.report import ranks
-from fastssl.report.opened import Opened
+from fastssl.report.run_data import RunData
 from tests.support.runs import make_run
 
 
@@ -21,7 +21,7 @@ def test_bins_double_and_hold_every_rank_once():
 @pytest.mark.parametrize(("module", "negatives"), [(moco_v1, 512), (moco_v3, 31)])
 def test_collect_changes_nothing_and_says_the_same_again(tmp_path, monkeypatch, module, negatives):
     monkeypatch.setattr(ranks, "QUERIES", 64)
-    run = Opened(make_run(tmp_path / "run", module, "shapes:count=64"), "run", "red")
+    run = RunData(make_run(tmp_path / "run", module, "shapes:count=64"), "run", "red")
     run.load()
     before = {name: x.clone() for name, x in run.method.state_dict().items()}
     random = torch.get_rng_state()

@@ -25,7 +25,7 @@ def indices(loader, epoch, start=0):
 
 
 def digest(batch):
-    tensors = (*batch.views, batch.index, batch.label, batch.seed)
+    tensors = (*batch.views, batch.index, batch.label, batch.seed, *batch.extras.values())
     return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 

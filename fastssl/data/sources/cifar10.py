@@ -1,12 +1,12 @@
-"""`cifar10:PATH`: CIFAR-10 as torchvision finds it on disk, PATH being the folder of `cifar-10-batches-py`.
+"""`cifar10:PATH`: CIFAR-10 as torchvision stores it; PATH is the folder that holds `cifar-10-batches-py`.
 
 torchvision compares the files with their known checksums before it unpickles them. Nothing is downloaded.
 """
 
 from torchvision.datasets import CIFAR10
 
-from .arrays import Arrays, of_torchvision
+from .arrays import Arrays, from_torchvision
 
 
 def open_split(argument: str, split: str) -> Arrays:
-    return of_torchvision(CIFAR10, argument, split)
+    return from_torchvision(CIFAR10, argument, split)

@@ -1,21 +1,23 @@
-"""`digits`: 1,797 real handwritten digits, 8×8 grey, embedded in scikit-learn (UCI optical recognition of digits).
+"""`digits`: 1,797 real handwritten digits, 8×8 grey, from scikit-learn (UCI optical recognition of digits).
 
-Every fifth image is the test split. Pixels are 0..16 in the data set and 0..255 here.
+Every fifth image is in the test split. Pixels are 0 … 16 in the dataset and 0 … 255 here.
 """
 
 import numpy as np
 
+from ..source import Source
+from ..split import hold_out
 
-class Digits:
-    size, shards = (8, 8), None
+
+class Digits(Source):
+    """Images and labels of one split, in memory."""
 
     def __init__(self, split: str):
-        self.classes = [str(digit) for digit in range(10)]
         from sklearn.datasets import load_digits  # here, because scikit-learn takes a second to import
 
         data = load_digits()
-        rows = np.arange(len(data.target)) % 5 == 4
-        rows = rows if split == "test" else ~rows
+        rows = hold_out(len(data.target), split, labelled=True, name="digits")
+        self.classes, self.size, self.shards = [str(digit) for digit in range(10)], (8, 8), None
         self._pixels = (data.images[rows] * (255 / 16)).round().astype(np.uint8)
         self._labels = data.target[rows]
 

@@ -1,13 +1,13 @@
-"""`folder:PATH`: images of any size, in class folders or in none, JPEG, PNG, WebP, BMP, TIFF or GIF.
+"""`folder:PATH`: images of any size, in class folders or without classes: JPEG, PNG, WebP, BMP, TIFF or GIF.
 
-    PATH/cat/1.jpg PATH/dog/2.jpg            classes by the first folder level
-    PATH/1.jpg PATH/more/2.jpg               no classes, where images lie in PATH itself
-    PATH/train/… PATH/test/… (or val)        split by the owner; else every fifth image is the test split
+    PATH/cat/1.jpg PATH/dog/2.jpg            classes are the first level of folders
+    PATH/1.jpg PATH/more/2.jpg               no classes, since images are in PATH itself
+    PATH/train/… PATH/test/… (or val)        your own split; else every fifth image is in the test split
 
-Without labels there is nothing to hold out for, and a run trains on all images.
+Without labels no image is held out, and a run trains on all of them.
 
-What a folder holds is remembered in ~/.cache/fastssl (or $XDG_CACHE_HOME), and holds as long as none of its folders
-changed: adding, removing or renaming a file changes the time of the folder that it lies in.
+The list of files is cached in ~/.cache/fastssl (or $XDG_CACHE_HOME) until one of the folders changes: adding, removing
+or renaming a file changes the modification time of its folder.
 """
 
 import hashlib
@@ -18,21 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
-from ..source import BadImage, Strings, cache_folder, expanded
+from fastssl.files import write_atomically
+
+from ..source import BadImage, Source, Strings, cache_folder, expand_user
+from ..split import hold_out
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TEST_NAMES = ("test", "val", "validation")
-SETTLED = 2 * 10**9  # nanoseconds: a file that comes in the tick in which the folder was read would not be noticed
+SETTLED = 2 * 10**9  # nanoseconds without change: a second change in one tick of the clock would not be noticed
 
 
-class Folder:
-    """Files below a root."""
-
-    size = shards = None
+class Folder(Source):
+    """Image files below a root."""
 
     def __init__(self, root: Path, paths: list[str], labels: list[int], classes: list[str] | None):
-        self._root, self._paths, self.classes = root, Strings(paths), classes
-        self._labels = np.array(labels, dtype=np.int64)
+        self._root, self._paths, self._labels = root, Strings(paths), np.array(labels, dtype=np.int64)
+        self.classes, self.size, self.shards = classes, None, None
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -53,88 +54,83 @@ class Folder:
 def open_split(argument: str, split: str) -> Folder:
     if not argument:
         raise ValueError("data: folder needs a path: folder:PATH")
-    root = expanded(argument)
+    root = expand_user(argument)
     if not root.is_dir():
         raise ValueError(f"data: {root} is not a folder")
-    owned_test = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
-    if (root / "train").is_dir() and owned_test:
+    test_root = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
+    if (root / "train").is_dir() and test_root:
         paths, labels, classes = _scan(root / "train")
         if split == "train":
             return Folder(root / "train", paths, labels, classes)
-        return Folder(owned_test, *_scan(owned_test, classes))
+        return Folder(test_root, *_scan(test_root, classes))
     paths, labels, classes = _scan(root)
-    if split == "test":
-        if len(paths) < 5:
-            raise ValueError(f"data: {root} has {len(paths)} images, and every fifth is the test split: 5 are needed")
-        return Folder(root, paths[4::5], labels[4::5], classes)
-    if classes is not None:  # what is asked at evaluation must not be among the answers
-        del paths[4::5], labels[4::5]
-    return Folder(root, paths, labels, classes)
+    rows = hold_out(len(paths), split, classes is not None, str(root)).tolist()
+    return Folder(root, [paths[row] for row in rows], [labels[row] for row in rows], classes)
 
 
 def _scan(root: Path, classes: list[str] | None = None) -> tuple[list[str], list[int], list[str] | None]:
     """Paths below the root in sorted order, so that index i is the same image on every machine, with their labels."""
-    paths = _remembered(root)
+    paths = _list_images(root)
     if not paths:
-        raise ValueError(f"data: {root} holds no image ({', '.join(SUFFIXES)}), not in its subfolders either")
-    tops = [path.partition(os.sep) for path in paths]
-    names = sorted({top for top, _, _ in tops})
-    if any(not rest for _, _, rest in tops) or (classes is None and len(names) < 2):
+        raise ValueError(f"data: {root} and its subfolders hold no image ({', '.join(SUFFIXES)})")
+    parts = [path.partition(os.sep) for path in paths]
+    names = sorted({top for top, _, _ in parts})
+    if any(not rest for _, _, rest in parts) or (classes is None and len(names) < 2):
         return paths, [-1] * len(paths), None
     classes = names if classes is None else classes
     unknown = sorted(set(names) - set(classes))
     if unknown:
         raise ValueError(f"data: {root} has the class {unknown[0]!r}, which the training folder lacks")
     numbers = {name: number for number, name in enumerate(classes)}
-    return paths, [numbers[top] for top, _, _ in tops], classes
+    return paths, [numbers[top] for top, _, _ in parts], classes
 
 
-def _remembered(root: Path) -> list[str]:
-    """`_walk`'s paths, from the cache where no folder has changed since."""
+def _list_images(root: Path) -> list[str]:
+    """Paths of `_walk`, from the cache if no folder has changed since."""
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
     cache = cache_folder() / f"folder-{name}.json"
     try:
-        known = json.loads(cache.read_text())
-        if all(_mark(os.stat(root / folder)) == mark for folder, mark in known["folders"].items()):
-            return known["paths"]
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or a folder is gone, or the file is damaged
+        cached = json.loads(cache.read_text())
+        if all(_state(os.stat(root / folder)) == state for folder, state in cached["folders"].items()):
+            return cached["paths"]
+    except (OSError, ValueError, KeyError, TypeError):  # no cache yet, a folder is gone, or the cache is damaged
         pass
-    began = time.time_ns()
+    started = time.time_ns()
     folders, paths = _walk(root)
-    if max(changed for *_, changed, _ in folders.values()) > began - SETTLED:
+    if max(changed for *_, changed, _ in folders.values()) > started - SETTLED:
         return paths
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"folders": folders, "paths": paths}))
-        partial.replace(cache)
-    except OSError:  # no room or no right: it is read again next time
+        with write_atomically(cache) as file:
+            file.write(json.dumps({"folders": folders, "paths": paths}))
+    except OSError:  # no space or no permission: the next call walks again
         pass
     return paths
 
 
-def _mark(found: os.stat_result) -> list[int]:
-    """Which folder this is, and when files came, went or were renamed in it, even where that time was set back."""
-    return [found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+def _state(folder: os.stat_result) -> list[int]:
+    """Identity of a folder and times of its last change; the last one (ctime) can't be set back."""
+    return [folder.st_dev, folder.st_ino, folder.st_mtime_ns, folder.st_ctime_ns]
 
 
 def _walk(root: Path) -> tuple[dict[str, list[int]], list[str]]:
-    """{folder below the root: its `_mark`}, and the images' paths below the root, sorted. Hidden ones are left out."""
-    folders, paths = {}, []
-    waiting = [("", ())]
-    while waiting:
-        folder, above = waiting.pop()
-        found = os.stat(root / folder)
-        if (found.st_dev, found.st_ino) in above:  # a link back up
+    """The state of each folder below the root, and the sorted paths of the images; hidden ones are left out."""
+    folders: dict[str, list[int]] = {}
+    paths: list[str] = []
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while pending:
+        folder, parents = pending.pop()
+        stat = os.stat(root / folder)
+        if (stat.st_dev, stat.st_ino) in parents:  # a link to a parent folder
             continue
-        above = (*above, (found.st_dev, found.st_ino))
-        folders[folder] = _mark(found)
+        parents = (*parents, (stat.st_dev, stat.st_ino))
+        folders[folder] = _state(stat)
         with os.scandir(root / folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    waiting.append((os.path.join(folder, entry.name), above))
+                    pending.append((os.path.join(folder, entry.name), parents))
                 elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):
                     paths.append(os.path.join(folder, entry.name))
     return folders, sorted(paths)

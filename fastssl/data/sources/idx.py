@@ -1,7 +1,7 @@
-"""`idx:PATH`: MNIST's file format, as MNIST, Fashion-MNIST, KMNIST and others have it, gzipped or not.
+"""`idx:PATH`: files in MNIST's format, gzipped or not: MNIST, Fashion-MNIST, KMNIST and others.
 
-PATH is the folder of train-images-idx3-ubyte, train-labels-idx1-ubyte and the two of t10k.
-On Debian the package `dataset-fashion-mnist` brings real ones: idx:/usr/share/datasets/fashion-mnist
+PATH is the folder that holds train-images-idx3-ubyte, train-labels-idx1-ubyte, and the same two of t10k. On Debian the
+package `dataset-fashion-mnist` installs Fashion-MNIST: idx:/usr/share/datasets/fashion-mnist
 """
 
 import gzip
@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ..source import expanded
-from .arrays import Arrays, labelled
+from ..source import expand_user
+from .arrays import Arrays, make_source
 
-NAMES = {"train": "train", "test": "t10k"}
+PREFIXES = {"train": "train", "test": "t10k"}
 
 
 def open_split(argument: str, split: str) -> Arrays:
-    root = expanded(argument)
+    root = expand_user(argument)
     if not argument or not root.is_dir():
         raise ValueError(f"data: idx needs a folder: idx:PATH, got {argument!r}")
     images, labels = (
-        _read(root, f"{NAMES[split]}-{part}-ubyte", dims) for part, dims in (("images-idx3", 3), ("labels-idx1", 1))
+        _read(root, f"{PREFIXES[split]}-{part}-ubyte", dims) for part, dims in (("images-idx3", 3), ("labels-idx1", 1))
     )
-    return labelled(images, labels, split, True, str(root))
+    return make_source(images, labels, split, is_split=True, name=str(root))
 
 
 def _read(root: Path, name: str, dims: int) -> np.ndarray:
@@ -40,5 +40,5 @@ def _read(root: Path, name: str, dims: int) -> np.ndarray:
         raise ValueError(f"data: {path} can't be read ({error})") from error
     shape = np.frombuffer(data[4 : 4 + 4 * dims], ">i4").tolist() if len(data) >= 4 + 4 * dims else []
     if data[:4] != bytes((0, 0, 8, dims)) or min(shape, default=-1) < 0 or len(data) != 4 + 4 * dims + np.prod(shape):
-        raise ValueError(f"data: {path} is no idx file of {dims} dims of bytes, or is cut short")
+        raise ValueError(f"data: {path} is no idx file of {dims} dims of bytes, or is truncated")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)

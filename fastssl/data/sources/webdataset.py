@@ -1,19 +1,18 @@
-"""`webdataset:SHARDS`: images in tar files, with a label or without, in the layout of the webdataset project.
+"""`webdataset:SHARDS`: images in tar files, with or without labels, in the layout of the webdataset project.
 
-    webdataset:PATH                          all *.tar of a folder
+    webdataset:PATH                          every *.tar of a folder
     webdataset:PATH/train-{000..146}.tar     brace ranges and lists: {000..146}, {a,b}
-    webdataset:https://…/{000..146}.tar      fetched once, into ~/.cache/fastssl (or $XDG_CACHE_HOME)
+    webdataset:https://…/{000..146}.tar      downloaded once to ~/.cache/fastssl (or $XDG_CACHE_HOME)
 
-A sample is what shares a name up to its first dot: `n01/7.jpg` and `n01/7.cls`, whose text is the number of the class.
-In a folder, shards with `train` in their names and others with `val` or `test` are a split; else every fifth image is
-the test split, where there are labels. The place of each image in its shard is remembered, so any can be read at once,
-and an epoch goes on in its middle without reading what lies before. It takes the shards in a random order and shuffles
-their images in a buffer, so the files are still read nearly from start to end.
+A sample is all files with the same name up to the first dot: `n01/7.jpg`, and `n01/7.cls` with the number of the class.
+In a folder, shards with `train` in their names and shards with `val` or `test` in their names are the splits; else
+every fifth image is in the test split, if there are labels. The position of each image in its shard is cached, so any
+image can be read directly, and a run resumes in the middle of an epoch without reading the images before. An epoch
+takes the shards in random order and shuffles their images in a buffer, so files are read almost from start to end.
 """
 
 import hashlib
 import itertools
-import os
 import re
 import shutil
 import tarfile
@@ -25,35 +24,47 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..source import MOST_CLASSES, BadImage, Strings, cache_folder, expanded, numbered
+from fastssl.files import write_atomically
+
+from ..source import MAX_CLASSES, BadImage, Source, Strings, cache_folder, class_names, expand_user
+from ..split import hold_out
 from .folder import SUFFIXES
 
-SPLIT = "(?<![a-z])(train|validation|val|test)(?![a-z])"  # in a shard's name
+SPLIT = "(?<![a-z])(train|validation|val|test)(?![a-z])"  # the word in a shard's name
 TIMEOUT = 60  # seconds without a byte
 
 
 class _Shard(NamedTuple):
-    offsets: np.ndarray  # [N] int64, of the images, in bytes
-    sizes: np.ndarray  # [N] int64
-    labels: np.ndarray  # [N] int64, −1 where there is none
+    """Index of the images in a tar file, or in several."""
+
+    offsets: np.ndarray  # [N] int64, position of the image in its file, bytes
+    sizes: np.ndarray  # [N] int64, bytes
+    labels: np.ndarray  # [N] int64, −1 without a label
     names: np.ndarray  # [N] str
 
+    @property
+    def labelled(self) -> bool:
+        """True if every image has a label."""
+        return bool((self.labels >= 0).all())
 
-class WebDataset:
-    size = None
 
-    def __init__(self, paths: list[Path], shards: list[_Shard], keep: slice | None, drop: slice | None):
-        """`keep`, `drop`: which images of all belong to this split; None for all and none."""
-        columns = [np.concatenate(column) for column in zip(*shards)]
-        file = np.repeat(np.arange(len(shards)), [len(shard.offsets) for shard in shards])
-        rows = np.arange(len(file))
-        rows = rows[keep] if keep else np.delete(rows, drop) if drop else rows
-        offsets, sizes, labels, names = (column[rows] for column in columns)
-        self._paths, self._names = [str(path) for path in paths], Strings(names.tolist())
-        self._file, self._offsets, self._sizes, self._labels = file[rows], offsets, sizes, labels
-        self.shards = np.concatenate([[0], np.cumsum(np.bincount(self._file, minlength=len(shards)))])
-        labelled = (columns[2] >= 0).all()
-        self.classes = numbered(columns[2], self._paths[0]) if labelled else None
+class WebDataset(Source):
+    """Images in tar files.
+
+    Args:
+        paths: the tar files.
+        files: [N] number of the file of each image, ascending.
+        images: index of all images [N] of these files.
+        rows: [M] numbers of the images in this split, ascending.
+    """
+
+    def __init__(self, paths: list[Path], files: np.ndarray, images: _Shard, rows: np.ndarray):
+        self._paths, self._names = [str(path) for path in paths], Strings(images.names[rows].tolist())
+        self._files, self._labels = files[rows], images.labels[rows]
+        self._offsets, self._sizes = images.offsets[rows], images.sizes[rows]
+        self.classes = class_names(images.labels, self._paths[0]) if images.labelled else None
+        self.size = None
+        self.shards = np.concatenate([[0], np.cumsum(np.bincount(self._files, minlength=len(paths)))])
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -62,10 +73,10 @@ class WebDataset:
         return int(self._labels[index])
 
     def name(self, index: int) -> str:
-        return f"{self._paths[self._file[index]]}: {self._names[index]}"
+        return f"{self._paths[self._files[index]]}: {self._names[index]}"
 
     def read(self, index: int) -> np.ndarray:
-        path, size = self._paths[self._file[index]], int(self._sizes[index])
+        path, size = self._paths[self._files[index]], int(self._sizes[index])
         try:
             data = np.fromfile(path, np.uint8, count=size, offset=int(self._offsets[index]))
         except OSError as error:
@@ -78,39 +89,36 @@ class WebDataset:
 def open_split(argument: str, split: str) -> WebDataset:
     if not argument:
         raise ValueError("data: webdataset needs shards: webdataset:PATH or webdataset:PATH/train-{000..146}.tar")
-    names, owned = _named(argument, split)
-    paths = [_local(name) for name in names]
+    names, is_split = _shard_names(argument, split)
+    paths = [_local_path(name) for name in names]
     shards = [_index(path) for path in paths]
-    if not sum(len(shard.offsets) for shard in shards):
+    files = np.repeat(np.arange(len(shards)), [len(shard.offsets) for shard in shards])
+    if not len(files):
         raise ValueError(f"data: no image in {argument} ({', '.join(SUFFIXES)})")
-    if owned:
-        return WebDataset(paths, shards, None, None)
-    if split == "test" and sum(len(shard.offsets) for shard in shards) < 5:
-        raise ValueError(f"data: {argument} has fewer than 5 images, of which every fifth is the test split")
-    every_fifth = slice(4, None, 5)
-    labelled = all((shard.labels >= 0).all() for shard in shards)
-    return WebDataset(paths, shards, every_fifth if split == "test" else None, every_fifth if labelled else None)
+    images = _Shard(*(np.concatenate(column) for column in zip(*shards)))
+    rows = np.arange(len(files)) if is_split else hold_out(len(files), split, images.labelled, argument)
+    return WebDataset(paths, files, images, rows)
 
 
-def _named(argument: str, split: str) -> tuple[list[str], bool]:
-    """The shards' names, and whether they are this split's own."""
-    folder = expanded(argument.removeprefix("file:"))
+def _shard_names(argument: str, split: str) -> tuple[list[str], bool]:
+    """Paths or addresses of the shards, and whether they are the split."""
+    folder = expand_user(argument.removeprefix("file:"))
     if not folder.is_dir():
-        return _expanded(argument), False
+        return _expand_braces(argument), False
     names = sorted(str(path) for path in folder.glob("*.tar"))
     if not names:
         raise ValueError(f"data: {folder} holds no *.tar")
-    said = {name: re.search(SPLIT, Path(name).name.lower()) for name in names}
-    train = [name for name in names if said[name] and said[name][0] == "train"]
-    test = [name for name in names if said[name] and said[name][0] != "train"]
+    words = {name: re.findall(SPLIT, Path(name).name.lower())[:1] for name in names}
+    train = [name for name in names if words[name] == ["train"]]
+    test = [name for name in names if words[name] not in ([], ["train"])]
     if not (train and test):
         return names, False
-    if others := [name for name in names if not said[name]]:
-        raise ValueError(f"data: {others[0]} is of neither split, beside train and test: name shards by a pattern")
+    if unnamed := [name for name in names if not words[name]]:
+        raise ValueError(f"data: {unnamed[0]} is neither named train nor test, as other shards are: use a pattern")
     return (train if split == "train" else test), True
 
 
-def _expanded(pattern: str) -> list[str]:
+def _expand_braces(pattern: str) -> list[str]:
     """`a-{08..10}.tar` → a-08.tar, a-09.tar, a-10.tar; `{x,y}` → x, y; as a shell does."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [[part] if i % 2 == 0 else _choices(part) for i, part in enumerate(parts)]
@@ -118,99 +126,102 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _choices(text: str) -> list[str]:
-    if found := re.fullmatch(r"(\d+)\.\.(\d+)", text):
-        first, last = found.groups()
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+        first, last = match.groups()
         return [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
     return text.split(",")
 
 
-def _local(name: str) -> Path:
-    """The file itself, or a copy of what an address names."""
+def _local_path(name: str) -> Path:
+    """The path of a local file, or of the copy of a remote one, which is downloaded once."""
     if not re.match("https?://", name):
-        path = expanded(name.removeprefix("file:"))
+        path = expand_user(name.removeprefix("file:"))
         if not path.is_file():
             raise ValueError(f"data: {path} does not exist")
         return path
-    kept = cache_folder() / hashlib.sha256(name.encode()).hexdigest()[:24] / name.rpartition("/")[2]
-    if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}")
-        try:
-            with urllib.request.urlopen(name, timeout=TIMEOUT) as there, partial.open("wb") as here:
-                shutil.copyfileobj(there, here)
-                announced, came = there.headers.get("Content-Length"), here.tell()
-            if announced is not None and came != int(announced):
-                raise ValueError(f"data: {name} ended after {came:,} of {int(announced):,} bytes: try again")
-            partial.replace(kept)
-        finally:
-            partial.unlink(missing_ok=True)
-    return kept
+    copy = cache_folder() / hashlib.sha256(name.encode()).hexdigest()[:24] / name.rpartition("/")[2]
+    if not copy.is_file():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(name, timeout=TIMEOUT) as response, write_atomically(copy, "wb") as file:
+            shutil.copyfileobj(response, file)
+            expected, received = response.headers.get("Content-Length"), file.tell()
+            if expected is not None and received != int(expected):
+                raise ValueError(f"data: {name} ended after {received:,} of {int(expected):,} bytes: try again")
+    return copy
 
 
 def _index(path: Path) -> _Shard:
-    """Where the images of a shard lie: read once, then remembered as long as its size and time stay."""
-    found = path.stat()
-    name = f"{path.resolve()} {found.st_size} {found.st_mtime_ns}"
+    """Index of a shard's images, cached until the size or the modification time of the file changes."""
+    stat = path.stat()
+    name = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     cache = cache_folder() / f"shard-{hashlib.sha256(name.encode()).hexdigest()[:24]}.npz"
     try:
-        with np.load(cache, allow_pickle=False) as known:
-            return _Shard(*(known[field] for field in _Shard._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or damaged
+        with np.load(cache, allow_pickle=False) as arrays:
+            return _Shard(*(arrays[field] for field in _Shard._fields))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # no cache yet, or it is damaged
         pass
-    shard = _scanned(path)
+    shard = _scan(path)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}.npz")
-        np.savez(partial, **shard._asdict())
-        partial.replace(cache)
-    except OSError:  # no room or no right: it is read again next time
+        with write_atomically(cache, "wb") as file:
+            np.savez(file, **shard._asdict())
+    except OSError:  # no space or no permission: the next call scans again
         pass
     return shard
 
 
-def _scanned(path: Path) -> _Shard:
-    places: dict[str, tuple[int, int]] = {}  # of all members: a hard link has that of its target
-    images: dict[str, tuple[int, int, str]] = {}
-    labels: dict[str, int] = {}
-    passed_over = 0
+def _scan(path: Path) -> _Shard:
+    positions: dict[str, tuple[int, int]] = {}  # (offset, size) of each member; a hard link has those of its target
+    images: dict[str, tuple[int, int, str]] = {}  # by sample
+    labels: dict[str, int] = {}  # by sample
+    ignored = 0
     try:
-        with tarfile.open(path, "r:") as tar:  # uncompressed alone: only there an image has a place
+        with tarfile.open(path, "r:") as tar:  # only in an uncompressed file a member has a position
             for member in tar:
-                places[member.name] = (
-                    places.get(member.linkname, (0, 0)) if member.islnk() else (member.offset_data, member.size)
-                )
+                if member.islnk():
+                    positions[member.name] = positions.get(member.linkname, (0, 0))
+                else:
+                    positions[member.name] = (member.offset_data, member.size)
                 folder, _, base = member.name.rpartition("/")
                 key, _, extension = base.partition(".")
                 extension, sample = extension.lower(), f"{folder}/{key}"
                 if not (member.isfile() or member.islnk()) or not key:
                     continue
                 if extension == "cls":
-                    labels[sample] = _label(tar.extractfile(member).read(), path, member.name)
+                    labels[sample] = _parse_label(tar, member, path)
                 elif f".{extension}" in SUFFIXES and sample not in images:
-                    images[sample] = *places[member.name], member.name
+                    images[sample] = (*positions[member.name], member.name)
                 else:
-                    passed_over += extension.endswith(SUFFIXES) or f".{extension}" in SUFFIXES
+                    ignored += extension.endswith(SUFFIXES) or f".{extension}" in SUFFIXES
             end = tar.offset
-        with path.open("rb") as file:
-            file.seek(end)
-            whole = file.read(512) == bytes(512)
+        with path.open("rb") as opened:
+            opened.seek(end)
+            complete = opened.read(512) == bytes(512)
     except tarfile.TarError as error:
-        raise ValueError(f"data: {path} is no tar file, is compressed or cut short ({error})") from error
-    if not whole:
-        raise ValueError(f"data: {path} is damaged or cut short at byte {end:,}")
-    if passed_over:
-        rule = "a sample, all that has the same name up to its first dot, has one"
-        warnings.warn(f"{path}: {passed_over} images are passed over: {rule}", stacklevel=2)
+        raise ValueError(f"data: {path} is no tar file, or is compressed or truncated ({error})") from error
+    if not complete:
+        raise ValueError(f"data: {path} is damaged or truncated at byte {end:,}")
+    if ignored:
+        rule = "a sample, all files with the same name up to the first dot, has one image"
+        warnings.warn(f"{path}: {ignored} images are ignored: {rule}", stacklevel=2)
     offsets, sizes, names = zip(*images.values()) if images else ((), (), ())
-    numbers = [np.array(column, dtype=np.int64) for column in (offsets, sizes, [labels.get(key, -1) for key in images])]
-    return _Shard(*numbers, np.array(names, dtype=str))
+    return _Shard(
+        np.array(offsets, dtype=np.int64),
+        np.array(sizes, dtype=np.int64),
+        np.array([labels.get(sample, -1) for sample in images], dtype=np.int64),
+        np.array(names, dtype=str),
+    )
 
 
-def _label(text: bytes, path: Path, member: str) -> int:
+def _parse_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
+    content = tar.extractfile(member)
+    text = b"" if content is None else content.read()
     try:
         label = int(text)
     except ValueError as error:
-        raise ValueError(f"data: {path}: {member} must hold the number of a class ({error})") from error
-    if not 0 <= label < MOST_CLASSES:
-        raise ValueError(f"data: {path}: {member} must hold the number of a class below {MOST_CLASSES:,}, got {label}")
+        raise ValueError(f"data: {path}: {member.name} must hold the number of a class ({error})") from error
+    if not 0 <= label < MAX_CLASSES:
+        raise ValueError(
+            f"data: {path}: {member.name} must hold the number of a class below {MAX_CLASSES:,}, got {label}"
+        )
     return label

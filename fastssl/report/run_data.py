@@ -1,4 +1,4 @@
-"""A run as the report reads it: what its files say, and what can be loaded of it."""
+"""Data of a run for its report: metrics, evaluations, method and images."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,42 +8,48 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastssl.data.source import Source, Subset, open_source
+from fastssl.data.source import Source, Subset
 from fastssl.eval.features import extract
 from fastssl.run import Run
-from fastssl.train.log import read_metrics
 
 from .parts import short
 
-BANK = 5000  # training images that neighbours are searched among
-ASKED = 2000  # test images that are mapped
+BANK = 5000  # training images to search for nearest neighbours
+MAPPED = 2000  # held-out images in the map of the features
 T = TypeVar("T")
 
 
-class Opened:
-    """One run of the report.
+class RunData:
+    """One run of a report.
+
+    Args:
+        run: the run folder.
+        name: short name that distinguishes the runs of a report.
+        colour: colour of the run in curves.
 
     Raises:
-        ValueError: it has no metrics yet.
+        ValueError: the run has no metrics yet.
     """
 
     def __init__(self, run: Run, name: str, colour: str):
         self.run, self.name, self.colour = run, name, colour
-        self.metrics = read_metrics(run.folder / "metrics.jsonl")
+        self.metrics = run.metrics()
         if not self.metrics:
             raise ValueError(f"report: {run.folder} has no metrics yet")
         self.evaluations = run.evaluations()
-        self.missing: list[str] = []  # why parts of the report are missing, a sentence each
+        self.missing: list[str] = []  # reasons why parts of the report are missing
         self.method: nn.Module | None = None
         self.train_source: Source | None = None
         self.test_source: Source | None = None
-        self.parameters: tuple[int, int] | None = None  # trained, all
+        self.parameters: tuple[int, int] | None = None  # (trained, all)
 
     def load(self) -> None:
-        """Loads the method, onto the GPU if there is one, and opens the data; what can't be had is said in `missing`:
-        a run may have no checkpoint yet, and its data may have moved."""
+        """Loads the method, to a GPU if available, and opens the data.
+
+        A run may have no checkpoint yet, and its data may have moved: `missing` then has the reason.
+        """
         self.method = self.attempt(self.run.load)
-        sources = self.attempt(lambda: tuple(open_source(self.run.options.data, split) for split in ("train", "test")))
+        sources = self.attempt(lambda: tuple(self.run.source(split) for split in ("train", "test")))
         self.train_source, self.test_source = sources or (None, None)
         if self.method is not None:
             sizes = [(p.numel(), p.requires_grad) for p in self.method.parameters()]
@@ -51,13 +57,13 @@ class Opened:
             self.method.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def release(self) -> None:
-        """Frees the memory of the method: of several runs one is loaded at a time."""
+        """Frees the method, so that the methods of several runs are in memory one at a time."""
         self.method = None
 
-    def attempt(self, makes: Callable[[], T]) -> T | None:
-        """What `makes` returns, or None and a sentence in `missing`: what there is of a run is still reported."""
+    def attempt(self, function: Callable[[], T]) -> T | None:
+        """The result of `function`, or None and the reason in `missing`: the rest of the run is still reported."""
         try:
-            return makes()
+            return function()
         except (ValueError, OSError) as error:
             if str(error) not in self.missing:
                 self.missing.append(str(error))
@@ -65,32 +71,40 @@ class Opened:
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.run.config.image_size
+        """(height, width) of the method's images."""
+        return self.run.image_size
 
     @property
     def last(self) -> dict:
+        """The last record of the metrics."""
         return self.metrics[-1]
 
     def epoch_of(self, step: int) -> float:
+        """The epoch of a step."""
         return step * self.last["epoch"] / self.last["step"] if self.last["step"] else 0.0
 
     def knn(self) -> tuple[list[tuple[float, float]], float | None]:
-        """([(epoch, accuracy)] of the encoder, by epoch, and the accuracy of raw pixels if known), on the run's own
-        data, with the k and τ that were asked for most."""
-        own = [e for e in self.evaluations if e.get("data", self.run.options.data) == self.run.options.data]
-        curve, raw = ([e for e in own if e["evaluation"] == kind] for kind in ("knn", "knn of raw pixels"))
+        """([(epoch, accuracy)] of the encoder by epoch, accuracy of raw pixels or None) on the run's data.
+
+        Of several k and τ the most frequent pair is taken.
+        """
+        lines = [e for e in self.evaluations if e.get("data", self.run.options.data) == self.run.options.data]
+        curve, raw = ([e for e in lines if e["evaluation"] == kind] for kind in ("knn", "knn of raw pixels"))
         if curve:
-            usual = Counter((e.get("k"), e.get("tau")) for e in curve).most_common(1)[0][0]
-            curve = [e for e in curve if (e.get("k"), e.get("tau")) == usual]
+            most_frequent = Counter((e.get("k"), e.get("tau")) for e in curve).most_common(1)[0][0]
+            curve = [e for e in curve if (e.get("k"), e.get("tau")) == most_frequent]
         points = sorted((e.get("epoch", self.epoch_of(e["step"])), e["accuracy"]) for e in curve)
         return points, raw[-1]["accuracy"] if raw else None
 
-    def at_the_start(self) -> str:
+    def initial_encoder(self) -> str:
+        """Name of the encoder before the first step."""
         return "given encoder" if self.run.options.weights else "untrained encoder"
 
     def features(self, source: Source, count: int) -> tuple[Tensor, Tensor, list[int]]:
-        """(features [N, F] float32, labels [N], image numbers) of up to `count` images from all over a source, on the
-        CPU. The method is on the device that it is computed on."""
+        """(features [N, F] float32, labels [N], indices) of at most `count` evenly spaced images of a source.
+
+        Results are on the CPU; features are computed on the method's device.
+        """
         step = -(-len(source) // count)
         part = Subset(source, range(0, len(source), step))
         device = next(self.method.parameters()).device
@@ -99,12 +113,12 @@ class Opened:
 
 
 def names_of(runs: list[Run]) -> list[str]:
-    """Names that tell runs apart: of their folders, with as many of the folders above as it takes."""
+    """Names that distinguish runs: their folders' names, with as many parent folders as needed."""
     folders = [run.folder.resolve().parts for run in runs]
     deepest = max(map(len, folders))
     for depth in range(1, deepest + 1):
         names = [str(Path(*parts[-depth:])) for parts in folders]
         if len(set(names)) == len(names):
             return [short(name) for name in names]
-    twice = next(run.folder for i, run in enumerate(runs) if folders[i] in folders[:i])
-    raise ValueError(f"report: {twice} is named twice")
+    duplicate = next(run.folder for i, run in enumerate(runs) if folders[i] in folders[:i])
+    raise ValueError(f"report: {duplicate} is named twice")

@@ -1,6 +1,6 @@
-import builtins
 import dataclasses
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -10,17 +10,18 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from fastssl.data.source import Subset, open_source
-from fastssl.eval.finetune import (
+from fastssl.eval.finetuning import (
     Pictures,
-    _collated,
+    _collate,
     _transform,
     build_classifier,
-    fine_tuned,
+    finetune,
     learning_rate_at,
     need_timm,
     parameter_groups,
 )
 from fastssl.eval.protocols import Finetune
+from fastssl.extras import MissingExtra
 from fastssl.methods import moco_v1, moco_v3
 from fastssl.methods.mae import MAE
 from fastssl.nn import Attention
@@ -155,7 +156,7 @@ def test_it_learns_and_the_same_seed_learns_the_same():
     models[1].load_state_dict(models[0].state_dict())
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()  # noqa: NPY002
     for model in models:
-        results.append(fine_tuned(model, train, test, config(), (8, 8), seed=3))
+        results.append(finetune(model, train, test, config(), (8, 8), seed=3))
     assert results[0] == results[1]
     assert results[0].top1 > 0.3
     assert results[0].top5 > results[0].top1
@@ -170,11 +171,11 @@ def test_everything_at_once_and_a_resnet():
     """The paper's augmentations, sgd with drops, micro-batches, bf16, workers: each runs to its end."""
     train, test = digits(64)
     heavy = Finetune(epochs=1, batch_size=32, accumulate=2, warmup_epochs=0, precision="bf16")
-    assert 0 <= fine_tuned(build_classifier(tiny_mae((32, 32)), "", 10), train, test, heavy, (32, 32)).top1 <= 1
+    assert 0 <= finetune(build_classifier(tiny_mae((32, 32)), "", 10), train, test, heavy, (32, 32)).top1 <= 1
     resnet = build_classifier(moco_v1.build(moco_v1.Config.small()).eval(), "resnet_mini", 10)
     before = resnet.bn1.running_mean.clone()
     sgd = dataclasses.replace(Finetune.paper("resnet50"), epochs=1, batch_size=16, lr_drops=())
-    assert fine_tuned(resnet, train, test, sgd, (16, 16), workers=1).top1 > 0
+    assert finetune(resnet, train, test, sgd, (16, 16), workers=1).top1 > 0
     assert not torch.equal(resnet.bn1.running_mean, before)  # trained in training mode
 
 
@@ -192,19 +193,19 @@ def pictures(folder, count, bad):
 def test_images_that_cannot_be_decoded_do_not_stop_it(tmp_path, capsys):
     train, test = pictures(tmp_path, 50, bad=range(3, 50, 10))
     method = tiny_mae()
-    found = fine_tuned(build_classifier(method, "", 2), train, test, config(batch_size=8), (8, 8))
+    found = finetune(build_classifier(method, "", 2), train, test, config(batch_size=8), (8, 8))
     assert found == (1.0, None)  # red or not
     broken = sum(not isinstance(sample, tuple) for sample in Pictures(train, _transform(config(), (8, 8))))
     assert 0 < broken < 10
-    assert f"{broken} of 40 images could not be decoded; others stood in for them" in capsys.readouterr().out
+    assert f"{broken} of 40 images could not be decoded and were replaced by others" in capsys.readouterr().out
     only_bad = Subset(train, [i for i in range(40) if train.name(i)[-7:] in {f"{i:03}.png" for i in range(3, 50, 10)}])
     with pytest.raises(ValueError, match=r"^eval: none of the labelled images can be decoded$"):
-        fine_tuned(build_classifier(method, "", 2), only_bad, test, config(batch_size=2), (8, 8))
+        finetune(build_classifier(method, "", 2), only_bad, test, config(batch_size=2), (8, 8))
 
 
 def test_others_of_the_batch_stand_in():
     samples = [(torch.full((1,), 7.0), 1), 5, (torch.full((1,), 8.0), 0), 9]
-    batch = _collated(samples)
+    batch = _collate(samples)
     assert batch.images.flatten().tolist() == [7, 8, 7, 8]
     assert batch.labels.tolist() == [1, 0, 1, 0]
     assert batch.bad == [5, 9]
@@ -217,14 +218,7 @@ def test_refusals(monkeypatch):
         (("batch_size", 9),): "eval: mixup and cutmix take pairs: --batch-size over --accumulate must be even, got 9",
     }.items():
         with pytest.raises(ValueError, match=f"^{sentence}$"):
-            fine_tuned(build_classifier(tiny_mae(), "", 10), train, test, config(**dict(changes)), (8, 8))
-    real = builtins.__import__
-
-    def without_timm(name, *args):
-        if name == "timm":
-            raise ImportError(name)
-        return real(name, *args)
-
-    monkeypatch.setattr(builtins, "__import__", without_timm)
-    with pytest.raises(ValueError, match=r"^eval: finetuning needs timm: pip install 'fastssl-engine\[finetune\]'$"):
+            finetune(build_classifier(tiny_mae(), "", 10), train, test, config(**dict(changes)), (8, 8))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MissingExtra, match=r"^eval finetune needs timm: pip install 'fastssl-engine\[finetune\]'$"):
         need_timm()

@@ -14,61 +14,70 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.decoding import open_image
-from fastssl.data.samples import stand_in
+from fastssl.data.samples import fill_in_rows
 from fastssl.data.source import BadImage, Source
+from fastssl.extras import need
 from fastssl.nn import accelerate
 from fastssl.nn.resnet import build_resnet
 from fastssl.nn.vit import ConvStem, ViT
 from fastssl.train.schedule import learning_rate
 
-from .features import extract, vit_of
+from .features import extract
 from .labels import Accuracy, accuracy
 from .progress import Progress
 from .protocols import Finetune
 
 
 def need_timm() -> None:
-    """Refuses where timm is not installed.
+    """Checks that timm is installed.
 
     Raises:
-        ValueError: it is not.
+        MissingExtra: it is not.
     """
-    try:
-        import timm  # noqa: F401
-    except ImportError as error:
-        raise ValueError("eval: finetuning needs timm: pip install 'fastssl-engine[finetune]'") from error
+    need("timm", what="eval finetune", extra="finetune")
 
 
 def build_classifier(
     method: nn.Module, backbone: str, classes: int, drop_path: float = 0.0, small_images: bool = False
 ) -> nn.Module:
-    """The method's encoder with a fresh classifier: timm's VisionTransformer with our attention, or our ResNet.
+    """The method's encoder with a new classifier: timm's VisionTransformer with our attention, or our ResNet.
 
-    The ViT's classifier reads the mean of its patch tokens through a fresh norm `fc_norm`, as in MAE's code; weights of
-    its `head` start from normal(0, 2e-5). A ResNet's last layer is `fc`.
+    The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's
+    code; its initial weights are normal(0, 2e-5). The classifier of a ResNet is `fc`.
 
     Args:
-        method: its `encoder` has parameters in the names of timm's or torchvision's names.
-        backbone: name of a ResNet; of a ViT the sizes are the method's.
-        classes: outputs.
-        drop_path: largest probability to skip a block, of a ViT.
-        small_images: the ResNet's stem, as it was pretrained.
+        method: a method whose `encoder` is a `ViT` or a ResNet in torchvision's names.
+        backbone: name of the ResNet; the sizes of a ViT are those of the encoder.
+        classes: number of classes.
+        drop_path: largest probability of skipping a block of a ViT.
+        small_images: whether the ResNet was pretrained with the stem for small images.
+
+    Raises:
+        ValueError: the encoder is neither a ViT nor a ResNet of that name.
     """
-    vit, state = vit_of(method), method.encoder.state_dict()
-    if vit is None:
-        model, fresh = build_resnet(backbone, classes, small_images), {"fc.weight", "fc.bias"}
-    else:
-        model, fresh = _vit(vit, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+    encoder = method.encoder
+    state = encoder.state_dict()
+    if isinstance(encoder, ViT):
+        model, new = _vit(encoder, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
         state = {name: x for name, x in state.items() if not name.startswith("norm.")}
+    elif backbone.startswith("resnet"):
+        model, new = build_resnet(backbone, classes, small_images), {"fc.weight", "fc.bias"}
+    else:
+        raise ValueError(
+            f"eval: finetune is for ViTs and ResNets, and the encoder of {type(method).__name__} is a "
+            f"{type(encoder).__name__}: train run.encoder() in a loop of yours"
+        )
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert set(missing) == fresh and not unexpected, (missing, unexpected)
+    if set(missing) != new or unexpected:
+        wrong = sorted({*missing, *unexpected} - new)[0]
+        raise ValueError(f"eval: the encoder of {type(method).__name__} does not fit {type(model).__name__}: {wrong}")
     return model
 
 
 def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    width, heads = vit.norm.normalized_shape[0], vit.blocks[0].attn.num_heads
+    width, heads = vit.embed_dim, vit.blocks[0].attn.num_heads
     model = VisionTransformer(
         img_size=vit.img_size,
         patch_size=vit.patch_size,
@@ -90,14 +99,15 @@ def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
 
 
 def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:
-    """Groups with their `weight_decay` and `lr_scale`: layer_decay^(depth + 1 − i) for block i of a ViT, counted from
-    1, with 0 for class token, positions and patch embedding, and 1 for what follows the blocks; times `head_lr` for the
-    classifier.
+    """Parameter groups with `weight_decay` and `lr_scale`.
+
+    The scale is layer_decay^(depth + 1 − i) for block i = 1 … depth of a ViT, i = 0 for class token, positions and
+    patch embedding, and i = depth + 1 for what follows the blocks; times `head_lr` for the classifier.
 
     Source: Clark et al., 2020 (ELECTRA); Bao et al., 2021 (BEiT), from whose code MAE's is; here by timm.
     """
     head = model.head if hasattr(model, "head") else model.fc
-    own = set(map(id, head.parameters()))
+    head_ids = set(map(id, head.parameters()))
     if hasattr(model, "head"):
         from timm.optim import param_groups_layer_decay
 
@@ -114,28 +124,29 @@ def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:
     split = []
     for group in groups:
         for inside, scale in ((False, 1.0), (True, config.head_lr)):
-            params = [p for p in group["params"] if (id(p) in own) == inside]
+            params = [p for p in group["params"] if (id(p) in head_ids) == inside]
             split += [{**group, "params": params, "lr_scale": group["lr_scale"] * scale}] if params else []
     return split
 
 
-def fine_tuned(
-    model: nn.Module, train: Source, test: Source, config: Finetune, size: tuple[int, int], seed: int = 0, **where
+def finetune(
+    model: nn.Module, train: Source, test: Source, config: Finetune, size: tuple[int, int], seed: int = 0, **loading
 ) -> Accuracy:
-    """Trains all of `model`, in place, and returns its accuracy on `test`; the last epoch's, none is chosen.
+    """Trains all of `model`, in place, and returns its accuracy on `test` after the last epoch.
 
-    Images that can't be decoded are replaced by others of their batch, and counted in a printed line.
+    Images that cannot be decoded are replaced by others of their batch, and their number is printed.
 
     Args:
-        model: of `build_classifier`.
-        train, test: with labels; classes that only `test` has are never right.
+        model: a model of `build_classifier`.
+        train, test: sources with labels; images of classes that only `test` has count as errors.
+        config: optimizer, schedule and augmentation.
         size: (height, width) in pixels.
-        seed: of the order and of all that is drawn; the global generators are left as they were.
-        where: `device`, `workers` and `engine`, as for the loader.
+        seed: random seed of order, augmentation and drop path; global generators are left unchanged.
+        loading: `device`, `workers` and `engine`, as for `Loader`.
 
     Raises:
-        ValueError: timm is not installed, the batch is larger than the data, or odd with mixup, or none of the images
-            can be decoded.
+        MissingExtra: timm is not installed.
+        ValueError: the batch is larger than the data, or odd with mixup, or none of the images can be decoded.
     """
     need_timm()
     batch, micro = config.batch_size, config.batch_size // config.accumulate
@@ -143,28 +154,28 @@ def fine_tuned(
         raise ValueError(f"eval: --batch-size must be at most the {len(train)} labelled images, got {batch}")
     if (config.mixup or config.cutmix) and micro % 2:
         raise ValueError(f"eval: mixup and cutmix take pairs: --batch-size over --accumulate must be even, got {micro}")
-    device, pictures = torch.device(where.get("device", "cpu")), Pictures(train, _transform(config, size))
+    device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size))
     with _seeded(seed, device):
         loader = DataLoader(
             pictures,
             micro,
             shuffle=True,
             drop_last=True,
-            num_workers=where.get("workers", 0),
-            collate_fn=_collated,
-            persistent_workers=where.get("workers", 0) > 0,
+            num_workers=loading.get("workers", 0),
+            collate_fn=_collate,
+            persistent_workers=loading.get("workers", 0) > 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(seed),
         )
         bad = _train(model.to(device).train(), loader, config, len(train.classes), device)
     if bad:
-        print(f"{len(bad)} of {len(train)} images could not be decoded; others stood in for them", flush=True)
-    logits, labels, _ = extract(model.eval(), test, size, **where)
+        print(f"{len(bad)} of {len(train)} images could not be decoded and were replaced by others", flush=True)
+    logits, labels, _ = extract(model.eval(), test, size, **loading)
     return accuracy(logits, labels)
 
 
 def _train(model: nn.Module, loader: DataLoader, config: Finetune, classes: int, device: torch.device) -> set[int]:
-    """Numbers of the images that could not be decoded."""
+    """Trains the model; returns the indices of the images that could not be decoded."""
     groups, steps = parameter_groups(model, config), len(loader) // config.accumulate
     if config.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -196,7 +207,7 @@ def _train(model: nn.Module, loader: DataLoader, config: Finetune, classes: int,
 
 
 def learning_rate_at(config: Finetune, epoch: float) -> float:
-    """Warm-up from 0, then half a cosine to `min_lr`, or a tenth at each of `lr_drops`."""
+    """Learning rate: warm-up from 0, then half a cosine to `min_lr`, or a tenth at each of `lr_drops`."""
     lr = learning_rate(config.training, epoch)
     if epoch < config.warmup_epochs or config.lr_drops:
         return lr
@@ -205,7 +216,7 @@ def learning_rate_at(config: Finetune, epoch: float) -> float:
 
 
 class _Objective:
-    """Cross entropy with the soft labels of mixup and cutmix, or with smoothed ones."""
+    """Cross entropy with the soft labels of mixup and cutmix, or with label smoothing."""
 
     def __init__(self, config: Finetune, classes: int):
         from timm.data import Mixup
@@ -224,14 +235,16 @@ class _Objective:
 
 
 class _Batch(NamedTuple):
-    images: Tensor | None  # [B, 3, H, W] float32, normalised; None where none can be decoded
+    images: Tensor | None  # [B, 3, H, W] float32, normalised; None if none can be decoded
     labels: Tensor | None  # [B] int64
-    bad: list[int]  # numbers of images that can't be decoded
+    bad: list[int]  # indices of images that cannot be decoded
 
 
 class Pictures(Dataset):
-    """Images of a source through a transform of PIL images: (image, label), or the number of one that can't be
-    decoded."""
+    """Images of a source through a transform of PIL images.
+
+    An item is (image, label), or the index of an image that cannot be decoded.
+    """
 
     def __init__(self, source: Source, transform):
         self.source, self.transform = source, transform
@@ -247,12 +260,12 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(pixels.permute(1, 2, 0).numpy())), self.source.label(index)
 
 
-def _collated(samples: list[tuple[Tensor, int] | int]) -> _Batch:
+def _collate(samples: list[tuple[Tensor, int] | int]) -> _Batch:
     good = [sample for sample in samples if not isinstance(sample, int)]
     bad = [sample for sample in samples if isinstance(sample, int)]
     if not good:
         return _Batch(None, None, bad)
-    images, labels = zip(*(good[row] for row in stand_in(list(range(len(good))), len(samples))))
+    images, labels = zip(*(good[row] for row in fill_in_rows(list(range(len(good))), len(samples))))
     return _Batch(torch.stack(images), torch.tensor(labels), bad)
 
 
@@ -277,8 +290,8 @@ def _transform(config: Finetune, size: tuple[int, int]):
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """timm draws from the global generators of Python, numpy and torch: they are set, and left as they were."""
-    kept = random.getstate(), np.random.get_state()  # noqa: NPY002
+    """Seeds the global generators of Python, numpy and torch, which timm uses, and restores them afterwards."""
+    saved = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -286,5 +299,5 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])  # noqa: NPY002
+            random.setstate(saved[0])
+            np.random.set_state(saved[1])  # noqa: NPY002

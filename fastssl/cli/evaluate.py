@@ -1,0 +1,128 @@
+"""`fastssl eval`: evaluations of a run's encoder."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastssl import distributed, evaluation
+from fastssl.eval.labels import Accuracy
+from fastssl.run import SMALL, Run
+from fastssl.settings import flatten
+
+from .flags import first_pass, parse_for_run
+
+HELP = """fastssl eval: accuracy of a run's encoder, on the run's data or another source (--data)
+
+  fastssl eval knn RUN       nearest training images vote on held-out images: seconds, no training
+  fastssl eval linear RUN    linear classifier on frozen features: a quick sweep, or the paper's protocol
+  fastssl eval finetune RUN  encoder and classifier trained end to end
+
+  fastssl eval linear RUN --help lists every option with its default. linear and finetune take --labels 0.01 or 0.1 for
+  few labels; knn and linear also run under torchrun.
+"""
+
+
+@dataclass
+class DataFlags:
+    data: str | None = None
+    """source of images, the run's by default"""
+    device: str = "auto"
+    """device: cuda, cpu, or auto (cuda if available)"""
+
+
+@dataclass
+class LabelFlags(DataFlags):
+    labels: float = 1.0
+    """share of the training labels to use, the same number of each class"""
+    seed: int = 0
+    """random seed of the choice of labels, initial weights, order and augmentation"""
+
+
+@dataclass
+class KnnFlags(DataFlags):
+    """Weighted k-nearest-neighbour accuracy of a run's encoder: training images vote on held-out images."""
+
+    k: tuple[int, ...] = (10, 20, 200)
+    """numbers of neighbours that vote"""
+    tau: float = evaluation.TAU
+    """temperature of the votes"""
+
+
+@dataclass
+class Protocol:
+    """The flag that decides which others there are."""
+
+    protocol: str = "features"
+
+
+def command(words: list[str]) -> None:
+    """fastssl eval knn|linear|finetune RUN"""
+    commands = {"knn": _knn, "linear": _linear, "finetune": _finetune}
+    if words in (["-h"], ["--help"]):
+        print(HELP)
+        return
+    if not words or words[0] not in commands:
+        raise ValueError(f"eval: name an evaluation: knn, linear or finetune, got {words[0] if words else 'nothing'}")
+    commands[words[0]](words[1:])
+
+
+def _knn(words: list[str]) -> None:
+    flags, run = parse_for_run(lambda run: KnnFlags, words, "fastssl eval knn")
+    accuracies = run.knn(flags.k, flags.tau, flags.data, flags.device)
+    results = " · ".join(f"k={k} {accuracy:.1%}" for k, accuracy in accuracies.items())
+    if distributed.rank() == 0:
+        print(f"kNN accuracy of {run.folder} on {run.data_name(flags.data)}: {results}")
+
+
+def _linear(words: list[str]) -> None:
+    chosen = first_pass(Protocol, words, "fastssl eval linear").protocol
+
+    def flags_of(run: Run | None) -> type:
+        default = evaluation.linear_defaults(run, chosen)
+
+        @dataclass
+        class Flags(LabelFlags):
+            protocol: Literal["features", "official"] = "features"
+            """features: extract once, then sweep settings (minutes); official: the paper's, with augmentation"""
+            pool: Literal["token", "avg"] | None = None
+            """features of a ViT: class token or mean of the patch tokens; the method's own choice by default"""
+            numbers: type(default) = field(default_factory=lambda: default)
+
+        Flags.__doc__ = f"{type(default).__doc__}\n\nDefaults below are those of --protocol {chosen}."
+        return Flags
+
+    flags, run = parse_for_run(flags_of, words, "fastssl eval linear")
+    options = {"pool": flags.pool, "labels": flags.labels, "seed": flags.seed}
+    accuracy = run.linear(flags.protocol, data=flags.data, device=flags.device, **options, **flatten(flags.numbers))
+    _print_accuracy("linear", run, accuracy, flags, flags.protocol)
+
+
+def _finetune(words: list[str]) -> None:
+    def flags_of(run: Run | None) -> type:
+        default = evaluation.finetune_defaults(run)
+
+        @dataclass
+        class Flags(LabelFlags):
+            numbers: type(default) = field(default_factory=lambda: default)
+
+        small = run is not None and max(run.image_size) <= SMALL
+        origin = "small images" if small else f"the paper, for {run.backbone if run else 'vit_base'}"
+        Flags.__doc__ = f"{type(default).__doc__}\n\nDefaults below are those of {origin}."
+        return Flags
+
+    flags, run = parse_for_run(flags_of, words, "fastssl eval finetune")
+    options = {"labels": flags.labels, "seed": flags.seed, "data": flags.data, "device": flags.device}
+    accuracy = run.finetune(**options, **flatten(flags.numbers))
+    _print_accuracy("finetune", run, accuracy, flags)
+
+
+def _print_accuracy(name: str, run: Run, accuracy: Accuracy | None, flags: Any, *details: str) -> None:
+    """Prints an accuracy on the first rank, the only one that has it."""
+    if accuracy is None:
+        return
+    top5 = "" if accuracy.top5 is None else f", top-5 {accuracy.top5:.1%}"
+    setting = run.evaluations()[-1].get("setting")
+    details = [*details, *([setting] if setting else [])]
+    details += [f"{flags.labels:.3g} of the labels"] if flags.labels < 1 else []
+    how = f" ({', '.join(details)})" if details else ""
+    data = run.data_name(flags.data)
+    print(f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{how}", flush=True)

@@ -1,0 +1,83 @@
+"""`fastssl pretrain`: starts a run or resumes one."""
+
+import dataclasses
+
+import tyro
+
+from fastssl.pretraining import check_method, configured, new_run, preset_config, resume_run, start
+from fastssl.run import Options, absolute_data, method_module, method_names, open_run
+from fastssl.settings import differences
+
+from .flags import first_pass, parse
+
+PROG = "fastssl pretrain"
+
+
+@dataclasses.dataclass
+class First:
+    """Flags that decide the defaults of the others."""
+
+    method: tyro.conf.Positional[tuple[str, ...]] = ()
+    data: str | None = None
+    preset: str | None = None
+    backbone: str | None = None
+    resume: str | None = None
+
+
+def command(words: list[str]) -> None:
+    """fastssl pretrain METHOD --data SOURCE [--resume auto] [options] | fastssl pretrain --resume RUN [options]"""
+    first = first_pass(First, words, PROG)
+    if first.resume in (None, "auto"):
+        _start(words, first)
+    else:
+        _resume(words, first)
+
+
+def _start(words: list[str], first: First) -> None:
+    if not first.method:
+        raise ValueError(f"pretrain: a method is needed as the first word: {', '.join(method_names())}")
+    module, run = method_module(first.method[0]), None
+    if first.data is None:  # for --help; without it the parser names the missing --data
+        chosen, default = preset_config(module, None, first.preset, first.backbone)
+    else:
+        run = new_run(first.method[0], first.data, first.preset, first.backbone)
+        chosen, default = run.facts["preset"], run.config
+
+    @dataclasses.dataclass
+    class Flags:
+        method: tyro.conf.Positional[str]
+        """name of the method, or package.module"""
+        options: Options
+        config: module.Config = dataclasses.field(default_factory=lambda: default)
+        preset: str = chosen
+        """paper: the paper's numbers; small: minutes on a laptop, the default for images of one size up to 64 pixels"""
+        resume: str | None = None
+        """folder of a run to continue, or auto: continue the run in --folder if there is one, else start it"""
+
+    Flags.__doc__ = f"{module.Config.__doc__}\n\nDefaults below are those of the preset `{chosen}`."
+    flags = parse(Flags, words, PROG)
+    flags.options.data = absolute_data(flags.options.data)
+    start(configured(run, flags.options, flags.config), flags.resume)
+
+
+def _resume(words: list[str], first: First) -> None:
+    run = open_run(first.resume)
+    check_method(run, first.method[0] if first.method else None)
+
+    @dataclasses.dataclass
+    class Flags:
+        method: tyro.conf.Positional[str] = run.method_name
+        """name of the method"""
+        options: Options = dataclasses.field(default_factory=lambda: run.options)
+        config: type(run.config) = dataclasses.field(default_factory=lambda: run.config)
+        resume: str = ""
+        """folder of the run to continue"""
+
+    Flags.__doc__ = (
+        f"Continues {run.folder} from its newest checkpoint. Defaults below are the run's options; changes that would "
+        "affect what was learned so far are refused."
+    )
+    flags = parse(Flags, words, PROG)
+    flags.options.data = run.options.data if first.data is None else absolute_data(first.data)
+    changes = differences((run.options, run.config), (flags.options, flags.config))
+    resume_run(run, settings={name: new for name, (_, new) in changes.items()})

@@ -1,0 +1,286 @@
+"""Evaluation of a run: loads its encoder, opens the data, and notes the results in evaluations.jsonl."""
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastssl import distributed
+from fastssl.data.source import Source
+from fastssl.eval.embedding import Embedding
+from fastssl.eval.features import extract, extract_on_all_ranks, features_of
+from fastssl.eval.knn import knn_accuracy
+from fastssl.eval.labels import Accuracy, labelled_subset
+from fastssl.eval.linear import sweep, train_official
+from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
+from fastssl.machine import available_engine, select_device, share_cores
+from fastssl.run import SMALL, Run, Sources, method_module
+from fastssl.settings import differences, update
+
+TAU = 0.07  # temperature of kNN votes
+ONLINE_K = 20  # neighbours of the kNN evaluation during a run
+
+
+class Frozen(NamedTuple):
+    """The method of a run with the weights of its newest checkpoint, in evaluation mode and without gradients."""
+
+    method: nn.Module
+    step: int  # steps of the checkpoint
+    device: torch.device
+    loading: dict[str, Any]  # device, workers and engine that images are loaded with
+
+
+def load_frozen(run: Run, device: str = "auto") -> Frozen:
+    """Loads the method of a run for evaluation. On several ranks each has a copy.
+
+    Raises:
+        ValueError: the run has no intact checkpoint, or the device is not available.
+    """
+    state = run.state()
+    method = run.build()  # before ranks join: the batch size of a rank has no meaning here
+    method.load_state_dict(state["model"])
+    place = distributed.setup(select_device(device))
+    method = method.to(place).eval().requires_grad_(False)
+    return Frozen(method, state["step"], place, _loading(run, place))
+
+
+def knn(
+    run: Run,
+    ks: tuple[int, ...] = (10, 20, 200),
+    tau: float = TAU,
+    data: str | Sources | None = None,
+    device: str = "auto",
+) -> dict[int, float]:
+    """Evaluates weighted kNN; see `Run.knn`. On several ranks each extracts its part of the images."""
+    check_evaluation(k=ks, tau=tau)
+    splits = _labelled_splits(run, data)
+    frozen = load_frozen(run, device)
+    accuracies = _knn_accuracy(frozen.method.features, splits, run, frozen.loading, ks, tau)
+    for k, accuracy in accuracies.items():
+        _note(run, frozen.step, "knn", accuracy, data, k=k, tau=None if tau == TAU else tau)
+    return accuracies
+
+
+def linear(
+    run: Run,
+    protocol: Literal["features", "official"] = "features",
+    pool: Literal["token", "avg"] | None = None,
+    labels: float = 1.0,
+    seed: int = 0,
+    data: str | Sources | None = None,
+    device: str = "auto",
+    settings: dict[str, Any] | None = None,
+) -> Accuracy | None:
+    """Trains a linear classifier on the frozen encoder; see `Run.linear`."""
+    default = linear_defaults(run, protocol)
+    (numbers,) = update((default,), settings or {}, "eval")
+    check_evaluation(labels=labels, seed=seed)
+    check_protocol(numbers)
+    if protocol == "official":
+        _refuse_ranks("eval linear --protocol official")
+    train, test = _labelled_splits(run, data)
+    train = labelled_subset(train, labels, seed)
+    frozen = load_frozen(run, device)
+    features, size = features_of(frozen.method, pool), run.image_size
+    facts: dict[str, Any] = {"protocol": protocol, "pool": pool, **_label_facts(labels, seed)}
+    if isinstance(numbers, Official):
+        accuracy = train_official(features, train, test, numbers, size, seed, **frozen.loading)
+        facts |= {"epochs": numbers.epochs, **_changes(default, numbers)}
+    else:
+        tables = [extract_on_all_ranks(features, split, size, **frozen.loading) for split in (train, test)]
+        if distributed.rank() > 0:  # the other ranks extract features only
+            return None
+        accuracy, setting = sweep(*tables, len(train.classes), numbers, seed)
+        facts |= {"setting": str(setting)}
+    _note(run, frozen.step, "linear", accuracy.top1, data, **facts, top5=_rounded(accuracy.top5))
+    return accuracy
+
+
+def linear_defaults(run: Run | None, protocol: str) -> Sweep | Official:
+    """Default numbers of a linear evaluation; of the protocol "official" those of the method's paper.
+
+    Raises:
+        ValueError: the protocol is unknown, or the method defines none of its own.
+    """
+    if protocol not in ("features", "official"):
+        raise ValueError(f"eval: --protocol must be features or official, got {protocol!r}")
+    if protocol == "features":
+        return Sweep()
+    if run is None:
+        return Official()
+    module = method_module(run.method_name)
+    if not hasattr(module, "linear_probe"):
+        raise ValueError(
+            f"eval: --protocol official is the linear probe of the method's paper, and {run.method_name} defines none: "
+            "use --protocol features"
+        )
+    return module.linear_probe(run.backbone)
+
+
+def finetune(
+    run: Run,
+    labels: float = 1.0,
+    seed: int = 0,
+    data: str | Sources | None = None,
+    device: str = "auto",
+    settings: dict[str, Any] | None = None,
+) -> Accuracy:
+    """Trains the encoder and a classifier end to end; see `Run.finetune`."""
+    default = finetune_defaults(run)
+    (numbers,) = update((default,), settings or {}, "eval")
+    check_evaluation(labels=labels, seed=seed)
+    check_protocol(numbers)
+    from fastssl.eval import finetuning  # here: torchvision's models take seconds to import
+
+    finetuning.need_timm()
+    _refuse_ranks("eval finetune")
+    train, test = _labelled_splits(run, data)
+    train = labelled_subset(train, labels, seed)
+    frozen = load_frozen(run, device)
+    torch.manual_seed(seed)
+    small_images = getattr(run.config, "small_images", False)
+    classes = len(train.classes)
+    model = finetuning.build_classifier(frozen.method, run.backbone, classes, numbers.drop_path, small_images)
+    accuracy = finetuning.finetune(model, train, test, numbers, run.image_size, seed, **frozen.loading)
+    facts = {"epochs": numbers.epochs, **_label_facts(labels, seed), **_changes(default, numbers)}
+    _note(run, frozen.step, "finetune", accuracy.top1, data, **facts, top5=_rounded(accuracy.top5))
+    return accuracy
+
+
+def finetune_defaults(run: Run | None) -> Finetune:
+    """Default numbers of fine-tuning: light ones for small images, else those of the backbone's paper."""
+    if run is None:
+        return Finetune.paper("vit_base")
+    return Finetune.small(run.backbone) if max(run.image_size) <= SMALL else Finetune.paper(run.backbone)
+
+
+def embed(
+    run: Run, data: str | Sources | None = None, split: Literal["all", "train", "test"] = "all", device: str = "auto"
+) -> Embedding:
+    """Features of every image that can be decoded, in the order of the source.
+
+    Args:
+        run: a run with a checkpoint.
+        data: another source than the run's.
+        split: "all" is the training images, then the held-out ones.
+        device: cuda, cpu, or auto.
+
+    Raises:
+        ValueError: the split is unknown, or none of its images can be decoded.
+    """
+    if split not in ("all", "train", "test"):
+        raise ValueError(f"embed: --split must be all, train or test, got {split!r}")
+    _refuse_ranks("embed")
+    chosen = ("train", "test") if split == "all" else (split,)
+    sources = {name: run.source(name, data) for name in chosen}
+    frozen = load_frozen(run, device)
+    tables, names, splits = [], [], []
+    for name, source in sources.items():
+        table = extract(frozen.method.features, source, run.image_size, **frozen.loading)
+        tables.append([column.cpu() for column in table])
+        numbers = tables[-1][2].tolist()
+        names += [source.name(number) for number in numbers]
+        splits += [name] * len(numbers)
+        if missing := len(source) - len(numbers):
+            print(f"embed: {missing} of {len(source)} images of the {name} split could not be decoded", flush=True)
+    return Embedding(*(torch.cat(column) for column in zip(*tables)), names, splits)
+
+
+def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch.device) -> None:
+    """Notes and prints the kNN accuracy (k = 20) of a method during its run, if the source has labels.
+
+    Before the first step it also notes that of raw pixels. The method is left in evaluation mode and torch's random
+    state unchanged. All ranks call it together, and the first one notes and prints.
+    """
+    method.eval()
+    splits = run.source("train"), run.source("test")
+    if any(split.classes is None for split in splits):
+        return
+    loading, pixels = _loading(run, device), None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        encoder = _knn_accuracy(method.features, splits, run, loading, (ONLINE_K,))
+        if step == 0 and max(run.image_size) <= SMALL:  # the pixels of larger images need too much memory
+            pixels = _knn_accuracy(lambda images: images.flatten(1), splits, run, loading, (ONLINE_K,))
+    if distributed.rank() > 0:
+        return
+    data = run.options.data
+    facts = {"data": data, "epoch": epoch, "k": ONLINE_K}
+    if pixels is not None:
+        run.note("knn of raw pixels", 0, pixels[ONLINE_K], **facts)
+    run.note("knn", step, encoder[ONLINE_K], **facts)
+    curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn") and line.get("data") == data]
+    print("kNN accuracy: " + " · ".join(_phrase(line, run) for line in curve if line.get("k") == ONLINE_K))
+
+
+def _phrase(line: dict, run: Run) -> str:
+    """One kNN result as text."""
+    if line["evaluation"] == "knn of raw pixels":
+        return f"raw pixels {line['accuracy']:.1%}"
+    start = "given encoder" if run.options.weights else "untrained encoder"
+    moment = f"epoch {line['epoch']:.4g}" if line["step"] else start
+    return f"{moment} {line['accuracy']:.1%}"
+
+
+def _knn_accuracy(
+    features: Callable[[Tensor], Tensor],
+    splits: tuple[Source, Source],
+    run: Run,
+    loading: dict[str, Any],
+    ks: tuple[int, ...],
+    tau: float = TAU,
+) -> dict[int, float]:
+    """Accuracy for each k; each rank extracts its part of the images."""
+    part = (distributed.rank(), distributed.world_size())
+    (bank, bank_labels, _), (queries, labels, _) = (
+        extract(features, split, run.image_size, part=part, **loading) for split in splits
+    )
+    return knn_accuracy(bank, bank_labels, queries, labels, ks, tau)
+
+
+def _labelled_splits(run: Run, data: str | Sources | None) -> tuple[Source, Source]:
+    """Training and held-out split of a source with labels."""
+    splits = run.source("train", data), run.source("test", data)
+    if any(split.classes is None for split in splits):
+        raise ValueError(f"eval: {run.data_name(data)} has no labels to compare with")
+    return splits
+
+
+def _note(run: Run, step: int, evaluation: str, accuracy: float, data: str | Sources | None, **facts: Any) -> None:
+    """Appends to evaluations.jsonl on the first rank; facts that are None are left out."""
+    if distributed.rank() > 0:
+        return
+    epochs = [line["epoch"] for line in run.metrics() if line["step"] == step]
+    facts = {"data": run.data_name(data), "epoch": epochs[-1] if epochs else None, **facts}
+    run.note(evaluation, step, accuracy, **{name: value for name, value in facts.items() if value is not None})
+
+
+def _rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 4)
+
+
+def _label_facts(labels: float, seed: int) -> dict[str, Any]:
+    """What evaluations.jsonl has about the choice of labels."""
+    return {"labels": labels, "seed": seed if labels < 1 else None}
+
+
+def _changes(default: Any, numbers: Any) -> dict[str, Any]:
+    """Fields of a protocol that differ from its defaults."""
+    return {name: value for name, (_, value) in differences((default,), (numbers,)).items()}
+
+
+def _refuse_ranks(command: str) -> None:
+    """Checks that torchrun has not started several processes.
+
+    Raises:
+        ValueError: it has.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{command} runs in one process: start it without torchrun, as fastssl {command} RUN")
+
+
+def _loading(run: Run, device: torch.device) -> dict[str, Any]:
+    """Device, workers and engine that images are loaded with."""
+    workers = share_cores(run.options.workers, device, distributed.local_world_size())
+    return {"device": device, "workers": workers, "engine": available_engine(run.options.engine, device)}

@@ -1,0 +1,145 @@
+"""Transformer block: attention and MLP, each behind a layer norm, with LayerScale and drop path as options."""
+
+import functools
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.ops import keep_tokens
+
+from .attention import Attention
+from .linear import Linear
+from .norm import ResidualNorm
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x), gelu=True)
+
+
+class SwiGLU(nn.Module):
+    """MLP with a gate: ``fc2(silu(a) · b)`` where ``fc1(x)`` is a and b side by side. DINOv2's ViT-g has it.
+
+    Names are those of timm's `SwiGLUPacked`: `fc1` holds both halves, as DINOv2's `w12` does, and `fc2` is its `w3`.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020, equation 6.
+    """
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        if hidden % 2:
+            raise ValueError(f"SwiGLU: hidden must be even, for the gate and its input, got {hidden}")
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden // 2, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """Trained factors `gamma` [D] of a residual branch.
+
+    Source: Touvron et al., "Going deeper with Image Transformers", 2021 (CaiT), section 2, equation 4.
+    """
+
+    def __init__(self, dim: int, init_value: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. Names in the state dict are those of timm's `Block`.
+
+    Args:
+        dim: D, divisible by num_heads.
+        num_heads: heads of the attention.
+        mlp_ratio: width of `fc1`'s output in multiples of D.
+        qkv_bias: bias of the packed projection to queries, keys and values.
+        qk_norm: layer norm of the queries and keys of each head.
+        init_values: start of LayerScale's factors; None for no LayerScale.
+        mlp: "gelu" for `Mlp`, "swiglu" for `SwiGLU`.
+        norm_eps: added to the variance in all layer norms.
+
+    Source: Dosovitskiy et al., 2021 (ViT), equations 2 and 3.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        if mlp not in ("gelu", "swiglu"):
+            raise ValueError(f"Block: mlp must be 'gelu' or 'swiglu', got {mlp!r}")
+        norm = functools.partial(nn.LayerNorm, eps=norm_eps)
+        self.norm1 = ResidualNorm(dim, norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_layer=norm)
+        self.ls1 = None if init_values is None else LayerScale(dim, init_values)
+        self.norm2 = ResidualNorm(dim, norm_eps)
+        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(dim * mlp_ratio))
+        self.ls2 = None if init_values is None else LayerScale(dim, init_values)
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None = None, only: Tensor | None = None, drop_path: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and the MLP's output, whose sum is the block's output; the next norm adds them.
+
+        Args:
+            x: [B, L, D] residual stream.
+            delta: [B, L, D] to be added to x first, as the preceding block returns it; None for nothing.
+            only: [B, M] int64: computes the MLP and both results for these tokens alone.
+            drop_path: [2, B, 1, 1] factors of attention and MLP, one block's part of `drop_path_factors`. They are
+                drawn outside the block so that activation checkpointing runs it twice with the same ones.
+        """
+        x, y = self.norm1(x, delta)
+        y = self.attn(y)
+        if only is not None:
+            x, y = keep_tokens(x, only), keep_tokens(y, only)
+        attention_factor, mlp_factor = (None, None) if drop_path is None else drop_path.unbind(0)
+        x, y = self.norm2(x, _scaled(y, self.ls1, attention_factor))
+        return x, _scaled(self.mlp(y), self.ls2, mlp_factor)
+
+
+def _scaled(y: Tensor, layer_scale: LayerScale | None, factor: Tensor | None) -> Tensor:
+    """A branch's output [B, L, D] times LayerScale's gamma and the samples' drop-path factors [B, 1, 1]."""
+    if layer_scale is None:
+        return y if factor is None else y * factor
+    return layer_scale(y) if factor is None else y * (layer_scale.gamma * factor)  # one pass over y for both
+
+
+def drop_path_rates(rate: float, depth: int) -> Tensor:
+    """Drop-path rate of each block [depth] float32: from 0 to `rate`, linear over depth.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016, equation 4, counted from 0 as in timm.
+    """
+    return torch.linspace(0, rate, depth)
+
+
+def drop_path_factors(rates: Tensor, batch: int) -> Tensor:
+    """Random factors of residual branches [depth, 2, B, 1, 1]: 0 with the block's rate, else 1 / (1 − rate).
+
+    Each sample and each branch is dropped by itself, and the expectation of a factor is 1, as with timm's `DropPath`.
+    The numbers come from torch's generator of the device of `rates` [depth].
+    """
+    kept = (1 - rates).view(-1, 1, 1, 1, 1)
+    return (torch.rand(len(rates), 2, batch, 1, 1, device=rates.device) < kept) / kept
