@@ -60,6 +60,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/kernels/*.h tests/kernels/*.cpp
 
 docs: .venv/installed
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs

@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for cards that are not there.
+"""Ahead-of-time compilation of Triton kernels for GPUs that this machine lacks.
 
-The launchers themselves run, on tensors without memory, with a driver that claims to have the card and a compiler that
-stops before the launch. So what is compiled is what a GPU would run, specialised by alignment and size as it would be.
+The launchers run on meta tensors, with a driver that reports the card and a compiler that stops before the launch. So
+the compiled code is what a GPU would run, specialised by alignment and size in the same way.
 """
 
 import contextlib
@@ -20,22 +20,26 @@ from fastssl.kernels import tile
 
 
 class Resources(NamedTuple):
-    registers: int  # a thread
-    spill_bytes: int  # and other local memory, a thread
-    shared_bytes: int  # a program
-    tensor_core: str | None  # the instructions seen
-    product: bool  # whether the kernel multiplies matrices
+    """What the compiled code of a kernel takes."""
+
+    registers: int  # of a thread
+    spill_bytes: int  # of a thread, with other local memory
+    shared_bytes: int  # of a program
+    tensor_core: str | None  # names of the tensor-core instructions in the code
+    product: bool  # True if the kernel multiplies matrices
 
 
 class Launch(NamedTuple):
+    """A launch that was compiled and not run."""
+
     kernel: str
-    config: str  # its constants, warps and stages
+    config: str  # constants, warps and stages
     programs: int
     resources: Resources
 
 
 class Driver:
-    """Says that the card of an architecture is there."""
+    """Stands for Triton's driver and reports the card of an architecture."""
 
     def __init__(self, arch: str):
         amd, self.arch = arch.startswith("gfx"), arch
@@ -45,7 +49,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return tile.ARCHITECTURES.index(self.arch)  # Triton keeps what it compiled by this number
+        return tile.ARCHITECTURES.index(self.arch)  # the key of Triton's cache of compiled kernels
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -53,7 +57,7 @@ class Driver:
 
 @contextlib.contextmanager
 def ahead_of_time(arch: str) -> Iterator[list[Launch]]:
-    """Launchers called inside compile for `arch` and launch nothing; each launch adds a row to the list."""
+    """Inside, launchers compile for `arch` and launch nothing; each launch is appended to the list."""
     launches, run = [], JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
@@ -74,11 +78,11 @@ def ahead_of_time(arch: str) -> Iterator[list[Launch]]:
 
 
 def resources(compiled) -> Resources:
-    """Read from the binary, or from AMD's assembly."""
+    """Resources as the binary, or AMD's assembly, states them."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
-        registers, spilled = (int(re.search(rf"\.vgpr_{name}: *(\d+)", text)[1]) for name in ("count", "spill_count"))
-        found, spill_bytes = ["mfma"] if "v_mfma" in text else [], 4 * 64 * spilled
+        registers, spills = (int(re.search(rf"\.vgpr_{name}: *(\d+)", text)[1]) for name in ("count", "spill_count"))
+        instructions, spill_bytes = ["mfma"] if "v_mfma" in text else [], 4 * 64 * spills
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
@@ -86,7 +90,7 @@ def resources(compiled) -> Resources:
             tool = triton.knobs.nvidia.cuobjdump.path
             text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
         registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-        found = [name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync") if name in compiled.asm["ptx"]]
+        instructions = [name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync") if name in compiled.asm["ptx"]]
         spill_bytes = stack + local
     product = "tt.dot" in compiled.asm["ttir"]
-    return Resources(registers, spill_bytes, compiled.metadata.shared, " ".join(found) or None, product)
+    return Resources(registers, spill_bytes, compiled.metadata.shared, " ".join(instructions) or None, product)

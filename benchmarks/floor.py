@@ -1,9 +1,9 @@
-"""The matrix products and convolutions of a step, alone: what would be left of it if all else were free.
+"""Lower bound of a step's time: its matrix products and convolutions by themselves.
 
-They are recorded as torch's dispatcher sees them, forward and backward, in the dtypes and layouts that autocast left,
-and then each is called on tensors of its own. Attention and losses count only where they are products of torch, and our
-linear layers as a whole, with bias and GELU: what another fused kernel multiplies inside is not seen. A processor finds
-operands of one product, repeated, in its caches, so this is a floor and not an estimate.
+They are recorded in torch's dispatcher, forward and backward, with the dtypes and layouts under autocast, and each is
+then timed on separate tensors. Products of attention and losses are counted only where they are torch's, and our linear
+layers as a whole, with bias and GELU; products inside other fused kernels are not counted. A product that is repeated
+finds its operands in the caches, so this is a lower bound and no estimate.
 """
 
 import collections
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastssl.ops  # noqa: F401 — defines the ops
+import fastssl.ops  # noqa: F401 — registers the ops
 
 from .machine import DEVICE, wait
 
@@ -27,7 +27,7 @@ REPEATS = 3
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the products of each kind, shape, layout and dtype."""
+    """Count products by kind, shape, layout and dtype."""
 
     def __init__(self):
         super().__init__()
@@ -40,8 +40,8 @@ class Recorder(TorchDispatchMode):
 
 
 def floor(step: Callable[[], Any]) -> float:
-    """Seconds of all products that one call of `step` makes, each as fast as it was in the better of a few calls;
-    convolutions in the faster of torch's two layouts, whichever the step uses."""
+    """Seconds of all products in one call of `step`: for each the best of a few calls, for convolutions in the faster
+    of torch's two memory layouts, whichever the step uses."""
     with Recorder() as recorder:
         step()
     return sum(count * _fastest(func, described) for (func, described), count in recorder.calls.items())
@@ -51,7 +51,7 @@ def _fastest(func, described: tuple) -> float:
     layouts = [None]
     if func in CONVOLUTIONS:
         layouts = [torch.contiguous_format, torch.channels_last]
-    return min(_seconds(func, [_made(one, layout) for one in described]) for layout in layouts)
+    return min(_seconds(func, [_argument(x, layout) for x in described]) for layout in layouts)
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def _seconds(func, arguments: list) -> float:
 
 
 def _described(args: tuple) -> tuple:
-    """Hashable: a tensor by its shape, layout and dtype, anything else as it is."""
+    """Hashable arguments: for a tensor its shape, layout and dtype."""
     return tuple(
         (Tensor, tuple(x.shape), x.stride(), x.dtype)
         if isinstance(x, Tensor)
@@ -78,10 +78,10 @@ def _described(args: tuple) -> tuple:
     )
 
 
-def _made(described, layout: torch.memory_format | None):
+def _argument(described, layout: torch.memory_format | None):
     if not (isinstance(described, tuple) and described[:1] == (Tensor,)):
         return list(described) if isinstance(described, tuple) else described
     _, shape, stride, dtype = described
-    reach = 1 + sum((length - 1) * step for length, step in zip(shape, stride)) if 0 not in shape else 0
-    x = torch.randn(reach, device=DEVICE).to(dtype).as_strided(shape, stride)
+    size = 1 + sum((length - 1) * step for length, step in zip(shape, stride)) if 0 not in shape else 0
+    x = torch.randn(size, device=DEVICE).to(dtype).as_strided(shape, stride)
     return x.contiguous(memory_format=layout) if layout and x.ndim == 4 else x

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler_util import MEMORY_EVENT_NAME
+
+from tests.support.memory import peak_memory
 
 from .machine import BUSY, DEVICE, OtherPrograms, implementation, limit, wait
 
@@ -148,32 +149,6 @@ def time_in_turn(contestants: dict[str, Callable[[], Any]], rounds: int | None =
     finally:
         gc.enable()
     return times
-
-
-def peak_memory(run: Callable[[], Any]) -> int:
-    """Most bytes that one call holds at a time beyond its inputs, what it returns included.
-
-    On a CPU torch's allocator is asked, by the profiler's record of each allocation; memory that a library takes past
-    that allocator is not seen.
-    """
-    if DEVICE.type == "cuda":
-        wait()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()  # named, so that it lives until the peak is read
-        wait()
-        peak = torch.cuda.max_memory_allocated() - before
-        del result
-        return peak
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        result = run()
-    del result
-    events = [event for event in profile.kineto_results.events() if event.name() == MEMORY_EVENT_NAME]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 def forward_backward(forward: Callable[[], Tensor], *inputs: Tensor, upstream: Tensor | None = None) -> Callable:

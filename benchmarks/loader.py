@@ -1,15 +1,15 @@
-"""Images a second and processor time of each loader, recipe and source.
+"""Images per second and processor time of each loader, augmentation and source.
 
-    python -m benchmarks.loader            # measures, keeps benchmarks/results/loader/<machine>.json, writes the tables
-    python -m benchmarks.loader --render   # writes the tables again from what was kept
-    python -m benchmarks.loader --check    # writes nothing; exit status 1 where a table is out of date
+    python -m benchmarks.loader            # measures, writes benchmarks/results/loader/<machine>.json and the tables
+    python -m benchmarks.loader --render   # writes the tables from the stored results
+    python -m benchmarks.loader --check    # writes nothing; exit status 1 if a table is out of date
 
-The baseline is what the reference code does: torchvision's ImageFolder, its transforms on Pillow images, normalised in
-the workers, and a DataLoader; for tar shards the webdataset package. All have the same number of workers (DALI: of
-threads), run in turn in one process, and a ratio is the median over the rounds.
+The baseline is the pipeline of the reference code: torchvision's ImageFolder, its transforms on Pillow images,
+normalisation in the workers, and a DataLoader; for tar shards the webdataset package. All loaders have the same number
+of workers (DALI: threads) and run in turn in one process. A ratio is the median over the rounds.
 
-The photographs are real: scikit-learn's two and some of those that scikit-image brings, as JPEG of quality 90 at
-several sizes, each repeated.
+The photographs are real: two of scikit-learn and six of scikit-image, as JPEG of quality 90 in several sizes, each
+repeated.
 """
 
 import argparse
@@ -45,23 +45,31 @@ from .store import RESULTS, machine_files
 from .table import PAGE, insert, markdown_table, number, present, times, write_or_check
 
 KEPT = RESULTS / "loader"
-RECIPES = ("mae", "moco_v2", "moco_v3", "evaluation")
+AUGMENTATIONS = ("mae", "moco_v2", "moco_v3", "evaluation")
 SIDES = (256, 400, 1024)  # pixels of the shorter side
 WORKERS, BATCH, ROUNDS, SECONDS, COPIES = 2, 64, 3, 3.0, 40
-SHARDED = 400  # the side that is measured in tar shards too
+SHARDED = 400  # the side that is also measured in tar shards
 MARKERS = "<!-- loaders:begin -->", "<!-- loaders:end -->"
-HEADER = ("recipe", "source", "torchvision engine", "DALI engine", "baseline", "× baseline", "CPU s / 1,000 images")
+HEADER = (
+    "augmentation",
+    "source",
+    "torchvision engine",
+    "DALI engine",
+    "baseline",
+    "× baseline",
+    "CPU s / 1,000 images",
+)
 
 LEGEND = """\
-Images a second; × of the torchvision engine and of DALI's; processor seconds for 1,000 images: torchvision engine /
-DALI engine / baseline, with what it takes to start them. *Baseline*: torchvision's `ImageFolder` and transforms in a
-`DataLoader`; of `webdataset` the package of that name with the same transforms. Two workers (threads of DALI) on two
-cores, batch 64, in turn in one process, medians of three rounds. Photographs as JPEG of quality 90, by their shorter
-side."""
+Images per second; × baseline of the torchvision engine and of the DALI engine; processor seconds per 1,000 images,
+including the start: torchvision engine / DALI engine / baseline. *Baseline*: torchvision's `ImageFolder` and transforms
+in a `DataLoader`; for `webdataset`, the package of that name with the same transforms. Two workers (threads of DALI) on
+two cores, batch 64, in turn in one process, medians of three rounds. Photographs as JPEG of quality 90; the number is
+their shorter side in pixels."""
 
 
 def photographs() -> list[Image.Image]:
-    """Eight, colour, each at least 300 pixels high."""
+    """Eight colour photographs, each at least 300 pixels high."""
     import skimage.data
     from sklearn.datasets import load_sample_images
 
@@ -78,7 +86,7 @@ def photographs() -> list[Image.Image]:
 
 
 def write_photographs(root: Path, side: int) -> None:
-    """Class folders root/0 … root/7, and the same as tar shards root/../shards-SIDE."""
+    """Writes the class folders root/0 … root/7, and the same images as tar shards in root/../shards-SIDE."""
     shards = root.parent / f"shards-{side}"
     shards.mkdir()
     for label, photo in enumerate(photographs()):
@@ -96,7 +104,7 @@ def write_photographs(root: Path, side: int) -> None:
 
 
 class Views:
-    """The views of a recipe by torchvision's transforms, normalised as the reference code's workers do it."""
+    """The views of an augmentation by torchvision's transforms, normalised in the worker as in the reference code."""
 
     def __init__(self, augmentation: Augmentation):
         self.views = [self._transform(view) for view in augmentation.views]
@@ -111,7 +119,7 @@ class Views:
         return [view(image) for view in self.views]
 
 
-def ours(source: str, augmentation: Augmentation, engine: str) -> Callable[[], Iterator[int]]:
+def engine_loader(source: str, augmentation: Augmentation, engine: str) -> Callable[[], Iterator[int]]:
     def start():
         loader = Loader(open_source(source), augmentation, BATCH, workers=WORKERS, engine=engine)
         return (len(batch.index) for epoch in itertools.count() for batch in loader.epoch(epoch))
@@ -144,15 +152,15 @@ def webdataset(shards: Path, augmentation: Augmentation) -> Callable[[], Iterato
 
 
 def compare(contestants: dict[str, Callable[[], Iterator[int]]]) -> dict:
-    """One row: medians, and the ratios to the baseline as medians over the rounds."""
-    seen: dict[str, list] = {name: [] for name in contestants}
+    """One row of a table: medians over the rounds, of the ratios to the baseline too."""
+    results: dict[str, list] = {name: [] for name in contestants}
     names = list(contestants)
     for turn in range(ROUNDS):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seen[name].append(measure_throughput(contestants[name], SECONDS, warm_up=2 * WORKERS + 2))
-    rates = {name: [one.images_per_second for one in runs] for name, runs in seen.items()}
+            results[name].append(measure_throughput(contestants[name], SECONDS, warm_up=2 * WORKERS + 2))
+    rates = {name: [result.images_per_second for result in runs] for name, runs in results.items()}
     ratios = {name: [a / b for a, b in zip(rates[name], rates["baseline"])] for name in names if name != "baseline"}
-    seconds = {name: [one.cpu_seconds for one in runs] for name, runs in seen.items()}
+    seconds = {name: [result.cpu_seconds for result in runs] for name, runs in results.items()}
     columns = {"images_per_second": (rates, 1), "ratio": (ratios, 2), "cpu_seconds": (seconds, 2)}
     return {
         column: {name: round(statistics.median(runs), digits) for name, runs in values.items()}
@@ -160,19 +168,22 @@ def compare(contestants: dict[str, Callable[[], Iterator[int]]]) -> dict:
     }
 
 
-def measure(side: int, recipes: tuple[str, ...]) -> Iterator[dict]:
+def measure(side: int, names: tuple[str, ...]) -> Iterator[dict]:
+    """Rows of the augmentations with these names, for photographs of one size."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, f"photos-{side}")
         write_photographs(root, side)
         sources = [("folder", root, image_folder)]
         if side == SHARDED:
             sources.append(("webdataset", root.parent / f"shards-{side}", webdataset))
-        for name, (kind, path, baseline) in itertools.product(recipes, sources):
+        for name, (kind, path, baseline) in itertools.product(names, sources):
             if kind == "webdataset" and name not in ("mae", "moco_v2"):
                 continue
             augmentation = augmentation_named(name, open_source(f"{kind}:{path}"))
-            contestants = {engine: ours(f"{kind}:{path}", augmentation, engine) for engine in installed_engines()}
-            row = {"recipe": name, "source": kind, "side": side}
+            contestants = {
+                engine: engine_loader(f"{kind}:{path}", augmentation, engine) for engine in installed_engines()
+            }
+            row = {"augmentation": name, "source": kind, "side": side}
             row |= compare({**contestants, "baseline": baseline(path, augmentation)})
             print(row, flush=True)
             yield row
@@ -186,7 +197,7 @@ def start_up(folders: int = 1000, files: int = 100) -> dict:
             folder.mkdir(parents=True)
             for file in range(files):
                 (folder / f"{file:03d}.jpg").touch()
-        time.sleep(2.5)  # what changed just now is not remembered
+        time.sleep(2.5)  # a folder that changed less than two seconds ago is not cached
         command = "import sys, time; from fastssl.data.source import open_source; start = time.perf_counter();"
         command += "open_source('folder:' + sys.argv[1]); print(time.perf_counter() - start)"
         environment = {**os.environ, "XDG_CACHE_HOME": f"{home}/cache"}
@@ -222,7 +233,7 @@ def render(paths: list[Path]) -> str:
 def _cells(row: dict) -> list[str]:
     names = ("torchvision", "dali", "baseline")
     return [
-        f"`{row['recipe']}`",
+        f"`{row['augmentation']}`",
         f"`{row['source']}`, {row['side']:,}",
         *(number(row["images_per_second"][name]) if name in row["images_per_second"] else "–" for name in names),
         " · ".join(times(row["ratio"].get(name)) for name in names[:2]),
@@ -232,7 +243,7 @@ def _cells(row: dict) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.split("\n")[0])
-    parser.add_argument("--render", action="store_true", help="write the tables from what was kept")
+    parser.add_argument("--render", action="store_true", help="write the tables from the stored results")
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a table is out of date")
     options = parser.parse_args(arguments)
     if not (options.render or options.check):
@@ -251,7 +262,7 @@ def _measure_and_keep() -> None:
     keep_freed_memory()
     about = machine(cpuinfo.get_cpu_info()["brand_raw"])
     software = {"torchvision": version("torchvision"), "pillow": version("pillow"), "dali": _dali()}
-    rows = [row for side in SIDES for row in measure(side, RECIPES)]
+    rows = [row for side in SIDES for row in measure(side, AUGMENTATIONS)]
     store.add(KEPT, about, {**environment(), **software}, rows, replaces=lambda row: True, start_up=start_up())
 
 

@@ -1,10 +1,10 @@
-"""The official training steps in plain eager torch, as baselines: their models, their momentum, their loops.
+"""The official training steps in plain eager torch, as baselines: models, momentum updates and loops.
 
-Written from what facebookresearch's mae, moco and moco-v3 compute; no line is theirs. Blocks are those of today's timm
-and torchvision, which the official code takes from older releases. Nothing of fastssl has a part in it.
+Written from what the code of facebookresearch's mae, moco and moco-v3 computes, without copying it. Blocks are those of
+current timm and torchvision; the official code uses older releases. Nothing of fastssl is used.
 
-Weights are always loaded, never drawn: the names in the state dicts are the official ones. `tuned` models take what
-torch itself has that is faster for the same results: momentum by `_foreach_lerp_`, no accuracy of every step.
+Weights are always loaded: the names in the state dicts are the official ones. `tuned` models use faster alternatives of
+torch with the same results: momentum updates by `_foreach_lerp_`, and no accuracy at every step.
 """
 
 import copy
@@ -23,12 +23,12 @@ def layer_norm(dim: int, **_) -> nn.LayerNorm:
 
 
 class MAE(nn.Module):
-    """Embeds all patches, keeps some, decodes and predicts all, scores those removed.
+    """Embeds all patches, encodes the kept ones, decodes and predicts all; the loss is that of the removed ones.
 
     Args:
-        img_size: (height, width).
-        patch: of the square patches.
-        encoder, decoder: (width, blocks, heads) of either.
+        img_size: (height, width) in pixels.
+        patch: side of the square patches in pixels.
+        encoder, decoder: (width, blocks, heads) of each.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MAE(nn.Module):
         self.decoder_pred = nn.Linear(decoder_dim, 3 * patch**2)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """The loss; `noise` [B, L] chooses the mask."""
+        """The loss; `noise` [B, L] determines the mask."""
         x, mask, restore = self.random_masking(self.patch_embed(images) + self.pos_embed[:, 1:], noise)
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
@@ -68,7 +68,7 @@ class MAE(nn.Module):
             return self.loss(images, pred, mask)
 
     def random_masking(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(kept tokens, mask: 1 where removed, the place of each patch in the order of the noise)."""
+        """Kept tokens, the mask (1 for removed patches), and the rank of each patch's noise."""
         batch, length, dim = x.shape
         keep = int(length * (1 - self.mask_ratio))
         order = noise.argsort(dim=1)
@@ -107,23 +107,23 @@ def _blocks(dim: int, depth: int, heads: int) -> nn.ModuleList:
 
 
 class Momentum(nn.Module):
-    """What both MoCos have: a copy of the encoder that follows it."""
+    """Base of both MoCos: the update of the momentum encoder."""
 
     def __init__(self, tuned: bool):
         super().__init__()
         self.tuned = tuned
 
     @torch.no_grad()
-    def follow(self, target: nn.Module, source: nn.Module, m: float) -> None:
+    def update_momentum_encoder(self, target: nn.Module, source: nn.Module, m: float) -> None:
         with record_function("EMA and queue"):
             if self.tuned:
                 torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - m)
                 return
-            for theirs, own in zip(source.parameters(), target.parameters()):
-                own.data = own.data * m + theirs.data * (1 - m)
+            for query, key in zip(source.parameters(), target.parameters()):
+                key.data = key.data * m + query.data * (1 - m)
 
     def count_hits(self, logits: Tensor, labels: Tensor) -> None:
-        """Accuracy of one and of five, which the official loops take of every step."""
+        """Top-1 and top-5 accuracy, which the official loops compute at every step."""
         if not self.tuned:
             with torch.no_grad():
                 hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
@@ -131,8 +131,8 @@ class Momentum(nn.Module):
 
 
 class MoCo(Momentum):
-    """MoCo v2, whose two encoders start equal. In one process the shuffled batch norm only costs time: it is that of
-    the whole batch in any order. Batches must divide the queue."""
+    """MoCo v2; both encoders start equal. In one process shuffling has no effect on batch norms, which use the whole
+    batch. The batch size must divide the queue size."""
 
     def __init__(self, encoder: nn.Module, dim: int, queue_size: int, m: float, tau: float, tuned: bool = False):
         super().__init__(tuned)
@@ -146,7 +146,7 @@ class MoCo(Momentum):
     def forward(self, im_q: Tensor, im_k: Tensor) -> Tensor:
         q = F.normalize(self.encoder_q(im_q), dim=1)
         with torch.no_grad():
-            self.follow(self.encoder_k, self.encoder_q, self.m)
+            self.update_momentum_encoder(self.encoder_k, self.encoder_q, self.m)
             order = torch.randperm(len(im_k), device=im_k.device)
             k = F.normalize(self.encoder_k(im_k[order]), dim=1)[order.argsort()]
         with record_function("loss"):
@@ -162,10 +162,10 @@ class MoCo(Momentum):
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, keys: Tensor) -> None:
-        at, size = int(self.queue_ptr), self.queue.shape[1]
+        ptr, size = int(self.queue_ptr), self.queue.shape[1]
         assert size % len(keys) == 0
-        self.queue[:, at : at + len(keys)] = keys.T
-        self.queue_ptr[0] = (at + len(keys)) % size
+        self.queue[:, ptr : ptr + len(keys)] = keys.T
+        self.queue_ptr[0] = (ptr + len(keys)) % size
 
 
 class MoCoV3(Momentum):
@@ -180,7 +180,7 @@ class MoCoV3(Momentum):
     def forward(self, x1: Tensor, x2: Tensor, m: float) -> Tensor:
         q1, q2 = self.predictor(self.base_encoder(x1)), self.predictor(self.base_encoder(x2))
         with torch.no_grad():
-            self.follow(self.momentum_encoder, self.base_encoder, m)
+            self.update_momentum_encoder(self.momentum_encoder, self.base_encoder, m)
             k1, k2 = self.momentum_encoder(x1), self.momentum_encoder(x2)
         with record_function("loss"):
             return self.contrastive_loss(q1, k2) + self.contrastive_loss(q2, k1)
@@ -191,7 +191,7 @@ class MoCoV3(Momentum):
 
 
 def mlp(layers: int, dim_in: int, hidden: int, dim_out: int, last_bn: bool = True) -> nn.Sequential:
-    """MoCo v3's projector and predictor."""
+    """Projector or predictor of MoCo v3."""
     modules: list[nn.Module] = []
     for i in range(layers):
         width, out = (hidden if i else dim_in), (hidden if i < layers - 1 else dim_out)
@@ -204,7 +204,7 @@ def mlp(layers: int, dim_in: int, hidden: int, dim_out: int, last_bn: bool = Tru
 
 
 def moco_v3_vit(img_size: tuple[int, int], patch: int, sizes: tuple[int, int, int]) -> VisionTransformer:
-    """(width, blocks, heads); positions and patch embedding are never trained."""
+    """ViT of `sizes` (width, blocks, heads), whose positions and patch embedding are not trained."""
     dim, depth, heads = sizes
     vit = VisionTransformer(
         img_size, patch, num_classes=0, embed_dim=dim, depth=depth, num_heads=heads, norm_layer=layer_norm
@@ -221,7 +221,7 @@ def resnet_of(name: str, **kwargs) -> nn.Module:
 class SimCLR(nn.Module):
     """Projection head of two layers and NT-Xent, the mean over both views of all images.
 
-    The official way makes four matrices of logits and adds −1e9 to two diagonals; tuned makes one.
+    The official code computes four matrices of logits and adds −1e9 to two diagonals; the tuned version computes one.
     """
 
     def __init__(self, features: int, hidden: int, dim: int, tau: float, tuned: bool = False):
@@ -237,8 +237,8 @@ class SimCLR(nn.Module):
     def four_matrices(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
         labels = torch.arange(len(a), device=a.device)
-        itself = F.one_hot(labels, len(a)) * 1e9
-        aa, bb = (x @ x.T / self.tau - itself for x in (a, b))
+        masks = F.one_hot(labels, len(a)) * 1e9
+        aa, bb = (x @ x.T / self.tau - masks for x in (a, b))
         ab, ba = a @ b.T / self.tau, b @ a.T / self.tau
         losses = (F.cross_entropy(torch.cat(pair, dim=1), labels) for pair in ((ab, aa), (ba, bb)))
         return sum(losses) / 2
@@ -264,24 +264,24 @@ class LARS(torch.optim.Optimizer):
                 if "mu" not in self.state[p]:
                     self.state[p]["mu"] = torch.zeros_like(p)
             if self.tuned:
-                self._together(trained, group)
+                self._foreach_step(trained, group)
                 continue
             for p in trained:
-                self._one(p, self.state[p]["mu"], group)
+                self._step(p, self.state[p]["mu"], group)
 
     @staticmethod
-    def _one(p: Tensor, mu: Tensor, group: dict) -> None:
+    def _step(p: Tensor, mu: Tensor, group: dict) -> None:
         change = p.grad
         if p.ndim > 1:
             change = change.add(p, alpha=group["weight_decay"])
             norm, change_norm = p.norm(), change.norm()
-            one = torch.ones_like(norm)
-            scale = torch.where(change_norm > 0, group["trust"] * norm / change_norm, one)
-            change = change.mul(torch.where(norm > 0, scale, one))
+            ones = torch.ones_like(norm)
+            scale = torch.where(change_norm > 0, group["trust"] * norm / change_norm, ones)
+            change = change.mul(torch.where(norm > 0, scale, ones))
         mu.mul_(group["momentum"]).add_(change)
         p.add_(mu, alpha=-group["lr"])
 
-    def _together(self, trained: list[Tensor], group: dict) -> None:
+    def _foreach_step(self, trained: list[Tensor], group: dict) -> None:
         matrices = [p for p in trained if p.ndim > 1]
         changes = {p: p.grad for p in trained}
         if matrices:
@@ -297,16 +297,16 @@ class LARS(torch.optim.Optimizer):
 
 
 class Loop:
-    """A step of the official loops: ``loss = loop(batch, progress)``.
+    """Steps of the official loops: ``loss = loop(batch, progress)``.
 
     Args:
         model: returns the loss.
-        inputs: (batch, progress) → what the model is called with.
-        optimizer: of the model's parameters.
-        autocast: dtype, or None for none.
-        zero_first: MoCo's loops drop gradients before the backward pass, and hold the last ones until then; MAE's drops
-            them after the step.
-        norm: take the gradient's norm, as MAE's loop does at each step.
+        inputs: (batch, progress) → arguments of the model.
+        optimizer: optimizer of the model's parameters.
+        autocast: dtype of autocast, or None for none.
+        zero_first: set gradients to None before the backward pass, like MoCo's loops, instead of after the step, like
+            MAE's.
+        norm: compute the gradient norm at each step, like MAE's loop.
     """
 
     def __init__(
@@ -341,10 +341,10 @@ class Loop:
         return loss.detach()
 
 
-def decayed(model: nn.Module, weight_decay: float) -> list[dict]:
-    """MAE's groups: vectors and biases are not decayed."""
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups of MAE: no weight decay of vectors and biases."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    spared = [p for name, p in trained if p.ndim == 1 or name.endswith(".bias")]
-    ids = set(map(id, spared))
-    rest = [p for _, p in trained if id(p) not in ids]
-    return [{"params": spared, "weight_decay": 0.0}, {"params": rest, "weight_decay": weight_decay}]
+    undecayed = [p for name, p in trained if p.ndim == 1 or name.endswith(".bias")]
+    ids = set(map(id, undecayed))
+    decayed = [p for _, p in trained if id(p) not in ids]
+    return [{"params": undecayed, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]

@@ -1,15 +1,15 @@
-"""GPU kernels without a GPU: compiled ahead of time for each architecture, with what they take and should take.
+"""GPU kernels without a GPU: compiled ahead of time for each architecture, with resources and predicted times.
 
     python -m benchmarks.static                 # the sizes of the papers' recipes, as a table
     python -m benchmarks.static --json          # the same as JSON
     python -m benchmarks.static --all --check   # every configuration: exit status 1 for a spill, for more shared memory
-                                                # than there is, for a matrix product without tensor cores, or for over
-                                                # 10 % more registers than benchmarks/resources.json records
-    python -m benchmarks.static --write         # records today's registers there, and writes docs/gpu-kernels.md
+                                                # than the card has, for a matrix product without tensor cores, or for
+                                                # over 10 % more registers than benchmarks/resources.json records
+    python -m benchmarks.static --write         # records the registers there, and writes docs/gpu-kernels.md
 
-`predicted_us` is a prediction, not a measurement: the longer of bytes / bandwidth and operations / rate, at the data
-sheet's numbers of the card named in CARDS, divided by the part of its multiprocessors that the programs fill. Launches,
-latencies and what a kernel loses against its limits are not in it.
+`predicted_us` is a prediction, not a measurement: the longer of bytes / bandwidth and operations / rate, with the
+numbers of the data sheet of the card in CARDS, divided by the part of its multiprocessors that the programs fill. It
+leaves out launches, latencies and what a kernel loses against these limits.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from typing import NamedTuple
 import triton
 
 from fastssl.kernels import tile
+from tests.support import kernel_model as model
+from tests.support import nvcc
 
-from . import model, nvcc
 from .ahead_of_time import Launch, Resources, ahead_of_time
 from .static_cases import Case, recipes, variants
 
@@ -37,12 +38,12 @@ GROWTH = 1.1  # registers that a kernel may take, as a multiple of those recorde
 
 
 class Card(NamedTuple):
-    """Numbers of the data sheet."""
+    """Numbers of a data sheet."""
 
     name: str
     bandwidth: float  # bytes a second
-    rate: dict[int, float]  # operations a second, by bytes of a factor; float32 is three products of tf32 parts
-    shared_bytes: int  # the most that a block may have
+    rate: dict[int, float]  # {bytes of a factor: operations a second}; float32 is three products of tf32 parts
+    shared_bytes: int  # most shared memory of a block
 
 
 CARDS = {
@@ -55,7 +56,7 @@ CARDS = {
 
 
 def rows_of(case: Case, arch: str) -> list[dict]:
-    """One row a kernel that the case launches. Bytes, operations and the prediction are those of the op, and stand in
+    """One row for each kernel that the case launches. Bytes, operations and prediction are those of the whole op, in
     the row of its first kernel."""
     with ahead_of_time(arch) as launches:
         case.launcher(*case.args)
@@ -63,21 +64,20 @@ def rows_of(case: Case, arch: str) -> list[dict]:
 
 
 def ema_rows(arch: str) -> list[dict]:
-    """The one kernel in CUDA C++, where nvcc is found. Chunks are of 16,384 parameters."""
-    if not nvcc.found() or arch not in nvcc.ARCHITECTURES:
+    """Rows of the kernel in CUDA C++; none where nvcc is not found. A program takes 16,384 parameters."""
+    if not nvcc.is_available() or arch not in nvcc.ARCHITECTURES:
         return []
-    found, rows = nvcc.resources(arch)["fastssl::ema_update"], []
-    taken = Resources(
-        found["registers"], found["spill_bytes"] + found["stack_bytes"], found["shared_bytes"], None, False
-    )
-    for what, source_bytes, shadow_bytes in (
+    facts, rows = nvcc.resources(arch)["fastssl::ema_update"], []
+    local_bytes = facts["spill_bytes"] + facts["stack_bytes"]
+    resources = Resources(facts["registers"], local_bytes, facts["shared_bytes"], None, False)
+    for dtypes, source_bytes, shadow_bytes in (
         ("fp32", 4, 0),
         ("bf16 sources", 2, 0),
         ("bf16 sources, bf16 shadows", 2, 2),
     ):
         moved = model.ema_update_(VIT_B, source_bytes, shadow_bytes)
-        case = Case("ema_update_", f"ViT-B, {what}", ema_rows, (), lambda _, moved=moved: moved)
-        rows += _rows(case, arch, [Launch("ema_update", "", VIT_B // 16384, taken)])
+        case = Case("ema_update_", f"ViT-B, {dtypes}", ema_rows, (), lambda _, moved=moved: moved)
+        rows += _rows(case, arch, [Launch("ema_update", "", VIT_B // 16384, resources)])
     return rows
 
 
@@ -97,13 +97,13 @@ def prediction(case: Case, arch: str, programs: int) -> dict:
     fill = min(1.0, programs / tile.CARDS[arch].multiprocessors)
     seconds = max(moved.moved / card.bandwidth, moved.operations / card.rate[case.factor_bytes]) / fill
     rate = card.rate[case.factor_bytes] / 1e12
-    at = f"{card.name}: {card.bandwidth / 1e12:.3g} TB/s" + (f", {rate:.4g} TFLOP/s" if moved.operations else "")
+    numbers = f"{card.name}: {card.bandwidth / 1e12:.3g} TB/s" + (f", {rate:.4g} TFLOP/s" if moved.operations else "")
     return {
         "bytes_moved": moved.moved,
         "bytes_min": moved.least,
         "flops": moved.operations,
         "predicted_us": float(f"{1e6 * seconds:.3g}"),
-        "predicted_at": at,
+        "predicted_at": numbers,
     }
 
 
@@ -123,29 +123,29 @@ def key(row: dict) -> str:
 
 
 def faults(rows: list[dict], recorded: dict[str, int] | None) -> list[str]:
-    """One sentence for each thing that is wrong; registers are compared where `recorded` is given."""
-    wrong = []
+    """One sentence for each fault; registers are compared where `recorded` is given."""
+    sentences = []
     for row in rows:
         name, limit = key(row), CARDS[row["arch"]].shared_bytes
         if row["spill_bytes"]:
-            wrong.append(f"{name}: {row['spill_bytes']} bytes are spilled or in local memory")
+            sentences.append(f"{name}: {row['spill_bytes']} bytes are spilled or in local memory")
         if row["shared_bytes"] > limit:
-            wrong.append(f"{name}: {row['shared_bytes']} bytes of shared memory, {limit} is the most")
+            sentences.append(f"{name}: {row['shared_bytes']} bytes of shared memory, the limit is {limit}")
         # GeForce cards have no tensor cores for float64.
         if row["product"] and not row["tensor_core"] and not (row["arch"] == "sm_120" and "fp64" in row["size"]):
-            wrong.append(f"{name}: a matrix product without tensor-core instructions")
+            sentences.append(f"{name}: a matrix product without tensor-core instructions")
         if recorded is not None:
             if name not in recorded:
-                wrong.append(f"{name}: not in {RESOURCES.name}: run `python -m benchmarks.static --write`")
+                sentences.append(f"{name}: not in {RESOURCES.name}: run `python -m benchmarks.static --write`")
             elif row["registers"] > GROWTH * recorded[name]:
-                wrong.append(f"{name}: {row['registers']} registers, {recorded[name]} were recorded")
-    return wrong
+                sentences.append(f"{name}: {row['registers']} registers, {recorded[name]} were recorded")
+    return sentences
 
 
 def recorded() -> dict[str, int] | None:
-    """Registers by `key`, or None where another Triton recorded them: it compiles otherwise."""
-    known = json.loads(RESOURCES.read_text())
-    return known["registers"] if known["triton"] == triton.__version__ else None
+    """{key: registers}, or None if another version of Triton recorded them, which compiles differently."""
+    document = json.loads(RESOURCES.read_text())
+    return document["registers"] if document["triton"] == triton.__version__ else None
 
 
 def table(rows: list[dict]) -> str:
@@ -168,16 +168,16 @@ def table(rows: list[dict]) -> str:
 
 
 def page(rows: list[dict]) -> str:
-    """docs/gpu-kernels.md: one line a kernel, with registers, kB of shared memory and predicted µs on each card."""
+    """Text of docs/gpu-kernels.md: a line for each kernel, with its resources and predicted time on each card."""
     archs, lines = list(CARDS), {}
     for row in rows:
         lines.setdefault((row["op"], row["size"], row["kernel"]), {})[row["arch"]] = row
     cells = []
     for (op, size, kernel), by_arch in lines.items():
-        some = next(iter(by_arch.values()))
+        row = next(iter(by_arch.values()))
         work = [
-            f"{some['bytes_moved'] / 1e6:,.4g} / {some['bytes_min'] / 1e6:,.4g}" if "bytes_moved" in some else "–",
-            f"{some['flops'] / 1e9:,.3g}" if some.get("flops") else "–",
+            f"{row['bytes_moved'] / 1e6:,.4g} / {row['bytes_min'] / 1e6:,.4g}" if "bytes_moved" in row else "–",
+            f"{row['flops'] / 1e9:,.3g}" if row.get("flops") else "–",
         ]
         cells.append(
             [
@@ -185,7 +185,7 @@ def page(rows: list[dict]) -> str:
                 size,
                 f"`{kernel}`",
                 *work,
-                *(_taken(op, by_arch.get(arch)) for arch in archs),
+                *(_page_cell(op, by_arch.get(arch)) for arch in archs),
             ]
         )
     cards = [f"{arch}, {CARDS[arch].name}" for arch in archs]
@@ -201,16 +201,16 @@ def page(rows: list[dict]) -> str:
 PAGE_TEXT = """\
 # GPU kernels, compiled and predicted
 
-Written by `python -m benchmarks.static --write` with Triton {triton}. **Nothing here was measured on a GPU.** Registers
-and shared memory are the compiler's; times are predictions.
+Written by `python -m benchmarks.static --write` with Triton {triton}. **Nothing on this page was measured on a GPU.**
+Registers and shared memory are those of the compiled code; times are predictions.
 
-A cell holds registers a thread / kB of shared memory a program / predicted µs. No kernel spills a register or uses
-local memory, in any configuration of any architecture (`make static`). Bytes are those that memory sees with sm_80's
-tiles, against the least that any implementation must move; that the formulas are right is tested by counting them in
-Triton's interpreter. A prediction is the longer of bytes / bandwidth and operations / rate at the data sheets' numbers
-below, divided by the part of the multiprocessors that the programs fill: a bound from below, without launches,
-latencies and exponentials (which may be what limits attention with narrow heads on the fastest cards). It stands with
-the first kernel of an op, for all of the op's kernels together.
+A cell has the registers of a thread / kB of shared memory of a program / predicted µs. No kernel spills registers or
+uses local memory, in any configuration of any architecture (`make static`). *MB moved* are the bytes between memory and
+the card with sm_80's tiles, *least* what any implementation must move; tests compare these formulas with counts in
+Triton's interpreter. A prediction is the longer of bytes / bandwidth and operations / rate, with the numbers of the
+data sheets below, divided by the part of the multiprocessors that the programs fill. It is a lower bound, without
+launches, latencies and exponentials (which may limit attention with narrow heads on the fastest cards). It is given
+once for all kernels of an op, in the row of the first.
 
 {rates}
 
@@ -218,8 +218,8 @@ the first kernel of an op, for all of the op's kernels together.
 """
 
 
-def _taken(op: str, row: dict | None) -> str:
-    if row is None:  # EMA is CUDA C++; of the two ways back through attention, a card's table chooses one
+def _page_cell(op: str, row: dict | None) -> str:
+    if row is None:  # EMA is CUDA C++; a card's table chooses one of the two backward kernels of attention
         return "plain torch" if op == "ema_update_" else "–"
     predicted = f" / {row['predicted_us']:,.3g}" if "predicted_us" in row else ""
     return f"{row['registers']} / {row['shared_bytes'] / 1024:.3g}{predicted}"
@@ -235,11 +235,13 @@ def markdown(header: Sequence[str], cells: list[list[str]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.split("\n")[0])
-    parser.add_argument("--all", action="store_true", help="every configuration, not only the recipes' sizes")
+    parser.add_argument("--all", action="store_true", help="every configuration, not only the sizes of the recipes")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--check", action="store_true", help="print nothing, compare with benchmarks/resources.json")
+    parser.add_argument(
+        "--check", action="store_true", help="print faults only; compare with benchmarks/resources.json"
+    )
     parser.add_argument("--write", action="store_true", help="write benchmarks/resources.json and docs/gpu-kernels.md")
-    parser.add_argument("--arch", action="append", choices=tile.ARCHITECTURES, help="only this one")
+    parser.add_argument("--arch", action="append", choices=tile.ARCHITECTURES, help="only this architecture")
     options = parser.parse_args(arguments)
     rows = compile_all(options.all or options.write, options.arch or list(tile.ARCHITECTURES))
     if options.json:
@@ -251,12 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
         RESOURCES.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         predicted = {(row["op"], row["size"]) for row in rows if "predicted_us" in row}
         PAGE.write_text(page([row for row in rows if (row["op"], row["size"]) in predicted]))
-    wrong = faults(rows, recorded() if options.check else None)
-    for sentence in wrong:
+    sentences = faults(rows, recorded() if options.check else None)
+    for sentence in sentences:
         print(sentence, file=sys.stderr)
     counts = collections.Counter(row["arch"] for row in rows)
-    print(f"compiled {dict(counts)}, {len(wrong)} faults", file=sys.stderr)
-    return 1 if wrong else 0
+    print(f"compiled {dict(counts)}, {len(sentences)} faults", file=sys.stderr)
+    return 1 if sentences else 0
 
 
 if __name__ == "__main__":

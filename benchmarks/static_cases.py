@@ -1,4 +1,4 @@
-"""What benchmarks/static.py compiles: the recipes' sizes, and what reaches every row of the tables."""
+"""Calls that benchmarks/static.py compiles: the sizes of the recipes, and sizes that reach every row of the tables."""
 
 import dataclasses
 import itertools
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
-
-from . import model
+from tests.support import kernel_model as model
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
@@ -17,12 +16,14 @@ NAMES = {FP32: "fp32", FP64: "fp64", BF16: "bf16", FP16: "fp16"}
 
 @dataclasses.dataclass
 class Case:
+    """One call of a launcher."""
+
     op: str
     size: str
     launcher: Callable[..., Any]
     args: tuple
-    moved: Callable[[str], model.Moved] | None = None  # of an architecture; None where only the code is of interest
-    factor_bytes: int = 2  # of what is multiplied
+    moved: Callable[[str], model.Moved] | None = None  # by architecture; None where only the code is checked
+    factor_bytes: int = 2  # of the operands of matrix products
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -39,7 +40,7 @@ def recipes() -> list[Case]:
 
 
 def variants() -> list[Case]:
-    """The other rows of the tables, the other dtypes, the paths that the recipes do not take."""
+    """The other rows of the tables, the other dtypes, and the branches that the recipes do not take."""
     return [*_contrastive_tables(), *_attention_tables(), *_tokens_and_pixels_in_other_dtypes(), *_ones()]
 
 
@@ -51,8 +52,8 @@ def _moco() -> list[Case]:
         def moved(arch, length=length, size=size):
             return model.info_nce_fwd(256, length, 128, size, True, arch)
 
-        what = f"B=256, D=128, K={length:,}, {NAMES[dtype]}"
-        cases.append(Case("info_nce", what, contrastive.info_nce_fwd, (q, q, negatives, tau, True), moved, size))
+        size_name = f"B=256, D=128, K={length:,}, {NAMES[dtype]}"
+        cases.append(Case("info_nce", size_name, contrastive.info_nce_fwd, (q, q, negatives, tau, True), moved, size))
     moved = lambda arch: model.enqueue_(65_536, 128, 256, 2, 2, arch)  # noqa: E731
     args = (meta(65_536, 128), ids(1), meta(256, 128))
     return [*cases, Case("enqueue_", "256 into K=65,536, D=128, bf16", queue.enqueue_, args, moved)]
@@ -157,23 +158,23 @@ def _pixels() -> list[Case]:
 
 
 def _norms() -> list[Case]:
-    """Under autocast: the stream in float32, what sublayers return and what the next product reads in bfloat16."""
+    """As under autocast: residual stream in float32; outputs of sublayers and normalised rows in bfloat16."""
     cases = []
     for name, length, width in (("encoder", 50, 768), ("decoder", 197, 512)):
         x, delta = meta(256, length, width, dtype=FP32), meta(256, length, width)
         weight, moment = meta(width, dtype=FP32), meta(256, length, dtype=FP32)
-        what, rows = f"{name}: B=256, L={length}, D={width}, bf16 beside fp32", 256 * length
+        size_name, rows = f"{name}: B=256, L={length}, D={width}, bf16 beside fp32", 256 * length
         cases += [
             Case(
                 "residual_norm",
-                what,
+                size_name,
                 norm.residual_norm_fwd,
                 (x, delta, weight, weight, 1e-6, BF16),
                 lambda _, rows=rows, width=width: model.residual_norm_fwd(rows, width, 4, 2, 2),
             ),
             Case(
                 "residual_norm, backward",
-                what,
+                size_name,
                 norm.residual_norm_bwd,
                 (delta, x, x, moment, moment, weight, BF16),
                 lambda arch, rows=rows, width=width: model.residual_norm_bwd(rows, width, 4, 2, 2, arch=arch),
@@ -192,17 +193,17 @@ def _attention() -> list[Case]:
         def backward(arch, shape=(256, length, heads, width)):
             return model.attention_bwd(*shape, 2, arch)
 
-        what = f"{name}: B=256, L={length}, H={heads}, E={width}, bf16"
-        cases += _both_directions(256, length, heads, width, BF16, what, forward, backward)
+        size_name = f"{name}: B=256, L={length}, H={heads}, E={width}, bf16"
+        cases += _both_directions(256, length, heads, width, BF16, size_name, forward, backward)
     return cases
 
 
-def _both_directions(B, L, H, E, dtype, what, forward=None, backward=None) -> list[Case]:
+def _both_directions(B, L, H, E, dtype, size_name, forward=None, backward=None) -> list[Case]:
     q, k, v = meta(B, L, 3, H, E, dtype=dtype).unbind(2)
     out, lse = meta(B, L, H, E, dtype=dtype), meta(B, H, L, dtype=tile.acc_dtype(dtype))
     return [
-        Case("attention", what, attention.attention_fwd, (q, k, v, 0.1), forward),
-        Case("attention, backward", what, attention.attention_bwd, (out, q, k, v, out, lse, 0.1), backward),
+        Case("attention", size_name, attention.attention_fwd, (q, k, v, 0.1), forward),
+        Case("attention, backward", size_name, attention.attention_bwd, (out, q, k, v, out, lse, 0.1), backward),
     ]
 
 
@@ -222,16 +223,16 @@ def _contrastive_tables() -> list[Case]:
             ("nt_xent, backward", contrastive.nt_xent_bwd, (q, tau, lse, lse)),
         ):
             cases.append(Case(op, f"D={width}, {NAMES[dtype]}", launcher, args))
-    for query, others in ((BF16, FP64), (FP16, FP32), (FP64, BF16)):
+    for q_dtype, keys_dtype in ((BF16, FP64), (FP16, FP32), (FP64, BF16)):
         q, negatives, lse = (
-            meta(256, 128, dtype=query),
-            meta(8192, 128, dtype=others),
-            meta(256, dtype=tile.acc_dtype(query)),
+            meta(256, 128, dtype=q_dtype),
+            meta(8192, 128, dtype=keys_dtype),
+            meta(256, dtype=tile.acc_dtype(q_dtype)),
         )
-        what = f"D=128, {NAMES[query]} with {NAMES[others]}"
-        cases.append(Case("info_nce", what, contrastive.info_nce_fwd, (q, q, negatives, tau, True)))
+        size_name = f"D=128, {NAMES[q_dtype]} with {NAMES[keys_dtype]}"
+        cases.append(Case("info_nce", size_name, contrastive.info_nce_fwd, (q, q, negatives, tau, True)))
         args = (q, negatives, tau, 0, lse, lse)
-        cases.append(Case("batch_info_nce, keys", what, contrastive.batch_info_nce_dkeys, args))
+        cases.append(Case("batch_info_nce, keys", size_name, contrastive.batch_info_nce_dkeys, args))
     return cases
 
 
@@ -267,7 +268,7 @@ def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
 
 
 def _ones() -> list[Case]:
-    """Sizes and strides of 1, which Triton makes constants: a kernel must compile with each number as a constant."""
+    """Sizes and strides of 1, which Triton compiles as constants: a kernel must compile with any of them constant."""
     tau, q, row, lse = meta(dtype=FP32), meta(1, 1), meta(1), meta(1, dtype=FP32)
     launches = {
         "info_nce": (contrastive.info_nce_fwd, (q, q, q, tau, True)),

@@ -1,16 +1,16 @@
-"""Whole pretraining steps: images a second, memory, and where the time goes, beside the official steps in torch.
+"""Whole pretraining steps: images per second, memory and time by part, compared with the official steps in torch.
 
-    python -m benchmarks.step                          # measures all, keeps benchmarks/results/step/<machine>.json,
-                                                       # writes the tables
-    python -m benchmarks.step --only mae --rounds 3    # the cases with that in their name; other rows stay
-    python -m benchmarks.step --render                 # writes the tables again from what was kept
-    python -m benchmarks.step --check                  # writes nothing; exit status 1 where a table is out of date
-    python -m benchmarks.step --equality               # 20 steps of MAE side by side: docs/step-losses.png
+    python -m benchmarks.step                          # measure all cases, save benchmarks/results/step/<machine>.json,
+                                                       # write the tables
+    python -m benchmarks.step --only mae --rounds 3    # only cases with "mae" in their name; other rows stay
+    python -m benchmarks.step --render                 # write the tables from the saved results
+    python -m benchmarks.step --check                  # write nothing; exit status 1 if a table is out of date
+    python -m benchmarks.step --equality               # losses of 20 steps of MAE: docs/step-losses.png
 
-*ours* is what a user gets: the method as `build` makes it, and the trainer's own step. The others are transcriptions in
-`official.py`, as they are and as fast as torch has it. All start from the same weights and must have the losses of the
-official one in their first two steps, or nothing is timed. Each row is measured in a process of its own, so that none
-works in the memory that another one left in pieces.
+*ours* is what a user gets: the method as `build` returns it, and the step of the trainer. The others are
+reimplementations in `official.py`, as written and with torch's faster alternatives. All start from the same weights,
+and the losses of their first two steps must equal the official ones, or nothing is timed. Each row is measured in a
+separate process, so that fragmented memory of one case does not affect the next.
 """
 
 import argparse
@@ -39,51 +39,50 @@ from .table import PAGE, insert, megabytes, number, present, times, write_or_che
 
 KEPT = RESULTS / "step"
 CHECKED = 2  # steps whose losses are compared before anything is timed
-# After a step at the peak rate ReLUs whose sign rounding decides have spread it: torch's own float32 runs of one
-# ResNet, in its two layouts, then differ by 4e-4.
+# Relative difference allowed to a ResNet's second step: rounding decides the sign of some inputs of ReLUs, and float32
+# runs of one ResNet in torch's two memory layouts differ by 4e-4 after a step at the peak learning rate.
 KINKS = 1e-3
 ROUNDS = 5
 MARKERS = "<!-- steps:begin -->", "<!-- steps:end -->"
 HEADER = ("step", "", "ours", "official", "torch", "× official", "× best torch", "memory", "products")
 
 LEGEND = """\
-Images a second of whole steps, each image counted once; ± is half the distance between the quartiles. *ours*: the
-method and the trainer's own step, with the gradient's norm, optimizer, momentum encoder and queue. *official*: the
-official code's formulas in plain eager torch with today's timm and torchvision, and the optimizer as torch has it by
-default. *torch*: the same with what torch has that is faster, fastest first. bf16 is autocast, for all. × is how many
-times as long as ours the other takes, the median over the rounds, which take all in turn, in one process; *best torch*
-is the fastest but ours. Losses of the first two steps were compared before. *memory*: what torch holds at the peak of a
-step in MB, parameters, optimizer, momentum encoder and queue included: ours / official / fastest other; what a library
-takes past torch's allocator is not seen. *products*: ms that the step's linear layers, other matrix products and
-convolutions take alone, ours / official, of ms of the whole step; those inside fused attention and losses are not
-among them. On a GPU ours is the step with `--graph`.
-*busy*: other programs took this share of the processors meanwhile, so no ratio is stated."""
+Images per second of whole steps, each image counted once; ± is half the interquartile range. *ours*: the method and the
+step of the trainer, including the gradient norm, optimizer, momentum encoder and queue. *official*: the formulas of the
+official code in plain eager torch with current timm and torchvision, and torch's default optimizer. *torch*: the same
+with torch's faster alternatives, fastest first. bf16 is autocast for all. × is the time of the other step divided by
+the time of ours, the median over rounds that run all steps in turn, in one process; *best torch* is the fastest step
+except ours. The losses of the first two steps were compared before. *memory*: peak of torch's allocator during a step
+in MB, including parameters, optimizer, momentum encoder and queue: ours / official / fastest other; memory that
+libraries allocate themselves is not included. *products*: ms that the step's linear layers, other matrix products and
+convolutions take by themselves, ours / official, of the ms of the whole step; products inside fused attention and
+losses are not included. On a GPU ours is the step with `--graph`.
+*busy*: other programs used this share of the processors during the measurement, so no ratio is stated."""
 
 
 def measure_case(case: Case, precision: str, rounds: int | None = ROUNDS, compiled: bool = True) -> dict:
-    """Checks, then measures a case; its row.
+    """The row of a case: losses are checked, then all steps are measured.
 
     Raises:
-        WrongResult: a contestant's losses are not those of the official step.
+        WrongResult: losses differ from those of the official step.
     """
     batch = case.batch()
     runs, loops, failed = checked(case, batch, precision, compiled)
     memory = {}
     for name, run in runs.items():
-        held = state_bytes(loops[name])
-        memory[name] = [short(held / 1e6), short(peak_memory(run) / 1e6)]
-    split = {name: parts(runs[name]) for name in ("ours", "official")}
+        memory[name] = [short(state_bytes(loops[name]) / 1e6), short(peak_memory(run) / 1e6)]
+    seconds_of_parts = {name: parts(runs[name]) for name in ("ours", "official")}
     products = {name: floor(runs[name]) for name in ("ours", "official")}
     if DEVICE.type == "cuda":
         loops["ours"].use_graph()
         for _ in range(1 + WARM_UP):
             runs["ours"]()
-    seconds, others = measure(runs, rounds)
+    seconds, busy_share = measure(runs, rounds)
     ours = seconds["ours"]
     best = min((name for name in seconds if name != "ours"), key=lambda name: statistics.median(seconds[name]))
     rates = {name: quartiles([case.images / s for s in values]) for name, values in seconds.items()}
-    slower = {
-        name: statistics.median(theirs / own for theirs, own in zip(seconds[name], ours))
+    ratios = {
+        name: statistics.median(other / our for other, our in zip(seconds[name], ours))
         for name in seconds
         if name != "ours"
     }
@@ -92,22 +91,23 @@ def measure_case(case: Case, precision: str, rounds: int | None = ROUNDS, compil
         "precision": precision,
         "images": case.images,
         "rounds": len(ours),
-        "images_per_second": {name: [short(rate) for rate in three] for name, three in rates.items()},
+        "images_per_second": {name: [short(rate) for rate in values] for name, values in rates.items()},
         "ms": {name: short(1e3 * statistics.median(values)) for name, values in seconds.items()},
-        "ratio": {name: short(ratio) for name, ratio in slower.items()},
+        "ratio": {name: short(ratio) for name, ratio in ratios.items()},
         "best_torch": best,
-        "memory_mb": memory,  # [from step to step, beyond that at the peak of one]
-        "parts_ms": {name: {part: short(1e3 * s) for part, s in found.items()} for name, found in split.items()},
+        "memory_mb": memory,  # [between steps, additional peak during a step]
+        "parts_ms": {
+            name: {part: short(1e3 * s) for part, s in values.items()} for name, values in seconds_of_parts.items()
+        },
         "products_ms": {name: short(1e3 * s) for name, s in products.items()},
         "failed": failed,
-        "others": others,
-        "busy": (others or 0) > BUSY,
+        "others": busy_share,
+        "busy": (busy_share or 0) > BUSY,
     }
 
 
 def checked(case: Case, batch: Any, precision: str, compiled: bool) -> tuple[dict, dict, dict]:
-    """(calls without arguments, the loops they call, why what is missing failed), after CHECKED steps of each, whose
-    losses are those of the official one."""
+    """Calls without arguments, their loops, and reasons of failure, after CHECKED steps with the official losses."""
     losses: dict[str, list[float]] = {}
     runs, loops, failed = {}, {}, {}
     for name, loop in contestants(case, precision, compiled):
@@ -120,18 +120,18 @@ def checked(case: Case, batch: Any, precision: str, compiled: bool) -> tuple[dic
             continue
         loops[name], runs[name] = loop, functools.partial(loop, batch, CHECKED / TOTAL)
     allowed = TOLERANCE[PRECISIONS[precision] or torch.float32]
-    for name, found in losses.items():
-        for step, (loss, expected) in enumerate(zip(found, losses["official"])):
+    for name, values in losses.items():
+        for step, (loss, expected) in enumerate(zip(values, losses["official"])):
             bound = max(allowed, KINKS) if step and case.backbone == "resnet" else allowed
-            if not abs(loss - expected) <= bound * abs(expected):  # also where it is NaN
-                where = f"{case.size}, {precision}: {name}, step {step}"
-                raise WrongResult(f"{where} has loss {loss:.7g}, official {expected:.7g}: not timed")
+            if not abs(loss - expected) <= bound * abs(expected):  # also true of NaN
+                described = f"{case.size}, {precision}: {name}, step {step}"
+                raise WrongResult(f"{described} has loss {loss:.7g}, official {expected:.7g}: not timed")
     return runs, loops, failed
 
 
 def parts(run: Callable[[], Any], steps: int = 2) -> dict[str, float]:
-    """Seconds a step of each part of `train.profile.PARTS`, without what lies in it of other parts: the official MoCos
-    move their momentum encoder inside of forward."""
+    """Seconds per step of each part of `train.profile.PARTS`, without other parts inside it: the official MoCos update
+    their momentum encoder within forward."""
     cuda = DEVICE.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
         for _ in range(steps):
@@ -140,24 +140,24 @@ def parts(run: Callable[[], Any], steps: int = 2) -> dict[str, float]:
     return {part: seconds / steps for part, seconds in times_of_parts(profiler.events(), cuda).items()}
 
 
-def _alone(name: str, precision: str, rounds: int | None, compiled: bool) -> dict:
-    """What the process of a row does."""
+def _measure_in_process(name: str, precision: str, rounds: int | None, compiled: bool) -> dict:
+    """The row of a case, in its own process."""
     keep_freed_memory()
     return {"case": name, **measure_case(CASES[name](), precision, rounds, compiled)}
 
 
 def rows(only: str, precisions: list[str], rounds: int | None, compiled: bool) -> Iterator[dict]:
+    """Rows of the cases with `only` in their name, measured one after the other."""
     for name in CASES:
         for precision in precisions if only in name else ():
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                yield process.submit(_alone, name, precision, rounds, compiled).result()
+                yield process.submit(_measure_in_process, name, precision, rounds, compiled).result()
 
 
-def keep(row: dict, about: dict, made: dict, folder: Path) -> None:
-    """Writes the row into the machine's file, in the place of the one it had. Rows stand under the environment in which
-    they were measured."""
-    measured = (row["case"], row["precision"])
-    store.add(folder, about, made, [row], replaces=lambda other: (other["case"], other["precision"]) == measured)
+def keep(row: dict, about: dict, environment: dict, folder: Path) -> None:
+    """Write the row to the machine's file, in place of an earlier one of the same case, under its environment."""
+    key = (row["case"], row["precision"])
+    store.add(folder, about, environment, [row], replaces=lambda other: (other["case"], other["precision"]) == key)
 
 
 def render(paths: list[Path]) -> str:
@@ -173,25 +173,25 @@ def render(paths: list[Path]) -> str:
                 for name, why in row["failed"].items()
             ]
             split = (cells for row in rows for cells in _parts_cells(row))
-            blocks.append(_table(("ms of a step", "", "", *PARTS), split, 3))
-    return "\n\n".join([*blocks, LEGEND]) if blocks else "No measurements yet: `make bench-step` makes them."
+            blocks.append(_table(("ms per step", "", "", *PARTS), split, 3))
+    return "\n\n".join([*blocks, LEGEND]) if blocks else "No measurements yet: run `make bench-step`."
 
 
-def _about(about: dict, made: dict) -> str:
-    software = f"torch {made['torch']}, torchvision {made['torchvision']}, timm {made['timm']}"
+def _about(about: dict, environment: dict) -> str:
+    software = f"torch {environment['torch']}, torchvision {environment['torchvision']}, timm {environment['timm']}"
     return (
-        f"**{about['name']}** · level {made['level']} · {made['threads']} threads · {software} · "
-        f"Python {made['python']} · commit `{made['commit']}` · {made['date']}"
+        f"**{about['name']}** · level {environment['level']} · {environment['threads']} threads · {software} · "
+        f"Python {environment['python']} · commit `{environment['commit']}` · {environment['date']}"
     )
 
 
-def _table(header: tuple, cells: Iterator[list[str]], words: int) -> str:
-    rule = ["---"] * words + ["---:"] * (len(header) - words)
+def _table(header: tuple, cells: Iterator[list[str]], text_columns: int) -> str:
+    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells))
 
 
 def _place(row: dict) -> tuple:
-    """The order of the cases; those no longer among them last."""
+    """Sort key: the order of CASES; unknown cases last."""
     names = list(CASES)
     return (names.index(row["case"]) if row["case"] in names else len(names), row["case"], row["precision"] != "fp32")
 
@@ -199,16 +199,16 @@ def _place(row: dict) -> tuple:
 def _cells(row: dict) -> list[str]:
     rate = row["images_per_second"]
     low, median, high = rate["ours"]
-    others = sorted((name for name in rate if name not in ("ours", "official")), key=lambda name: -rate[name][1])
+    variants = sorted((name for name in rate if name not in ("ours", "official")), key=lambda name: -rate[name][1])
     ratio = {} if row["busy"] else row["ratio"]
-    memory = [megabytes(sum(row["memory_mb"][name])) for name in ("ours", "official", *others[:1])]
+    memory = [megabytes(sum(row["memory_mb"][name])) for name in ("ours", "official", *variants[:1])]
     products, whole = row["products_ms"], row["ms"]
     return [
         row["size"],
         row["precision"] + (f" (busy: {row['others']:.0%})" if row["busy"] else ""),
         f"{number(median)} ± {number((high - low) / 2, 1)}",
         number(rate["official"][1]),
-        "<br>".join(f"{number(rate[name][1])} ({name})" for name in others) or "–",
+        "<br>".join(f"{number(rate[name][1])} ({name})" for name in variants) or "–",
         times(ratio.get("official")),
         times(ratio.get(row["best_torch"])),
         " / ".join(memory),
@@ -217,21 +217,27 @@ def _cells(row: dict) -> list[str]:
 
 
 def _parts_cells(row: dict) -> Iterator[list[str]]:
-    for name, found in row["parts_ms"].items():
-        whole = sum(found.values()) or 1
-        shares = (f"{number(max(ms, 0))} ({max(ms, 0) / whole:.0%})" for ms in found.values())
+    for name, parts_ms in row["parts_ms"].items():
+        whole = sum(parts_ms.values()) or 1
+        shares = (f"{number(max(ms, 0))} ({max(ms, 0) / whole:.0%})" for ms in parts_ms.values())
         yield [row["size"], row["precision"], name, *shares]
 
 
 def main(arguments: list[str] | None = None, folder: Path = KEPT, page: Path = PAGE) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", default="", metavar="WORD", help=f"cases with it in their name: {', '.join(CASES)}")
-    parser.add_argument("--precision", choices=[*PRECISIONS], help="one of them, not both")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each contestant ({ROUNDS})")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes a case")
-    parser.add_argument("--render", action="store_true", help="write the tables from what was kept")
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a table is out of date")
-    parser.add_argument("--equality", action="store_true", help="20 steps of MAE side by side, as a picture")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help=f"only cases with WORD in their name: {', '.join(CASES)}"
+    )
+    parser.add_argument("--precision", choices=[*PRECISIONS], help="only this precision (both)")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help=f"number of rounds, each of one measurement per step ({ROUNDS})"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes per case")
+    parser.add_argument("--render", action="store_true", help="write the tables from the saved results")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, exit with status 1 if a table is out of date"
+    )
+    parser.add_argument("--equality", action="store_true", help="draw the losses of 20 steps of MAE, ours and official")
     options = parser.parse_args(arguments)
     if options.equality:
         from .step_equality import draw_equality
@@ -253,11 +259,11 @@ def _measure_and_keep(measured: Iterator[dict], folder: Path) -> None:
     import cpuinfo
 
     about = machine(cpuinfo.get_cpu_info()["brand_raw"])
-    made = {**environment(), **{name: version(name) for name in ("torchvision", "timm")}}
+    versions = {**environment(), **{name: version(name) for name in ("torchvision", "timm")}}
     print("| " + " | ".join(HEADER) + " |", flush=True)
     for row in measured:
         print("| " + " | ".join(_cells(row)) + " |", flush=True)
-        keep(row, about, made, folder)  # at once, so that a run of an hour that stops leaves what it has
+        keep(row, about, versions, folder)  # after each row, so that an interrupted run keeps its results
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What whole steps are measured on: the cases, and for each the contestants, ready to be called.
+"""Cases of the step benchmark, and for each the steps to compare: ours, the official one, and faster variants in torch.
 
-Every function takes its shapes, so that tests make the same of a few numbers. `CASES` has those of the papers' recipes,
-at batches that two cores do in seconds, and on a GPU at those that fill it.
+All shapes are arguments, so that tests can use small ones. `CASES` has the shapes of the papers; a batch is of a size
+that takes seconds on two cores, or that fills a GPU.
 """
 
 import dataclasses
@@ -27,28 +27,28 @@ from fastssl.train.trainer import Trainer
 from . import official
 from .machine import DEVICE
 
-TOTAL = 100_000  # steps of the run that the measured ones are the first of
+TOTAL = 100_000  # steps of the run of which the first ones are measured
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass
 class Case:
-    """A method, its official transcription, and a batch."""
+    """A method, its official reimplementation, and a batch."""
 
-    size: str  # method, backbone, shapes: what the row says
-    images: int  # of a step, each counted once however many views it has
+    size: str  # method, backbone, shapes: first column of the table
+    images: int  # per step, each counted once for any number of views
     training: Training
     ours: Callable[[], nn.Module]
-    plain: Callable[[bool], nn.Module]  # (tuned) → the transcription, its weights still to be loaded
-    inputs: Callable[[Batch, float], tuple]  # of the transcription: (batch, progress) → arguments
+    plain: Callable[[bool], nn.Module]  # (tuned) → the reimplementation, whose weights are loaded later
+    inputs: Callable[[Batch, float], tuple]  # (batch, progress) → arguments of the reimplementation
     batch: Callable[[], Batch]
-    backbone: str = "vit"  # vit, resnet or none: which variants torch has
-    norm: bool = False  # the official loop takes the gradient's norm
-    compiled: tuple[str, ...] = ("",)  # modules given to torch.compile, the whole model by itself
+    backbone: str = "vit"  # vit, resnet or none: selects the variants in torch
+    norm: bool = False  # the official loop computes the gradient norm
+    compiled: tuple[str, ...] = ("",)  # modules to compile with torch.compile, "" for the whole model
 
     @property
     def lr(self) -> float:
-        """The peak, so that the second step's loss tells whether the first one was the same."""
+        """The peak learning rate, so that the second step's loss depends visibly on the first update."""
         return self.training.lr * self.training.batch_size / 256
 
 
@@ -72,12 +72,12 @@ class Ours:
 
 
 def plain(case: Case, state: dict, autocast: torch.dtype | None, dtype: torch.dtype = torch.float32) -> official.Loop:
-    """The official step from the weights `state`, as it is."""
+    """The official step as written, from the weights `state`."""
     return _loop(case, state, autocast, dtype, tuned=False)
 
 
 def tuned(case: Case, state: dict, autocast: torch.dtype | None, plain_attention: bool = False) -> official.Loop:
-    """The official step with what torch has that is faster: fused optimizer, momentum in one call, channels_last."""
+    """The official step with faster alternatives in torch: fused optimizer, foreach momentum update, channels_last."""
     loop = _loop(case, state, autocast, torch.float32, tuned=True)
     if plain_attention:
         for module in loop.model.modules():
@@ -90,8 +90,9 @@ def tuned(case: Case, state: dict, autocast: torch.dtype | None, plain_attention
 
 
 def _channels_last(inputs: Callable, batch: Batch, progress: float) -> tuple:
-    last = {"memory_format": torch.channels_last}
-    return tuple(x.contiguous(**last) if isinstance(x, Tensor) else x for x in inputs(batch, progress))
+    layout = torch.channels_last
+    arguments = inputs(batch, progress)
+    return tuple(x.contiguous(memory_format=layout) if isinstance(x, Tensor) else x for x in arguments)
 
 
 def _loop(case: Case, state: dict, autocast, dtype: torch.dtype, tuned: bool) -> official.Loop:
@@ -102,19 +103,19 @@ def _loop(case: Case, state: dict, autocast, dtype: torch.dtype, tuned: bool) ->
     if training.optimizer == "adamw":
         groups = [p for p in model.parameters() if p.requires_grad]
         if not training.decay_all:
-            groups = official.decayed(model, training.weight_decay)
+            groups = official.decay_groups(model, training.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr, training.betas, weight_decay=training.weight_decay, **fused)
     elif training.optimizer == "sgd":
         settings = {"momentum": training.momentum, "weight_decay": training.weight_decay, **fused}
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr, **settings)
     else:
         optimizer = official.LARS(model.parameters(), lr, training.weight_decay, training.momentum, tuned)
-    norm = case.norm and not tuned  # nothing is done with it, so what is tuned leaves it out
+    norm = case.norm and not tuned  # it is only logged, so the tuned step leaves it out
     return official.Loop(model, case.inputs, optimizer, autocast, zero_first=not case.norm, norm=norm)
 
 
 def contestants(case: Case, precision: str, compiled: bool = True) -> Iterator[tuple[str, Any]]:
-    """(name, loop) one after the other, all from the same weights; the first is ours, the second official."""
+    """Names and loops, all from the same weights; the first is ours, the second official."""
     torch.manual_seed(0)
     model = case.ours().to(DEVICE)
     state = {name: x.detach().clone() for name, x in model.state_dict().items()}
@@ -137,7 +138,7 @@ def contestants(case: Case, precision: str, compiled: bool = True) -> Iterator[t
 
 
 def mae_case(backbone: str, image_size: tuple[int, int], batch: int, **changes) -> Case:
-    """Pixels standardised by the patch, as in the recipe; `changes` of the decoder and of the training."""
+    """Case of MAE with pixels standardised by patch; `changes` of decoder and training."""
     training = dataclasses.replace(mae.Config().training, batch_size=batch, **changes.pop("training", {}))
     config = mae.Config(backbone, image_size, training=training, **changes)
     *encoder, patch = SIZES[backbone]
@@ -151,12 +152,12 @@ def mae_case(backbone: str, image_size: tuple[int, int], batch: int, **changes) 
         return official.MAE(image_size, patch, tuple(encoder), decoder, config.mask_ratio, config.norm_pix)
 
     size = f"MAE, {_name(backbone)}, {_pixels(image_size)}, B={batch}"
-    made = functools.partial(images, batch, image_size, 1)
-    return Case(size, batch, training, lambda: mae.build(config), transcription, inputs, made, norm=True)
+    make_batch = functools.partial(images, batch, image_size, 1)
+    return Case(size, batch, training, lambda: mae.build(config), transcription, inputs, make_batch, norm=True)
 
 
 def moco_v2_case(backbone: str, image_size: tuple[int, int], batch: int, queue_size: int, **changes) -> Case:
-    """Batch norms see the whole batch, as those of the official code do in one process."""
+    """Case of MoCo v2 with batch norms over the whole batch, like the official code in one process."""
     training = dataclasses.replace(moco_v2.Config().training, batch_size=batch, **changes.pop("training", {}))
     config = moco_v2.Config(backbone, image_size, queue_size=queue_size, bn_splits=1, training=training, **changes)
 
@@ -165,40 +166,40 @@ def moco_v2_case(backbone: str, image_size: tuple[int, int], batch: int, queue_s
         return official.MoCo(encoder, config.dim, queue_size, config.ema_momentum, config.tau, tuned)
 
     size = f"MoCo v2, {_name(backbone)}, {_pixels(image_size)}, B={batch}, K={queue_size:,}"
-    made = functools.partial(images, batch, image_size, 2)
-    # As a whole it fails: the copy of the queue is made again for the backward pass, from what was enqueued meanwhile.
+    make_batch = functools.partial(images, batch, image_size, 2)
+    # Compiled as a whole it is wrong: the copy of the queue is recomputed in the backward pass, after the enqueue.
     compiled = ("encoder_q", "encoder_k")
     ours = functools.partial(moco_v2.build, config)
-    return Case(size, batch, training, ours, transcription, _views, made, "resnet", compiled=compiled)
+    return Case(size, batch, training, ours, transcription, _views, make_batch, "resnet", compiled=compiled)
 
 
 def moco_v3_case(backbone: str, image_size: tuple[int, int], batch: int, **changes) -> Case:
-    """ViTs with AdamW, ResNets with LARS, as in the paper."""
+    """Case of MoCo v3: ViTs with AdamW, ResNets with LARS, as in the paper."""
     paper = moco_v3.Config.paper(backbone)
     training = dataclasses.replace(paper.training, batch_size=batch, **changes.pop("training", {}))
     config = dataclasses.replace(paper, image_size=image_size, training=training, **changes)
-    of_vit = backbone.startswith("vit")
+    is_vit = backbone.startswith("vit")
 
     def transcription(tuned: bool) -> nn.Module:
-        if of_vit:
+        if is_vit:
             *sizes, patch = MOCO_V3_SIZES[backbone]
             encoder = official.moco_v3_vit(image_size, patch, tuple(sizes))
             encoder.head = official.mlp(3, sizes[0], config.hidden, config.dim)
         else:
             encoder = _resnet(backbone, config.dim, True)
             encoder.fc = official.mlp(2, encoder.fc.in_features, config.hidden, config.dim)
-        predictor = official.mlp(2, config.dim, config.hidden, config.dim, last_bn=of_vit)
+        predictor = official.mlp(2, config.dim, config.hidden, config.dim, last_bn=is_vit)
         return official.MoCoV3(encoder, predictor, config.tau, tuned)
 
     def inputs(batch: Batch, progress: float) -> tuple:
         return *batch.views, 1 - (1 - config.ema_momentum) * (1 + math.cos(math.pi * progress)) / 2
 
     size = f"MoCo v3, {_name(backbone)}, {_pixels(image_size)}, B={batch}"
-    made = functools.partial(images, batch, image_size, 2)
-    kind, ours = "vit" if of_vit else "resnet", functools.partial(moco_v3.build, config)
-    # As a whole it would be compiled again for each value of the momentum, which changes at every step.
+    make_batch = functools.partial(images, batch, image_size, 2)
+    kind, ours = "vit" if is_vit else "resnet", functools.partial(moco_v3.build, config)
+    # Compiled as a whole it would be recompiled at every step, for each new value of the momentum coefficient.
     compiled = ("base_encoder", "momentum_encoder", "predictor")
-    return Case(size, batch, training, ours, transcription, inputs, made, kind, compiled=compiled)
+    return Case(size, batch, training, ours, transcription, inputs, make_batch, kind, compiled=compiled)
 
 
 class Contrast(nn.Module):
@@ -229,19 +230,19 @@ class Contrast(nn.Module):
 
 
 def simclr_case(batch: int, features: int, hidden: int, dim: int, tau: float = 0.1) -> Case:
-    """The loss and its head alone: what is left of a step where features are cheap or kept."""
+    """Case of SimCLR's loss and head without an encoder: a step on given features."""
     training = Training(100, batch, "sgd", lr=0.3, weight_decay=1e-6, decay_all=True)
 
-    def made() -> Batch:
+    def make_batch() -> Batch:
         generator = torch.Generator().manual_seed(1)
         first = torch.randn(batch, features, generator=generator)
-        second = first + torch.randn(batch, features, generator=generator)  # the same image, seen otherwise
+        second = first + torch.randn(batch, features, generator=generator)  # another view of the same image
         return _batch((first, second), generator)
 
     size = f"SimCLR, head and loss, 2 × {batch:,}, {features}–{hidden}–{dim}"
     sizes = (features, hidden, dim, tau)
     ours, transcription = functools.partial(Contrast, *sizes), functools.partial(official.SimCLR, *sizes)
-    return Case(size, batch, training, ours, transcription, _views, made, "none")
+    return Case(size, batch, training, ours, transcription, _views, make_batch, "none")
 
 
 def _batch_size(cpu: int, gpu: int) -> int:
@@ -250,7 +251,9 @@ def _batch_size(cpu: int, gpu: int) -> int:
 
 CASES: dict[str, Callable[[], Case]] = {
     "mae-vit-base": lambda: mae_case("vit_base", (224, 224), _batch_size(16, 256)),
-    "mae-vit-base-32": lambda: mae_case("vit_base", (224, 224), 32),  # activations beside the optimizer
+    "mae-vit-base-32": lambda: mae_case(
+        "vit_base", (224, 224), 32
+    ),  # where activations take more memory than the optimizer
     "mae-vit-small": lambda: mae_case("vit_small", (224, 224), _batch_size(32, 256)),
     "mae-vit-base-wide": lambda: mae_case("vit_base", (224, 448), _batch_size(8, 128)),
     "moco_v2-resnet50": lambda: moco_v2_case("resnet50", (224, 224), _batch_size(32, 256), 65536),
@@ -261,13 +264,13 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def images(batch: int, image_size: tuple[int, int], views: int, seed: int = 1) -> Batch:
-    """Noise coarser than a pixel, so that there is something to be seen in it; the same for the same seed."""
+    """Images of noise with structure larger than a pixel; deterministic for a seed."""
     generator = torch.Generator().manual_seed(seed)
     coarse = [max(2, length // 8) for length in image_size]
     blurred = torch.randn(batch, 3, *coarse, generator=generator)
     blurred = F.interpolate(blurred, image_size, mode="bilinear")
-    made = (blurred + 0.3 * torch.randn(batch, 3, *image_size, generator=generator) for _ in range(views))
-    return _batch(tuple(made), generator)
+    noisy = (blurred + 0.3 * torch.randn(batch, 3, *image_size, generator=generator) for _ in range(views))
+    return _batch(tuple(noisy), generator)
 
 
 def as_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
@@ -275,11 +278,11 @@ def as_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
 
 
 def state_bytes(loop: Any) -> int:
-    """What stays in memory from step to step: parameters, buffers, what the optimizer holds, gradients not dropped."""
+    """Bytes in use between steps: parameters, buffers, optimizer state, gradients that are kept."""
     parameters = list(loop.model.parameters())
     optimizer = itertools.chain.from_iterable(state.values() for state in loop.optimizer.state.values())
-    held = (*parameters, *loop.model.buffers(), *(p.grad for p in parameters), *optimizer)
-    storages = [x.untyped_storage() for x in held if isinstance(x, Tensor)]
+    tensors = (*parameters, *loop.model.buffers(), *(p.grad for p in parameters), *optimizer)
+    storages = [x.untyped_storage() for x in tensors if isinstance(x, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -295,7 +298,7 @@ def _views(batch: Batch, progress: float) -> tuple:
 
 
 def _resnet(name: str, dim: int, zero_init_residual: bool) -> nn.Module:
-    if name == "resnet_mini":  # torchvision has none so small: its class, with one block a stage
+    if name == "resnet_mini":  # torchvision's class with one block per stage
         return ResNetMini(dim, nn.BatchNorm2d, zero_init_residual)
     return official.resnet_of(name, num_classes=dim, zero_init_residual=zero_init_residual)
 

@@ -131,10 +131,11 @@ def render_number(results: Path) -> str:
     machine, _, row = _headline_row(results / file, selection)
     rate = {name: number(quartiles[1]) for name, quartiles in row["images_per_second"].items()}
     best = row["best_torch"]
+    model = row["size"].partition(", 224")[0]
     return (
-        f"**Training steps of {row['size'].partition(', 224')[0]} on one {machine['name']}: {rate['ours']} images a second**, "
-        f"without loading; {rate[best]} by the\nfastest plain torch that was tried ({best}), {rate['official']} by the "
-        f"official code's formulas as they are."
+        f"**Training steps of {model} on one {machine['name']}: {rate['ours']} images a second**, without loading; "
+        f"{rate[best]} by the\nfastest plain torch that was tried ({best}), {rate['official']} by the official code's "
+        f"formulas as they are."
     )
 
 

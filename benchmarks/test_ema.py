@@ -30,7 +30,7 @@ def ours(targets, sources, shadows):
 
 
 def official(targets, sources, shadows):
-    """MoCo's loop, equation 2 of the paper for one parameter after the other."""
+    """The reference code of MoCo: equation 2 of the paper in a loop over the parameters."""
     for i, source in enumerate(sources):
         targets[i] = targets[i] * MOMENTUM + source * (1 - MOMENTUM)
         if shadows:

@@ -24,15 +24,15 @@ def test_enqueue(benchmark, batch, length, width=128):
         return run
 
     def official_write(queue_DK, ptr):
-        """MoCo's: keys are columns, the host reads the pointer, the batch must divide K."""
-        at = int(ptr)
-        queue_DK[:, at : at + batch] = keys.T
-        ptr[0] = (at + batch) % length
+        """The reference code of MoCo: keys are columns, the host reads the pointer, the batch must divide K."""
+        row = int(ptr)
+        queue_DK[:, row : row + batch] = keys.T
+        ptr[0] = (row + batch) % length
 
     def slice_write(queue, ptr):
-        at = int(ptr)
-        queue[at : at + batch] = keys
-        ptr[0] = (at + batch) % length
+        row = int(ptr)
+        queue[row : row + batch] = keys
+        ptr[0] = (row + batch) % length
 
     def index_write(queue, ptr):
         queue.index_copy_(0, (ptr + torch.arange(batch, device=DEVICE)) % length, keys)

@@ -1,22 +1,28 @@
 // Softmax attention of short sequences, forward and backward (fastssl/ops/attention.py).
 //
-// One head of one sample is a task. Its scores exist for one group of queries at a time, transposed: lanes are queries,
-// so the softmax works lane by lane over all keys at once, and q, k and v are read through their strides where they lie
-// (16-bit dtypes are widened first, but for bfloat16 where the processor multiplies it: attention_pairs.h). The
-// backward pass makes the weights again from q and k, not from the log-sum-exp, whose rounding in float would double
-// their error, and adds up dk and dv in the task that owns them: no atomics, the same bits on any number of threads.
-#include "attention_pairs.h"
-#include "gemm.h"
+// A task is one head of one sample. Scores are computed for one group of queries at a time and stored as [keys,
+// queries]: lanes are queries, so the softmax over keys is lane-wise. q, k and v are read through their strides; 16-bit
+// dtypes are converted to float32 first, except bfloat16 on processors with AVX-512's bf16 dot product
+// (attention_bf16.h).
+//
+// Operations: 4 B H Lq Lk E forward, 10 B H Lq Lk E backward. Memory of a thread: scores of one group of queries, and
+// the converted rows of one head.
+//
+// The backward pass recomputes the softmax from q and k instead of the log-sum-exp, whose rounding to float32 would
+// double the error of the weights. Each task sums dk and dv of its own head: no atomics, and the same bits on any
+// number of threads.
+#include "attention_bf16.h"
 #include "heads.h"
+#include "microkernel.h"
 
 namespace fastssl {
 namespace {
 
-constexpr int64_t kPiece = 64;  // sums of more terms than this are made in pieces, which rounds less
-constexpr int64_t kLongestGroup = 96;  // queries of a group, at most: the scores of 197 keys take 76 kB
+constexpr int64_t kSumChunk = 64;  // longer sums are split into chunks of this many terms, which rounds less
+constexpr int64_t kMaxGroup = 96;  // largest group of queries: with 197 keys 76 kB of scores
 
 template <typename T>
-struct Rows {  // of one head, widened; columns filled up to whole panels where they were copied
+struct HeadRows {  // rows of one head in the compute type; copied rows are padded to whole panels
   const T* data;
   int64_t stride;
   const T* row(int64_t l) const { return data + l * stride; }
@@ -24,213 +30,221 @@ struct Rows {  // of one head, widened; columns filled up to whole panels where 
 };
 
 template <typename T>
-constexpr int64_t padded(int64_t width) {
-  return round_up<int64_t>(width, kPanel<T>);
+constexpr int64_t padded_width(int64_t width) {
+  return round_up<int64_t>(width, kPanelWidth<T>);
 }
 
-// One head's rows: as they lie where that will do, else copied to `scratch`, [length, padded width].
+// Rows of one head: the tensor itself where dtype and width allow it, else a copy in `scratch`, [length, padded width].
 template <typename T, typename S>
-Rows<T> rows_of(const Heads& x, int64_t sample, int64_t head, T* scratch) {
-  const S* from = x.head<S>(sample, head);
+HeadRows<T> head_rows(const Heads& x, int64_t sample, int64_t head, T* scratch) {
+  const S* src = x.head<S>(sample, head);
   if constexpr (std::is_same_v<T, S>)
-    if (x.strides[3] == 1 && x.width % kPanel<T> == 0) return {from, x.strides[1]};
+    if (x.strides[3] == 1 && x.width % kPanelWidth<T> == 0) return {src, x.strides[1]};
   for (int64_t l = 0; l < x.length; ++l) {
-    T* to = scratch + l * padded<T>(x.width);
-    widen(from + l * x.strides[1], x.strides[3], x.width, to);
-    std::fill(to + x.width, to + padded<T>(x.width), T(0));  // their results are dropped, but denormals would be slow
+    T* dst = scratch + l * padded_width<T>(x.width);
+    widen(src + l * x.strides[1], x.strides[3], x.width, dst);
+    // Results of the padding are not used, but denormal numbers in it would be slow.
+    std::fill(dst + x.width, dst + padded_width<T>(x.width), T(0));
   }
-  return {scratch, padded<T>(x.width)};
+  return {scratch, padded_width<T>(x.width)};
 }
 
-// Queries are taken in groups of equal size, a whole number of panels.
+// Size of the groups of queries: all but the last have this size, a whole number of panels.
 template <typename T>
 int64_t group_size(int64_t length) {
-  const int64_t groups = std::max<int64_t>(1, (length + kLongestGroup - 1) / kLongestGroup);
-  return std::max<int64_t>(kPanel<T>, round_up<int64_t>((length + groups - 1) / groups, kPanel<T>));
+  const int64_t groups = std::max<int64_t>(1, (length + kMaxGroup - 1) / kMaxGroup);
+  return std::max<int64_t>(kPanelWidth<T>, round_up<int64_t>((length + groups - 1) / groups, kPanelWidth<T>));
 }
 
-// products[key, lane] = key · query, for `lanes` queries, a whole number of vectors.
+// scores[key, query] = key · query for `lanes` queries, a whole number of vectors.
 template <typename T>
-void products(Rows<T> keys, int64_t count, int64_t width, const T* query_panels, int64_t lanes, T* out, int64_t group) {
-  for (int64_t lane = 0; lane < lanes; lane += kPanel<T>) {
+void compute_scores(HeadRows<T> keys, int64_t count, int64_t width, const T* query_panels, int64_t lanes, T* scores,
+                    int64_t group) {
+  for (int64_t lane = 0; lane < lanes; lane += kPanelWidth<T>) {
     const T* panel = query_panels + lane * width;
-    if (lanes - lane >= kPanel<T>)
-      multiply<false>(count, width, keys.operand(), panel, kPanel<T>, out + lane, group);
+    if (lanes - lane >= kPanelWidth<T>)
+      multiply_panel<false>(count, width, keys.operand(), panel, kPanelWidth<T>, scores + lane, group);
     else
-      multiply<false, 1>(count, width, keys.operand(), panel, kPanel<T>, out + lane, group);
+      multiply_panel<false, 1>(count, width, keys.operand(), panel, kPanelWidth<T>, scores + lane, group);
   }
 }
 
-// Scores of `lanes` queries become weights that sum to 1; their log-sum-exp, in units of log 2, is written for each.
+// Softmax over keys for `lanes` queries: replaces scores by weights that sum to 1, and writes log2 Σ 2^(score · scale).
 template <typename T>
 void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, T scale, T* lse) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes<T>, scores += kLanes<T>) {
-    Vec<T> top = load(scores) * scale, sum{};
+    Vec<T> max = load(scores) * scale, sum{};
     for (int64_t j = 1; j < keys; ++j) {
       const Vec<T> score = load(scores + j * group) * scale;
-      top = score > top ? score : top;  // a NaN is passed over here and taken in by the sum
+      max = score > max ? score : max;  // a NaN does not reach the maximum, but it reaches the sum
     }
-    for (int64_t from = 0; from < keys; from += kPiece) {
-      Vec<T> piece{};
-      for (int64_t j = from; j < std::min(keys, from + kPiece); ++j) {
-        const Vec<T> weight = exp2(load(scores + j * group) * scale - top);
-        piece += weight;
+    for (int64_t begin = 0; begin < keys; begin += kSumChunk) {
+      Vec<T> chunk{};
+      for (int64_t j = begin; j < std::min(keys, begin + kSumChunk); ++j) {
+        const Vec<T> weight = exp2(load(scores + j * group) * scale - max);
+        chunk += weight;
         store(scores + j * group, weight);
       }
-      sum += piece;
+      sum += chunk;
     }
-    const Vec<T> share = T(1) / sum, rest = (T(1) - share * sum) * share;  // what the rounding of share leaves out
+    const Vec<T> inverse = T(1) / sum, correction = (T(1) - inverse * sum) * inverse;  // rounding error of `inverse`
     for (int64_t j = 0; j < keys; ++j) {
       const Vec<T> weight = load(scores + j * group);
-      store(scores + j * group, weight * share + weight * rest);
+      store(scores + j * group, weight * inverse + weight * correction);
     }
-    for (int64_t i = 0; i < kLanes<T>; ++i) lse[lane + i] = top[i] + std::log2(sum[i]);
+    for (int64_t i = 0; i < kLanes<T>; ++i) lse[lane + i] = max[i] + std::log2(sum[i]);
   }
 }
 
-// Where one head's rows of a result go: straight to the tensor where they need no narrowing, else by way of `scratch`.
+// Rows of one head of a result: computed in the tensor itself where dtype and width allow it, else in `scratch`, from
+// which store_converted copies them.
 template <typename T, typename S>
-struct Result {
+struct OutputRows {
   S* tensor;
   T* scratch;
   int64_t stride, width;  // of the tensor's rows
 
-  static constexpr bool kSame = std::is_same_v<T, S>;
-  bool direct() const { return kSame && width % kPanel<T> == 0; }
-  T* data() const { return direct() ? reinterpret_cast<T*>(tensor) : scratch; }
-  int64_t data_stride() const { return direct() ? stride : padded<T>(width); }
-  void finish(int64_t count) const {
-    for (int64_t l = 0; !direct() && l < count; ++l) {
-      const T* from = scratch + l * padded<T>(width);
-      S* to = tensor + l * stride;
+  static constexpr bool kSameType = std::is_same_v<T, S>;
+  bool in_place() const { return kSameType && width % kPanelWidth<T> == 0; }
+  T* data() const { return in_place() ? reinterpret_cast<T*>(tensor) : scratch; }
+  int64_t data_stride() const { return in_place() ? stride : padded_width<T>(width); }
+  void store_converted(int64_t count) const {
+    for (int64_t l = 0; !in_place() && l < count; ++l) {
+      const T* src = scratch + l * padded_width<T>(width);
+      S* dst = tensor + l * stride;
       int64_t e = 0;
-      for (; e + kLanes<T> <= width; e += kLanes<T>) store_narrow(to + e, load(from + e));
-      for (; e < width; ++e) to[e] = from_float<S>(from[e]);
+      for (; e + kLanes<T> <= width; e += kLanes<T>) store_narrow(dst + e, load(src + e));
+      for (; e < width; ++e) dst[e] = from_float<S>(src[e]);
     }
   }
 };
 
-// One panel of C = A B, or added to C, in pieces.
+// One panel of C = A B, or C += A B, with the sum over the depth split into chunks.
 template <typename T>
-void multiply_deep(bool add, int64_t rows, int64_t depth, Operand<T> a, const T* b, int64_t b_stride, T* c,
-                   int64_t c_stride) {
-  for (int64_t from = 0; from < depth; from += kPiece, add = true)
-    (add ? multiply<true, 2, T> : multiply<false, 2, T>)(rows, std::min(kPiece, depth - from), a.deeper(from),
-                                                         b + from * b_stride, b_stride, c, c_stride);
+void multiply_chunked(bool accumulate, int64_t rows, int64_t depth, Operand<T> a, const T* b, int64_t b_stride, T* c,
+                      int64_t c_stride) {
+  for (int64_t begin = 0; begin < depth; begin += kSumChunk, accumulate = true)
+    (accumulate ? multiply_panel<true, 2, T> : multiply_panel<false, 2, T>)(rows, std::min(kSumChunk, depth - begin),
+                                                                            a.skip_depth(begin), b + begin * b_stride,
+                                                                            b_stride, c, c_stride);
 }
 
 template <typename T, typename S>
 void forward_head(const Heads& q, const Heads& k, const Heads& v, int64_t task, double scale, S* out, T* lse,
                   T* scratch) {
-  const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, wide = padded<T>(width);
+  const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, padded = padded_width<T>(width);
   const int64_t group = group_size<T>(q.length), stride = q.heads * width;
-  T *scores = scratch, *panels = scores + k.length * group, *mean = panels + group * width;
-  T *sums = mean + group * wide, *copies = sums + group;
-  const Rows<T> queries = rows_of<T, S>(q, sample, head, copies);
-  const Rows<T> keys = rows_of<T, S>(k, sample, head, copies + q.length * wide);
-  const Rows<T> values = rows_of<T, S>(v, sample, head, copies + (q.length + k.length) * wide);
+  T *scores = scratch, *panels = scores + k.length * group, *outputs = panels + group * width;
+  T *sums = outputs + group * padded, *copies = sums + group;
+  const HeadRows<T> queries = head_rows<T, S>(q, sample, head, copies);
+  const HeadRows<T> keys = head_rows<T, S>(k, sample, head, copies + q.length * padded);
+  const HeadRows<T> values = head_rows<T, S>(v, sample, head, copies + (q.length + k.length) * padded);
   for (int64_t first = 0; first < q.length; first += group) {
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
     pack_rows(queries.row(first), queries.stride, count, width, T(1), panels);
-    products(keys, k.length, width, panels, lanes, scores, group);
+    compute_scores(keys, k.length, width, panels, lanes, scores, group);
     softmax(scores, k.length, group, lanes, T(scale * kLog2E), sums);
-    const Result<T, S> result{out + ((sample * q.length + first) * q.heads + head) * width, mean, stride, width};
-    for (int64_t c = 0; c < wide; c += kPanel<T>)
-      multiply_deep(false, count, k.length, Operand<T>{scores, 1, group}, values.data + c, values.stride,
-                    result.data() + c, result.data_stride());
-    result.finish(count);
+    const OutputRows<T, S> output{out + ((sample * q.length + first) * q.heads + head) * width, outputs, stride, width};
+    for (int64_t c = 0; c < padded; c += kPanelWidth<T>)
+      multiply_chunked(false, count, k.length, Operand<T>{scores, 1, group}, values.data + c, values.stride,
+                       output.data() + c, output.data_stride());
+    output.store_converted(count);
     for (int64_t i = 0; i < count; ++i) lse[task * q.length + first + i] = sums[i] * T(kLn2);
   }
 }
 
 template <typename T>
 int64_t forward_scratch(const Heads& q, const Heads& k) {
-  const int64_t group = group_size<T>(q.length), wide = padded<T>(q.width);
-  return group * (k.length + q.width + wide + 1) + (q.length + 2 * k.length) * wide + 16;
+  const int64_t group = group_size<T>(q.length), padded = padded_width<T>(q.width);
+  return group * (k.length + q.width + padded + 1) + (q.length + 2 * k.length) * padded + 16;
 }
 
-// Gradients of the scores, p (dp − Σ dout·out) scale, in place of dp.
+// Gradient of the scores, p (dp − Σ dout·out) scale, in place: `dweights` holds dp.
 template <typename T>
-void softmax_gradient(const T* weights, T* dweights, int64_t keys, int64_t group, int64_t lanes, T scale,
+void softmax_backward(const T* weights, T* dweights, int64_t keys, int64_t group, int64_t lanes, T scale,
                       const T* row_dot) {
   for (int64_t j = 0; j < keys; ++j)
     for (int64_t i = 0; i < lanes; i += kLanes<T>) {
-      T* at = dweights + j * group + i;
-      store(at, load(weights + j * group + i) * (load(at) - load(row_dot + i)) * scale);
+      T* gradient = dweights + j * group + i;
+      store(gradient, load(weights + j * group + i) * (load(gradient) - load(row_dot + i)) * scale);
     }
 }
 
 template <typename T, typename S>
 void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out, int64_t task,
-                   double scale, const Gradients<S>& to, T* scratch) {
-  const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, wide = padded<T>(width);
+                   double scale, const Gradients<S>& gradients, T* scratch) {
+  const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, padded = padded_width<T>(width);
   const int64_t group = group_size<T>(q.length);
   T *scores = scratch, *dweights = scores + k.length * group, *q_panels = dweights + k.length * group;
   T *dout_panels = q_panels + group * width, *lse = dout_panels + group * width, *row_dot = lse + group;
-  T *sums_q = row_dot + group, *sums_k = sums_q + group * wide, *sums_v = sums_k + k.length * wide;
-  T* copies = sums_v + k.length * wide;
+  T *sums_q = row_dot + group, *sums_k = sums_q + group * padded, *sums_v = sums_k + k.length * padded;
+  T* copies = sums_v + k.length * padded;
   const auto rows = [&](const Heads& x) {
-    const Rows<T> found = rows_of<T, S>(x, sample, head, copies);
-    copies += x.length * wide;
-    return found;
+    const HeadRows<T> loaded = head_rows<T, S>(x, sample, head, copies);
+    copies += x.length * padded;
+    return loaded;
   };
-  const Rows<T> queries = rows(q), keys = rows(k), values = rows(v), outputs = rows(out), upstream = rows(dout);
-  const int64_t key_row = to.at(k, sample, 0, head);
-  const Result<T, S> result_k{to.k + key_row, sums_k, to.row, width}, result_v{to.v + key_row, sums_v, to.row, width};
-  std::fill(row_dot, row_dot + group, T(0));  // of the lanes beyond the last query too
+  const HeadRows<T> queries = rows(q), keys = rows(k), values = rows(v), outputs = rows(out), upstream = rows(dout);
+  const int64_t key_offset = gradients.offset(k, sample, 0, head);
+  const OutputRows<T, S> output_k{gradients.k + key_offset, sums_k, gradients.token_stride, width};
+  const OutputRows<T, S> output_v{gradients.v + key_offset, sums_v, gradients.token_stride, width};
+  std::fill(row_dot, row_dot + group, T(0));  // also of the lanes beyond the last query
   for (int64_t first = 0; first < q.length; first += group) {
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
     pack_rows(queries.row(first), queries.stride, count, width, T(1), q_panels);
     pack_rows(upstream.row(first), upstream.stride, count, width, T(1), dout_panels);
     for (int64_t i = 0; i < count; ++i) row_dot[i] = T(dot(upstream.row(first + i), outputs.row(first + i), width));
-    products(keys, k.length, width, q_panels, lanes, scores, group);
-    products(values, k.length, width, dout_panels, lanes, dweights, group);
+    compute_scores(keys, k.length, width, q_panels, lanes, scores, group);
+    compute_scores(values, k.length, width, dout_panels, lanes, dweights, group);
     softmax(scores, k.length, group, lanes, T(scale * kLog2E), lse);
-    softmax_gradient(scores, dweights, k.length, group, lanes, T(scale), row_dot);
-    const Result<T, S> result_q{to.q + to.at(q, sample, first, head), sums_q, to.row, width};
-    for (int64_t c = 0; c < wide; c += kPanel<T>) {
-      multiply_deep(first > 0, k.length, count, Operand<T>{scores, group, 1}, upstream.row(first) + c, upstream.stride,
-                    result_v.data() + c, result_v.data_stride());
-      multiply_deep(first > 0, k.length, count, Operand<T>{dweights, group, 1}, queries.row(first) + c, queries.stride,
-                    result_k.data() + c, result_k.data_stride());
-      multiply_deep(false, count, k.length, Operand<T>{dweights, 1, group}, keys.data + c, keys.stride,
-                    result_q.data() + c, result_q.data_stride());
+    softmax_backward(scores, dweights, k.length, group, lanes, T(scale), row_dot);
+    const OutputRows<T, S> output_q{gradients.q + gradients.offset(q, sample, first, head), sums_q,
+                                    gradients.token_stride, width};
+    for (int64_t c = 0; c < padded; c += kPanelWidth<T>) {
+      multiply_chunked(first > 0, k.length, count, Operand<T>{scores, group, 1}, upstream.row(first) + c,
+                       upstream.stride, output_v.data() + c, output_v.data_stride());
+      multiply_chunked(first > 0, k.length, count, Operand<T>{dweights, group, 1}, queries.row(first) + c,
+                       queries.stride, output_k.data() + c, output_k.data_stride());
+      multiply_chunked(false, count, k.length, Operand<T>{dweights, 1, group}, keys.data + c, keys.stride,
+                       output_q.data() + c, output_q.data_stride());
     }
-    result_q.finish(count);
+    output_q.store_converted(count);
   }
-  result_k.finish(k.length);
-  result_v.finish(k.length);
+  output_k.store_converted(k.length);
+  output_v.store_converted(k.length);
 }
 
 template <typename T>
 int64_t backward_scratch(const Heads& q, const Heads& k) {
-  const int64_t group = group_size<T>(q.length), wide = padded<T>(q.width);
-  return group * (2 * k.length + 2 * q.width + 2 + wide) + (4 * k.length + 3 * q.length) * wide + 16;
+  const int64_t group = group_size<T>(q.length), padded = padded_width<T>(q.width);
+  return group * (2 * k.length + 2 * q.width + 2 + padded) + (4 * k.length + 3 * q.length) * padded + 16;
 }
 
-// Runs body(task, its memory) for every head of every sample; `operations` of one query and one value of its width.
+// Runs body(task, scratch) for every head of every sample, with `bytes` of scratch. `operations` counts those of one
+// query and one element of the head's width.
 template <typename Body>
-void for_heads(const Heads& q, double operations, int64_t bytes, const Body& body) {
-  const int64_t tasks = q.batch * q.heads, own = round_up<int64_t>(bytes, 64);
-  const Tensor workspace = empty({torch::stable::get_num_threads() * own}, ScalarType::Byte);
-  for_tasks(tasks, operations * tasks * q.length * q.width, data<char>(workspace), own, body);
+void for_each_head(const Heads& q, double operations, int64_t bytes, const Body& body) {
+  const int64_t tasks = q.batch * q.heads, size = round_up<int64_t>(bytes, 64);
+  const Tensor workspace = empty({torch::stable::get_num_threads() * size}, ScalarType::Byte);
+  for_tasks(tasks, operations * tasks * q.length * q.width, data<char>(workspace), size, body);
 }
 
 std::tuple<Tensor, Tensor> forward(const Heads& q, const Heads& k, const Heads& v, ScalarType dtype, double scale) {
   Tensor out = empty({q.batch, q.length, q.heads, q.width}, dtype), lse;
   with_float_type(dtype, "attention: q", [&](auto type) {
     using S = decltype(type);
-    using T = Wide<S>;
+    using T = ComputeType<S>;
     lse = empty({q.batch, q.heads, q.length}, kDtype<T>);
-    S* to = data<S>(out);
-    T* sums = data<T>(lse);
-#if defined(FASTSSL_PAIRS)
+    S* output = data<S>(out);
+    T* log_sums = data<T>(lse);
+#if defined(FASTSSL_BF16_DOT)
     if constexpr (std::is_same_v<S, BFloat16>)
-      return for_heads(q, 4.0 * k.length, forward_pairs_bytes(q, k, v),
-                       [&](int64_t task, char* own) { forward_pairs(q, k, v, task, scale, to, sums, own); });
+      return for_each_head(q, 4.0 * k.length, forward_bf16_bytes(q, k, v), [&](int64_t task, char* scratch) {
+        forward_bf16(q, k, v, task, scale, output, log_sums, scratch);
+      });
 #endif
-    for_heads(q, 4.0 * k.length, forward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* own) {
-      forward_head<T, S>(q, k, v, task, scale, to, sums, reinterpret_cast<T*>(own));
+    for_each_head(q, 4.0 * k.length, forward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* scratch) {
+      forward_head<T, S>(q, k, v, task, scale, output, log_sums, reinterpret_cast<T*>(scratch));
     });
   });
   return {out, lse};
@@ -238,23 +252,23 @@ std::tuple<Tensor, Tensor> forward(const Heads& q, const Heads& k, const Heads& 
 
 template <typename S>
 void backward(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
-              [[maybe_unused]] const Tensor& lse, double scale, const Gradients<S>& to) {
-  using T = Wide<S>;
-  if (q.length == 0) {  // no query looks at any token
-    for (S* none : {to.k, to.v}) std::fill_n(none, k.batch * k.length * k.heads * k.width, S(0));
+              [[maybe_unused]] const Tensor& lse, double scale, const Gradients<S>& gradients) {
+  using T = ComputeType<S>;
+  if (q.length == 0) {  // no query: the gradients are zero
+    for (S* gradient : {gradients.k, gradients.v}) std::fill_n(gradient, k.batch * k.length * k.heads * k.width, S(0));
     return;
   }
-#if defined(FASTSSL_PAIRS)
+#if defined(FASTSSL_BF16_DOT)
   if constexpr (std::is_same_v<S, BFloat16>) {
     STD_TORCH_CHECK(lse.is_contiguous(), "attention: lse must be contiguous");
-    const float* sums = static_cast<const float*>(lse.const_data_ptr());
-    return for_heads(q, 10.0 * k.length, backward_pairs_bytes(q, k, v, out, dout), [&](int64_t task, char* own) {
-      backward_pairs(dout, q, k, v, out, sums, task, scale, to, own);
+    const float* log_sums = static_cast<const float*>(lse.const_data_ptr());
+    return for_each_head(q, 10.0 * k.length, backward_bf16_bytes(q, k, v, out, dout), [&](int64_t task, char* scratch) {
+      backward_bf16(dout, q, k, v, out, log_sums, task, scale, gradients, scratch);
     });
   }
 #endif
-  for_heads(q, 10.0 * k.length, backward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* own) {
-    backward_head<T, S>(dout, q, k, v, out, task, scale, to, reinterpret_cast<T*>(own));
+  for_each_head(q, 10.0 * k.length, backward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* scratch) {
+    backward_head<T, S>(dout, q, k, v, out, task, scale, gradients, reinterpret_cast<T*>(scratch));
   });
 }
 
@@ -264,10 +278,10 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double sc
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                                                  double scale) {
-  const auto like = [](const Tensor& x) {
+  const auto empty_like = [](const Tensor& x) {
     return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
   };
-  Tensor dq = like(q), dk = like(k), dv = like(v);
+  Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
   with_float_type(q.scalar_type(), "attention: q", [&](auto type) {
     using S = decltype(type);
     backward<S>(dout, q, k, v, out, lse, scale, {data<S>(dq), data<S>(dk), data<S>(dv), q.size(2) * q.size(3)});
@@ -280,12 +294,13 @@ std::tuple<Tensor, Tensor> attention_packed_fwd(Tensor qkv, double scale) {
 }
 
 Tensor attention_packed_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, double scale) {
-  const int64_t row = qkv.size(3) * qkv.size(4);
+  const int64_t part_width = qkv.size(3) * qkv.size(4);
   Tensor dqkv = empty({qkv.size(0), qkv.size(1), 3, qkv.size(3), qkv.size(4)}, qkv.scalar_type());
   with_float_type(qkv.scalar_type(), "attention: qkv", [&](auto type) {
     using S = decltype(type);
-    S* to = data<S>(dqkv);
-    backward<S>(dout, {qkv, 0}, {qkv, 1}, {qkv, 2}, out, lse, scale, {to, to + row, to + 2 * row, 3 * row});
+    S* gradient = data<S>(dqkv);
+    backward<S>(dout, {qkv, 0}, {qkv, 1}, {qkv, 2}, out, lse, scale,
+                {gradient, gradient + part_width, gradient + 2 * part_width, 3 * part_width});
   });
   return dqkv;
 }

@@ -1,11 +1,11 @@
-// The photometric half of an augmentation, in place on bytes: jitter, grayscale, blur, solarize, flip.
+// Augmentations of uint8 images, in place: colour jitter, grayscale, blur, solarize, flip (fastssl/ops/augment.py).
 //
-// An image goes through row by row: three rows of bytes become three rows of floats, which stay in the L1 cache from
-// the first step to the last and are rounded once, when they leave. The blur keeps as many rows as its radius needs. So
-// memory is touched as bytes alone, and the order of the steps costs one branch a row.
+// An image is processed row by row: the three channels of a row are converted to float32, stay in the L1 cache through
+// all steps, and are rounded to bytes once, at the end. The blur keeps as many rows as its radius needs. So memory is
+// read and written as bytes only, and the order of the steps costs one branch a row.
 //
-// Contrast must know the whole image first, so the steps before it are run twice, once for the mean. To keep what they
-// made instead, three planes of floats that L2 does not hold, would take about as long.
+// Contrast needs the mean of the whole image, so the steps before it run twice, once for the mean. Storing their result
+// instead, three planes of float32 that exceed the L2 cache, would take about as long.
 #include "rows.h"
 
 #include <array>
@@ -21,57 +21,59 @@ inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats absolute(Floats x) { return Floats(Vec<uint32_t>(x) & 0x7fffffff); }
 
-// To [0, most]. The limits are hidden from GCC, which makes two instructions of the minimum of a vector and a constant.
+// Clamps to [0, high]. The limits are read from volatile memory because GCC compiles the minimum of a vector and a
+// known constant to two instructions.
 struct Clamp {
   Floats low, high;
 
-  explicit Clamp(float most) {
-    volatile float limits[] = {0, most};
+  explicit Clamp(float high_limit) {
+    volatile float limits[] = {0, high_limit};
     low = splat<float>(limits[0]);
     high = splat<float>(limits[1]);
   }
   Floats operator()(Floats x) const { return min(max(x, low), high); }
 };
 
-template <typename V>  // a vector, or one value
+template <typename V>  // a vector or a scalar
 inline V luma(V red, V green, V blue) {
   return red * 0.299f + green * 0.587f + blue * 0.114f;
 }
 
-// Loops that the compiler turns into vectors, where vec.h has no conversion. So many values at a time:
+// Conversions that vec.h does not have, as loops over kBytes values, which the compiler vectorises.
 constexpr int kBytes = kVectorBytes;
 
-inline void widen_bytes(const uint8_t* __restrict from, float* __restrict to) {
-  for (int i = 0; i < kBytes; ++i) to[i] = from[i];
+inline void widen_bytes(const uint8_t* __restrict src, float* __restrict dst) {
+  for (int i = 0; i < kBytes; ++i) dst[i] = src[i];
 }
 
-inline void round_to_bytes(const float* __restrict from, uint8_t* __restrict to) {  // to nearest even
-  for (int i = 0; i < kBytes; ++i) to[i] = uint8_t(std::bit_cast<uint32_t>(from[i] + 12582912.0f));  // 1.5 * 2^23
+// Rounds to nearest even: adding 1.5 * 2^23 leaves the integer in the low bits.
+inline void round_to_bytes(const float* __restrict src, uint8_t* __restrict dst) {
+  for (int i = 0; i < kBytes; ++i) dst[i] = uint8_t(std::bit_cast<uint32_t>(src[i] + 12582912.0f));
 }
 
 inline void invert_bright_bytes(uint8_t* x) {
   for (int i = 0; i < kBytes; ++i) x[i] = x[i] < 128 ? x[i] : 255 - x[i];
 }
 
-// Room for n values from the edge of a cache line on: of unaligned vectors many would lie in two lines.
-inline float* aligned(std::vector<float>& store, int64_t n) {
-  store.resize(n + 16);
-  return reinterpret_cast<float*>(round_up<uintptr_t>(reinterpret_cast<uintptr_t>(store.data()), 64));
+// Resizes `buffer` and returns space for n values at the start of a cache line, so that vectors do not cross lines.
+inline float* aligned(std::vector<float>& buffer, int64_t n) {
+  buffer.resize(n + 16);
+  return reinterpret_cast<float*>(round_up<uintptr_t>(reinterpret_cast<uintptr_t>(buffer.data()), 64));
 }
 
-// ---- What is done to one image
+// ---- Parameters of one image
 
 enum Kind : int64_t { kBrightness, kContrast, kSaturation, kHue };  // columns of `jitter`
 
 struct Step {
   int64_t kind;
   float factor;
-  float mean = 0;  // of contrast: the image's luma when its turn comes
+  float mean = 0;  // contrast: mean luma of the image after the steps before
 };
 
-struct Draws {
+struct Parameters {
   std::array<Step, 4> steps;
-  int count = 0;  // of the steps that change anything
+  int count = 0;  // number of steps that have an effect
   bool grey, grey_first, solarize, flip;
   double sigma;
 
@@ -79,16 +81,16 @@ struct Draws {
 };
 
 template <typename T>
-T value_at(const Tensor& draws, int64_t b, int64_t column = 0) {
-  const int64_t offset = b * draws.stride(0) + (draws.dim() == 2 ? column * draws.stride(1) : 0);
-  return static_cast<const T*>(draws.const_data_ptr())[offset];
+T parameter_at(const Tensor& parameters, int64_t b, int64_t column = 0) {
+  const int64_t offset = b * parameters.stride(0) + (parameters.dim() == 2 ? column * parameters.stride(1) : 0);
+  return static_cast<const T*>(parameters.const_data_ptr())[offset];
 }
 
 struct Image {
   uint8_t* data;
-  int64_t channel, row, column;  // strides
+  int64_t channel_stride, row_stride, column_stride;
 
-  uint8_t* at(int64_t c, int64_t y) const { return data + c * channel + y * row; }
+  uint8_t* row(int64_t c, int64_t y) const { return data + c * channel_stride + y * row_stride; }
 };
 
 // ---- Steps on a row of pixels
@@ -97,221 +99,222 @@ struct Pixels {
   float* channel[3];
   int64_t width;  // readable and writable to the next multiple of kLane
 
-  template <typename Change>
-  void each(const Change& change) const {
+  template <typename Function>
+  void for_each_vector(const Function& function) const {
     for (int64_t i = 0; i < width; i += kLane) {
       Floats red = load(channel[0] + i), green = load(channel[1] + i), blue = load(channel[2] + i);
-      change(red, green, blue);
+      function(red, green, blue);
       store(channel[0] + i, red);
       store(channel[1] + i, green);
       store(channel[2] + i, blue);
     }
   }
 
-  double sum_of_luma() const {  // lanes in float, as they have few terms each
+  double sum_of_luma() const {  // float32 is enough for a lane's few terms
     const auto& [red, green, blue] = channel;
     Floats lanes{};
-    double rest = 0;
+    double remainder = 0;
     int64_t i = 0;
     for (; i + kLane <= width; i += kLane) lanes += luma(load(red + i), load(green + i), load(blue + i));
-    for (; i < width; ++i) rest += luma(red[i], green[i], blue[i]);
-    return rest + sum<float>(lanes);
+    for (; i < width; ++i) remainder += luma(red[i], green[i], blue[i]);
+    return remainder + sum<float>(lanes);
   }
 };
 
-// RGB to HSV, turned, and back: of each pixel the largest and the smallest value stay, and where a channel lies between
-// them follows from the distance of the hue (sixths of a turn, in [0, 6]) to its own: 0 or 6, 2, 4.
-inline void turn_hue(Floats& red, Floats& green, Floats& blue, float sixths, const Clamp& unit) {
-  const Floats top = max(max(red, green), blue), spread = top - min(min(red, green), blue);
-  Floats hue = top == red ? green - blue : top == green ? blue - red + 2 * spread : red - green + 4 * spread;
-  hue = hue / max(spread, splat(std::numeric_limits<float>::min())) + sixths;  // grey: 0 / min
+// Rotates the hue, as a conversion to HSV and back would: each pixel keeps its largest and its smallest value, and a
+// channel's value between them follows from the distance of the hue (in sixths of a turn, [0, 6]) to the hue of the
+// pure channel: 0 or 6 for red, 2 for green, 4 for blue.
+inline void rotate_hue(Floats& red, Floats& green, Floats& blue, float sixths, const Clamp& unit) {
+  const Floats max_value = max(max(red, green), blue), range = max_value - min(min(red, green), blue);
+  Floats hue = max_value == red ? green - blue : max_value == green ? blue - red + 2 * range : red - green + 4 * range;
+  hue = hue / max(range, splat(std::numeric_limits<float>::min())) + sixths;  // grey: 0 / min
   hue = hue < 0.0f ? hue + 6 : hue;
   hue = hue >= 6.0f ? hue - 6 : hue;
-  red = top - spread * unit(2 - absolute(hue - 3));
-  green = top - spread * unit(absolute(hue - 2) - 1);
-  blue = top - spread * unit(absolute(hue - 4) - 1);
+  red = max_value - range * unit(2 - absolute(hue - 3));
+  green = max_value - range * unit(absolute(hue - 2) - 1);
+  blue = max_value - range * unit(absolute(hue - 4) - 1);
 }
 
-void change(const Pixels& pixels, const Step& step) {
+void apply_step(const Pixels& pixels, const Step& step) {
   const float factor = step.factor;
   const Clamp clamped(255);
-  const auto blended = [=](Floats x, Floats other) { return clamped((x - other) * factor + other); };
+  const auto blended = [=](Floats x, Floats reference) { return clamped((x - reference) * factor + reference); };
   switch (step.kind) {
     case kBrightness:
-      return pixels.each([=](auto& red, auto& green, auto& blue) {
+      return pixels.for_each_vector([=](auto& red, auto& green, auto& blue) {
         for (Floats* x : {&red, &green, &blue}) *x = clamped(*x * factor);
       });
     case kContrast:
-      return pixels.each([=, mean = splat(step.mean)](auto& red, auto& green, auto& blue) {
+      return pixels.for_each_vector([=, mean = splat(step.mean)](auto& red, auto& green, auto& blue) {
         for (Floats* x : {&red, &green, &blue}) *x = blended(*x, mean);
       });
     case kSaturation:
-      return pixels.each([=](auto& red, auto& green, auto& blue) {
+      return pixels.for_each_vector([=](auto& red, auto& green, auto& blue) {
         const Floats grey = luma(red, green, blue);
         for (Floats* x : {&red, &green, &blue}) *x = blended(*x, grey);
       });
     case kHue:
-      return pixels.each([=, sixths = 6 * (factor - std::floor(factor)), unit = Clamp(1)](auto&... channels) {
-        turn_hue(channels..., sixths, unit);
-      });
+      return pixels.for_each_vector([=, sixths = 6 * (factor - std::floor(factor)),
+                                     unit = Clamp(1)](auto&... channels) { rotate_hue(channels..., sixths, unit); });
   }
 }
 
 // ---- Blur
 
-// One axis of a Gaussian: a vector of results at a time is weighed from rows that lie k before and k after it.
+// One axis of a separable Gaussian blur: result = w[0] centre + Σ_k w[k] (before_k + after_k), in vectors.
 struct Filter {
   int64_t radius;
   std::vector<float> weights;
-  std::vector<std::array<const float*, 2>> around;  // for each k from 1 on
+  std::vector<std::array<const float*, 2>> neighbours;  // [k] = (before_k, after_k), k ≥ 1
 
   Filter(double sigma, int64_t size) : radius(int64_t(std::min(std::ceil(3 * sigma), double(size - 1)))) {
-    std::vector<double> exact(radius + 1);
+    std::vector<double> unnormalised(radius + 1);
     double total = 0;
     for (int64_t k = 0; k <= radius; ++k) {
-      exact[k] = std::exp(-0.5 * (k / sigma) * (k / sigma));
-      total += k ? 2 * exact[k] : exact[k];
+      unnormalised[k] = std::exp(-0.5 * (k / sigma) * (k / sigma));
+      total += k ? 2 * unnormalised[k] : unnormalised[k];
     }
-    for (const double weight : exact) weights.push_back(float(weight / total));
-    around.resize(radius + 1);
+    for (const double weight : unnormalised) weights.push_back(float(weight / total));
+    neighbours.resize(radius + 1);
   }
 
-  template <int N>  // so many vectors share the loads of weights and addresses
-  void apply_to(const float* centre, int64_t i, float* out) const {
+  template <int N>  // N vectors at a time share the loads of weights and addresses
+  void apply_vectors(const float* centre, int64_t i, float* out) const {
     Floats sums[N];
     for (int v = 0; v < N; ++v) sums[v] = load(centre + i + v * kLane) * weights[0];
     for (int64_t k = 1; k <= radius; ++k) {
-      const auto [before, after] = around[k];
+      const auto [before, after] = neighbours[k];
       const Floats weight = splat(weights[k]);
       for (int v = 0; v < N; ++v) sums[v] += weight * (load(before + i + v * kLane) + load(after + i + v * kLane));
     }
     for (int v = 0; v < N; ++v) store(out + i + v * kLane, sums[v]);
   }
 
-  void apply(const float* centre, int64_t n, float* out) const {  // n results, to the next multiple of kLane
+  void apply(const float* centre, int64_t n, float* out) const {  // n results, rounded up to whole vectors
     int64_t i = 0;
-    for (; i + 4 * kLane <= n; i += 4 * kLane) apply_to<4>(centre, i, out);
-    for (; i < n; i += kLane) apply_to<1>(centre, i, out);
+    for (; i + 4 * kLane <= n; i += 4 * kLane) apply_vectors<4>(centre, i, out);
+    for (; i < n; i += kLane) apply_vectors<1>(centre, i, out);
   }
 };
 
-// ---- One image after the other
+// ---- Augmenting images
 
 class Augmenter {
  public:
   Augmenter(int64_t height, int64_t width)
       : height_(height), width_(width), padded_(round_up<int64_t>(width, kBytes)), bytes_(padded_), mirrored_(width) {}
 
-  void run(const Image& image, Draws draws) {
-    if (draws.count == 0 && !draws.grey && !(draws.sigma > 0)) return only_bytes(image, draws);
-    for (int s = 0; s < draws.count; ++s)
-      if (draws.steps[s].kind == kContrast) draws.steps[s].mean = mean_luma(image, draws, s);
-    if (draws.sigma > 0) return blur(image, draws);
-    for (int64_t y = 0; y < height_; ++y) put(image, y, coloured(image, y, draws, 0), draws);
+  void run(const Image& image, Parameters parameters) {
+    if (parameters.count == 0 && !parameters.grey && !(parameters.sigma > 0)) return augment_bytes(image, parameters);
+    for (int s = 0; s < parameters.count; ++s)
+      if (parameters.steps[s].kind == kContrast) parameters.steps[s].mean = mean_luma(image, parameters, s);
+    if (parameters.sigma > 0) return blur(image, parameters);
+    for (int64_t y = 0; y < height_; ++y) store_row(image, y, transform_row(image, y, parameters, 0), parameters);
   }
 
  private:
-  void only_bytes(const Image& image, const Draws& draws) {
-    if (!draws.solarize && !draws.flip) return;
+  void augment_bytes(const Image& image, const Parameters& parameters) {
+    if (!parameters.solarize && !parameters.flip) return;
     for (int64_t c = 0; c < 3; ++c)
       for (int64_t y = 0; y < height_; ++y) {
-        copy_row(bytes_.data(), image.at(c, y), image.column, width_);
-        put_bytes(finished(draws), image.at(c, y), image.column);
+        copy_row(bytes_.data(), image.row(c, y), image.column_stride, width_);
+        store_bytes(finish_bytes(parameters), image.row(c, y), image.column_stride);
       }
   }
 
-  // Row y as floats, after the grayscale that comes first and `count` steps.
-  Pixels jittered(const Image& image, int64_t y, const Draws& draws, int count, int64_t margin) {
+  // Row y as float32, after grayscale (if that comes first) and `count` steps of the jitter. `margin`: values of space
+  // before and after each channel's row.
+  Pixels jitter_row(const Image& image, int64_t y, const Parameters& parameters, int count, int64_t margin) {
     const int64_t stride = padded_ + 2 * margin;
-    float* const first = aligned(values_, 3 * stride) + margin;
-    const Pixels pixels{{first, first + stride, first + 2 * stride}, width_};
+    float* const row_start = aligned(values_, 3 * stride) + margin;
+    const Pixels pixels{{row_start, row_start + stride, row_start + 2 * stride}, width_};
     for (int64_t c = 0; c < 3; ++c) {
-      copy_row(bytes_.data(), image.at(c, y), image.column, width_);
+      copy_row(bytes_.data(), image.row(c, y), image.column_stride, width_);
       for (int64_t i = 0; i < padded_; i += kBytes) widen_bytes(bytes_.data() + i, pixels.channel[c] + i);
     }
-    if (draws.grey && draws.grey_first)
-      pixels.each([](auto& red, auto& green, auto& blue) { red = green = blue = luma(red, green, blue); });
-    for (int s = 0; s < count; ++s) change(pixels, draws.steps[s]);
+    if (parameters.grey && parameters.grey_first)
+      pixels.for_each_vector([](auto& red, auto& green, auto& blue) { red = green = blue = luma(red, green, blue); });
+    for (int s = 0; s < count; ++s) apply_step(pixels, parameters.steps[s]);
     return pixels;
   }
 
-  // After all steps and the grayscale that comes last, which leaves one channel for three.
-  Pixels coloured(const Image& image, int64_t y, const Draws& draws, int64_t margin) {
-    Pixels pixels = jittered(image, y, draws, draws.count, margin);
-    if (draws.grey_last()) {
-      pixels.each([](auto& red, auto& green, auto& blue) { red = luma(red, green, blue); });
+  // Row y after all steps and grayscale (if that comes last), which leaves one channel in place of three.
+  Pixels transform_row(const Image& image, int64_t y, const Parameters& parameters, int64_t margin) {
+    Pixels pixels = jitter_row(image, y, parameters, parameters.count, margin);
+    if (parameters.grey_last()) {
+      pixels.for_each_vector([](auto& red, auto& green, auto& blue) { red = luma(red, green, blue); });
       pixels.channel[1] = pixels.channel[2] = pixels.channel[0];
     }
     return pixels;
   }
 
-  float mean_luma(const Image& image, const Draws& draws, int count) {
+  float mean_luma(const Image& image, const Parameters& parameters, int count) {
     double total = 0;
-    for (int64_t y = 0; y < height_; ++y) total += jittered(image, y, draws, count, 0).sum_of_luma();
+    for (int64_t y = 0; y < height_; ++y) total += jitter_row(image, y, parameters, count, 0).sum_of_luma();
     return float(total / double(height_ * width_));
   }
 
-  // Rows are blurred along the width as they come and wait in a ring; those around row y make up its result.
-  void blur(const Image& image, const Draws& draws) {
-    Filter across(draws.sigma, width_), down(draws.sigma, height_);
-    const int64_t margin = round_up<int64_t>(across.radius, 16), planes = draws.grey_last() ? 1 : 3;
-    const int64_t kept = std::min(2 * down.radius + 1, height_);
-    float* const ring = aligned(ring_, kept * planes * padded_);
+  // Rows are blurred along the width and kept in a ring buffer, from which row y is blurred along the height.
+  void blur(const Image& image, const Parameters& parameters) {
+    Filter horizontal(parameters.sigma, width_), vertical(parameters.sigma, height_);
+    const int64_t margin = round_up<int64_t>(horizontal.radius, 16), planes = parameters.grey_last() ? 1 : 3;
+    const int64_t ring_rows = std::min(2 * vertical.radius + 1, height_);
+    float* const ring = aligned(ring_, ring_rows * planes * padded_);
     float* const result = aligned(result_, planes * padded_);
-    const auto waiting = [&](int64_t y) {  // the border is mirrored about its pixels
+    const auto ring_row = [&](int64_t y) {  // borders are reflected, as with padding_mode="reflect"
       y = y < 0 ? -y : y < height_ ? y : 2 * (height_ - 1) - y;
-      return ring + y % kept * planes * padded_;
+      return ring + y % ring_rows * planes * padded_;
     };
-    int64_t arrived = 0;
+    int64_t next_row = 0;
     for (int64_t y = 0; y < height_; ++y) {
-      for (; arrived <= std::min(y + down.radius, height_ - 1); ++arrived) {
-        const Pixels pixels = coloured(image, arrived, draws, margin);
-        for (int64_t c = 0; c < planes; ++c) blur_row(pixels.channel[c], across, waiting(arrived) + c * padded_);
+      for (; next_row <= std::min(y + vertical.radius, height_ - 1); ++next_row) {
+        const Pixels pixels = transform_row(image, next_row, parameters, margin);
+        for (int64_t c = 0; c < planes; ++c) blur_row(pixels.channel[c], horizontal, ring_row(next_row) + c * padded_);
       }
-      for (int64_t k = 1; k <= down.radius; ++k) down.around[k] = {waiting(y - k), waiting(y + k)};
-      down.apply(waiting(y), planes * padded_, result);
-      const int64_t next = planes == 1 ? 0 : padded_;
-      put(image, y, {{result, result + next, result + 2 * next}, width_}, draws);
+      for (int64_t k = 1; k <= vertical.radius; ++k) vertical.neighbours[k] = {ring_row(y - k), ring_row(y + k)};
+      vertical.apply(ring_row(y), planes * padded_, result);
+      const int64_t plane_stride = planes == 1 ? 0 : padded_;
+      store_row(image, y, {{result, result + plane_stride, result + 2 * plane_stride}, width_}, parameters);
     }
   }
 
-  void blur_row(float* row, Filter& across, float* out) const {
-    for (int64_t k = 1; k <= across.radius; ++k) {
+  void blur_row(float* row, Filter& horizontal, float* out) const {
+    for (int64_t k = 1; k <= horizontal.radius; ++k) {
       row[-k] = row[k];
       row[width_ - 1 + k] = row[width_ - 1 - k];
-      across.around[k] = {row - k, row + k};
+      horizontal.neighbours[k] = {row - k, row + k};
     }
-    across.apply(row, width_, out);
+    horizontal.apply(row, width_, out);
   }
 
-  // Row y as it leaves. Channels that are one and the same are rounded once.
-  void put(const Image& image, int64_t y, const Pixels& pixels, const Draws& draws) {
+  // Rounds row y to bytes and stores it. Channels that share memory are rounded once.
+  void store_row(const Image& image, int64_t y, const Pixels& pixels, const Parameters& parameters) {
     const uint8_t* row = nullptr;
     for (int64_t c = 0; c < 3; ++c) {
       const float* channel = pixels.channel[c];
       if (c == 0 || channel != pixels.channel[0]) {
         for (int64_t i = 0; i < padded_; i += kBytes) round_to_bytes(channel + i, bytes_.data() + i);
-        row = finished(draws);
+        row = finish_bytes(parameters);
       }
-      put_bytes(row, image.at(c, y), image.column);
+      store_bytes(row, image.row(c, y), image.column_stride);
     }
   }
 
-  // The row of bytes, solarized and flipped.
-  const uint8_t* finished(const Draws& draws) {
-    if (draws.solarize)
+  // The row in `bytes_`, solarized and flipped.
+  const uint8_t* finish_bytes(const Parameters& parameters) {
+    if (parameters.solarize)
       for (int64_t i = 0; i < padded_; i += kBytes) invert_bright_bytes(bytes_.data() + i);
-    if (!draws.flip) return bytes_.data();
+    if (!parameters.flip) return bytes_.data();
     std::reverse_copy(bytes_.data(), bytes_.data() + width_, mirrored_.data());
     return mirrored_.data();
   }
 
-  void put_bytes(const uint8_t* row, uint8_t* to, int64_t column) const {
-    if (column == 1) return copy_row(to, row, 1, width_);
-    for (int64_t x = 0; x < width_; ++x) to[x * column] = row[x];
+  void store_bytes(const uint8_t* row, uint8_t* dst, int64_t column_stride) const {
+    if (column_stride == 1) return copy_row(dst, row, 1, width_);
+    for (int64_t x = 0; x < width_; ++x) dst[x * column_stride] = row[x];
   }
 
-  int64_t height_, width_, padded_;  // padded: to whole vectors of bytes
+  int64_t height_, width_, padded_;  // padded_: width rounded up to whole vectors of bytes
   std::vector<uint8_t> bytes_, mirrored_;
   std::vector<float> values_, ring_, result_;
 };
@@ -320,26 +323,27 @@ void augment_(Tensor images, Tensor jitter, Tensor order, Tensor grey, Tensor si
               bool grey_first) {
   const int64_t batch = images.size(0), height = images.size(2), width = images.size(3);
   if (images.numel() == 0) return;
-  std::vector<Draws> draws(batch);
+  std::vector<Parameters> parameters(batch);
   for (int64_t b = 0; b < batch; ++b) {
-    Draws& image = draws[b];
+    Parameters& image = parameters[b];
     for (int s = 0; s < 4; ++s) {
-      const int64_t kind = value_at<int64_t>(order, b, s);
+      const int64_t kind = parameter_at<int64_t>(order, b, s);
       STD_TORCH_CHECK(kind >= 0 && kind < 4, "augment_: order must be between 0 and 3, got ", kind);
-      const float factor = value_at<float>(jitter, b, kind);
+      const float factor = parameter_at<float>(jitter, b, kind);
       if (factor != (kind == kHue ? 0.0f : 1.0f)) image.steps[image.count++] = {kind, factor};
     }
-    image.grey = value_at<bool>(grey, b);
+    image.grey = parameter_at<bool>(grey, b);
     image.grey_first = grey_first;
-    image.sigma = value_at<float>(sigma, b);
-    image.solarize = value_at<bool>(solarize, b);
-    image.flip = value_at<bool>(flip, b);
+    image.sigma = parameter_at<float>(sigma, b);
+    image.solarize = parameter_at<bool>(solarize, b);
+    image.flip = parameter_at<bool>(flip, b);
   }
   const Image first{data<uint8_t>(images), images.stride(1), images.stride(2), images.stride(3)};
   torch::stable::parallel_for(0, batch, grain(8 * 3 * height * width), [&](int64_t begin, int64_t end) {
     Augmenter augmenter(height, width);
     for (int64_t b = begin; b < end; ++b)
-      augmenter.run({first.data + b * images.stride(0), first.channel, first.row, first.column}, draws[b]);
+      augmenter.run({first.data + b * images.stride(0), first.channel_stride, first.row_stride, first.column_stride},
+                    parameters[b]);
   });
 }
 

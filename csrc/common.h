@@ -1,8 +1,8 @@
-// What every CPU kernel file shares: dtype dispatch, 16-bit floats, the way into torch's thread pool.
+// Shared by all CPU kernels: dispatch on dtypes, conversion of 16-bit floats, allocation of tensors.
 //
-// Each file is compiled once per instruction set (setup.py) into its own library, and Python loads one of them, so
-// nothing here asks at run time which instructions there are. Only torch's stable ABI is used: see
-// docs/architecture.md for why.
+// setup.py compiles every .cpp file once per instruction set into a library of its own, and Python loads one of these
+// libraries, so no kernel tests at run time which instructions the processor has. Only torch's stable ABI is used:
+// docs/architecture.md gives the reasons.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -42,15 +42,15 @@ inline T from_float(std::conditional_t<std::is_same_v<T, double>, double, float>
     return T(x);
 }
 
-// Calls body(T{}) with the C++ type of a floating dtype; `what` begins the error sentence.
+// Calls body(T{}) with the C++ type of a floating dtype; the error names `argument`.
 template <typename Body>
-void with_float_type(ScalarType dtype, const char* what, const Body& body) {
+void with_float_type(ScalarType dtype, const char* argument, const Body& body) {
   switch (dtype) {
     case ScalarType::Float: return body(float{});
     case ScalarType::Double: return body(double{});
     case ScalarType::BFloat16: return body(BFloat16{});
     case ScalarType::Half: return body(Half{});
-    default: STD_TORCH_CHECK(false, what, " must be float32, float64, bfloat16 or float16");
+    default: STD_TORCH_CHECK(false, argument, " must be float32, float64, bfloat16 or float16");
   }
 }
 
@@ -61,7 +61,7 @@ constexpr ScalarType kDtype = std::is_same_v<T, float>      ? ScalarType::Float
                               : std::is_same_v<T, Half>     ? ScalarType::Half
                                                             : ScalarType::Long;
 
-// A new contiguous tensor on the CPU, uninitialised.
+// An uninitialised contiguous tensor on the CPU.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int64_t strides[8], stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
@@ -75,18 +75,17 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// The value of a 0-d tensor.
-inline double value_of(const Tensor& scalar) {
+// The temperature: the value of a 0-d tensor.
+inline double tau_value(const Tensor& tau) {
   double value = 0;
-  with_float_type(scalar.scalar_type(), "tau", [&](auto type) {
-    value = to_float(*static_cast<const decltype(type)*>(scalar.const_data_ptr()));
-  });
+  with_float_type(tau.scalar_type(), "tau",
+                  [&](auto type) { value = to_float(*static_cast<const decltype(type)*>(tau.const_data_ptr())); });
   return value;
 }
 
-// Calls body(T{}) with the type in which an op computes: double for double, else float.
+// Calls body(T{}) with the type in which values of the tensor's dtype are computed: double for double, else float.
 template <typename Body>
-auto with_wide_type(const Tensor& tensor, const Body& body) {
+auto with_compute_type(const Tensor& tensor, const Body& body) {
   return tensor.scalar_type() == ScalarType::Double ? body(double{}) : body(float{});
 }
 

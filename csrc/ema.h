@@ -1,5 +1,5 @@
-// What the CPU kernel and the CUDA kernel of ema_update_ share: what a tensor's storage is like, which tensors fit
-// together, where an element lies, and the formula. No torch in here (tensors are a template parameter).
+// Shared by the CPU kernel and the CUDA kernel of ema_update_: checks of the tensor lists, memory layouts, offsets of
+// elements, and the formula. Includes nothing of torch: the tensor type is a template parameter.
 #pragma once
 
 #include <algorithm>
@@ -16,19 +16,20 @@ namespace fastssl {
 
 using Dims = std::span<const int64_t>;
 
-enum class Dtype : int8_t { Half = 5, Float = 6, Double = 7, BFloat16 = 15 };  // the numbers of torch's ScalarType
+enum class Dtype : int8_t { Half = 5, Float = 6, Double = 7, BFloat16 = 15 };  // as in torch's ScalarType
 
-struct Strided {
+struct Storage {
   void* data = nullptr;
   Dims strides;
   Dtype dtype = Dtype::Float;
 };
 
-struct Entry {  // one target with its source and, where its data is not null, its shadow
-  Strided target, source, shadow;
+struct Entry {  // a target, its source, and its shadow if that has data
+  Storage target, source, shadow;
   Dims sizes;
   int64_t numel;
-  bool flat;  // all in the same dense order of storage: element i of one belongs to element i of the others
+  bool flat;  // all are dense in the same order of dimensions: element i in memory of one corresponds to that of the
+              // others
 };
 
 inline bool is_contiguous(Dims sizes, Dims strides) {
@@ -40,7 +41,7 @@ inline bool is_contiguous(Dims sizes, Dims strides) {
   return true;
 }
 
-// True where the tensor's elements fill numel consecutive cells, in any order of dimensions.
+// True where the elements fill numel consecutive places in memory, in any order of dimensions.
 inline bool is_dense(Dims sizes, Dims strides) {
   if (is_contiguous(sizes, strides)) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;
@@ -65,32 +66,40 @@ inline bool is_wide(Dtype dtype) { return dtype == Dtype::Float || dtype == Dtyp
 inline bool is_floating(Dtype dtype) { return is_wide(dtype) || dtype == Dtype::BFloat16 || dtype == Dtype::Half; }
 
 template <typename Tensor>
-Strided strided(const Tensor& tensor) {
+Storage storage_of(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.strides(), Dtype(tensor.scalar_type())};
 }
 
-// An entry for each target; throws where tensors do not fit together, so that nothing has been written by then. What
-// does not fit is refused in one word: which tensor, and why, the caller finds out (it would cost more to ask in Python
-// each time than small lists take). `is_here(tensor)`: does it lie where the kernel runs?
-template <typename Tensor, typename IsHere>
+// One entry for each target. Throws, before anything is written, if shapes, dtypes or devices do not match; the error
+// is short, because the Python caller then checks the lists again and raises the sentence for the user (checking in
+// Python on each call would take longer than the kernel on short lists). `is_on_device(tensor)`: is it on the kernel's
+// device?
+template <typename Tensor, typename IsOnDevice>
 std::vector<Entry> entries_of(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
-                              const std::vector<Tensor>& shadows, const IsHere& is_here) {
+                              const std::vector<Tensor>& shadows, const IsOnDevice& is_on_device) {
   const bool shadowed = !shadows.empty();
   if (sources.size() != targets.size() || (shadowed && shadows.size() != targets.size()))
-    throw std::runtime_error("ema_update_: the lists differ in length");
+    throw std::runtime_error("ema_update_: sources, and shadows if given, must be as many as targets, got " +
+                             std::to_string(targets.size()) + " targets, " + std::to_string(sources.size()) +
+                             " sources and " + std::to_string(shadows.size()) + " shadows");
   std::vector<Entry> entries;
   entries.reserve(targets.size());
   for (size_t i = 0; i < targets.size(); ++i) {
     const Dims sizes = targets[i].sizes();
-    const auto fits = [&](const Tensor& other) {
-      const Dims own = other.sizes();
-      return is_floating(Dtype(other.scalar_type())) && is_here(other) && std::ranges::equal(own, sizes);
+    const auto fits = [&](const Tensor& tensor) {
+      const Dims tensor_sizes = tensor.sizes();
+      return is_floating(Dtype(tensor.scalar_type())) && is_on_device(tensor) &&
+             std::ranges::equal(tensor_sizes, sizes);
     };
-    if (!is_wide(Dtype(targets[i].scalar_type())) || !is_here(targets[i]) || !fits(sources[i]) ||
+    if (!is_wide(Dtype(targets[i].scalar_type())) || !is_on_device(targets[i]) || !fits(sources[i]) ||
         (shadowed && !fits(shadows[i])))
-      throw std::runtime_error("ema_update_: tensors do not fit together at " + std::to_string(i));
-    Entry entry{strided(targets[i]), strided(sources[i]), shadowed ? strided(shadows[i]) : Strided{},
-                sizes, targets[i].numel(), false};
+      throw std::runtime_error(
+          "ema_update_: targets must be float32 or float64, sources and shadows floating and of their target's shape "
+          "and "
+          "device, got others at index " +
+          std::to_string(i));
+    const Storage shadow = shadowed ? storage_of(shadows[i]) : Storage{};
+    Entry entry{storage_of(targets[i]), storage_of(sources[i]), shadow, sizes, targets[i].numel(), false};
     entry.flat = is_dense(sizes, entry.target.strides) &&
                  same_order(sizes, entry.target.strides, entry.source.strides) &&
                  (!shadowed || same_order(sizes, entry.target.strides, entry.shadow.strides));
@@ -103,11 +112,11 @@ struct Offsets {
   int64_t target = 0, source = 0, shadow = 0;
 };
 
-// Where element `index` (row-major) of each lies. Index is a type wide enough for it: 64-bit division is slow on a GPU.
-// No shadow, no strides: null.
+// Offsets of element `index` (row-major). Index: uint32_t where it suffices, because 64-bit division is slow on a GPU.
+// `shadow` is null if there is no shadow.
 template <typename Index>
-FASTSSL_BOTH inline Offsets offsets_of(Index index, int dims, const int64_t* sizes, const int64_t* target,
-                                       const int64_t* source, const int64_t* shadow) {
+FASTSSL_HOST_DEVICE inline Offsets offsets_of(Index index, int dims, const int64_t* sizes, const int64_t* target,
+                                              const int64_t* source, const int64_t* shadow) {
   Offsets offsets;
   for (int d = dims; d-- > 0;) {
     const Index size = static_cast<Index>(sizes[d]);
@@ -120,9 +129,9 @@ FASTSSL_BOTH inline Offsets offsets_of(Index index, int dims, const int64_t* siz
   return offsets;
 }
 
-// t + w (s - t), from the nearer end, as torch.lerp has it: exact at w = 0 and w = 1.
+// t + w (s − t), computed like torch.lerp from the nearer end, so that it is exact at w = 0 and w = 1.
 template <typename T>
-FASTSSL_BOTH inline T lerp(T t, T s, T w) {
+FASTSSL_HOST_DEVICE inline T lerp(T t, T s, T w) {
   return w < T(0.5) ? t + w * (s - t) : s - (s - t) * (T(1) - w);
 }
 

@@ -1,9 +1,8 @@
-// The table from which one launch of the CUDA kernel of ema_update_ serves all tensors of a call, as the host makes it.
+// The table of tensors that the CUDA kernel of ema_update_ reads, so that one launch updates all tensors of a call.
 //
-// A row holds everything that the kernel knows of a tensor. So two calls with equal rows may use one table on the
-// device, and a row that differs in anything (an address, a dtype, a size, a stride) makes a new table: rows are made
-// anew in each call, which costs the host less than the kernel takes, and compared with those of the cached tables.
-// No torch and no CUDA in here.
+// A row holds everything the kernel reads about a tensor: addresses, dtypes, sizes and strides. Each call builds its
+// rows on the host, which takes less time than the kernel, and compares them with those of the cached device tables; if
+// any field differs, a new table is made. Includes nothing of torch or CUDA.
 #pragma once
 
 #include <cstdint>
@@ -17,43 +16,43 @@
 
 namespace fastssl {
 
-// Elements of a block. ViT-B's 86.6 million parameters make over 5,000 blocks, dozens for each of a large GPU's
-// multiprocessors, so that the last ones, which run with others idle, are a small share. Smaller chunks would read the
-// table more often for the same bytes.
+// Elements of one thread block. ViT-B's 86.6 million parameters make over 5,000 blocks, dozens a multiprocessor of a
+// large GPU, so that the last wave, in which some multiprocessors are idle, is a small part. Smaller chunks would read
+// the table more often.
 constexpr int64_t kEmaChunk = 1 << 14;
 constexpr int kMaxDims = 8;
-constexpr int64_t kWidestLoad = 16;  // bytes: what one instruction of a thread loads at most
+constexpr int64_t kWidestLoad = 16;  // bytes of the widest load instruction
 
-enum class Path : int8_t { Packed, Scalar, Strided };  // flat and aligned; flat; neither
+enum class Path : int8_t { Packed, Scalar, Strided };  // flat and aligned; flat; any strides
 
 struct Row {
-  void *target = nullptr, *source = nullptr, *shadow = nullptr;  // shadow: null where there is none
+  void *target = nullptr, *source = nullptr, *shadow = nullptr;  // shadow: null if there is none
   int64_t numel = 0;
   Path path = Path::Scalar;
   Dtype target_dtype = Dtype::Float, source_dtype = Dtype::Float, shadow_dtype = Dtype::Float;
-  int32_t dims = 0;  // from here on for Path::Strided only
+  int32_t dims = 0;  // this and what follows: for Path::Strided only
   int64_t sizes[kMaxDims] = {};
   int64_t target_strides[kMaxDims] = {}, source_strides[kMaxDims] = {}, shadow_strides[kMaxDims] = {};
 
   bool operator==(const Row&) const = default;
 };
 
-struct Chunk {  // the elements [index * kEmaChunk, (index + 1) * kEmaChunk) of a row, for one block
+struct Chunk {  // work of one block: elements [index * kEmaChunk, (index + 1) * kEmaChunk) of a row
   int32_t row, index;
 };
 
-// Elements that a thread moves at once: 16 bytes of the target.
-FASTSSL_BOTH constexpr int pack_width(int64_t bytes_of_target) { return int(kWidestLoad / bytes_of_target); }
+// Elements of a pack: 16 bytes of the target.
+FASTSSL_HOST_DEVICE constexpr int pack_width(int64_t bytes_of_target) { return int(kWidestLoad / bytes_of_target); }
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2; }
 
-// Can packs of `width` elements be loaded from it in one instruction (two, where they are 32 bytes)?
-inline bool is_aligned(const Strided& tensor, int width) {
+// True where the address is aligned for loads of `width` elements by one instruction (two, for 32 bytes).
+inline bool is_aligned(const Storage& tensor, int width) {
   const int64_t bytes = std::min(kWidestLoad, width * bytes_of(tensor.dtype));
-  return reinterpret_cast<uintptr_t>(tensor.data) % bytes == 0;  // null, for no shadow, is aligned
+  return reinterpret_cast<uintptr_t>(tensor.data) % bytes == 0;  // a missing shadow (null) is aligned
 }
 
-// Sizes and strides, with neighbouring dimensions that all tensors can walk as one made one: fewer divisions.
+// Sizes and strides, with neighbouring dimensions merged where the strides of all tensors allow it: fewer divisions.
 inline void set_strides(Row& row, const Entry& entry) {
   for (size_t d = 0; d < entry.sizes.size(); ++d) {
     const int64_t size = entry.sizes[d], target = entry.target.strides[d], source = entry.source.strides[d];
@@ -65,8 +64,9 @@ inline void set_strides(Row& row, const Entry& entry) {
       row.sizes[last] *= size;
     } else {
       if (row.dims == kMaxDims)
-        throw std::runtime_error("ema_update_: on a GPU, a tensor that is not stored in the same dense order as its "
-                                 "target must have at most 8 dimensions: make it contiguous");
+        throw std::runtime_error(
+            "ema_update_: on a GPU, a tensor that is not stored in the same dense order as its "
+            "target must have at most 8 dimensions: make it contiguous");
       last = row.dims++;
       row.sizes[last] = size;
     }
@@ -110,11 +110,11 @@ inline std::vector<Chunk> chunks_of(const std::vector<Row>& rows) {
   return chunks;
 }
 
-// The tables of a device, most recently used first. A Table has `bool keep`: then it is never thrown out.
+// The tables of a device, most recently used first. A table with `keep` set is never evicted.
 template <typename Table>
 class TableCache {
  public:
-  // The table made for exactly these rows, or null. Valid until the next put.
+  // The table of exactly these rows, or null. Valid until the next insert.
   Table* find(const std::vector<Row>& rows) {
     for (auto slot = slots_.begin(); slot != slots_.end(); ++slot)
       if (slot->first == rows) {
@@ -124,16 +124,16 @@ class TableCache {
     return nullptr;
   }
 
-  Table* put(std::vector<Row> rows, Table table) {
-    size_t others = 0;
+  Table* insert(std::vector<Row> rows, Table table) {
+    size_t evictable = 0;
     for (auto slot = slots_.begin(); slot != slots_.end();)
-      slot = slot->second.keep || ++others < kTables ? std::next(slot) : slots_.erase(slot);
+      slot = slot->second.keep || ++evictable < kTables ? std::next(slot) : slots_.erase(slot);
     slots_.emplace_front(std::move(rows), std::move(table));
     return &slots_.front().second;
   }
 
  private:
-  static constexpr size_t kTables = 8;  // a run has one, or a few: a twin each, with and without shadows
+  static constexpr size_t kTables = 8;  // a run uses one or a few: per momentum encoder, with and without shadows
   std::list<std::pair<std::vector<Row>, Table>> slots_;
 };
 

@@ -1,4 +1,4 @@
-// GELU by the normal distribution, x Φ(x), and its derivative (Hendrycks and Gimpel, 2016).
+// GELU with the exact normal distribution, x Φ(x), and its derivative (Hendrycks and Gimpel, 2016).
 #pragma once
 
 #include "vec.h"
@@ -7,9 +7,10 @@
 
 namespace fastssl {
 
-// Φ(x) and e^(-x²/2), from which both follow. Φ(-t) = e^(-t²/2) R(t): R falls slowly from 1/2 and is a polynomial in
-// 1 / (1 + 0.275 t), fitted so that the error of Φ is at most 1.1e-8. One exponential serves both, and no branch is
-// needed.
+// Φ(x) and e^(-x²/2): GELU and its derivative are products and sums of these two.
+//
+// For t = |x|, Φ(-t) = e^(-t²/2) R(t), where R decreases slowly from 1/2. R is computed as a polynomial in
+// 1 / (1 + 0.275 t), fitted so that the absolute error of Φ is at most 1.1e-8. One exponential and no branch.
 struct Normal {
   Vec<float> distribution, exponential;
 };
@@ -30,9 +31,9 @@ inline Normal normal(Vec<float> x) {
 
 inline Vec<float> gelu(Vec<float> x) { return x * normal(x).distribution; }
 
-inline Vec<float> gelu_slope(Vec<float> x) {
-  const Normal at = normal(x);
-  return at.distribution + x * at.exponential * 0.3989422804f;
+inline Vec<float> gelu_derivative(Vec<float> x) {
+  const Normal n = normal(x);
+  return n.distribution + x * n.exponential * 0.3989422804f;
 }
 
 inline Vec<double> gelu(Vec<double> x) {
@@ -40,7 +41,7 @@ inline Vec<double> gelu(Vec<double> x) {
   return x;
 }
 
-inline Vec<double> gelu_slope(Vec<double> x) {
+inline Vec<double> gelu_derivative(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i)
     x[i] = 0.5 * std::erfc(-x[i] * M_SQRT1_2) + x[i] * std::exp(-0.5 * x[i] * x[i]) * 0.3989422804014327;
   return x;

@@ -1,7 +1,7 @@
-// MAE's masking: which tokens stay, taking them out, and putting them back in their places.
+// MAE's masking: ranking random noise, gathering the kept tokens, and restoring the order with mask tokens.
 //
-// All but the ranking is moving rows, bound by memory bandwidth, so each row is read once and written once, in the
-// order of the output: no zeroed buffer to scatter into, no index written out for every value, and no two threads that
+// All but the ranking moves rows, bound by memory bandwidth: each row is read once and written once, in the order of
+// the output. So no buffer is zeroed for a scatter, no index is expanded to the width of a row, and no two threads
 // write the same row.
 #include "rows.h"
 
@@ -17,19 +17,20 @@ namespace {
 // ---- Ranks of the noise
 
 template <typename T>
-using Key = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
+using SortKey = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
 
-// An integer in the order of the noise: -0.0 equal to 0.0, all NaN equal and last, and one more never overflows.
+// An integer key in the order of the noise: -0.0 and 0.0 are equal, all NaN are equal and last. Key + 1 does not
+// overflow.
 template <typename W>
-inline Key<W> key_of(W noise) {
-  using K = Key<W>;
+inline SortKey<W> sort_key(W noise) {
+  using K = SortKey<W>;
   constexpr K kLast = std::numeric_limits<K>::max();
   const K bits = std::bit_cast<K>(noise + W(0));  // -0.0 + 0.0 is 0.0
   return noise != noise ? kLast - 1 : bits < 0 ? K(bits ^ kLast) : bits;
 }
 
-// Where row b of the results is written, token by token.
-struct MaskingRow {
+// One sample of the results.
+struct MaskingOutputs {
   int64_t *ids_keep, *ids_masked, *ids_restore;
   float* mask;
   int64_t keep;
@@ -42,24 +43,25 @@ struct MaskingRow {
   }
 };
 
-// A token's rank is how many stand before it: those of smaller noise, and of equal noise those of smaller index. Tokens
-// lie in the lanes; `keys` is readable to the next multiple of kCounted.
+// Ranks by counting: a token's rank is the number of tokens with smaller noise, or equal noise and smaller index. Lanes
+// are tokens, kCounted of them at a time; `keys` must be readable up to a multiple of kCounted.
 template <typename K>
 constexpr int kCounted = 4 * kLanes<K>;
 
-// Longer rows are sorted. Measured on AVX2 and on its absence, in float and double: both are level about here.
+// The longest row that is ranked by counting, in O(length²); beyond, sorting is faster (measured with and without AVX2,
+// in float and double).
 template <typename K>
 constexpr int64_t kLongestCounted = 32 * kLanes<K>;
 
 template <typename K>
-void rank_by_counting(const K* keys, int64_t length, const MaskingRow& row) {
+void rank_by_counting(const K* keys, int64_t length, const MaskingOutputs& outputs) {
   constexpr int kLane = kLanes<K>, kVectors = kCounted<K> / kLane;
   Vec<K> lane;
   for (int i = 0; i < kLane; ++i) lane[i] = i;
   for (int64_t first = 0; first < length; first += kCounted<K>) {
     Vec<K> key[kVectors], rank[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      key[v] = load(keys + first + v * kLane) + 1;  // tokens before these also count where they are equal
+      key[v] = load(keys + first + v * kLane) + 1;  // +1: of the tokens before these, equal ones also count
       rank[v] = Vec<K>{};
     }
     const int64_t end = std::min(first + kCounted<K>, length);
@@ -67,44 +69,44 @@ void rank_by_counting(const K* keys, int64_t length, const MaskingRow& row) {
       for (int v = 0; v < kVectors; ++v) rank[v] -= key[v] > keys[j];  // true is -1
     for (int64_t j = first; j < end; ++j)
       for (int v = 0; v < kVectors; ++v) {
-        const Vec<K> not_before = lane <= splat(K(j - first - v * kLane));
-        rank[v] -= key[v] + not_before > keys[j];
+        const Vec<K> is_not_before = lane <= splat(K(j - first - v * kLane));
+        rank[v] -= key[v] + is_not_before > keys[j];
       }
     for (int v = 0; v < kVectors; ++v) key[v] -= 1;
     for (int64_t j = end; j < length; ++j)
       for (int v = 0; v < kVectors; ++v) rank[v] -= key[v] > keys[j];
     K ranks[kCounted<K>];
     for (int v = 0; v < kVectors; ++v) store(ranks + v * kLane, rank[v]);
-    for (int64_t i = first; i < end; ++i) row.place(i, ranks[i - first]);
+    for (int64_t i = first; i < end; ++i) outputs.place(i, ranks[i - first]);
   }
 }
 
 template <typename K>
-struct Ranked {
-  std::make_unsigned_t<K> key;  // in the same order as the signed one
+struct RankedToken {
+  std::make_unsigned_t<K> key;  // in the order of the signed key
   int64_t token;
 
   int byte(int n) const { return key >> (8 * n) & 255; }
 };
 
-// Radix sort, byte by byte from the lowest: keeps the order of equal keys and does not depend on the distribution.
+// Ranks by a radix sort, byte by byte from the lowest: stable, and as fast for any distribution.
 template <typename K>
-void rank_by_sorting(const K* keys, int64_t length, std::vector<Ranked<K>>& from, std::vector<Ranked<K>>& to,
-                     const MaskingRow& row) {
+void rank_by_sorting(const K* keys, int64_t length, std::vector<RankedToken<K>>& tokens,
+                     std::vector<RankedToken<K>>& buffer, const MaskingOutputs& outputs) {
   constexpr int kBytes = sizeof(K);
   std::array<std::array<int64_t, 256>, kBytes> starts{};
   for (int64_t i = 0; i < length; ++i) {
-    from[i] = {std::make_unsigned_t<K>(keys[i] ^ std::numeric_limits<K>::min()), i};
-    for (int n = 0; n < kBytes; ++n) ++starts[n][from[i].byte(n)];
+    tokens[i] = {std::make_unsigned_t<K>(keys[i] ^ std::numeric_limits<K>::min()), i};
+    for (int n = 0; n < kBytes; ++n) ++starts[n][tokens[i].byte(n)];
   }
   for (int n = 0; n < kBytes; ++n) {
-    if (starts[n][from[0].byte(n)] == length) continue;  // the same in all keys, as in bfloat16 noise
+    if (starts[n][tokens[0].byte(n)] == length) continue;  // all keys have this byte in common, as with bfloat16 noise
     int64_t before = 0;
     for (int64_t& start : starts[n]) before += std::exchange(start, before);
-    for (const Ranked<K>& token : from) to[starts[n][token.byte(n)]++] = token;
-    std::swap(from, to);
+    for (const RankedToken<K>& token : tokens) buffer[starts[n][token.byte(n)]++] = token;
+    std::swap(tokens, buffer);
   }
-  for (int64_t rank = 0; rank < length; ++rank) row.place(from[rank].token, rank);
+  for (int64_t rank = 0; rank < length; ++rank) outputs.place(tokens[rank].token, rank);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> random_masking(Tensor noise, int64_t keep) {
@@ -112,27 +114,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> random_masking(Tensor noise, int64_t 
   Tensor ids_keep = empty({batch, keep}, ScalarType::Long);
   Tensor ids_masked = empty({batch, length - keep}, ScalarType::Long);
   Tensor ids_restore = empty({batch, length}, ScalarType::Long), mask = empty({batch, length}, ScalarType::Float);
-  const MaskingRow first{static_cast<int64_t*>(ids_keep.mutable_data_ptr()),
-                         static_cast<int64_t*>(ids_masked.mutable_data_ptr()),
-                         static_cast<int64_t*>(ids_restore.mutable_data_ptr()),
-                         static_cast<float*>(mask.mutable_data_ptr()), keep};
+  const MaskingOutputs outputs{
+      static_cast<int64_t*>(ids_keep.mutable_data_ptr()), static_cast<int64_t*>(ids_masked.mutable_data_ptr()),
+      static_cast<int64_t*>(ids_restore.mutable_data_ptr()), static_cast<float*>(mask.mutable_data_ptr()), keep};
   with_float_type(noise.scalar_type(), "random_masking: noise", [&](auto type) {
     using T = decltype(type);
-    using K = Key<T>;
+    using K = SortKey<T>;
     const T* values = static_cast<const T*>(noise.const_data_ptr());
     const int64_t batch_stride = noise.stride(0), stride = noise.stride(1);
     const bool counted = length <= kLongestCounted<K>;
     torch::stable::parallel_for(0, batch, grain(8 * length), [&](int64_t begin, int64_t end) {
       std::vector<K> keys(round_up<int64_t>(length, kCounted<K>));
-      std::vector<Ranked<K>> from(counted ? 0 : length), to(counted ? 0 : length);
+      std::vector<RankedToken<K>> tokens(counted ? 0 : length), buffer(counted ? 0 : length);
       for (int64_t b = begin; b < end; ++b) {
-        for (int64_t i = 0; i < length; ++i) keys[i] = key_of(to_float(values[b * batch_stride + i * stride]));
-        const MaskingRow row{first.ids_keep + b * keep, first.ids_masked + b * (length - keep),
-                             first.ids_restore + b * length, first.mask + b * length, keep};
+        for (int64_t i = 0; i < length; ++i) keys[i] = sort_key(to_float(values[b * batch_stride + i * stride]));
+        const MaskingOutputs sample{outputs.ids_keep + b * keep, outputs.ids_masked + b * (length - keep),
+                                    outputs.ids_restore + b * length, outputs.mask + b * length, keep};
         if (counted)
-          rank_by_counting(keys.data(), length, row);
+          rank_by_counting(keys.data(), length, sample);
         else
-          rank_by_sorting(keys.data(), length, from, to, row);
+          rank_by_sorting(keys.data(), length, tokens, buffer, sample);
       }
     });
   });
@@ -146,43 +147,43 @@ ScalarType promoted(ScalarType a, ScalarType b) {
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// True where every value of S is one of O, which is what promotion makes sure of.
+// True where every value of S is representable in O, as is so for promoted dtypes.
 template <typename S, typename O>
-constexpr bool kWidens = std::is_same_v<S, O> || std::is_same_v<O, double> ||
-                         (std::is_same_v<O, float> && !std::is_same_v<S, double>);
+constexpr bool kRepresentable =
+    std::is_same_v<S, O> || std::is_same_v<O, double> || (std::is_same_v<O, float> && !std::is_same_v<S, double>);
 
-// Calls body(S{}, O{}) for a source and the output it is promoted to.
+// Calls body(S{}, O{}) with the types of the source and of the dtype it is promoted to.
 template <typename Body>
-void with_promotion(ScalarType source, ScalarType output, const Body& body) {
+void with_promoted_types(ScalarType source, ScalarType output, const Body& body) {
   with_float_type(source, "tokens", [&](auto s) {
-    using S = decltype(s);  // here: inside the next lambda GCC 12 takes decltype(s) in a condition for const
+    using S = decltype(s);  // not in the inner lambda, where GCC 12 makes decltype(s) const
     with_float_type(output, "tokens", [&](auto o) {
-      if constexpr (kWidens<S, decltype(o)>) body(S{}, o);
+      if constexpr (kRepresentable<S, decltype(o)>) body(S{}, o);
     });
   });
 }
 
-// from + pos, added in float and rounded once, as torch does; from alone where pos is null.
+// src + pos, added in the compute type and rounded once, as torch does; src alone if pos is null.
 template <typename S, typename O>
-void add_row(O* out, const S* from, int64_t column, const O* pos, int64_t width) {
-  using W = Wide<O>;
+void add_position(O* out, const S* src, int64_t column_stride, const O* pos, int64_t width) {
+  using W = ComputeType<O>;
   if constexpr (std::is_same_v<S, O>)
-    if (!pos) return copy_row(out, from, column, width);
+    if (!pos) return copy_row(out, src, column_stride, width);
   int64_t d = 0;
-  if constexpr (std::is_same_v<W, Wide<S>>)
-    if (column == 1)
+  if constexpr (std::is_same_v<W, ComputeType<S>>)
+    if (column_stride == 1)
       for (; d + kLanes<W> <= width; d += kLanes<W>)
-        store_narrow(out + d, pos ? load_wide(from + d) + load_wide(pos + d) : load_wide(from + d));
+        store_narrow(out + d, pos ? load_wide(src + d) + load_wide(pos + d) : load_wide(src + d));
   for (; d < width; ++d) {
-    const W value = to_float(from[d * column]);
+    const W value = to_float(src[d * column_stride]);
     out[d] = from_float<O>(pos ? value + to_float(pos[d]) : value);
   }
 }
 
-// pos [N, D] in the output's dtype with its columns side by side: it is read once for every sample.
-Tensor ready(const Tensor& pos, ScalarType dtype) {
-  const bool is_ready = pos.scalar_type() == dtype && pos.stride(1) == 1;
-  return is_ready ? pos : torch::stable::contiguous(torch::stable::to(pos, dtype));
+// pos [N, D] in the output's dtype with contiguous rows, because it is read once per sample.
+Tensor converted_positions(const Tensor& pos, ScalarType dtype) {
+  const bool is_converted = pos.scalar_type() == dtype && pos.stride(1) == 1;
+  return is_converted ? pos : torch::stable::contiguous(torch::stable::to(pos, dtype));
 }
 
 Tensor keep_tokens_fwd(Tensor x, Tensor ids_keep, std::optional<Tensor> pos) {
@@ -191,39 +192,39 @@ Tensor keep_tokens_fwd(Tensor x, Tensor ids_keep, std::optional<Tensor> pos) {
   const ScalarType dtype = pos ? promoted(x.scalar_type(), pos->scalar_type()) : x.scalar_type();
   Tensor out = empty({batch, kept, width}, dtype);
   if (out.numel() == 0) return out;
-  if (pos) pos = ready(*pos, dtype);
-  with_promotion(x.scalar_type(), dtype, [&](auto source, auto output) {
+  if (pos) pos = converted_positions(*pos, dtype);
+  with_promoted_types(x.scalar_type(), dtype, [&](auto source, auto output) {
     using S = decltype(source);
     using O = decltype(output);
     const Rows<S> tokens(x);
     const Rows<O> rows(out), positions(pos ? *pos : out);
     torch::stable::parallel_for(0, batch * kept, grain(width), [&](int64_t begin, int64_t end) {
-      std::vector<O> scratch(goes_past_cache(out) ? width : 0);
+      std::vector<O> scratch(prefers_non_temporal(out) ? width : 0);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / kept, m = i % kept, l = ids(b, m);
-        const O* position = pos ? positions.at(0, l) : nullptr;
-        write_row(rows.at(b, m), width, scratch,
-                  [&](O* row) { add_row(row, tokens.at(b, l), tokens.column, position, width); });
+        const O* position = pos ? positions.row(0, l) : nullptr;
+        write_row(rows.row(b, m), width, scratch,
+                  [&](O* row) { add_position(row, tokens.row(b, l), tokens.column_stride, position, width); });
       }
-      finish_past_cache();
+      fence_non_temporal();
     });
   });
   return out;
 }
 
-// For each token its place among the first `kept` ids of sample b, or -1.
-void invert(const Ids& ids, int64_t b, int64_t count, std::vector<int64_t>& place) {
+// place[token] = its position among the first `count` ids of sample b, or -1.
+void invert_ids(const Ids& ids, int64_t b, int64_t count, std::vector<int64_t>& place) {
   std::fill(place.begin(), place.end(), -1);
   for (int64_t m = 0; m < count; ++m) place[ids(b, m)] = m;
 }
 
-// Row `place` of sample b, or zeros where there is none.
+// Copies row `place` of sample b, or zeros if place is -1.
 template <typename T>
-void copy_or_zero(T* to, const Rows<T>& from, int64_t b, int64_t place, int64_t width) {
+void copy_or_zero(T* dst, const Rows<T>& src, int64_t b, int64_t place, int64_t width) {
   if (place < 0)
-    std::memset(static_cast<void*>(to), 0, width * sizeof(T));
+    std::memset(static_cast<void*>(dst), 0, width * sizeof(T));
   else
-    copy_row<T>(to, from.at(b, place), from.column, width);
+    copy_row<T>(dst, src.row(b, place), src.column_stride, width);
 }
 
 Tensor keep_tokens_bwd(Tensor dkept, Tensor ids_keep, int64_t length) {
@@ -231,18 +232,18 @@ Tensor keep_tokens_bwd(Tensor dkept, Tensor ids_keep, int64_t length) {
   const Ids ids(ids_keep, "keep_tokens: ids_keep", length);
   Tensor dx = empty({batch, length, width}, dkept.scalar_type());
   if (dx.numel() == 0) return dx;
-  with_size_of(dkept, [&](auto type) {
+  with_element_size(dkept, [&](auto type) {
     using T = decltype(type);
-    const Rows<T> from(dkept), to(dx);
+    const Rows<T> src(dkept), dst(dx);
     torch::stable::parallel_for(0, batch * length, grain(width), [&](int64_t begin, int64_t end) {
       std::vector<int64_t> place(length);
-      std::vector<T> scratch(goes_past_cache(dx) ? width : 0);
+      std::vector<T> scratch(prefers_non_temporal(dx) ? width : 0);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / length, l = i % length;
-        if (i == begin || l == 0) invert(ids, b, kept, place);
-        write_row(to.at(b, l), width, scratch, [&](T* row) { copy_or_zero(row, from, b, place[l], width); });
+        if (i == begin || l == 0) invert_ids(ids, b, kept, place);
+        write_row(dst.row(b, l), width, scratch, [&](T* row) { copy_or_zero(row, src, b, place[l], width); });
       }
-      finish_past_cache();
+      fence_non_temporal();
     });
   });
   return dx;
@@ -255,64 +256,65 @@ Tensor restore_tokens_fwd(Tensor x, Tensor mask_token, Tensor ids_restore, std::
   if (pos) dtype = promoted(dtype, pos->scalar_type());
   Tensor out = empty({batch, prefix + length, width}, dtype);
   if (out.numel() == 0) return out;
-  if (pos) pos = ready(*pos, dtype);
+  if (pos) pos = converted_positions(*pos, dtype);
   mask_token = torch::stable::contiguous(torch::stable::to(mask_token, dtype));
-  with_promotion(x.scalar_type(), dtype, [&](auto source, auto output) {
+  with_promoted_types(x.scalar_type(), dtype, [&](auto source, auto output) {
     using S = decltype(source);
     using O = decltype(output);
     const Rows<S> tokens(x);
     const Rows<O> rows(out), positions(pos ? *pos : out);
-    const O* hole = static_cast<const O*>(mask_token.const_data_ptr());
+    const O* mask_row = static_cast<const O*>(mask_token.const_data_ptr());
     torch::stable::parallel_for(0, batch * (prefix + length), grain(width), [&](int64_t begin, int64_t end) {
-      std::vector<O> scratch(goes_past_cache(out) ? width : 0);
+      std::vector<O> scratch(prefers_non_temporal(out) ? width : 0);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / (prefix + length), t = i % (prefix + length);
-        const int64_t place = t < prefix ? t - prefix : ids(b, t - prefix);  // among x's tokens after the prefix
-        const O* position = pos ? positions.at(0, t) : nullptr;
-        write_row(rows.at(b, t), width, scratch, [&](O* row) {
+        const int64_t place = t < prefix ? t - prefix : ids(b, t - prefix);  // position in x after its prefix
+        const O* position = pos ? positions.row(0, t) : nullptr;
+        write_row(rows.row(b, t), width, scratch, [&](O* row) {
           if (place < kept)
-            add_row(row, tokens.at(b, prefix + place), tokens.column, position, width);
+            add_position(row, tokens.row(b, prefix + place), tokens.column_stride, position, width);
           else
-            add_row(row, hole, 1, position, width);
+            add_position(row, mask_row, 1, position, width);
         });
       }
-      finish_past_cache();
+      fence_non_temporal();
     });
   });
   return out;
 }
 
-constexpr int kSummed = 8;           // rows that are added up before the sums are loaded and stored
-constexpr int64_t kMostGroups = 256;  // shares of the batch with a sum each: fixed, so that threads change no bit
+constexpr int kRowsAtOnce = 8;       // rows added at a time, for one load and one store of the sums
+constexpr int64_t kMaxGroups = 256;  // groups of samples with separate sums, whatever the number of threads
 
-// Adds N rows to sums, in double: an image's gradients nearly cancel, and rounding in float would be what remains.
+// Adds N rows to `sums`, in double: the gradients of an image nearly cancel, so float would leave rounding errors.
 template <int N, typename T>
-void add_rows(const T* const* rows, int64_t column, double* sums, int64_t width) {
-  constexpr int kWide = kLanes<Wide<T>>;
-  using Doubles = VecOf<double, kWide * sizeof(double)>;
+void add_rows(const T* const* rows, int64_t column_stride, double* sums, int64_t width) {
+  constexpr int kVector = kLanes<ComputeType<T>>;
+  using Doubles = VecOf<double, kVector * sizeof(double)>;
   int64_t d = 0;
-  if (column == 1)
-    for (; d + kWide <= width; d += kWide) {
-      auto* to = reinterpret_cast<typename Doubles::unaligned*>(sums + d);
-      typename Doubles::type total = *to;
+  if (column_stride == 1)
+    for (; d + kVector <= width; d += kVector) {
+      auto* dst = reinterpret_cast<typename Doubles::unaligned*>(sums + d);
+      typename Doubles::type total = *dst;
 #pragma GCC unroll 8
       for (int r = 0; r < N; ++r) total += __builtin_convertvector(load_wide(rows[r] + d), typename Doubles::type);
-      *to = total;
+      *dst = total;
     }
   for (; d < width; ++d)
-    for (int r = 0; r < N; ++r) sums[d] += to_float(rows[r][d * column]);
+    for (int r = 0; r < N; ++r) sums[d] += to_float(rows[r][d * column_stride]);
 }
 
-// The gradient of one sample's tokens, and the sum of what came back from its holes.
+// Gradients of one sample's tokens, and the sum of the gradients of its mask tokens.
 template <typename T>
-struct Unrestore {
+struct RestoreBackward {
   Rows<T> dout, dx;
   const Ids& ids;
   int64_t length, prefix, kept, width;
 
+  // `source` is scratch: the row of dout for each row of dx, or -1.
   void sample(int64_t b, std::vector<int64_t>& source, double* sums) const {
-    const T* holes[kSummed];
-    int found = 0;
+    const T* masked_rows[kRowsAtOnce];
+    int pending = 0;
     std::fill(source.begin(), source.end(), -1);
     for (int64_t t = 0; t < prefix; ++t) source[t] = t;
     for (int64_t l = 0; l < length; ++l) {
@@ -320,12 +322,12 @@ struct Unrestore {
       if (place < kept) {
         source[prefix + place] = prefix + l;
       } else {
-        holes[found++] = dout.at(b, prefix + l);
-        if (found == kSummed) add_rows<kSummed>(holes, dout.column, sums, width), found = 0;
+        masked_rows[pending++] = dout.row(b, prefix + l);
+        if (pending == kRowsAtOnce) add_rows<kRowsAtOnce>(masked_rows, dout.column_stride, sums, width), pending = 0;
       }
     }
-    for (int h = 0; h < found; ++h) add_rows<1>(holes + h, dout.column, sums, width);
-    for (int64_t t = 0; t < prefix + kept; ++t) copy_or_zero(dx.at(b, t), dout, b, source[t], width);
+    for (int h = 0; h < pending; ++h) add_rows<1>(masked_rows + h, dout.column_stride, sums, width);
+    for (int64_t t = 0; t < prefix + kept; ++t) copy_or_zero(dx.row(b, t), dout, b, source[t], width);
   }
 };
 
@@ -333,20 +335,20 @@ std::tuple<Tensor, Tensor> restore_tokens_bwd(Tensor dout, Tensor ids_restore, i
   const int64_t batch = dout.size(0), width = dout.size(2), length = ids_restore.size(1);
   const Ids ids(ids_restore, "restore_tokens: ids_restore", length);
   const ScalarType dtype = dout.scalar_type();
-  const int64_t groups = std::min(batch, kMostGroups), share = groups ? (batch + groups - 1) / groups : 0;
+  const int64_t groups = std::min(batch, kMaxGroups), group_size = groups ? (batch + groups - 1) / groups : 0;
   Tensor dx = empty({batch, prefix + kept, width}, dtype);
   Tensor dmask_token = empty({width}, promoted(dtype, ScalarType::Float));
   if (width == 0) return {dx, dmask_token};
   with_float_type(dtype, "restore_tokens: dout", [&](auto type) {
     using T = decltype(type);
-    using W = Wide<T>;
-    const Unrestore<T> unrestore{Rows<T>(dout), Rows<T>(dx), ids, length, prefix, kept, width};
+    using W = ComputeType<T>;
+    const RestoreBackward<T> restore_backward{Rows<T>(dout), Rows<T>(dx), ids, length, prefix, kept, width};
     std::vector<double> sums(std::max<int64_t>(groups, 1) * width);
-    torch::stable::parallel_for(0, groups, grain(share * length * width), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, groups, grain(group_size * length * width), [&](int64_t begin, int64_t end) {
       std::vector<int64_t> source(prefix + kept);
       for (int64_t g = begin; g < end; ++g)
-        for (int64_t b = g * share; b < std::min((g + 1) * share, batch); ++b)
-          unrestore.sample(b, source, sums.data() + g * width);
+        for (int64_t b = g * group_size; b < std::min((g + 1) * group_size, batch); ++b)
+          restore_backward.sample(b, source, sums.data() + g * width);
     });
     for (int64_t g = 1; g < groups; ++g)
       for (int64_t d = 0; d < width; ++d) sums[d] += sums[g * width + d];

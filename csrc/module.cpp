@@ -1,4 +1,5 @@
-// fastssl._C: facts about this build and this processor. No tensors here: kernels reach torch through the dispatcher.
+// fastssl._C: facts about the build and the processor. It holds no kernels; those are called through torch's
+// dispatcher.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,7 +16,7 @@ std::vector<std::string> levels() {
   return names;
 }
 
-// The highest of the built levels that this processor, and its operating system, can run.
+// The highest level that the processor and its operating system support.
 std::string processor_level() {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
@@ -53,8 +54,9 @@ pybind11::dict build_facts() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Facts about the native part of fastssl: how it was built, what this processor can run.";
-  module.def("build_facts", &build_facts, "compiler, instruction-set levels built, whether a CUDA part was built");
-  module.def("processor_maker", &processor_maker, "'intel', 'amd' or 'other'");
-  module.def("processor_level", &processor_level, "'avx512' (with bf16), 'avx2' or 'baseline'");
+  module.doc() = "Facts about the native part of fastssl: how it was built, and what the processor supports.";
+  module.def("build_facts", &build_facts, "Compiler, instruction-set levels built, whether the CUDA part was built.");
+  module.def("processor_maker", &processor_maker, "Maker of the processor: 'intel', 'amd' or 'other'.");
+  module.def("processor_level", &processor_level,
+             "Highest level the processor supports: 'avx512' (with bf16), 'avx2' or 'baseline'.");
 }

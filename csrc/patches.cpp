@@ -1,8 +1,8 @@
-// Images as patches: cutting, putting together, taking only the kept ones, and MAE's loss on the masked ones.
+// Patches of images: patchify, unpatchify, only the kept patches, and MAE's loss on the masked patches.
 //
-// A patch is a row of P = p·p·C values: pixel row p, pixel column q, channel c, the channel last. In an image of usual
-// layout the channels lie far apart, so cutting interleaves C runs of p pixels; channels-last images are cut by
-// copying.
+// A patch is a row of P = p·p·C values in the order (pixel row, pixel column, channel). In a contiguous image the
+// channels are far apart, so that a row of pixels interleaves C runs of p values; of a channels_last image it is a
+// copy. Bound by memory bandwidth: pixels are read once and results are written once.
 #include "rows.h"
 
 #include <optional>
@@ -12,7 +12,7 @@
 namespace fastssl {
 namespace {
 
-// How images [B, C, H, W] of any strides are cut; L is numbered row by row.
+// The grid of patches of images [B, C, H, W]; patches are numbered row by row.
 struct Grid {
   int64_t batch, channels, height, width, patch;
 
@@ -29,56 +29,57 @@ Grid grid_of(const Tensor& patches, int64_t patch, int64_t height, int64_t width
   return {patches.size(0), patches.size(2) / (patch * patch), height, width, patch};
 }
 
-// One patch, wherever its values lie: strides of pixel row, pixel column and channel.
+// One patch, in an image or as a row of patches, with the strides of pixel rows, pixel columns and channels.
 template <typename T>
 struct Patch {
   T* data;
-  int64_t row, column, channel;
+  int64_t row_stride, column_stride, channel_stride;
 };
 
 template <typename T>
 struct Images {
   T* data;
   Grid grid;
-  int64_t batch, channel, row, column;  // strides
+  int64_t batch_stride, channel_stride, row_stride, column_stride;
 
   Images(const Tensor& images, const Grid& grid)
-      : data(static_cast<T*>(const_cast<void*>(images.const_data_ptr()))), grid(grid), batch(images.stride(0)),
-        channel(images.stride(1)), row(images.stride(2)), column(images.stride(3)) {}
-  Patch<T> at(int64_t b, int64_t l) const {
+      : data(static_cast<T*>(const_cast<void*>(images.const_data_ptr()))), grid(grid), batch_stride(images.stride(0)),
+        channel_stride(images.stride(1)), row_stride(images.stride(2)), column_stride(images.stride(3)) {}
+  Patch<T> patch(int64_t b, int64_t l) const {
     const int64_t top = l / grid.columns() * grid.patch, left = l % grid.columns() * grid.patch;
-    return {data + b * batch + top * row + left * column, row, column, channel};
+    return {data + b * batch_stride + top * row_stride + left * column_stride, row_stride, column_stride,
+            channel_stride};
   }
 };
 
-// A patch that is row n of sample b.
+// The patch that is row n of sample b.
 template <typename T>
-Patch<T> patch_in(const Rows<T>& rows, int64_t b, int64_t n, const Grid& grid) {
-  const int64_t pixel = grid.channels * rows.column;
-  return {rows.at(b, n), grid.patch * pixel, pixel, rows.column};
+Patch<T> patch_in_row(const Rows<T>& rows, int64_t b, int64_t n, const Grid& grid) {
+  const int64_t pixel = grid.channels * rows.column_stride;
+  return {rows.row(b, n), grid.patch * pixel, pixel, rows.column_stride};
 }
 
-// Three vectors of one channel each become vectors of whole pixels: result number `kPart` of three.
+// Interleaves one vector of each of three channels to three vectors of pixels; returns number kPart of these.
 template <int kPart, typename T, int... I>
 inline Vec<T> interleave(Vec<T> red, Vec<T> green, Vec<T> blue, std::integer_sequence<int, I...>) {
   constexpr int n = kLanes<T>;
-  constexpr auto value = [](int i) { return kPart * n + i; };  // in the pixels' order: channel value % 3 of value / 3
+  constexpr auto value = [](int i) { return kPart * n + i; };  // number i is channel value % 3 of pixel value / 3
   const Vec<T> red_green =
       __builtin_shufflevector(red, green, (value(I) % 3 == 2 ? 0 : value(I) / 3 + value(I) % 3 * n)...);
   return __builtin_shufflevector(red_green, blue, (value(I) % 3 == 2 ? n + value(I) / 3 : I)...);
 }
 
-// The same for a row of pixels, a vector of them at a time; returns how many are done.
+// Interleaves a row of pixels, a vector at a time, and returns the number of pixels done: whole vectors.
 template <typename T>
-int64_t interleave(T* to, const T* red, const T* green, const T* blue, int64_t pixels) {
+int64_t interleave(T* dst, const T* red, const T* green, const T* blue, int64_t pixels) {
   int64_t q = 0;
   if constexpr (sizeof(T) == 4 || sizeof(T) == 8) {
     using Lanes = std::make_integer_sequence<int, kLanes<T>>;
     for (; q + kLanes<T> <= pixels; q += kLanes<T>) {
       const Vec<T> r = load(red + q), g = load(green + q), b = load(blue + q);
-      store(to + 3 * q, interleave<0, T>(r, g, b, Lanes{}));
-      store(to + 3 * q + kLanes<T>, interleave<1, T>(r, g, b, Lanes{}));
-      store(to + 3 * q + 2 * kLanes<T>, interleave<2, T>(r, g, b, Lanes{}));
+      store(dst + 3 * q, interleave<0, T>(r, g, b, Lanes{}));
+      store(dst + 3 * q + kLanes<T>, interleave<1, T>(r, g, b, Lanes{}));
+      store(dst + 3 * q + 2 * kLanes<T>, interleave<2, T>(r, g, b, Lanes{}));
     }
   }
   return q;
@@ -86,41 +87,42 @@ int64_t interleave(T* to, const T* red, const T* green, const T* blue, int64_t p
 
 // One row of pixels.
 template <typename T>
-void copy_pixels(const Patch<T>& to_patch, const Patch<T>& from_patch, int64_t row, int64_t pixels, int64_t channels) {
-  T* __restrict to = to_patch.data + row * to_patch.row;
-  const T* __restrict from = from_patch.data + row * from_patch.row;
-  const auto is_run = [&](const Patch<T>& patch) {  // the values lie side by side, the channel last
-    return patch.column == channels && (patch.channel == 1 || channels == 1);
+void copy_pixels(const Patch<T>& dst_patch, const Patch<T>& src_patch, int64_t row, int64_t pixels, int64_t channels) {
+  T* __restrict dst = dst_patch.data + row * dst_patch.row_stride;
+  const T* __restrict src = src_patch.data + row * src_patch.row_stride;
+  const auto is_contiguous = [&](const Patch<T>& patch) {  // contiguous values, channel last
+    return patch.column_stride == channels && (patch.channel_stride == 1 || channels == 1);
   };
-  if (is_run(to_patch) && is_run(from_patch)) {
-    std::memcpy(static_cast<void*>(to), from, pixels * channels * sizeof(T));
-  } else if (channels == 3 && is_run(to_patch) && from_patch.column == 1) {
-    const T *red = from, *green = from + from_patch.channel, *blue = from + 2 * from_patch.channel;
-    for (int64_t q = interleave(to, red, green, blue, pixels); q < pixels; ++q) {
-      to[3 * q] = red[q];
-      to[3 * q + 1] = green[q];
-      to[3 * q + 2] = blue[q];
+  if (is_contiguous(dst_patch) && is_contiguous(src_patch)) {
+    std::memcpy(static_cast<void*>(dst), src, pixels * channels * sizeof(T));
+  } else if (channels == 3 && is_contiguous(dst_patch) && src_patch.column_stride == 1) {
+    const T *red = src, *green = src + src_patch.channel_stride, *blue = src + 2 * src_patch.channel_stride;
+    for (int64_t q = interleave(dst, red, green, blue, pixels); q < pixels; ++q) {
+      dst[3 * q] = red[q];
+      dst[3 * q + 1] = green[q];
+      dst[3 * q + 2] = blue[q];
     }
-  } else if (channels == 3 && is_run(from_patch) && to_patch.column == 1) {
-    T *red = to, *green = to + to_patch.channel, *blue = to + 2 * to_patch.channel;
+  } else if (channels == 3 && is_contiguous(src_patch) && dst_patch.column_stride == 1) {
+    T *red = dst, *green = dst + dst_patch.channel_stride, *blue = dst + 2 * dst_patch.channel_stride;
     for (int64_t q = 0; q < pixels; ++q) {
-      red[q] = from[3 * q];
-      green[q] = from[3 * q + 1];
-      blue[q] = from[3 * q + 2];
+      red[q] = src[3 * q];
+      green[q] = src[3 * q + 1];
+      blue[q] = src[3 * q + 2];
     }
   } else {
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t q = 0; q < pixels; ++q)
-        to[c * to_patch.channel + q * to_patch.column] = from[c * from_patch.channel + q * from_patch.column];
+        dst[c * dst_patch.channel_stride + q * dst_patch.column_stride] =
+            src[c * src_patch.channel_stride + q * src_patch.column_stride];
   }
 }
 
 template <typename T>
-void copy_patch(const Patch<T>& to, const Patch<T>& from, const Grid& grid) {
-  for (int64_t row = 0; row < grid.patch; ++row) copy_pixels(to, from, row, grid.patch, grid.channels);
+void copy_patch(const Patch<T>& dst, const Patch<T>& src, const Grid& grid) {
+  for (int64_t row = 0; row < grid.patch; ++row) copy_pixels(dst, src, row, grid.patch, grid.channels);
 }
 
-// Calls move(b, n) for `count` patches of each sample, on several threads where that pays.
+// Calls move(b, n) for `count` patches of each sample, in parallel.
 template <typename Move>
 void for_each_patch(const Grid& grid, int64_t count, const Move& move) {
   torch::stable::parallel_for(0, grid.batch * count, grain(grid.values()), [&](int64_t begin, int64_t end) {
@@ -128,21 +130,21 @@ void for_each_patch(const Grid& grid, int64_t count, const Move& move) {
   });
 }
 
-// Row m of sample b becomes patch number(b, m).
+// Copies patch number(b, m) of the images to row m of sample b.
 template <typename T, typename Number>
-void cut(const Images<T>& from, const Tensor& out, int64_t count, const Number& number) {
-  const Grid& grid = from.grid;
-  const Rows<T> to(out);
+void extract_patches(const Images<T>& src, const Tensor& out, int64_t count, const Number& number) {
+  const Grid& grid = src.grid;
+  const Rows<T> dst(out);
   const int64_t pixel = grid.channels;
   torch::stable::parallel_for(0, grid.batch * count, grain(grid.values()), [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(goes_past_cache(out) ? grid.values() : 0);
+    std::vector<T> scratch(prefers_non_temporal(out) ? grid.values() : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / count, m = i % count;
-      write_row(to.at(b, m), grid.values(), scratch, [&](T* row) {
-        copy_patch(Patch<T>{row, grid.patch * pixel, pixel, 1}, from.at(b, number(b, m)), grid);
+      write_row(dst.row(b, m), grid.values(), scratch, [&](T* row) {
+        copy_patch(Patch<T>{row, grid.patch * pixel, pixel, 1}, src.patch(b, number(b, m)), grid);
       });
     }
-    finish_past_cache();
+    fence_non_temporal();
   });
 }
 
@@ -150,9 +152,9 @@ Tensor patchify(Tensor images, int64_t patch) {
   const Grid grid = grid_of(images, patch);
   Tensor out = empty({grid.batch, grid.length(), grid.values()}, images.scalar_type());
   if (out.numel() == 0) return out;
-  with_size_of(images, [&](auto type) {
+  with_element_size(images, [&](auto type) {
     using T = decltype(type);
-    cut(Images<T>(images, grid), out, grid.length(), [](int64_t, int64_t l) { return l; });
+    extract_patches(Images<T>(images, grid), out, grid.length(), [](int64_t, int64_t l) { return l; });
   });
   return out;
 }
@@ -161,12 +163,12 @@ Tensor unpatchify(Tensor patches, int64_t patch, int64_t height, int64_t width) 
   const Grid grid = grid_of(patches, patch, height, width);
   Tensor out = empty({grid.batch, grid.channels, height, width}, patches.scalar_type());
   if (out.numel() == 0) return out;
-  with_size_of(patches, [&](auto type) {
+  with_element_size(patches, [&](auto type) {
     using T = decltype(type);
-    const Rows<T> from(patches);
-    const Images<T> to(out, grid);
+    const Rows<T> src(patches);
+    const Images<T> dst(out, grid);
     for_each_patch(grid, grid.length(),
-                   [&](int64_t b, int64_t l) { copy_patch(to.at(b, l), patch_in(from, b, l, grid), grid); });
+                   [&](int64_t b, int64_t l) { copy_patch(dst.patch(b, l), patch_in_row(src, b, l, grid), grid); });
   });
   return out;
 }
@@ -177,28 +179,29 @@ Tensor keep_patches_fwd(Tensor images, Tensor ids_keep, int64_t patch) {
   const int64_t kept = ids_keep.size(1);
   Tensor out = empty({grid.batch, kept, grid.values()}, images.scalar_type());
   if (out.numel() == 0) return out;
-  with_size_of(images, [&](auto type) {
+  with_element_size(images, [&](auto type) {
     using T = decltype(type);
-    cut(Images<T>(images, grid), out, kept, [&](int64_t b, int64_t m) { return ids(b, m); });
+    extract_patches(Images<T>(images, grid), out, kept, [&](int64_t b, int64_t m) { return ids(b, m); });
   });
   return out;
 }
 
-// Each image is zeroed while it is in the cache: its patches' rows of pixels are too short to zero one by one.
+// Zeroes each image and then copies the kept patches: the rows of pixels in a patch are too short to be zeroed one by
+// one.
 Tensor keep_patches_bwd(Tensor dkept, Tensor ids_keep, int64_t patch, int64_t height, int64_t width) {
   const Grid grid = grid_of(dkept, patch, height, width);
   const Ids ids(ids_keep, "keep_patches: ids_keep", grid.length());
   const int64_t kept = ids_keep.size(1), pixels = grid.channels * height * width;
   Tensor out = empty({grid.batch, grid.channels, height, width}, dkept.scalar_type());
   if (out.numel() == 0) return out;
-  with_size_of(dkept, [&](auto type) {
+  with_element_size(dkept, [&](auto type) {
     using T = decltype(type);
-    const Rows<T> from(dkept);
-    const Images<T> to(out, grid);
+    const Rows<T> src(dkept);
+    const Images<T> dst(out, grid);
     torch::stable::parallel_for(0, grid.batch, grain(pixels), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        std::memset(static_cast<void*>(to.data + b * to.batch), 0, pixels * sizeof(T));
-        for (int64_t m = 0; m < kept; ++m) copy_patch(to.at(b, ids(b, m)), patch_in(from, b, m, grid), grid);
+        std::memset(static_cast<void*>(dst.data + b * dst.batch_stride), 0, pixels * sizeof(T));
+        for (int64_t m = 0; m < kept; ++m) copy_patch(dst.patch(b, ids(b, m)), patch_in_row(src, b, m, grid), grid);
       }
     });
   });
@@ -207,9 +210,9 @@ Tensor keep_patches_bwd(Tensor dkept, Tensor ids_keep, int64_t patch, int64_t he
 
 // ---- The loss on masked patches
 
-// Subtracts the mean of a row from it; gives what it is then to be multiplied by: 1 / sqrt(variance + 1e-6).
+// Subtracts the mean of a row from it and returns the factor that normalises it, 1 / √(variance + 1e-6).
 template <typename W>
-W centre(W* row, int64_t n) {
+W centre_row(W* row, int64_t n) {
   const auto subtract = [=](W shift, auto result) {
     return sum_over<W>(n, [=](auto zero, int64_t i) {
       using V = decltype(zero);
@@ -218,16 +221,17 @@ W centre(W* row, int64_t n) {
       return result(value);
     });
   };
-  const auto itself = [](auto x) { return x; };
-  const double sum = subtract(0, itself);
-  const double rest = subtract(W(sum / n), itself);  // what rounding left of the mean: much in a bright, flat patch
-  const double squares = subtract(W(rest / n), [](auto x) { return x * x; });
+  const auto identity = [](auto x) { return x; };
+  const double sum = subtract(0, identity);
+  // The rounding error of the mean, large in a bright patch without contrast, is subtracted in a second pass.
+  const double residual_sum = subtract(W(sum / n), identity);
+  const double squares = subtract(W(residual_sum / n), [](auto x) { return x * x; });
   return W(1 / std::sqrt(squares / (n - 1) + 1e-6));  // NaN for a single value, as torch's unbiased variance
 }
 
-// Sum of (pred - scale * row)²; leaves the difference times dscale in dpred unless that is null.
+// Returns Σ (pred − scale · row)², and writes the difference times dscale to dpred unless that is null.
 template <typename S, typename W>
-double compare(const S* pred, const W* row, W scale, W* dpred, W dscale, int64_t n) {
+double squared_error(const S* pred, const W* row, W scale, W* dpred, W dscale, int64_t n) {
   const auto square = [=](auto zero, int64_t i) {
     using V = decltype(zero);
     const V difference = read<V>(pred + i) - read<V>(row + i) * scale;
@@ -237,21 +241,21 @@ double compare(const S* pred, const W* row, W scale, W* dpred, W dscale, int64_t
   return sum_over<W>(n, square);
 }
 
-// One value after the other as W.
+// Converts n values to W.
 template <typename W, typename T>
-void widen(W* to, const T* from, int64_t n) {
+void widen(W* dst, const T* src, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (std::is_same_v<T, uint8_t>)
-      to[i] = from[i];
+      dst[i] = src[i];
     else
-      to[i] = W(to_float(from[i]));
+      dst[i] = W(to_float(src[i]));
   }
 }
 
 template <typename T, typename S>
 std::tuple<Tensor, Tensor> masked_patch_mse_of(const Tensor& pred, const Tensor& images, const Ids& ids,
                                                const Grid& grid, bool norm_pix, bool with_grad) {
-  using W = Wide<S>;
+  using W = ComputeType<S>;
   const int64_t masked = pred.size(1), values = grid.values(), numel = grid.batch * masked * values;
   Tensor loss = empty({}, kDtype<W>);
   Tensor dpred = with_grad ? empty({grid.batch, masked, values}, kDtype<W>) : empty({0}, kDtype<W>);
@@ -259,34 +263,35 @@ std::tuple<Tensor, Tensor> masked_patch_mse_of(const Tensor& pred, const Tensor&
   const W dscale = W(2.0 / std::max<int64_t>(1, numel));
   const Images<T> pixels(images, grid);
   const Rows<S> predictions(pred);
-  std::vector<double> sums(grid.batch * masked);  // of each patch, so that threads change no bit of the loss
+  std::vector<double> sums(grid.batch * masked);  // one of each patch, so that the loss does not depend on the threads
   torch::stable::parallel_for(0, numel ? grid.batch * masked : 0, grain(values), [&](int64_t begin, int64_t end) {
     std::vector<W> row(values);
-    std::vector<T> other(std::is_same_v<T, W> ? 0 : values);  // pixels of another dtype are moved first, then widened
-    T* const moved = std::is_same_v<T, W> ? reinterpret_cast<T*>(row.data()) : other.data();
-    std::vector<S> contiguous(predictions.column == 1 ? 0 : values);
-    std::vector<W> scratch(with_grad && goes_past_cache(dpred) ? values : 0);
+    // Pixels of another dtype are copied first and then converted.
+    std::vector<T> buffer(std::is_same_v<T, W> ? 0 : values);
+    T* const copied = std::is_same_v<T, W> ? reinterpret_cast<T*>(row.data()) : buffer.data();
+    std::vector<S> contiguous(predictions.column_stride == 1 ? 0 : values);
+    std::vector<W> scratch(with_grad && prefers_non_temporal(dpred) ? values : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / masked, m = i % masked;
-      copy_patch(Patch<T>{moved, grid.patch * grid.channels, grid.channels, 1}, pixels.at(b, ids(b, m)), grid);
-      if constexpr (!std::is_same_v<T, W>) widen(row.data(), moved, values);
-      const S* prediction = predictions.at(b, m);
-      if (predictions.column != 1) {
-        copy_row(contiguous.data(), prediction, predictions.column, values);
+      copy_patch(Patch<T>{copied, grid.patch * grid.channels, grid.channels, 1}, pixels.patch(b, ids(b, m)), grid);
+      if constexpr (!std::is_same_v<T, W>) widen(row.data(), copied, values);
+      const S* prediction = predictions.row(b, m);
+      if (predictions.column_stride != 1) {
+        copy_row(contiguous.data(), prediction, predictions.column_stride, values);
         prediction = contiguous.data();
       }
-      const W scale = norm_pix ? centre(row.data(), values) : W(1);
+      const W scale = norm_pix ? centre_row(row.data(), values) : W(1);
       if (gradient)
         write_row(gradient + i * values, values, scratch, [&](W* difference) {
-          sums[i] = compare(prediction, row.data(), scale, difference, dscale, values);
+          sums[i] = squared_error(prediction, row.data(), scale, difference, dscale, values);
         });
       else
-        sums[i] = compare<S, W>(prediction, row.data(), scale, nullptr, dscale, values);
+        sums[i] = squared_error<S, W>(prediction, row.data(), scale, nullptr, dscale, values);
     }
-    finish_past_cache();
+    fence_non_temporal();
   });
   double sum = 0;
-  for (const double of_patch : sums) sum += of_patch;
+  for (const double patch_sum : sums) sum += patch_sum;
   *static_cast<W*>(loss.mutable_data_ptr()) = W(sum / numel);  // NaN for an empty batch, as torch's mean
   return {loss, dpred};
 }
@@ -307,7 +312,8 @@ std::tuple<Tensor, Tensor> masked_patch_mse_fwd(Tensor pred, Tensor images, Tens
       case ScalarType::Double: return run(double{}, images);
       case ScalarType::BFloat16: return run(BFloat16{}, images);
       case ScalarType::Half: return run(Half{}, images);
-      default: return run(Wide<S>{}, torch::stable::to(images, kDtype<Wide<S>>));  // rare: other integers, bool
+      default:
+        return run(ComputeType<S>{}, torch::stable::to(images, kDtype<ComputeType<S>>));  // rare: other integers, bool
     }
   });
   return *result;

@@ -1,18 +1,18 @@
-// Attention-like streaming: a block of queries stays at hand while the keys pass by in blocks, and neither logits nor
-// weights of more than one block ever exist. Lanes are queries: a logit's exponential, its maximum and its sum are then
-// taken lane by lane, the keys are read as they lie, and only the queries are packed.
+// Logits and weighted sums of keys for a block of queries, one block of keys at a time, as in flash attention: the
+// logits of one block of keys are all that is stored. Lanes are queries: exponentials, maxima and sums over keys are
+// lane-wise operations, the keys are read in their own layout, and only the queries are packed.
 #pragma once
 
-#include "gemm.h"
+#include "microkernel.h"
 
 namespace fastssl {
 
-constexpr int kGroupPanels = 3;  // 48 queries of AVX2's 16 a panel: 8 tiles of 6 rows, no remainder in the second product
+constexpr int kGroupPanels = 3;  // with AVX2 3 x 16 queries: 8 tiles of 6 rows in the second product, no remainder
 template <typename T>
-constexpr int kGroup = kGroupPanels * kPanel<T>;
-constexpr int64_t kKeyBlock = 96;  // whole tiles; at D = 128 rows and panels take 48 kB each, a group's weights 18 kB
+constexpr int kGroup = kGroupPanels * kPanelWidth<T>;
+constexpr int64_t kKeyBlock = 96;  // whole tiles; D = 128: 48 kB of rows, 48 kB of panels, 18 kB of a group's weights
 
-struct Matrix {  // rows of any floating dtype and strides
+struct Matrix {  // a tensor [rows, width] of any floating dtype and strides
   const void* data;
   ScalarType dtype;
   int64_t rows, width, row_stride, column_stride;
@@ -22,59 +22,59 @@ struct Matrix {  // rows of any floating dtype and strides
         row_stride(tensor.stride(0)), column_stride(tensor.stride(1)) {}
 };
 
-// Rows [first, first + count) as T, contiguous.
+// Converts the rows [first, first + count) to contiguous values of type T.
 template <typename T, typename S>
-void widen(const Matrix& from, int64_t first, int64_t count, T* to) {
-  for (int64_t r = 0; r < count; ++r, to += from.width) {
-    const S* row = static_cast<const S*>(from.data) + (first + r) * from.row_stride;
-    widen(row, from.column_stride, from.width, to);
+void widen(const Matrix& src, int64_t first, int64_t count, T* dst) {
+  for (int64_t r = 0; r < count; ++r, dst += src.width) {
+    const S* row = static_cast<const S*>(src.data) + (first + r) * src.row_stride;
+    widen(row, src.column_stride, src.width, dst);
   }
 }
 
 template <typename T>
-void widen(const Matrix& from, int64_t first, int64_t count, T* to) {
-  with_float_type(from.dtype, "rows", [&](auto type) { widen<T, decltype(type)>(from, first, count, to); });
+void widen(const Matrix& src, int64_t first, int64_t count, T* dst) {
+  with_float_type(src.dtype, "rows", [&](auto type) { widen<T, decltype(type)>(src, first, count, dst); });
 }
 
-// [count, width] -> [panels_of(width)][of][kPanel]: columns cut into panels, the last filled up with zeros. The rows may
-// be some of a matrix of `of` rows.
+// Packs columns into panels: [count, width] -> [panel_count(width)][panel_rows][kPanelWidth], with zeros beyond the
+// last column. The rows may be a part of a matrix with `panel_rows` rows.
 template <typename T>
-void pack_columns(const T* rows, int64_t count, int64_t width, T* to, int64_t of) {
-  for (int64_t first = 0; first < width; first += kPanel<T>, to += of * kPanel<T>) {
-    const int64_t filled = std::min<int64_t>(kPanel<T>, width - first);
-    T* panels = to;
-    for (int64_t r = 0; r < count; ++r, panels += kPanel<T>) {
-      const T* from = rows + r * width + first;
-      if (filled == kPanel<T>) {
-        store(panels, load(from));
-        store(panels + kLanes<T>, load(from + kLanes<T>));
+void pack_columns(const T* rows, int64_t count, int64_t width, T* dst, int64_t panel_rows) {
+  for (int64_t first = 0; first < width; first += kPanelWidth<T>, dst += panel_rows * kPanelWidth<T>) {
+    const int64_t valid = std::min<int64_t>(kPanelWidth<T>, width - first);
+    T* panels = dst;
+    for (int64_t r = 0; r < count; ++r, panels += kPanelWidth<T>) {
+      const T* src = rows + r * width + first;
+      if (valid == kPanelWidth<T>) {
+        store(panels, load(src));
+        store(panels + kLanes<T>, load(src + kLanes<T>));
       } else {
-        std::fill(std::copy(from, from + filled, panels), panels + kPanel<T>, T(0));
+        std::fill(std::copy(src, src + valid, panels), panels + kPanelWidth<T>, T(0));
       }
     }
   }
 }
 
-// What one thread needs while it streams.
+// A thread's memory for `stream`: rows and panels of one block of keys, weights of one group of queries.
 template <typename T>
 struct Scratch {
   T *rows, *columns, *weights;
 
   static int64_t size(int64_t width) {
-    return kKeyBlock * (width + panels_of<T>(width) * kPanel<T> + kGroup<T>);
+    return kKeyBlock * (width + panel_count<T>(width) * kPanelWidth<T> + kGroup<T>);
   }
   Scratch(T* memory, int64_t width)
       : rows(memory + kKeyBlock * kGroup<T>), columns(rows + kKeyBlock * width), weights(memory) {}
 };
 
-// For the keys [begin, end), block by block and group of queries by group:
-//   weights[key, query] = key · query         [block, kGroup], for `panels` panels of queries
-//   weigh(weights, first key, keys, first query, panels)   turns logits into weights, in place
-//   sums[query] += Σ_key weights[key, query] key           [queries, panels_of(width) * kPanel], not where it is null
-template <typename T, typename Weigh>
+// For each block of the keys [begin, end) and each group of `panels` panels of queries:
+//   logits[key, query] = key · query                        [kKeyBlock, kGroup]
+//   epilogue(logits, first key, keys, first query, panels)  replaces the logits by weights
+//   sums[query] += Σ_key weights[key, query] key            [queries, padded width], unless `sums` is null
+template <typename T, typename Epilogue>
 void stream(const Matrix& keys, int64_t begin, int64_t end, const T* query_panels, int64_t queries, T* sums,
-            Scratch<T> scratch, const Weigh& weigh) {
-  const int64_t width = keys.width, sums_stride = panels_of<T>(width) * kPanel<T>;
+            Scratch<T> scratch, const Epilogue& epilogue) {
+  const int64_t width = keys.width, sums_stride = panel_count<T>(width) * kPanelWidth<T>;
   const bool in_place = keys.dtype == kDtype<T> && keys.column_stride == 1 && keys.row_stride == width;
   for (int64_t first = begin; first < end; first += kKeyBlock) {
     const int64_t count = std::min(kKeyBlock, end - first);
@@ -82,15 +82,18 @@ void stream(const Matrix& keys, int64_t begin, int64_t end, const T* query_panel
     if (!in_place) widen(keys, first, count, scratch.rows);
     if (sums) pack_columns(rows, count, width, scratch.columns, count);
     for (int64_t query = 0; query < queries; query += kGroup<T>) {
-      const int64_t left = std::min<int64_t>(kGroup<T>, queries - query), panels = panels_of<T>(left);
+      const int64_t group_queries = std::min<int64_t>(kGroup<T>, queries - query),
+                    panels = panel_count<T>(group_queries);
       for (int64_t p = 0; p < panels; ++p)
-        multiply<false>(count, width, Operand<T>{rows, width, 1}, query_panels + (query + p * kPanel<T>) * width,
-                        kPanel<T>, scratch.weights + p * kPanel<T>, kGroup<T>);
-      weigh(scratch.weights, first, count, query, panels);
+        multiply_panel<false>(count, width, Operand<T>{rows, width, 1},
+                              query_panels + (p * kPanelWidth<T> + query) * width, kPanelWidth<T>,
+                              scratch.weights + p * kPanelWidth<T>, kGroup<T>);
+      epilogue(scratch.weights, first, count, query, panels);
       if (sums)
-        for (int64_t c = 0; c < sums_stride; c += kPanel<T>)
-          multiply<true>(left, count, Operand<T>{scratch.weights, 1, kGroup<T>}, scratch.columns + c * count, kPanel<T>,
-                         sums + query * sums_stride + c, sums_stride);
+        for (int64_t c = 0; c < sums_stride; c += kPanelWidth<T>)
+          multiply_panel<true>(group_queries, count, Operand<T>{scratch.weights, 1, kGroup<T>},
+                               scratch.columns + c * count, kPanelWidth<T>, sums + query * sums_stride + c,
+                               sums_stride);
     }
   }
 }

@@ -1,5 +1,6 @@
-// Vectors as wide as the instruction set has them, in the compiler's own vector types: arithmetic is written once and is
-// 16 floats wide with AVX-512, 8 with AVX2, 4 elsewhere (x86-64, ARM). Compilers fuse `a * b + c` into one instruction.
+// Vectors as wide as the instruction set's registers, by the compiler's vector extension: code is written once and
+// works on 16 floats with AVX-512, 8 with AVX2, 4 elsewhere (x86-64, ARM). The compiler contracts `a * b + c` to a
+// fused multiply-add if the processor has one.
 #pragma once
 
 #include "common.h"
@@ -13,7 +14,8 @@
 
 namespace fastssl {
 
-// FASTSSL_VECTOR_BYTES=64 runs the code as AVX-512 has it on a processor without: the compiler splits the vectors.
+// -DFASTSSL_VECTOR_BYTES=64 compiles AVX-512's tile sizes for a processor without AVX-512 (tests/sanitize.py): the
+// compiler splits each vector.
 #if !defined(FASTSSL_VECTOR_BYTES)
 #if defined(__AVX512F__)
 #define FASTSSL_VECTOR_BYTES 64
@@ -25,6 +27,7 @@ namespace fastssl {
 #endif
 constexpr int kVectorBytes = FASTSSL_VECTOR_BYTES;
 
+// A vector type of kBytes bytes. `unaligned` is for loads and stores at any address.
 template <typename T, int kBytes = kVectorBytes>
 struct VecOf {
   typedef T type __attribute__((vector_size(kBytes)));
@@ -34,22 +37,22 @@ template <typename T>
 using Vec = typename VecOf<T>::type;
 
 template <typename T>
-using Mask = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;  // what a comparison gives: 0 or -1
+using Mask = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>>;  // result of a comparison: 0 or -1
 template <typename T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-// The type in which a dtype is computed and summed: float, and double for double.
+// The type in which values of dtype T are computed and summed: double for double, else float.
 template <typename T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using ComputeType = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T>
-inline Vec<T> load(const T* from) {
-  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(from);
+inline Vec<T> load(const T* src) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(src);
 }
 
 template <typename T>
-inline void store(T* to, Vec<T> x) {
-  *reinterpret_cast<typename VecOf<T>::unaligned*>(to) = x;
+inline void store(T* dst, Vec<T> x) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(dst) = x;
 }
 
 template <typename T>
@@ -57,93 +60,95 @@ inline Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
-// kLanes<Wide<S>> values of dtype S, widened.
-inline Vec<float> load_wide(const float* from) { return load(from); }
-inline Vec<double> load_wide(const double* from) { return load(from); }
-inline Vec<float> load_wide(const BFloat16* from) {
+// Loads a vector of values of any floating dtype, converted to the compute type.
+inline Vec<float> load_wide(const float* src) { return load(src); }
+inline Vec<double> load_wide(const double* src) { return load(src); }
+inline Vec<float> load_wide(const BFloat16* src) {
   typedef uint16_t Short __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));
-  const Packed bits = *reinterpret_cast<const Short*>(from);
+  const Packed bits = *reinterpret_cast<const Short*>(src);
   return Vec<float>(__builtin_convertvector(bits, Vec<uint32_t>) << 16);
 }
-inline Vec<float> load_wide(const Half* from) {
+inline Vec<float> load_wide(const Half* src) {
 #if defined(__AVX512F__) && FASTSSL_VECTOR_BYTES == 64
-  return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src))));
 #elif defined(__F16C__) && FASTSSL_VECTOR_BYTES == 32
-  return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src))));
 #else
   Vec<float> x;
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = to_float(from[i]);
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = to_float(src[i]);
   return x;
 #endif
 }
 
-// n values of any dtype and stride as T, side by side.
+// Converts n values of any floating dtype and stride to contiguous values of type T.
 template <typename T, typename S>
-inline void widen(const S* from, int64_t stride, int64_t n, T* to) {
+inline void widen(const S* src, int64_t stride, int64_t n, T* dst) {
   int64_t i = 0;
-  if constexpr (std::is_same_v<Wide<S>, T>)
+  if constexpr (std::is_same_v<ComputeType<S>, T>)
     if (stride == 1)
-      for (; i + kLanes<T> <= n; i += kLanes<T>) store(to + i, load_wide(from + i));
-  for (; i < n; ++i) to[i] = T(to_float(from[i * stride]));
+      for (; i + kLanes<T> <= n; i += kLanes<T>) store(dst + i, load_wide(src + i));
+  for (; i < n; ++i) dst[i] = T(to_float(src[i * stride]));
 }
 
-// Rounds to nearest even where S is narrower.
-inline void store_narrow(float* to, Vec<float> x) { store(to, x); }
-inline void store_narrow(double* to, Vec<double> x) { store(to, x); }
-inline Vec<uint32_t> bfloat16_bits(Vec<float> x) {  // in the low halves
+// Stores a vector in any floating dtype, rounded to nearest even.
+inline void store_narrow(float* dst, Vec<float> x) { store(dst, x); }
+inline void store_narrow(double* dst, Vec<double> x) { store(dst, x); }
+inline Vec<uint32_t> bfloat16_bits(Vec<float> x) {  // rounded, in the low half of each lane
   const Vec<uint32_t> bits = Vec<uint32_t>(x);
   const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Vec<uint32_t> nan = Vec<uint32_t>(x != x);
   return (rounded & ~nan) | (nan & 0x7fc0);
 }
-inline void store_narrow(BFloat16* to, Vec<float> x) {
+inline void store_narrow(BFloat16* dst, Vec<float> x) {
   typedef uint16_t Short __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
   typedef uint16_t Packed __attribute__((vector_size(kVectorBytes / 2)));
-  *reinterpret_cast<Short*>(to) = __builtin_convertvector(bfloat16_bits(x), Packed);
+  *reinterpret_cast<Short*>(dst) = __builtin_convertvector(bfloat16_bits(x), Packed);
 }
-inline void store_narrow(Half* to, Vec<float> x) {
+inline void store_narrow(Half* dst, Vec<float> x) {
 #if defined(__AVX512F__) && FASTSSL_VECTOR_BYTES == 64
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && FASTSSL_VECTOR_BYTES == 32
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < kLanes<float>; ++i) to[i] = from_float<Half>(x[i]);
+  for (int i = 0; i < kLanes<float>; ++i) dst[i] = from_float<Half>(x[i]);
 #endif
 }
 
-// a * b + c, lane by lane. Where there is an instruction for it, also for two bfloat16 a lane, whose products are summed.
+// a * b + c in each lane. With AVX-512's bf16 dot product a lane of a and b may hold two bfloat16 values, whose two
+// products are added to c.
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
 inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
-using Pair = uint32_t;  // the first in the lower half
+using Bf16x2 = uint32_t;  // two bfloat16 values, the first in the low half
 #if defined(__AVX512BF16__) && FASTSSL_VECTOR_BYTES == 64
-#define FASTSSL_PAIRS
-inline Vec<float> multiply_add(Vec<Pair> a, Vec<Pair> b, Vec<float> c) {
+#define FASTSSL_BF16_DOT
+inline Vec<float> multiply_add(Vec<Bf16x2> a, Vec<Bf16x2> b, Vec<float> c) {
   return Vec<float>(_mm512_dpbf16_ps(__m512(c), __m512bh(__m512i(a)), __m512bh(__m512i(b))));
 }
 #endif
 template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, Pair>, float, T>;  // the type in which products of T are summed
+using Accumulator = std::conditional_t<std::is_same_v<T, Bf16x2>, float, T>;  // type of a sum of products of T
 
-// Up to a vector of values of dtype S, widened, zeros behind the n-th.
+// Loads the first n values of a vector, converted to the compute type; the other lanes are zero. n may exceed a vector.
 template <typename T, typename S>
-inline Vec<T> load_part(const S* from, int64_t n) {
-  if (n >= kLanes<T>) return load_wide(from);
+inline Vec<T> load_part(const S* src, int64_t n) {
+  if (n >= kLanes<T>) return load_wide(src);
   S part[kLanes<T>] = {};
-  std::copy(from, from + n, part);
+  std::copy(src, src + n, part);
   return load_wide(part);
 }
 
+// Stores the first n values of a vector, rounded to S. n may exceed a vector.
 template <typename T, typename S>
-inline void store_part(S* to, Vec<T> x, int64_t n) {
-  if (n >= kLanes<T>) return store_narrow(to, x);
+inline void store_part(S* dst, Vec<T> x, int64_t n) {
+  if (n >= kLanes<T>) return store_narrow(dst, x);
   S part[kLanes<T>];
   store_narrow(part, x);
-  std::copy(part, part + n, to);
+  std::copy(part, part + n, dst);
 }
 
 template <typename T>
-inline T sum(Vec<T> x) {  // by halves, as the compiler would shuffle it
+inline T sum(Vec<T> x) {  // adds the upper half to the lower, until one lane is left
   T lanes[kLanes<T>];
   store(lanes, x);
   for (int width = kLanes<T> / 2; width; width /= 2)
@@ -151,34 +156,38 @@ inline T sum(Vec<T> x) {  // by halves, as the compiler would shuffle it
   return lanes[0];
 }
 
-// Σ a·b: whole vectors in T, their lanes and what is left in double.
+// Σ a·b: whole vectors are summed in T, the remaining values in double.
 template <typename T>
 inline double dot(const T* a, const T* b, int64_t n) {
   Vec<T> lanes{};
-  double rest = 0;
+  double remainder = 0;
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) lanes = load(a + i) * load(b + i) + lanes;
-  for (; i < n; ++i) rest += double(a[i]) * double(b[i]);
-  return rest + double(sum<T>(lanes));
+  for (; i < n; ++i) remainder += double(a[i]) * double(b[i]);
+  return remainder + double(sum<T>(lanes));
 }
 
-// A vector or, at the end of a row, one value: V says which.
+// Loads a vector if V is a vector type, one value if V is a scalar type, converted to the compute type: the same code
+// serves whole vectors and the remainder of a row.
 template <typename V, typename T>
-inline V read(const T* from) {
-  if constexpr (sizeof(V) == sizeof(Wide<T>))
-    return to_float(*from);
+inline V read(const T* src) {
+  if constexpr (sizeof(V) == sizeof(ComputeType<T>))
+    return to_float(*src);
   else
-    return load_wide(from);
-}
-template <typename V, typename T>
-inline void write(T* to, V value) {  // rounded to T
-  if constexpr (sizeof(V) == sizeof(Wide<T>))
-    *to = from_float<T>(value);
-  else
-    store_narrow(to, value);
+    return load_wide(src);
 }
 
-// Calls step(V{}, i) for all i < n, where V has room for those from i on.
+// Stores a vector or one value, rounded to T.
+template <typename V, typename T>
+inline void write(T* dst, V value) {
+  if constexpr (sizeof(V) == sizeof(ComputeType<T>))
+    *dst = from_float<T>(value);
+  else
+    store_narrow(dst, value);
+}
+
+// Calls step(V{}, i) for i = 0..n-1: with a vector type V for all values in a vector from i on, with a scalar type for
+// each value of the remainder.
 template <typename W, typename Step>
 inline void for_each(int64_t n, Step step) {
   int64_t i = 0;
@@ -186,8 +195,8 @@ inline void for_each(int64_t n, Step step) {
   for (; i < n; ++i) step(W{}, i);
 }
 
-// Sum of term(i) for all i < n, where term(V{}, i) gives those from i on that V has room for. Terms are added in W only
-// within a block; blocks are added in double, so long rows lose nothing.
+// Σ term(i) for i = 0..n-1. term(V{}, i) returns the terms in a vector from i on, or one term of the remainder. Terms
+// are summed in W within a block of 64 steps and blocks in double, so the rounding error does not grow with n.
 template <typename W, typename Term>
 double sum_over(int64_t n, Term term) {
   constexpr int64_t kLane = kLanes<W>, kStep = 4 * kLane, kBlock = 64 * kStep;
@@ -205,8 +214,8 @@ double sum_over(int64_t n, Term term) {
   return total;
 }
 
-// 2^x for x of at most 126. Below -126 it is 2^-126: small enough to be nothing beside a sum that holds a 1. NaN stays.
-// The polynomial is the minimax one of degree 6 on [-1/2, 1/2]: relative error 1.6e-8.
+// 2^x for x ≤ 126. Below -126 the result is 2^-126, negligible in a sum that contains 1. A NaN stays a NaN. Minimax
+// polynomial of degree 6 on [-1/2, 1/2]: relative error 1.6e-8.
 inline Vec<float> exp2(Vec<float> x) {
   x = x < -126.0f ? splat(-126.0f) : x;
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
@@ -226,14 +235,15 @@ inline Vec<double> exp2(Vec<double> x) {
   return x;
 }
 
-// The lower and the upper half of two vectors, taken in turn: (a0, b0, a1, b1, …).
+// Interleaves the lower or the upper halves of two vectors: (a0, b0, a1, b1, …).
 template <bool kUpper, typename T, int... I>
 inline Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
-  constexpr int kFrom = kUpper ? kLanes<T> / 2 : 0;
-  return __builtin_shufflevector(a, b, (kFrom + I / 2 + I % 2 * kLanes<T>)...);
+  constexpr int kFirst = kUpper ? kLanes<T> / 2 : 0;
+  return __builtin_shufflevector(a, b, (kFirst + I / 2 + I % 2 * kLanes<T>)...);
 }
 
-// A square of kLanes x kLanes values, rows in vectors, becomes its transpose: zipping row i with row i + n/2, log n times.
+// Transposes a square of kLanes x kLanes values in place, one row a vector: log2 n stages, each of which zips row i
+// with row i + n/2.
 template <typename T>
 inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
   constexpr int n = kLanes<T>;

@@ -19,7 +19,7 @@ and optionally
 A command that needs an optional name which the module does not define raises an error.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     """One training batch, on the device of the method."""
 
     views: tuple[Tensor, ...]  # augmented views of the images, each [B, 3, H, W] float32, normalised; sizes may differ
-    index: Tensor  # [B] int64, number of the image in its source
+    index: Tensor  # type: ignore[assignment]  # [B] int64, number of the image in its source
     label: Tensor  # [B] int64, −1 for no label; for evaluation, never for the loss
     seed: Tensor | None = None  # [B] int64, function of (run, epoch, image): draws from it are the same on any rank
     extras: dict[str, Tensor] = {}  # noqa: RUF012 - further data of the source, each [B, …]: token ids, a depth map
@@ -56,7 +56,7 @@ class Method(Protocol):
         ...
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, a scalar, and metrics to log, scalars without gradient. Changes no state."""
+        """The loss, a scalar, and metrics to log, scalars without gradient. Changes no state, see `DefersUpdates`."""
         ...
 
     def after_step(self, progress: float) -> None:
@@ -66,6 +66,16 @@ class Method(Protocol):
     def features(self, images: Tensor) -> Tensor:
         """Features [B, F] of normalised images [B, 3, H, W], for evaluation."""
         ...
+
+
+@runtime_checkable
+class DefersUpdates(Protocol):
+    """A method whose `after_step` updates state from tensors of `forward`: keys for a queue, outputs for a centre.
+
+    A tensor kept in any other attribute would be lost when a captured CUDA graph replaces the call of `forward`.
+    """
+
+    pending: list[Any]  # `forward` appends one entry of tensors per micro-batch; `after_step` reads and clears it
 
 
 @runtime_checkable

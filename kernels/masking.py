@@ -16,7 +16,7 @@ order, so there are no atomics and the same bits every time.
                  restore_tokens B·D·s·(2·prefix + M + L) + 8·B·L + (prefix + L)·D·s; backward the same without the
                                 last term, and parts·D·8 for partial sums, under 3 % of it in MAE at B = 256
                  Positions, the mask token and the ids that are searched are read by many programs and come from the
-                 L2 cache: memory reads them once. benchmarks/model.py counts all this exactly.
+                 L2 cache: memory reads them once. tests/support/kernel_model.py counts all this exactly.
     operations   random_masking B·L² comparisons, the others a few for each element
     limit        memory: B = 256, D = 768 in 16 bits take 39 MB forward and 96 MB backward
 

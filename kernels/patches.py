@@ -14,7 +14,7 @@ squares, which torch adds in a fixed order: no atomics, the same bits every time
                  keep_patches          B·M·(2·P·s + 8); backward B·P·s·(M + L) + 8·B·M
                  masked_patch_mse      B·M·P·(s_pred + s_image + 4 for the gradient) + 8·B·M + 4 a program
                  The ids of a sample are searched by many programs and come from the L2 cache.
-                 benchmarks/model.py counts all this exactly.
+                 tests/support/kernel_model.py counts all this exactly.
     operations   masked_patch_mse about 10 a pixel: nothing beside the bytes
     limit        memory: B = 256, 147 of 196 patches of 16 × 16 × 3 in float32 take 0.35 GB
 

@@ -1,8 +1,8 @@
-"""The tests of the ops with the C++ kernels built for AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+"""Runs the tests of the ops with C++ kernels built for AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Every level that runs anywhere is built, and one more: the code as AVX-512 has it, 16 floats a vector, in AVX2's
-instructions. So the widest tiles and their remainders are run on processors that have no AVX-512. What takes bf16's dot
-product runs where the processor has it.
+`make sanitize`. The variants are the instruction-set levels and "as-avx512": AVX-512's vectors of 16 floats, compiled
+to AVX2 instructions, so that the widest tiles and their remainders are tested on processors without AVX-512. Kernels
+that use the bf16 dot product are tested only where the processor has it.
 """
 
 import os
@@ -30,17 +30,17 @@ COMPILER = os.environ.get("CXX", "g++")
 
 
 def build(variant: str) -> Path:
-    """All kernel files as one library of the variant, build/sanitize/<variant>.so."""
+    """Compiles all kernel files to one library, build/sanitize/<variant>.so."""
     folder = ROOT / "build" / "sanitize" / variant
     folder.mkdir(parents=True, exist_ok=True)
     sources = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.name != "module.cpp"]
     includes = [f"-I{path}" for path in include_paths()]
 
     def compile_one(source: Path) -> Path:
-        made = folder / f"{source.stem}.o"
-        command = [COMPILER, *FLAGS, *VARIANTS[variant], *includes, "-c", source, "-o", made]
+        target = folder / f"{source.stem}.o"
+        command = [COMPILER, *FLAGS, *VARIANTS[variant], *includes, "-c", source, "-o", target]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        return made
+        return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
@@ -51,7 +51,7 @@ def build(variant: str) -> Path:
 
 
 def pytest_configure(config):
-    """As a pytest plugin: the library named by the environment takes over from the one that the package loaded."""
+    """Pytest plugin: loads the library FASTSSL_SANITIZED, whose kernels replace those of the package."""
     from fastssl.ops import dispatch
 
     torch.ops.load_library(os.environ["FASTSSL_SANITIZED"])
@@ -59,6 +59,7 @@ def pytest_configure(config):
 
 
 def run(variant: str, arguments: list[str]) -> int:
+    """Runs tests/ops with a variant's library; returns pytest's exit status."""
     runtimes = [
         subprocess.run(
             [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -68,8 +69,8 @@ def run(variant: str, arguments: list[str]) -> int:
     environment = os.environ | {
         "FASTSSL_SANITIZED": str(build(variant)),
         "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch keep what they allocate until the end
-        "ATEN_CPU_CAPABILITY": "default" if variant == "baseline" else "avx2",  # also keeps tests/ops/test_levels out
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch free some memory only at exit
+        "ATEN_CPU_CAPABILITY": "default" if variant == "baseline" else "avx2",  # also skips tests/ops/test_levels
     }
     options = ["-q", "-x", "-s", "-k", "not contract and not compile and not error_sentences and not golden"]
     command = [sys.executable, "-m", "pytest", "-p", "tests.sanitize", "tests/ops", *options, *arguments]

@@ -210,7 +210,7 @@ def test_files_that_do_not_fit_get_one_sentence(tmp_path):
         tmp_path / "x",
     )
     refused(
-        "export: MAE has no weights in the format moco, but in mae",
+        "export: MAE has no weights in the format moco: use timm, torchvision, safetensors, mae",
         ValueError,
         export,
         small_mae(),
@@ -238,6 +238,138 @@ def test_files_that_do_not_fit_get_one_sentence(tmp_path):
             wrong,
         )
     assert export(small_mae(), "mae", str(tmp_path / "vit.b.pth.tar")) == tmp_path / "vit.b.pth"
+
+
+def test_encoder_only_leaves_decoder_mask_token_and_heads_alone(tmp_path):
+    """Weights that the encoder cannot represent are named, never dropped."""
+    sizes, path = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}, tmp_path / "vit.pth"
+    encoder = trained(ViT(32, **sizes))
+    heads = {name: torch.zeros(2) for name in ("mask_token", "head.weight", "fc.bias", "dino_head.mlp.0.weight")}
+    torch.save(encoder.state_dict() | heads, path)
+    loaded = ViT(32, **sizes)
+    load_weights(loaded, path, encoder_only=True)
+    assert equal(loaded.state_dict(), encoder.state_dict())
+    way_out = "(encoder_only=True leaves decoder, mask token and heads out)"
+    sentence = f"weights: {path} has beside the model dino_head.mlp.0.weight and 3 more names {way_out}"
+    refused(sentence, ValueError, load_weights, loaded, path)
+    options = {"init_values": 0.1, "qk_norm": True, "reg_tokens": 2, "pre_norm": True}
+    for option, value in options.items():
+        torch.save(ViT(32, **sizes, **{option: value}).state_dict(), path)
+        with pytest.raises(
+            ValueError, match=r"(has beside the model|lacks) [a-z_0-9.]*(ls1|k_norm|reg_token|norm_pre|proj\.bias)"
+        ):
+            load_weights(ViT(32, **sizes), path, encoder_only=True)
+        load_weights(ViT(32, **sizes, **{option: value}), path, encoder_only=True)
+    torch.save(ViT(32, **sizes, init_values=0.1).state_dict(), path)
+    way_out = "(build the encoder with the options of the one in the file)"
+    sentence = f"weights: {path} has beside the model blocks.0.ls1.gamma and 3 more names {way_out}"
+    for module in (ViT(32, **sizes), small_mae()):
+        refused(sentence, ValueError, load_weights, module, path, encoder_only=True)
+
+
+class OfficialDinoV2(nn.Module):
+    """The forward pass of DINOv2's code, from its state dict: registers after the positions were added."""
+
+    def __init__(self, state, heads):
+        super().__init__()
+        self.state, self.heads = state, heads
+
+    def forward(self, images):
+        state, norm = self.state, nn.functional.layer_norm
+        x = nn.functional.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8)
+        x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x.flatten(2).mT], 1) + state["pos_embed"]
+        if "register_tokens" in state:
+            x = torch.cat([x[:, :1], state["register_tokens"].expand(len(x), -1, -1), x[:, 1:]], 1)
+        names = dict.fromkeys(name.rpartition(".norm1")[0] for name in state if ".norm1.weight" in name)
+        for block in names:
+            part = {
+                name.removeprefix(f"{block}."): value for name, value in state.items() if name.startswith(f"{block}.")
+            }
+            y = norm(x, x.shape[2:], part["norm1.weight"], part["norm1.bias"], 1e-6)
+            q, k, v = (
+                (y @ part["attn.qkv.weight"].T + part["attn.qkv.bias"]).unflatten(2, (3, self.heads, -1)).unbind(2)
+            )
+            y = nn.functional.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)))
+            y = y.transpose(1, 2).flatten(2) @ part["attn.proj.weight"].T + part["attn.proj.bias"]
+            x = x + y * part["ls1.gamma"]
+            y = norm(x, x.shape[2:], part["norm2.weight"], part["norm2.bias"], 1e-6)
+            if "mlp.w12.weight" in part:
+                a, b = (y @ part["mlp.w12.weight"].T + part["mlp.w12.bias"]).chunk(2, -1)
+                y = (nn.functional.silu(a) * b) @ part["mlp.w3.weight"].T + part["mlp.w3.bias"]
+            else:
+                y = nn.functional.gelu(y @ part["mlp.fc1.weight"].T + part["mlp.fc1.bias"])
+                y = y @ part["mlp.fc2.weight"].T + part["mlp.fc2.bias"]
+            x = x + y * part["ls2.gamma"]
+        return norm(x, x.shape[2:], state["norm.weight"], state["norm.bias"], 1e-6)
+
+
+def official_dinov2(registers, swiglu, chunked, dim=48, depth=3, hidden=96):
+    """A state dict with the names and shapes of DINOv2's code, random."""
+    state = {"cls_token": (1, 1, dim), "pos_embed": (1, 17, dim), "mask_token": (1, dim)}
+    state |= {"register_tokens": (1, 4, dim)} if registers else {}
+    state |= {"patch_embed.proj.weight": (dim, 3, 8, 8), "patch_embed.proj.bias": (dim,)}
+    mlp = (("w12", 2 * hidden, dim), ("w3", dim, hidden)) if swiglu else (("fc1", hidden, dim), ("fc2", dim, hidden))
+    for i in range(depth):
+        block = f"blocks.{i // 2}.{i}" if chunked else f"blocks.{i}"
+        for name, rows, columns in (
+            ("attn.qkv", 3 * dim, dim),
+            ("attn.proj", dim, dim),
+            *((f"mlp.{name}", *shape) for name, *shape in mlp),
+        ):
+            state |= {f"{block}.{name}.weight": (rows, columns), f"{block}.{name}.bias": (rows,)}
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
+            state[f"{block}.{name}"] = (dim,)
+    state |= {"norm.weight": (dim,), "norm.bias": (dim,)}
+    return {name: torch.randn(shape, dtype=torch.float64) * 0.3 for name, shape in state.items()}
+
+
+@pytest.mark.parametrize(
+    "registers, swiglu, chunked",
+    [(False, False, False), (True, False, False), (True, True, True), (False, False, True)],
+)
+def test_official_dinov2_files_load(registers, swiglu, chunked, tmp_path):
+    """Names of the released backbones, and of a training run's teacher with chunked blocks."""
+    state, path = official_dinov2(registers, swiglu, chunked), tmp_path / "dinov2.pth"
+    if chunked:
+        heads = {"dino_head.last_layer.weight": torch.zeros(2), "ibot_head.mlp.0.bias": torch.zeros(2)}
+        torch.save({"teacher": {f"backbone.{name}": x for name, x in state.items()} | heads}, path)
+    else:
+        torch.save(state, path)
+    options = {"reg_tokens": 4, "no_embed_class": True} if registers else {}
+    options |= {"mlp": "swiglu", "mlp_ratio": 4.0} if swiglu else {"mlp_ratio": 2.0}
+    vit = ViT(32, 8, 3, 48, 3, 4, pos_embed="learn", init_values=1e-5, **options).double()
+    load_weights(vit, path, encoder_only=True)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = OfficialDinoV2(state, 4)(images)
+    torch.testing.assert_close(vit.forward_features(images), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(vit(images), expected[:, 0], rtol=1e-10, atol=1e-10)
+
+
+class Outsider(nn.Module):
+    """A method whose module, this one, names no layout of a reference checkpoint."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+
+def test_methods_without_a_reference_checkpoint_have_the_general_layouts(tmp_path):
+    method = Outsider(ViT(32, 8, 3, 48, 2, 4, init_values=0.1))
+    for layout in ("mae", "moco"):
+        sentence = f"export: Outsider has no weights in the format {layout}: use timm, torchvision, safetensors"
+        refused(sentence, ValueError, export, method, layout, tmp_path / "x")
+    back = ViT(32, 8, 3, 48, 2, 4, init_values=0.1)
+    load_weights(back, export(method, "timm", tmp_path / "x"))
+    assert equal(back.state_dict(), method.encoder.state_dict())
+    for options, sentence in (
+        ({"init_values": 0.1}, "has no blocks.0.ls1.gamma and 3 more names"),
+        ({"reg_tokens": 1}, "has no reg_token"),
+        ({"class_token": False, "global_pool": "avg", "fc_norm": False}, "needs class_token"),
+        ({"pos_embed": "none"}, "needs encoder.pos_embedding"),
+    ):
+        method = Outsider(ViT(32, 8, 3, 48, 2, 4, **options))
+        sentence = f"export: torchvision's ViT {sentence}: use --format timm or safetensors"
+        refused(sentence, ValueError, export, method, "torchvision", tmp_path / "x")
 
 
 def test_names_of_wrapped_models_are_read(tmp_path):

@@ -172,12 +172,12 @@ class MoCo(nn.Module):
         self.criterion = InfoNCELoss(dim, queue_size, tau, normalize=False, shard=shard_queue)
         self.register_state_dict_post_hook(functools.partial(_rename, "criterion.queue", "queue"))
         self.register_load_state_dict_pre_hook(functools.partial(_rename, "queue", "criterion.queue"))
-        self._keys: list[list[Tensor]] = []  # keys of each micro-batch of the current step, for `after_step`
+        self.pending: list[list[Tensor]] = []  # keys of each micro-batch of the current step, for `after_step`
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         keys, (loss, rank) = self.contrast(batch)
         if torch.is_grad_enabled():
-            self._keys.append(keys)
+            self.pending.append(keys)
         return loss.mean(), {"top1": (rank == 0).float().mean()}
 
     def contrast(self, batch: Batch) -> tuple[list[Tensor], InfoNCE]:
@@ -210,10 +210,10 @@ class MoCo(nn.Module):
         """Enqueue the step's keys, in the order of the whole batch for any micro-batches and ranks, and update the key
         encoder. The reference updates the key encoder at the start of a step: its losses are the same, since its two
         encoders start equal."""
-        for direction in zip(*self._keys):
+        for direction in zip(*self.pending):
             for keys in direction:
                 self.criterion.enqueue(keys)
-        self._keys = []
+        self.pending = []
         self.encoder_k.update(self.encoder_q, self.momentum_at(progress))
 
     def momentum_at(self, progress: float) -> float:

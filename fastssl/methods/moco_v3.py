@@ -74,8 +74,8 @@ class Config:
 
     @classmethod
     def paper(cls, backbone: str = "vit_small") -> "Config":
-        """ViT: 300 epochs, AdamW. ResNet: 1000 epochs, LARS, from the code's README (there 100 epochs have learning rate
-        0.6, weight decay 1e-6, momentum coefficient 0.99; 300 epochs the same with learning rate 0.3)."""
+        """ViT: 300 epochs, AdamW. ResNet: 1000 epochs, LARS, from the code's README, where 100 epochs have learning
+        rate 0.6, weight decay 1e-6, momentum coefficient 0.99, and 300 epochs the same with learning rate 0.3."""
         if not backbone.startswith("resnet"):
             return cls(backbone)
         training = Training(1000, 4096, "lars", lr=0.3, weight_decay=1.5e-6, warmup_epochs=10)

@@ -1,8 +1,8 @@
-"""The engine: each op is a contract (docstring), a plain-torch body, a gradient, and the kernels that serve it.
+"""Ops of self-supervised learning: each has a contract (its docstring), a plain-torch body, a gradient, and kernels.
 
-Shape letters, everywhere: **B** batch · **L** tokens · **M** kept tokens, or keys of all ranks · **D** width ·
-**K** queue length · **H E** heads and head width · **P** values of a patch. A local carries the letters of its shape
-where shapes mix: ``logits_BK``.
+Letters of shapes, everywhere: **B** batch · **L** tokens · **M** kept tokens, or keys of all ranks · **D** width ·
+**K** queue length · **H E** heads and head width · **P** values of a patch. Where shapes mix, the name of a local ends
+in the letters of its shape: ``logits_BK``.
 """
 
 from . import dispatch

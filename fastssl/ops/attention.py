@@ -1,9 +1,9 @@
-"""Softmax attention on [B, L, H, E], read through its strides from a packed qkv."""
+"""Softmax attention on [B, L, H, E], which may be strided views of one packed qkv tensor."""
 
 import functools
 import importlib
 import importlib.util
-from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,30 +21,29 @@ def _kernels():
     return attention
 
 
-LONGEST = 512  # tokens up to which a kernel is the best choice
+LONGEST = 512  # tokens up to which our kernels run
 # On processors with AMX, torch's fused CPU kernel for 16-bit tensors packs its operands with an AVX-512 function. Where
 # ATEN_CPU_CAPABILITY limits torch to a lower level, it raises "pack_vnni2 is only supported when avx512 is supported":
 # there torch's unfused formula runs instead.
 FUSED_16_BIT = "AVX512" in torch.backends.cpu.get_cpu_capability() or not torch.cpu._is_amx_tile_supported()
-WIDEST = {2: 128, 4: 64, 8: 64}  # head width that a GPU's registers hold, by bytes of an element; the CPU takes any
+WIDEST = {2: 128, 4: 64, 8: 64}  # {bytes of an element: widest head of the GPU kernels}; the C++ kernel takes any
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Softmax attention of every query over all keys, without mask or dropout.
 
     Equals ``F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)``,
-    and `backend` says what runs: our kernels for sequences of up to 512 tokens; longer ones, and heads too wide for
-    a GPU kernel (over 128, over 64 in float32), go to xformers where it is installed and supports the call, else to
-    torch.
-    The kernels take all four dtypes and any strides, and always give the same bits, on any number of threads.
+    computed by our kernels for sequences of up to 512 tokens. Longer sequences, and heads too wide for a GPU kernel
+    (over 128, over 64 in float32 and float64), go to xformers where it is installed and supports the call, else to
+    torch; `backend` returns which of the three runs.
+    The kernels take all four dtypes and any strides, and give the same bits every time, on any number of threads.
     Where ATEN_CPU_CAPABILITY keeps torch below AVX-512 on a processor with AMX, torch's fused kernel for 16-bit tensors
     raises, and its unfused formula (with all scores in memory) runs in its place.
 
     Args:
         q, k, v: [B, L, H, E] of one floating dtype and any strides: views ``qkv.unbind(2)`` of a packed
-            [B, L, 3, H, E] need no copy. Keys and values may be of another length than the queries, at least 1.
-            Gradient to all three. Under autocast they are converted to its dtype first, as torch
-            does, but for float64.
+            [B, L, 3, H, E] need no copy. Keys and values may have another length than the queries, at least 1.
+            Gradient to all three. Under autocast they are first converted to its dtype, as by torch, except float64.
         scale: factor of the scores, E^-0.5 if None.
 
     Returns: [B, L, H, E] contiguous, in that dtype. Scores and softmax in float32 (float64 for float64).
@@ -52,8 +51,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Raises:
         ValueError: a shape or device does not fit. TypeError: dtypes differ or are not floating.
 
-    Memory: the C++ kernel holds the scores of one head's 96 queries at a time, for each thread, forward and backward; a
-        GPU kernel holds no scores outside its multiprocessors. Both keep one number a query for the gradient.
+    Memory: the C++ kernel holds the scores of 96 queries of one head at a time, for each thread, forward and backward;
+        a GPU kernel holds no scores in global memory. Both keep one number a query for the gradient.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1; Dosovitskiy et al., 2021 (ViT).
     """
@@ -87,12 +86,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     """`attention` of the queries, keys and values in one tensor, whose gradient is one tensor too.
 
-    Equals ``attention(*qkv.unbind(2), scale)``, also in what runs. There autograd stacks three gradients into that of
-    the packed tensor; here the kernels on CPUs and GPUs write them where they belong.
+    Equals ``attention(*qkv.unbind(2), scale)``, with the same choice of backend. There autograd stacks the gradients of
+    q, k and v into that of qkv; here the kernels on CPUs and GPUs write them into it.
 
     Args:
-        qkv: [B, L, 3, H, E] of one floating dtype and any strides, L at least 1. With gradient. Under autocast it is
-            converted to its dtype first, but for float64.
+        qkv: [B, L, 3, H, E] of any floating dtype and strides, L at least 1. Gradient. Under autocast it is first
+            converted to its dtype, except float64.
         scale: factor of the scores, E^-0.5 if None.
 
     Returns: [B, L, H, E] contiguous, in that dtype.
@@ -108,13 +107,14 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
         check.fail("attention_packed", f"qkv must have at least one token, got {list(qkv.shape)}")
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     scale = qkv.shape[4] ** -0.5 if scale is None else scale
-    if backend(*qkv.unbind(2)) == "kernel":
+    q, k, v = qkv.unbind(2)
+    if backend(q, k, v) == "kernel":
         return _AttentionPacked.apply(qkv, scale)
-    return attention(*qkv.unbind(2), scale)
+    return attention(q, k, v, scale)
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """What runs `attention` on these tensors: "kernel", "xformers" or "torch". The one place where that is decided."""
+    """The implementation that `attention` takes for these tensors: "kernel", "xformers" or "torch"."""
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
     if has_kernel("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
         return "kernel"
@@ -127,8 +127,8 @@ def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 @functools.cache
-def _fmha() -> ModuleType | None:
-    """xformers' attention, or None where it is not installed; one that is installed and broken raises on import."""
+def _fmha() -> Any:
+    """xformers' attention, or None where it is not installed; an installation that fails to import raises."""
     return importlib.import_module("xformers.ops.fmha") if importlib.util.find_spec("xformers") else None
 
 
@@ -158,17 +158,20 @@ register_triton(_attention_fwd, lambda: _kernels().attention_fwd)
 def _attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in q's dtype; the softmax is made again from q, k and lse."""
-    return tuple(x.contiguous() for x in _backward(dout, q, k, v, out, lse, scale))
+    """(dq, dk, dv) in q's dtype; the softmax is recomputed from q, k and lse."""
+    dq, dk, dv = _backward(dout, q, k, v, out, lse, scale)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _backward(dout, q, k, v, out, lse, scale) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = lse.dtype
+    dout = dout.to(dtype)
     weights = (_scores(q, k, scale) - lse.unsqueeze(-1)).exp_()
-    wide_dout = dout.to(dtype)
-    dv = torch.einsum("bhlm,blhe->bmhe", weights, wide_dout)
-    dweights = torch.einsum("blhe,bmhe->bhlm", wide_dout, v.to(dtype))
-    row_dot = (wide_dout * out.to(dtype)).sum(-1).transpose(1, 2).unsqueeze(-1)  # [B, H, L, 1]
+    dv = torch.einsum("bhlm,blhe->bmhe", weights, dout)
+    dweights = torch.einsum("blhe,bmhe->bhlm", dout, v.to(dtype))
+    row_dot = (dout * out.to(dtype)).sum(-1).transpose(1, 2).unsqueeze(-1)  # [B, H, L, 1]
     dscores = weights * (dweights - row_dot) * scale
     dq = torch.einsum("bhlm,bmhe->blhe", dscores, k.to(dtype))
     dk = torch.einsum("bhlm,blhe->bmhe", dscores, q.to(dtype))
@@ -185,8 +188,9 @@ register_triton(_attention_bwd, lambda: _kernels().attention_bwd)
 
 @op("attention_packed_fwd")
 def _attention_packed_fwd(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """As `_attention_fwd`, of qkv [B, L, 3, H, E]."""
-    return _forward(*qkv.unbind(2), scale)
+    """`_attention_fwd` of qkv [B, L, 3, H, E]."""
+    q, k, v = qkv.unbind(2)
+    return _forward(q, k, v, scale)
 
 
 @fake(_attention_packed_fwd)
@@ -201,7 +205,8 @@ register_triton(_attention_packed_fwd, lambda: _kernels().attention_packed_fwd)
 @op("attention_packed_bwd")
 def _attention_packed_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """The gradient of qkv, [B, L, 3, H, E] contiguous."""
-    return torch.stack(_backward(dout, *qkv.unbind(2), out, lse, scale), 2)
+    q, k, v = qkv.unbind(2)
+    return torch.stack(_backward(dout, q, k, v, out, lse, scale), 2)
 
 
 @fake(_attention_packed_bwd)
@@ -241,5 +246,6 @@ class _AttentionPacked(torch.autograd.Function):
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled scores [B, H, L, M] in float32 or wider."""
     dtype = acc_dtype(q)
     return torch.einsum("blhe,bmhe->bhlm", q.to(dtype), k.to(dtype)) * scale

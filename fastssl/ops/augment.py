@@ -1,4 +1,4 @@
-"""The photometric half of an augmentation, in place on a batch of bytes: jitter, grayscale, blur, solarize, flip."""
+"""Photometric augmentation in place on a batch of uint8 images: jitter, grayscale, blur, solarize, flip."""
 
 import math
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from . import check
 from .dispatch import fake, op
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and torchvision have it
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of `jitter`, and what `order` names
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of `jitter`, and values of `order`
 
 
 def augment_(
@@ -23,35 +23,36 @@ def augment_(
     flip: Tensor,
     grey_first: bool = False,
 ) -> Tensor:
-    """Augments each image by its own draws, in place; returns `images`.
+    """Augments each image with the parameters drawn for it, in place; returns `images`.
 
-    Each step is skipped for the images whose draws leave it out. In this order, on values x in [0, 255]:
+    A step is skipped for an image whose parameters leave it out. In this order, on values x in [0, 255]:
 
-    1. jitter: the four steps in the image's own `order`, each clamped to [0, 255], with luma(x) = 0.299 R + 0.587 G +
+    1. jitter: the four steps in the `order` of the image, each clamped to [0, 255], with luma(x) = 0.299 R + 0.587 G +
        0.114 B: brightness f·x; contrast m + f·(x − m), m the image's mean luma; saturation luma + f·(x − luma); hue,
-       turned by h of a whole turn in HSV, which keeps the largest and the smallest channel of each pixel.
-    2. grayscale: all channels become luma (before 1. where `grey_first`, as in MoCo v1).
-    3. Gaussian blur, separable, of radius ⌈3σ⌉ (at most size − 1), weights normalised, the border mirrored about the
+       rotated by h of a full turn in HSV, which keeps the largest and the smallest channel of each pixel.
+    2. grayscale: all channels become luma (before 1. with `grey_first`, as in MoCo v1).
+    3. Gaussian blur, separable, of radius ⌈3σ⌉ (at most size − 1), weights normalised, the border reflected about the
        edge pixels.
-    4. rounded to bytes; then solarize: 255 − x where x ≥ 128.
-    5. flip: left and right exchanged.
+    4. rounding to uint8; then solarize: 255 − x where x ≥ 128.
+    5. horizontal flip.
 
-    What torchvision's transforms do on Pillow images, but that bytes are rounded once, not after each step, and that
-    the blur is a Gaussian (Pillow's is three box filters).
+    Differs from torchvision's transforms on Pillow images in two points: values are rounded once, not after each step,
+    and the blur is a Gaussian (Pillow's is three box filters).
 
     Args:
         images: [B, 3, H, W] uint8, changed in place; any strides by which no two images share memory.
-        jitter: [B, 4] float32: factors f ≥ 0 of brightness, contrast, saturation, and the hue's turn h in [−0.5, 0.5].
-            (1, 1, 1, 0) changes nothing.
+        jitter: [B, 4] float32: factors f ≥ 0 of brightness, contrast, saturation, and the rotation h of the hue in
+            [−0.5, 0.5]. (1, 1, 1, 0) changes nothing.
         order: [B, 4] int64, a permutation of 0 … 3 (the columns of `jitter`).
-        grey: [B] bool.
-        sigma: [B] float32, pixels; 0 for no blur.
+        grey: [B] bool, convert to grayscale.
+        sigma: [B] float32, standard deviation of the blur in pixels; 0 for no blur.
         solarize: [B] bool.
         flip: [B] bool.
-        grey_first: of all images.
+        grey_first: convert to grayscale before the jitter, for all images.
 
-    All draws lie on the CPU, wherever the images do: they decide what is computed at all. Their values are not checked;
-    `draw(view, number, seeds).colours` of `fastssl.data.draws` makes them, with torchvision's distributions.
+    All parameters but `images` must be on the CPU, whatever the device of the images, because they decide which steps
+    run. Their values are not checked; `draw(view, number, seeds).colours` of `fastssl.data.draws` draws them from
+    torchvision's distributions.
 
     Raises:
         ValueError: a shape or device does not fit.
@@ -64,31 +65,30 @@ def augment_(
     """
     check.tensor("augment_", "images", images, "B 3 H W", **{"3": 3})
     _check_dtype("images", images, torch.uint8)
-    floats, whole, yes_or_no = torch.float32, torch.int64, torch.bool
-    for name, draws, dims, dtype in (
-        ("jitter", jitter, "B 4", floats),
-        ("order", order, "B 4", whole),
-        ("grey", grey, "B", yes_or_no),
-        ("sigma", sigma, "B", floats),
-        ("solarize", solarize, "B", yes_or_no),
-        ("flip", flip, "B", yes_or_no),
+    for name, parameter, dims, dtype in (
+        ("jitter", jitter, "B 4", torch.float32),
+        ("order", order, "B 4", torch.int64),
+        ("grey", grey, "B", torch.bool),
+        ("sigma", sigma, "B", torch.float32),
+        ("solarize", solarize, "B", torch.bool),
+        ("flip", flip, "B", torch.bool),
     ):
-        _check_draws(name, draws, dims, dtype, images.shape[0])
+        _check_parameter(name, parameter, dims, dtype, images.shape[0])
     _augment_(images, jitter, order, grey, sigma, solarize, flip, grey_first)
     return images
 
 
-def _check_draws(name: str, draws: Tensor, dims: str, dtype: torch.dtype, batch: int) -> None:
-    check.tensor("augment_", name, draws, dims, **({"B": batch, "4": 4} if dims == "B 4" else {"B": batch}))
-    _check_dtype(name, draws, dtype)
-    if draws.device.type not in ("cpu", "meta"):
-        check.fail("augment_", f"{name} must be on the cpu (draws decide what is computed), got {draws.device}")
+def _check_parameter(name: str, parameter: Tensor, dims: str, dtype: torch.dtype, batch: int) -> None:
+    check.tensor("augment_", name, parameter, dims, **({"B": batch, "4": 4} if dims == "B 4" else {"B": batch}))
+    _check_dtype(name, parameter, dtype)
+    if parameter.device.type not in ("cpu", "meta"):
+        check.fail("augment_", f"{name} must be on the cpu, whatever the device of images, got {parameter.device}")
 
 
 def _check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
     if value.dtype != dtype:
-        wanted, came = (str(d).removeprefix("torch.") for d in (dtype, value.dtype))
-        check.fail("augment_", f"{name} must be {wanted}, got {came}", TypeError)
+        expected, got = check.dtype_name(dtype), check.dtype_name(value.dtype)
+        check.fail("augment_", f"{name} must be {expected}, got {got}", TypeError)
 
 
 @op("augment_", mutates_args=("images",))
@@ -102,14 +102,14 @@ def _augment_(
     flip: Tensor,
     grey_first: bool,
 ) -> None:
-    draws = zip(jitter.tolist(), order.tolist(), grey.tolist(), sigma.tolist(), solarize.tolist(), flip.tolist())
-    for image, (factors, steps, is_grey, blur, inverted, mirrored) in zip(images, draws):
-        if is_grey or blur > 0 or factors != [1, 1, 1, 0]:
-            values = coloured(image.float(), factors, steps, is_grey, grey_first)
-            image.copy_((blurred(values, blur) if blur > 0 else values).round_())
-        if inverted:
+    parameters = zip(*(column.tolist() for column in (jitter, order, grey, sigma, solarize, flip)))
+    for image, (factors, steps, to_grey, blur_sigma, to_solarize, to_flip) in zip(images, parameters):
+        if to_grey or blur_sigma > 0 or factors != [1, 1, 1, 0]:
+            values = jitter_image(image.float(), factors, steps, to_grey, grey_first)
+            image.copy_((blur_image(values, blur_sigma) if blur_sigma > 0 else values).round_())
+        if to_solarize:
             image.copy_(torch.where(image >= 128, 255 - image, image))
-        if mirrored:
+        if to_flip:
             image.copy_(image.flip(-1))
 
 
@@ -118,8 +118,8 @@ def _(images, jitter, order, grey, sigma, solarize, flip, grey_first):
     pass
 
 
-def coloured(x: Tensor, factors: list[float], steps: list[int], grey: bool, grey_first: bool) -> Tensor:
-    """Steps 1 and 2 of `augment_` on one image [3, H, W], floating."""
+def jitter_image(x: Tensor, factors: list[float], steps: list[int], grey: bool, grey_first: bool) -> Tensor:
+    """Jitter and grayscale of `augment_` on one image [3, H, W], floating."""
     if grey and grey_first:
         x = _luma(x).expand_as(x)
     for step in steps:
@@ -133,43 +133,45 @@ def coloured(x: Tensor, factors: list[float], steps: list[int], grey: bool, grey
         elif step == SATURATION:
             x = _blend(x, _luma(x), factor)
         else:
-            x = _turn_hue(x, factor)
+            x = _rotate_hue(x, factor)
     return _luma(x).expand_as(x).contiguous() if grey and not grey_first else x
 
 
 def _luma(x: Tensor) -> Tensor:
+    """[3, H, W] → [1, H, W]"""
     red, green, blue = LUMA
     return (x[0] * red + x[1] * green + x[2] * blue).unsqueeze(0)
 
 
-def _blend(x: Tensor, other: Tensor, factor: float) -> Tensor:
-    return ((x - other) * factor + other).clamp_(0, 255)
+def _blend(x: Tensor, base: Tensor, factor: float) -> Tensor:
+    """The value base + factor · (x − base), clamped."""
+    return ((x - base) * factor + base).clamp_(0, 255)
 
 
-def _turn_hue(x: Tensor, turns: float) -> Tensor:
-    """RGB → HSV → RGB in one: of each pixel the largest and smallest channel stay, the place between them moves.
+def _rotate_hue(x: Tensor, turns: float) -> Tensor:
+    """RGB → HSV, hue + turns, HSV → RGB.
 
-    With H in sixths of a turn, a channel is V − (V − min)·clamp(min(k, 4 − k), 0, 1), where k = (n + H) mod 6, and n
-    is 5, 3, 1 for red, green, blue.
+    With V and m the largest and the smallest channel of a pixel and H its hue in sixths of a turn, a channel is
+    V − (V − m)·clamp(min(k, 4 − k), 0, 1), where k = (n + H) mod 6, and n is 5, 3, 1 for red, green, blue.
     """
     red, green, blue = x
-    top, low = x.amax(0), x.amin(0)
-    spread = top - low
+    largest, smallest = x.amax(0), x.amin(0)
+    chroma = largest - smallest
     sixths = torch.where(
-        top == red, green - blue, torch.where(top == green, blue - red + 2 * spread, red - green + 4 * spread)
+        largest == red, green - blue, torch.where(largest == green, blue - red + 2 * chroma, red - green + 4 * chroma)
     )
-    hue = sixths / torch.where(spread > 0, spread, 1) + 6 * turns
+    hue = sixths / torch.where(chroma > 0, chroma, 1) + 6 * turns
     k = hue + torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype, device=x.device).view(3, 1, 1)
     k = k - (k / 6).floor_() * 6
-    return top - spread * torch.minimum(k, 4 - k).clamp_(0, 1)
+    return largest - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def blurred(x: Tensor, sigma: float) -> Tensor:
-    """Step 3 of `augment_` on one image [3, H, W], floating."""
-    return _blurred_along_width(_blurred_along_width(x, sigma).mT, sigma).mT
+def blur_image(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of `augment_` on one image [3, H, W], floating."""
+    return _blur_along_width(_blur_along_width(x, sigma).mT, sigma).mT
 
 
-def _blurred_along_width(x: Tensor, sigma: float) -> Tensor:
+def _blur_along_width(x: Tensor, sigma: float) -> Tensor:
     width = x.shape[-1]
     radius = min(math.ceil(3 * sigma), width - 1)
     weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(radius + 1)]

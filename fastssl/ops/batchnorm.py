@@ -11,11 +11,11 @@ from .dispatch import acc_dtype, fake, first_order, has_kernel, op
 
 
 class Running(NamedTuple):
-    """Running statistics, which `batch_norm` updates in place: mean and variance [C], and the weight of new ones."""
+    """Running statistics, updated in place by `batch_norm`."""
 
-    mean: Tensor
-    var: Tensor
-    momentum: float
+    mean: Tensor  # [C]
+    var: Tensor  # [C]
+    momentum: float  # weight of the new statistics
 
 
 def batch_norm(
@@ -28,26 +28,26 @@ def batch_norm(
     relu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """relu(norm(x) + residual), where norm is batch norm by the statistics of x itself, as in training.
+    """relu(batch_norm(x) + residual) in training mode: normalised by the statistics of x itself.
 
-    Part s of the batch, samples s, s + splits, s + 2·splits and so on, is normalised by its own mean and variance. The
-    running statistics move towards the mean over the parts of their means and unbiased variances.
+    With `splits` > 1, part s of the batch (samples s, s + splits, s + 2·splits and so on) is normalised by its own mean
+    and variance. The running statistics move towards the average over the parts of their means and unbiased variances.
 
     The kernel reads x once for the statistics and once to normalise, add and clip. It keeps x for the gradient, and the
-    result only where there are both a residual and a ReLU; else it makes the ReLU's mask from x again.
+    result only where there are both a residual and a ReLU; else it recomputes the ReLU's mask from x.
 
     Args:
-        x: [B, C] or [B, C, H, W] floating; by the kernel it is read in channels_last order and copied if it lies in
-            another. Gradient.
+        x: [B, C] or [B, C, H, W] floating. The kernel reads it in channels_last order, and copies it if it has another.
+            Gradient.
         weight, bias: [C] floating. Gradient.
-        running: two floating tensors [C] and the momentum, as of `torch.nn.BatchNorm2d`.
+        running: two floating tensors [C] and the momentum, as in `torch.nn.BatchNorm2d`.
         eps: added to the variance.
-        splits: parts; B must be divisible by it, and a part must have more than one value a channel.
+        splits: number of parts; B must be divisible by it, and a part must have more than one value a channel.
         relu: clip the result below 0.
-        residual: like x, is added before that. Gradient.
+        residual: like x, added before the ReLU. Gradient.
 
-    Returns: like x, in its dtype, of the kernel in channels_last order. Statistics in float32 (float64 for float64), of
-    sums in float64.
+    Returns: like x, in its dtype; from the kernel in channels_last order. Statistics in float32 (float64 for float64),
+        from sums in float64.
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: not floating.
@@ -63,17 +63,17 @@ def batch_norm(
     weight, bias = weight.to(acc_dtype(x)), bias.to(acc_dtype(x))
     y, mean, var = _BatchNorm.apply(x, weight, bias, residual, eps, splits, relu)
     with torch.no_grad():
-        for average, now in ((running.mean, mean), (running.var, var)):
-            average.lerp_(now.mean(0).to(average.dtype), running.momentum)
+        for average, statistic in ((running.mean, mean), (running.var, var)):
+            average.lerp_(statistic.mean(0).to(average.dtype), running.momentum)
     return y
 
 
 def backend(x: Tensor) -> str:
-    """What runs `batch_norm` on x: "kernel", on CPUs, or "torch". The one place where that is decided."""
+    """The implementation that `batch_norm` takes for x: "kernel", on CPUs, or "torch"."""
     return "kernel" if has_kernel("batch_norm_fwd", x.device.type) and x.numel() else "torch"
 
 
-def _check(x, weight, bias, running, splits, residual):
+def _check(x: Tensor, weight: Tensor, bias: Tensor, running: Running, splits: int, residual: Tensor | None) -> None:
     if x.ndim not in (2, 4):
         check.fail("batch_norm", f"x must have shape [B, C] or [B, C, H, W], got {list(x.shape)}")
     check.floating("batch_norm", x=x, weight=weight, bias=bias)
@@ -82,10 +82,10 @@ def _check(x, weight, bias, running, splits, residual):
         check.tensor("batch_norm", name, value, "C", C=x.shape[1])
     check.same_device("batch_norm", x=x, **vectors)
     if splits < 1 or x.shape[0] % splits:
-        check.fail("batch_norm", f"the batch must be divisible by splits={splits}, got {x.shape[0]}")
+        check.fail("batch_norm", f"x must have a batch divisible by splits={splits}, got B={x.shape[0]}")
     if x.numel() == splits * x.shape[1]:
-        parts = f"in {splits} parts" if splits > 1 else "as a whole"
-        check.fail("batch_norm", f"x must have more than one value a channel {parts}, got {list(x.shape)}")
+        parts = f" in each of {splits} parts" if splits > 1 else ""
+        check.fail("batch_norm", f"x must have more than one value a channel{parts}, got {list(x.shape)}")
     if residual is not None:
         if residual.shape != x.shape:
             check.fail("batch_norm", f"residual must have x's shape {list(x.shape)}, got {list(residual.shape)}")
@@ -94,7 +94,7 @@ def _check(x, weight, bias, running, splits, residual):
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: float, splits: int) -> Tensor:
-    """Parts become channels."""
+    """Batch norm by torch, with the parts as channels."""
     if splits == 1:
         return F.batch_norm(x, running.mean, running.var, weight, bias, True, running.momentum, eps)
     parts = x.reshape(x.shape[0] // splits, splits * x.shape[1], *x.shape[2:])
@@ -110,12 +110,14 @@ def _by_torch(x: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: fl
 def _batch_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, splits: int, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y from x and residual, dense in channels_last order as all such tensors here; and of each part, [splits, C] in
-    the dtype of weight and bias, which sums have: mean, 1/√(variance + eps), unbiased variance."""
+    """(y, mean, 1/√(variance + eps), unbiased variance), the last three [splits, C] in the dtype of weight and bias.
+
+    x and residual are dense in channels_last order, as y is; weight and bias have the dtype of sums.
+    """
     values = _parts(x, splits)
     var, mean = torch.var_mean(values, (0, 2), correction=0)
     invstd = (var + eps).rsqrt()
-    y = _normal(values, mean, invstd) * weight + bias
+    y = _standardised(values, mean, invstd) * weight + bias
     y = y if residual is None else y + _parts(residual, splits)
     count = values.shape[0] * values.shape[2]
     return _joined(F.relu(y) if relu else y, x), mean, invstd, var * (count / (count - 1))
@@ -131,15 +133,15 @@ def _(x, weight, bias, residual, eps, splits, relu):
 def _batch_norm_bwd(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias, dresidual). y is given where it is the ReLU of a sum; dresidual is empty where it is not."""
-    normal = _normal(_parts(x, len(mean)), mean, invstd)
+    """(dx, dweight, dbias, dresidual). y is given where there was a residual and a ReLU, else dresidual is empty."""
+    standardised = _standardised(_parts(x, len(mean)), mean, invstd)
     gradient = _parts(dy, len(mean))
     if relu:
-        at = normal * weight + bias if y is None else _parts(y, len(mean))
-        gradient = gradient.masked_fill(at <= 0, 0)
-    dweight, dbias = (gradient * normal).sum((0, 2)), gradient.sum((0, 2))
+        clipped = standardised * weight + bias if y is None else _parts(y, len(mean))
+        gradient = gradient.masked_fill(clipped <= 0, 0)
+    dweight, dbias = (gradient * standardised).sum((0, 2)), gradient.sum((0, 2))
     count = gradient.shape[0] * gradient.shape[2]
-    dx = (gradient - _column(dbias) / count - normal * _column(dweight) / count) * (_column(invstd) * weight)
+    dx = (gradient - _column(dbias) / count - standardised * _column(dweight) / count) * (_column(invstd) * weight)
     dresidual = x.new_empty(0) if y is None else _joined(gradient, x)
     return _joined(dx, x), dweight.sum(0), dbias.sum(0), dresidual
 
@@ -157,7 +159,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, invstd)
         ctx.relu = relu
         ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)  # of mean and var, which have none
+        ctx.set_materialize_grads(False)  # mean and var have no gradient
         return y, mean, var
 
     @staticmethod
@@ -165,9 +167,9 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 7
-        x, y, *others = ctx.saved_tensors
+        x, y, weight, bias, mean, invstd = ctx.saved_tensors
         dy = _channels_last(dy)
-        dx, dweight, dbias, dresidual = _batch_norm_bwd(dy, x, y, *others, ctx.relu)
+        dx, dweight, dbias, dresidual = _batch_norm_bwd(dy, x, y, weight, bias, mean, invstd, ctx.relu)
         dresidual = dy if y is None else dresidual
         return dx, dweight, dbias, dresidual if ctx.needs_input_grad[3] else None, None, None, None
 
@@ -177,12 +179,12 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _parts(x: Tensor, splits: int) -> Tensor:
-    """[B, C, …] → [B / splits, splits, P, C] in the dtype of sums."""
+    """[B, C, …] → [B / splits, splits, pixels, C] in the dtype of sums."""
     return x.to(acc_dtype(x)).reshape(-1, splits, x.shape[1], x.shape[2:].numel()).movedim(2, 3)
 
 
 def _joined(parts: Tensor, x: Tensor) -> Tensor:
-    """And back to x's shape, dtype and order."""
+    """The inverse of `_parts`: a tensor with x's shape, dtype and memory format."""
     return torch.empty_like(x).copy_(parts.movedim(3, 2).reshape(x.shape))
 
 
@@ -191,5 +193,5 @@ def _column(statistic: Tensor) -> Tensor:
     return statistic.unsqueeze(1)
 
 
-def _normal(parts: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def _standardised(parts: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     return (parts - _column(mean)) * _column(invstd)

@@ -1,15 +1,15 @@
 """InfoNCE over a queue (MoCo v1, v2), in the batch (MoCo v3) and NT-Xent (SimCLR).
 
-All three share one fact. With logits s_ij = q_i·k_j / τ the gradient of loss_i is
+All three have the same gradient. With logits s_ij = q_i·k_j / τ it is
 
     ∂loss_i/∂q_i = (Σ_j softmax(s_i)_j k_j − k_positive) / τ,
 
-attention whose values are its keys. So one pass over the keys leaves loss, rank and the query's gradient behind, and
-∂loss/∂τ = −q·∂loss/∂q / τ comes free. The plain-torch bodies below write the logits out; a kernel does not.
+attention whose values are its keys. So one pass over the keys computes loss, rank and the gradient of the queries, and
+∂loss/∂τ = −q·∂loss/∂q / τ follows from them. The plain-torch bodies below hold all logits in memory; a kernel does not.
 
-The kernels take all four dtypes, any strides and any mixture of them, and always give the same bits, the C++ ones on
-any number of threads. On GPUs the softmax of 16-bit inputs is rounded to their dtype before it is multiplied with the
-keys, as in flash attention; loss and rank are not touched by that. They multiply float32 as exactly as float32 does,
+The kernels take all four dtypes and any strides, also mixed, and give the same bits every time, the C++ ones on any
+number of threads. On GPUs the softmax of 16-bit inputs is rounded to their dtype before it is multiplied with the keys,
+as in flash attention; loss and rank do not depend on that. The GPU kernels multiply float32 as exactly as float32 does,
 unless torch is allowed to use tf32 (`torch.set_float32_matmul_precision`).
 """
 
@@ -33,7 +33,7 @@ class InfoNCE(NamedTuple):
     """Loss and rank of each query."""
 
     loss: Tensor  # [B] float32 (float64 for float64 queries)
-    rank: Tensor  # [B] int64, how many negatives score above the positive: 0 means top-1; no gradient
+    rank: Tensor  # [B] int64, number of negatives that score above the positive: 0 means top-1; no gradient
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNCE:
@@ -41,25 +41,25 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
 
     Equals ``logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / tau``,
     ``loss = F.cross_entropy(logits, zeros, reduction="none")``, ``rank = (logits[:, 1:] > logits[:, :1]).sum(1)``.
-    Queries and keys are taken as they are: MoCo normalises them to unit length before.
+    Queries and keys are not normalised here; MoCo normalises them to unit length.
 
     Args:
         q: [B, D] any floating dtype, queries. Gradient.
         k: [B, D] positive keys, no gradient.
-        queue: [K, D] negatives, rows contiguous, no gradient. Not copied, and not kept for the backward pass, so it
-            may be overwritten as soon as this returns.
-        tau: temperature > 0: a number, or a tensor with one element, which gets a gradient.
+        queue: [K, D] negatives, rows contiguous, no gradient. It is neither copied nor kept for the backward pass, so
+            it may be overwritten as soon as this returns.
+        tau: temperature > 0, a number, or a tensor with one element. Gradient to a tensor.
 
     Returns: `InfoNCE` of loss [B] and rank [B]. Computed and summed in float32, in float64 for float64 queries,
-        whatever the input dtypes and under autocast too; the gradient of q has q's dtype.
+        whatever the input dtypes, and also under autocast; the gradient of q has q's dtype.
 
     Raises:
         ValueError: a shape or device does not fit, tau ≤ 0, or k or queue requires a gradient.
         TypeError: an argument is not floating.
 
-    Memory: a kernel needs O(B·D) whatever K: under 4 MB at B = 256, D = 128 on a CPU, and on a GPU a few rows of
-        partial results for each multiprocessor, 10 MB there. The plain body makes logits [B, K] (and
-        converts a queue of another dtype).
+    Memory: a kernel needs O(B·D) whatever K: at B = 256, D = 128 under 4 MB on a CPU, and on a GPU 10 MB of partial
+        results, a few rows for each multiprocessor. The plain-torch body makes logits [B, K], and converts a queue of
+        another dtype.
 
     Source: van den Oord et al., 2018 (CPC), equation 4; He et al., 2020 (MoCo), equation 1 and algorithm 1.
     """
@@ -70,7 +70,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
     check.same_device("info_nce", q=q, k=k, queue=queue)
     for name, value in (("k", k), ("queue", queue)):
         if value.requires_grad:
-            check.fail("info_nce", f"{name} must not require a gradient, it gets none (pass {name}.detach())")
+            check.fail("info_nce", f"{name} must not require a gradient, got requires_grad=True; pass {name}.detach()")
     tau = check.temperature("info_nce", tau, like=q)
     with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
     return InfoNCE(*_InfoNCE.apply(q, k, queue, tau, with_grad))
@@ -88,14 +88,14 @@ def _info_nce_fwd(q: Tensor, k: Tensor, queue: Tensor, tau: Tensor, with_grad: b
     loss_B = -log_softmax[:, 0]
     if not with_grad:
         return loss_B, rank_B, q.new_empty(0)
-    others_BK = log_softmax[:, 1:].exp()
-    # 1 − p(positive) as a sum of what it is made of: the difference would cancel where the positive wins.
-    return loss_B, rank_B, (others_BK @ queue - others_BK.sum(1, keepdim=True) * k) / tau
+    weights_BK = log_softmax[:, 1:].exp()
+    # 1 − p(positive) as the sum of the other weights: the difference would cancel where p(positive) is close to 1.
+    return loss_B, rank_B, (weights_BK @ queue - weights_BK.sum(1, keepdim=True) * k) / tau
 
 
 @fake(_info_nce_fwd)
 def _(q, k, queue, tau, with_grad):
-    return _fake_rows(q, with_grad)
+    return _fake_results(q, with_grad)
 
 
 register_triton(_info_nce_fwd, lambda: _kernels().info_nce_fwd)
@@ -118,7 +118,7 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: int = 0) -> InfoNCE:
-    """InfoNCE in the batch: the positive of row i is ``keys[label_offset + i]``, every other key is a negative.
+    """InfoNCE in the batch: the positive of query i is ``keys[label_offset + i]``, every other key is a negative.
 
     Equals ``logits = q @ keys.T / tau``, ``labels = label_offset + arange(B)``,
     ``loss = F.cross_entropy(logits, labels, reduction="none")``, ``rank = (logits > logits[i, labels[i]]).sum(1)``.
@@ -127,17 +127,17 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: i
     Args:
         q: [B, D] any floating dtype. Gradient.
         keys: [M, D], M ≥ label_offset + B. Gradient where they require one.
-        tau: temperature > 0: a number, or a tensor with one element, which gets a gradient.
+        tau: temperature > 0, a number, or a tensor with one element. Gradient to a tensor.
         label_offset: the row of `keys` that is the positive of query 0.
 
     Returns: `InfoNCE` of loss [B] and rank [B]. Computed and summed in float32, in float64 for float64 queries,
-        whatever the input dtypes and under autocast too; gradients have the dtype of their tensor.
+        whatever the input dtypes, and also under autocast; gradients have the dtype of their tensor.
 
     Raises:
         ValueError: a shape or device does not fit, tau ≤ 0, or a positive lies outside keys.
         TypeError: an argument is not floating.
 
-    Memory: a kernel needs O((B + M)·D). The plain body makes logits [B, M], and again for the gradient of keys.
+    Memory: a kernel needs O((B + M)·D). The plain-torch body makes logits [B, M], and again for the gradient of keys.
 
     Source: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, algorithm 1.
     """
@@ -146,8 +146,9 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: i
     check.floating("batch_info_nce", q=q, keys=keys)
     check.same_device("batch_info_nce", q=q, keys=keys)
     if not 0 <= label_offset <= keys.shape[0] - q.shape[0]:
-        wanted = f"label_offset + B ≤ M = {keys.shape[0]} with B = {q.shape[0]}"
-        check.fail("batch_info_nce", f"label_offset must be at least 0 and {wanted}, got label_offset={label_offset}")
+        largest = keys.shape[0] - q.shape[0]
+        message = f"label_offset must be at least 0 and at most M − B = {largest}, got {label_offset}"
+        check.fail("batch_info_nce", message)
     tau = check.temperature("batch_info_nce", tau, like=q)
     with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
     return InfoNCE(*_BatchInfoNCE.apply(q, keys, tau, label_offset, with_grad))
@@ -157,7 +158,7 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: i
 def _batch_info_nce_fwd(
     q: Tensor, keys: Tensor, tau: Tensor, label_offset: int, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [B], rank [B], dq [B, D] as in info_nce_fwd, lse [B] of the logits)."""
+    """(loss [B], rank [B], dq [B, D] as in info_nce_fwd, log-sum-exp of the logits [B])."""
     dtype = acc_dtype(q)
     q, keys, tau = q.to(dtype), keys.to(dtype), tau.to(dtype)
     logits_BM = (q @ keys.T) / tau
@@ -171,7 +172,7 @@ def _batch_info_nce_fwd(
 
 @fake(_batch_info_nce_fwd)
 def _(q, keys, tau, label_offset, with_grad):
-    loss, rank, dq = _fake_rows(q, with_grad)
+    loss, rank, dq = _fake_results(q, with_grad)
     return loss, rank, dq, torch.empty_like(loss)
 
 
@@ -211,32 +212,34 @@ class _BatchInfoNCE(torch.autograd.Function):
     def backward(ctx, dloss, _):
         q, keys, tau, dq, lse = ctx.saved_tensors
         needs_q, needs_keys, needs_tau, _, _ = ctx.needs_input_grad
-        dkeys = None
+        dkeys = dtau = None
         if needs_keys:
             dkeys = _batch_info_nce_dkeys(q, keys, tau, ctx.label_offset, lse, dloss).to(keys.dtype)
-        dq = dq * dloss[:, None] if needs_q or needs_tau else None
-        return dq.to(q.dtype) if needs_q else None, dkeys, _tau_gradient(q, dq, tau) if needs_tau else None, None, None
+        if needs_q or needs_tau:
+            dq = dq * dloss[:, None]
+            dtau = _tau_gradient(q, dq, tau) if needs_tau else None
+        return dq.to(q.dtype) if needs_q else None, dkeys, dtau, None, None
 
 
 def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
-    """SimCLR's loss of 2B views: the positive of a view is the other view of its image, the rest are negatives.
+    """NT-Xent, SimCLR's loss: the positive of a view is the other view of its image, the rest are negatives.
 
     Equals ``z = torch.cat([z1, z2])``, ``logits = (z @ z.T / tau).fill_diagonal_(-inf)``,
-    ``F.cross_entropy(logits, (arange(2B) + B) % 2B, reduction="none")``. Rows are taken as they are: SimCLR
-    compares cosines, so normalise them to unit length before.
+    ``F.cross_entropy(logits, (arange(2B) + B) % 2B, reduction="none")``. Rows are not normalised here; SimCLR compares
+    cosines, so normalise them to unit length first.
 
     Args:
-        z1, z2: [B, D] any floating dtype, B ≥ 1; row i of both shows the same image. Gradient to both.
-        tau: temperature > 0: a number, or a tensor with one element, which gets a gradient.
+        z1, z2: [B, D] any floating dtype, B ≥ 1; row i of both is of the same image. Gradient to both.
+        tau: temperature > 0, a number, or a tensor with one element. Gradient to a tensor.
 
     Returns: loss [2B], of z1's rows and then of z2's; float32, float64 for float64 inputs, computed and summed in
-        that dtype whatever the input dtypes and under autocast too; gradients have the dtype of their tensor.
+        that dtype whatever the input dtypes, and also under autocast; gradients have the dtype of their tensor.
 
     Raises:
         ValueError: shapes or devices differ, or tau ≤ 0. TypeError: an argument is not floating.
 
-    Memory: a kernel needs O(B·D), on a CPU three copies of z, and computes each pair's logit once there. The plain body
-        makes logits [2B, 2B], and makes them again for the gradient.
+    Memory: a kernel needs O(B·D); the C++ kernel three copies of z, and it computes the logit of each pair once. The
+        plain-torch body makes logits [2B, 2B], and again for the gradient.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, equation 1.
     """
@@ -249,7 +252,7 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
 
 @op("nt_xent_fwd")
 def _nt_xent_fwd(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss [2B], lse [2B] of the logits)."""
+    """(loss [2B], log-sum-exp of the logits [2B])."""
     logits = _nt_xent_logits(z.to(acc_dtype(z)), tau)
     log_softmax, half = logits.log_softmax(1), z.shape[0] // 2
     return -torch.cat([log_softmax.diagonal(half), log_softmax.diagonal(-half)]), logits.logsumexp(1)
@@ -266,7 +269,7 @@ register_triton(_nt_xent_fwd, lambda: _kernels().nt_xent_fwd)
 
 @op("nt_xent_bwd")
 def _nt_xent_bwd(z: Tensor, tau: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
-    """dz [2B, D] in float32 or wider: a view is query of its own row and key of all others."""
+    """dz [2B, D] in float32 or wider: a view is the query of its row of logits and a key of all other rows."""
     z, half = z.to(lse.dtype), z.shape[0] // 2
     weights = (_nt_xent_logits(z, tau) - lse[:, None]).exp_()
     weights.diagonal(half).sub_(1)
@@ -299,18 +302,21 @@ class _NTXent(torch.autograd.Function):
         return dz.to(z.dtype), _tau_gradient(z, dz, tau) / 2 if ctx.needs_input_grad[1] else None
 
 
-def _fake_rows(q: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_results(q: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty (loss, rank, dq)."""
     loss, rank = q.new_empty(q.shape[0], dtype=acc_dtype(q)), q.new_empty(q.shape[0], dtype=torch.int64)
     return loss, rank, q.new_empty(q.shape if with_grad else 0, dtype=acc_dtype(q))
 
 
 def _softmax_minus_positive(logits_BM: Tensor, lse_B: Tensor, label_offset: int) -> Tensor:
+    """The gradient of the summed loss with respect to the logits [B, M]."""
     weights_BM = (logits_BM - lse_B[:, None]).exp_()
     weights_BM.diagonal(label_offset)[: weights_BM.shape[0]].sub_(1)
     return weights_BM
 
 
 def _nt_xent_logits(z: Tensor, tau: Tensor) -> Tensor:
+    """Logits [2B, 2B], −∞ on the diagonal."""
     return ((z @ z.T) / tau.to(z.dtype)).fill_diagonal_(float("-inf"))
 
 

@@ -1,4 +1,4 @@
-"""Dense layers: the linear one, with the GELU that may stand before it."""
+"""Linear layer, with a GELU of its input fused into it."""
 
 import torch
 import torch.nn.functional as F
@@ -7,25 +7,26 @@ from torch import Tensor
 from . import check
 from .dispatch import autocast_dtype, fake, first_order, has_kernel, op, uses_native_gemm
 
-FEWEST = 64  # rows from which the kernel is the better choice: to pack the weight costs as much as some rows of product
+FEWEST = 64  # rows from which the kernel runs: packing the weight takes as long as the product of some rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """Linear layer, of GELU of its input where asked.
+    """Linear layer of x, or of GELU(x).
 
-    Equals ``F.linear(F.gelu(x) if gelu else x, weight, bias)``, and `backend` says what runs.
+    Equals ``F.linear(F.gelu(x) if gelu else x, weight, bias)``; `backend` returns which implementation runs.
 
-    The kernel reads float32 weights beside bfloat16 inputs and rounds them on the way, so autocast's copies of the
-    weights never exist; it makes GELU as it reads x, and again in the backward pass, so neither its result nor its
-    slope is kept; gradients of float32 weights come unrounded.
+    The kernel takes float32 weights with bfloat16 inputs and rounds them as it packs them, so there are no copies of
+    the weights as autocast makes them. It computes GELU as it reads x, and again in the backward pass, so neither its
+    result nor its derivative is kept. Gradients of float32 weights are not rounded to 16 bits.
 
     Args:
-        x: [..., K] floating. Under autocast it is converted to its dtype first, but for float64.
-        weight: [N, K] of x's dtype, or any floating dtype under autocast. bias: [N] like weight, or None.
-            Gradient to all three, in their dtypes.
-        gelu: put x through GELU (the exact one, by the normal distribution) first.
+        x: [..., K] floating. Under autocast it is first converted to its dtype, except float64.
+        weight: [N, K] of x's dtype, or any floating dtype under autocast.
+        bias: [N] of the dtype of weight, or None.
+        gelu: apply GELU (the exact one, not the tanh approximation) to x first.
 
-    Returns: [..., N] in x's dtype, under autocast in that of autocast. Sums in float32 (float64 for float64).
+    Returns: [..., N] in x's dtype, under autocast in its dtype. Sums in float32 (float64 for float64). Gradient to x,
+        weight and bias, in their dtypes.
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: dtypes differ outside autocast, or are not floating.
@@ -43,8 +44,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     if dtype := autocast_dtype(x):
         x = x.to(dtype)
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
-        others = f"{weight.dtype}" + (f" and {bias.dtype}" if bias is not None else "")
-        check.fail("linear", f"weight and bias must have x's dtype {x.dtype} outside autocast, got {others}", TypeError)
+        dtypes = f"{weight.dtype}" + (f" and {bias.dtype}" if bias is not None else "")
+        check.fail("linear", f"weight and bias must have x's dtype {x.dtype} outside autocast, got {dtypes}", TypeError)
     if backend(x, weight) == "torch":
         return F.linear(F.gelu(x) if gelu else x, weight, bias)
     if weight.dtype != x.dtype and (x.dtype, weight.dtype) != (torch.bfloat16, torch.float32):
@@ -54,19 +55,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
 
 def backend(x: Tensor, weight: Tensor) -> str:
-    """What runs `linear` on these tensors: "kernel" or "torch". The one place where that is decided.
+    """The implementation that `linear` takes for these tensors: "kernel" or "torch".
 
-    The kernel, on CPUs, from 64 rows on, unless torch's library has instructions there that the kernel lacks: tiles
-    (AMX) for 16 bits, and Intel's own library on Intel's processors for float32 and float64.
+    The kernel, on CPUs, from 64 rows on, unless torch's library is faster there: with tiles (AMX) for 16 bits, and with
+    Intel's own library on Intel's processors for float32 and float64.
     """
     rows = x.numel() // max(1, x.shape[-1])
-    ours = has_kernel("linear_fwd", x.device.type) and uses_native_gemm(x.dtype)
-    return "kernel" if ours and rows >= FEWEST and weight.numel() else "torch"
+    native = has_kernel("linear_fwd", x.device.type) and uses_native_gemm(x.dtype)
+    return "kernel" if native and rows >= FEWEST and weight.numel() else "torch"
 
 
 @op("linear_fwd")
 def _linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """[M, N] from x [M, K]; weight [N, K] and bias have x's dtype, or are float32 beside bfloat16."""
+    """[M, N] from x [M, K]; weight [N, K] and bias have x's dtype, or are float32 with a bfloat16 x."""
     x = F.gelu(x) if gelu else x
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -78,7 +79,7 @@ def _(x, weight, bias, gelu):
 
 @op("linear_dx")
 def _linear_dx(dy: Tensor, weight: Tensor, x: Tensor | None) -> Tensor:
-    """dy [M, N] → [M, K]; through the GELU of x [M, K] where there is one."""
+    """dx [M, K] from dy [M, N]; through GELU where x [M, K] is given."""
     dx = dy @ weight.to(dy.dtype)
     return dx if x is None else torch.ops.aten.gelu_backward(dx, x)
 
@@ -120,6 +121,6 @@ class _Linear(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., K] → [M, K], each row without gaps."""
+    """[..., K] → [M, K] with contiguous rows."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""MAE's random masking: which tokens stay, taking them out, and putting them back in their places."""
+"""MAE's random masking: choosing the tokens to keep, gathering them, and restoring the sequence."""
 
 from typing import NamedTuple
 
@@ -17,11 +17,11 @@ def _kernels():
 
 
 class Masking(NamedTuple):
-    """What `random_masking` decides for each sample."""
+    """Result of `random_masking`, for each sample."""
 
-    ids_keep: Tensor  # [B, keep] int64, the kept tokens in ascending-noise order
-    ids_masked: Tensor  # [B, L − keep] int64, the removed tokens in ascending-noise order
-    ids_restore: Tensor  # [B, L] int64, rank of each token's noise: where the token stands in (kept, removed)
+    ids_keep: Tensor  # [B, keep] int64, the kept tokens in ascending order of noise
+    ids_masked: Tensor  # [B, L − keep] int64, the removed tokens in ascending order of noise
+    ids_restore: Tensor  # [B, L] int64, rank of each token's noise: its position in (ids_keep, ids_masked)
     mask: Tensor  # [B, L] float32, 0 kept, 1 removed
 
 
@@ -30,16 +30,16 @@ def random_masking(noise: Tensor, keep: int) -> Masking:
 
     Equals ``ids = noise.argsort(1, stable=True)``, ``ids_keep, ids_masked = ids[:, :keep], ids[:, keep:]``,
     ``ids_restore = ids.argsort(1)`` and ``mask = (ids_restore >= keep).float()``. Equal noise is ordered by index and
-    NaN comes last, so the result is the same on every device.
+    NaN comes last, on every device.
 
     Args:
         noise: [B, L] floating, usually ``torch.rand(B, L)``. No gradient.
-        keep: tokens kept, 1 ≤ keep ≤ L; the reference takes ``int(L * (1 - mask_ratio))``, which cuts: 19 of 100 at
-            ratio 0.8.
+        keep: number of tokens to keep, 1 ≤ keep ≤ L; the reference code takes ``int(L * (1 - mask_ratio))``, which
+            rounds down: 19 of 100 at ratio 0.8.
 
     Returns:
         `Masking` of ids_keep [B, keep], ids_masked [B, L − keep], ids_restore [B, L], all int64, and mask [B, L]
-        float32, 0 kept, 1 removed. The kept tokens are in noise order, not in order of place.
+        float32, 0 kept, 1 removed. The kept tokens are in ascending order of noise, not of position.
 
     Raises:
         ValueError: noise is not [B, L], or keep is outside 1..L.
@@ -58,8 +58,8 @@ def random_masking(noise: Tensor, keep: int) -> Masking:
 @op("random_masking")
 def _random_masking(noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ids = noise.argsort(dim=1, stable=True)
-    places = torch.arange(noise.shape[1], device=noise.device).expand_as(ids)
-    ids_restore = torch.empty_like(ids).scatter_(1, ids, places)
+    ranks = torch.arange(noise.shape[1], device=noise.device).expand_as(ids)
+    ids_restore = torch.empty_like(ids).scatter_(1, ids, ranks)
     mask = (ids_restore >= keep).float()
     ids_keep, ids_masked = (part.clone(memory_format=torch.contiguous_format) for part in ids.tensor_split([keep], 1))
     return ids_keep, ids_masked, ids_restore, mask
@@ -80,13 +80,13 @@ register_triton(_random_masking, lambda: _kernels().random_masking)
 
 
 def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tensor:
-    """Takes the named tokens of each sample, with their positional embedding added.
+    """Gathers the kept tokens of each sample and adds their positional embedding.
 
     Equals ``(x + pos).gather(1, ids_keep[..., None].expand(-1, -1, D))``; dtypes promote as in that sum.
 
     Args:
         x: [B, L, D] any floating dtype.
-        ids_keep: [B, M] int64, each in 0..L−1, none twice in a row (the gradient relies on it).
+        ids_keep: [B, M] int64 in 0..L−1, without duplicates in a row (the gradient requires it).
         pos: [L, D] or [1, L, D], optional.
 
     Returns: [B, M, D] of dtype ``torch.result_type(x, pos)``. Gradient to x and pos, summed in float32 or wider.
@@ -122,7 +122,7 @@ register_triton(_keep_tokens_fwd, lambda: _kernels().keep_tokens_fwd)
 
 @op("keep_tokens_bwd")
 def _keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
-    """The gradient of x before any rounding: dkept's rows in their places, zeros elsewhere."""
+    """The gradient of x in dkept's dtype: rows of dkept at ids_keep, zeros elsewhere."""
     dx = dkept.new_zeros(dkept.shape[0], length, dkept.shape[2])
     return dx.scatter_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
 
@@ -147,39 +147,42 @@ class _KeepTokens(torch.autograd.Function):
     def backward(ctx, dkept):
         (ids_keep,) = ctx.saved_tensors
         needs_x, _, needs_pos = ctx.needs_input_grad
-        dx = _keep_tokens_bwd(dkept, ids_keep, ctx.length) if needs_x or needs_pos else None
+        if not (needs_x or needs_pos):
+            return None, None, None
+        dx = _keep_tokens_bwd(dkept, ids_keep, ctx.length)
         return dx.to(ctx.dtypes[0]) if needs_x else None, None, _batch_sum(dx, ctx.dtypes[1]) if needs_pos else None
 
 
 def restore_tokens(
     x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor | None = None, prefix: int = 1
 ) -> Tensor:
-    """Puts the kept tokens back in their places, a mask token in each hole, and adds the positional embedding.
+    """Restores the sequence: kept tokens in their positions, mask tokens elsewhere, plus the positional embedding.
 
     Equals ``torch.cat([x[:, :prefix], torch.cat([x[:, prefix:], mask_token.expand(B, L - M, D)], 1).gather(1,
     ids_restore[..., None].expand(-1, -1, D))], 1) + pos``; dtypes promote as in that expression.
 
     Args:
-        x: [B, prefix + M, D] any floating dtype: `prefix` tokens that pass through, then the M kept tokens in the
+        x: [B, prefix + M, D] any floating dtype: `prefix` tokens that stay in front, then the M kept tokens in the
             order of `Masking.ids_keep`.
         mask_token: D values, as [D] or [1, 1, D].
         ids_restore: [B, L] int64, L ≥ M: the rank of each token, as `random_masking` returns it.
         pos: [prefix + L, D] or [1, prefix + L, D], optional.
-        prefix: tokens in front that have no place in the image: 1 for a class token, 0 for none.
+        prefix: number of tokens that are not patches: 1 for a class token, 0 for none.
 
     Returns: [B, prefix + L, D] of the promoted dtype. Gradient to x, mask_token and pos, sums in float32 or wider.
 
     Raises:
-        ValueError: a shape or device does not fit. TypeError: ids_restore is not int64, or another is not floating.
+        ValueError: a shape or device does not fit.
+        TypeError: ids_restore is not int64, or x, mask_token or pos is not floating.
 
     Source: He et al., 2021 (MAE), section 3, "MAE decoder".
     """
     check.tensor("restore_tokens", "x", x, "B prefix+M D")
-    batch, given, width = x.shape
+    batch, tokens, width = x.shape
     check.tensor("restore_tokens", "ids_restore", ids_restore, "B L", B=batch)
     length = ids_restore.shape[1]
-    if not 0 <= prefix <= given or given - prefix > length:
-        check.fail("restore_tokens", f"x must have prefix={prefix} to prefix+L={prefix + length} tokens, got {given}")
+    if not 0 <= prefix <= tokens or tokens - prefix > length:
+        check.fail("restore_tokens", f"x must have prefix={prefix} to prefix+L={prefix + length} tokens, got {tokens}")
     if mask_token.numel() != width or mask_token.shape[-1] != width:
         check.fail("restore_tokens", f"mask_token must have shape [D={width}], got {list(mask_token.shape)}")
     check.floating("restore_tokens", x=x, mask_token=mask_token)
@@ -191,11 +194,11 @@ def restore_tokens(
 
 @op("restore_tokens_fwd")
 def _restore_tokens_fwd(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor | None, prefix: int) -> Tensor:
-    batch, given, width = x.shape
+    batch, tokens, width = x.shape
     dtype = torch.result_type(x, mask_token)
-    holes = mask_token.to(dtype).expand(batch, prefix + ids_restore.shape[1] - given, width)
-    tokens = _gather(torch.cat([x[:, prefix:].to(dtype), holes], dim=1), ids_restore)
-    restored = torch.cat([x[:, :prefix].to(dtype), tokens], dim=1)
+    mask_tokens = mask_token.to(dtype).expand(batch, prefix + ids_restore.shape[1] - tokens, width)
+    patches = _gather(torch.cat([x[:, prefix:].to(dtype), mask_tokens], dim=1), ids_restore)
+    restored = torch.cat([x[:, :prefix].to(dtype), patches], dim=1)
     return restored if pos is None else restored + pos
 
 
@@ -213,11 +216,11 @@ register_triton(_restore_tokens_fwd, lambda: _kernels().restore_tokens_fwd)
 @op("restore_tokens_bwd")
 def _restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: int) -> tuple[Tensor, Tensor]:
     """(dx [B, prefix + kept, D], dmask_token [D] in float32 or wider)."""
-    dtokens = dout[:, prefix:]
-    in_order = torch.empty_like(dtokens, memory_format=torch.contiguous_format)
-    in_order.scatter_(1, ids_restore.unsqueeze(-1).expand_as(dtokens), dtokens)
-    dx = torch.cat([dout[:, :prefix], in_order[:, :kept]], dim=1)
-    return dx, in_order[:, kept:].sum(dim=(0, 1), dtype=acc_dtype(dout))
+    dpatches = dout[:, prefix:]
+    by_rank = torch.empty_like(dpatches, memory_format=torch.contiguous_format)
+    by_rank.scatter_(1, ids_restore.unsqueeze(-1).expand_as(dpatches), dpatches)
+    dx = torch.cat([dout[:, :prefix], by_rank[:, :kept]], dim=1)
+    return dx, by_rank[:, kept:].sum(dim=(0, 1), dtype=acc_dtype(dout))
 
 
 @fake(_restore_tokens_bwd)
@@ -250,20 +253,22 @@ class _RestoreTokens(torch.autograd.Function):
 
 
 def _positions(op_name: str, pos: Tensor | None, x: Tensor, tokens: int, letters: str) -> Tensor | None:
-    """pos as [tokens, D], checked."""
+    """pos as [tokens, D], after checks."""
     if pos is None:
         return None
     if pos.shape not in ((tokens, x.shape[2]), (1, tokens, x.shape[2])):
-        wanted = f"[{letters}={tokens}, D={x.shape[2]}] or that with a 1 in front"
-        check.fail(op_name, f"pos must have shape {wanted}, got {list(pos.shape)}")
+        expected = f"[{letters}={tokens}, D={x.shape[2]}] or [1, {letters}={tokens}, D={x.shape[2]}]"
+        check.fail(op_name, f"pos must have shape {expected}, got {list(pos.shape)}")
     check.floating(op_name, pos=pos)
     check.same_device(op_name, x=x, pos=pos)
     return pos.reshape(tokens, x.shape[2])
 
 
 def _gather(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows [B, M, D] of x [B, L, D]."""
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
 def _batch_sum(dx: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the batch in float32 or wider, rounded to `dtype`."""
     return dx.sum(0, dtype=acc_dtype(dx)).to(dtype)

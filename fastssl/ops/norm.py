@@ -1,4 +1,4 @@
-"""The residual addition and the layer norm behind it, as one op: a pre-norm transformer has two in each block."""
+"""Residual addition and layer norm as one op: a pre-norm transformer has two in each block."""
 
 import torch
 from torch import Tensor
@@ -17,17 +17,17 @@ def _kernels():
 def residual_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Adds to the residual stream and normalises the sum.
+    """Residual addition and layer norm of the sum.
 
-    Equals ``total = x + delta`` and ``F.layer_norm(total, total.shape[-1:], weight, bias, eps).to(dtype)``. Written in
-    the dtype that the next matrix product computes in, so under autocast no float32 output is made only to be cast.
+    Equals ``total = x + delta`` and ``F.layer_norm(total, total.shape[-1:], weight, bias, eps).to(dtype)``. The
+    normalised rows are written in the dtype of the next matrix product, so under autocast nothing needs a cast.
 
     Args:
         x: [..., D] any floating dtype and strides: the residual stream.
-        delta: [..., D] of x's shape and any floating dtype, or None: the sum is then x itself.
+        delta: [..., D] of x's shape and any floating dtype; with None the sum is x itself.
         weight, bias: [D] any floating dtype.
         eps: added to the variance.
-        dtype: of the normalised rows; if None autocast's where autocast is on, but for float64, else x's.
+        dtype: dtype of the normalised rows; if None, that of autocast where it is on (except float64), else x's.
 
     Returns: (sum [..., D] in x's dtype, normalised sum [..., D] in `dtype`). Moments and sums in float32 (float64 for
         float64). Gradient to x, delta, weight and bias.
@@ -35,17 +35,18 @@ def residual_norm(
     Raises:
         ValueError: a shape or device does not fit. TypeError: a dtype is not floating.
 
-    Memory: for the gradient the sum, and two numbers a row; not the normalised rows.
+    Memory: keeps the sum and two numbers a row for the gradient; not the normalised rows.
 
     Source: Ba et al., "Layer Normalization", 2016, equation 4, before each sublayer as in Xiong et al., "On Layer
     Normalization in the Transformer Architecture", 2020, table 1.
     """
-    _check("residual_norm", x, delta, weight, bias, dtype)
+    _check(x, delta, weight, bias, dtype)
     dtype = dtype or autocast_dtype(x) or x.dtype
     if x.ndim != 3:
-        rows = (t if t is None else t.reshape(1, -1, x.shape[-1]) for t in (x, delta))
-        total, normed = (t.reshape(x.shape) for t in residual_norm(*rows, weight, bias, eps, dtype))
-        return x if delta is None else total, normed
+        x_rows = x.reshape(1, -1, x.shape[-1])
+        delta_rows = None if delta is None else delta.reshape(1, -1, x.shape[-1])
+        total, normed = residual_norm(x_rows, delta_rows, weight, bias, eps, dtype)
+        return x if delta is None else total.reshape(x.shape), normed.reshape(x.shape)
     total, normed = _ResidualNorm.apply(x, delta, weight, bias, eps, dtype)
     return x if delta is None else total, normed
 
@@ -54,7 +55,7 @@ def residual_norm(
 def _residual_norm_fwd(
     x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sum, normed, mean [B, L], 1 / deviation [B, L]) of x [B, L, D]; an empty sum without delta."""
+    """(sum, normalised sum, mean [B, L], 1/√(variance + eps) [B, L]) of x [B, L, D]; an empty sum without delta."""
     total = x if delta is None else (x.to(acc_dtype(x)) + delta.to(acc_dtype(x))).to(x.dtype)
     rows, affine = total.to(acc_dtype(x)), (weight.to(acc_dtype(x)), bias.to(acc_dtype(x)))
     normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[2:], *affine, eps)
@@ -73,29 +74,35 @@ register_triton(_residual_norm_fwd, lambda: _kernels().residual_norm_fwd)
 
 @op("residual_norm_bwd")
 def _residual_norm_bwd(
-    dnormed: Tensor, dsum: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, narrow: torch.dtype
+    dnormed: Tensor,
+    dsum: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    delta_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, ddelta in the dtype `narrow`, dweight, dbias), the last two float32 or wider; an empty ddelta where `narrow`
-    is the dtype of dx, which then is ddelta too."""
+    """(dx, ddelta, dweight, dbias), the last two in float32 or wider. ddelta is empty where it would equal dx."""
     dtype = acc_dtype(total)
-    factors = weight.to(dtype)
+    affine = weight.to(dtype)  # of the bias only its presence counts
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dnormed.to(dtype).contiguous(),
         total.to(dtype).contiguous(),
         total.shape[2:],
         mean.unsqueeze(2),
         rstd.unsqueeze(2),
-        factors,
-        factors,
+        affine,
+        affine,
         [True, True, True],
     )
     dx = (dx if dsum is None else dx + dsum.to(dtype)).to(total.dtype).contiguous()
-    return dx, dx.new_empty(0, dtype=narrow) if narrow == dx.dtype else dx.to(narrow), dweight, dbias
+    ddelta = dx.new_empty(0, dtype=delta_dtype) if delta_dtype == dx.dtype else dx.to(delta_dtype)
+    return dx, ddelta, dweight, dbias
 
 
 @fake(_residual_norm_bwd)
-def _(dnormed, dsum, total, mean, rstd, weight, narrow):
-    ddelta = total.new_empty(0 if narrow == total.dtype else total.shape, dtype=narrow)
+def _(dnormed, dsum, total, mean, rstd, weight, delta_dtype):
+    ddelta = total.new_empty(0 if delta_dtype == total.dtype else total.shape, dtype=delta_dtype)
     affine = (weight.new_empty(weight.shape, dtype=acc_dtype(total)) for _ in range(2))
     return total.new_empty(total.shape), ddelta, *affine
 
@@ -109,7 +116,7 @@ class _ResidualNorm(torch.autograd.Function):
         total, normed, mean, rstd = _residual_norm_fwd(x, delta, weight, bias, eps, dtype)
         ctx.save_for_backward(x if delta is None else total, mean, rstd, weight)
         ctx.delta_dtype, ctx.bias_dtype = None if delta is None else delta.dtype, bias.dtype
-        ctx.materialize_grads = False  # as set_materialize_grads(False), a call that torch.compile refuses
+        ctx.materialize_grads = False  # set_materialize_grads(False) does not compile
         return total, normed
 
     @staticmethod
@@ -117,7 +124,7 @@ class _ResidualNorm(torch.autograd.Function):
     def backward(ctx, dsum, dnormed):
         total, mean, rstd, weight = ctx.saved_tensors
         delta_dtype = ctx.delta_dtype or total.dtype
-        if ctx.delta_dtype is None:  # the sum is x, whose own gradient autograd adds
+        if ctx.delta_dtype is None:  # the sum is x itself, and autograd adds its gradient
             dsum = None
         if dnormed is None:
             return dsum, dsum if dsum is None else dsum.to(delta_dtype), None, None, None, None
@@ -129,17 +136,20 @@ class _ResidualNorm(torch.autograd.Function):
         return dx, ddelta, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
 
 
-def _check(op_name: str, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype | None):
+def _check(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> None:
     if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[-1] == 0:
-        came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        check.fail(op_name, f"x must be a tensor of shape [..., D], D ≥ 1, got {came}")
+        check.fail("residual_norm", f"x must be a tensor of shape [..., D], D ≥ 1, got {_shape_or_type(x)}")
     tensors = {"x": x, "weight": weight, "bias": bias} | ({} if delta is None else {"delta": delta})
     for name in ("weight", "bias"):
-        check.tensor(op_name, name, tensors[name], "D", D=x.shape[-1])
+        check.tensor("residual_norm", name, tensors[name], "D", D=x.shape[-1])
     if delta is not None and (not isinstance(delta, Tensor) or delta.shape != x.shape):
-        came = list(delta.shape) if isinstance(delta, Tensor) else type(delta).__name__
-        check.fail(op_name, f"delta must have the shape of x, {list(x.shape)}, got {came}")
-    check.floating(op_name, **tensors)
-    check.same_device(op_name, **tensors)
+        check.fail("residual_norm", f"delta must have the shape of x, {list(x.shape)}, got {_shape_or_type(delta)}")
+    check.floating("residual_norm", **tensors)
+    check.same_device("residual_norm", **tensors)
     if dtype is not None and dtype not in check.FLOATS:
-        check.fail(op_name, f"dtype must be float32, float64, bfloat16 or float16, got {str(dtype)[6:]}", TypeError)
+        got = check.dtype_name(dtype)
+        check.fail("residual_norm", f"dtype must be float32, float64, bfloat16 or float16, got {got}", TypeError)
+
+
+def _shape_or_type(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -1,4 +1,4 @@
-"""Images as patches: cutting, putting together, taking only the kept ones, and MAE's loss on the masked ones."""
+"""Images as patches: cutting, assembling, gathering only the kept ones, and MAE's loss on the masked ones."""
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ def _kernels():
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Cuts images into rows of pixels.
+    """Cuts images into patches, a row of pixel values each.
 
     Equals ``images.reshape(B, C, H//p, p, W//p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, L, p*p*C)``: patches in
-    row-major order, inside a patch row, column, and channel last, as in the reference implementation.
+    row-major order, inside a patch row, column and channel last, as in the reference implementation.
 
     Args:
-        images: [B, C, H, W] any dtype (on a GPU of up to 8 bytes) and memory format; H and W divisible by `patch`, not
-            necessarily equal.
+        images: [B, C, H, W] any dtype (on a GPU of up to 8 bytes an element) and memory format; H and W divisible by
+            `patch`, not necessarily equal.
         patch: p, side of a patch in pixels.
 
     Returns: [B, L, P] of the same dtype, L = (H/p)·(W/p), P = p·p·C. Gradient to images.
@@ -53,12 +53,12 @@ register_triton(_patchify, lambda: _kernels().patchify)
 
 
 def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """Puts rows of pixels together to images: the inverse of `patchify`.
+    """Assembles images from patches: the inverse of `patchify`.
 
     Args:
         patches: [B, L, P] any dtype, L = (height/p)·(width/p), P = p·p·C.
         patch: p, side of a patch in pixels.
-        height, width: of the images, in pixels, divisible by p.
+        height, width: sides of the images in pixels, divisible by p.
 
     Returns: [B, C, height, width] of the same dtype, contiguous. Gradient to patches.
 
@@ -90,7 +90,7 @@ register_triton(_unpatchify, lambda: _kernels().unpatchify)
 
 
 class _Patchify(torch.autograd.Function):
-    """Its gradient is `unpatchify`, and the other way round, so any order of derivative works."""
+    """Each of `patchify` and `unpatchify` is the gradient of the other, so derivatives of any order work."""
 
     @staticmethod
     def forward(ctx, images, patch):
@@ -114,14 +114,14 @@ class _Unpatchify(torch.autograd.Function):
 
 
 def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
-    """The kept patches' pixels, without making the others: mask **before** embedding.
+    """The pixels of the kept patches alone, for masking **before** the patch embedding.
 
-    Equals ``patchify(images, patch).gather(1, ids_keep[..., None].expand(-1, -1, P))``. With mask ratio 0.75 the patch
-    embedding that follows costs a quarter of embedding all and throwing away.
+    Equals ``patchify(images, patch).gather(1, ids_keep[..., None].expand(-1, -1, P))``. At mask ratio 0.75 the patch
+    embedding that follows costs a quarter of embedding all patches and dropping the masked ones.
 
     Args:
         images: [B, C, H, W] any dtype and memory format; H and W divisible by `patch`.
-        ids_keep: [B, M] int64 patch numbers in row-major order, none twice in a row (the gradient relies on it).
+        ids_keep: [B, M] int64 patch numbers in row-major order, without duplicates in a row (the gradient requires it).
         patch: p, side of a patch in pixels.
 
     Returns: [B, M, P] of the images' dtype, P = p·p·C, channel last inside a patch. Gradient to images.
@@ -182,26 +182,26 @@ class _KeepPatches(torch.autograd.Function):
 
 
 def masked_patch_mse(pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm_pix: bool = False) -> Tensor:
-    """MAE's loss: mean squared error between predictions and the pixels of the named patches.
+    """MAE's loss: mean squared error between predictions and the pixels of the patches `ids`.
 
-    Equals, with ``target = keep_patches(images, ids, patch)``, for `norm_pix` replaced by
-    ``(target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()`` (unbiased variance),
-    ``(pred - target).square().mean()``; the reference's mean over masked patches, since every sample has M of them.
+    Equals ``(pred - target).square().mean()`` with ``target = keep_patches(images, ids, patch)``, for `norm_pix`
+    normalised to ``(target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()`` (unbiased
+    variance). This is the reference's mean over masked patches, since every sample has M of them.
 
     Args:
-        pred: [B, M, P] any floating dtype: predictions for the patches `ids` alone.
-        images: [B, C, H, W] any dtype and memory format, as the model saw them. No gradient to images.
+        pred: [B, M, P] any floating dtype, predictions for the patches `ids` alone.
+        images: [B, C, H, W] any dtype and memory format, as the input of the model. No gradient to images.
         ids: [B, M] int64 patch numbers, M ≥ 1; `Masking.ids_masked` in MAE.
         patch: p, side of a patch in pixels.
-        norm_pix: compare with each patch's own standardised pixels.
+        norm_pix: normalise the pixels of each patch by their mean and variance.
 
     Returns: scalar float32 (float64 for a float64 pred), computed in that dtype. Gradient to pred, in its dtype,
-        left behind by the forward pass.
+        computed in the forward pass.
 
     Raises:
         ValueError: a shape or device does not fit. TypeError: ids is not int64, or pred is not floating.
 
-    Memory: one [B, M, P] gradient in float32 or wider, none where pred needs no gradient.
+    Memory: the gradient [B, M, P] in float32 or wider, nothing where pred needs no gradient.
 
     Source: He et al., 2021 (MAE), section 3, "Reconstruction target"; unbiased variance and 1e-6 as in its code.
     """
@@ -214,7 +214,7 @@ def masked_patch_mse(pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm
     check.index("masked_patch_mse", ids=ids)
     check.same_device("masked_patch_mse", pred=pred, images=images, ids=ids)
     if ids.shape[1] == 0:
-        check.fail("masked_patch_mse", "ids must name at least one patch a sample, got shape " + str(list(ids.shape)))
+        check.fail("masked_patch_mse", f"ids must have at least one patch a sample, got shape {list(ids.shape)}")
     with_grad = torch.is_grad_enabled() and pred.requires_grad
     return _MaskedPatchMSE.apply(pred, images.detach(), ids, patch, norm_pix, with_grad)
 
@@ -230,7 +230,7 @@ def _masked_patch_mse_fwd(
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6).sqrt()
     difference = pred.to(dtype) - target
-    # Wide, because 2 / numel is below what float16 can hold before a loss scale has been applied.
+    # In float32 or wider, because without a loss scale 2 / numel is too small for float16.
     dpred = difference * (2 / max(1, difference.numel())) if with_grad else difference.new_empty(0)
     return difference.square().mean(), dpred
 
@@ -260,7 +260,7 @@ class _MaskedPatchMSE(torch.autograd.Function):
 
 
 def _grid_view(images: Tensor, patch: int) -> Tensor:
-    """[B, C, H, W] seen as [B, H/p, W/p, p, p, C]; a view wherever the strides allow it, which is nearly always."""
+    """[B, C, H, W] as [B, H/p, W/p, p, p, C]; a view where the strides allow it."""
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return grid.permute(0, 2, 4, 3, 5, 1)
@@ -268,7 +268,7 @@ def _grid_view(images: Tensor, patch: int) -> Tensor:
 
 def _check_images(op_name: str, images: Tensor, patch: int) -> None:
     check.tensor(op_name, "images", images, "B C H W")
-    _check_sides(op_name, *images.shape[2:], patch)
+    _check_sides(op_name, images.shape[2], images.shape[3], patch)
 
 
 def _check_sides(op_name: str, height: int, width: int, patch: int) -> None:

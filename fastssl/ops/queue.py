@@ -16,15 +16,15 @@ def _kernels():
 
 
 def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
-    """Writes keys over the oldest rows of a ring of keys, in place and exactly first in, first out.
+    """Writes keys over the oldest rows of the queue, in place, first in, first out.
 
-    Equals ``queue[(ptr + arange(N)) % K] = keys; ptr = (ptr + N) % K`` for any N: the queue wraps in the middle of a
+    Equals ``queue[(ptr + arange(N)) % K] = keys; ptr = (ptr + N) % K`` for any N: the queue may wrap in the middle of a
     batch, and of more than K keys the last K stay.
 
     Args:
         queue: [K, D], rows contiguous, any floating dtype, changed in place; keys are converted to its dtype.
-        ptr: [1] int64 on the queue's device, changed in place; the row that is overwritten next. It is never read
-            by the host, so a GPU step does not wait for it.
+        ptr: [1] int64 on the queue's device, changed in place; the row that is overwritten next. The host never
+            reads it, so a step on a GPU does not wait for it.
         keys: [N, D] any floating dtype and strides, N ≥ 0.
 
     Raises:
@@ -33,7 +33,7 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
 
     Memory: none beyond the arguments.
 
-    Source: He et al., 2020 (MoCo), section 3.2, "Dictionary as a queue"; the reference asks that N divide K.
+    Source: He et al., 2020 (MoCo), section 3.2, "Dictionary as a queue"; the reference code requires that N divides K.
     """
     check.tensor("enqueue_", "queue", queue, "K D")
     check.tensor("enqueue_", "ptr", ptr, "1")
@@ -46,7 +46,7 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
     if queue.shape[0] == 0:
         check.fail("enqueue_", "queue must have at least one row, got shape " + str(list(queue.shape)))
     if queue.stride(1) != 1 and queue.shape[1] > 1:
-        check.fail("enqueue_", f"the rows of queue [K, D] must be contiguous, got strides {list(queue.stride())}")
+        check.fail("enqueue_", f"queue must have contiguous rows [K, D], got strides {list(queue.stride())}")
     with torch.no_grad():
         _enqueue_(queue, ptr, keys)
     increment_version((queue, ptr))
@@ -54,11 +54,11 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
 
 @op("enqueue_", mutates_args=("queue", "ptr"))
 def _enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
-    length, arriving = queue.shape[0], keys.shape[0]
-    kept = min(arriving, length)
-    steps = torch.arange(arriving - kept, arriving, device=ptr.device)
-    queue.index_copy_(0, (ptr + steps) % length, keys[arriving - kept :].to(queue.dtype))
-    ptr.add_(arriving).remainder_(length)
+    K, N = queue.shape[0], keys.shape[0]
+    skipped = max(0, N - K)  # keys that would be overwritten in the same call
+    steps = torch.arange(skipped, N, device=ptr.device)
+    queue.index_copy_(0, (ptr + steps) % K, keys[skipped:].to(queue.dtype))
+    ptr.add_(N).remainder_(K)
 
 
 @fake(_enqueue_)

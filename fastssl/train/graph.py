@@ -1,6 +1,7 @@
 """Forward and backward as one CUDA graph, which avoids the overhead of launching each kernel."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ WARM_UP = 3  # steps without a graph: they compile kernels, choose algorithms an
 
 
 class Graph:
-    """``results = graph(batch)`` is ``run(batch)``, which computes gradients and returns a dict of tensors.
+    """``results = graph(batch)`` is ``run(batch)``, which computes gradients and returns tensors in dicts and lists.
 
     The first steps call `run` directly. Then one call is captured; from there on a batch is copied into the captured
     input tensors, and the graph writes gradients and results to their captured addresses. A batch of other shapes is
@@ -23,17 +24,18 @@ class Graph:
 
     Args:
         run: works on a GPU, never waits for it, and reads only the batch and tensors whose addresses do not change.
+            Python code in it has no effect in a replay.
         parameters: receive gradients; none may have one when the graph is called.
 
     Source: CUDA Programming Guide, "CUDA Graphs".
     """
 
-    def __init__(self, run: Callable[[Batch], dict[str, Tensor]], parameters: Iterable[nn.Parameter]):
+    def __init__(self, run: Callable[[Batch], Any], parameters: Iterable[nn.Parameter]):
         self.run, self.parameters, self.steps = run, list(parameters), 0
         self.stream = torch.cuda.Stream()
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch) -> Any:
         if self.graph is None and self.steps >= WARM_UP:
             self._capture(batch)
         if self.graph is None or _shapes(batch) != _shapes(self.batch):
@@ -44,9 +46,9 @@ class Graph:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
         self.graph.replay()
-        return {name: result.clone() for name, result in self.results.items()}  # the next replay overwrites them
+        return tree_map_only(Tensor, Tensor.clone, self.results)  # the next replay overwrites them
 
-    def _run_on_capture_stream(self, batch: Batch) -> dict[str, Tensor]:
+    def _run_on_capture_stream(self, batch: Batch) -> Any:
         """Libraries keep workspaces for each stream: those of the capture's stream must exist before it."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):

@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl` for machines, a progress bar (or a line a minute) for people."""
+"""Metrics of a run: `metrics.jsonl` for programs, a progress bar (or a line per minute) for people."""
 
 import contextlib
 import json
@@ -6,30 +6,31 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fastssl.distributed import all_mean, rank, world_size
+from fastssl.files import write_atomically
 
 from .config import Execution
 
-LINE_EVERY = 60.0  # seconds between lines where the output is no terminal
+LINE_EVERY = 60.0  # seconds between lines on the console if it is no terminal
 
 
 class Log:
-    """Collects values on the device and writes their means when asked; only then does the host wait for the device.
+    """Collects values on the device and writes their means on request; only then does the host wait for the device.
 
-    A line of metrics.jsonl: {"step", "epoch", "lr", "loss", the method's own metrics, "grad_norm", "skipped",
-    "images_per_second", "data_wait", "peak_memory"}: means over the steps since the line before that were not skipped,
-    and over the ranks; `skipped` counts those that were; `data_wait` is the share of time spent waiting for data;
-    `peak_memory` is in bytes, of the device, or of this process on a CPU. With fp16 also "loss_scale".
+    A line of metrics.jsonl: {"step", "epoch", "lr" and other scheduled values, "loss", the method's metrics,
+    "grad_norm", "skipped", "images_per_second", "data_wait", "peak_memory"}. Losses, metrics and norms are means over
+    the ranks and over the steps since the previous line, without skipped steps; `skipped` counts those; `data_wait` is
+    the share of time spent waiting for data; `peak_memory` is in bytes, of the device, or of this process on a CPU.
 
-    Rank 0 writes; every rank notes the images of its skipped steps in skipped-RANK.jsonl.
+    Rank 0 writes; every rank writes the images of its skipped steps to skipped-RANK.jsonl.
     """
 
     def __init__(self, folder: Path, total_steps: int, first_step: int, execution: Execution, device: torch.device):
@@ -37,83 +38,87 @@ class Log:
         self._last_step = total_steps
         self._values: list[dict[str, Tensor]] = []
         self._indices: list[Tensor] = []
-        self._streak = 0
-        self._waited, self._since, self._spoken = 0.0, time.perf_counter(), -math.inf
-        self._progress, self._sinks, self._close = None, [], []
+        self._consecutive_skips = 0
+        self._data_seconds, self._start, self._last_line = 0.0, time.perf_counter(), -math.inf
+        self._progress: Progress | None = None
+        self._sinks: list[Callable[[dict], object]] = []
+        self._close: list[Callable[[], object]] = []
         self._skipped = folder / f"skipped-{rank()}.jsonl"
-        _forget_after(self._skipped, first_step)
+        _drop_lines_after(self._skipped, first_step)
         if rank() == 0:
-            path = folder / "metrics.jsonl"
-            _forget_after(path, first_step)
-            file = path.open("a")
-            self._sinks.append(lambda record: (file.write(json.dumps(record) + "\n"), file.flush()))
-            self._close.append(file.close)
-            self._open_others(execution, first_step)
-            self._show(total_steps, first_step)
+            self._open_metrics(first_step)
+            self._open_dashboards(execution, first_step)
+            self._show_progress(total_steps, first_step)
 
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for close in self._close:
             close()
 
-    def step(self, loss: Tensor, metrics: dict[str, Tensor], grad_norm: Tensor, indices: Tensor, waited: float) -> None:
-        """Notes one step of this rank; nothing is read from the device. Where the norm is not finite it was skipped."""
+    def step(
+        self, loss: Tensor, metrics: dict[str, Tensor], grad_norm: Tensor, index: Tensor, data_seconds: float
+    ) -> None:
+        """Record one step of this rank without reading from the device. A norm that is not finite marks a skipped step.
+
+        Args:
+            loss, metrics, grad_norm, index, data_seconds: see `trainer.StepResult`.
+        """
         self._values.append({"loss": loss, **metrics, "grad_norm": grad_norm})
-        self._indices.append(indices)
-        self._waited += waited
+        self._indices.append(index)
+        self._data_seconds += data_seconds
         if self._progress:
             self._progress.advance(self._task)
 
     @contextlib.contextmanager
-    def paused(self):
-        """What happens inside takes none of the time that speeds are computed with."""
-        began = time.perf_counter()
+    def paused(self) -> Iterator[None]:
+        """Context whose duration does not count in the speed of training."""
+        start = time.perf_counter()
         yield
-        self._since += time.perf_counter() - began
+        self._start += time.perf_counter() - start
 
     def write(self, step: int, epoch: float, **scheduled: float) -> None:
-        """Writes the means of what was noted since the last time, `step` being the last one noted. All ranks together.
+        """Write the means of the steps since the last call, `step` being the newest. All ranks must call together.
 
         Raises:
-            ValueError: more than `max_skipped` steps in a row were skipped.
+            ValueError: more than `max_skipped` consecutive steps were skipped.
         """
         if not self._values:
             return
         names = list(self._values[0])
         table = torch.stack([torch.stack([values[name].double() for name in names]) for values in self._values])
-        norms = table[:, names.index("grad_norm")]
-        taken = norms.isfinite()
-        means = all_mean(torch.where(taken[:, None], table, 0).sum(0) / taken.sum())
-        here, norms, taken = dict(zip(names, means.tolist())), norms.tolist(), taken.tolist()  # the host waits
-        seconds = max(time.perf_counter() - self._since, 1e-9)
+        finite = table[:, names.index("grad_norm")].isfinite()
+        means = all_mean(torch.where(finite[:, None], table, 0).sum(0) / finite.sum())
+        rows, taken = table.tolist(), finite.tolist()  # the host waits for the device
+        seconds = max(time.perf_counter() - self._start, 1e-9)
         images = world_size() * sum(map(len, self._indices))
         record = {
             "step": step,
             "epoch": epoch,
             **scheduled,
-            **here,
+            **dict(zip(names, means.tolist())),
             "skipped": taken.count(False),
             "images_per_second": images / seconds,
-            "data_wait": self._waited / seconds,
+            "data_wait": self._data_seconds / seconds,
             "peak_memory": peak_memory(self.device),
         }
         record = {name: value if math.isfinite(value) else None for name, value in record.items()}
         for sink in self._sinks:
             sink(record)
-        self._check(step, norms, taken, scheduled.get("loss_scale"))
-        self._say(record)
-        self._values, self._indices, self._waited, self._since = [], [], 0.0, time.perf_counter()
+        steps = [dict(zip(names, row)) for row in rows]
+        self._check_skipped(step, steps, taken, scheduled.get("loss_scale"))
+        self._show(record)
+        self._values, self._indices, self._data_seconds, self._start = [], [], 0.0, time.perf_counter()
 
-    def _check(self, last: int, norms: list[float], taken: list[bool], scale: float | None) -> None:
+    def _check_skipped(self, last: int, steps: list[dict[str, float]], taken: list[bool], scale: float | None) -> None:
         first = last - len(taken) + 1
-        for i, (fine, norm) in enumerate(zip(taken, norms)):
-            self._streak = 0 if fine else self._streak + 1
-            if fine:
+        for i, values in enumerate(steps):
+            self._consecutive_skips = 0 if taken[i] else self._consecutive_skips + 1
+            if taken[i]:
                 continue
-            loss = float(self._values[i]["loss"])
-            note = {
+            loss, norm = float(self._values[i]["loss"]), values["grad_norm"]
+            record = {
                 "step": first + i,
                 "loss": str(loss),
                 "grad_norm": str(norm),
@@ -121,16 +126,17 @@ class Log:
                 "indices": self._indices[i].tolist(),
             }
             with self._skipped.open("a") as file:
-                file.write(json.dumps(note) + "\n")
-            if self._streak > self.max_skipped:
+                file.write(json.dumps(record) + "\n")
+            if self._consecutive_skips > self.max_skipped:
                 scaled = f", loss scale {scale:g}" if scale else ""
                 raise ValueError(
-                    f"train: loss {loss} and gradient norm {norm} in step {first + i}{scaled}: {self._streak} steps in "
-                    f"a row were skipped, more than --max-skipped {self.max_skipped}; their images are numbered in "
-                    f"{self._skipped}, and checkpoints written before are intact"
+                    f"train: loss {loss} and gradient norm {norm} in step {first + i}{scaled}: "
+                    f"{self._consecutive_skips} consecutive steps were skipped, more than --max-skipped "
+                    f"{self.max_skipped}; their images are listed in {self._skipped}, and earlier checkpoints are "
+                    f"intact"
                 )
 
-    def _say(self, record: dict) -> None:
+    def _show(self, record: dict) -> None:
         loss = "none" if record["loss"] is None else f"{record['loss']:.4f}"
         text = (
             f"loss {loss} · {record['images_per_second']:.0f} images/s · {record['data_wait']:.0%} waiting for data"
@@ -140,31 +146,25 @@ class Log:
             text += f" · {record['skipped']} steps skipped"
         if self._progress:
             self._progress.update(self._task, text=text)
-        elif rank() == 0 and (time.monotonic() - self._spoken >= LINE_EVERY or record["step"] == self._last_step):
+            return
+        due = time.monotonic() - self._last_line >= LINE_EVERY or record["step"] == self._last_step
+        if rank() == 0 and due:
             print(f"step {record['step']} · epoch {record['epoch']:.1f} · {text}", flush=True)
-            self._spoken = time.monotonic()
+            self._last_line = time.monotonic()
 
-    def _show(self, total_steps: int, first_step: int) -> None:
-        console = Console()
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
-            )
-            self._progress = Progress(*columns, console=console)
-            self._task = self._progress.add_task("step", total=total_steps, completed=first_step, text="")
-            self._progress.start()
-            self._close.append(self._progress.stop)
+    def _open_metrics(self, first_step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        _drop_lines_after(path, first_step)
+        file = path.open("a", buffering=1)  # by lines
+        self._sinks.append(lambda record: file.write(json.dumps(record) + "\n"))
+        self._close.append(file.close)
 
-    def _open_others(self, execution: Execution, first_step: int) -> None:
+    def _open_dashboards(self, execution: Execution, first_step: int) -> None:
         if execution.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1)
-            self._sinks.append(_scalars(writer.add_scalar))
+            self._sinks.append(_scalar_sink(writer.add_scalar))
             self._close.append(writer.close)
         if execution.wandb:
             try:
@@ -175,17 +175,32 @@ class Log:
             self._sinks.append(lambda record: run.log(record, step=record["step"]))
             self._close.append(run.finish)
 
+    def _show_progress(self, total_steps: int, first_step: int) -> None:
+        console = Console()
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._progress = Progress(*columns, console=console)
+            self._task: TaskID = self._progress.add_task("step", total=total_steps, completed=first_step, text="")
+            self._progress.start()
+            self._close.append(self._progress.stop)
+
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that the device's tensors took so far; on a CPU the most that this process took."""
+    """Largest number of bytes of tensors on the device so far; on a CPU, of memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that a kill left half written at the end is left out."""
+    """The records of a metrics.jsonl, without an incomplete last line that a kill may have left."""
     records = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -195,20 +210,18 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def _scalars(add: Callable[[str, float, int], None]) -> Callable[[dict], None]:
+def _scalar_sink(add_scalar: Callable[[str, float, int], object]) -> Callable[[dict], None]:
     def sink(record: dict) -> None:
         for name, value in record.items():
             if value is not None and name != "step":
-                add(name, value, record["step"])
+                add_scalar(name, value, record["step"])
 
     return sink
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drops lines that a killed run wrote after its last checkpoint: the resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step]
-    beside = path.with_name(path.name + ".writing")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Drop lines that a killed run wrote after its last checkpoint; the resumed run writes them again."""
+    if path.exists():
+        records = [record for record in read_metrics(path) if record["step"] <= step]
+        with write_atomically(path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)

@@ -98,11 +98,13 @@ class LARS(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # `found_inf` is respected: see the head of this file
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
+    def __init__(
+        self, params: Iterable, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -52,7 +52,8 @@ def wrap_parallel(method: nn.Module, shard: bool) -> nn.Module:
     arguments = inspect.signature(DistributedDataParallel.__init__).parameters
     # the argument's name from torch 2.14 on, and before
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
-    return DistributedDataParallel(method, gradient_as_bucket_view=True, **{sync_buffers: False})
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, sync_buffers: False}
+    return DistributedDataParallel(method, **options)
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def sync_on_last_micro_batch(module: nn.Module, last: bool) -> Iterator[None]:
     yield
 
 
-def full_state(state):
+def full_state(state: Any) -> Any:
     """The same nested state with shards gathered into whole tensors. All ranks must call together."""
     return tree_map_only(DTensor, DTensor.full_tensor, state)
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: memory for time."""
+"""Activation checkpointing: less memory for more time."""
 
 import functools
 
@@ -7,19 +7,19 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute_blocks(method: nn.Module) -> None:
-    """Lets each block of a transformer keep its input alone, and run again in the backward pass.
+    """Make each transformer block keep only its input, and run again in the backward pass.
 
-    A block is an element of a ModuleList; those of a momentum twin are never run backward and stay as they are. There
-    is no dropout in ours, so the second run needs no random state.
+    A block is an element of a ModuleList. Blocks without trained parameters, those of a momentum encoder, have no
+    backward pass and stay as they are. The blocks have no dropout, so the second run needs no random state.
 
     Raises:
-        ValueError: the method has no such blocks. A ResNet's would count a batch twice in their running statistics.
+        ValueError: the method has no such blocks. Those of a ResNet would update their running statistics twice.
 
     Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
     """
     lists = [module for module in method.modules() if isinstance(module, nn.ModuleList)]
     blocks = [block for blocks in lists for block in blocks if any(p.requires_grad for p in block.parameters())]
     if not blocks:
-        raise ValueError("train: --recompute is for transformers: this method has no blocks that could be run again")
+        raise ValueError("train: --recompute is for transformers: this method has no blocks to recompute")
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -1,7 +1,9 @@
-"""Leaving early: SIGTERM and SIGUSR1 let the step end, save, and go."""
+"""Graceful interruption: on SIGTERM and SIGUSR1 a run finishes its step, saves its state and exits."""
 
 import signal
 import threading
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,10 +14,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
-    """The run saved its state and stopped because a signal asked for it.
+    """The run saved its state and stopped because of a signal.
 
-    `code` is what the process should exit with: 128 + the signal's number, which shells and schedulers take for "ended
-    by that signal", as against 1 for an error.
+    `code` is the exit status for the process: 128 + the number of the signal, by which shells and schedulers recognise
+    a process that a signal ended; 1 is an error.
     """
 
     def __init__(self, number: int, step: int):
@@ -26,32 +28,35 @@ class Interrupted(Exception):
 class SignalGuard:
     """``with SignalGuard() as guard: …  guard.requested()`` after each step.
 
-    The ranks must leave at the same step, and a signal reaches them at different ones. So each tells the others after
-    every step, on the CPU and without waiting; what they said is read a step later. No device is waited for.
+    All ranks must stop at the same step, but signals reach them at different steps. Each rank therefore takes part in
+    an asynchronous all-reduce on the CPU after every step, and reads its result one step later. No device is waited
+    for.
     """
 
     def __enter__(self) -> "SignalGuard":
-        self._number, self._said, self._before = 0, None, {}
-        if threading.current_thread() is threading.main_thread():  # others may not
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._number = 0
+        self._reduction: tuple[torch.Tensor, Any] | None = None
+        self._handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in this thread only
+            self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         self._number = number
 
     def requested(self) -> int:
-        """The number of the signal that asks all ranks to leave, 0 for none. To be called after each step."""
+        """The number of the signal on which all ranks must stop, 0 for none. Must be called after each step."""
         if world_size() == 1:
             return self._number
-        asked = 0
-        if self._said is not None:
-            number, work = self._said
+        agreed = 0
+        if self._reduction is not None:
+            largest, work = self._reduction
             work.wait()
-            asked = int(number)
+            agreed = int(largest)
         number = torch.tensor(self._number)
-        self._said = number, dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
-        return asked
+        self._reduction = number, dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
+        return agreed

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fastssl.bounds import check_ranges
-from fastssl.contract import Batch, Method, SchedulesMomentum
+from fastssl.contract import Batch, DefersUpdates, Method, SchedulesMomentum
 from fastssl.distributed import all_gather_object, rank, world_size
 
 from .checkpoint import random_state, set_random_state
@@ -30,7 +30,7 @@ class StepResult(NamedTuple):
     loss: Tensor  # scalar, mean over the micro-batches
     metrics: dict[str, Tensor]  # scalars of the method, means over the micro-batches
     grad_norm: Tensor  # scalar, norm of the whole gradient before clipping; not finite where the step was skipped
-    index: Tensor  # [B] int64, numbers of the images in their source
+    index: Tensor  # type: ignore[assignment]  # [B] int64, numbers of the images in their source
     data_seconds: float  # time the step waited for batches
 
 
@@ -77,7 +77,7 @@ class Trainer:
         self.optimizer = build_optimizer(method, training, parameter_groups)
         self.frozen = parameters_to_freeze(method, training.freeze)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=execution.precision == "fp16")
-        self.compute_gradients: Callable[[Batch], dict[str, Tensor]] = self._compute_gradients
+        self.compute_gradients: Callable[[Batch], tuple[dict[str, Tensor], list]] = self._compute_gradients
         if execution.graph:
             self.use_graph()
         if state:
@@ -98,7 +98,7 @@ class Trainer:
         Raises:
             ValueError: there are fewer batches.
         """
-        results, indices, data_seconds = [], [], 0.0
+        results, pending, indices, data_seconds = [], [], [], 0.0
         hooks, accumulate = cast(Method, self.method), self.training.accumulate
         self._set_schedules()
         hooks.before_step(self.progress)
@@ -110,12 +110,16 @@ class Trainer:
                 raise ValueError(f"train: a step must get {accumulate} batches, got {i}")
             data_seconds += time.perf_counter() - start
             with sync_on_last_micro_batch(self.parallel, last=i == accumulate - 1):
-                results.append(self.compute_gradients(batch))
+                values, deferred = self.compute_gradients(batch)
+            results.append(values)
+            pending += deferred
             indices.append(batch.index)
         with record_function("optimizer"):
             grad_norm = self._update()
         with record_function("EMA and queue"):
             self.steps += 1
+            if isinstance(self.method, DefersUpdates):
+                self.method.pending = pending
             hooks.after_step(self.progress)
         means = {name: torch.stack([result[name] for result in results]).mean() for name in results[0]}
         return StepResult(means.pop("loss"), means, grad_norm, torch.cat(indices), data_seconds)
@@ -161,14 +165,21 @@ class Trainer:
             group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = decay * group["weight_decay_scale"]
 
-    def _compute_gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Forward and backward: gradients are added to those of the parameters. The loss and the method's metrics."""
+    def _compute_gradients(self, batch: Batch) -> tuple[dict[str, Tensor], list]:
+        """Forward and backward: gradients are added to those of the parameters.
+
+        Returns the loss and the method's metrics, and what `forward` deferred to `after_step`: a CUDA graph replays
+        returned tensors, but no assignments in Python.
+        """
         with record_function("forward"), torch.autocast(self.device.type, self.dtype, self.dtype is not None):
             loss, metrics = self.parallel(batch)
         with record_function("backward"):  # a loss that is not finite makes every gradient NaN, on all ranks
             weight = torch.full_like(loss, 1 / self.training.accumulate, requires_grad=False)
             self.scaler.scale(loss).backward(weight.masked_fill_(~loss.isfinite(), torch.nan))
-        return {"loss": loss.detach(), **metrics}
+        deferred: list = []
+        if isinstance(self.method, DefersUpdates):
+            deferred, self.method.pending = self.method.pending, []
+        return {"loss": loss.detach(), **metrics}, deferred
 
     def _update(self) -> Tensor:
         """The optimizer's step, unless a gradient is not finite; the norm of the whole gradient."""

@@ -1,4 +1,4 @@
-"""Sources that read files: what is remembered of folders and shards, and what they say of broken ones."""
+"""Sources that read files: their caches of folders and shards, and their errors for broken files."""
 
 import functools
 import http.server
@@ -32,11 +32,11 @@ def jpeg(shape=(12, 20, 3)):
 
 
 def settle(root):
-    """As if nothing had changed for a minute: what changed just now is not remembered."""
-    then = time.time() - 60
+    """Sets the times of all folders to a minute ago: a folder that has just changed is not cached."""
+    minute_ago = time.time() - 60
     for path in [root, *root.rglob("*")]:
         if path.is_dir():
-            os.utime(path, (then, then))
+            os.utime(path, (minute_ago, minute_ago))
 
 
 @pytest.fixture
@@ -89,26 +89,26 @@ def test_a_changed_folder_is_walked_again(classes, change):
         assert source.classes == {"folder added": ["cat", "dog", "fox"], "folder removed": ["cat", "cow"]}[change]
 
 
-def test_what_changed_just_now_is_not_remembered(tmp_path):
-    """A file that comes in the same tick of the clock would not change the folder's time."""
+def test_a_folder_that_has_just_changed_is_not_cached(tmp_path):
+    """A file added in the same tick of the clock would not change the folder's time."""
     (tmp_path / "x.jpg").write_bytes(jpeg())
     before = set(Path(os.environ["XDG_CACHE_HOME"]).rglob("*"))
     open_source(f"folder:{tmp_path}")
     assert set(Path(os.environ["XDG_CACHE_HOME"]).rglob("*")) == before
 
 
-def test_a_damaged_or_forbidden_cache_costs_a_walk_alone(classes, tmp_path, monkeypatch):
+def test_a_damaged_or_forbidden_cache_is_replaced_by_a_walk(classes, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     first = names(open_source(f"folder:{classes}"))
     (cached,) = (tmp_path / "home" / "fastssl").iterdir()
     for content in ("", "{", "[]", '{"folders": {}}'):
         cached.write_text(content)
         assert names(open_source(f"folder:{classes}")) == first
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cached))  # no folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cached))  # a file, not a folder
     assert names(open_source(f"folder:{classes}")) == first
 
 
-def test_links_that_lead_back_and_names_that_are_no_text(tmp_path):
+def test_links_to_parents_and_names_that_are_no_text(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "back").symlink_to(tmp_path)
     (tmp_path / "gone").symlink_to("nowhere")
@@ -122,8 +122,8 @@ def test_links_that_lead_back_and_names_that_are_no_text(tmp_path):
         assert all(open_image(source, i).pixels().shape == (3, 12, 20) for i in range(2))
 
 
-def test_a_change_whose_time_was_set_back_is_seen(classes):
-    """As archives and images of file systems do, which give all files one time."""
+def test_a_change_is_noticed_although_its_time_was_set_back(classes):
+    """Archives and file system images may give all files one time."""
     first = names(open_source(f"folder:{classes}"))
     before = os.stat(classes / "cat")
     (classes / "cat" / "new.jpg").write_bytes(jpeg())
@@ -131,8 +131,8 @@ def test_a_change_whose_time_was_set_back_is_seen(classes):
     assert len(open_source(f"folder:{classes}")) + 2 == len(first) + 3
 
 
-def test_what_is_no_image_of_a_folder(tmp_path):
-    """Hidden folders are no classes; a pipe would be waited for; two links to one folder are two classes."""
+def test_hidden_folders_pipes_and_links(tmp_path):
+    """Hidden folders are no classes, pipes are no images, and a link to a folder is a class."""
     for name in ("a", "b", ".ipynb_checkpoints"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(3):
@@ -157,7 +157,7 @@ def test_too_few_images_for_a_test_split(tmp_path):
     )
 
 
-def test_without_a_home(tmp_path, monkeypatch):
+def test_a_user_without_a_home_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temporary"))
@@ -168,16 +168,16 @@ def test_without_a_home(tmp_path, monkeypatch):
         open_source("folder:~nobody-here/x")
 
 
-def test_strings_are_the_strings():
-    strings = ["", "a", "Ünï", os.fsdecode(b"\xff")]
-    held = Strings(strings)
-    assert [held[i] for i in range(4)] == strings
-    assert len(held) == 4
-    assert [pickle.loads(pickle.dumps(held))[i] for i in range(4)] == strings
+def test_strings_equal_the_list():
+    expected = ["", "a", "Ünï", os.fsdecode(b"\xff")]
+    strings = Strings(expected)
+    assert [strings[i] for i in range(4)] == expected
+    assert len(strings) == 4
+    assert [pickle.loads(pickle.dumps(strings))[i] for i in range(4)] == expected
 
 
 def shard(path, samples):
-    """A tar of {member name: bytes}."""
+    """Writes a tar file of {member name: bytes}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in samples.items():
@@ -187,23 +187,24 @@ def shard(path, samples):
 
 
 def samples(first, count, labelled=True):
-    made = {}
+    members = {}
     for i in range(first, first + count):
-        made[f"a/b.c/{i:04d}.jpg"] = jpeg()  # a dot in the folder is no suffix
+        members[f"a/b.c/{i:04d}.jpg"] = jpeg()  # the dot in the folder starts no suffix
         if labelled:
-            made[f"a/b.c/{i:04d}.cls"] = str(i % 3).encode()
-        made[f"a/b.c/{i:04d}.json"] = b"{}"
-    return made
+            members[f"a/b.c/{i:04d}.cls"] = str(i % 3).encode()
+        members[f"a/b.c/{i:04d}.json"] = b"{}"
+    return members
 
 
 @pytest.fixture
 def shards(tmp_path):
-    held = {}
+    """A folder of three shards, and the data of each image in them."""
+    members = {}
     for number, count in enumerate((4, 7, 1)):
-        made = samples(10 * number, count)
-        shard(tmp_path / "shards" / f"s-{number:02d}.tar", made)
-        held |= made
-    return tmp_path / "shards", {name: data for name, data in held.items() if name.endswith("jpg")}
+        of_shard = samples(10 * number, count)
+        shard(tmp_path / "shards" / f"s-{number:02d}.tar", of_shard)
+        members |= of_shard
+    return tmp_path / "shards", {name: data for name, data in members.items() if name.endswith("jpg")}
 
 
 @pytest.mark.parametrize("pattern", ["", "/s-{00..02}.tar", "/s-0{0,1,2}.tar"])
@@ -224,7 +225,7 @@ def test_shards_give_their_images_and_labels(shards, pattern):
     assert set(seen.values()) == {(3, 12, 20)}
 
 
-def test_shards_are_read_in_a_row_and_all_of_them(shards):
+def test_shards_follow_each_other_in_the_source(shards):
     source = open_source(f"webdataset:{shards[0]}")
     assert source.shards.tolist() == [0, 4, 9, 10]
     for number, (first, end) in enumerate(zip(source.shards, source.shards[1:])):
@@ -233,7 +234,7 @@ def test_shards_are_read_in_a_row_and_all_of_them(shards):
 
 @engines
 @pytest.mark.parametrize("workers", [0, 2])
-def test_three_ranks_share_the_shards_out(shards, engine, workers):
+def test_three_ranks_divide_the_shards(shards, engine, workers):
     source = open_source(f"webdataset:{shards[0]}")
     seen = [
         set(indices(Loader(source, plain((8, 8)), 1, rank=r, world=3, engine=engine, workers=workers), 2))
@@ -243,7 +244,7 @@ def test_three_ranks_share_the_shards_out(shards, engine, workers):
     assert len(set.union(*seen)) == 9
 
 
-def test_shards_of_a_split_and_without_labels(tmp_path):
+def test_shards_with_a_split_and_without_labels(tmp_path):
     shard(tmp_path / "train-0.tar", samples(0, 6))
     shard(tmp_path / "val-0.tar", samples(6, 3))
     assert [len(open_source(f"webdataset:{tmp_path}", split)) for split in ("train", "test")] == [6, 3]
@@ -252,7 +253,7 @@ def test_shards_of_a_split_and_without_labels(tmp_path):
     assert (len(source), source.classes, source.label(0)) == (5, None, -1)
 
 
-def test_the_index_of_a_shard_is_remembered_until_it_changes(shards, monkeypatch):
+def test_the_index_of_a_shard_is_cached_until_it_changes(shards, monkeypatch):
     path = f"webdataset:{shards[0]}/s-00.tar"
     assert len(open_source(path)) == 4
     with monkeypatch.context() as patched:
@@ -262,7 +263,7 @@ def test_the_index_of_a_shard_is_remembered_until_it_changes(shards, monkeypatch
     assert len(open_source(path)) == 3
 
 
-def test_a_shard_cut_after_it_was_indexed_has_bad_images(shards):
+def test_a_shard_truncated_after_it_was_indexed_has_bad_images(shards):
     path = shards[0] / "s-00.tar"
     source = open_source(f"webdataset:{path}")
     data = path.read_bytes()
@@ -274,7 +275,7 @@ def test_a_shard_cut_after_it_was_indexed_has_bad_images(shards):
         source.read(0)
 
 
-def test_shards_from_an_address_are_fetched_once(shards):
+def test_remote_shards_are_downloaded_once(shards):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(shards[0]))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -286,7 +287,7 @@ def test_shards_from_an_address_are_fetched_once(shards):
     assert open_image(open_source(address), 0).pixels().shape == (3, 12, 20)
 
 
-def test_an_address_that_stops_half_way_is_asked_again(shards):
+def test_an_incomplete_download_is_not_kept(shards):
     data = (shards[0] / "s-01.tar").read_bytes()
     ends = [len(data) // 2, len(data)]
 
@@ -311,7 +312,7 @@ def test_an_address_that_stops_half_way_is_asked_again(shards):
 
 
 @pytest.mark.parametrize("damage", ["header", "cut"])
-def test_a_damaged_shard_is_no_shorter_shard(tmp_path, damage):
+def test_a_damaged_shard_is_refused(tmp_path, damage):
     path = tmp_path / "x.tar"
     shard(path, samples(0, 6))
     with tarfile.open(path) as tar:
@@ -324,7 +325,7 @@ def test_a_damaged_shard_is_no_shorter_shard(tmp_path, damage):
         open_source(f"webdataset:{path}")
 
 
-def test_names_of_shards_that_only_hold_the_words(tmp_path):
+def test_split_names_are_whole_words_of_a_shard_s_name(tmp_path):
     for name in ("retrieval-train-0", "latest-train-1"):
         shard(tmp_path / f"{name}.tar", samples(0, 5))
     train, test = (open_source(f"webdataset:{tmp_path}", split) for split in ("train", "test"))
@@ -337,7 +338,7 @@ def test_names_of_shards_that_only_hold_the_words(tmp_path):
 
 
 def test_members_of_all_kinds(tmp_path):
-    """Hard links, upper case, names in the folder itself; a second image of a sample is passed over, and said so."""
+    """Hard links, upper case, names without a folder; a second image of a sample is ignored with a warning."""
     one, two = jpeg(), jpeg()
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -365,7 +366,7 @@ def test_members_of_all_kinds(tmp_path):
     assert [source.label(i) for i in range(3)] == [2, 1, 0]
 
 
-def test_shards_that_do_not_fit_get_one_sentence(tmp_path):
+def test_error_sentences_of_shards(tmp_path):
     refused(
         "data: webdataset needs shards: webdataset:PATH or webdataset:PATH/train-{000..146}.tar",
         ValueError,
@@ -396,15 +397,15 @@ def test_shards_that_do_not_fit_get_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", [CIFAR10, CIFAR100])
-def test_cifar_as_torchvision_finds_it(tmp_path, monkeypatch, dataset):
-    """Files of its layout with few images; their checksums are taken for the true ones."""
+def test_cifar_in_the_layout_of_torchvision(tmp_path, monkeypatch, dataset):
+    """Files of that layout with few images; their checksums are not compared."""
     name, key = dataset.__name__.lower(), "fine_labels" if dataset is CIFAR100 else "labels"
     root = tmp_path / dataset.base_folder
     root.mkdir()
     pixels = RANDOM.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
-    held = {"data": pixels.reshape(4, -1), key: [0, 1, 2, 1]}
+    content = {"data": pixels.reshape(4, -1), key: [0, 1, 2, 1]}
     for file, _ in dataset.train_list + dataset.test_list:
-        (root / file).write_bytes(pickle.dumps(held))
+        (root / file).write_bytes(pickle.dumps(content))
     (root / dataset.meta["filename"]).write_bytes(pickle.dumps({dataset.meta["key"]: ["ant", "bee", "cat"]}))
     refused_name = f"data: {tmp_path}: {dataset.__name__} is missing or damaged"
     with pytest.raises(ValueError, match=refused_name):

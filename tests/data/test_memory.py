@@ -48,7 +48,8 @@ def trend(folder: str, engine: str, workers: int) -> list[float]:
 
 
 @linux
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.exhaustive), 2])
 @engines
 def test_memory_is_flat(tmp_path, engine, workers):
     """The allocator's memory varies by 30 MB. An epoch's views and files are 6 MB here, so if one epoch in ten were

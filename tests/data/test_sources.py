@@ -37,7 +37,7 @@ def test_embedded_sources(name):
     assert not any(np.array_equal(shown(train, i), shown(test, i)) for i in range(20))
 
 
-def test_digits_are_all_there():
+def test_digits_are_complete():
     assert len(open_source("digits")) + len(open_source("digits", "test")) == 1797
 
 
@@ -49,18 +49,18 @@ def test_shapes_take_count_size_and_seed():
 
 
 def test_backgrounds_of_shapes_are_few_and_shared_by_all_classes():
-    """Else instance discrimination could tell images apart without looking at the shape."""
+    """With more of them, instance discrimination could tell images apart without learning the shape."""
     source = open_source("shapes:count=2000")
     for label in range(10):
         corners = {tuple(shown(source, i)[0, 0]) for i in range(label, 600, 10)}
         assert corners == {(grey, grey, grey) for grey in shapes.GREYS}
 
 
-def test_every_class_has_its_own_outline():
+def test_every_class_has_a_visible_outline():
     areas = []
     for label in range(10):
         image = shown(open_source("shapes"), label).astype(int)
-        areas.append((np.ptp(image, axis=2) > 20).mean())  # coloured pixels on a grey ground
+        areas.append((np.ptp(image, axis=2) > 20).mean())  # share of coloured pixels on a grey background
     assert min(areas) > 0.02
 
 
@@ -86,7 +86,7 @@ def test_folder_without_classes(tmp_path):
     assert source.label(0) == -1
 
 
-def test_folder_with_its_own_split(tmp_path):
+def test_folder_with_a_split(tmp_path):
     for part, count in (("train", 4), ("val", 2)):
         for name in ("a", "b"):
             for i in range(count):
@@ -105,16 +105,15 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         Image.new("RGB", (6, 4), (200, 200, 200)).convert(mode).save(path)
     image = shown(open_source(f"folder:{tmp_path}"), 0)
     assert image.shape == (4, 6, 3)
-    expected = {"I;16": [40000 // 256], "P": [204], "1": [0, 255]}.get(
-        mode, [200]
-    )  # a palette of steps of 51; dithered
+    # the palette has steps of 51, and one bit is dithered
+    expected = {"I;16": [40000 // 256], "P": [204], "1": [0, 255]}.get(mode, [200])
     assert np.array_equal(np.unique(image), expected)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied(tmp_path, kind, orientation):
-    """…and known from the header: the windows of crops are drawn before anything is decoded."""
+    """The size of the upright image comes from the header: windows are drawn before the image is decoded."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"x.{kind.lower()}"
@@ -126,14 +125,14 @@ def test_exif_rotation_is_applied(tmp_path, kind, orientation):
     assert np.array_equal(opened.pixels().permute(1, 2, 0).numpy(), expected)
 
 
-def test_damaged_exif_is_passed_over(tmp_path):
+def test_damaged_exif_is_ignored(tmp_path):
     noise(tmp_path / "x.jpg", exif=b"Exif\0\0nonsense")
     assert open_image(open_source(f"folder:{tmp_path}"), 0).pixels().shape == (3, 12, 20)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tif", "bmp"])
-def test_no_part_of_a_damaged_image_is_taken_for_all_of_it(tmp_path, kind):
-    """Pixels that are overwritten or missing; a JPEG shows those before the damage as they were, and is left out."""
+def test_a_partly_damaged_image_is_bad(tmp_path, kind):
+    """Missing pixels in every format, and overwritten pixels in PNG, whose checksums show them."""
     path = tmp_path / f"x.{kind}"
     noise(path, (200, 120), **({"compression": "tiff_lzw"} if kind == "tif" else {}))
     data = path.read_bytes()
@@ -147,7 +146,7 @@ def test_no_part_of_a_damaged_image_is_taken_for_all_of_it(tmp_path, kind):
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
-def test_bad_images_say_which_and_why(tmp_path, damage):
+def test_errors_of_bad_images_name_the_file(tmp_path, damage):
     path = tmp_path / "x.png"
     noise(path)
     data = path.read_bytes()
@@ -196,7 +195,7 @@ def test_arrays_of_every_layout(tmp_path, layout):
     assert np.array_equal(seen(source), np.broadcast_to(expected, (10, 4, 6, 3)))
 
 
-def test_arrays_with_labels_hold_every_fifth_out(tmp_path):
+def test_arrays_with_labels_hold_out_every_fifth_image(tmp_path):
     images, labels = pixels(), np.arange(10) % 3
     for name, value in (("x", images), ("y", labels)):
         np.save(tmp_path / f"{name}.npy", value)
@@ -209,7 +208,7 @@ def test_arrays_with_labels_hold_every_fifth_out(tmp_path):
         assert [train.label(i) for i in range(len(train))] == np.delete(labels, [4, 9]).tolist()
 
 
-def test_arrays_with_a_split_of_their_own(tmp_path):
+def test_arrays_with_a_split(tmp_path):
     images, labels = pixels(), np.arange(10) % 2
     path = tmp_path / "mnist.npz"
     np.savez_compressed(path, x_train=images[:7], y_train=labels[:7], x_test=images[7:], y_test=labels[7:])
@@ -242,40 +241,40 @@ def test_fashion_mnist_of_debian():
     assert (len(train), len(test), train.size, len(train.classes)) == (60000, 10000, (28, 28), 10)
 
 
-def test_arrays_and_idx_that_do_not_fit_get_one_sentence(tmp_path):
-    def says(spec, sentence):
+def test_error_sentences_of_arrays_and_idx(tmp_path):
+    def fails(spec, sentence):
         with pytest.raises(ValueError, match=f"^data: .*{sentence}"):
             open_source(spec)
 
-    says("arrays", "arrays needs a file: arrays:FILE.npy, arrays:FILE.npz or two .npy, got ''")
-    says(f"arrays:{tmp_path}/no.npy", r"no\.npy does not exist")
+    fails("arrays", "arrays needs a file: arrays:FILE.npy, arrays:FILE.npz or two .npy, got ''")
+    fails(f"arrays:{tmp_path}/no.npy", r"no\.npy does not exist")
     wrong = tmp_path / "wrong.npy"
     wrong.write_bytes(b"nothing")
-    says(f"arrays:{wrong}", "is no NumPy file of plain numbers")
+    fails(f"arrays:{wrong}", "is no NumPy file of plain numbers")
     np.save(wrong, np.array([{}], dtype=object))
-    says(f"arrays:{wrong}", "is no NumPy file of plain numbers")
+    fails(f"arrays:{wrong}", "is no NumPy file of plain numbers")
     np.save(wrong, pixels().astype(np.float32))
-    says(f"arrays:{wrong}", r"images must be uint8 .* got float32 \[10, 4, 6\]")
+    fails(f"arrays:{wrong}", r"images must be uint8 .* got float32 \[10, 4, 6\]")
     np.save(wrong, pixels(10, (5, 4, 6)))
-    says(f"arrays:{wrong}", r"got uint8 \[10, 5, 4, 6\]")
+    fails(f"arrays:{wrong}", r"got uint8 \[10, 5, 4, 6\]")
     np.save(wrong, pixels(0))
-    says(f"arrays:{wrong}", "holds no images")
+    fails(f"arrays:{wrong}", "holds no images")
     np.save(tmp_path / "y.npy", np.arange(9))
     np.save(wrong, pixels())
-    says(f"arrays:{wrong},{tmp_path / 'y.npy'}", r"labels must be integers ≥ 0 of shape \[10\], got int64 \[9\]")
+    fails(f"arrays:{wrong},{tmp_path / 'y.npy'}", r"labels must be integers ≥ 0 of shape \[10\], got int64 \[9\]")
     np.savez(tmp_path / "z.npz", a=pixels())
-    says(f"arrays:{tmp_path / 'z.npz'}", "it holds a")
-    says(f"idx:{tmp_path / 'no'}", "idx needs a folder: idx:PATH, got")
-    says(f"idx:{tmp_path}", "has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz")
+    fails(f"arrays:{tmp_path / 'z.npz'}", "it holds a")
+    fails(f"idx:{tmp_path / 'no'}", "idx needs a folder: idx:PATH, got")
+    fails(f"idx:{tmp_path}", "has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz")
     path = tmp_path / "train-images-idx3-ubyte"
     for data in (b"", b"\0\0\x08\x01\0\0\0\x02ab", bytes((0, 0, 8, 3)) + bytes(12) + b"x"):
         path.write_bytes(data)
-        says(f"idx:{tmp_path}", "is no idx file of 3 dims of bytes, or is truncated")
+        fails(f"idx:{tmp_path}", "is no idx file of 3 dims of bytes, or is truncated")
     path.rename(f"{path}.gz")
-    says(f"idx:{tmp_path}", "can't be read")
+    fails(f"idx:{tmp_path}", "can't be read")
 
 
-def test_random_numbers_of_shapes_do_not_touch_the_global_generator():
+def test_shapes_leave_the_global_generator_unchanged():
     before = torch.get_rng_state()
     open_image(open_source("shapes"), 3).pixels()
     assert torch.equal(before, torch.get_rng_state())

@@ -1,4 +1,4 @@
-"""What every launcher of a Triton kernel must do: what the plain-torch body of its op does."""
+"""Comparison of a Triton launcher, interpreted, with the plain-torch body of its op."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,14 @@ from tests.support.contract import plain, tensors_of
 
 
 def launched(launcher: Callable, *args) -> tuple[list[Tensor], int]:
-    """(results, bytes that the programs loaded and stored) of a launcher in the watching interpreter."""
+    """(results of a launcher in the interpreter, bytes that its programs loaded and stored)."""
     with watch() as seen:
         results = tensors_of(launcher(*args))
     return results, seen.bytes
 
 
 def same_as_body(launcher: Callable, op, *args) -> list[Tensor]:
-    """The launcher's results, which must be those of the op's plain torch, bit for bit."""
+    """The launcher's results, after a check that they equal those of the op's plain-torch body bit for bit."""
     results, _ = launched(launcher, *args)
     for i, (result, expected) in enumerate(zip(results, plain(op, *args), strict=True)):
         assert_same(result, expected, f"{launcher.__name__}, result {i}")

@@ -1,8 +1,9 @@
-// Enough of CUDA to compile a kernel header with a C++ compiler and run it on a CPU, one thread after the other.
+// The part of CUDA that is needed to compile a kernel with a C++ compiler and to run its threads on a CPU, one after
+// the other.
 //
-// For kernels whose threads do not wait for each other: __syncthreads and shuffles are left out, so that a kernel which
-// needs them does not compile. Memory order and speed are not modelled; indices, bounds, alignment and arithmetic are
-// the kernel's own, so AddressSanitizer and UndefinedBehaviorSanitizer see what they would do on a device.
+// For kernels whose threads are independent: __syncthreads and shuffles are not defined, so that a kernel that uses
+// them does not compile. Memory order and speed are not modelled; indices, bounds, alignment and arithmetic are those
+// of the device, so AddressSanitizer and UndefinedBehaviorSanitizer find the kernel's errors.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>
@@ -19,7 +20,7 @@ namespace host {
 struct Index {
   unsigned x;
 };
-inline Index thread, block;  // of the one thread that runs
+inline Index thread, block;  // of the running thread
 
 struct Half {
   uint16_t bits;

@@ -1,9 +1,9 @@
-"""Triton's interpreter, repaired for bfloat16 and made to watch: bounds, races, bytes and operations.
+"""Triton's interpreter with correct bfloat16, checks of bounds and races, and counts of bytes and operations.
 
-Triton 3.8 keeps bfloat16 as uint16 in its interpreter and computes on those integers: dots multiply bit patterns, sums
-add them, and rounding cuts off. Here dots and casts are right, and other arithmetic on bfloat16 raises (a kernel should
-widen first). Programs run one after the other there, so a race computes the right thing; here each launch remembers who
-read and wrote what, and raises where two programs meet.
+Triton 3.8's interpreter holds bfloat16 as uint16 and computes on these integers: dots multiply bit patterns, sums add
+them, and rounding truncates. Here dots and casts are correct, and other arithmetic on bfloat16 raises (a kernel must
+convert to float32 first). The interpreter runs programs one after the other, so a race would still give the right
+result; here each launch records which program read and wrote which cell, and raises on a conflict.
 
     with watch() as seen:
         keep_tokens_fwd(x, ids, None)
@@ -23,18 +23,18 @@ from triton.runtime import interpreter
 from fastssl.ops import dispatch
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-NOBODY, SEVERAL = -1, -2
+NO_PROGRAM, SEVERAL = -1, -2
 
 
 class Watch:
-    """What the launches inside `watch()` did."""
+    """Record of the launches inside `watch()`."""
 
     def __init__(self):
         self.requested = defaultdict(int)  # {"kernel.argument": bytes loaded and stored}
-        self.distinct = defaultdict(int)  # the same, each byte once a launch: as if the caches held it all
-        self.operations = 0  # of dots: 2·M·N·K each
+        self.distinct = defaultdict(int)  # the same, each byte once for each launch
+        self.operations = 0  # of matrix products, 2·M·N·K each
         self.launches = []  # (kernel, grid)
-        self.args = []  # of the launch that runs
+        self.args = []  # of the current launch
 
     @property
     def bytes(self) -> int:
@@ -42,34 +42,36 @@ class Watch:
 
 
 class Argument:
-    """The memory that a tensor argument of a launch may touch, with a record for each of its cells."""
+    """The memory of a tensor argument of a launch, with a record of reads and writes for each cell."""
 
     def __init__(self, name: str, x: torch.Tensor):
         self.name, self.size = name, x.element_size()
         self.first = x.data_ptr()
         cells = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride())) if x.numel() else 0
         self.end = self.first + cells * self.size
-        self.reader = np.full(cells, NOBODY) if cells < 2**26 else None  # huge views are only checked for bounds
-        self.writer = np.full(cells, NOBODY) if cells < 2**26 else None
+        self.reader = np.full(cells, NO_PROGRAM) if cells < 2**26 else None  # of huge views only the bounds are checked
+        self.writer = np.full(cells, NO_PROGRAM) if cells < 2**26 else None
 
     def touch(self, addresses: np.ndarray, program: int, writes: bool) -> None:
         if self.reader is None:
             return
         cells = ((addresses - np.uint64(self.first)) // np.uint64(self.size)).astype(np.int64)
         writer, reader = self.writer[cells], self.reader[cells]
-        if ((writer != NOBODY) & (writer != program)).any():
+        if ((writer != NO_PROGRAM) & (writer != program)).any():
             raise IndexError(f"race: {self.name} is {'written' if writes else 'read'} where another program writes")
         if writes:
-            if ((reader != NOBODY) & (reader != program)).any():
+            if ((reader != NO_PROGRAM) & (reader != program)).any():
                 raise IndexError(f"race: {self.name} is written where another program reads")
             if len(np.unique(cells)) != len(cells):
                 raise IndexError(f"race: one store writes a cell of {self.name} twice")
             self.writer[cells] = program
         else:
-            self.reader[cells] = np.where((reader == NOBODY) | (reader == program), program, SEVERAL)
+            self.reader[cells] = np.where((reader == NO_PROGRAM) | (reader == program), program, SEVERAL)
 
     def distinct(self) -> int:
-        return 0 if self.reader is None else int(((self.reader != NOBODY) | (self.writer != NOBODY)).sum()) * self.size
+        if self.reader is None:
+            return 0
+        return int(((self.reader != NO_PROGRAM) | (self.writer != NO_PROGRAM)).sum()) * self.size
 
 
 _watch: Watch | None = None
@@ -77,7 +79,7 @@ _watch: Watch | None = None
 
 @contextlib.contextmanager
 def watch() -> Iterator[Watch]:
-    """Repairs the interpreter and watches its launches."""
+    """Inside, the interpreter is corrected and its launches are checked and recorded."""
     global _watch
     _watch = Watch()
     with contextlib.ExitStack() as stack:
@@ -90,7 +92,7 @@ def watch() -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[Watch]:
-    """Serves CPU tensors by the Triton kernels, interpreted, so that the public ops can be tried with them."""
+    """Inside, the public ops run the Triton kernels, interpreted, on CPU tensors."""
     with torch.library._scoped_library("fastssl", "IMPL") as library, watch() as seen:
         for name, load in dispatch._triton_loaders.items():
             library.impl(name, load(), "CPU", allow_override=True)
@@ -110,12 +112,12 @@ def _replacements() -> list[tuple[type, str, object]]:
         _touch(self, ptrs, mask, writes=True)
         return store(self, ptrs, value, mask, *rest)
 
-    def right_dot(self, a, b, d, *rest):
+    def corrected_dot(self, a, b, d, *rest):
         _watch.operations += 2 * math.prod(a.data.shape[-2:]) * b.data.shape[-1]
         product = np.matmul(_number(a), _number(b), dtype=d.data.dtype)
         return Handle(product + d.data, d.dtype.scalar)
 
-    def right_cast(self, x, to):
+    def corrected_cast(self, x, to):
         source, target = x.dtype.scalar, to.scalar
         if tl.bfloat16 not in (source, target) or source == target:
             return cast(self, x, to)
@@ -123,12 +125,14 @@ def _replacements() -> list[tuple[type, str, object]]:
             return Handle(_to_bf16(np.asarray(x.data, np.float32)), tl.bfloat16)
         return Handle(_number(x).astype(interpreter._get_np_dtype(target)), target)
 
-    def right_to_fp(self, x, to, rounding):
-        return right_cast(self, x, to) if tl.bfloat16 in (x.dtype.scalar, to.scalar) else to_fp(self, x, to, rounding)
+    def corrected_to_fp(self, x, to, rounding):
+        if tl.bfloat16 in (x.dtype.scalar, to.scalar):
+            return corrected_cast(self, x, to)
+        return to_fp(self, x, to, rounding)
 
-    def guarded_binary(self, a, b, op):
+    def checked_binary(self, a, b, op):
         if tl.bfloat16 in (a.dtype.scalar, b.dtype.scalar):
-            raise TypeError("arithmetic on bfloat16: widen to float32 first")
+            raise TypeError("arithmetic on bfloat16: convert to float32 first")
         return binary(self, a, b, op)
 
     def watched_call(self, *args, **kwargs):
@@ -145,12 +149,12 @@ def _replacements() -> list[tuple[type, str, object]]:
     return [
         (Builder, "create_masked_load", watched_load),
         (Builder, "create_masked_store", watched_store),
-        (Builder, "create_dot", right_dot),
-        (Builder, "cast_impl", right_cast),
-        (Builder, "create_fp_ext", right_cast),
-        (Builder, "create_fp_trunc", right_cast),
-        (Builder, "create_fp_to_fp", right_to_fp),
-        (Builder, "binary_op", guarded_binary),
+        (Builder, "create_dot", corrected_dot),
+        (Builder, "cast_impl", corrected_cast),
+        (Builder, "create_fp_ext", corrected_cast),
+        (Builder, "create_fp_trunc", corrected_cast),
+        (Builder, "create_fp_to_fp", corrected_to_fp),
+        (Builder, "binary_op", checked_binary),
         (interpreter.GridExecutor, "__call__", watched_call),
     ]
 
@@ -173,11 +177,12 @@ def _touch(builder, ptrs, mask, writes: bool) -> None:
 
 
 def _as_passed(x):
-    """A number as a GPU kernel gets it: Triton passes float32, its interpreter what it is given."""
+    """A number as a GPU kernel gets it: Triton passes float32, while the interpreter passes Python's float."""
     return float(np.float32(x)) if isinstance(x, float) else x
 
 
 def _number(x) -> np.ndarray:
+    """The values of a handle, bfloat16 as float32."""
     return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
 
 

@@ -6,11 +6,11 @@ import types
 import pytest
 import torch
 
-from benchmarks import model
 from fastssl.kernels import attention as kernels
 from fastssl.kernels import tile
 from fastssl.ops import attention, attention_packed, dispatch
 from tests.kernels.interpreter import triton_on_cpu, watch
+from tests.support import kernel_model as model
 from tests.support.close import assert_as_exact_on_average
 from tests.support.contract import sparse
 
@@ -25,7 +25,7 @@ def packed(B, L, H, E, dtype, seed=0):
 
 
 def compare(q, k, v, scale=None):
-    """Result and gradients against float64, and no further from it than plain torch is in that dtype."""
+    """Compares result and gradients with float64: no larger error than plain torch in the same dtype."""
     weights = torch.randn(q.shape)
 
     def run(*inputs):
@@ -41,7 +41,7 @@ def compare(q, k, v, scale=None):
     )
     with dispatch.reference():
         truth, plain = run(q.double(), k.double(), v.double()), run(q, k, v)
-    # Three products of tf32 parts have 22 of float32's 24 bits: which cell is the worst, and by how much, is chance.
+    # Three products of tf32 parts have 22 of float32's 24 bits, so the largest error of a cell varies more.
     largest = 4.0 if q.dtype == torch.float32 else 2.0
     for name, *results in zip(("out", "dq", "dk", "dv"), ours, truth, plain):
         assert_as_exact_on_average(*results, name, largest)
@@ -67,19 +67,19 @@ def test_every_row_of_the_wide_dtypes(arch, dtype):
         compare(*packed(1, 40, 1, 40, dtype))
 
 
-def test_other_lengths_of_keys_and_other_layouts():
+def test_lengths_of_keys_and_layouts():
     q, k, v = torch.randn(2, 9, 2, 16), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 16)
     compare(q, k, v, scale=0.5)
     compare(k, q, q.flip(0))
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in packed(2, 9, 3, 16, torch.float32)]
     compare(*heads_first)
-    compare(*[x.transpose(1, 3).contiguous().transpose(1, 3) for x in heads_first])  # heads' values far apart: copied
+    compare(*[x.transpose(1, 3).contiguous().transpose(1, 3) for x in heads_first])  # rows with gaps, which are copied
     compare(q[:, ::2], k[:, 1:], v[:, :69])
 
 
 @pytest.mark.parametrize("L, E, dtype", [(50, 32, torch.bfloat16), (70, 20, torch.float32)])
 def test_packed_is_attention(L, E, dtype):
-    """One head a program, and by blocks: the gradients are those of `attention`, written into one tensor."""
+    """A program for each head, and for each block: the same gradients as `attention`, written into one tensor."""
     qkv, dout = torch.randn(2, L, 3, 2, E).to(dtype).requires_grad_(), torch.randn(2, L, 2, E).to(dtype)
     with triton_on_cpu():
         results = [attention_packed(qkv), attention(*qkv.unbind(2))]
@@ -105,7 +105,7 @@ def by_formula(dout, q, k, v, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_scores_far_below_zero(dtype):
-    """The tiles' ends are filled with keys of score 0, next to which every true score here is nothing."""
+    """Tiles are padded with keys of score 0, far above all true scores here."""
     q, k, v = packed(1, 20, 1, 16, dtype)
     q, k, dout = q.abs() + 7, -k.abs() - 7, torch.randn(1, 20, 1, 16).to(dtype)
     with watch():
@@ -131,7 +131,7 @@ def test_offsets_beyond_32_bits():
 
 
 def test_products_beyond_32_bits():
-    """Strides that fit 32 bits, times a token or a sample that makes a number that does not."""
+    """Strides that fit 32 bits, times tokens or samples, so that the offset does not."""
     far = sparse((3, 300, 1, 2), (2**30, 2**23 - 8, 2, 1), torch.float16)
     far[2, 299] = 20.0
     q = torch.ones(3, 1, 1, 2, dtype=torch.float16)
@@ -166,8 +166,8 @@ def test_bytes_and_operations_are_the_model(B, L, H, E, dtype):
     assert (seen.bytes, seen.operations) == (expected.requested, expected.operations)
 
 
-def test_what_is_too_long_or_too_wide_goes_to_torch(monkeypatch):
-    """The rule of `backend`, with a device that no kernel limit applies to and one that it does."""
+def test_long_sequences_and_wide_heads_run_in_torch(monkeypatch):
+    """`backend`, on a GPU, with its limit on the width of heads, and on a CPU, without one."""
     rule = importlib.import_module("fastssl.ops.attention")
 
     class OnGPU:
@@ -189,8 +189,8 @@ def test_what_is_too_long_or_too_wide_goes_to_torch(monkeypatch):
     assert rule.backend(torch.empty(1, 513, 1, 8), *[torch.empty(1, 5, 1, 8)] * 2) == "torch"
 
 
-def test_xformers_takes_long_sequences_that_it_supports(monkeypatch):
-    """With a stand-in for xformers, which has no operator for CPUs: asked with the call, used where it says yes."""
+def test_long_sequences_run_in_xformers_where_it_supports_them(monkeypatch):
+    """With a mock of xformers, which has no operator for CPUs."""
     rule, calls = importlib.import_module("fastssl.ops.attention"), []
 
     class Operator:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import model
 from fastssl.kernels import contrastive as kernels
 from fastssl.kernels import tile
 from fastssl.ops import batch_info_nce, dispatch, info_nce, nt_xent
 from tests.kernels.interpreter import triton_on_cpu, watch
+from tests.support import kernel_model as model
 from tests.support.close import FLOOR, assert_exact
 from tests.support.contract import sparse
 
@@ -26,7 +26,7 @@ def unit(*shape, dtype=torch.float32):
 
 
 def three_ways(function, *tensors: Tensor):
-    """(ours, float64, plain torch): what `function` returns and the gradients of those tensors that require one."""
+    """(kernels, float64, plain torch): results of `function`, and gradients of the tensors that require one."""
 
     def run(inputs):
         leaves = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
@@ -53,7 +53,7 @@ def compare(function, *tensors):
         if result.dtype == torch.int64:
             assert torch.equal(result, exact), f"rank: {result} for {exact}"
         elif result.dim() == 0 and tensors[0].dtype.itemsize == 2:
-            # τ's gradient sums q·dq, whose weights a kernel rounds to the dtype of its inputs: that much of each term.
+            # τ's gradient sums q·dq, and a kernel rounds the weights in dq to the dtype of its inputs.
             dq = next(x for x in ours if x.dim() == 2)
             terms = (tensors[0] * dq).abs().sum() / tensors[-1]
             assert (result - exact).abs() <= FLOOR[tensors[0].dtype] * terms
@@ -75,10 +75,10 @@ def test_info_nce(B, K, D, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("B, M, D, first", [(1, 1, 1, 0), (13, 63, 7, 50), (40, 100, 33, 7)])
-def test_batch_info_nce(B, M, D, first, dtype):
+@pytest.mark.parametrize("B, M, D, label_offset", [(1, 1, 1, 0), (13, 63, 7, 50), (40, 100, 33, 7)])
+def test_batch_info_nce(B, M, D, label_offset, dtype):
     compare(
-        lambda q, keys, tau: batch_info_nce(q, keys, tau, first),
+        lambda q, keys, tau: batch_info_nce(q, keys, tau, label_offset),
         unit(B, D, dtype=dtype).requires_grad_(),
         unit(M, D, dtype=dtype).requires_grad_(),
         torch.tensor(0.2, requires_grad=True),
@@ -119,7 +119,7 @@ def test_strided_rows():
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
 def test_any_number_of_parts(multiprocessors):
-    """The card's size cuts the keys: into one part, a few with a short last one, more than the merge takes at once."""
+    """By size of the card: one part of the keys, a few with a short last one, more than are combined at once."""
     q, k, queue = unit(3, 8).requires_grad_(), unit(3, 8), unit(700, 8)
     with tile.assume_card("sm_120", multiprocessors):
         compare(lambda q, k, queue: info_nce(q, k, queue, 0.1), q, k, queue)
@@ -129,7 +129,7 @@ def test_any_number_of_parts(multiprocessors):
 @pytest.mark.parametrize("arch", tile.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_every_row_of_the_table(arch, dtype):
-    """Also wider rows than the table's last, which take several programs."""
+    """Also rows wider than the last of the table, which take several programs."""
     with tile.assume_card(arch, 2):
         for widest in kernels.TILES[arch][dtype.itemsize]:
             D = widest if widest < max(kernels.TILES[arch][dtype.itemsize]) else widest + 5
@@ -148,7 +148,7 @@ def test_extremes(tau):
     compare(lambda q, k, queue: info_nce(q, k, queue, tau), 100 * q.detach().requires_grad_(), unit(4, 8), unit(30, 8))
 
 
-def test_nan_shows_and_stays_in_its_row():
+def test_nan_propagates_within_its_row():
     q, k, queue = unit(6, 8), unit(6, 8), unit(40, 8)
     q[2, 3] = math.nan
     with triton_on_cpu():
@@ -177,7 +177,7 @@ def test_no_negatives_and_no_queries():
 
 @pytest.mark.parametrize("scale", [1e-7, 65536.0])
 def test_float16_keeps_small_and_large_gradients(scale):
-    """Softmax times a loss's gradient is below or beyond what float16 holds; a loss scale brings both."""
+    """Softmax times the gradient of the loss is outside float16's range, as with and without a loss scale."""
     q, keys = unit(20, 8, dtype=torch.float16), unit(90, 8, dtype=torch.float16)
     tau, dloss = torch.tensor(0.2), torch.full((20,), scale)
     with dispatch.reference():
@@ -209,7 +209,7 @@ def test_bytes_and_operations_are_the_model(B, K, D, dtype, grad):
 
 
 @pytest.mark.parametrize("B, M, D, dtype", [(14, 63, 16, torch.bfloat16), (34, 130, 40, torch.float32)])
-def test_bytes_and_operations_of_gradients_to_keys(B, M, D, dtype):
+def test_bytes_and_operations_of_gradients_of_keys(B, M, D, dtype):
     q, keys, tau, rows = unit(B, D, dtype=dtype), unit(M, D, dtype=dtype), torch.tensor(0.2), torch.randn(B)
     expected = model.batch_info_nce_dkeys(B, M, D, dtype.itemsize)
     with watch() as seen:

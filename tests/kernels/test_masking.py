@@ -3,12 +3,12 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import model
 from fastssl.kernels import masking as kernels
 from fastssl.kernels import tile
 from fastssl.ops import dispatch, keep_tokens, masking, random_masking, restore_tokens
 from tests.kernels.contract import launched, same_as_body
 from tests.kernels.interpreter import triton_on_cpu
+from tests.support import kernel_model as model
 from tests.support.close import assert_exact
 from tests.support.contract import plain, sparse
 
@@ -43,7 +43,7 @@ def check_restore_bwd(dout, ids_restore, prefix, kept):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 2, 13, 63, 65, 100, 512, 513, 700])
 def test_ranks(length, dtype):
-    """Ties, NaN of both signs, zeros of both signs, infinities, denormal numbers; both ways to hold a row."""
+    """Ties, NaN and zeros of both signs, infinities, subnormal numbers; rows of one program and of several."""
     noise = torch.cat([torch.randn(1, length), SPECIAL[torch.randint(len(SPECIAL), (1, length))]]).to(dtype)
     check(kernels.random_masking, noise, (length + 1) // 2)
     for layout in (noise.T.contiguous().T, noise[1:].expand(3, length), noise[:, :1].expand(2, length), noise[:, ::3]):
@@ -74,21 +74,21 @@ def test_sizes(width, prefix):
         check(kernels.keep_tokens_fwd, x, ids_keep, pos[prefix:])
         check(kernels.keep_tokens_bwd, given[:, prefix:], ids_keep, length)
         check(kernels.restore_tokens_fwd, given, token.to(dtype), ids_restore, None, prefix)
-        for cores in (1, 132):  # one program passes over many samples or tiles; or each has one
-            with tile.assume_card("sm_90", cores):
+        for multiprocessors in (1, 132):  # programs with many samples or tiles, and with one
+            with tile.assume_card("sm_90", multiprocessors):
                 check(kernels.restore_tokens_fwd, given, token, ids_restore, pos, prefix)
                 check_restore_bwd(torch.randn(2, prefix + length, width).to(dtype), ids_restore, prefix, keep)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mask_token_gradient_of_a_large_sum(dtype):
-    """A sum that float32, added up carelessly, would lose digits of."""
+    """A sum whose naive summation in float32 loses digits."""
     _, ids_restore = ids_of(20, 40, 3)
     with tile.assume_card("sm_90", 1):
         check_restore_bwd((torch.rand(20, 41, 33) + 100).to(dtype), ids_restore, 1, 3)
 
 
-def test_masked_rows_do_not_reach_the_kept_and_the_other_way_round():
+def test_kept_and_masked_rows_do_not_mix():
     """NaN in a kept row must not enter the mask token's gradient."""
     _, ids_restore = ids_of(2, 20, 5)
     dout = torch.ones(2, 20, 16).masked_fill((ids_restore < 5)[..., None], float("nan"))
@@ -127,8 +127,8 @@ def test_offsets_beyond_31_bits():
 
 
 @pytest.mark.parametrize("wrong", [-1, 16, 2**40, -(2**63), 2**63 - 1])
-def test_ids_outside_touch_nothing_outside(wrong):
-    """The interpreter raises where a lane leaves its tensor. What comes instead is zeros, or a mask token."""
+def test_ids_out_of_range_access_nothing_outside(wrong):
+    """The interpreter raises where a lane leaves its tensor; the result is zeros, or a mask token."""
     ids_keep, ids_restore = ids_of(2, 16, 4)
     ids_keep[1, 2] = ids_restore[1, 15] = wrong
     x, given, token, pos = torch.randn(2, 16, 7), torch.randn(2, 5, 7), torch.randn(7), torch.randn(17, 7)
@@ -142,8 +142,8 @@ def test_ids_outside_touch_nothing_outside(wrong):
     launched(kernels.restore_tokens_bwd, torch.randn(2, 17, 7), ids_restore, 1, 4)
 
 
-def test_nothing_to_do():
-    """No samples, no columns, nothing kept, no tokens beside the prefix."""
+def test_empty():
+    """No samples, no columns, no kept tokens, no tokens but the prefix."""
     for batch, width, keep, length in ((0, 7, 2, 4), (2, 0, 2, 4), (2, 7, 0, 4), (2, 7, 0, 0)):
         ids_keep, ids_restore = ids_of(batch, length, keep)
         x, token, pos = torch.randn(batch, length, width), torch.randn(width), torch.randn(1 + length, width)
@@ -157,7 +157,7 @@ def test_nothing_to_do():
 
 
 def test_public_ops_and_their_gradients():
-    """Served by Triton, forward and backward are those of plain torch."""
+    """With the Triton kernels, results and gradients equal those of plain torch."""
     noise, results = torch.rand(3, 20), []
     leaves = [torch.randn(*shape).bfloat16() for shape in ((3, 20, 24), (24,), (20, 24), (21, 24))]
 
@@ -182,7 +182,7 @@ def test_public_ops_and_their_gradients():
         "restore_tokens_bwd_kernel",
     }
     for i, (one, two) in enumerate(zip(*results)):
-        if i == 6:  # dmask_token: sums of another order, rounded to bfloat16
+        if i == 6:  # dmask_token: summed in another order, rounded to bfloat16
             torch.testing.assert_close(one, two, rtol=2**-7, atol=0)
         else:
             assert torch.equal(one, two), f"result {i}"
@@ -190,7 +190,7 @@ def test_public_ops_and_their_gradients():
 
 @pytest.mark.parametrize("arch", tile.ARCHITECTURES)
 def test_every_configuration(arch):
-    """So few programs that each has several samples or tiles, and the last one fewer."""
+    """With few multiprocessors, so that a program has several samples or tiles, and the last one fewer."""
     with tile.assume_card(arch, 2):
         ids_keep, ids_restore = ids_of(5, 59, 20)
         x = torch.randn(5, 60, 250).bfloat16()
@@ -204,7 +204,7 @@ def test_every_configuration(arch):
 @pytest.mark.parametrize(
     ("arch", "sizes"), [("sm_90", (2, 13, 5, 33)), ("sm_90", (2, 35, 11, 304)), ("gfx942", (3, 20, 20, 256))]
 )
-def test_bytes_are_the_model_s(sizes, arch):
+def test_bytes_are_those_of_the_model(sizes, arch):
     B, L, M, D = sizes
     ids_keep, ids_restore = ids_of(B, L, M)
     x, half, token, pos = (

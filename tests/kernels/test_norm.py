@@ -3,12 +3,12 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import model
 from fastssl.kernels import norm as kernels
 from fastssl.kernels import tile
 from fastssl.ops import dispatch, norm, residual_norm
 from tests.kernels.contract import launched
 from tests.kernels.interpreter import triton_on_cpu
+from tests.support import kernel_model as model
 from tests.support.contract import plain
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
@@ -67,13 +67,13 @@ def test_no_rows():
         check(*made(*shape))
 
 
-def test_rows_that_are_too_wide_are_refused():
+def test_rows_that_are_too_wide_raise():
     with pytest.raises(ValueError, match=r"x must have at most 16384 values a row .*, got 16385"):
         kernels.residual_norm_fwd(*made(1, 1, 16385), EPS, torch.float32)
 
 
 def test_rows_far_from_zero_keep_their_variance():
-    """E[x²] − mean² would lose it."""
+    """E[x²] − mean² would cancel."""
     x, _, weight, bias = made(2, 3, 64, delta=None)
     x = x + 1000
     (_, normed, _, rstd), _ = launched(kernels.residual_norm_fwd, x, None, weight, bias, EPS, torch.float32)
@@ -102,12 +102,12 @@ def test_public_op():
 
 @pytest.mark.parametrize("arch", tile.ARCHITECTURES)
 def test_every_configuration(arch):
-    with tile.assume_card(arch, 2):  # so few that each program of the backward pass takes several tiles
+    with tile.assume_card(arch, 2):  # a program of the backward pass takes several tiles
         check(*made(5, 9, 200, delta=torch.bfloat16), out=torch.bfloat16)
 
 
 @pytest.mark.parametrize("delta", [2, None])
-def test_bytes_are_the_model_s(delta):
+def test_bytes_are_those_of_the_model(delta):
     B, L, D = 3, 40, 100
     x, d, weight, bias = made(B, L, D, delta=delta and torch.bfloat16)
     with tile.assume_card("sm_90", 4):

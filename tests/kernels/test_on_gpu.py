@@ -1,5 +1,5 @@
-"""The public ops on a GPU, against float64 and plain torch there: what the interpreter can't show, since it knows no
-races between warps, no tensor cores and no real sizes."""
+"""The public ops on a GPU, compared with float64 and plain torch: the interpreter has no races between warps, no tensor
+cores and no full sizes."""
 
 import contextlib
 
@@ -54,7 +54,7 @@ def run(function, tensors, dtype=None):
 
 
 def agrees(function, *tensors, exact=False):
-    """Bit-equal to plain torch (data movement), or no further from float64 than it. Twice the same bits."""
+    """Bit-equal to plain torch (`exact`), or no larger error against float64. The same bits at a second call."""
     ours, again = run(function, tensors), run(function, tensors)
     for a, b in zip(ours, again, strict=True):
         assert_same(a, b, "the same call again")
@@ -171,7 +171,7 @@ def test_under_autocast_and_compiled():
 
 
 def test_memory_does_not_grow_with_the_queue():
-    """O(B·D) and partial results of a card's size, where plain torch makes logits of 268 MB."""
+    """O(B·D) and partial results by the size of the card; plain torch makes logits of 268 MB."""
     q, k, queue = unit(256, 128).requires_grad_(), unit(256, 128), unit(262_144, 128)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -180,7 +180,7 @@ def test_memory_does_not_grow_with_the_queue():
     assert torch.cuda.max_memory_allocated() - before < 64e6
 
 
-def test_strides_mixtures_and_nothing():
+def test_strides_mixed_dtypes_and_empty_tensors():
     q, queue = unit(40, 18)[:, ::2].requires_grad_(), unit(100, 12)[::2, 3:]
     agrees(lambda q, k, queue: info_nce(q, k, queue, 0.2).loss, q, unit(9, 40).T, queue)
     wide = queue.double()
@@ -192,7 +192,7 @@ def test_strides_mixtures_and_nothing():
 
 
 def every_op(q, k, queue, ptr, noises, x, images, targets, sources):
-    """One call of each op, on inputs that do not change but for the queue and the targets."""
+    """One call of each op; only the queue and the targets change."""
     masking = random_masking(noises, 49)
     loss = info_nce(q, k, queue, 0.2).loss.mean() + batch_info_nce(q, k, 0.2).loss.mean() + nt_xent(q, k, 0.2).mean()
     kept = keep_tokens(x, masking.ids_keep)
@@ -206,8 +206,8 @@ def every_op(q, k, queue, ptr, noises, x, images, targets, sources):
     return [loss.detach(), dq, queue, ptr, *targets]
 
 
-def test_another_stream_and_no_wait_for_the_host():
-    """Under torch's detector, which raises if the host waits for the GPU; the same values on both streams."""
+def test_side_stream_without_synchronisation():
+    """Under torch's sync debug mode, which raises if the host waits for the GPU; the same values on both streams."""
     q, k, queue, noises = (
         unit(64, 128).requires_grad_(),
         unit(64, 128),

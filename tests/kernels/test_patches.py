@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from benchmarks import model
 from fastssl.kernels import patches as kernels
 from fastssl.kernels import tile
 from fastssl.ops import dispatch, keep_patches, masked_patch_mse, patches, patchify, unpatchify
 from tests.kernels.contract import launched, same_as_body
 from tests.kernels.interpreter import triton_on_cpu
 from tests.ops.test_patches import FLOATS, INTEGERS, ids_for, in_all_layouts, loss_formula
+from tests.support import kernel_model as model
 from tests.support.close import assert_exact
 from tests.support.contract import plain, sparse
 
@@ -26,7 +26,7 @@ def check(launcher, *args):
 
 
 def check_moves(images, patch, ids):
-    """All four moves of the same images; rows of patches side by side, and with gaps."""
+    """All four moves of the same images; patches with contiguous rows, and with gaps."""
     whole, kept = check(kernels.patchify, images, patch), check(kernels.keep_patches_fwd, images, ids, patch)
     check(kernels.unpatchify, whole, patch, *images.shape[2:])
     check(kernels.keep_patches_bwd, torch.stack([kept, kept], -1)[..., 0], ids, patch, *images.shape[2:])
@@ -53,7 +53,7 @@ def test_every_dtype_moves(dtype):
 
 @pytest.mark.parametrize(("patch", "channels"), [(1, 4), (2, 3), (3, 1), (7, 5), (8, 3), (14, 3), (16, 2), (1, 130)])
 def test_every_layout_moves(patch, channels):
-    """Rectangles, channels last, cut from larger images, transposed, expanded; whole images kept."""
+    """Rectangles, channels last, crops, transposed, expanded; all patches kept."""
     for images in in_all_layouts(torch.randn(1, channels, 2 * patch, 3 * patch)):
         check_moves(images, patch, ids_for(images, patch, 4))
     images = torch.randn(2, channels, patch, 2 * patch)
@@ -74,7 +74,7 @@ def test_many_patches_share_a_tile():
     assert kernels.patch_tile(196, 4, 3, 2048)[0] == 32
 
 
-def test_sixteen_bytes_a_pixel_are_refused():
+def test_sixteen_bytes_a_pixel_raise():
     images = torch.zeros(1, 1, 2, 2, dtype=torch.complex128)
     with pytest.raises(TypeError, match=r"must have elements of at most 8 bytes, got torch\.complex128;"):
         kernels.patchify(images, 2)
@@ -101,20 +101,20 @@ def test_loss_of_all_layouts(patch, channels):
 
 @pytest.mark.parametrize(("patch", "dtype"), [(40, torch.float32), (72, torch.float32), (72, torch.float64)])
 def test_loss_of_large_patches(patch, dtype):
-    """One that fills a tile, and those that are read in parts, three times."""
+    """A patch that fills a tile, and patches that are read in parts."""
     images, ids = torch.rand(1, 3, patch, 2 * patch) + 1, torch.tensor([[1]])
     for norm_pix in (False, True):
         check_loss(torch.randn(1, 1, 3 * patch**2).to(dtype), images, ids, patch, norm_pix)
 
 
 def test_norm_pix_of_flat_and_bright_patches():
-    """A constant patch has variance 0, and a bright one loses its variance neither to cancellation nor to its mean."""
+    """A constant patch has variance 0, and the variance of a bright patch does not cancel."""
     images = torch.full((1, 3, 8, 8), 1000.0)
     images[..., 4:] += torch.rand(1, 3, 8, 4) * 0.01
     check_loss(torch.zeros(1, 4, 48), images, torch.arange(4)[None], 4, norm_pix=True)
 
 
-def test_one_value_has_no_variance_and_no_images_no_loss():
+def test_loss_of_one_value_and_of_no_images_is_nan():
     (loss, dpred), _ = launched(
         kernels.masked_patch_mse_fwd,
         torch.zeros(2, 1, 1),
@@ -130,26 +130,26 @@ def test_one_value_has_no_variance_and_no_images_no_loss():
     assert loss.isnan() and loss.dtype == torch.float32 and dpred.shape == (0, 3, 12)
 
 
-def test_no_gradient_is_made_where_none_is_needed():
+def test_no_gradient_without_with_grad():
     args = torch.randn(2, 5, 48), torch.randn(2, 3, 8, 12), ids_for(torch.zeros(2, 3, 8, 12), 4, 5), 4, True
     (loss, none), _ = launched(kernels.masked_patch_mse_fwd, *args, False)
     assert torch.equal(loss, check_loss(*args)) and none.shape == (0,)
 
 
-def test_a_gradient_far_below_float16_survives():
+def test_gradient_far_below_the_range_of_float16():
     images, ids = torch.randn(4, 3, 16, 16), torch.arange(16).expand(4, 16)
     check_loss(torch.randn(4, 16, 48).half() * 1e-3, images * 1e-3, ids, 4, norm_pix=False)
 
 
-def test_nothing_to_do():
+def test_empty():
     for batch, kept in ((0, 2), (2, 0)):
         images, ids = torch.randn(batch, 3, 4, 6), torch.zeros(batch, kept, dtype=torch.int64)
         check_moves(images, 2, ids)
 
 
 @pytest.mark.parametrize("wrong", [-1, 6, 2**40 + 1, -(2**63), 2**63 - 1])
-def test_ids_outside_touch_nothing_outside(wrong):
-    """The interpreter raises where a lane leaves its tensor. What comes instead is zeros."""
+def test_ids_out_of_range_access_nothing_outside(wrong):
+    """The interpreter raises where a lane leaves its tensor; the result is zeros."""
     images, ids = torch.randn(2, 3, 8, 12), torch.tensor([[5, 0], [2, wrong]])
     (kept,), _ = launched(kernels.keep_patches_fwd, images, ids, 4)
     assert torch.equal(kept[1, 1], torch.zeros(48)) and (kept[:, 0] != 0).all()
@@ -160,7 +160,7 @@ def test_ids_outside_touch_nothing_outside(wrong):
 
 
 def test_offsets_beyond_31_bits():
-    """Sample, channel, row or column times a stride that 32 bits hold lies beyond them."""
+    """Sample, channel, row or column times a stride that fits 32 bits, so that the offset does not."""
     for strides in ((2**30 + 96, 32, 8, 1), (96, 2**30 + 32, 8, 1), (96, 32, 2**29, 1), (96, 32, 1, 2**29)):
         images = sparse((3, 3, 6, 6), strides, torch.float16)
         images.copy_(torch.randn(3, 3, 6, 6))
@@ -178,7 +178,7 @@ def test_offsets_beyond_31_bits():
 
 
 def test_public_ops_and_their_gradients():
-    """Served by Triton, forward and backward are those of plain torch."""
+    """With the Triton kernels, results and gradients equal those of plain torch."""
     ids, results = torch.tensor([[5, 0, 3], [2, 4, 1]]), []
     pixels, given = torch.randn(2, 3, 8, 12).contiguous(memory_format=torch.channels_last), torch.randn(2, 3, 48)
 
@@ -215,7 +215,7 @@ def test_every_configuration(arch):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("patch", "side", "kept"), [(4, 20, 7), (16, 48, 4), (72, 72, 1)])
-def test_bytes_are_the_model_s(patch, side, kept, arch):
+def test_bytes_are_those_of_the_model(patch, side, kept, arch):
     B, L, P = (1 if patch == 72 else 2), (side // patch) ** 2, 3 * patch**2
     images, half = torch.randn(B, 3, side, side), torch.randn(B, 3, side, side).half()
     pred, ids = torch.randn(B, kept, P).bfloat16(), ids_for(images, patch, kept)

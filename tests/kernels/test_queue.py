@@ -3,13 +3,13 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import model
 from fastssl.kernels import queue as kernels
 from fastssl.kernels import tile
 from fastssl.ops import dispatch, enqueue_
 from fastssl.ops import queue as module
 from tests.kernels.contract import launched
 from tests.kernels.interpreter import triton_on_cpu, watch
+from tests.support import kernel_model as model
 from tests.support.close import assert_same
 from tests.support.contract import sparse
 
@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def check(queue, start, keys):
-    """Queue and pointer after it are those of plain torch; returns both."""
+    """Compares queue and pointer with those of plain torch."""
     queues, pointers = [queue.clone(), queue], [torch.tensor([start]), torch.tensor([start])]
     with dispatch.reference():
         module._enqueue_(queues[0], pointers[0], keys)
@@ -27,13 +27,12 @@ def check(queue, start, keys):
         kernels.enqueue_(queues[1], pointers[1], keys)
     assert_same(queues[1], queues[0], "queue")
     assert pointers[1].tolist() == pointers[0].tolist()
-    return queue, pointers[1]
 
 
 @pytest.mark.parametrize("width", [1, 7, 33, 130, 192])
 @pytest.mark.parametrize(("length", "arriving"), [(1, 5), (13, 4), (13, 13), (16, 9), (63, 100), (9, 0)])
-def test_keys_go_round_the_ring(length, arriving, width):
-    """From its start, its middle and its end; more keys than fit; none."""
+def test_the_queue_wraps(length, arriving, width):
+    """With the pointer at its start, middle and end; more keys than fit; none."""
     for start in {0, length // 2, length - 1}:
         queue = torch.randn(length, width)
         before, keys = queue.clone(), torch.randn(arriving, width)
@@ -44,14 +43,14 @@ def test_keys_go_round_the_ring(length, arriving, width):
 
 
 @pytest.mark.parametrize("start", [-1, -16, -17, -40, 16, 50, 2**62, -(2**62)])
-def test_a_pointer_outside_the_ring_is_torch_s_remainder(start):
+def test_a_pointer_out_of_range_wraps(start):
     check(torch.randn(16, 5), start, torch.randn(9, 5))
     check(torch.randn(16, 5), start, torch.randn(16, 5))
     check(torch.randn(16, 5), start, torch.randn(23, 5))
 
 
-def test_all_mixtures_of_dtypes():
-    """Values that float64 -> float32 -> 16 bits rounds otherwise than float64 -> 16 bits are rounded as torch does."""
+def test_mixed_dtypes():
+    """float64 to 16 bits is rounded by way of float32, as by torch: these values differ from direct rounding."""
     near = 2.0**-30 * torch.arange(-3, 4).double()
     keys = torch.cat([1 + 2.0**-8 + near, 1 + 2.0**-11 + near, torch.tensor([1e30, -1e-30, 7.0])])
     for queue, given in itertools.product(DTYPES, DTYPES):
@@ -67,7 +66,7 @@ def test_any_strides():
 
 
 def test_offsets_beyond_31_bits():
-    """Rows of the queue and of the keys, times a stride that 32 bits hold, lie beyond them."""
+    """Rows of queue and keys times a stride that fits 32 bits, so that the offset does not."""
     far, rows = sparse((4, 4), (2**30, 1), torch.float16), torch.randn(4, 4).half()
     keys = sparse((4, 4), (2**30, 1), torch.float16).copy_(rows)
     pointer = torch.tensor([3])
@@ -97,7 +96,7 @@ def test_every_configuration(arch):
 
 @pytest.mark.parametrize("sizes", [(64, 33, 20), (10, 128, 37), (64, 600, 9), (8, 4, 0)])
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_bytes_are_the_model_s(sizes, arch):
+def test_bytes_are_those_of_the_model(sizes, arch):
     K, D, N = sizes
     for queue, keys in ((torch.float32, torch.float32), (torch.bfloat16, torch.float64)):
         args = torch.randn(K, D).to(queue), torch.tensor([5]), torch.randn(N, D).to(keys)
@@ -113,6 +112,6 @@ def test_bytes_are_near_the_least_in_moco(arch):
         assert counted.least <= counted.moved <= 1.1 * counted.least
 
 
-def test_bytes_of_the_average():
+def test_bytes_of_ema_update():
     assert model.ema_update_(10, 4)[:3] == (120, 120, 120)
     assert model.ema_update_(10, 2, 2)[:3] == (120, 120, 120)

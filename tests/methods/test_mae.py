@@ -48,8 +48,8 @@ def test_golden_forward_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_numbers_in_float32_err_no_more_than_plain_torchs(name):
-    truth, results = golden_model(name)[1], []
+def test_float32_errors_do_not_exceed_those_of_plain_torch(name):
+    exact_golden, results = golden_model(name)[1], []
     for context in (contextlib.nullcontext, dispatch.reference):
         model, golden = golden_model(name, torch.float32)
         with context():
@@ -58,12 +58,13 @@ def test_golden_numbers_in_float32_err_no_more_than_plain_torchs(name):
             loss.backward()
         results.append((loss.detach(), pred.detach(), {n: p.grad for n, p in model.named_parameters()}))
     (loss, pred, gradients), (plain_loss, plain_pred, plain_gradients) = results
-    assert_exact(loss, truth["loss"][0], plain_loss)
-    assert_as_exact_on_average(pred, truth["pred"], plain_pred)
-    scaled = []  # every gradient in units of its size, so that each counts
-    for which in (gradients, plain_gradients, None):
+    assert_exact(loss, exact_golden["loss"][0], plain_loss)
+    assert_as_exact_on_average(pred, exact_golden["pred"], plain_pred)
+    scaled = []  # gradients divided by their root mean square, so that all have equal weight
+    for computed in (gradients, plain_gradients, None):
         parts = [
-            (t if which is None else which[key]) / t.square().mean().sqrt() for key, t in part(truth, "grad.").items()
+            (t if computed is None else computed[key]) / t.square().mean().sqrt()
+            for key, t in part(exact_golden, "grad.").items()
         ]
         scaled.append(torch.cat([x.flatten() for x in parts]))
     ours, plain, exact = scaled
@@ -104,7 +105,7 @@ def test_rectangular_images_and_any_channels():
     model.loss(images).backward()
 
 
-def test_initial_weights_are_the_papers():
+def test_initial_weights_follow_the_paper():
     torch.manual_seed(0)
     model = mae.build(mae.Config(backbone="vit_tiny"))
     weight = model.patch_embed.proj.weight
@@ -118,34 +119,34 @@ def test_initial_weights_are_the_papers():
 
 
 def test_presets_have_the_published_parameter_counts():
-    """111.9, 329.5 and 657.1 million, decoder included."""
+    """111.9, 329.5 and 657.1 million parameters, including the decoder."""
     with torch.device("meta"):
         for backbone, millions in (("vit_base", 111.9), ("vit_large", 329.5), ("vit_huge", 657.1)):
             model = mae.build(mae.Config(backbone=backbone))
             assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
-def test_the_encoder_loads_into_timm_and_gives_the_same_features():
+def test_timm_loads_the_encoder_and_has_the_same_features():
     ours = ViT(32, 8, embed_dim=48, depth=2, num_heads=4)
-    theirs = timm.models.VisionTransformer(
+    timm_vit = timm.models.VisionTransformer(
         32, 8, embed_dim=48, depth=2, num_heads=4, num_classes=0, global_pool="token"
     )
-    theirs.load_state_dict(ours.state_dict(), strict=True)
+    timm_vit.load_state_dict(ours.state_dict(), strict=True)
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(images), timm_vit(images), rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_embedded_that_is_not_kept_and_nothing_predicted_that_is_not_scored():
-    model, seen = mae.build(mae.Config.small()), {}
+def test_only_kept_patches_are_embedded_and_only_masked_ones_predicted():
+    model, tokens = mae.build(mae.Config.small()), {}
     for name in ("patch_embed", "decoder_pred"):
         getattr(model, name).register_forward_hook(
-            lambda _, args, out, name=name: seen.update({name: args[0].shape[1]})
+            lambda _, args, out, name=name: tokens.update({name: args[0].shape[1]})
         )
     model.loss(torch.randn(2, 3, 24, 24))
-    assert seen == {"patch_embed": model.keep, "decoder_pred": model.length - model.keep}
+    assert tokens == {"patch_embed": model.keep, "decoder_pred": model.length - model.keep}
 
 
-def test_step_compiles_in_one_graph():
+def test_loss_compiles_to_one_graph():
     model = mae.build(mae.Config.small())
     images, noise = torch.randn(2, 3, 24, 24), torch.rand(2, model.length)
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")

@@ -33,7 +33,7 @@ def test_four_golden_steps(name):
     moco = MoCo(OneLayer(), meta["K"], meta["temperature"], meta["momentum"], mlp=meta["mlp"]).double()
     moco.load_state_dict(part(golden, "state."), strict=True)
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=meta["sgd_lr"])
-    moco.encoder_k.update(moco.encoder_q)  # the reference updates before the first step too
+    moco.encoder_k.update(moco.encoder_q)  # the reference also updates before the first step
     for step in range(4):
         expected = part(golden, f"step{step}.")
         for key, value in part(expected, "encoder_k.").items():
@@ -55,8 +55,8 @@ def test_four_golden_steps(name):
 
 
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2"])
-def test_golden_gradients_in_float32_err_no_more_than_plain_torchs(name):
-    """At each of the four golden steps from the exact weights, so that errors do not run on from step to step."""
+def test_float32_errors_do_not_exceed_those_of_plain_torch(name):
+    """Each of the four golden steps starts from the exact weights, so that errors do not accumulate."""
     golden, meta = read(name)
     sizes = meta["K"], meta["temperature"], meta["momentum"], meta["mlp"]
     exact = MoCo(OneLayer(), *sizes).double()
@@ -67,23 +67,23 @@ def test_golden_gradients_in_float32_err_no_more_than_plain_torchs(name):
     for step in range(4):
         expected = part(golden, f"step{step}.")
         views = expected["im_q"], expected["im_k"]
-        for which, context in (("kernel", contextlib.nullcontext), ("plain", dispatch.reference)):
+        for backend, context in (("kernel", contextlib.nullcontext), ("plain", dispatch.reference)):
             moco = MoCo(OneLayer(), *sizes)
             moco.load_state_dict(exact.state_dict())
             with context():
                 loss, _ = moco(Batch(tuple(view.float() for view in views), None, None))
                 loss.backward()
-            losses[which].append(loss.detach().double() - expected["loss"][0])
-            for key, truth in part(expected, "grad.encoder_q.").items():
-                wrong = moco.encoder_q.get_parameter(key).grad.double() - truth
-                errors[which].append((wrong / truth.square().mean().sqrt()).flatten())
+            losses[backend].append(loss.detach().double() - expected["loss"][0])
+            for key, gradient in part(expected, "grad.encoder_q.").items():
+                error = moco.encoder_q.get_parameter(key).grad.double() - gradient
+                errors[backend].append((error / gradient.square().mean().sqrt()).flatten())
         exact(Batch(tuple(view.double() for view in views), None, None))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
         exact.after_step(0.0)
-    kernel, plain = (torch.cat(errors[which]).square().mean().sqrt() for which in ("kernel", "plain"))
+    kernel, plain = (torch.cat(errors[backend]).square().mean().sqrt() for backend in ("kernel", "plain"))
     assert kernel <= plain + FLOOR[torch.float32]
-    kernel, plain = (torch.stack(losses[which]).square().mean().sqrt() for which in ("kernel", "plain"))
+    kernel, plain = (torch.stack(losses[backend]).square().mean().sqrt() for backend in ("kernel", "plain"))
     assert kernel <= plain + FLOOR[torch.float32] * expected["loss"][0]
 
 
@@ -97,17 +97,17 @@ def batch(size=8):
     return Batch((torch.randn(size, 3, 32, 32), torch.randn(size, 3, 32, 32)), None, None)
 
 
-def test_state_dict_round_trip_is_bit_equal_and_official():
-    moco, other = tiny(), tiny()
+def test_state_dict_round_trip_is_bit_equal_with_official_names():
+    moco, restored = tiny(), tiny()
     moco(batch())
     moco.after_step(0)
     state = moco.state_dict()
     assert state["queue"].shape == (128, 24)
     assert "encoder_k.conv1.weight" in state
     assert "encoder_k.fc.2.weight" in state
-    other.load_state_dict(state, strict=True)
-    assert all(torch.equal(a, b) for a, b in zip(state.values(), other.state_dict().values(), strict=True))
-    assert other.criterion.queue.shape == (24, 128)
+    restored.load_state_dict(state, strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), restored.state_dict().values(), strict=True))
+    assert restored.criterion.queue.shape == (24, 128)
 
 
 def test_forward_reads_and_after_step_writes():
@@ -123,21 +123,21 @@ def test_forward_reads_and_after_step_writes():
     assert not torch.equal(moco.state_dict()["encoder_k.conv1.weight"], before["encoder_k.conv1.weight"])
 
 
-def test_keys_carry_no_gradient_and_the_twin_is_not_trained():
+def test_keys_have_no_gradient_and_the_key_encoder_is_not_trained():
     moco = tiny()
     assert not any(p.requires_grad for p in moco.encoder_k.parameters())
     assert not moco.keys(batch().views[1]).requires_grad
 
 
-def test_shuffled_keys_come_back_in_their_places():
-    moco = tiny().eval()  # in evaluation batch norm knows no company
+def test_shuffled_keys_return_to_their_order():
+    moco = tiny().eval()  # batch norms in evaluation mode do not depend on the batch
     images = batch().views[1]
     shuffled = moco.keys(images)
     moco.shuffled = False
     torch.testing.assert_close(shuffled, moco.keys(images))
 
 
-def test_features_are_what_goes_into_the_head():
+def test_features_are_the_inputs_of_the_head():
     moco = tiny().eval()
     images = batch().views[0]
     features = moco.features(images)
@@ -162,18 +162,18 @@ def test_error_sentences():
 def test_symmetric_loss_is_the_mean_of_both_directions():
     moco = tiny().eval()
     moco.symmetric = moco.shuffled = False
-    one, two = batch().views
+    view1, view2 = batch().views
     with torch.no_grad():
-        losses = [moco(Batch(views, None, None))[0] for views in ((one, two), (two, one))]
+        losses = [moco(Batch(views, None, None))[0] for views in ((view1, view2), (view2, view1))]
     moco.symmetric = True
-    loss, _ = moco(Batch((one, two), None, None))
+    loss, _ = moco(Batch((view1, view2), None, None))
     torch.testing.assert_close(loss, sum(losses) / 2)
     moco.after_step(0)
     assert moco.criterion.queue_ptr.item() == 16
 
 
-def test_recipes_are_the_papers():
-    """Settings of section 4 of MoCo, and section 3 and table 1 of MoCo v2; the jitter of v1 follows the grayscale."""
+def test_defaults_are_those_of_the_papers():
+    """Section 4 of MoCo; section 3 and table 1 of MoCo v2. In v1 jitter is applied after grayscale."""
     v1, v2 = moco_v1.Config.paper(), moco_v2.Config.paper("resnet101")
     assert (v1.tau, v2.tau, v1.queue_size, v1.ema_momentum, v1.dim) == (0.07, 0.2, 65536, 0.999, 128)
     assert (v1.training.lr_drops, v2.training.lr_drops) == ((120, 160), ())
@@ -181,9 +181,14 @@ def test_recipes_are_the_papers():
         t = config.training
         assert (t.optimizer, t.lr, t.momentum, t.weight_decay, t.decay_all) == ("sgd", 0.03, 0.9, 1e-4, True)
         assert (t.epochs, t.batch_size, config.augmentation.views[0]) == (200, 256, config.augmentation.views[1])
-    one, two = v1.augmentation.views[0], v2.augmentation.views[0]
-    assert (one.jitter, one.jitter_p, one.grayscale_first, one.blur_p) == ((0.4, 0.4, 0.4, 0.4), 1.0, True, 0.0)
-    assert (two.jitter, two.jitter_p, two.grayscale_first, two.blur_p) == ((0.4, 0.4, 0.4, 0.1), 0.8, False, 0.5)
+    view1, view2 = v1.augmentation.views[0], v2.augmentation.views[0]
+    assert (view1.jitter, view1.jitter_p, view1.grayscale_first, view1.blur_p) == ((0.4, 0.4, 0.4, 0.4), 1.0, True, 0.0)
+    assert (view2.jitter, view2.jitter_p, view2.grayscale_first, view2.blur_p) == (
+        (0.4, 0.4, 0.4, 0.1),
+        0.8,
+        False,
+        0.5,
+    )
     assert v2.backbone == "resnet101"
 
 
@@ -193,17 +198,17 @@ def test_v1_has_a_linear_head_and_v2_an_mlp():
     assert [type(layer) for layer in heads[1]] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
-def four_steps(shard=False, world=1, here=0):
-    """(mean losses, state) of four SGD steps, of a rank on its part of the batch under DDP."""
+def four_steps(shard=False, world=1, rank=0):
+    """Mean losses and state of four SGD steps; with several ranks under DDP, on this rank's part of the batch."""
     torch.manual_seed(0)
     moco = MoCo(OneLayer(), 24, 0.2, 0.9, mlp=True, shuffled=True, shard_queue=shard).double()
     wrapped = DistributedDataParallel(moco, broadcast_buffers=False) if world > 1 else moco
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), lr=0.1)
     losses = []
-    for step in range(4):  # 10 keys a step wrap in the queue of 24
+    for step in range(4):  # 10 keys per step wrap around in the queue of 24
         generator = torch.Generator().manual_seed(step)
         views = torch.randn(2, 10, 20, dtype=torch.float64, generator=generator)
-        loss, metrics = wrapped(Batch(tuple(view.chunk(world)[here] for view in views), None, None))
+        loss, metrics = wrapped(Batch(tuple(view.chunk(world)[rank] for view in views), None, None))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -212,28 +217,28 @@ def four_steps(shard=False, world=1, here=0):
     return torch.stack(losses), moco.state_dict()
 
 
-def four_steps_of_a_rank(shard):
+def four_steps_on_this_rank(shard):
     return four_steps(shard, world_size(), rank())
 
 
 @pytest.mark.parametrize("shard", [False, True])
-def test_two_ranks_are_one_process_with_their_batch(shard):
-    """Shuffled and unshuffled keys, the queue's order, and DDP's mean of gradients; whole queues or shards."""
+def test_two_ranks_equal_one_process_with_the_whole_batch(shard):
+    """Shuffled and unshuffled keys, order of the queue, mean of gradients by DDP; whole or sharded queues."""
     losses, state = four_steps()
-    for found, of_rank in run_ranks(2, four_steps_of_a_rank, shard):
-        torch.testing.assert_close(found, losses, rtol=1e-11, atol=0)
-        torch.testing.assert_close(of_rank, state, rtol=1e-10, atol=1e-12)
+    for rank_losses, rank_state in run_ranks(2, four_steps_on_this_rank, shard):
+        torch.testing.assert_close(rank_losses, losses, rtol=1e-11, atol=0)
+        torch.testing.assert_close(rank_state, state, rtol=1e-10, atol=1e-12)
 
 
-def splits_of_a_rank():
+def splits_on_this_rank():
     config = moco_v1.Config("resnet_mini", queue_size=24)
     config.training.batch_size = 16
-    few = moco_v1.Config("resnet_mini", queue_size=24, bn_splits=1)
-    return moco_v1.build(config).encoder_q.bn1.splits, moco_v1.build(few).shuffled
+    unsplit = moco_v1.Config("resnet_mini", queue_size=24, bn_splits=1)
+    return moco_v1.build(config).encoder_q.bn1.splits, moco_v1.build(unsplit).shuffled
 
 
 def test_ranks_share_the_splits_of_batch_norm():
-    """8 parts of the whole batch, as on the paper's 8 GPUs: four of each of two ranks' parts. Ranks have batch norms of
-    their own in any case, so they shuffle in any case."""
-    assert splits_of_a_rank() == (8, False)
-    assert run_ranks(2, splits_of_a_rank) == [(4, True)] * 2
+    """8 parts of the whole batch, as on the paper's 8 GPUs, are 4 parts on each of two ranks. Several ranks always
+    shuffle, since each rank has separate batch-norm statistics."""
+    assert splits_on_this_rank() == (8, False)
+    assert run_ranks(2, splits_on_this_rank) == [(4, True)] * 2

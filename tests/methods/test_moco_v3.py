@@ -39,7 +39,7 @@ def test_three_golden_steps(dtype):
     exact = {"rtol": 1e-8, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=meta["sgd_lr"])
-    model.after_step(0.0)  # the reference updates before the first step too
+    model.after_step(0.0)  # the reference also updates before the first step
     for step in range(3):
         expected = part(golden, f"step{step}.")
         for key, value in part(expected, "momentum_encoder.").items():
@@ -63,15 +63,15 @@ def tiny(backbone="vit_mini", **changes):
 
 
 def batch(size=8, height=32, width=32, dtype=torch.float32):
-    one, two = torch.randn(2, size, 3, height, width, dtype=dtype)
-    return Batch((one, two), None, None)
+    view1, view2 = torch.randn(2, size, 3, height, width, dtype=dtype)
+    return Batch((view1, view2), None, None)
 
 
 def layers(head):
     return [f"{type(m).__name__}{'' if getattr(m, 'affine', True) else ' plain'}" for m in head]
 
 
-def test_heads_are_arranged_as_in_the_code():
+def test_heads_have_the_layers_of_the_official_code():
     inner = ["Linear", "BatchNorm1d", "ReLU"]
     vit, resnet = tiny(), tiny("resnet_mini")
     assert layers(vit.base_encoder.head) == inner * 2 + ["Linear", "BatchNorm1d plain"]
@@ -85,7 +85,7 @@ def test_heads_are_arranged_as_in_the_code():
 
 
 def test_vits_are_those_of_the_paper():
-    """Names and shapes of the official state dict; 12 heads and 11 blocks behind the convolutional stem."""
+    """Names and shapes of the official state dict; 12 heads; 11 blocks after the convolutional stem."""
     with torch.device("meta"):
         small, stem = (moco_v3.build(moco_v3.Config.paper(name)) for name in ("vit_small", "vit_conv_base"))
     state = {name: tuple(x.shape) for name, x in small.state_dict().items()}
@@ -130,7 +130,7 @@ def test_positions_weights_and_the_frozen_patch_embedding():
     assert all(p.requires_grad for p in tiny(freeze_patch_embed=False).base_encoder.patch_embed.parameters())
 
 
-def test_resnet_blocks_start_as_the_identity():
+def test_resnet_blocks_are_the_identity_at_initialisation():
     assert all(block.bn2.weight.abs().max() == 0 for block in tiny("resnet_mini").base_encoder.layer3)
 
 
@@ -157,7 +157,7 @@ def test_forward_reads_and_after_step_writes_the_momentum_encoder():
     torch.testing.assert_close(moved, torch.ones_like(moved) + (1 - 0.995))
 
 
-def test_features_are_what_goes_into_the_projector():
+def test_features_are_the_inputs_of_the_projector():
     for name, width in (("vit_mini", 128), ("resnet_mini", 256)):
         model = tiny(name).eval()
         images = batch().views[0]
@@ -167,7 +167,7 @@ def test_features_are_what_goes_into_the_projector():
         torch.testing.assert_close(projector(features), model.base_encoder(images))
 
 
-def test_recipes_are_the_papers():
+def test_defaults_are_those_of_the_paper():
     vit, resnet = moco_v3.Config.paper("vit_base"), moco_v3.Config.paper("resnet50")
     t = vit.training
     assert (t.optimizer, t.lr, t.weight_decay, t.decay_all, t.betas) == ("adamw", 1.5e-4, 0.1, True, (0.9, 0.999))
@@ -175,10 +175,10 @@ def test_recipes_are_the_papers():
     t = resnet.training
     assert (t.optimizer, t.lr, t.weight_decay, t.momentum) == ("lars", 0.3, 1.5e-6, 0.9)
     assert (t.epochs, t.batch_size, t.warmup_epochs, resnet.tau, resnet.ema_momentum) == (1000, 4096, 10, 1.0, 0.996)
-    one, two = vit.augmentation.views
-    assert (one.blur_p, one.solarize_p, two.blur_p, two.solarize_p) == (1.0, 0.0, 0.1, 0.2)
-    assert (one.jitter, one.jitter_p, one.grayscale_p, one.flip_p) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5)
-    assert (one.crop, resnet.augmentation.views[0].crop) == ((0.08, 1.0), (0.2, 1.0))
+    view1, view2 = vit.augmentation.views
+    assert (view1.blur_p, view1.solarize_p, view2.blur_p, view2.solarize_p) == (1.0, 0.0, 0.1, 0.2)
+    assert (view1.jitter, view1.jitter_p, view1.grayscale_p, view1.flip_p) == ((0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.5)
+    assert (view1.crop, resnet.augmentation.views[0].crop) == ((0.08, 1.0), (0.2, 1.0))
 
 
 def test_error_sentences():
@@ -191,8 +191,8 @@ def test_error_sentences():
     )
 
 
-def three_steps(world=1, here=0):
-    """(losses, state) of three SGD steps in float64; of a rank on its part of the batch, under DDP."""
+def three_steps(world=1, rank=0):
+    """Losses and state of three SGD steps in float64; with several ranks under DDP, on a part of the batch."""
     torch.manual_seed(0)
     model = tiny().double()
     assert any(isinstance(m, SyncBatchNorm) for m in model.modules()) == (world > 1)
@@ -201,7 +201,7 @@ def three_steps(world=1, here=0):
     losses = []
     for step in range(3):
         torch.manual_seed(10 + step)
-        views = [view.chunk(world)[here] for view in batch(8, 16, 16, torch.float64).views]
+        views = [view.chunk(world)[rank] for view in batch(8, 16, 16, torch.float64).views]
         loss, _ = wrapped(Batch(tuple(F.interpolate(view, (32, 32)) for view in views), None, None))
         loss.backward()
         optimizer.step()
@@ -211,13 +211,13 @@ def three_steps(world=1, here=0):
     return torch.stack(losses), model.state_dict()
 
 
-def three_steps_of_a_rank():
+def three_steps_on_this_rank():
     return three_steps(world_size(), rank())
 
 
-def test_two_ranks_are_one_process_with_their_batch():
-    """Gathered keys, labels with the rank's offset, SyncBN and DDP's mean of gradients, put together."""
+def test_two_ranks_equal_one_process_with_the_whole_batch():
+    """Gathered keys, the rank's label offset, synchronised batch norms, and the mean of gradients by DDP."""
     losses, state = three_steps()
-    for found, of_rank in run_ranks(2, three_steps_of_a_rank):
-        torch.testing.assert_close(found, losses, rtol=1e-10, atol=0)
-        torch.testing.assert_close(of_rank, state, rtol=1e-8, atol=1e-11)
+    for rank_losses, rank_state in run_ranks(2, three_steps_on_this_rank):
+        torch.testing.assert_close(rank_losses, losses, rtol=1e-10, atol=0)
+        torch.testing.assert_close(rank_state, state, rtol=1e-8, atol=1e-11)

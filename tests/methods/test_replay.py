@@ -1,8 +1,8 @@
-"""MAE and MoCo v3 train as their papers' algorithms do: twelve optimizer steps, replayed in plain torch.
+"""Twelve training steps of MAE and MoCo v3 equal those of a reference in plain torch.
 
-The other side of every comparison is written from the papers and from what the official code computes: formulas on a
-dict of tensors, which is a copy of our initial state dict. Nothing of fastssl has a part in it. Both sides work in
-float64 on the same weights, noise and images, so they differ by rounding alone.
+The reference is written from the papers and the official code: formulas on a dict of tensors, a copy of the method's
+initial state dict. It uses nothing of fastssl. Both sides compute in float64 from the same weights, noise and images,
+and differ only by rounding.
 """
 
 import math
@@ -19,23 +19,23 @@ from fastssl.train.optim import build_optimizer
 from fastssl.train.schedule import learning_rate
 from tests.support.golden import part
 
-STEPS, EPOCHS, WARMUP, BATCH = 12, 4, 1, 8  # three steps an epoch, so the warm-up ends amid the replay
+STEPS, EPOCHS, WARMUP, BATCH = 12, 4, 1, 8  # three steps per epoch: the warm-up ends during the run
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
-# Twelve steps carry rounding of 1e-16 this far, over ten seeds of each case on one and two threads: losses 9e-14 of
-# their value, states 2e-13. The bounds leave tenfold and more, for sums in another order on another machine.
+# Rounding of 1e-16 grows in twelve steps to relative errors of 9e-14 in losses and 2e-13 in states: the largest of ten
+# seeds of each case, on one and two threads. The bounds are at least ten times that, for other orders of summation.
 LOSS = {"rtol": 1e-12, "atol": 0}
 STATE = {"rtol": 1e-10, "atol": 1e-11}
-# What the loss cannot see: a softmax is blind to the bias of its keys, a batch norm to the last norm's bias before the
-# projector. Their exact gradient is 0, and AdamW turns the 1e-17 of rounding in its place into steps of lr · 1e-17 /
-# eps, with eps 1e-8. They differ by 7e-11 after the twelve, and so does the mean that the batch norm remembers.
-UNSEEN = ("attn.qkv.bias", "encoder.norm.bias", "encoder.head.1.running_mean")
-UNSEEN_STATE = {"rtol": 1e-10, "atol": 1e-9}
+# Parameters that do not change the loss: the bias of attention keys, and the bias of the last norm in front of the
+# projector's batch norm. Their exact gradient is 0, and AdamW turns rounding errors of 1e-17 into steps of
+# lr · 1e-17 / eps, with eps 1e-8. They differ by 7e-11 after twelve steps, and so does the batch norm's running mean.
+WITHOUT_EFFECT = ("attn.qkv.bias", "encoder.norm.bias", "encoder.head.1.running_mean")
+WITHOUT_EFFECT_STATE = {"rtol": 1e-10, "atol": 1e-9}
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tensors this small gain nothing from a second thread, and on busy cores they wait for it."""
+    """Use one thread: tensors are too small for a second one to help, and on busy cores it delays them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,12 +57,12 @@ def layer_norm(p, name, x, eps):
 
 
 def batch_norm(p, name, x):
-    """Training mode: the batch's biased variance normalises, its unbiased one is remembered."""
-    others, column = [d for d in range(x.ndim) if d != 1], (1, -1, *[1] * (x.ndim - 2))
-    mean, variance, count = x.mean(others), x.var(others, correction=0), x.numel() / x.shape[1]
+    """Training mode: normalises by the batch's biased variance; the running variance is unbiased."""
+    dims, column = [d for d in range(x.ndim) if d != 1], (1, -1, *[1] * (x.ndim - 2))
+    mean, variance, count = x.mean(dims), x.var(dims, correction=0), x.numel() / x.shape[1]
     with torch.no_grad():
-        for key, seen in (("running_mean", mean), ("running_var", variance * count / (count - 1))):
-            p[f"{name}.{key}"].mul_(0.9).add_(0.1 * seen)
+        for key, statistic in (("running_mean", mean), ("running_var", variance * count / (count - 1))):
+            p[f"{name}.{key}"].mul_(0.9).add_(0.1 * statistic)
         p[f"{name}.num_batches_tracked"].add_(1)
     x = (x - mean.view(column)) / (variance.view(column) + 1e-5).sqrt()
     if f"{name}.weight" in p:
@@ -71,7 +71,7 @@ def batch_norm(p, name, x):
 
 
 def blocks(p, x, heads, eps):
-    """Pre-norm transformer blocks: softmax attention, then an MLP with the exact GELU, each added to its input."""
+    """Pre-norm transformer blocks: softmax attention, then an MLP with the exact GELU, each with a residual."""
     count = 1 + max(int(name.split(".")[0]) for name in p)
     for b in (part(p, f"{i}.") for i in range(count)):
         n, length, dim = x.shape
@@ -93,7 +93,7 @@ def embed(p, images, patch):
 
 
 def mae_predict(p, images, noise, facts):
-    """(predictions of all patches, mask: 1 where removed)."""
+    """Predictions of all patches, and the mask: 1 for removed patches."""
     patch, eps = facts["patch"], facts["ln_eps"]
     x = embed(p, images, patch)
     n, length, dim = x.shape
@@ -115,7 +115,7 @@ def mae_loss(p, data, step, facts):
     pred, mask = mae_predict(p, images, noise, facts)
     n, channels = images.shape[:2]
     target = F.unfold(images, facts["patch"], stride=facts["patch"]).view(n, channels, -1, pred.shape[1])
-    target = target.permute(0, 3, 2, 1).flatten(2)  # inside a patch by rows, channel last
+    target = target.permute(0, 3, 2, 1).flatten(2)  # pixels of a patch row by row, channels last
     if facts["norm_pix"]:
         variance = target.var(-1, correction=facts["correction"], keepdim=True)
         target = (target - target.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt()
@@ -160,17 +160,17 @@ def head(p, x, layers, last_bn=True):
 
 
 def moco_v3_loss(p, views, step, facts):
-    """Queries first, then the momentum encoder moves and makes the keys, as in the official code."""
+    """As in the official code: queries first, then the momentum encoder is updated and computes the keys."""
     encoder, tau = facts["encoder"], facts["tau"]
-    base, twin, predictor = (part(p, f"{name}.") for name in ("base_encoder", "momentum_encoder", "predictor"))
+    base, momentum, predictor = (part(p, f"{name}.") for name in ("base_encoder", "momentum_encoder", "predictor"))
     q1, q2 = (head(predictor, encoder(base, x, facts), 2, encoder is vit) for x in views)
     progress = step / STEPS if facts["momentum_rises"] else 0
     m = 1 - 0.5 * (1 + math.cos(math.pi * progress)) * (1 - facts["momentum"])
     with torch.no_grad():
-        for name in twin:
+        for name in momentum:
             if not name.endswith(BUFFERS):
-                twin[name].mul_(m).add_((1 - m) * base[name])
-        k1, k2 = (encoder(twin, x, facts) for x in views)
+                momentum[name].mul_(m).add_((1 - m) * base[name])
+        k1, k2 = (encoder(momentum, x, facts) for x in views)
 
     def contrast(q, k):
         q, k = (x / x.norm(dim=1, keepdim=True) for x in (q, k))
@@ -194,7 +194,7 @@ def adamw(p, gradient, lr, state, facts):
 
 
 def lars(p, gradient, lr, state, facts):
-    """Vectors are neither decayed nor scaled."""
+    """Without weight decay and scaling of vectors."""
     if p.ndim > 1 or facts["decay_vectors"]:
         gradient = gradient + facts["weight_decay"] * p
         if p.norm() > 0 and gradient.norm() > 0:
@@ -210,11 +210,11 @@ def scheduled(lr, step):
     return peak * 0.5 * (1 + math.cos(math.pi * (epoch - WARMUP) / (EPOCHS - WARMUP)))
 
 
-# Both sides, step by step
+# Steps of both sides
 
 
 def ours(model, training, batches, loss_of):
-    """Yields the loss of each step; what fastssl/train/loop.py does."""
+    """Yield the loss of each step, trained like fastssl/train/trainer.py does."""
     optimizer = build_optimizer(model, training)
     for step, data in enumerate(batches):
         for group in optimizer.param_groups:
@@ -227,8 +227,8 @@ def ours(model, training, batches, loss_of):
         yield loss.detach()
 
 
-def transcribed(p, batches, loss_of, update, facts):
-    """Yields the loss of each step and trains `p`."""
+def reference(p, batches, loss_of, update, facts):
+    """Yield the loss of each step, training `p`."""
     fixed = (*BUFFERS, "pos_embed", *facts["frozen"])
     trained = [name for name in p if not name.endswith(fixed) and not name.startswith("momentum_encoder.")]
     states = {name: {} for name in trained}
@@ -243,31 +243,31 @@ def transcribed(p, batches, loss_of, update, facts):
 
 
 def assert_replays(model, training, batches, loss_of, transcription):
-    """The same loss at every step, and the same parameters and buffers after the last; returns the transcribed ones.
+    """Assert equal losses of every step and equal parameters and buffers after the last; the reference's state.
 
-    Our momentum encoder has then moved once more than the transcribed one, but with a momentum of 1.
+    Our momentum encoder was then updated once more than the reference's, but with a momentum coefficient of 1.
     """
-    their_loss_of, update, facts = transcription
-    first = {name: x.clone() for name, x in model.state_dict().items()}
-    p = {name: x.clone() for name, x in first.items()}
-    both = zip(ours(model, training, batches, loss_of), transcribed(p, batches, their_loss_of, update, facts))
+    reference_loss_of, update, facts = transcription
+    initial = {name: x.clone() for name, x in model.state_dict().items()}
+    p = {name: x.clone() for name, x in initial.items()}
+    both = zip(ours(model, training, batches, loss_of), reference(p, batches, reference_loss_of, update, facts))
     for step, (loss, expected) in enumerate(both):
         torch.testing.assert_close(loss, expected, **LOSS, msg=lambda m, step=step: f"loss of step {step}: {m}")
     assert step == STEPS - 1
     state = model.state_dict()
     assert state.keys() == p.keys()
     for name, x in state.items():
-        bounds = UNSEEN_STATE if name.endswith(UNSEEN) else STATE
+        bounds = WITHOUT_EFFECT_STATE if name.endswith(WITHOUT_EFFECT) else STATE
         torch.testing.assert_close(x, p[name].detach(), **bounds, msg=lambda m, name=name: f"{name}: {m}")
     for name, x in model.named_parameters():
         if x.requires_grad and x.ndim > 1:
-            moved = (x.detach() - first[name]).abs().max()
-            assert moved > 1e-3, f"{name} moved by {moved:.1e} alone, so that it is the same says nothing"
+            moved = (x.detach() - initial[name]).abs().max()
+            assert moved > 1e-3, f"{name} moved by only {moved:.1e}: the comparison would show nothing"
     return p
 
 
 def mae_case(img_size, norm_pix, **wrong):
-    """What `assert_replays` takes; `wrong` falsifies the transcription."""
+    """Arguments of `assert_replays`; `wrong` changes facts of the reference."""
     sizes = {
         "embed_dim": 48,
         "depth": 2,
@@ -297,15 +297,15 @@ def mae_case(img_size, norm_pix, **wrong):
 
 
 def moco_v3_case(backbone, **wrong):
-    """The same for MoCo v3: a ViT with AdamW, which decays vectors too, or a ResNet with LARS, which does not."""
-    of_vit = backbone == "vit_mini"
-    size, tau = ((8, 16), 0.2) if of_vit else ((32, 32), 1.0)
-    optimizer, lr, decay = ("adamw", 0.05, 0.1) if of_vit else ("lars", 32.0, 0.01)
-    training = Training(EPOCHS, BATCH, optimizer, lr, decay, decay_all=of_vit, warmup_epochs=WARMUP)
+    """The same for MoCo v3: a ViT with AdamW, with weight decay of vectors, or a ResNet with LARS, without it."""
+    is_vit = backbone == "vit_mini"
+    size, tau = ((8, 16), 0.2) if is_vit else ((32, 32), 1.0)
+    optimizer, lr, decay = ("adamw", 0.05, 0.1) if is_vit else ("lars", 32.0, 0.01)
+    training = Training(EPOCHS, BATCH, optimizer, lr, decay, decay_all=is_vit, warmup_epochs=WARMUP)
     config = moco_v3.Config(backbone, size, dim=32, hidden=64, tau=tau, ema_momentum=0.9, training=training)
     model = moco_v3.build(config).double()
     facts = {
-        "encoder": vit if of_vit else resnet,
+        "encoder": vit if is_vit else resnet,
         "ln_eps": 1e-6,
         "tau": tau,
         "scale": 2,
@@ -315,10 +315,10 @@ def moco_v3_case(backbone, **wrong):
         "lr": lr,
         "weight_decay": decay,
         "betas": (0.9, 0.999),
-        "decay_vectors": of_vit,
+        "decay_vectors": is_vit,
     }
     batches = [tuple(torch.randn(2, BATCH, 3, *size).double()) for _ in range(STEPS)]
-    transcription = (moco_v3_loss, adamw if of_vit else lars, facts | wrong)
+    transcription = (moco_v3_loss, adamw if is_vit else lars, facts | wrong)
     return model, training, batches, lambda views: model(Batch(views, None, None))[0], transcription
 
 
@@ -336,10 +336,10 @@ def test_mae(img_size, norm_pix):
 def test_moco_v3_with_a_vit_and_adamw():
     case = moco_v3_case("vit_mini")
     embedding = case[0].base_encoder.patch_embed.proj
-    frozen = embedding.weight.clone(), embedding.bias.clone()
+    initial = embedding.weight.clone(), embedding.bias.clone()
     assert_replays(*case)
-    assert torch.equal(embedding.weight, frozen[0])
-    assert torch.equal(embedding.bias, frozen[1])
+    assert torch.equal(embedding.weight, initial[0])
+    assert torch.equal(embedding.bias, initial[1])
 
 
 def test_moco_v3_with_a_resnet_and_lars():
@@ -361,6 +361,6 @@ def test_moco_v3_with_a_resnet_and_lars():
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
-def test_a_wrong_transcription_is_found(case, arguments, wrong):
+def test_a_wrong_reference_fails(case, arguments, wrong):
     with pytest.raises(AssertionError, match="loss of step"):
         assert_replays(*case(*arguments, **wrong))

@@ -15,7 +15,7 @@ from fastssl.nn.block import Block, LayerScale, drop_path_factors, drop_path_rat
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.positions import interpolate_positions
 from fastssl.train.recompute import recompute_blocks
-from tests.ops.contract import refused
+from tests.support.contract import refused
 
 TINY = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 SMALL = {**TINY, "pos_embed": "learn"}

@@ -55,18 +55,18 @@ def test_attention_is_the_formula(size, function):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_keys_may_be_of_another_length():
+def test_keys_may_have_another_length():
     q, (_, k, v) = torch.randn(2, 5, 3, 8), packed(2, 9, 3, 8, torch.float32)
     torch.testing.assert_close(attention(q, k, v), formula(q, k, v, 8**-0.5))
     torch.testing.assert_close(op(q, k, v, 8**-0.5), formula(q, k, v, 8**-0.5))
     for dtype in DTYPES:
         q, k = torch.empty(2, 0, 3, 8, dtype=dtype), torch.randn(2, 4, 3, 8).to(dtype)
         dq, dk, dv = _attention_bwd(q, q, k, k, *_attention_fwd(q, k, k, 1.0), 1.0)
-        assert dq.shape == q.shape and not dk.any() and not dv.any()  # no query looks at them
+        assert dq.shape == q.shape and not dk.any() and not dv.any()  # no query attends to them
 
 
 def check_exact(q, k, v, dout, scale):
-    """Output and gradients against float64, beside what the formula makes of the same inputs in their dtype."""
+    """Compares output and gradients with float64, and their errors with those of the formula in the inputs' dtype."""
     results = []
     for cast, function in ((torch.float64, formula), (q.dtype, formula), (q.dtype, op)):
         leaves = [x.detach().to(cast).requires_grad_() for x in (q, k, v)]
@@ -80,8 +80,8 @@ def check_exact(q, k, v, dout, scale):
 
 
 def check_rounding(q, k, v, dout, scale):
-    """Output and gradients in bfloat16 differ from float64's by three roundings of the terms that are summed at most:
-    of weights or gradients of scores, of the output in the sum that the softmax's gradient takes off, of the result."""
+    """Output and gradients in bfloat16 differ from float64's by at most three roundings of the terms of their sums: of
+    weights or gradients of scores, of the output in the row sum of the softmax's gradient, and of the result."""
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out = formula(*leaves, scale)
     truth = [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
@@ -100,7 +100,7 @@ def check_rounding(q, k, v, dout, scale):
     for name, ours, exact, term in zip(("out", "dq", "dk", "dv"), results, truth, terms):
         assert ours.dtype == q.dtype and ours.is_contiguous()
         excess = ((ours.double() - exact).abs() - 3.01 * 2.0**-9 * term).amax() if ours.numel() else 0
-        assert excess <= 1e-30, f"{name}: {excess:.3e} beyond what rounding explains"
+        assert excess <= 1e-30, f"{name}: {excess:.3e} beyond the bound of rounding"
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -122,7 +122,7 @@ def test_any_shape(batch, lengths, heads, width, dtype, scale):
     torch.manual_seed(0)
     q, dout = (torch.randn(batch, lengths[0], heads, width).to(dtype) for _ in range(2))
     k, v = (torch.randn(batch, lengths[1], heads, width).to(dtype) for _ in range(2))
-    if dtype == torch.bfloat16:  # where there is a bf16 dot product, weights are rounded to be multiplied
+    if dtype == torch.bfloat16:  # with a bf16 dot product weights are rounded before they are multiplied
         return check_rounding(q, k, v, dout, scale)
     with dispatch.reference():
         expected = _attention_fwd(q, k, v, scale)
@@ -183,7 +183,7 @@ def test_same_bits_on_one_thread_and_on_two(dtype):
         assert_same(two, one)
 
 
-def test_a_nan_stays_with_its_query():
+def test_nan_propagates_within_its_query():
     q, k, v = packed(1, 20, 1, 8, torch.float32)
     q = q.clone()
     q[0, 3] = float("nan")
@@ -191,8 +191,8 @@ def test_a_nan_stays_with_its_query():
     assert out[0, 3].isnan().all() and out[0, [i for i in range(20) if i != 3]].isfinite().all()
 
 
-def test_a_key_that_wins_by_far_may_stand_anywhere():
-    """Scores of thousands, which no exponential holds: the largest must be found wherever it is."""
+def test_one_large_score_at_any_position():
+    """Scores of thousands, whose exponentials overflow unless the maximum is subtracted."""
     q, k, v = (1000 * x for x in packed(1, 20, 1, 8, torch.float32))
     torch.testing.assert_close(op(q, k, v, 1.0), formula(q.double(), k.double(), v.double(), 1.0).float())
     for place in range(len(k[0])):
@@ -201,7 +201,7 @@ def test_a_key_that_wins_by_far_may_stand_anywhere():
         torch.testing.assert_close(op(k.new_ones(1, 3, 1, 8), k, v, 1.0), v[:, place : place + 1].expand(1, 3, 1, 8))
 
 
-def test_long_sequences_go_to_torch():
+def test_long_sequences_run_in_torch():
     q, k, v = packed(1, 513, 1, 4, torch.float32)
     theirs = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     assert torch.equal(attention(q, k, v), theirs.transpose(1, 2))

@@ -18,7 +18,7 @@ def bytes_of(*shape):
 
 
 def draws(batch, jitter=IDENTITY, order=(0, 1, 2, 3), grey=False, sigma=0.0, solarize=False, flip=False):
-    """The same for each image, or a tensor of one each."""
+    """Parameters of augment_: a value for all images, or a tensor with one for each."""
 
     def column(value, dtype, *size):
         return torch.as_tensor(value, dtype=dtype).expand(batch, *size).clone()
@@ -34,7 +34,7 @@ def draws(batch, jitter=IDENTITY, order=(0, 1, 2, 3), grey=False, sigma=0.0, sol
 
 
 def random_draws(batch):
-    """Each step is left out of some images; strengths are those that methods use, and more."""
+    """Random parameters that leave out each step for some images; strengths up to and beyond those of the methods."""
     strength = torch.tensor([2.0, 2.0, 2.0, 1.0]) * torch.rand(batch, 4) - torch.tensor([0.0, 0.0, 0.0, 0.5])
     jitter = torch.where(torch.rand(batch, 4) < 0.3, torch.tensor(IDENTITY), strength)
     order = ORDERS[torch.randint(0, 24, (batch,))]
@@ -43,12 +43,12 @@ def random_draws(batch):
 
 
 def truth(images, jitter, order, grey, sigma, solarize, flip, grey_first=False):
-    """The contract in float64, rounded once."""
+    """The formula in float64, rounded once."""
     result = images.clone()
     columns = (column.tolist() for column in (jitter, order, grey, sigma, solarize, flip))
     for image, factors, steps, is_grey, blur, inverted, mirrored in zip(result, *columns):
-        values = augment.coloured(image.double(), factors, steps, is_grey, grey_first)
-        values = (augment.blurred(values, blur) if blur > 0 else values).round()
+        values = augment.jitter_image(image.double(), factors, steps, is_grey, grey_first)
+        values = (augment.blur_image(values, blur) if blur > 0 else values).round()
         values = torch.where(values >= 128, 255 - values, values) if inverted else values
         image.copy_(values.flip(-1) if mirrored else values)
     return result
@@ -58,15 +58,15 @@ def distance(a, b):
     return (a.int() - b.int()).abs()
 
 
-def assert_rounds_right(images, *args):
-    """On the edge between two bytes float32 may take the other one: the kernel as rarely as plain torch."""
-    with torch_threads(1), dispatch.reference():  # torch's many short steps would wait for a second one
+def assert_rounds_like_torch(images, *args):
+    """Between two integers float32 may round the other way: no more often in the kernel than in plain torch."""
+    with torch_threads(1), dispatch.reference():  # torch's many short ops are slower on two threads
         exact, plain = truth(images, *args), augment_(images.clone(), *args)
     result = images.clone()
     assert augment_(result, *args) is result
     off, plain_off = distance(result, exact), distance(plain, exact)
     assert off.max() <= 1, f"{int((off > 1).sum())} bytes of {off.numel()} are off by up to {int(off.max())}"
-    allowed = int((plain_off > 0).sum()) + 3 + 2e-5 * off.numel()  # chance: on random images either has about 1e-5
+    allowed = int((plain_off > 0).sum()) + 3 + 2e-5 * off.numel()  # random images have about 1e-5 in either
     assert (off > 0).sum() <= allowed, f"{int((off > 0).sum())} bytes of {off.numel()} are off, {allowed:.0f} allowed"
 
 
@@ -74,31 +74,31 @@ def assert_rounds_right(images, *args):
 @pytest.mark.parametrize("grey_first", [False, True], ids=["grey last", "grey first"])
 def test_all_steps_are_the_formula(size, grey_first):
     batch = 6 if size == (224, 224) else 40
-    assert_rounds_right(bytes_of(batch, 3, *size), *random_draws(batch), grey_first)
+    assert_rounds_like_torch(bytes_of(batch, 3, *size), *random_draws(batch), grey_first)
 
 
 @pytest.mark.parametrize("grey_first", [False, True], ids=["grey last", "grey first"])
 def test_every_order(grey_first):
     args = draws(24, jitter=(1.3, 0.6, 1.5, 0.2), order=ORDERS, grey=torch.arange(24) % 3 == 0)
-    assert_rounds_right(bytes_of(1, 3, 12, 21).repeat(24, 1, 1, 1), *args, grey_first)
+    assert_rounds_like_torch(bytes_of(1, 3, 12, 21).repeat(24, 1, 1, 1), *args, grey_first)
     assert len(truth(bytes_of(1, 3, 12, 21).repeat(24, 1, 1, 1), *args).unique(dim=0)) > 20  # orders do differ
 
 
 @pytest.mark.parametrize("step", range(4), ids=["brightness", "contrast", "saturation", "hue"])
 def test_each_step_of_jitter_at_all_strengths(step):
-    """Every byte value, and the colours in which two channels are equal."""
+    """Every value of a byte, and colours with two equal channels."""
     jitter = torch.tensor(IDENTITY).repeat(24, 1)
     jitter[:, step] = torch.linspace(-0.5, 0.5, 24) if step == 3 else torch.linspace(0, 2, 24)
     corners = torch.tensor(list(itertools.product((0, 1, 100, 254, 255), repeat=3)), dtype=torch.uint8)
     ramp = torch.arange(256, dtype=torch.uint8)
     pixels = torch.cat([corners.T, ramp.expand(3, -1), torch.stack([ramp, ramp.flip(0), ramp[torch.randperm(256)]])], 1)
-    assert_rounds_right(pixels[None, :, None].repeat(24, 1, 1, 1), *draws(24, jitter=jitter))
+    assert_rounds_like_torch(pixels[None, :, None].repeat(24, 1, 1, 1), *draws(24, jitter=jitter))
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.34, 1 / 3, 1.0, 2.0, 7.0, 1e6])
 @pytest.mark.parametrize("size", [(2, 40), (40, 2), (9, 64)], ids=str)
 def test_blur_of_any_radius(size, sigma):
-    assert_rounds_right(bytes_of(4, 3, *size), *draws(4, sigma=sigma, grey=torch.tensor([True, False] * 2)))
+    assert_rounds_like_torch(bytes_of(4, 3, *size), *draws(4, sigma=sigma, grey=torch.tensor([True, False] * 2)))
 
 
 def test_ties_round_to_even():
@@ -113,10 +113,10 @@ def test_solarize_begins_at_128():
     assert_same(augment_(images, *draws(1, solarize=True)), expected)
 
 
-# What torchvision's kernels of that name do, and how far from ours their rounding can take them: they cut what is not
-# whole off, and take luma as a whole number.
 PHOTO = torch.linspace(0, 255, 37) + 40 * torch.sin(torch.arange(29.0))[:, None]
 PHOTO = (PHOTO + torch.tensor([0, 30, -30])[:, None, None]).clamp(0, 255).to(torch.uint8)
+# {step: (parameters, torchvision's function, largest difference by rounding)}. torchvision truncates to integers, and
+# rounds luma to an integer.
 TORCHVISION = {
     "brightness": (dict(jitter=(1.3, 1, 1, 0)), lambda x: F.adjust_brightness(x, 1.3), 1),
     "contrast": (dict(jitter=(1, 0.6, 1, 0)), lambda x: F.adjust_contrast(x, 0.6), 1 + 0.4),
@@ -137,19 +137,19 @@ def test_steps_are_torchvisions_on_tensors(case):
     expected = torch.stack([theirs(image) for image in images])
     off = distance(augment_(images, *draws(2, **args)), expected)
     assert off.max() <= rounding
-    if case == "blur":  # which rounds as we do
+    if case == "blur":  # which rounds as ours
         assert (off > 0).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("case", [case for case in TORCHVISION if "hue" not in case and case != "blur"])
 def test_steps_are_torchvisions_on_pillow_images(case):
-    """Without hue, which Pillow keeps in 256 steps, and blur, which it makes of boxes."""
+    """Without hue, which Pillow holds in 8 bits, and blur, which is box filters in Pillow."""
     args, theirs, rounding = TORCHVISION[case]
     expected = F.pil_to_tensor(theirs(F.to_pil_image(PHOTO)))
     assert distance(augment_(PHOTO[None].clone(), *draws(1, **args))[0], expected).max() <= rounding
 
 
-def test_draws_that_change_nothing_leave_the_bytes():
+def test_identity_parameters_leave_the_images_unchanged():
     for order in ORDERS[::5]:
         images = bytes_of(3, 3, 9, 35)
         expected = images.clone()
@@ -181,12 +181,12 @@ def test_any_strides(view, only_bytes):
     )
     expected = augment_(images.clone(memory_format=torch.contiguous_format), *args)
     assert_same(augment_(images, *args), expected)
-    if images._base is store:  # bytes beside the view keep their values
+    if images._base is store:  # bytes outside the view keep their values
         images.copy_(view(untouched))
         assert_same(store, untouched)
 
 
-def test_draws_of_any_strides():
+def test_parameters_of_any_strides():
     images, args = bytes_of(6, 3, 10, 11), random_draws(6)
     spread = [torch.stack([column, column], -1)[..., 0] for column in args]
     assert not any(column.is_contiguous() for column in spread)
@@ -219,7 +219,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5, 5), (2, 3, 0, 5), (2, 3, 5, 0)], ids=str)
-def test_of_nothing(shape):
+def test_empty(shape):
     images = bytes_of(*shape)
     assert augment_(images, *draws(shape[0], jitter=(1.2, 1, 1, 0))) is images
 
@@ -262,7 +262,7 @@ def test_error_sentences():
     refuses("flip must be a tensor of shape [B], got bool", TypeError, flip=True)
 
 
-def test_error_sentences_of_an_order_that_is_none():
+def test_an_order_out_of_range_raises():
     for wrong in (4, 2**40):
         with pytest.raises((RuntimeError, IndexError), match=r"must be between 0 and 3|out of range"):
             augment_(bytes_of(1, 3, 4, 4), *draws(1, jitter=(0.5, 0.5, 0.5, 0.5), order=(0, 1, 2, wrong)))

@@ -11,7 +11,7 @@ from tests.support.close import assert_as_exact_on_average, assert_same
 from tests.support.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, torch_threads
 
 module = importlib.import_module("fastssl.ops.batchnorm")
-SIZES = [  # shape, splits; rows shorter than a vector, of a part of a page, of pages; one task and several
+SIZES = [  # shape, splits; rows shorter than a vector, shorter than a page, of several pages; one task and several
     *(((4, 3, 5, 7), 2), ((8, 17, 3, 3), 1), ((8, 17, 3, 3), 4), ((40, 33), 1), ((24, 70, 1, 1), 4)),
     *(((8, 70, 28, 28), 1), ((4, 64, 56, 56), 2), ((4, 1100, 12, 12), 2)),
 ]
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def layer(shape, dtype=torch.float64, with_residual=True):
-    """x, weight, bias, residual, dy; values far from 0, so that sums about 0 would cancel."""
+    """x, weight, bias, residual, dy; x has a mean far from 0, so that sums of squares would cancel."""
     x, residual, dy = torch.randn(shape) * 2 + 5, torch.randn(shape), torch.randn(shape)
     weight, bias = torch.randn(shape[1]), torch.randn(shape[1])
     x, residual, dy = (lay(t.to(dtype)) for t in (x, residual, dy))
@@ -45,7 +45,7 @@ def all_of(function, x, weight, bias, residual, dy, splits, relu):
 
 
 def formula(x, weight, bias, after, eps, splits, relu, residual=None):
-    """torch's batch norm of each part; contiguous, where torch sums more exactly than in channels_last order."""
+    """torch's batch norm of each part, contiguous, since torch's sums are less exact in channels_last order."""
     parts = [Running(after.mean.clone(), after.var.clone(), after.momentum) for _ in range(splits)]
     done = [
         F.batch_norm(x[s::splits].contiguous(), part.mean, part.var, weight, bias, True, part.momentum, eps)
@@ -61,7 +61,7 @@ def formula(x, weight, bias, after, eps, splits, relu, residual=None):
 @pytest.mark.parametrize("relu, with_residual", AFTER)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, splits", SIZES, ids=str)
-def test_errs_no_more_than_torch(shape, dtype, splits, relu, with_residual):
+def test_error_is_at_most_torch_s(shape, dtype, splits, relu, with_residual):
     args = layer(shape, dtype, with_residual)
     found, plain = (all_of(f, *args, splits, relu) for f in (batch_norm, formula))
     truth = all_of(formula, *(None if t is None else t.double() for t in args), splits, relu)
@@ -103,7 +103,7 @@ def test_gradients(shape, splits, relu, with_residual):
 
 
 def test_means_far_from_zero():
-    """Sums of squares would cancel: 24 bits hold no variance beside a mean of 10,000 standard deviations."""
+    """Sums of squares would cancel: in 24 bits a mean of 10,000 standard deviations leaves no variance."""
     x = torch.randn(8, 40, 28, 28, dtype=torch.float64) + 1e4
     x, weight = lay(x.float()), torch.ones(40)
     found = batch_norm(x, weight, torch.zeros(40), running(weight))
@@ -127,7 +127,7 @@ def test_any_strides():
     assert dx.abs().max() < 1e-12
 
 
-def test_nan_and_infinity_come_through():
+def test_nan_and_infinity_propagate():
     x, weight, bias, residual, dy = layer((4, 20, 5, 5), torch.float32)
     x[1, 2, 3, 4], x[1, 3, 0, 0], residual[2, 4, 1, 1] = float("nan"), float("inf"), float("nan")
     y, dx, *_ = all_of(batch_norm, x, weight, bias, residual, dy, 2, True)
@@ -149,7 +149,7 @@ def test_running_statistics():
     assert narrow.mean.dtype == torch.bfloat16 and narrow.mean.any()
 
 
-def test_keeps_the_result_only_where_it_must():
+def test_the_result_is_kept_only_with_residual_and_relu():
     for relu, with_residual in AFTER:
         x, weight, bias, residual, _ = layer((4, 3, 2, 2), with_residual=with_residual)
         y = batch_norm(x.requires_grad_(), weight, bias, running(weight), 1e-5, 1, relu, residual)
@@ -158,7 +158,7 @@ def test_keeps_the_result_only_where_it_must():
         assert x.data_ptr() in kept and len(kept) == 5 + (relu and with_residual)
 
 
-def test_what_runs():
+def test_backend():
     x, weight, bias, residual, dy = layer((4, 3, 5, 5))
     assert module.backend(x) == "kernel"
     expected = all_of(batch_norm, x, weight, bias, residual, dy, 2, True)
@@ -172,7 +172,7 @@ def test_what_runs():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relu, with_residual", AFTER)
 def test_equals_body(relu, with_residual, dtype):
-    """Of the ops beneath, whose bodies nothing else runs."""
+    """The ops below batch_norm, whose bodies no other test runs."""
     x, weight, bias, residual, dy = layer((4, 3, 5, 5), dtype)
 
     def both():
@@ -222,9 +222,9 @@ def test_error_sentences():
     refused(wanted, TypeError, batch_norm, x.long(), weight, bias, after)
     wanted = "batch_norm: bias must be on cpu like x, got meta"
     refused(wanted, ValueError, batch_norm, x, weight, bias.to("meta"), after)
-    wanted = "batch_norm: the batch must be divisible by splits=4, got 6"
+    wanted = "batch_norm: x must have a batch divisible by splits=4, got B=6"
     refused(wanted, ValueError, batch_norm, x, weight, bias, after, splits=4)
-    wanted = "batch_norm: x must have more than one value a channel in 6 parts, got [6, 3, 1, 1]"
+    wanted = "batch_norm: x must have more than one value a channel in each of 6 parts, got [6, 3, 1, 1]"
     refused(wanted, ValueError, batch_norm, x[:, :, :1, :1], weight, bias, after, splits=6)
     wanted = "batch_norm: residual must have x's shape [6, 3, 2, 2], got [5, 3, 2, 2]"
     refused(wanted, ValueError, batch_norm, x, weight, bias, after, residual=residual[:5])

@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.harness import peak_memory
 from fastssl.ops import batch_info_nce, contrastive, dispatch, info_nce, nt_xent
 from fastssl.ops.dispatch import acc_dtype
 from tests.support.close import assert_exact, assert_same
@@ -17,6 +16,7 @@ from tests.support.contract import (
     sparse,
     torch_threads,
 )
+from tests.support.memory import peak_memory
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FLOATS = st.sampled_from(DTYPES)
@@ -32,8 +32,8 @@ def info_nce_formula(q, k, queue, tau):
     return loss, (logits[:, 1:] > logits[:, :1]).sum(1)
 
 
-def batch_formula(q, keys, tau, first=0):
-    logits, labels = q @ keys.T / tau, first + torch.arange(len(q))
+def batch_formula(q, keys, tau, label_offset=0):
+    logits, labels = q @ keys.T / tau, label_offset + torch.arange(len(q))
     positive = logits.gather(1, labels[:, None])
     return F.cross_entropy(logits, labels, reduction="none"), (logits > positive).sum(1)
 
@@ -58,11 +58,11 @@ def test_info_nce_is_cross_entropy(batch, length, width, tau):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("batch", "count", "first"), [(1, 1, 0), (13, 63, 50), (8, 8, 0), (5, 1000, 17)])
-def test_batch_info_nce_is_cross_entropy(batch, count, first):
+@pytest.mark.parametrize(("batch", "count", "label_offset"), [(1, 1, 0), (13, 63, 50), (8, 8, 0), (5, 1000, 17)])
+def test_batch_info_nce_is_cross_entropy(batch, count, label_offset):
     q, keys = unit(batch, 16).requires_grad_(), unit(count, 16).requires_grad_()
-    loss, rank = batch_info_nce(q, keys, 0.2, first)
-    wanted, wanted_rank = batch_formula(q, keys, 0.2, first)
+    loss, rank = batch_info_nce(q, keys, 0.2, label_offset)
+    wanted, wanted_rank = batch_formula(q, keys, 0.2, label_offset)
     torch.testing.assert_close(loss, wanted, rtol=1e-12, atol=1e-12)
     assert torch.equal(rank, wanted_rank)
     weights = torch.rand(batch).double()
@@ -97,27 +97,27 @@ def test_gradients_with_a_learnable_temperature():
         refuses_second_derivative(function, q)
 
 
-def ops_of(q, k, queue, tau, first):
-    """Every op of the family on the same inputs, with the backward ones on log-sum-exps in the ops' own dtype."""
+def ops_of(q, k, queue, tau, label_offset):
+    """Results of every op of the file on the same inputs; backward ops get log-sum-exps in the ops' dtype."""
     z, dloss = torch.cat([q, k]), torch.linspace(0.5, 2, len(q)).to(acc_dtype(q))
     exact = torch.cat([z, queue])[len(z) :], z.double(), tau.double()
     lse = torch.logsumexp(q.double() @ exact[0].double().T / exact[2], 1).to(acc_dtype(q))
     logits = (exact[1] @ exact[1].T / exact[2]).fill_diagonal_(float("-inf"))
     results = {
         "info_nce": contrastive._info_nce_fwd(q, k, queue, tau, True),
-        "batch_info_nce": contrastive._batch_info_nce_fwd(q, queue, tau, first, True),
-        "dkeys": [contrastive._batch_info_nce_dkeys(q, queue, tau, first, lse, dloss)],
+        "batch_info_nce": contrastive._batch_info_nce_fwd(q, queue, tau, label_offset, True),
+        "dkeys": [contrastive._batch_info_nce_dkeys(q, queue, tau, label_offset, lse, dloss)],
         "nt_xent": contrastive._nt_xent_fwd(z, tau),
         "dz": [contrastive._nt_xent_bwd(z, tau, logits.logsumexp(1).to(acc_dtype(q)), dloss.repeat(2))],
     }
     return {f"{name}, result {i}": tensor for name, tensors in results.items() for i, tensor in enumerate(tensors)}
 
 
-def check_exact(q, k, queue, tau, first):
-    ours = ops_of(q, k, queue, tau, first)
+def check_exact(q, k, queue, tau, label_offset):
+    ours = ops_of(q, k, queue, tau, label_offset)
     with dispatch.reference():
-        plain = ops_of(q, k, queue, tau, first)
-        truth = ops_of(q.double(), k.double(), queue.double(), tau.double(), first)
+        plain = ops_of(q, k, queue, tau, label_offset)
+        truth = ops_of(q.double(), k.double(), queue.double(), tau.double(), label_offset)
     for name, result in ours.items():
         if result.dtype == torch.int64:
             assert torch.equal(result, plain[name]), name
@@ -128,8 +128,8 @@ def check_exact(q, k, queue, tau, first):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("tau", [0.07, 0.2])
 @pytest.mark.parametrize("size", [(13, 63, 5), (32, 1000, 128), (197, 197, 64), (300, 1111, 100)], ids=str)
-def test_errs_no_more_than_torch_that_sums_in_float32(dtype, tau, size):
-    """The body computes in float32 whatever the inputs, so it is torch at its best."""
+def test_error_is_at_most_torch_s_in_float32(dtype, tau, size):
+    """The plain-torch body computes in float32 whatever the dtypes of the inputs."""
     batch, length, width = size
     q, k, queue = unit(batch, width, dtype=dtype), unit(batch, width, dtype=dtype), unit(length, width, dtype=dtype)
     check_exact(q, k, queue, torch.tensor(tau), (length - batch) // 2)
@@ -145,14 +145,14 @@ def test_errs_no_more_than_torch_that_sums_in_float32(dtype, tau, size):
 )
 @settings(max_examples=60)
 def test_any_shape(batch, extra, width, dtypes, tau, length):
-    """Also of long vectors, of negative temperature, and of mixed dtypes."""
+    """Also long vectors, negative temperature, and mixed dtypes."""
     torch.manual_seed(0)
     count = batch + extra
     q, k, queue = (length * unit(n, width).to(dtype) for n, dtype in zip((batch, batch, count), dtypes))
     tau = torch.tensor(tau, dtype=torch.float64)
     args = q, k, queue, tau, extra // 2
     if dtypes[0] != dtypes[1]:
-        k = k.to(q.dtype)  # torch.cat of z1 and z2 has promoted them by then
+        k = k.to(q.dtype)  # torch.cat of z1 and z2 promotes them
     with dispatch.reference():
         expected = ops_of(q, k, *args[2:])
     largest_logit = max(1, length) ** 2 / abs(tau.item())
@@ -160,7 +160,7 @@ def test_any_shape(batch, extra, width, dtypes, tau, length):
         wanted = expected[name]
         assert ours.dtype == wanted.dtype and ours.is_contiguous(), name
         unit_roundoff = 2.0**-52 if acc_dtype(q) == torch.float64 else 2.0**-23
-        scale = max(largest_logit, wanted.abs().max().item())  # of a gradient's terms, before they cancel
+        scale = max(largest_logit, wanted.abs().max().item())  # of the terms of a gradient, before they cancel
         error = (ours.double() - wanted.double()).abs().max().item()
         assert error <= 30 * unit_roundoff * (1 + largest_logit) * scale, f"{name}: error {error}"
 
@@ -216,7 +216,7 @@ def test_a_key_equal_to_the_positive_is_not_above_it():
     assert torch.equal(ranks, 3 * (scores > scores.diagonal()[:, None]).sum(1))
 
 
-def test_a_nan_stays_with_its_query_and_one_in_the_queue_reaches_all():
+def test_nan_of_a_query_and_of_the_queue_propagate():
     q, k, queue = (unit(n, 8, dtype=torch.float32) for n in (20, 20, 200))
     q[3, 2] = float("nan")
     loss, _, dq = contrastive._info_nce_fwd(q, k, queue, torch.tensor(0.1), True)
@@ -228,7 +228,7 @@ def test_a_nan_stays_with_its_query_and_one_in_the_queue_reaches_all():
 
 
 def test_extra_memory_does_not_grow_with_the_queue():
-    """MoCo's sizes: no logits, no copy of the queue."""
+    """At MoCo's sizes: no logits, no copy of the queue."""
     q, key, tau = unit(256, 128, dtype=torch.float32), unit(1, 128, dtype=torch.float32), torch.tensor(0.2)
 
     def peak(length):
@@ -242,8 +242,8 @@ def test_queue_may_have_another_dtype():
     assert torch.equal(info_nce(q, k, queue, 0.1).loss, info_nce(q, k, queue.float(), 0.1).loss)
 
 
-def test_a_key_that_wins_by_far_may_stand_anywhere():
-    """Logits of thousands, which no exponential holds: the largest must be found wherever it is."""
+def test_one_large_logit_at_any_position():
+    """Logits of thousands, whose exponentials overflow unless the maximum is subtracted."""
     q, k = unit(3, 8), unit(3, 8)
     for place in (0, 1, 95, 96, 191, 192, 199):
         queue = unit(200, 8)
@@ -273,7 +273,7 @@ def test_queue_may_be_overwritten_before_backward():
     assert torch.equal(torch.autograd.grad(loss, q)[0], expected)
 
 
-def test_no_gradient_is_made_where_none_is_needed():
+def test_no_gradient_without_with_grad():
     q, tau = unit(3, 4), torch.tensor(0.1)
     for with_grad, size in ((False, 0), (True, 12)):
         assert contrastive._info_nce_fwd(q, q, q, tau, with_grad)[2].numel() == size
@@ -318,7 +318,7 @@ def test_error_sentences():
     refused("info_nce: tau must be > 0, got nan", ValueError, info_nce, q, k, queue, float("nan"))
     refused("nt_xent: tau must be > 0, got -0.1", ValueError, nt_xent, q, k, -0.1)
     refused(
-        "info_nce: k must not require a gradient, it gets none (pass k.detach())",
+        "info_nce: k must not require a gradient, got requires_grad=True; pass k.detach()",
         ValueError,
         info_nce,
         q,
@@ -328,7 +328,7 @@ def test_error_sentences():
     )
     refused("info_nce: q must be a tensor of shape [B, D], got list", TypeError, info_nce, [[1.0]], k, queue, 0.1)
     refused(
-        "batch_info_nce: label_offset must be at least 0 and label_offset + B ≤ M = 9 with B = 4, got label_offset=6",
+        "batch_info_nce: label_offset must be at least 0 and at most M − B = 5, got 6",
         ValueError,
         batch_info_nce,
         q,

@@ -19,7 +19,7 @@ DTYPES = [  # of x, of the weight
 
 @pytest.fixture(autouse=True)
 def kernel_at_any_size(monkeypatch):
-    """Sizes of tests, and every processor."""
+    """Runs the kernel at the small sizes of tests and on every processor."""
     monkeypatch.setattr(module, "FEWEST", 1)
     monkeypatch.setattr(module, "uses_native_gemm", lambda dtype: True)
 
@@ -46,8 +46,8 @@ def formula(x, weight, bias, dy, gelu):
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("x_dtype, dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_errs_no_more_than_torch(size, x_dtype, dtype, gelu):
-    """`plain` is torch in x's dtype, with the weights rounded to it, as under autocast."""
+def test_error_is_at_most_torch_s(size, x_dtype, dtype, gelu):
+    """Torch computes in x's dtype, with the weights rounded to it, as under autocast."""
     x, weight, bias, dy = layer(*size, x_dtype, dtype)
     rounded = (x, weight.to(x_dtype), bias.to(x_dtype), dy)
     truths = formula(*(t.double() for t in rounded), gelu)
@@ -76,11 +76,11 @@ def test_gradients():
     refuses_second_derivative(lambda x: linear(x, weight, bias), x)
 
 
-def test_only_the_gradients_that_are_asked_for(monkeypatch):
+def test_only_the_required_gradients_are_computed(monkeypatch):
     x, weight, bias, dy = layer(4, 3, 2)
 
     def never(*args):
-        raise AssertionError("made a gradient that nobody wants")
+        raise AssertionError("computed a gradient that is not required")
 
     for unwanted, wanted in (("_linear_dx", weight), ("_linear_dweight", x)):
         with monkeypatch.context() as patched:
@@ -105,7 +105,7 @@ def test_strides():
     torch.testing.assert_close(gradient, weight.sum(0).expand(12, 10))
 
 
-def test_nan_and_infinity_come_through():
+def test_nan_and_infinity_propagate():
     for dtype in (torch.float32, torch.bfloat16):
         x, weight, bias, dy = layer(70, 33, 45, dtype, torch.float32)
         x[3, 4], dy[5, 6] = float("nan"), float("inf")
@@ -116,7 +116,7 @@ def test_nan_and_infinity_come_through():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_like_torch_and_leaves_gradients_unrounded(dtype):
+def test_autocast_casts_like_torch_and_keeps_gradients_in_float32(dtype):
     x, weight, bias, dy = layer(70, 33, 45, torch.float32, torch.float32)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     with torch.autocast("cpu", dtype):
@@ -130,7 +130,7 @@ def test_autocast_casts_like_torch_and_leaves_gradients_unrounded(dtype):
     assert found[2].dtype == found[3].dtype == torch.float32
 
 
-def test_what_runs(monkeypatch):
+def test_backend(monkeypatch):
     x, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
     assert module.backend(x, weight) == "kernel"
     with dispatch.reference():
@@ -140,7 +140,7 @@ def test_what_runs(monkeypatch):
     torch.testing.assert_close(linear(x, weight, gelu=True), F.linear(F.gelu(x), weight))
 
 
-def test_where_the_uses_native_gemm():
+def test_dtypes_of_the_native_gemm():
     assert _C.processor_maker() in ("intel", "amd", "other")
     every, half = {torch.float32, torch.float64, torch.bfloat16, torch.float16}, {torch.bfloat16, torch.float16}
     for level, maker, ours in (
@@ -156,7 +156,7 @@ def test_where_the_uses_native_gemm():
     assert {dtype for dtype in every if dispatch.uses_native_gemm(dtype)} == here
 
 
-def test_nothing_in_nothing_out():
+def test_empty():
     for rows, columns in ((0, 3), (4, 0)):
         x, weight = torch.randn(rows, 2, requires_grad=True), torch.randn(columns, 2, requires_grad=True)
         y = linear(x, weight)

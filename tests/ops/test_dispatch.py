@@ -19,7 +19,7 @@ def test_the_cuda_part_is_loaded_where_build_and_torch_have_cuda():
     assert dispatch.native_cuda() == bool(_C.build_facts()["cuda"] and torch.version.cuda)
 
 
-def test_a_cuda_file_of_an_earlier_build_is_left_alone(monkeypatch):
+def test_a_cuda_library_of_an_earlier_build_is_not_loaded(monkeypatch):
     def never(path):
         raise AssertionError(f"loaded {path}")
 
@@ -31,7 +31,7 @@ def test_a_cuda_file_of_an_earlier_build_is_left_alone(monkeypatch):
     assert not dispatch.native_cuda.__wrapped__()
 
 
-def test_a_cuda_part_that_does_not_load_says_so(monkeypatch):
+def test_a_cuda_part_that_does_not_load_warns(monkeypatch):
     def broken(path):
         raise OSError(f"Could not load this library: {path}") from OSError("libcudart.so.99: no")
 
@@ -42,7 +42,7 @@ def test_a_cuda_part_that_does_not_load_says_so(monkeypatch):
         assert not dispatch.native_cuda.__wrapped__()
 
 
-def test_serves_and_reference():
+def test_has_kernel_and_reference():
     assert dispatch.has_kernel("enqueue_", "cpu")
     assert not dispatch.has_kernel("enqueue_", "mps")
     with dispatch.reference():
@@ -54,7 +54,7 @@ def test_serves_and_reference():
 
 
 def test_reference_runs_the_body_and_the_kernel_comes_back():
-    """An op whose kernel and body differ on purpose."""
+    """With an op whose kernel and plain-torch body return different values."""
 
     @dispatch.op("test_which")
     def which(x: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_every_launcher_exists():
 
 
 def test_a_kernel_file_that_fails_to_import_raises():
-    """No fallback to plain torch, on a GPU or on what stands for one."""
+    """There is no fallback to plain torch."""
     pytest.importorskip("triton")
 
     def load():

@@ -56,7 +56,7 @@ def test_ema_of_any_strides(view):
         untouched = store.clone()
         ema_update_([target], [source], 0.75)
         torch.testing.assert_close(target, expected)
-        if target._base is store:  # cells beside the view keep their values
+        if target._base is store:  # cells outside the view keep their values
             target.copy_(target_view(untouched))
             assert torch.equal(store, untouched)
 
@@ -74,7 +74,7 @@ def test_offsets_beyond_32_bits():
     torch.testing.assert_close(target, 0.75 * source)
 
 
-def test_ema_is_the_same_on_one_thread_and_on_two():
+def test_same_bits_on_one_thread_and_on_two():
     results = []
     for threads in (1, 2):
         torch.manual_seed(0)
@@ -124,8 +124,8 @@ def test_error_sentences():
         0.9,
     )
     refused(
-        "ema_update_: targets[0] must be float32 or float64 (steps of 1 - momentum vanish in 16 bits: keep float32 "
-        "targets, pass shadows), got bfloat16",
+        "ema_update_: targets[0] must be float32 or float64 (an update vanishes in 16 bits: pass float32 targets, "
+        "16-bit shadows), got bfloat16",
         TypeError,
         ema_update_,
         [t.bfloat16()],

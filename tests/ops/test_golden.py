@@ -1,4 +1,4 @@
-"""The ops against the reference implementations' own numbers."""
+"""The ops compared with numbers of the reference implementations."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_patchify(name):
 
 @pytest.mark.parametrize("name", ["moco_v1", "moco_v2"])
 def test_info_nce_from_the_logits_of_moco(name):
-    """With the unit vectors as queries and keys, scores are whatever one likes: the golden logits."""
+    """With unit vectors as queries, the keys can be chosen so that the logits are the golden ones."""
     golden, meta = read(name)
     for step in range(4):
         logits = golden[f"step{step}.logits"] * meta["temperature"]

@@ -1,4 +1,4 @@
-"""The tests of the ops again, at every lower instruction set that this processor has: one library each."""
+"""The tests of the ops at every lower instruction set of this processor, each with its library."""
 
 import os
 import subprocess
@@ -14,6 +14,7 @@ FORCED = "ATEN_CPU_CAPABILITY"  # torch's own switch, which our kernels follow
 NOT_ABOUT_KERNELS = "not contract and not compile and not error_sentences"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FORCED in os.environ, reason="already inside a forced level")
 @pytest.mark.parametrize("level", dispatch.LEVELS)
 def test_every_level_that_this_processor_has(level):

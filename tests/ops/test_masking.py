@@ -110,7 +110,7 @@ def ids_of(batch, length, keep):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 2, 13, 63, 64, 65, 128, 129, 197, 256, 257, 513, 1000])
-def test_ranks_are_the_body_s(length, dtype):
+def test_masking_equals_the_plain_torch_body(length, dtype):
     special = torch.tensor([float("nan"), -float("nan"), 0.0, -0.0, float("inf"), -float("inf"), 1e-40, -1.0])
     noise = torch.cat([torch.randn(3, length), special[torch.randint(8, (3, length))]]).to(dtype)
     for layout in (noise, noise.T.contiguous().T, noise[:1].expand(3, length), noise[:, :1].expand(6, length)):
@@ -119,10 +119,10 @@ def test_ranks_are_the_body_s(length, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tokens_are_the_body_s_in_all_mixed_dtypes(dtype):
+def test_tokens_equal_the_plain_torch_body_in_mixed_dtypes(dtype):
     masks, x, kept, token, pos = masked(2, 13, 5)
-    wide_rows = [t.repeat(*[1] * (t.ndim - 1), 5) for t in (x, kept, token, pos)]  # 35 columns: vectors and a tail
-    x, kept, token, pos = wide_rows
+    # 35 columns: whole vectors and a tail
+    x, kept, token, pos = (t.repeat(*[1] * (t.ndim - 1), 5) for t in (x, kept, token, pos))
     for other, third in itertools.product(DTYPES, [None, *DTYPES]):
         home = None if third is None else pos.to(third)
         equals_body(masking._restore_tokens_fwd, kept.to(dtype), token.to(other), masks.ids_restore, home, 1)
@@ -132,7 +132,7 @@ def test_tokens_are_the_body_s_in_all_mixed_dtypes(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 13, 63, 197, 1000])
 @pytest.mark.parametrize("prefix", [0, 2])
-def test_gradients_are_the_body_s(width, prefix, dtype):
+def test_gradients_equal_the_plain_torch_body(width, prefix, dtype):
     masks = ids_of(3, 29, 7)
     for dkept in (torch.randn(3, 7, width), torch.randn(3, width, 7).mT, torch.randn(1, 7, 1)):
         equals_body(masking._keep_tokens_bwd, dkept.expand(3, 7, width).to(dtype), masks.ids_keep, 29)
@@ -148,7 +148,7 @@ def test_gradients_are_the_body_s(width, prefix, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mask_token_gradient_of_a_large_batch(dtype):
-    """More samples than there are partial sums, and a sum that float32 alone would lose digits of."""
+    """More samples than partial sums, and a sum whose naive summation in float32 loses digits."""
     dout, ids = (torch.rand(700, 17, 33) + 100).to(dtype), ids_of(700, 16, 3).ids_restore
     dtoken = masking._restore_tokens_bwd(dout, ids, 1, 3)[1]
     plain_sum = plain(masking._restore_tokens_bwd, dout, ids, 1, 3)[1]
@@ -187,7 +187,7 @@ def test_any_shape(data):
 
 
 def test_offsets_beyond_31_bits():
-    """The last rows and columns lie beyond 2**31 elements."""
+    """The last rows and columns are beyond 2**31 elements."""
     far, far_column = sparse((2, 3, 4), (2**31, 2**30, 1)), sparse((2, 3, 4), (1, 2, 2**30))
     for x in (far, far_column):
         x.copy_(torch.randn(2, 3, 4))
@@ -200,7 +200,7 @@ def test_offsets_beyond_31_bits():
         equals_body(masking._random_masking, x[:, 0], 2)
 
 
-def test_threads_change_no_bit():
+def test_same_bits_on_one_thread_and_on_two():
     threads = torch.get_num_threads()
     try:
         results = []
@@ -224,7 +224,7 @@ def test_threads_change_no_bit():
 
 
 @pytest.mark.parametrize("wrong", [-1, 16, 2**62, -(2**63)])
-def test_ids_outside_raise(wrong):
+def test_ids_out_of_range_raise(wrong):
     _, x, kept, token, pos = masked(2, 16, 4, torch.float32)
     keep, restore = torch.zeros(2, 4, dtype=torch.int64), torch.arange(16).repeat(2, 1)
     keep[1, 3] = restore[1, 15] = wrong
@@ -240,11 +240,11 @@ def test_ids_outside_raise(wrong):
             call()
 
 
-def test_ids_named_twice_leave_nothing_unwritten():
+def test_duplicate_ids_leave_no_cell_unwritten():
     x = torch.randn(2, 5, WIDTH)
     twice = torch.tensor([[3, 3, 0, 0, 3], [1, 1, 1, 1, 1]])
     assert masking._keep_tokens_bwd(x, twice, 5).isfinite().all()
-    if dispatch.has_kernel("restore_tokens_bwd", "cpu"):  # the body leaves them as they are in memory
+    if dispatch.has_kernel("restore_tokens_bwd", "cpu"):  # the plain-torch body leaves them uninitialised
         assert all(t.isfinite().all() for t in masking._restore_tokens_bwd(x, twice[:, :4], 1, 3))
 
 
@@ -282,7 +282,7 @@ def test_error_sentences():
         "keep_tokens: ids_keep must have shape [B=2, M], got [1, 4]", ValueError, keep_tokens, x, masks.ids_keep[:1]
     )
     refused(
-        "keep_tokens: pos must have shape [L=16, D=7] or that with a 1 in front, got [17, 7]",
+        "keep_tokens: pos must have shape [L=16, D=7] or [1, L=16, D=7], got [17, 7]",
         ValueError,
         keep_tokens,
         x,

@@ -36,7 +36,7 @@ def made(*shape, dtype=torch.float32, delta=torch.float32, affine=torch.float32)
 
 
 def with_gradients(function, inputs, upstream):
-    """(results, gradients) of the inputs that there are; `upstream` holds the results' gradients, None for none."""
+    """(results, gradients of the inputs that are not None); `upstream` holds the gradients of the results, or None."""
     leaves = [t if t is None else t.detach().clone().requires_grad_() for t in inputs]
     results = function(*leaves)
     pairs = [(r, g) for r, g in zip(results, upstream) if g is not None]
@@ -47,7 +47,7 @@ def with_gradients(function, inputs, upstream):
 
 @pytest.mark.parametrize("delta", [torch.float64, None], ids=str)
 @pytest.mark.parametrize("shape", [(3, 5, 24), (7, 1), (33,), (2, 3, 4, 17), (0, 5, 8), (4, 0, 8)], ids=str)
-def test_is_the_formula(shape, delta):
+def test_residual_norm_is_the_formula(shape, delta):
     inputs = made(*shape, dtype=torch.float64, delta=delta, affine=torch.float64)
     upstream = torch.randn(shape).double(), torch.randn(shape).double()
     ours, theirs = (
@@ -73,8 +73,8 @@ def test_gradients():
 
 
 @pytest.mark.parametrize("delta", [torch.float32, torch.bfloat16, None], ids=str)
-def test_gradients_that_are_none(delta):
-    """Of either result, of both; and inputs that want none."""
+def test_missing_gradients(delta):
+    """Of one of the results; and inputs without a gradient."""
     inputs = made(3, 37, 40, delta=delta)
     for upstream in ((torch.randn(3, 37, 40), None), (None, torch.randn(3, 37, 40))):
         leaves = [t if t is None else t.clone().requires_grad_() for t in inputs]
@@ -100,11 +100,11 @@ def test_gradients_that_are_none(delta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 197, 96), (2, 50, 768), (5, 3, 1), (1, 2, 20000)], ids=str)
-def test_errs_no_more_than_plain_torch(dtype, shape):
-    """Plain torch in float32, rounded to the dtypes of the results."""
+def test_error_is_at_most_torch_s(dtype, shape):
+    """Torch computes in float32 and rounds to the dtypes of the results."""
     inputs = made(*shape, dtype=dtype, delta=dtype)
     upstream = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    total = formula(*inputs)[0]  # rounding the sum is no error of the norm
+    total = formula(*inputs)[0]  # the rounded sum, since its rounding is no error of the norm
     ours = with_gradients(lambda x, d, w, b: residual_norm(x, d, w, b, EPS), inputs, upstream)
     wide, exact = (
         with_gradients(
@@ -136,7 +136,7 @@ def test_mixtures_of_dtypes(dtype, delta):
         gradients, wanted = norm._residual_norm_bwd(*back), plain(norm._residual_norm_bwd, *back)
         for result, other in zip((*results, *gradients), (*expected, *wanted), strict=True):
             assert result.is_contiguous() and result.shape == other.shape and result.dtype == other.dtype
-            dtypes = [result.dtype] + ([dtype] if result is gradients[1] else [])  # ddelta is dx as it was written
+            dtypes = [result.dtype] + ([dtype] if result is gradients[1] else [])  # ddelta is the rounded dx
             tolerance = max(1e-10 if dtype == torch.float64 else 2e-5, *(4 * torch.finfo(kind).eps for kind in dtypes))
             torch.testing.assert_close(result, other, rtol=tolerance, atol=tolerance)
 
@@ -152,7 +152,7 @@ def test_public_gradients_have_the_dtypes_of_the_inputs():
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_autocast(dtype):
-    """Writes what the next matrix product would make of it; the stream keeps its dtype."""
+    """The normalised rows have the dtype of autocast; the residual stream keeps its dtype."""
     x, delta, weight, bias = made(2, 3, 24, dtype=dtype, delta=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         total, normed = residual_norm(x, delta, weight, bias)
@@ -182,12 +182,12 @@ def test_any_shape_and_strides(data):
     gradients, others = norm._residual_norm_bwd(*back), plain(norm._residual_norm_bwd, *back)
     for i, (result, other) in enumerate(zip((*results, *gradients), (*expected, *others), strict=True)):
         assert result.is_contiguous() or result.numel() == 0
-        if width > 8 or i < 2:  # few values may be nearly equal, and rounding then counts for much
+        if width > 8 or i < 2:  # few values may be nearly equal, which magnifies rounding
             tolerance = 2e-2 if result.dtype == torch.bfloat16 else 1e-3
             torch.testing.assert_close(result, other, rtol=tolerance, atol=tolerance)
 
 
-def test_rows_far_from_zero_and_rows_that_are_flat():
+def test_rows_far_from_zero_and_constant_rows():
     x = torch.full((1, 4, 512), 1000.0)
     x[:, 1] += torch.rand(512) * 0.01
     x[:, 2] = 0
@@ -197,8 +197,8 @@ def test_rows_far_from_zero_and_rows_that_are_flat():
     assert residual_norm(x.fill_(float("nan")), None, weight, bias)[1].isnan().all()
 
 
-def test_results_beyond_the_cache():
-    """Sums of 16 MB and more are written past it."""
+def test_results_larger_than_the_cache():
+    """Results of 16 MB and more are written with non-temporal stores."""
     x, delta, weight, bias = made(1, 8200, 513, delta=torch.bfloat16)
     total, normed = residual_norm(x, delta, weight, bias, EPS)
     expected, theirs = formula(x, delta, weight, bias)
@@ -214,7 +214,7 @@ def test_offsets_beyond_31_bits():
         assert all(torch.equal(one, other) for one, other in zip(far, near))
 
 
-def test_threads_change_no_bit():
+def test_same_bits_on_one_thread_and_on_two():
     inputs, upstream = made(4, 197, 512, delta=torch.bfloat16), [torch.randn(4, 197, 512) for _ in range(2)]
     found = []
     for count in (1, 2):
@@ -224,8 +224,8 @@ def test_threads_change_no_bit():
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
-def test_what_is_kept_for_the_gradient():
-    """The sum, two numbers a row and the weight: not the normalised rows, and no copy of x."""
+def test_tensors_kept_for_the_gradient():
+    """The sum, two numbers a row and the weight; neither the normalised rows nor a copy of x."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         x, delta, weight, bias = (t.requires_grad_() for t in made(2, 5, 8))

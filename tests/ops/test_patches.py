@@ -54,7 +54,7 @@ def test_patches_are_the_formula(size, layout):
     assert kept.is_contiguous() and torch.equal(kept, rows.gather(1, ids[..., None].expand(-1, -1, rows.shape[2])))
 
 
-def test_pixels_may_be_bytes():
+def test_uint8_images():
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
     assert torch.equal(patchify(images, 4), formula(images, 4))
     assert keep_patches(images, torch.tensor([[5], [0]]), 4).dtype == torch.uint8
@@ -76,7 +76,7 @@ def test_gradients():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm_pix", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_loss_errs_no_more_than_float32_torch(dtype, norm_pix, layout):
+def test_error_of_the_loss_is_at_most_torch_s_in_float32(dtype, norm_pix, layout):
     images = images_of(3, 3, 32, 64, torch.float32, layout)
     ids = random_masking(torch.rand(3, 8 * 16), 100).ids_masked
     pred = torch.randn(3, 28, 48).to(dtype).requires_grad_()
@@ -91,7 +91,7 @@ def test_loss_errs_no_more_than_float32_torch(dtype, norm_pix, layout):
 
 
 def test_norm_pix_of_flat_and_bright_patches():
-    """A constant patch has variance 0, and a bright one must not lose its variance to cancellation."""
+    """A constant patch has variance 0, and the variance of a bright patch must not cancel."""
     images = torch.full((1, 3, 8, 8), 1000.0)
     images[..., 4:] += torch.rand(1, 3, 8, 4) * 0.01
     pred, ids = torch.zeros(1, 4, 48), torch.arange(4)[None]
@@ -99,7 +99,7 @@ def test_norm_pix_of_flat_and_bright_patches():
     assert_exact(masked_patch_mse(pred, images, ids, 4, True), truth, loss_formula(pred, images, ids, 4, True))
 
 
-def test_a_float16_gradient_survives_a_loss_scale():
+def test_float16_gradient_with_a_loss_scale():
     images, ids = images_of(8, 3, 64, 64, torch.float32), random_masking(torch.rand(8, 256), 64).ids_masked
     pred = torch.randn(8, 192, 48).half().requires_grad_()
     wide_pred = pred.detach().float().requires_grad_()
@@ -108,7 +108,7 @@ def test_a_float16_gradient_survives_a_loss_scale():
     torch.testing.assert_close(pred.grad, wide_pred.grad.half())
 
 
-def test_no_gradient_is_made_where_none_is_needed():
+def test_no_gradient_without_with_grad():
     images, ids = images_of(1, 3, 8, 8, torch.float32), torch.tensor([[1]])
     for with_grad, size in ((False, 0), (True, 48)):
         assert patches._masked_patch_mse_fwd(torch.zeros(1, 1, 48), images, ids, 4, False, with_grad)[1].numel() == size
@@ -123,7 +123,7 @@ def test_autocast_changes_nothing():
 
 
 def in_all_layouts(images):
-    """The same shape at the strides that occur: usual, channels-last, cut from a larger image, expanded, flipped."""
+    """The same shape with other strides: contiguous, channels last, a crop, transposed, expanded."""
     b, c, h, w = images.shape
     yield images
     yield images.contiguous(memory_format=torch.channels_last)
@@ -133,7 +133,7 @@ def in_all_layouts(images):
 
 
 def ids_for(images, patch, count):
-    """`count` patches of each image in random order, at strides that are not the usual ones."""
+    """`count` patches of each image in random order, not contiguous."""
     length = (images.shape[2] // patch) * (images.shape[3] // patch)
     return torch.rand(images.shape[0], length).argsort(1)[:, :count].T.contiguous().T
 
@@ -141,12 +141,12 @@ def ids_for(images, patch, count):
 @pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS, torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("patch", [1, 2, 3, 5, 8, 14, 16])
-def test_moving_patches_is_the_body_s(patch, channels, dtype):
+def test_patches_equal_the_plain_torch_body(patch, channels, dtype):
     for images in in_all_layouts(torch.randint(0, 2**8, (2, channels, 2 * patch, 3 * patch)).to(dtype)):
         ids = ids_for(images, patch, 4)
         (rows,) = equals_body(patches._patchify, images, patch)
         (kept,) = equals_body(patches._keep_patches_fwd, images, ids, patch)
-        for column in (1, 2):  # rows side by side, and rows with gaps
+        for column in (1, 2):  # rows without and with gaps
             rows, kept = (torch.stack([t] * column, -1)[..., 0] for t in (rows, kept))
             equals_body(patches._unpatchify, rows, patch, *images.shape[2:])
             equals_body(patches._keep_patches_bwd, kept, ids, patch, *images.shape[2:])
@@ -155,7 +155,7 @@ def test_moving_patches_is_the_body_s(patch, channels, dtype):
 @pytest.mark.parametrize("pixels", [*FLOATS, *INTEGERS], ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_loss_of_all_dtypes_errs_no_more_than_the_body(norm_pix, dtype, pixels):
+def test_error_of_the_loss_in_all_dtypes_is_at_most_torch_s(norm_pix, dtype, pixels):
     for patch, channels in ((1, 1 + norm_pix), (2, 3), (5, 3), (3, 1), (8, 2), (14, 4)):
         for images in in_all_layouts((torch.randn(2, channels, 2 * patch, 3 * patch) * 50).to(pixels)):
             ids = ids_for(images, patch, 5)
@@ -172,7 +172,7 @@ def test_loss_of_all_dtypes_errs_no_more_than_the_body(norm_pix, dtype, pixels):
 
 def test_a_single_value_has_no_variance():
     images, ids = torch.randn(2, 1, 3, 4), torch.tensor([[3], [0]])
-    if dispatch.has_kernel("masked_patch_mse_fwd", "cpu"):  # torch warns of it, then gives NaN
+    if dispatch.has_kernel("masked_patch_mse_fwd", "cpu"):  # torch warns and returns NaN
         assert masked_patch_mse(torch.zeros(2, 1, 1), images, ids, 1, True).isnan()
 
 
@@ -209,7 +209,7 @@ def test_any_shape(data):
 
 
 def test_offsets_beyond_31_bits():
-    """Batch, channel, row or column of pixels lies beyond 2**31 elements."""
+    """Batch, channel, row or column of pixels is beyond 2**31 elements."""
     for strides in ((2**31, 16, 4, 1), (16, 2**30, 4, 1), (48, 16, 2**29, 1), (48, 16, 1, 2**29)):
         images = sparse((2, 3, 4, 4), strides)
         images.copy_(torch.randn(2, 3, 4, 4))
@@ -223,7 +223,7 @@ def test_offsets_beyond_31_bits():
         assert torch.equal(dpred, (rows[:, 1:3] - kept) * (2 / 48))
 
 
-def test_threads_change_no_bit():
+def test_same_bits_on_one_thread_and_on_two():
     images, threads = torch.randn(32, 3, 64, 96), torch.get_num_threads()
     ids = ids_for(images, 16, 18)
     pred = torch.randn(32, 18, 768)
@@ -247,7 +247,7 @@ def test_threads_change_no_bit():
 
 
 @pytest.mark.parametrize("wrong", [6, 2**62, -7, -(2**63)])
-def test_ids_outside_raise(wrong):
+def test_ids_out_of_range_raise(wrong):
     images, ids = torch.randn(2, 3, 8, 12), torch.tensor([[5, 0], [2, wrong]])
     for call in (
         lambda: keep_patches(images, ids, 4),
@@ -304,7 +304,7 @@ def test_error_sentences():
         4,
     )
     refused(
-        "masked_patch_mse: ids must name at least one patch a sample, got shape [2, 0]",
+        "masked_patch_mse: ids must have at least one patch a sample, got shape [2, 0]",
         ValueError,
         masked_patch_mse,
         torch.zeros(2, 0, 48),

@@ -73,7 +73,7 @@ def test_error_sentences():
     refused("enqueue_: keys must have shape [N, D=2], got [3, 3]", ValueError, enqueue_, queue, ptr, torch.zeros(3, 3))
     refused("enqueue_: ptr must be int64, got float32", TypeError, enqueue_, queue, ptr.float(), torch.zeros(3, 2))
     refused(
-        "enqueue_: the rows of queue [K, D] must be contiguous, got strides [1, 6]",
+        "enqueue_: queue must have contiguous rows [K, D], got strides [1, 6]",
         ValueError,
         enqueue_,
         torch.zeros(2, 6).T,

@@ -16,7 +16,7 @@ engines = pytest.mark.parametrize("engine", ENGINES)
 
 
 def plain(size):
-    """The whole image, resized."""
+    """Augmentation that resizes the whole image, nothing else."""
     return Augmentation((View(size),))
 
 
@@ -30,7 +30,7 @@ def digest(batch):
 
 
 def poison(folder, good):
-    """A folder of images of all kinds, and of files that are none; returns the names of the bad ones."""
+    """Writes a folder of images of all formats and of broken files; returns the names of the broken ones."""
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
@@ -48,15 +48,15 @@ def poison(folder, good):
     image.convert("RGBA").save(folder / "x.png")
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
     image.convert("P").save(folder / "palette.gif")
-    whole = (folder / "000.jpg").read_bytes()
+    jpeg = (folder / "000.jpg").read_bytes()
     bad = {
         "bad-zero.jpg": b"",
         "bad-text.jpg": b"not an image",
-        "bad-cut.jpg": whole[: len(whole) // 2],
-        "bad-head.jpg": whole[:30],
+        "bad-cut.jpg": jpeg[: len(jpeg) // 2],
+        "bad-head.jpg": jpeg[:30],
         "bad-cut.png": (folder / "x.png").read_bytes()[:200],
         "bad-cut.webp": (folder / "x.webp").read_bytes()[:100],
-        "bad-noise.jpg": whole[:2] + bytes(500),
+        "bad-noise.jpg": jpeg[:2] + bytes(500),
         "bad-bomb.png": bomb(),
     }
     for name, data in bad.items():

@@ -1,4 +1,4 @@
-"""Runs a function in several processes joined by gloo, as torchrun would."""
+"""Functions in processes of their own: several that gloo connects, as torchrun would, or one that a test kills."""
 
 import multiprocessing
 import tempfile
@@ -36,6 +36,19 @@ def run_ranks(world: int, function: Callable, *args) -> list:
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (world, folder, function, args), world, start_method="forkserver")
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world)]
+
+
+def start_process(function: Callable, *args) -> multiprocessing.Process:
+    """A started process that calls ``function(*args)`` on one torch thread; the function is at the top level of its
+    module. It is forked from one that has imported the package."""
+    process = multiprocessing.get_context("forkserver").Process(target=_one_thread, args=(function, args))
+    process.start()
+    return process
+
+
+def _one_thread(function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    function(*args)
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable, args: tuple) -> None:

@@ -72,7 +72,7 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Linear(dim, pixels)
         self.register_buffer("loss_scale", torch.ones(()))
         self.register_buffer("centre", torch.zeros(pixels))
-        self._means: list[Tensor] = []  # of each micro-batch of the current step
+        self.pending: list[Tensor] = []  # mean thumbnail of each micro-batch of the current step
 
     @property
     def encoder(self) -> nn.Module:
@@ -85,13 +85,13 @@ class Autoencoder(nn.Module):
         (images,) = batch.views
         thumbnails = F.adaptive_avg_pool2d(images, SIDE).flatten(1)
         if self.training:
-            self._means.append(thumbnails.mean(0).detach())
+            self.pending.append(thumbnails.mean(0).detach())
         error = (self.decoder(self.backbone(images)) - (thumbnails - self.centre)).square().mean()
         return self.loss_scale * error, {"error": error.detach()}
 
     def after_step(self, progress: float) -> None:
-        self.centre.lerp_(all_mean(torch.stack(self._means).mean(0)), 0.1)
-        self._means = []
+        self.centre.lerp_(all_mean(torch.stack(self.pending).mean(0)), 0.1)
+        self.pending = []
 
     def features(self, images: Tensor) -> Tensor:
         return self.encoder(images)

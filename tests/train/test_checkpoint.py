@@ -1,3 +1,5 @@
+"""Checkpoint files: completeness, damage, disk errors."""
+
 import errno
 import os
 import resource
@@ -39,54 +41,54 @@ def test_round_trip(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_save_returns_before_the_file_is_there_and_holds_what_was_then(tmp_path, monkeypatch):
+def test_save_copies_the_state_and_returns_before_the_file_is_written(tmp_path, monkeypatch):
     written, allowed, save = [], threading.Event(), torch.save
     monkeypatch.setattr(torch, "save", lambda *args: (allowed.wait(10), written.append(1), save(*args)))
     with Checkpoints(tmp_path) as checkpoints:
         first = state(1)
         checkpoints.save(first, 1)
-        first["model"]["w"].fill_(99)  # the run goes on
+        first["model"]["w"].fill_(99)  # the run continues
         assert not written
         assert not checkpoint.files(tmp_path)
         allowed.set()
     assert checkpoint.load(tmp_path, "mae")["model"]["w"].eq(1).all()
 
 
-def test_the_last_are_kept_and_every_so_many(tmp_path):
+def test_the_newest_and_every_fourth_step_are_kept(tmp_path):
     saved(tmp_path, *range(1, 11), keep_last=2, keep_steps=4)
     assert steps_in(tmp_path) == [4, 8, 9, 10]
     saved(tmp_path / "other", *range(1, 6), keep_last=1)
     assert steps_in(tmp_path / "other") == [5]
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "emptied"])
-def test_a_damaged_file_is_found_and_the_one_before_it_taken(tmp_path, capsys, harm):
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
+def test_a_damaged_file_is_detected_and_the_previous_one_loaded(tmp_path, capsys, damage):
     saved(tmp_path, 1, 2)
     _, newest = checkpoint.files(tmp_path)
     content = bytearray(newest.read_bytes())
-    if harm == "flipped":
+    if damage == "flipped":
         content[len(content) // 2] ^= 1
-    newest.write_bytes(content[: {"truncated": 700, "flipped": None, "emptied": 0}[harm]])
+    newest.write_bytes(content[: {"truncated": 700, "flipped": None, "emptied": 0}[damage]])
     assert checkpoint.load(tmp_path, "mae")["step"] == 1
-    assert capsys.readouterr().out == f"checkpoint: {newest} is damaged: taking the one before it\n"
-    saved(tmp_path, 2)  # the run gets there again
+    assert capsys.readouterr().out == f"checkpoint: {newest} is damaged: loading the previous one\n"
+    saved(tmp_path, 2)  # the resumed run saves that step again
     assert checkpoint.load(tmp_path, "mae")["step"] == 2
     assert steps_in(tmp_path) == [1, 2]
 
 
 def test_error_sentences(tmp_path):
-    nothing = f"checkpoint: {tmp_path} holds none: was the run stopped before its first checkpoint?"
-    refused(nothing, ValueError, checkpoint.load, tmp_path, "mae")
+    no_checkpoint = f"checkpoint: no checkpoint in {tmp_path}: was the run stopped before its first one?"
+    refused(no_checkpoint, ValueError, checkpoint.load, tmp_path, "mae")
     saved(tmp_path, 1)
     (path,) = checkpoint.files(tmp_path)
     refused(
         f"checkpoint: {path} is of the method mae, not of moco_v2", ValueError, checkpoint.load, tmp_path, "moco_v2"
     )
     path.write_bytes(b"no")
-    refused(f"checkpoint: all 1 in {tmp_path} are damaged", ValueError, checkpoint.load, tmp_path, "mae")
+    refused(f"checkpoint: all 1 checkpoints in {tmp_path} are damaged", ValueError, checkpoint.load, tmp_path, "mae")
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path):
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     with pytest.raises(ValueError) as error, Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state(1), 1)
         checkpoints.save(state(2, bn=torch.tensor([1.0, torch.nan])), 2)
@@ -94,8 +96,8 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     assert steps_in(tmp_path) == [1]
 
 
-def test_a_disk_that_is_full(tmp_path):
-    """By the limit on a file's size, which fails in the middle of a write as a full disk does."""
+def test_a_full_disk(tmp_path):
+    """Simulated by a limit on the file size, which fails in the middle of a write like a full disk."""
     saved(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints = Checkpoints(tmp_path)
@@ -106,29 +108,31 @@ def test_a_disk_that_is_full(tmp_path):
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    why = os.strerror(errno.EFBIG)
+    reason = os.strerror(errno.EFBIG)
     assert str(error.value) == (
-        f"checkpoint: step 2 could not be written to {tmp_path} ({why}); that of step 1 is intact"
+        f"checkpoint: step 2 could not be written to {tmp_path} ({reason}); that of step 1 is intact"
     )
     assert checkpoint.load(tmp_path, "mae")["step"] == 1
     assert len(list(tmp_path.iterdir())) == 1
-    checkpoints.save(state(3), 3)  # there is room again
+    checkpoints.save(state(3), 3)  # without the limit
     checkpoints.wait()
     assert steps_in(tmp_path) == [1, 3]
 
 
-def test_a_run_folder_that_was_removed(tmp_path):
+def test_a_deleted_run_folder(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     folder.parent.mkdir()
     checkpoints = saved(folder, 1)
     shutil.rmtree(folder.parent)
     with pytest.raises(ValueError) as error, checkpoints:
         checkpoints.save(state(2), 2)
-    why = os.strerror(errno.ENOENT)
-    assert str(error.value) == f"checkpoint: step 2 could not be written to {folder} ({why}); there is none before it"
+    reason = os.strerror(errno.ENOENT)
+    assert (
+        str(error.value) == f"checkpoint: step 2 could not be written to {folder} ({reason}); there is none before it"
+    )
 
 
-def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+def test_partial_files_of_a_killed_run_are_deleted(tmp_path):
     saved(tmp_path, 1)
     (tmp_path / "step-00000002.writing").write_bytes(b"half")
     assert checkpoint.load(tmp_path, "mae")["step"] == 1
@@ -136,7 +140,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path):
     assert not list(tmp_path.glob("*.writing"))
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
+def test_a_pickle_with_code_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return (print, ("gotcha",))

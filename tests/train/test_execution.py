@@ -70,6 +70,7 @@ def test_recompute_refuses_a_resnet():
         begin("moco_v2", recompute=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["mae", "moco_v3", "moco_v3, ViT"])
 def test_torch_compile_captures_a_whole_method_as_one_graph(name, precision):
@@ -85,6 +86,7 @@ def test_torch_compile_captures_a_whole_method_as_one_graph(name, precision):
     assert all(p.grad is not None for p in trainer.method.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled_steps_equal_eager_steps(name, monkeypatch):
     """Also where `before_step` changes a buffer that the compiled forward pass reads (toy)."""

@@ -110,8 +110,8 @@ def test_too_many_consecutive_skipped_steps_stop_the_run(tmp_path):
     with pytest.raises(ValueError) as error:
         run(tmp_path, batches(bad={1, 3, 4, 5}), settings(), checkpoint_every=1, max_skipped=2)
     assert str(error.value) == (
-        "train: loss nan and gradient norm nan in step 6: 3 steps in a row were skipped, more than --max-skipped 2; "
-        f"their images are numbered in {tmp_path}/skipped-0.jsonl, and checkpoints written before are intact"
+        "train: loss nan and gradient norm nan in step 6: 3 consecutive steps were skipped, more than --max-skipped 2; "
+        f"their images are listed in {tmp_path}/skipped-0.jsonl, and earlier checkpoints are intact"
     )
     assert checkpoint.load(tmp_path / "checkpoints", "line")["step"] == 5
     assert [note["step"] for note in read_metrics(tmp_path / "skipped-0.jsonl")] == [2, 4, 5, 6]

@@ -1,3 +1,5 @@
+"""Optimizers and their parameter groups."""
+
 import pytest
 import torch
 
@@ -31,5 +33,5 @@ def test_moco_decays_everything():
 
 
 @pytest.mark.parametrize(("name", "cls"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD), ("lars", LARS)])
-def test_names(name, cls):
+def test_optimizer_classes(name, cls):
     assert isinstance(optimizer_of(optimizer=name)[1], cls)

@@ -1,4 +1,4 @@
-"""Several processes, joined by gloo, against one: the same losses and weights to rounding, and bit-equal resumes."""
+"""Training on several ranks (gloo): losses and weights of one process up to rounding, and bit-equal resumes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SMALL = {
 
 
 def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, double=False, **settings):
-    """Trains on 96 shapes (48 in float64) in steps of 16 images; returns the whole state that is saved at the end."""
+    """Train on 96 shapes (48 in float64) in steps of 16 images; the unsharded state saved at the end."""
     accumulate = settings.pop("accumulate", 1)
     name, vit = name.split()[0], "vit" in name
     module = method_module(name)
@@ -65,7 +65,7 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
         train(method, name, epoch_of, len(loader) // accumulate, training, execution, folder, resume=state)
     except Interrupted as interrupted:
         return interrupted.code, str(interrupted)
-    distributed.all_gather_object(None)  # rank 0 has written it
+    distributed.all_gather_object(None)  # wait until rank 0 has written the checkpoint
     return checkpoint.load(folder / "checkpoints", name)
 
 
@@ -77,9 +77,9 @@ def _call(args, kwargs):
     return trained(*args, **kwargs)
 
 
-def assert_close(one, other, folders, bound):
-    for key, x in one["model"].items():
-        torch.testing.assert_close(other["model"][key], x, rtol=bound, atol=bound, msg=lambda m, key=key: f"{key}: {m}")
+def assert_close(expected, state, folders, bound):
+    for key, x in expected["model"].items():
+        torch.testing.assert_close(state["model"][key], x, rtol=bound, atol=bound, msg=lambda m, key=key: f"{key}: {m}")
     lines = [read_metrics(folder / "metrics.jsonl") for folder in folders]
     for first, second in zip(*lines, strict=True):
         for key in ("loss", "grad_norm"):
@@ -100,9 +100,9 @@ def assert_close(one, other, folders, bound):
     ],
 )
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumulate, execution):
-    """MAE, and MoCo v3 with its batch norms over all ranks: three steps, losses, gradients and weights, in float64."""
-    alone = {key: value for key, value in execution.items() if key != "shard"}
-    one = trained(tmp_path / "one", name, double=True, **alone)
+    """MAE, and MoCo v3 with batch norms over all ranks: losses, gradients and weights of three steps in float64."""
+    unsharded = {key: value for key, value in execution.items() if key != "shard"}
+    one = trained(tmp_path / "one", name, double=True, **unsharded)
     two, _ = in_ranks(2, tmp_path / "two", name, double=True, accumulate=accumulate, **execution)
     assert one["step"] == two["step"] == 3
     assert len(two["random"]) == 2
@@ -118,27 +118,29 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumu
     ("name", "execution", "changes"),
     [("mae", {"shard": True}, {}), ("moco_v1", {}, {"shard_queue": True}), ("moco_v2", {}, {}), ("moco_v3", {}, {})],
 )
-def test_ranks_leave_together_and_go_on_bit_for_bit(tmp_path, name, execution, changes):
-    """SIGTERM reaches rank 1 alone, in the middle of an epoch; both save at the same step, and the run that goes on is
-    the one that was never stopped, with the sharded queue, the shuffles of each rank and all."""
+def test_interrupted_ranks_stop_together_and_resume_bit_for_bit(tmp_path, name, execution, changes):
+    """SIGTERM reaches only rank 1, in the middle of an epoch: both ranks save at the same step, and the resumed run
+    equals one without interruption, including the sharded queue and the shuffles of each rank."""
     whole, _ = in_ranks(2, tmp_path / "whole", name, epochs=2, changes=changes, **execution)
-    left = in_ranks(2, tmp_path / "left", name, epochs=2, changes=changes, kill=(1, 2), **execution)
-    assert left[0] == left[1]
-    code, text = left[0]
+    interrupted = in_ranks(2, tmp_path / "resumed", name, epochs=2, changes=changes, kill=(1, 2), **execution)
+    assert interrupted[0] == interrupted[1]
+    code, text = interrupted[0]
     assert code == 143
     assert text.startswith("SIGTERM: saved after step 4")
-    resumed, _ = in_ranks(2, tmp_path / "left", name, epochs=2, changes=changes, resume=True, **execution)
+    resumed, _ = in_ranks(2, tmp_path / "resumed", name, epochs=2, changes=changes, resume=True, **execution)
     assert resumed["step"] == whole["step"] == 12
     for key, x in whole["model"].items():
         assert torch.equal(resumed["model"][key], x), key
-    lines = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "left")]
+    lines = [
+        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "resumed")
+    ]
     assert lines[0] == lines[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), [("mae", {}), ("moco_v1", {"shard_queue": True})])
-def test_another_number_of_ranks_goes_on(tmp_path, name, changes):
-    """Two ranks, then one: the same images, so MAE's weights are those of one process to rounding."""
+def test_resume_on_another_number_of_ranks(tmp_path, name, changes):
+    """Two ranks, then one, on the same images: MAE's weights equal those of one process up to rounding."""
     in_ranks(2, tmp_path / "run", name, epochs=2, changes=changes, kill=(0, 2))
     state = trained(tmp_path / "run", name, epochs=2, changes=changes, resume=True)
     assert state["step"] == 12
@@ -166,8 +168,8 @@ def torchrun(*words: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_torchrun_and_a_rank_that_is_lost(tmp_path):
-    """The command of README. A rank is killed: the other says so in one sentence, and the checkpoint is whole."""
+def test_torchrun_with_a_killed_rank(tmp_path):
+    """The other rank reports the loss in one sentence, and the checkpoint is intact."""
     words = [
         "mae",
         "--data",
@@ -219,10 +221,10 @@ def _rank_1_of(agent: int) -> int:
                 return int(path.name)
         except OSError:
             continue
-    raise AssertionError("rank 1 is not there")
+    raise AssertionError("rank 1 is not running")
 
 
-def test_what_torchrun_started_is_told_from_what_it_did_not(monkeypatch):
+def test_setup_without_torchrun_keeps_one_process(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     device = torch.device("cpu")
     assert distributed.setup(device) == device

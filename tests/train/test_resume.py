@@ -1,4 +1,4 @@
-"""A run that is killed and resumed gives the losses and weights of one that was not, bit for bit."""
+"""A killed and resumed run has the losses and weights of an uninterrupted one, bit for bit."""
 
 import contextlib
 import json
@@ -17,6 +17,7 @@ import torch
 from fastssl import cli
 from fastssl.data.loader import has_dali
 from fastssl.train import checkpoint
+from tests.support.ranks import start_process
 
 SMALL = ["--epochs", "2", "--batch-size", "32", "--no-tensorboard"]
 RUNS = {
@@ -25,32 +26,29 @@ RUNS = {
     "moco_v2": ["moco_v2", *SMALL, "--queue-size", "100"],
     "moco_v3": ["moco_v3", *SMALL, "--hidden", "64"],
 }
-KILLS = 10
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list[str]:
-    """Images without labels, so that there is no kNN and nothing but the run takes time."""
+    """Images without labels, so that no time is spent on kNN."""
     path = tmp_path_factory.mktemp("images") / "images.npy"
     np.save(path, np.random.default_rng(0).integers(0, 256, (272, 32, 32, 3), dtype=np.uint8))
     return ["--data", f"arrays:{path}"]
 
 
-def begun(*words: str) -> multiprocessing.Process:
-    """`fastssl pretrain …` in a process of its own, forked from one that has imported what it needs."""
-    process = multiprocessing.get_context("forkserver").Process(target=_pretrain, args=(words,))
-    process.start()
-    return process
+def start_run(*words: str) -> multiprocessing.Process:
+    """`fastssl pretrain …` in a new process, forked from one that has imported the package."""
+    return start_process(_pretrain, words)
 
 
 def _pretrain(words: tuple[str, ...]) -> None:
-    os.setsid()  # its workers are stopped with it
+    os.setsid()  # so that its workers are killed with it
     sys.argv = ["fastssl", "pretrain", *words]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         cli.main()
 
 
-def ended(process: multiprocessing.Process) -> int:
+def exit_code(process: multiprocessing.Process) -> int:
     process.join(180)
     assert process.exitcode is not None
     return process.exitcode
@@ -65,15 +63,15 @@ def steps(run: Path) -> int:
     return path.read_text().count("\n") if path.is_file() else 0
 
 
-def stopped(process: multiprocessing.Process, moment, number=signal.SIGKILL) -> int:
-    """Sends a signal as soon as `moment()` is true, and returns the exit code."""
+def kill_when(process: multiprocessing.Process, moment, number=signal.SIGKILL) -> int:
+    """Send a signal as soon as `moment()` is true; the exit code."""
     try:
         deadline = time.monotonic() + 120
         while process.is_alive() and time.monotonic() < deadline and not moment():
             time.sleep(0.001)
         assert process.is_alive(), "the run ended before it could be stopped"
         os.kill(process.pid, number)
-        return ended(process)
+        return exit_code(process)
     finally:
         if process.is_alive():
             process.kill()
@@ -104,59 +102,70 @@ def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):
     options = [*RUNS[name], *data, "--log-every", "1", "--checkpoint-every", "3", "--workers", str(workers)]
     options += ["--engine", engine]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert ended(begun(*options, "--folder", str(whole))) == 0
-    stopped(begun(*options, "--folder", str(broken)), lambda: steps(broken) >= 5)
-    assert ended(begun("--resume", str(broken))) == 0
+    assert exit_code(start_run(*options, "--folder", str(whole))) == 0
+    kill_when(start_run(*options, "--folder", str(broken)), lambda: steps(broken) >= 5)
+    assert exit_code(start_run("--resume", str(broken))) == 0
     assert_same_run(broken, whole, name)
     assert len(losses(whole)) == losses(whole)[-1][0] > 8
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, data, seed):
-    """One run, killed ten times: at random moments after a random step, and while a checkpoint is being written,
-    which is there half when the next process begins. Each goes on by the same command; the last one ends the run."""
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [pytest.param(4, 5, marks=pytest.mark.slow), pytest.param(10, 8, marks=pytest.mark.exhaustive)]
+)
+def test_killed_at_random_moments(tmp_path, data, seed, kills, epochs):
+    """One run is killed several times, alternately at a random moment after a random step and while it writes a
+    checkpoint, of which a partial file remains. The same command resumes it each time, at last to its end."""
     chance = random.Random(seed)
-    large = ["--epochs", "8", "--decoder-dim", "256", "--checkpoint-every", "2"]  # writing it takes a while
+    large = [
+        "--epochs",
+        str(epochs),
+        "--decoder-dim",
+        "256",
+        "--checkpoint-every",
+        "2",
+    ]  # a large checkpoint takes time to write
     options = [*RUNS["mae"], *data, *large, "--log-every", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert ended(begun(*options, "--folder", str(whole))) == 0
-    again = (*options, "--folder", str(broken), "--resume", "auto")
+    assert exit_code(start_run(*options, "--folder", str(whole))) == 0
+    resume_words = (*options, "--folder", str(broken), "--resume", "auto")
     while_writing = 0
-    for kill in range(KILLS):
-        before, wanted, delay = steps(broken), chance.randint(1, 3), chance.random() * 0.1
+    for kill in range(kills):
+        before, more, delay = steps(broken), chance.randint(1, 3), chance.random() * 0.1
         reached: list[float] = []
 
-        def random_moment(before=before, wanted=wanted, delay=delay, reached=reached):
-            if not reached and steps(broken) >= before + wanted:
+        def random_moment(before=before, more=more, delay=delay, reached=reached):
+            if not reached and steps(broken) >= before + more:
                 reached.append(time.monotonic() + delay)
             return reached and time.monotonic() >= reached[0]
 
         def writing(before=before):
             return steps(broken) > before and any((broken / "checkpoints").glob("*.writing"))
 
-        stopped(begun(*again), writing if kill % 2 else random_moment)
+        kill_when(start_run(*resume_words), writing if kill % 2 else random_moment)
         while_writing += any((broken / "checkpoints").glob("*.writing"))
-        if checkpoint.files(broken / "checkpoints"):  # the first may not have been due
+        if checkpoint.files(broken / "checkpoints"):  # the first may not have been written yet
             checkpoint.load(broken / "checkpoints", "mae")
-    assert while_writing >= 2
-    assert ended(begun(*again)) == 0
+    assert while_writing >= kills // 5
+    assert exit_code(start_run(*resume_words)) == 0
     assert_same_run(broken, whole, "mae")
     assert not list((broken / "checkpoints").glob("*.writing"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_a_signal_saves_and_leaves(tmp_path, data, number, code):
-    """What a scheduler sends before it takes the machine away: the step ends, is saved, and 128 + signal says so."""
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.exhaustive)]
+)
+def test_a_signal_saves_and_exits(tmp_path, data, number, code):
+    """The signals of schedulers before they stop a job: the step is finished and saved; exit status 128 + signal."""
     options = [*RUNS["moco_v2"], *data, "--log-every", "1", "--workers", "1"]
-    whole, left = tmp_path / "whole", tmp_path / "left"
-    assert stopped(begun(*options, "--folder", str(left)), lambda: steps(left) >= 3, number) == code
-    step = checkpoint.load(left / "checkpoints", "moco_v2")["step"]
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    assert kill_when(start_run(*options, "--folder", str(interrupted)), lambda: steps(interrupted) >= 3, number) == code
+    step = checkpoint.load(interrupted / "checkpoints", "moco_v2")["step"]
     assert 3 <= step < 8  # in the middle of the first epoch
-    assert ended(begun(*options, "--folder", str(left), "--resume", "auto")) == 0
+    assert exit_code(start_run(*options, "--folder", str(interrupted), "--resume", "auto")) == 0
     if number == signal.SIGTERM:
-        assert ended(begun(*options, "--folder", str(whole))) == 0
-        assert_same_run(left, whole, "moco_v2")
+        assert exit_code(start_run(*options, "--folder", str(whole))) == 0
+        assert_same_run(interrupted, whole, "moco_v2")
 
 
 def test_resume_auto_refuses_another_run(tmp_path, data, monkeypatch):
@@ -167,7 +176,7 @@ def test_resume_auto_refuses_another_run(tmp_path, data, monkeypatch):
         cli.main()
 
     pretrain()
-    pretrain("--workers", "0")  # it is the same run, on another machine
+    pretrain("--workers", "0")  # the number of workers may change
     with pytest.raises(SystemExit) as refused:
         pretrain("--lr", "1e-3")
     assert str(refused.value) == (

@@ -1,3 +1,5 @@
+"""Schedules and LARS against formulas and golden numbers."""
+
 import pytest
 import torch
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastssl.contract import Batch, Method, RanksNegatives, Reconstructs, SchedulesMomentum
+from fastssl.contract import Batch, DefersUpdates, Method, RanksNegatives, Reconstructs, SchedulesMomentum
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 from fastssl.nn import MomentumEncoder
 from fastssl.train.config import Execution, Training
@@ -220,13 +220,49 @@ def test_momentum_is_constant_by_default_for_moco_and_rises_to_1_for_moco_v3():
 
 
 def test_methods_fulfil_the_contract():
-    abilities = {mae: {Reconstructs}, moco_v1: {RanksNegatives, SchedulesMomentum}, toy_method: set()}
-    abilities |= {moco_v2: abilities[moco_v1], moco_v3: abilities[moco_v1]}
+    abilities = {
+        mae: {Reconstructs},
+        moco_v1: {RanksNegatives, SchedulesMomentum, DefersUpdates},
+        moco_v2: {RanksNegatives, SchedulesMomentum, DefersUpdates},
+        moco_v3: {RanksNegatives, SchedulesMomentum},
+        toy_method: {DefersUpdates},
+    }
     for module, expected in abilities.items():
         method = module.build(module.Config.small())
         assert isinstance(method, Method)
-        optional = (Reconstructs, RanksNegatives, SchedulesMomentum)
+        optional = (Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates)
         assert {ability for ability in optional if isinstance(method, ability)} == expected
+
+
+@pytest.mark.parametrize("module", [moco_v2, toy_method])
+def test_deferred_updates_do_not_depend_on_assignments_in_forward(module):
+    """The replay of a CUDA graph returns tensors but executes no Python: queue and centre must change all the same."""
+    config = module.Config.small()
+    config.queue_size = 24  # of MoCo
+    states = []
+    for replayed in (False, True):
+        torch.manual_seed(0)
+        method = module.build(config).double()
+        trainer = Trainer(method, dataclasses.replace(config.training, epochs=1, warmup_epochs=0), Execution(), 4)
+        compute_gradients = trainer.compute_gradients
+
+        def replay(batch, compute_gradients=compute_gradients, method=method):
+            results = compute_gradients(batch)
+            method.pending = []
+            return results
+
+        if replayed:
+            trainer.compute_gradients = replay
+        for step in range(4):
+            images = toy_batch(step).views[0].repeat(1, 1, 2, 2)
+            trainer.step(iter([Batch((images,) * len(config.augmentation.views), torch.arange(8), torch.arange(8))]))
+            assert method.pending == []
+        states.append(trainer.state()["model"])
+    for name, x in states[0].items():
+        assert torch.equal(states[1][name], x), name
+    initial = module.build(config).state_dict()
+    changed = {name for name, x in states[0].items() if not torch.equal(x, initial[name])}
+    assert changed & {"queue_ptr", "centre"}
 
 
 def test_error_sentences():

@@ -1,6 +1,5 @@
-// ema_update_ on CUDA devices: one launch of the kernel in ema.cuh, with a table of the tensors that stays on the
-// device from call to call. What a call costs the host is reading the tensors' addresses and comparing them with the
-// table's.
+// ema_update_ on CUDA devices: one launch of the kernel in ema.cuh. The table of tensors stays on the device between
+// calls, so that the host's work for a call is to read the tensors' addresses and compare them with the table's.
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -14,21 +13,21 @@
 namespace fastssl {
 namespace {
 
-// Rows, then chunks, in one piece of memory from torch's allocator.
+// Rows, then chunks, in one allocation of torch's caching allocator.
 struct DeviceTable {
   Tensor memory;
   size_t rows, chunks;
-  cudaStream_t home;       // the stream that the memory was allocated on
-  bool elsewhere = false;  // was it used on another one?
-  bool keep = false;       // a captured graph reads it at each replay
+  cudaStream_t stream;  // the stream on which the memory was allocated
+  bool used_on_other_stream = false;
+  bool keep = false;  // read by each replay of a captured graph
 
-  DeviceTable(Tensor memory, size_t rows, size_t chunks, cudaStream_t home)
-      : memory(std::move(memory)), rows(rows), chunks(chunks), home(home) {}
+  DeviceTable(Tensor memory, size_t rows, size_t chunks, cudaStream_t stream)
+      : memory(std::move(memory)), rows(rows), chunks(chunks), stream(stream) {}
   DeviceTable(DeviceTable&&) = default;
 
-  // The allocator gives freed memory to the next who asks on its home stream, and there alone is that in order.
+  // The allocator reuses freed memory on `stream`, where work is in order; other streams must finish first.
   ~DeviceTable() {
-    if (elsewhere) cudaDeviceSynchronize();
+    if (used_on_other_stream) cudaDeviceSynchronize();
   }
 };
 
@@ -40,16 +39,16 @@ Tensor bytes_on(int32_t device, int64_t size) {
   return Tensor(handle);
 }
 
-// Waits until the copy is done, so that a launch on any stream may read the table from now on. (cudaMemcpy would not
-// do: from pageable memory it returns before the last bytes arrive, and torch's streams don't wait for the one it uses.)
+// Returns after the copy has finished, so that launches on any stream may read the table. (cudaMemcpy would not
+// suffice: from pageable memory it may return before the last bytes have arrived, and torch's streams do not wait for
+// the default stream.)
 DeviceTable upload(const std::vector<Row>& rows, int32_t device, cudaStream_t stream) {
   const std::vector<Chunk> chunks = chunks_of(rows);
   const size_t bytes_of_rows = rows.size() * sizeof(Row), bytes_of_chunks = chunks.size() * sizeof(Chunk);
   DeviceTable table(bytes_on(device, bytes_of_rows + bytes_of_chunks), rows.size(), chunks.size(), stream);
-  char* const to = static_cast<char*>(table.memory.mutable_data_ptr());
-  STD_CUDA_CHECK(cudaMemcpyAsync(to, rows.data(), bytes_of_rows, cudaMemcpyHostToDevice, stream));
-  STD_CUDA_CHECK(
-      cudaMemcpyAsync(to + bytes_of_rows, chunks.data(), bytes_of_chunks, cudaMemcpyHostToDevice, stream));
+  char* const dst = static_cast<char*>(table.memory.mutable_data_ptr());
+  STD_CUDA_CHECK(cudaMemcpyAsync(dst, rows.data(), bytes_of_rows, cudaMemcpyHostToDevice, stream));
+  STD_CUDA_CHECK(cudaMemcpyAsync(dst + bytes_of_rows, chunks.data(), bytes_of_chunks, cudaMemcpyHostToDevice, stream));
   STD_CUDA_CHECK(cudaStreamSynchronize(stream));
   return table;
 }
@@ -61,8 +60,8 @@ bool is_capturing(cudaStream_t stream) {
 }
 
 void launch(std::vector<Row> rows, double weight, int32_t device, cudaStream_t stream) {
-  // Never destroyed: when a process ends, torch's allocator may be gone before. The lock is held until the launch, lest
-  // another thread throw the table out.
+  // Never destroyed, because torch's allocator may be destroyed before it when the process ends. The lock is held until
+  // the launch, so that no other thread evicts the table.
   static std::mutex mutex;
   static auto& caches = *new std::map<int32_t, TableCache<DeviceTable>>;
   const std::lock_guard lock(mutex);
@@ -70,17 +69,19 @@ void launch(std::vector<Row> rows, double weight, int32_t device, cudaStream_t s
   DeviceTable* table = caches[device].find(rows);
   if (!table) {
     if (capturing)
-      throw std::runtime_error("ema_update_: call it once with the same tensors before a CUDA graph captures it: the "
-                               "table of their addresses can't be copied to the GPU during a capture");
-    DeviceTable made = upload(rows, device, stream);
-    table = caches[device].put(std::move(rows), std::move(made));
+      throw std::runtime_error(
+          "ema_update_: call it once with the same tensors before a CUDA graph captures it: the table of their "
+          "addresses "
+          "can't be copied to the GPU during a capture");
+    DeviceTable uploaded = upload(rows, device, stream);
+    table = caches[device].insert(std::move(rows), std::move(uploaded));
   }
-  table->elsewhere |= stream != table->home;
+  table->used_on_other_stream |= stream != table->stream;
   table->keep |= capturing;
-  const Row* const on_device = static_cast<const Row*>(table->memory.const_data_ptr());
-  const Chunk* const chunks = reinterpret_cast<const Chunk*>(on_device + table->rows);
+  const Row* const device_rows = static_cast<const Row*>(table->memory.const_data_ptr());
+  const Chunk* const chunks = reinterpret_cast<const Chunk*>(device_rows + table->rows);
   const dim3 blocks(static_cast<unsigned>(table->chunks));
-  ema_update<<<blocks, kThreads, 0, stream>>>(on_device, chunks, static_cast<float>(weight), weight);
+  ema_update<<<blocks, kThreads, 0, stream>>>(device_rows, chunks, static_cast<float>(weight), weight);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -88,12 +89,12 @@ void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, doubl
                  std::vector<Tensor> shadows) {
   if (targets.empty() && sources.empty()) return;
   const int32_t device = (targets.empty() ? sources : targets)[0].get_device_index();
-  const auto is_here = [device](const Tensor& tensor) {
+  const auto is_on_device = [device](const Tensor& tensor) {
     return tensor.is_cuda() && tensor.get_device_index() == device;
   };
-  if (!std::ranges::all_of(targets, is_here))
+  if (!std::ranges::all_of(targets, is_on_device))
     throw std::runtime_error("ema_update_: targets must all be on one device");
-  std::vector<Row> rows = rows_of(entries_of(targets, sources, shadows, is_here));
+  std::vector<Row> rows = rows_of(entries_of(targets, sources, shadows, is_on_device));
   std::erase_if(rows, [](const Row& row) { return row.numel == 0; });
   if (rows.empty()) return;
   const torch::stable::accelerator::DeviceGuard guard(device);

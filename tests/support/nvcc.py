@@ -1,4 +1,4 @@
-"""What the kernels of csrc/*.cuh become on a GPU: registers, spills, shared memory, PTX. Needs nvcc, but no GPU."""
+"""Registers, spills, shared memory and PTX of the CUDA kernels in csrc/*.cuh. Needs nvcc, but no GPU."""
 
 import functools
 import re
@@ -7,26 +7,26 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = Path(__file__).parent.parent / "csrc"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # those of setup.py
+SOURCES = Path(__file__).parent.parent.parent / "csrc"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # as in setup.py
 FLAGS = ("-O3", "-std=c++20", f"-I{SOURCES}")
 
 
-def found() -> bool:
+def is_available() -> bool:
     return shutil.which("nvcc") is not None
 
 
 @functools.cache
 def resources(arch: str) -> dict[str, dict[str, int]]:
-    """{kernel: registers a thread, bytes spilled, bytes of stack, bytes of static shared memory}, by ptxas."""
-    said = "".join(_compile(header, arch, "-cubin", "-Xptxas=-v")[0] for header in sorted(SOURCES.glob("*.cuh")))
+    """Registers a thread, and bytes of spills, stack and static shared memory of each kernel, as ptxas reports them."""
+    report = "".join(_compile(header, arch, "-cubin", "-Xptxas=-v")[0] for header in sorted(SOURCES.glob("*.cuh")))
     kernels = {}
-    for name, properties in re.findall(r"Compiling entry function '(\w+)'(.*?Used .*?\n)", said, re.DOTALL):
+    for name, properties in re.findall(r"Compiling entry function '(\w+)'(.*?Used .*?\n)", report, re.DOTALL):
 
         def number(pattern: str, text: str = properties) -> int:
             return sum(map(int, re.findall(pattern, text)))
 
-        kernels[_demangled(name)] = {
+        kernels[_demangle(name)] = {
             "registers": number(r"Used (\d+) registers"),
             "spill_bytes": number(r"(\d+) bytes spill (?:stores|loads)"),
             "stack_bytes": number(r"(\d+) bytes stack frame"),
@@ -42,18 +42,18 @@ def ptx(stem: str, arch: str) -> str:
 
 
 def _compile(header: Path, arch: str, kind: str, *flags: str) -> tuple[str, str]:
-    """What nvcc said and, if it is text, what it made."""
+    """Compiles a header; returns nvcc's messages and, for PTX, the output."""
     with tempfile.TemporaryDirectory() as folder:
-        unit, made = Path(folder, "unit.cu"), Path(folder, "made")
+        unit, output = Path(folder, "unit.cu"), Path(folder, "output")
         unit.write_text(f'#include "{header.name}"\n')
-        command = ["nvcc", kind, f"-arch={arch}", *FLAGS, *flags, unit, "-o", made]
+        command = ["nvcc", kind, f"-arch={arch}", *FLAGS, *flags, unit, "-o", output]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        return run.stdout + run.stderr, made.read_text() if kind == "-ptx" else ""
+        return run.stdout + run.stderr, output.read_text() if kind == "-ptx" else ""
 
 
-def _demangled(name: str) -> str:
-    """fastssl::ema_update of _ZN7fastssl10ema_updateEPKNS_3RowE…; names of templates stay as they are."""
+def _demangle(name: str) -> str:
+    """fastssl::ema_update for _ZN7fastssl10ema_updateEPKNS_3RowE…; names of templates stay mangled."""
     parts, rest = [], name.removeprefix("_ZN").removeprefix("_Z")
     while match := re.match(r"(\d+)", rest):
         end = match.end() + int(match[1])

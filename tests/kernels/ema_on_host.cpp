@@ -1,4 +1,5 @@
-// csrc/ema.cuh and all that leads to its launch, for a CPU: called by test_memory_cuda.py through ctypes.
+// The kernel of csrc/ema.cuh and the code that prepares its launch, compiled for a CPU. test_ema_cuda.py calls it by
+// ctypes.
 #include "cuda_on_host.h"
 
 #include "ema.cuh"
@@ -10,7 +11,7 @@ using fastssl::Dims;
 using fastssl::Dtype;
 using fastssl::Row;
 
-struct Array {  // a tensor, as Python describes it
+struct Array {  // a tensor passed from Python
   void* data;
   const int64_t *shape, *steps;
   int64_t dims, count;
@@ -27,8 +28,8 @@ std::vector<Row> rows_of(int count, const Array* targets, const Array* sources, 
   const auto list = [count](const Array* first) {
     return first ? std::vector<Array>(first, first + count) : std::vector<Array>();
   };
-  const auto is_here = [](const Array&) { return true; };
-  return fastssl::rows_of(fastssl::entries_of(list(targets), list(sources), list(shadows), is_here));
+  const auto is_on_device = [](const Array&) { return true; };
+  return fastssl::rows_of(fastssl::entries_of(list(targets), list(sources), list(shadows), is_on_device));
 }
 
 struct Table {
@@ -41,10 +42,10 @@ int tables = 0;
 
 }  // namespace
 
-// Null, or why the tensors were refused.
+// Returns null, or the error message.
 extern "C" const char* ema_update(int count, const Array* targets, const Array* sources, const Array* shadows,
                                   double momentum) {
-  static std::string refusal;
+  static std::string message;
   try {
     const std::vector<Row> rows = rows_of(count, targets, sources, shadows);
     const std::vector<Chunk> chunks = fastssl::chunks_of(rows);
@@ -53,25 +54,25 @@ extern "C" const char* ema_update(int count, const Array* targets, const Array* 
                  static_cast<float>(weight), weight);
     return nullptr;
   } catch (const std::exception& error) {
-    return (refusal = error.what()).c_str();
+    return (message = error.what()).c_str();
   }
 }
 
-// The number of the table that serves these tensors: a new one where the cache has none.
+// Number of the table of these tensors, which is made if it is not in the cache.
 extern "C" int table_of(int count, const Array* targets, const Array* sources, const Array* shadows, bool keep) {
   std::vector<Row> rows = rows_of(count, targets, sources, shadows);
   Table* table = cache.find(rows);
-  if (!table) table = cache.put(std::move(rows), {tables++, false});
+  if (!table) table = cache.insert(std::move(rows), {tables++, false});
   table->keep |= keep;
   return table->number;
 }
 
-// How a row is walked: 0 packed, 1 scalar, 2 strided.
+// The path of a row: 0 packed, 1 scalar, 2 strided.
 extern "C" int path_of(const Array* target, const Array* source, const Array* shadow) {
   return int(rows_of(1, target, source, shadow)[0].path);
 }
 
-// (row, first element, end) of each block, into `out`; how many there are.
+// Writes (row, first element, end) of each block to `out` unless it is null, and returns their number.
 extern "C" int64_t chunks_of(int count, const int64_t* numels, int64_t* out) {
   std::vector<Row> rows(count);
   for (int i = 0; i < count; ++i) rows[i].numel = numels[i];

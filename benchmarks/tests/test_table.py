@@ -1,0 +1,63 @@
+"""Tables of measurements in the documentation are written by the scripts, from the results in the repository."""
+
+import json
+import shutil
+
+import pytest
+
+from benchmarks import loader, step, table
+
+
+def test_tables_are_those_of_the_results():
+    assert table.main(["--check"]) == 0
+    assert loader.main(["--check"]) == 0
+    assert step.main(["--check"]) == 0
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """Copies of README, the page of measurements and the results."""
+    results = tmp_path / "results"
+    shutil.copytree(table.RESULTS, results)
+    summary, page = (tmp_path / path.name for path in (table.SUMMARY, table.PAGE))
+    shutil.copy(table.SUMMARY, summary)
+    shutil.copy(table.PAGE, page)
+    return results, (summary, page)
+
+
+def check(pages) -> int:
+    results, (summary, page) = pages
+    return table.main(["--check"], results, (summary, page))
+
+
+def test_results_of_a_new_machine_do_not_make_the_tables_stale(pages):
+    results, _ = pages
+    document = json.loads((results / "nvidia-h200.json").read_text())
+    document["machine"] |= {"slug": "new", "name": "A new machine"}
+    (results / "new.json").write_text(json.dumps(document))
+    assert check(pages) == 0
+
+
+def test_a_changed_row_makes_a_table_stale(pages, capsys):
+    results, (_, page) = pages
+    path = results / "nvidia-h200.json"
+    document = json.loads(path.read_text())
+    document["runs"][0]["rows"][0]["ms"]["ours"] = [1, 2, 3]
+    path.write_text(json.dumps(document))
+    assert check(pages) == 1
+    assert f"{page} is out of date" in capsys.readouterr().err
+
+
+def test_a_number_changed_by_hand_makes_readme_stale(pages, capsys):
+    _, (summary, _) = pages
+    row = next(line for line in summary.read_text().splitlines() if line.startswith("| training step"))
+    summary.write_text(summary.read_text().replace(row, row.replace("3", "4")))
+    assert check(pages) == 1
+    assert f"{summary} is out of date" in capsys.readouterr().err
+
+
+def test_a_missing_headline_row_is_named(pages, capsys):
+    results, _ = pages
+    (results / "step" / "nvidia-h200.json").unlink()
+    assert check(pages) == 1
+    assert "nvidia-h200.json must hold an undisturbed row with" in capsys.readouterr().err
