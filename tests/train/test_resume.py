@@ -49,7 +49,7 @@ def _pretrain(words: tuple[str, ...]) -> None:
 
 
 def exit_code(process: multiprocessing.Process) -> int:
-    process.join(180)
+    process.join(600)  # a limit for hangs, also on a busy machine
     assert process.exitcode is not None
     return process.exitcode
 
