@@ -1,6 +1,7 @@
 """What is installed holds everything, as a wheel and in the working tree."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -40,6 +41,15 @@ def test_a_build_without_native_kernels_says_so_once_and_runs():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_every_package_is_listed():
+    """A folder with Python files that pyproject.toml does not list would be missing from the wheel."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^packages = \[(.*?)\]", text.split("[tool.setuptools]")[1], re.DOTALL | re.MULTILINE)[1]
+    folders = {path.parent for path in (ROOT / "fastssl").rglob("__init__.py") if "kernels" not in path.parts}
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(re.findall(r'"([\w.]+)"', listed)) == packages | {"fastssl.kernels"}
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_kernels_extension_and_template(tmp_path):
     """Built as a user would, and imported from the wheel alone, away from the repository."""
@@ -54,6 +64,8 @@ def test_the_wheel_holds_kernels_extension_and_template(tmp_path):
         "fastssl/_C.",
         "fastssl/_native_baseline.",
         "fastssl/report/page.html",
+        "fastssl/py.typed",
+        "fastssl/_C.pyi",
     ):
         assert any(name.startswith(wanted) for name in names), wanted
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
