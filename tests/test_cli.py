@@ -92,7 +92,7 @@ def test_export_and_start_from_weights(monkeypatch, capsys, tmp_path):
     assert second[1] == first[2]  # the given encoder is the one that was trained
     refused(
         monkeypatch,
-        "export: moco_v3 has no weights in the format mae: use timm, torchvision, safetensors, moco",
+        "export: MoCoV3 has no weights in the format mae: use timm, torchvision, safetensors, moco",
         "export",
         folder,
         "--format",
