@@ -37,7 +37,9 @@ class MomentumEncoder(nn.Module):
     Source: He et al., 2020 (MoCo), equation 2.
     """
 
-    def __init__(self, module: nn.Module, momentum: float = 0.999, buffers: Literal["keep", "average", "copy"] = "keep"):
+    def __init__(
+        self, module: nn.Module, momentum: float = 0.999, buffers: Literal["keep", "average", "copy"] = "keep"
+    ):
         super().__init__()
         if not 0 <= momentum <= 1:
             raise ValueError(f"MomentumEncoder: momentum must be between 0 and 1, got {momentum}")

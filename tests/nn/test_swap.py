@@ -214,10 +214,7 @@ def test_an_attention_that_computes_something_else_is_refused():
     model.blocks[0].attn.forward = lambda x, **_: x
     replaced = "has a forward method that replaces that of its class"
     refused(
-        f"accelerate: blocks.0.attn (timm.layers.attention.Attention) {replaced}{LEAVE}",
-        ValueError,
-        accelerate,
-        model,
+        f"accelerate: blocks.0.attn (timm.layers.attention.Attention) {replaced}{LEAVE}", ValueError, accelerate, model
     )
     with torch.device("meta"):
         model = official_like()
@@ -256,7 +253,9 @@ def test_models_without_known_attention_are_refused():
         torchvision.models.resnet18(),
     )
     layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
-    with pytest.raises(ValueError, match=r"self_attn \(torch\.nn.*MultiheadAttention\) is called in an unsupported way"):
+    with pytest.raises(
+        ValueError, match=r"self_attn \(torch\.nn.*MultiheadAttention\) is called in an unsupported way"
+    ):
         accelerate(layer)
     assert accelerate(ViT(16, 8, embed_dim=16, depth=1, num_heads=2)) == []
 
