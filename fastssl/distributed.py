@@ -1,25 +1,31 @@
-"""Ranks, and the few collectives that methods need, on torch.distributed. In one process each does nothing.
+"""Processes that train together, and the collectives of methods, on torch.distributed.
 
-All ranks must call a collective together and with equal shapes. Those that carry a gradient sum over the ranks' losses:
-DistributedDataParallel then averages, which gives the gradient of the mean loss of all ranks.
+In one process a collective returns its argument. All ranks must call a collective together and with equal shapes.
+Gradients through collectives are those of the sum of all ranks' losses; DistributedDataParallel then averages, which
+gives the gradient of the mean loss.
 """
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if hasattr(dist, "all_gather_single"):  # their names from torch 2.14 on; the older ones warn there
-    _all_gather_single, _reduce_scatter_single = dist.all_gather_single, dist.reduce_scatter_single
+if hasattr(dist, "all_gather_single"):  # names from torch 2.14 on, where the older ones warn
+    _all_gather_single: Any = dist.all_gather_single
+    _reduce_scatter_single: Any = dist.reduce_scatter_single
 elif dist.is_available():
     _all_gather_single, _reduce_scatter_single = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
 
 
 def setup(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun started and returns this one's device; alone it returns `device`.
+    """Joins the process group of torchrun and returns the device of this process; without torchrun, `device`.
 
-    Tensors on GPUs go by NCCL and those on the CPU by gloo.
+    Collectives use NCCL for tensors on GPUs and gloo for those on the CPU.
+
+    Args:
+        device: CPU, or a GPU; one without an index becomes that of the local rank.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or world_size() > 1:
         return device
@@ -37,18 +43,18 @@ def shutdown() -> None:
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """True for what a collective raises where another process has gone."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-    return world_size() > 1 and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+    """True if a collective raised `error` because another process has ended."""
+    messages = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+    return world_size() > 1 and (isinstance(error, dist.DistError) or any(text in str(error) for text in messages))
 
 
 def local_world_size() -> int:
-    """Processes on this machine that train together."""
+    """Number of processes on this machine that train together."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size() > 1 else 1
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -69,7 +75,7 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
 
 
 def all_to_all(x: Tensor) -> Tensor:
-    """[world, …] → [world, …]: row d goes to rank d, row r of the result came from rank r. With gradient."""
+    """[world, …] → [world, …]: row d is sent to rank d, row r of the result is from rank r; with gradient."""
     return _AllToAll.apply(x) if world_size() > 1 else x
 
 
@@ -85,18 +91,21 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 def all_gather_object(x: object) -> list:
-    """Every rank's x, in rank order; for what is small and rare."""
+    """Every rank's x in rank order, pickled: for small objects and rare calls."""
     if world_size() == 1:
         return [x]
-    everyone: list = [None] * world_size()
-    dist.all_gather_object(everyone, x)
-    return everyone
+    objects: list = [None] * world_size()
+    dist.all_gather_object(objects, x)
+    return objects
 
 
 @torch.no_grad()
 def broadcast_buffers(module: nn.Module) -> None:
-    """Overwrites the buffers of every rank with those of rank 0. Batch norms of each rank keep running statistics of
-    what they see; those of rank 0 are the ones that are saved and evaluated, as with the reference code."""
+    """Overwrites the buffers of every rank with those of rank 0.
+
+    Each rank's batch norms have running statistics of its own batches; those of rank 0 are saved and evaluated, as with
+    the reference code of MoCo.
+    """
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
@@ -104,30 +113,36 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 @torch.no_grad()
 def shuffle(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Deals the samples [B, …] of all ranks out again at random; also returns the order that `unshuffle` needs.
+    """Redistributes the samples of all ranks at random, so that a rank's batch norms see another set of samples.
 
-    Every rank sends an equal share of its batch, chosen at random, to every rank. So each sample meets other company,
-    which is what it is for, and B samples move per rank where gathering everything moves world · B.
+    Every rank sends an equal share of its batch, chosen at random, to every rank: B samples are sent per rank, where
+    gathering all batches sends world · B.
+
+    Args:
+        x: [B, …], B equal on all ranks.
+
+    Returns: samples of all ranks [B, …] and the order [B] int64 that `unshuffle` needs.
 
     Source: He et al., 2020 (MoCo), section 3.3, "Shuffling BN".
     """
     order = torch.randperm(x.shape[0], device=x.device)
-    return _deal(x[order], back=False), order
+    return _redistribute(x[order], back=False), order
 
 
 @torch.no_grad()
 def unshuffle(x: Tensor, order: Tensor) -> Tensor:
-    """Undoes `shuffle` for what was made of the samples, [B, …]: row i is again that of this rank's sample i."""
-    return _deal(x, back=True)[order.argsort()]
+    """Reverses `shuffle` for the results of its samples [B, …]: row i is the result of this rank's sample i."""
+    return _redistribute(x, back=True)[order.argsort()]
 
 
-def _deal(x: Tensor, back: bool) -> Tensor:
-    world, here = world_size(), rank()
+def _redistribute(x: Tensor, back: bool) -> Tensor:
+    """Sends a share of the rows of x [B, …] to each rank, or with `back` returns the received rows to their ranks."""
+    world, this_rank = world_size(), rank()
     if world == 1:
         return x
     shares = [len(part) for part in torch.arange(x.shape[0]).tensor_split(world)]
-    sent = [shares[(other - here) % world] for other in range(world)]  # to each rank; everyone receives B in all
-    received = [shares[(here - other) % world] for other in range(world)]
+    sent = [shares[(r - this_rank) % world] for r in range(world)]  # rows to rank r; each rank receives B in all
+    received = [shares[(this_rank - r) % world] for r in range(world)]
     if back:
         sent, received = received, sent
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

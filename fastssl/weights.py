@@ -15,6 +15,7 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,7 +64,8 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
 
 def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
     """State dict of the method's encoder with the names of timm or torchvision."""
-    state = method.encoder.state_dict()
+    encoder: Any = method.encoder
+    state = encoder.state_dict()
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")
@@ -104,7 +106,7 @@ def load_weights(module: nn.Module, path: Path | str, encoder_only: bool = False
             encoder_only, also where it holds weights of an encoder that the module lacks, such as LayerScale's.
     """
     state, expected = read_weights(path), module.state_dict()
-    encoder = module.encoder.state_dict() if hasattr(module, "encoder") else expected
+    encoder = getattr(module, "encoder", module).state_dict()
     if encoder_only:
         if not set(encoder) <= set(expected):
             raise ValueError(f"weights: encoder_only loads into a ViT or MAE, got {type(module).__name__}")
@@ -153,6 +155,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"weights: {path} is no file")
+    state: Any
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)

@@ -16,7 +16,7 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.eval.protocols import Official
 from fastssl.nn.linear import Linear
-from fastssl.nn.masking import kept_tokens, seeded_noise
+from fastssl.nn.masking import num_kept_tokens, seeded_noise
 from fastssl.nn.norm import ResidualNorm
 from fastssl.nn.sharing import shared_copy
 from fastssl.nn.vit import SIZES, Block, ViT, sincos_positions, xavier_
@@ -140,7 +140,7 @@ class MAE(ViT):
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
         self.norm_pix_loss, self.mask_ratio = norm_pix_loss, mask_ratio
         self.length = self.grid[0] * self.grid[1]
-        self.keep = kept_tokens("MAE", self.length, mask_ratio, fewest_masked=1)
+        self.keep = num_kept_tokens("MAE", self.length, mask_ratio, min_masked=1)
         self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_embed_dim, self.grid), requires_grad=False)

@@ -18,7 +18,7 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import shuffle, unshuffle, world_size
 from fastssl.eval.protocols import Official
 from fastssl.nn.heads import moco_v2_head
-from fastssl.nn.losses import InfoNCELoss, unit
+from fastssl.nn.losses import InfoNCELoss, l2_normalize
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
@@ -185,7 +185,7 @@ class MoCo(nn.Module):
         view1, view2 = batch.views
         pairs = [(view1, view2), (view2, view1)] if self.symmetric else [(view1, view2)]
         keys = [self.keys(view) for _, view in pairs]
-        queries = [unit(self.encoder_q(view)) for view, _ in pairs]
+        queries = [l2_normalize(self.encoder_q(view)) for view, _ in pairs]
         with record_function("loss"):
             results = [self.criterion.contrast(q, k) for q, k in zip(queries, keys)]
             return keys, InfoNCE(*map(torch.cat, zip(*results)))
@@ -199,9 +199,9 @@ class MoCo(nn.Module):
     def keys(self, images: Tensor) -> Tensor:
         """Keys [B, D] of unit length, by the key encoder."""
         if not self.shuffled:
-            return unit(self.encoder_k(images))
+            return l2_normalize(self.encoder_k(images))
         images, order = shuffle(images)
-        return unshuffle(unit(self.encoder_k(images)), order)
+        return unshuffle(l2_normalize(self.encoder_k(images)), order)
 
     def before_step(self, progress: float) -> None:
         """The forward pass of MoCo has no scheduled values."""

@@ -17,7 +17,7 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.eval.protocols import Official
 from fastssl.nn.heads import moco_v3_head
-from fastssl.nn.losses import unit
+from fastssl.nn.losses import l2_normalize
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.resnet import build_resnet
@@ -172,8 +172,8 @@ class MoCoV3(nn.Module):
 
     def directions(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Loss and rank of each query's positive key [B]: queries of either view among the keys of the other view."""
-        q1, q2 = (unit(self.predictor(self.base_encoder(view))) for view in batch.views)
-        k1, k2 = (unit(self.momentum_encoder(view)) for view in batch.views)
+        q1, q2 = (l2_normalize(self.predictor(self.base_encoder(view))) for view in batch.views)
+        k1, k2 = (l2_normalize(self.momentum_encoder(view)) for view in batch.views)
         with record_function("loss"):
             return [self.contrast(q1, k2), self.contrast(q2, k1)]
 

@@ -1,7 +1,7 @@
-"""Modules to drop into other people's models. README.md has a table: you have … → write …"""
+"""Drop-in modules for models and training loops of your own. README.md lists what each of them replaces."""
 
 from .attention import Attention
-from .losses import InfoNCELoss, NTXentLoss, unit
+from .losses import InfoNCELoss, NTXentLoss, l2_normalize
 from .masking import MaskedPatchLoss, random_masking, seeded_noise
 from .momentum import MomentumEncoder
 from .queue import KeyQueue

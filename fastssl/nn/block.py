@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.ops import keep_tokens
+from fastssl.ops.dispatch import wide
 
 from .attention import Attention
 from .linear import Linear
@@ -127,19 +128,19 @@ def _scaled(y: Tensor, layer_scale: LayerScale | None, factor: Tensor | None) ->
     return layer_scale(y) if factor is None else y * (layer_scale.gamma * factor)  # one pass over y for both
 
 
-def drop_path_rates(rate: float, depth: int) -> Tensor:
-    """Drop-path rate of each block [depth] float32: from 0 to `rate`, linear over depth.
+def drop_path_factors(rate: float, depth: int, x: Tensor) -> Tensor:
+    """Random factors of residual branches [depth, 2, B, 1, 1]: 0 for a dropped branch, else 1 / (1 − rate).
 
-    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016, equation 4, counted from 0 as in timm.
+    The rate is linear over depth, from 0 in the first block to `rate` in the last, as in timm. Samples and branches are
+    dropped independently, and the expectation of a factor is 1.
+
+    Args:
+        rate: of the last block, in [0, 1).
+        depth: number of blocks.
+        x: [B, …] tensor that gives B, the device, whose generator is used, and the dtype: float64 for float64, else
+            float32.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", 2016, section 3.
     """
-    return torch.linspace(0, rate, depth)
-
-
-def drop_path_factors(rates: Tensor, batch: int) -> Tensor:
-    """Random factors of residual branches [depth, 2, B, 1, 1]: 0 with the block's rate, else 1 / (1 − rate).
-
-    Each sample and each branch is dropped by itself, and the expectation of a factor is 1, as with timm's `DropPath`.
-    The numbers come from torch's generator of the device of `rates` [depth].
-    """
-    kept = (1 - rates).view(-1, 1, 1, 1, 1)
-    return (torch.rand(len(rates), 2, batch, 1, 1, device=rates.device) < kept) / kept
+    kept = 1 - torch.linspace(0, rate, depth, dtype=wide(x), device=x.device).view(-1, 1, 1, 1, 1)
+    return (torch.rand(depth, 2, x.shape[0], 1, 1, device=x.device) < kept) / kept

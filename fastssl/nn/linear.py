@@ -1,4 +1,4 @@
-"""torch's linear layer on the engine's op."""
+"""Linear layer on the engine's op."""
 
 from torch import Tensor, nn
 
@@ -6,9 +6,10 @@ from fastssl import ops
 
 
 class Linear(nn.Linear):
-    """[..., K] → [..., N]. torch's `nn.Linear` in arguments, initial weights and state dict; see `ops.linear`.
+    """Linear layer [..., K] → [..., N] with the arguments, initial weights and state dict of torch's `nn.Linear`.
 
-    ``forward(x, gelu=True)`` equals ``F.linear(F.gelu(x), weight, bias)`` and keeps nothing of the GELU.
+    ``forward(x, gelu=True)`` equals ``F.linear(F.gelu(x), weight, bias)``; for the gradient the GELU is computed
+    again. See `ops.linear`.
     """
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""Contrastive losses as modules: over a queue of keys, and in the batch."""
+"""Contrastive losses as modules: with a queue of keys (MoCo) and within the batch (SimCLR)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from fastssl.ops.dispatch import acc_dtype
 from .queue import KeyQueue
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows [B, D] of unit length, in float32 (float64 for float64) also where autocast made x."""
+def l2_normalize(x: Tensor) -> Tensor:
+    """x [B, D] with rows of unit length, in float32 (float64 for float64), also for an x in autocast's dtype."""
     return F.normalize(x.to(acc_dtype(x)), dim=1)
 
 
@@ -20,15 +20,18 @@ class InfoNCELoss(KeyQueue):
     """MoCo's loss with its queue: ``loss = criterion(q, k)``, and in training the keys enter the queue.
 
     Replaces MoCo's `_dequeue_and_enqueue` and logits, and lightly's `NTXentLoss` with a memory bank. The queue is never
-    copied and no logits are kept. All ranks must bring batches of one size (drop the last, incomplete one).
+    copied and no logits are kept. All ranks must have batches of one size (drop the last, incomplete one).
 
     Args:
         dim: D of queries and keys.
-        queue_size: K negatives.
+        queue_size: number of negative keys in the queue (K).
         tau: temperature: a number, or an `nn.Parameter` with one element, which is trained.
         normalize: make queries and keys unit vectors first.
-        shard: each rank keeps K / world keys and every query meets all of them; the results are those of one queue, to
-            rounding. See `KeyQueue`.
+        shard: keep K / world keys on each rank and contrast every query with all of them; results equal those of one
+            queue, to rounding. See `KeyQueue`.
+
+    Raises:
+        ValueError: tau is not positive, or an argument of `KeyQueue` does not fit.
 
     Source: He et al., 2020 (MoCo), equation 1 and algorithm 1.
     """
@@ -48,44 +51,45 @@ class InfoNCELoss(KeyQueue):
         self.tau, self.normalize = tau, normalize
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        """Mean loss of the queries q [B, D] against their keys k [B, D] and the queue, a float32 scalar (float64 for
+        """Mean loss of the queries q [B, D] with their keys k [B, D] and the queue, a float32 scalar (float64 for
         float64). Gradient to q and to a trained tau, none to k. In training mode, with gradients on, k is enqueued."""
-        q, k = self._prepared(q, k)
+        q, k = self._prepare(q, k)
         loss = self._contrast(q, k).loss.mean()
         if self.training and torch.is_grad_enabled():
             super().enqueue(k)
         return loss
 
     def contrast(self, q: Tensor, k: Tensor) -> InfoNCE:
-        """Loss and rank of each query, [B]; the queue is only read."""
-        return self._contrast(*self._prepared(q, k))
+        """Loss and rank of each query, [B]; the queue does not change."""
+        return self._contrast(*self._prepare(q, k))
 
     def enqueue(self, keys: Tensor) -> None:
-        """Writes the keys [B, D] of all ranks over the oldest, made unit vectors first with `normalize`."""
-        super().enqueue(unit(keys) if self.normalize else keys)
+        """Writes the keys [B, D] of all ranks over the oldest, with `normalize` as unit vectors."""
+        super().enqueue(l2_normalize(keys) if self.normalize else keys)
 
-    def _prepared(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return (unit(q), unit(k.detach())) if self.normalize else (q, k.detach())
+    def _prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return (l2_normalize(q), l2_normalize(k.detach())) if self.normalize else (q, k.detach())
 
     def _contrast(self, q: Tensor, k: Tensor) -> InfoNCE:
         self._check_ranks()
         if not self.shard or world_size() == 1:
             return info_nce(q, k, self.queue, self.tau)
-        # Every rank contrasts all queries with its shard; each then joins what the shards say of its own.
-        loss, beaten_by = info_nce(all_gather_with_grad(q), all_gather(k), self.queue, self.tau)
-        shards = (world_size(), -1)
-        return InfoNCE(
-            _joined(all_to_all(loss.unflatten(0, shards))), all_to_all(beaten_by.unflatten(0, shards)).sum(0)
-        )
+        # Every rank contrasts the queries of all ranks with its shard, and sends each rank the results of its queries.
+        losses, query_ranks = info_nce(all_gather_with_grad(q), all_gather(k), self.queue, self.tau)
+        by_query = (world_size(), -1)
+        loss = _loss_over_shards(all_to_all(losses.unflatten(0, by_query)))
+        return InfoNCE(loss, all_to_all(query_ranks.unflatten(0, by_query)).sum(0))
 
 
-def _joined(losses_WB: Tensor) -> Tensor:
-    """The loss over all negatives from those over disjoint parts of them: e^loss − 1 = Σ (e^loss_r − 1), since both are
-    sums over negatives of e^(s_j − s_positive)."""
+def _loss_over_shards(losses_WB: Tensor) -> Tensor:
+    """Loss over all negatives [B] from the losses over disjoint shards of them [W, B].
+
+    e^loss − 1 = Σ_r (e^loss_r − 1), since both are sums over negatives of e^(s_j − s_positive).
+    """
     losses = losses_WB.double()
     largest = losses.detach().amax(0)
-    others = (-torch.expm1(-losses) * (losses - largest).exp()).sum(0)
-    return (largest + torch.log((-largest).exp() + others)).to(losses_WB.dtype)
+    negatives = (-torch.expm1(-losses) * (losses - largest).exp()).sum(0)
+    return (largest + torch.log((-largest).exp() + negatives)).to(losses_WB.dtype)
 
 
 class NTXentLoss(nn.Module):
@@ -93,8 +97,11 @@ class NTXentLoss(nn.Module):
 
     Args:
         tau: temperature: a number, or an `nn.Parameter` with one element, which is trained.
-        gather: contrast with the views of all ranks, with gradient to them. Every rank computes all rows then; their
-            batches must be of one size.
+        gather: contrast with the views of all ranks, with gradient to them. Every rank then computes the losses of all
+            ranks; their batches must be of one size.
+
+    Raises:
+        ValueError: tau is not positive.
 
     Source: Chen et al., 2020 (SimCLR), equation 1.
     """
@@ -106,9 +113,9 @@ class NTXentLoss(nn.Module):
         self.tau, self.gather = tau, gather
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """Mean loss of the 2B views of this rank, z1 and z2 [B, D], row i of both showing image i: a float32 scalar
-        (float64 for float64). They are made unit vectors first. Gradient to both and to a trained tau."""
-        z1, z2 = unit(z1), unit(z2)
+        """Mean loss of this rank's 2B views z1 and z2 [B, D], where row i of both is a view of image i: a float32
+        scalar (float64 for float64). They are made unit vectors first. Gradient to both and to a trained tau."""
+        z1, z2 = l2_normalize(z1), l2_normalize(z2)
         if not self.gather or world_size() == 1:
             return nt_xent(z1, z2, self.tau).mean()
         batch = z1.shape[0]

@@ -1,4 +1,4 @@
-"""The ring of keys that MoCo contrasts with."""
+"""MoCo's queue of keys."""
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +11,22 @@ from fastssl.ops import enqueue_
 class KeyQueue(nn.Module):
     """The last K keys of all ranks, exactly first in, first out at any batch size.
 
-    Buffers `queue` [K, D] and `queue_ptr` [1]; both are saved, in the official layout: in state dicts `queue` is
+    Buffers are `queue` [K, D] and `queue_ptr` [1]. Both are saved in the official layout: in state dicts `queue` is
     [D, K].
 
-    All ranks must bring equal numbers of keys. Queues that are not sharded begin alike where the ranks' seeds are
-    equal, or where DistributedDataParallel broadcasts buffers.
+    All ranks must enqueue equal numbers of keys. Queues that are not sharded start equal if the ranks' seeds are equal
+    or DistributedDataParallel broadcasts buffers.
 
     Args:
-        dim: D.
-        queue_size: K. It begins with random unit vectors.
-        shard: each rank keeps K / world keys: those of number n with n mod world = rank. Buffers are then hidden from
-            DistributedDataParallel, which would overwrite them with rank 0's. State dicts still hold the whole queue,
-            so all ranks must call `state_dict()` together.
+        dim: width of the keys (D).
+        queue_size: number of keys (K), at first random unit vectors.
+        shard: keep K / world keys on each rank, key n on rank n mod world. The shard is then no buffer, since
+            DistributedDataParallel would overwrite it with rank 0's. State dicts still hold the whole queue, so all
+            ranks must call `state_dict()` together.
 
     Raises:
-        ValueError: queue_size or dim < 1, or the shards would not be equal.
+        ValueError: queue_size or dim is less than 1, or queue_size is not divisible by the number of ranks.
+        RuntimeError: by a call, the queue was sharded over another number of ranks.
 
     Source: He et al., 2020 (MoCo), section 3.2, "Dictionary as a queue".
     """
@@ -42,7 +43,7 @@ class KeyQueue(nn.Module):
         queue = F.normalize(torch.randn(queue_size, dim), dim=1)
         ptr = torch.zeros(1, dtype=torch.int64)
         if shard:
-            self.queue, self.queue_ptr = self._own(queue), ptr
+            self.queue, self.queue_ptr = self._local_keys(queue), ptr
         else:
             self.register_buffer("queue", queue)
             self.register_buffer("queue_ptr", ptr)
@@ -51,33 +52,37 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Writes the keys [B, D] of all ranks, in rank order, over the oldest. A key that is not finite leaves what was
-        in its place: one that overflowed would spoil every loss until it left the queue."""
+        """Writes the keys [B, D] of all ranks, in rank order, over the oldest.
+
+        A key that is not finite is not written, since it would spoil every loss until it left the queue: the old key
+        stays in its row.
+        """
         self._check_ranks()
         keys = all_gather(keys.detach())
-        keys = self._own(keys) if self.shard else keys
-        places = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % self.queue.shape[0]
+        keys = self._local_keys(keys) if self.shard else keys
+        rows = (self.queue_ptr + torch.arange(keys.shape[0], device=keys.device)) % self.queue.shape[0]
         finite = keys.isfinite().all(1, keepdim=True)
-        enqueue_(self.queue, self.queue_ptr, torch.where(finite, keys, self.queue[places].to(keys.dtype)))
+        enqueue_(self.queue, self.queue_ptr, torch.where(finite, keys, self.queue[rows].to(keys.dtype)))
 
     def full_queue(self) -> Tensor:
-        """All keys [K, D], gathered from the ranks where the queue is sharded."""
+        """All keys [K, D], gathered from the ranks if the queue is sharded."""
         if not self.shard:
             return self.queue
         self._check_ranks()
-        parts = all_gather(self.queue).unflatten(0, (world_size(), -1))
-        return parts.transpose(0, 1).flatten(0, 1)
+        shards = all_gather(self.queue).unflatten(0, (world_size(), -1))
+        return shards.transpose(0, 1).flatten(0, 1)
 
     def _check_ranks(self) -> None:
         if self.shard and self._ranks != world_size():
-            came = f"sharded over {self._ranks} ranks, and there are {world_size()}"
-            raise RuntimeError(f"{type(self).__name__}: this queue was {came}: build it after init_process_group")
+            got = f"sharded over {self._ranks} ranks, and there are {world_size()}"
+            raise RuntimeError(f"{type(self).__name__}: this queue was {got}: build it after init_process_group")
 
-    def _own(self, keys: Tensor) -> Tensor:
+    def _local_keys(self, keys: Tensor) -> Tensor:
+        """This rank's keys of those of all ranks [N, D]."""
         return keys[rank() :: world_size()].contiguous()
 
-    def _apply(self, fn, recurse=True):
-        """What `.to(…)` and its like call: shards are no buffers, so they are moved here."""
+    def _apply(self, fn, recurse: bool = True) -> "KeyQueue":
+        """Also moves and converts shards, which are no buffers, for `.to(…)` and the like."""
         super()._apply(fn, recurse)
         if self.shard:
             self.queue, self.queue_ptr = fn(self.queue), fn(self.queue_ptr)
@@ -96,18 +101,19 @@ def _load(module: KeyQueue, state: dict, prefix: str, metadata: dict, strict: bo
         if names[0] in state:
             state[names[0]] = state[names[0]].T.contiguous()
         return
-    found = [state.pop(name) for name in names if name in state]
-    if len(found) < 2:
+    tensors = [state.pop(name) for name in names if name in state]
+    if len(tensors) < 2:
         missing.extend(names)
         return
-    queue_DK, ptr = found
+    queue_DK, ptr = tensors
     if queue_DK.shape != (module.queue.shape[1], module.queue.shape[0] * world_size()):
-        came = list(queue_DK.shape)
-        raise ValueError(f"{type(module).__name__}: the queue to load must have shape [D, K] of this one, got {came}")
-    beyond = int(ptr) % world_size()  # the shards' pointers stand for multiples of world; a ring may be turned
-    own, at = module._own(queue_DK.T.roll(-beyond, 0)), ptr.div(world_size(), rounding_mode="floor")
+        got = list(queue_DK.shape)
+        raise ValueError(f"{type(module).__name__}: the queue to load must have shape [D, K] of this one, got {got}")
+    # A shard's pointer stands for a multiple of world in the whole queue, so the queue is rotated to one.
+    remainder = int(ptr) % world_size()
+    shard, shard_ptr = module._local_keys(queue_DK.T.roll(-remainder, 0)), ptr.div(world_size(), rounding_mode="floor")
     if metadata.get("assign_to_params_buffers"):
-        module.queue, module.queue_ptr = own, at
+        module.queue, module.queue_ptr = shard, shard_ptr
     else:
-        module.queue.copy_(own)
-        module.queue_ptr.copy_(at)
+        module.queue.copy_(shard)
+        module.queue_ptr.copy_(shard_ptr)

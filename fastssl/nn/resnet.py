@@ -1,4 +1,4 @@
-"""ResNets from torchvision, with variants for small images, and with batch norm, addition and ReLU in one pass."""
+"""torchvision's ResNets with batch norm, addition and ReLU in one pass, and with variants for small images."""
 
 import functools
 
@@ -21,10 +21,13 @@ def build_resnet(
 
     Args:
         name: one of `NAMES`; resnet_mini is `ResNetMini`.
-        dim: outputs of `fc`.
-        small_images: a 3×3 stem without stride and pooling, as is usual for images of 32 pixels.
-        bn_splits: parts of the batch that batch norm treats apart, see `SplitBatchNorm2d`.
+        dim: number of outputs of `fc`.
+        small_images: use a 3×3 stem without stride and pooling, as is usual for images of 32 pixels.
+        bn_splits: number of parts of the batch with batch statistics of their own, see `SplitBatchNorm2d`.
         zero_init_residual: start every block as the identity (MoCo v3).
+
+    Raises:
+        ValueError: the name is unknown.
     """
     if name not in NAMES:
         raise ValueError(f"resnet: unknown backbone {name!r}, there are {', '.join(NAMES)}")
@@ -35,10 +38,12 @@ def build_resnet(
         model = ResNet(*_BLOCKS[name], num_classes=dim, norm_layer=norm, zero_init_residual=zero_init_residual)
         if small_images:
             model.conv1, model.maxpool = _stem(64, stride=1), nn.Identity()
-    return model.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and GPUs
+    return model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs and GPUs
 
 
 class BasicBlock(resnet.BasicBlock):
+    """torchvision's `BasicBlock` with batch norm, addition and ReLU in one pass."""
+
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = norm_relu(self.bn1, self.conv1(x))
@@ -46,6 +51,8 @@ class BasicBlock(resnet.BasicBlock):
 
 
 class Bottleneck(resnet.Bottleneck):
+    """torchvision's `Bottleneck` with batch norm, addition and ReLU in one pass."""
+
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = norm_relu(self.bn1, self.conv1(x))
@@ -63,7 +70,7 @@ _BLOCKS = {
 
 
 class ResNet(resnet.ResNet):
-    """torchvision's, with the blocks above."""
+    """torchvision's `ResNet`, for the blocks above."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
@@ -72,9 +79,9 @@ class ResNet(resnet.ResNet):
 
 
 class ResNetMini(ResNet):
-    """torchvision's ResNet with one block a stage and half the width, for small images and minutes on a CPU.
+    """A ResNet with one block a stage and half the width, for small images and minutes on a CPU.
 
-    A 3×3 stem of stride 2 without pooling, 32, 64, 128 and 256 channels: 1.2 M parameters, 256 features.
+    It has a 3×3 stem of stride 2 without pooling, and 32, 64, 128 and 256 channels: 1.2 M parameters, 256 features.
     """
 
     def __init__(self, dim: int, norm_layer, zero_init_residual: bool = False):

@@ -1,29 +1,29 @@
-"""Modules that share the parameters of another one, without some of its parts."""
+"""Copies of modules that share their parameters and lack some of their parts."""
 
 from torch import nn
 
 
 def shared_copy(module: nn.Module, cls: type[nn.Module] | None = None, without: tuple[str, ...] = ()) -> nn.Module:
-    """A module that shares every parameter, buffer and child of `module` but those named in `without`.
+    """A module that shares every parameter, buffer and child of `module` except those named in `without`.
 
     Args:
-        module: left as it is.
+        module: is not changed.
         cls: class of the copy, that of `module` if None.
         without: names of children, parameters and buffers to leave out; a name that ends in "*" is a prefix.
     """
 
-    def kept(name: str) -> bool:
+    def is_shared(name: str) -> bool:
         return not any(name.startswith(w[:-1]) if w.endswith("*") else name == w for w in without)
 
     copy = nn.Module.__new__(cls or type(module))
     copy.__dict__.update(module.__dict__)
     for members in ("_modules", "_parameters", "_buffers"):
-        copy.__dict__[members] = {name: x for name, x in module.__dict__[members].items() if kept(name)}
+        copy.__dict__[members] = {name: x for name, x in module.__dict__[members].items() if is_shared(name)}
     return copy
 
 
 def headless(module: nn.Module, head: str) -> nn.Module:
-    """A module that shares everything of `module`, with the child named `head` replaced by the identity."""
+    """A module that shares everything with `module` except the child named `head`, which is the identity."""
     copy = shared_copy(module, without=(head,))
     setattr(copy, head, nn.Identity())
     return copy

@@ -62,14 +62,15 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
             refusals.append(f"{name} ({type(module).__module__}.{type(module).__name__}) {reason}")
             continue
         if module not in replacements:
-            torchvision = isinstance(module, nn.MultiheadAttention)
-            replacements[module] = TorchvisionAttention(module) if torchvision else Attention.from_module(module)
+            if isinstance(module, nn.MultiheadAttention):
+                replacements[module] = TorchvisionAttention(module)
+            else:
+                replacements[module] = Attention.from_module(module)
         swaps[name] = replacements[module]
     if refusals:
         more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
-        raise ValueError(
-            f"accelerate: {refusals[0]}{more}; nothing was swapped (accelerate(model, leave=[…]) leaves modules by name)"
-        )
+        way_out = "(accelerate(model, leave=[…]) leaves modules by name)"
+        raise ValueError(f"accelerate: {refusals[0]}{more}; nothing was swapped {way_out}")
     if not swaps and not has_engine_attention:
         raise ValueError(
             f"accelerate: {type(model).__name__} has no attention of a supported kind; nothing was swapped"

@@ -1,13 +1,13 @@
 """Vision transformer on the engine's attention. Parameter names are those of timm and of the official MAE."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.ops import check, patchify
 
-from .block import Block, drop_path_factors, drop_path_rates
+from .block import Block, drop_path_factors
 from .linear import Linear
 from .norm import ResidualNorm
 from .patch_embed import ConvStem, PatchEmbed
@@ -117,7 +117,7 @@ class ViT(nn.Module):
         self.num_prefix_tokens = int(class_token) + reg_tokens
         self.pos_prefix = 0 if no_embed_class else self.num_prefix_tokens  # rows of pos_embed for prefix tokens
         self.global_pool = _check_pool(name, "global_pool", global_pool, class_token)
-        self.dynamic_img_size = dynamic_img_size
+        self.dynamic_img_size, self.drop_path_rate = dynamic_img_size, drop_path_rate
         if conv_stem:
             self.patch_embed: PatchEmbed | ConvStem = ConvStem(in_chans, embed_dim)
         else:
@@ -133,15 +133,13 @@ class ViT(nn.Module):
         elif pos_embed != "none":
             raise ValueError(f"{name}: pos_embed must be 'sincos', 'learn' or 'none', got {pos_embed!r}")
         self.norm_pre = ResidualNorm(embed_dim, norm_eps) if pre_norm else None
-        block = {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "init_values": init_values, "mlp": mlp, "norm_eps": norm_eps}
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, **block) for _ in range(depth))
+        options: dict[str, Any] = {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "init_values": init_values}
+        options |= {"mlp": mlp, "norm_eps": norm_eps}
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, **options) for _ in range(depth))
         fc_norm = global_pool in ("avg", "max", "avgmax") if fc_norm is None else fc_norm
         self.norm = None if fc_norm else ResidualNorm(embed_dim, norm_eps)
         self.fc_norm = nn.LayerNorm(embed_dim, norm_eps) if fc_norm else None
         self.head: nn.Module = Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        rates = drop_path_rates(drop_path_rate, depth) if drop_path_rate else None
-        self.register_buffer("drop_path_rates", rates, persistent=False)
-        self.drop_path_rates: Tensor | None
         self._cache: dict[tuple[int, int], tuple[Tensor, tuple, Tensor]] = {}  # of `positions`, by grid
         self.register_load_state_dict_pre_hook(_fit_tables)
         self._initialise()
@@ -194,8 +192,8 @@ class ViT(nn.Module):
         if self.norm_pre is not None:
             x = self.norm_pre(x, None, x.dtype)[1]
         delta = None
-        if self.training and self.drop_path_rates is not None:
-            factors = drop_path_factors(self.drop_path_rates, len(x))
+        if self.training and self.drop_path_rate:
+            factors = drop_path_factors(self.drop_path_rate, len(self.blocks), x)
             for block, factor in zip(self.blocks, factors):
                 x, delta = block(x, delta, drop_path=factor)
         else:
@@ -208,7 +206,7 @@ class ViT(nn.Module):
 
     def _add_prefix(self, tokens: Tensor) -> Tensor:
         """Class token and registers with their positions in front of tokens [B, M, D]."""
-        prefix = [x for x in (self.cls_token, self.reg_token) if x is not None]
+        prefix: list[Tensor] = [x for x in (self.cls_token, self.reg_token) if x is not None]
         if not prefix:
             return tokens
         x = torch.cat(prefix, dim=1) if len(prefix) > 1 else prefix[0]

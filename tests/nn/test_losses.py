@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.nn import InfoNCELoss, KeyQueue, NTXentLoss
-from fastssl.nn.losses import _joined
+from fastssl.nn.losses import _loss_over_shards
 from tests.support.contract import refused
 from tests.support.ranks import run_ranks
 
@@ -99,7 +99,7 @@ def test_shards_join_exactly_at_any_size_of_loss():
             parts = torch.log1p(scores.exp().sum(2))
         whole = torch.cat([zero[0], scores.transpose(0, 1).flatten(1)], 1).logsumexp(1)
         whole = torch.log1p(scores.exp().sum((0, 2))) if shift < 0 else whole
-        torch.testing.assert_close(_joined(parts), whole, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(_loss_over_shards(parts), whole, rtol=1e-12, atol=1e-15)
 
 
 def steps(dtype, tau):

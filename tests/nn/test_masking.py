@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from fastssl.contract import Batch
+from fastssl.data import draws
 from fastssl.distributed import rank
 from fastssl.methods.mae import MAE
 from fastssl.nn import MaskedPatchLoss, random_masking, seeded_noise
+from fastssl.nn.masking import splitmix64
 from fastssl.ops import masked_patch_mse
 from tests.support.contract import refused
 from tests.support.golden import read
@@ -61,18 +63,29 @@ def test_random_masking_takes_noise_and_a_generator():
     )
 
 
-def splitmix64(key, count):
-    """Its published form, in Python's integers."""
+SPLITMIX64 = {  # seed: the first numbers of the reference implementation, Vigna's splitmix64.c
+    0: (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC),
+    1234567: (6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431),
+}
 
-    def finalise(z):
+
+def reference_splitmix64(seed, count):
+    """Its published form, in Python's integers."""
+    numbers = []
+    for i in range(1, count + 1):
+        z = (seed + i * 0x9E3779B97F4A7C15) % 2**64
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-        return z ^ z >> 31
+        numbers.append(z ^ z >> 31)
+    return numbers
 
-    state = 0
-    for part in key:
-        state = finalise((state + part + 0x9E3779B97F4A7C15) % 2**64)
-    return [finalise((state + i * 0x9E3779B97F4A7C15) % 2**64) >> 40 for i in range(1, count + 1)]
+
+def test_splitmix64_gives_the_published_numbers():
+    """In all its forms: in torch for masks, in NumPy for augmentations, and in this file."""
+    numbers = splitmix64(torch.tensor(list(SPLITMIX64)), 4)
+    for row, (seed, expected) in zip(numbers.tolist(), SPLITMIX64.items()):
+        assert [number % 2**64 for number in row] == list(expected) == reference_splitmix64(seed, 4)
+        assert draws.mix(seed).tolist() == [expected[0] % 2**63]  # 63 bits of the first number
 
 
 def test_seeded_noise_is_splitmix64():
@@ -80,7 +93,10 @@ def test_seeded_noise_is_splitmix64():
     noise = seeded_noise(9, 11, 2**40, samples)
     assert noise.dtype == torch.float32
     for row, sample in zip(noise, samples.tolist()):
-        assert (row.double() * 2**24).tolist() == splitmix64((11, 2**40, sample % 2**64), 9)
+        seed = 0
+        for part in (11, 2**40, sample % 2**64):
+            (seed,) = reference_splitmix64(seed + part, 1)
+        assert (row.double() * 2**24).tolist() == [number >> 40 for number in reference_splitmix64(seed, 9)]
 
 
 def test_seeded_noise_needs_numbers_of_samples():

@@ -11,7 +11,7 @@ from timm.layers.drop import DropPath
 from torch import nn
 
 from fastssl.nn import ViT
-from fastssl.nn.block import Block, LayerScale, drop_path_factors, drop_path_rates
+from fastssl.nn.block import Block, LayerScale, drop_path_factors
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.positions import interpolate_positions
 from fastssl.train.recompute import recompute_blocks
@@ -157,14 +157,14 @@ def test_gradients_are_timms(case):
 
 def factors_of(vit, batch, seed):
     torch.manual_seed(seed)
-    return drop_path_factors(vit.drop_path_rates, batch)
+    return drop_path_factors(vit.drop_path_rate, len(vit.blocks), next(vit.parameters()).new_empty(batch))
 
 
 def test_drop_path_is_timms_with_the_same_draws(monkeypatch):
     theirs, ours = pair("dinov2", drop_path_rate=0.5, depth=3)
-    assert [b.drop_path1.drop_prob if i else 0.0 for i, b in enumerate(theirs.blocks)] == ours.drop_path_rates.tolist()
+    assert [block.drop_path1.drop_prob for block in theirs.blocks[1:]] == [0.25, 0.5]
     factors = factors_of(ours, 4, seed=3)
-    assert {0.0, 1.0, 2.0} <= set(factors[[0, -1]].unique().tolist())
+    assert factors.unique().tolist() == pytest.approx([0, 1, 1 / 0.75, 2])
     draws = iter(factors[1:].unbind(0))  # timm's first block has no drop path
     pending = []
 
@@ -180,9 +180,9 @@ def test_drop_path_is_timms_with_the_same_draws(monkeypatch):
 
 
 def test_drop_path_rates_are_linear_and_factors_have_expectation_1():
-    assert drop_path_rates(0.3, 4).tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
     torch.manual_seed(0)
-    factors = drop_path_factors(drop_path_rates(0.5, 3), 20_000)
+    factors = drop_path_factors(0.5, 3, torch.empty(20_000, 1))
+    assert drop_path_factors(0.5, 1, torch.empty(9)).eq(1).all()
     assert factors.shape == (3, 2, 20_000, 1, 1)
     assert torch.equal(factors[0], torch.ones(2, 20_000, 1, 1))
     for rate, of_block in zip((0.25, 0.5), factors[1:]):

@@ -130,13 +130,8 @@ def test_addresses_do_not_change_from_step_to_step(name, precision):
     second = trainer.step(iter([batch]))
     assert addresses() == before
     assert [x.shape for x in tensors_of(first)] == [x.shape for x in tensors_of(second)]
-<<<<<<< HEAD
-    shadows = sum(isinstance(m, MomentumEncoder) and m._low_precision is not None for m in trainer.method.modules())
-    assert shadows == (precision == "bf16" and name.startswith("moco"))
-=======
     copied = sum(isinstance(m, MomentumEncoder) and m._low_precision is not None for m in trainer.method.modules())
     assert copied == (precision == "bf16" and name.startswith("moco"))
->>>>>>> refs/heads/train
 
 
 def test_graph_error_sentences():
