@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.ops import keep_tokens
-from fastssl.ops.dispatch import wide
+from fastssl.ops.dispatch import acc_dtype
 
 from .attention import Attention
 from .linear import Linear
@@ -142,5 +142,5 @@ def drop_path_factors(rate: float, depth: int, x: Tensor) -> Tensor:
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", 2016, section 3.
     """
-    kept = 1 - torch.linspace(0, rate, depth, dtype=wide(x), device=x.device).view(-1, 1, 1, 1, 1)
+    kept = 1 - torch.linspace(0, rate, depth, dtype=acc_dtype(x), device=x.device).view(-1, 1, 1, 1, 1)
     return (torch.rand(depth, 2, x.shape[0], 1, 1, device=x.device) < kept) / kept
