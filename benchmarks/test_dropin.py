@@ -1,4 +1,4 @@
-"""What one changed line brings: `accelerate` on a timm ViT, ours for calls of lightly, timm, MoCo and MAE."""
+"""Drop-in modules beside what they replace: timm's attention, and losses and updates of lightly, timm, MoCo, MAE."""
 
 import copy
 import itertools
@@ -24,10 +24,14 @@ TAU = 0.2
     [("vit_base_patch16_224", 4, "fp32"), ("vit_small_patch16_224", 4, "fp32"), ("vit_tiny_patch16_224", 2, "bf16")],
 )
 def test_accelerate(benchmark, name, batch, dtype):
-    """A step of a supervised ViT without the optimizer; official is timm's own formula, SDPA what timm takes by
-    itself. The gradients compared are those of the first layer and the last."""
-    theirs = timm.create_model(name, pretrained=False, num_classes=10).to(DEVICE)
-    models = {"ours": copy.deepcopy(theirs), "official": copy.deepcopy(theirs), "SDPA (timm as it is)": theirs}
+    """A step of a supervised ViT without the optimizer. "official" is timm's formula, "SDPA" its default. The
+    gradients of the first and the last layer are compared."""
+    timm_model = timm.create_model(name, pretrained=False, num_classes=10).to(DEVICE)
+    models = {
+        "ours": copy.deepcopy(timm_model),
+        "official": copy.deepcopy(timm_model),
+        "SDPA (timm as it is)": timm_model,
+    }
     accelerate(models["ours"])
     for block in models["official"].blocks:
         block.attn.fused_attn = False
@@ -37,8 +41,8 @@ def test_accelerate(benchmark, name, batch, dtype):
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
-        ends = [model.patch_embed.proj.weight, model.head.weight]
-        gradients = [p.grad.to(dtype) for p in ends]  # the tolerance is that of the dtype computed in
+        end_weights = [model.patch_embed.proj.weight, model.head.weight]
+        gradients = [p.grad.to(dtype) for p in end_weights]  # the tolerance is that of the dtype computed in
         model.zero_grad()
         return loss.detach().to(dtype), *gradients
 
@@ -60,21 +64,21 @@ def test_nt_xent_loss(benchmark, batch, width=128):
     z1 = torch.randn(batch, width, device=DEVICE, requires_grad=True)
     z2 = (z1.detach() + torch.randn(batch, width, device=DEVICE)).requires_grad_()
     labels = (torch.arange(2 * batch, device=DEVICE) + batch) % (2 * batch)
-    itself = torch.eye(2 * batch, dtype=torch.bool, device=DEVICE)
-    ours, lightly = NTXentLoss(TAU), LightlyNTXentLoss(TAU)
+    diagonal = torch.eye(2 * batch, dtype=torch.bool, device=DEVICE)
+    criterion, lightly = NTXentLoss(TAU), LightlyNTXentLoss(TAU)
 
     def official():
         z = F.normalize(torch.cat([z1, z2]), dim=1)
-        return F.cross_entropy((z @ z.T / TAU).masked_fill(itself, float("-inf")), labels)
+        return F.cross_entropy((z @ z.T / TAU).masked_fill(diagonal, float("-inf")), labels)
 
-    ways = {"ours": lambda: ours(z1, z2), "official": official, "lightly": lambda: lightly(z1, z2)}
+    calls = {"ours": lambda: criterion(z1, z2), "official": official, "lightly": lambda: lightly(z1, z2)}
     compare(
         benchmark,
         Case(
             op="NTXentLoss",
             size=f"2 × {batch:,}, D={width}, fp32, forward + backward",
             kernel="nt_xent_fwd",
-            contestants={name: forward_backward(way, z1, z2) for name, way in ways.items()},
+            contestants={name: forward_backward(call, z1, z2) for name, call in calls.items()},
             operations=3 * (2 * batch) ** 2 * width,
         ),
     )
@@ -82,41 +86,41 @@ def test_nt_xent_loss(benchmark, batch, width=128):
 
 @pytest.mark.parametrize("batch, length", [(256, 65536), (256, 4096), (32, 65536)])
 def test_info_nce_loss(benchmark, batch, length, width=128):
-    """A whole step of the loss with its queue: normalise, contrast, gradient, enqueue."""
+    """A step of the loss with its queue: normalise, contrast, gradient, enqueue."""
     q = torch.randn(batch, width, device=DEVICE, requires_grad=True)
     k = q.detach() + torch.randn(batch, width, device=DEVICE)
-    ours = InfoNCELoss(width, length, TAU).to(DEVICE)
+    criterion = InfoNCELoss(width, length, TAU).to(DEVICE)
     lightly = LightlyNTXentLoss(TAU, memory_bank_size=(length, width)).to(DEVICE)
-    lightly.memory_bank.bank = ours.queue.clone()
-    queue_DK, ptr = ours.queue.T.contiguous(), torch.zeros(1, dtype=torch.int64)
+    lightly.memory_bank.bank = criterion.queue.clone()
+    queue_DK, ptr = criterion.queue.T.contiguous(), torch.zeros(1, dtype=torch.int64)
     labels = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
 
     def official():
         """As MoCo's code: the queue is cloned, since it is written before the backward pass reads it."""
         query, key = F.normalize(q, dim=1), F.normalize(k, dim=1)
         logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue_DK.clone().detach()], 1) / TAU
-        at = int(ptr)
-        queue_DK[:, at : at + batch] = key.T
-        ptr[0] = (at + batch) % length
+        start = int(ptr)
+        queue_DK[:, start : start + batch] = key.T
+        ptr[0] = (start + batch) % length
         return F.cross_entropy(logits, labels)
 
-    ways = {"ours": lambda: ours(q, k), "official": official, "lightly": lambda: lightly(q, k)}
+    calls = {"ours": lambda: criterion(q, k), "official": official, "lightly": lambda: lightly(q, k)}
     compare(
         benchmark,
         Case(
             op="InfoNCELoss",
             size=f"B={batch}, D={width}, K={length:,}, fp32, forward + backward, enqueue",
             kernel="info_nce_fwd",
-            contestants={name: forward_backward(way, q) for name, way in ways.items()},
+            contestants={name: forward_backward(call, q) for name, call in calls.items()},
             operations=4 * batch * length * width,
         ),
     )
 
 
-def test_momentum_twin(benchmark, momentum=0.999):
-    """Of a ResNet-50 with its batch norms' statistics, which timm averages too."""
+def test_momentum_encoder(benchmark, momentum=0.999):
+    """A ResNet-50 with the running statistics of its batch norms, which timm averages too."""
     model = timm.create_model("resnet50", pretrained=False).to(DEVICE)
-    twins = {
+    averages = {
         "ours": MomentumEncoder(model, momentum, buffers="average"),
         "official": copy.deepcopy(model),
         "lightly": copy.deepcopy(model),
@@ -128,21 +132,21 @@ def test_momentum_twin(benchmark, momentum=0.999):
                 x.add_(torch.rand_like(x))
 
     @torch.no_grad()
-    def official(twin):
+    def official(copy_of_model):
         """MoCo's loop over parameters."""
-        for theirs, own in zip(twin.parameters(), model.parameters()):
-            theirs.data = theirs.data * momentum + own.data * (1 - momentum)
+        for target, source in zip(copy_of_model.parameters(), model.parameters()):
+            target.data = target.data * momentum + source.data * (1 - momentum)
 
     updates = {
-        "ours": lambda twin: twin.update(model),
+        "ours": lambda ema: ema.update(model),
         "official": official,
-        "lightly": lambda twin: update_momentum(model, twin, momentum),
-        "timm": lambda twin: twin.update(model),
+        "lightly": lambda ema: update_momentum(model, ema, momentum),
+        "timm": lambda ema: ema.update(model),
     }
 
     def run(name):
-        updates[name](twins[name])
-        return list(twins[name].parameters())
+        updates[name](averages[name])
+        return list(averages[name].parameters())
 
     compare(
         benchmark,
@@ -150,14 +154,14 @@ def test_momentum_twin(benchmark, momentum=0.999):
             op="MomentumEncoder",
             size="ResNet-50, fp32; ours and timm with the buffers",
             kernel="ema_update_",
-            contestants={name: lambda name=name: run(name) for name in twins},
+            contestants={name: lambda name=name: run(name) for name in averages},
         ),
     )
 
 
 @pytest.mark.parametrize("batch", [64])
 def test_random_masking(benchmark, batch, length=196, width=768, ratio=0.75):
-    """With the random numbers in it, which all contestants draw alike."""
+    """Including the random numbers, which all contestants draw with the same seed."""
     x = torch.randn(batch, length, width, device=DEVICE, requires_grad=True)
     keep = int(length * (1 - ratio))
 
@@ -170,10 +174,10 @@ def test_random_masking(benchmark, batch, length=196, width=768, ratio=0.75):
         mask[:, :keep] = 0
         return x.gather(1, ids), mask.gather(1, ids_restore), ids_restore
 
-    def contestant(masked):
+    def contestant(masking):
         def run():
             torch.manual_seed(0)
-            kept, mask, ids_restore = masked()
+            kept, mask, ids_restore = masking()
             (dx,) = torch.autograd.grad(kept.sum(), x)
             return kept.detach(), mask, ids_restore, dx
 
@@ -197,7 +201,7 @@ def test_random_masking(benchmark, batch, length=196, width=768, ratio=0.75):
 
 @pytest.mark.parametrize("batch", [64])
 def test_masked_patch_loss(benchmark, batch, size=224, patch=16, masked=147):
-    """Given predictions of all patches and a mask, as the official `forward_loss` is."""
+    """From predictions of all patches and a mask, as in the official `forward_loss`."""
     side = size // patch
     images = torch.randn(batch, 3, size, size, device=DEVICE)
     pred = torch.randn(batch, side**2, patch**2 * 3, device=DEVICE, requires_grad=True)
@@ -209,7 +213,7 @@ def test_masked_patch_loss(benchmark, batch, size=224, patch=16, masked=147):
         loss = (pred - (target - mean) / (var + 1e-6).sqrt()).square().mean(-1)
         return (loss * mask).sum() / mask.sum()
 
-    ours = MaskedPatchLoss(patch, norm_pix_loss=True)
+    criterion = MaskedPatchLoss(patch, norm_pix_loss=True)
     compare(
         benchmark,
         Case(
@@ -217,7 +221,7 @@ def test_masked_patch_loss(benchmark, batch, size=224, patch=16, masked=147):
             size=f"B={batch}, {size}², patch {patch}, norm_pix, {masked} of {side**2}, fp32, forward + backward",
             kernel="masked_patch_mse_fwd",
             contestants={
-                "ours": forward_backward(lambda: ours(images, pred, mask), pred),
+                "ours": forward_backward(lambda: criterion(images, pred, mask), pred),
                 "official": forward_backward(official, pred),
             },
         ),

@@ -20,8 +20,8 @@ def equal(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all(torch.equal(x, two[name]) for name, x in one.items())
 
 
-def trained(method):
-    """With other numbers everywhere than a fresh one has."""
+def randomise(method):
+    """The method with random numbers in its whole state, unlike any freshly built one."""
     with torch.no_grad():
         for x in method.state_dict().values():
             x.copy_(torch.randn_like(x)) if x.is_floating_point() else x.add_(3)
@@ -46,7 +46,7 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_whole_models_come_back_bit_equal(name, tmp_path):
     build, official = METHODS[name]
-    method = trained(build())
+    method = randomise(build())
     for layout, suffix in ((official, ".pth"), ("safetensors", ".safetensors")):
         path = export(method, layout, tmp_path / "weights", "resnet50")
         assert path == tmp_path / f"weights{suffix}"
@@ -57,7 +57,7 @@ def test_whole_models_come_back_bit_equal(name, tmp_path):
 
 def test_moco_checkpoints_have_the_official_layout(tmp_path):
     """Names of the reference's encoder_q, encoder_k and queue [D, K], with DataParallel's prefix."""
-    path = export(trained(METHODS["moco_v2"][0]()), "moco", tmp_path / "moco", "resnet50")
+    path = export(randomise(METHODS["moco_v2"][0]()), "moco", tmp_path / "moco", "resnet50")
     file = torch.load(path, weights_only=True)
     assert file["arch"] == "resnet50"
     state = {name: tuple(x.shape) for name, x in file["state_dict"].items()}
@@ -68,17 +68,17 @@ def test_moco_checkpoints_have_the_official_layout(tmp_path):
         assert {"conv1.weight", "layer4.0.bn2.running_var", "fc.0.weight", "fc.2.bias"} <= names
 
 
-def test_official_names_of_a_resnet_50_are_ours():
+def test_names_of_a_resnet_50_are_the_official_ones():
     """The reference's encoders are torchvision's ResNets, for v2 with fc = Sequential(Linear, ReLU, fc)."""
     with torch.device("meta"):
-        theirs = torchvision.models.resnet50(num_classes=128)
-        theirs.fc = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), theirs.fc)
-        ours = moco_v2.build(moco_v2.Config())
+        reference = torchvision.models.resnet50(num_classes=128)
+        reference.fc = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), reference.fc)
+        model = moco_v2.build(moco_v2.Config())
         v3 = moco_v3.build(moco_v3.Config.paper("resnet50"))
-    names = [f"{encoder}.{name}" for encoder in ("encoder_q", "encoder_k") for name in theirs.state_dict()]
-    assert set(ours.state_dict()) == {*names, "queue", "queue_ptr"}
-    shapes = {name: x.shape for name, x in theirs.state_dict().items()}
-    assert all(ours.state_dict()[f"encoder_k.{name}"].shape == shape for name, shape in shapes.items())
+    names = [f"{encoder}.{name}" for encoder in ("encoder_q", "encoder_k") for name in reference.state_dict()]
+    assert set(model.state_dict()) == {*names, "queue", "queue_ptr"}
+    shapes = {name: x.shape for name, x in reference.state_dict().items()}
+    assert all(model.state_dict()[f"encoder_k.{name}"].shape == shape for name, shape in shapes.items())
     parts = {name.split(".")[0] for name in v3.state_dict()}
     assert parts == {"base_encoder", "momentum_encoder", "predictor"}
     assert v3.state_dict()["base_encoder.fc.3.weight"].shape == (256, 4096)
@@ -90,11 +90,11 @@ def test_timms_vit_takes_our_mae_encoder(tmp_path):
     config.decoder_depth = 1
     method = mae.build(config)
     path = export(method, "timm", tmp_path / "encoder")
-    theirs = timm.create_model("vit_base_patch16_224.mae", pretrained=False)
-    theirs.load_state_dict(load_file(path), strict=True)
+    reference = timm.create_model("vit_base_patch16_224.mae", pretrained=False)
+    reference.load_state_dict(load_file(path), strict=True)
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        tokens = theirs.forward_features(images)
+        tokens = reference.forward_features(images)
         torch.testing.assert_close(method.features(images), tokens[:, 0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(method.features(images, "avg"), tokens[:, 1:].mean(1), rtol=1e-4, atol=1e-4)
     back = ViT()
@@ -106,16 +106,16 @@ def test_timm_and_torchvision_take_moco_v3s_vit(tmp_path):
     config = moco_v3.Config("vit_small", (32, 48), dim=16, hidden=32)
     method = moco_v3.build(config).eval()
     images = torch.randn(2, 3, 32, 48)
-    theirs = timm.create_model(
+    reference = timm.create_model(
         "vit_small_patch16_224", pretrained=False, num_heads=12, num_classes=0, img_size=(32, 48)
     ).eval()
-    theirs.load_state_dict(load_file(export(method, "timm", tmp_path / "vit")), strict=True)
+    reference.load_state_dict(load_file(export(method, "timm", tmp_path / "vit")), strict=True)
     square = moco_v3.build(moco_v3.Config("vit_small", (32, 32), dim=16, hidden=32)).eval()
     tv = torchvision.models.VisionTransformer(32, 16, 12, 12, 384, 1536).eval()
     tv.heads = nn.Identity()
     tv.load_state_dict(torch.load(export(square, "torchvision", tmp_path / "vit"), weights_only=True), strict=True)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(images), method.features(images), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(reference(images), method.features(images), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(tv(images[..., :32]), square.features(images[..., :32]), rtol=1e-4, atol=1e-4)
 
 
@@ -127,19 +127,21 @@ def test_torchvision_and_timm_take_our_resnet(name, tmp_path):
     method.train()(Batch((torch.randn(8, 3, 64, 64), torch.randn(8, 3, 64, 64)), None, None))  # running statistics
     method.eval()
     images = torch.randn(2, 3, 64, 64)
-    theirs = torchvision.models.resnet18()
-    theirs.fc = nn.Identity()
-    theirs.load_state_dict(torch.load(export(method, "torchvision", tmp_path / "net"), weights_only=True), strict=True)
-    of_timm = timm.create_model("resnet18", pretrained=False, num_classes=0)
-    of_timm.load_state_dict(load_file(export(method, "timm", tmp_path / "net")), strict=True)
+    reference = torchvision.models.resnet18()
+    reference.fc = nn.Identity()
+    reference.load_state_dict(
+        torch.load(export(method, "torchvision", tmp_path / "net"), weights_only=True), strict=True
+    )
+    timm_resnet = timm.create_model("resnet18", pretrained=False, num_classes=0)
+    timm_resnet.load_state_dict(load_file(export(method, "timm", tmp_path / "net")), strict=True)
     with torch.no_grad():
-        for model in (theirs, of_timm):
+        for model in (reference, timm_resnet):
             torch.testing.assert_close(model.eval()(images), method.features(images), rtol=1e-4, atol=1e-4)
 
 
 def test_official_mae_files_load(tmp_path):
     """mae_pretrain_*.pth hold the encoder, mae_visualize_*.pth the whole, both as {"model": …}."""
-    source, path = trained(small_mae()), tmp_path / "mae.pth"
+    source, path = randomise(small_mae()), tmp_path / "mae.pth"
     torch.save({"model": source.encoder.state_dict()}, path)
     encoder, whole = ViT(32, 8, 3, 48, 2, 4), small_mae()
     load_weights(encoder, path)
@@ -243,7 +245,7 @@ def test_files_that_do_not_fit_get_one_sentence(tmp_path):
 def test_encoder_only_leaves_decoder_mask_token_and_heads_alone(tmp_path):
     """Weights that the encoder cannot represent are named, never dropped."""
     sizes, path = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}, tmp_path / "vit.pth"
-    encoder = trained(ViT(32, **sizes))
+    encoder = randomise(ViT(32, **sizes))
     heads = {name: torch.zeros(2) for name in ("mask_token", "head.weight", "fc.bias", "dino_head.mlp.0.weight")}
     torch.save(encoder.state_dict() | heads, path)
     loaded = ViT(32, **sizes)

@@ -40,24 +40,31 @@ class ViT(nn.Module):
     same arguments loads strictly. Defaults are those of MAE's and MoCo v3's encoder: fixed positions, no classifier.
     A state dict made for another grid of patches loads too: its positional tables are interpolated (`fit_positions`).
 
-    Tokens are in timm's order, which is DINOv2's: class token, registers, patches row by row.
+    Tokens are in the order of timm and DINOv2: class token, registers, patches row by row.
+
+    Example: DINOv2's ViT-S/14 with registers, for images of any size::
+
+        vit = ViT(518, 14, embed_dim=384, num_heads=6, pos_embed="learn", init_values=1e-5, reg_tokens=4,
+                  no_embed_class=True, dynamic_img_size=True)
+        load_weights(vit, "dinov2_vits14_reg4_pretrain.pth", encoder_only=True)
+        tokens = vit.forward_features(images)  # [B, 1 + 4 + L, 384]
 
     Args:
         img_size: (height, width) or one number for a square, divisible by patch_size.
         patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio: as in timm.
-        num_classes: outputs of `head`; 0 for none, so that the model returns features.
-        global_pool: how features are made of the tokens: "token" for the class token, "avg", "max" or "avgmax" over
-            patches, "" for all tokens [B, N, D].
-        qkv_bias, qk_norm, init_values, norm_eps: see `Block`; init_values is LayerScale's start, None for none.
-        class_token: False for a model without one.
-        pos_embed: "sincos" for fixed positions, "learn" for trained ones, "none".
-        no_embed_class: the positional table has rows for patches alone, none for class token and registers.
-        reg_tokens: registers, tokens whose output is not used.
-        pre_norm: layer norm in front of the first block, and no bias in the patch embedding (CLIP).
-        fc_norm: normalise after pooling, by `fc_norm`, in place of `norm` before it; if None where features are pooled
-            over patches.
+        num_classes: number of outputs of `head`; 0 for no classifier: the model then returns features.
+        global_pool: features of an image: "token" for the class token, "avg", "max" or "avgmax" over the patches, ""
+            for all tokens [B, N, D].
+        qkv_bias, qk_norm, init_values, norm_eps: see `Block`; init_values=None for no LayerScale.
+        class_token: prepend a class token.
+        pos_embed: "sincos" for fixed positions, "learn" for trained ones, "none" for none.
+        no_embed_class: give the positional table no rows for class token and registers.
+        reg_tokens: number of registers, tokens whose output is not part of the features.
+        pre_norm: put a layer norm before the first block, and no bias into the patch embedding (CLIP).
+        fc_norm: normalise features after pooling, by `fc_norm`, instead of tokens before it, by `norm`; None for True
+            if features are pooled over patches.
         dynamic_img_size: accept images of any size divisible by patch_size, with interpolated positions.
-        drop_path_rate: rate of stochastic depth in the last block, linear from 0 in the first; in training alone.
+        drop_path_rate: rate of stochastic depth in training: 0 in the first block, linear to this in the last.
         mlp: "gelu" or "swiglu", see `Block`. timm's mlp_ratio counts both halves of SwiGLU.
         conv_stem: embed by a `ConvStem`; patch_size is 16 then.
         row_first: MoCo v3's order of fixed positions, see `sincos_positions`.

@@ -1,5 +1,5 @@
-"""Whatever people do with modules, they may do with ours: autocast, torch.compile, DistributedDataParallel, deepcopy,
-state dicts, pickles, other dtypes, the meta device."""
+"""Drop-in modules under autocast, torch.compile and DistributedDataParallel, with deepcopy, state dicts, pickles, other
+dtypes and the meta device."""
 
 import copy
 import io
@@ -25,33 +25,33 @@ from tests.support.ranks import run_ranks
 
 
 class Masker(nn.Module):
-    """The function as a module, with noise from outside."""
+    """`random_masking` as a module, with given noise."""
 
     def forward(self, x, noise):
         return random_masking(x, 0.75, noise)[0]
 
 
-class Twin(nn.Module):
+class WithMomentumEncoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.online = nn.Linear(16, 16)
-        self.twin = MomentumEncoder(self.online, 0.9)
+        self.ema = MomentumEncoder(self.online, 0.9)
 
     def forward(self, x):
-        y = self.online(x) * self.twin(x)
-        self.twin.update(self.online)
+        y = self.online(x) * self.ema(x)
+        self.ema.update(self.online)
         return y
 
 
-class Ring(nn.Module):
+class WithQueue(nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(16))
-        self.ring = KeyQueue(16, 12)
+        self.keys = KeyQueue(16, 12)
 
     def forward(self, x):
-        y = (x * self.scale) @ self.ring.queue.detach().clone().to(x.dtype).T
-        self.ring.enqueue(x)
+        y = (x * self.scale) @ self.keys.queue.detach().clone().to(x.dtype).T
+        self.keys.enqueue(x)
         return y
 
 
@@ -65,10 +65,12 @@ class Case(NamedTuple):
 CASES = {
     "InfoNCELoss": Case(InfoNCELoss, (16, 12, 0.2), ((5, 16), (5, 16)), 1),
     "InfoNCELoss sharded": Case(lambda: InfoNCELoss(16, 12, 0.2, shard=True), (), ((5, 16), (5, 16)), 1),
-    "InfoNCELoss of a tau": Case(lambda: InfoNCELoss(16, 12, nn.Parameter(torch.tensor(0.2))), (), ((5, 16),) * 2, 1),
-    "KeyQueue": Case(Ring, (), ((5, 16),), 1),
+    "InfoNCELoss with trained tau": Case(
+        lambda: InfoNCELoss(16, 12, nn.Parameter(torch.tensor(0.2))), (), ((5, 16),) * 2, 1
+    ),
+    "KeyQueue": Case(WithQueue, (), ((5, 16),), 1),
     "NTXentLoss": Case(NTXentLoss, (0.5,), ((5, 16), (5, 16)), 2),
-    "MomentumEncoder": Case(Twin, (), ((5, 16),), 1),
+    "MomentumEncoder": Case(WithMomentumEncoder, (), ((5, 16),), 1),
     "Attention": Case(lambda: Attention(16, 2, qkv_bias=True, qk_norm=True), (), ((2, 7, 16),), 1),
     "MaskedPatchLoss": Case(lambda: MaskedPatchLoss(4, True, masked=3), (), ((2, 3, 48), (2, 3, 8, 12)), 1),
     "random_masking": Case(Masker, (), ((2, 8, 16), (2, 8)), 1),
@@ -76,7 +78,7 @@ CASES = {
 }
 
 
-def made(name, dtype=torch.float32, device="cpu"):
+def build(name, dtype=torch.float32, device="cpu"):
     case = CASES[name]
     torch.manual_seed(0)
     with torch.device(device):
@@ -91,8 +93,8 @@ def arguments_of(name, inputs):
     return (inputs[1], inputs[0], inputs[2]) if name == "MaskedPatchLoss" else inputs
 
 
-def ran(name, call, inputs):
-    """(output, gradients of the inputs, gradients of the parameters by whoever holds them)."""
+def outputs_and_gradients(name, call, inputs):
+    """The output and the gradients of the differentiable inputs."""
     leaves = [x.clone().requires_grad_() for x in inputs[: CASES[name].differentiable]]
     out = call(*arguments_of(name, [*leaves, *inputs[len(leaves) :]]))
     out.float().square().sum().backward()
@@ -105,18 +107,23 @@ def state_of(module):
 
 @pytest.mark.parametrize("name", CASES)
 def test_deepcopy_state_dict_and_pickle(name):
-    module, inputs = made(name)
-    ran(name, module, inputs)  # so that queues and twins are not those of the beginning
-    others = [copy.deepcopy(module), made(name)[0]]
-    others[1].load_state_dict(module.state_dict(), strict=True)
+    module, inputs = build(name)
+    outputs_and_gradients(name, module, inputs)  # so that queues and momentum encoders differ from fresh ones
+    copies = [copy.deepcopy(module), build(name)[0]]
+    copies[1].load_state_dict(module.state_dict(), strict=True)
     buffer = io.BytesIO()
     torch.save(module, buffer)
     buffer.seek(0)
-    others.append(torch.load(buffer, weights_only=False))
-    for other in others:
-        torch.testing.assert_close(other.state_dict(), module.state_dict(), rtol=0, atol=0)
+    copies.append(torch.load(buffer, weights_only=False))
+    for duplicate in copies:
+        torch.testing.assert_close(duplicate.state_dict(), module.state_dict(), rtol=0, atol=0)
         before = state_of(module)
-        torch.testing.assert_close(ran(name, other, inputs), ran(name, copy.deepcopy(module), inputs), rtol=0, atol=0)
+        torch.testing.assert_close(
+            outputs_and_gradients(name, duplicate, inputs),
+            outputs_and_gradients(name, copy.deepcopy(module), inputs),
+            rtol=0,
+            atol=0,
+        )
         torch.testing.assert_close(state_of(module), before, rtol=0, atol=0)
 
 
@@ -125,46 +132,46 @@ def test_deepcopy_state_dict_and_pickle(name):
 def test_other_dtypes(name, dtype):
     if name == "MomentumEncoder" and dtype == torch.bfloat16:  # an average in bfloat16 would not move
         with pytest.raises(TypeError, match=r"ema_update_: targets.* must be float32 or float64"):
-            ran(name, *made(name, dtype))
+            outputs_and_gradients(name, *build(name, dtype))
         return
-    (plain, inputs), (module, converted) = made(name), made(name, dtype)
+    (plain, inputs), (module, converted) = build(name), build(name, dtype)
     tensors = [*module.parameters(), *module.buffers(), *(v for v in vars(module).values() if torch.is_tensor(v))]
     assert all(x.dtype == dtype for x in tensors if x.is_floating_point())
-    result, expected = ran(name, module, converted), ran(name, plain, inputs)
+    result, expected = outputs_and_gradients(name, module, converted), outputs_and_gradients(name, plain, inputs)
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.15}
-    for found, wanted in zip(result, expected):
-        torch.testing.assert_close(found.float(), wanted, **close)
+    for tensor, reference in zip(result, expected):
+        torch.testing.assert_close(tensor.float(), reference, **close)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_autocast(name):
-    (module, inputs), (plain, _) = made(name), made(name)
-    expected = ran(name, plain, inputs)
+    (module, inputs), (plain, _) = build(name), build(name)
+    expected = outputs_and_gradients(name, plain, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        result = ran(name, module, inputs)
+        result = outputs_and_gradients(name, module, inputs)
     losses = name.startswith(("InfoNCE", "NTXent", "MaskedPatch"))
     wide = losses or name in ("random_masking", "ViT")  # which ends in a LayerNorm
     assert result[0].dtype == (torch.float32 if wide else torch.bfloat16)
-    for found, wanted in zip(result, expected):
+    for tensor, reference in zip(result, expected):
         exact = {"rtol": 1e-6, "atol": 1e-7} if losses else {"rtol": 0.1, "atol": 0.15}  # losses stay in float32
-        torch.testing.assert_close(found.float(), wanted, **exact)
+        torch.testing.assert_close(tensor.float(), reference, **exact)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_in_one_graph(name):
-    (module, inputs), (plain, _) = made(name), made(name)
+    (module, inputs), (plain, _) = build(name), build(name)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for _ in range(3):  # queues and twins move on
-        expected, result = ran(name, plain, inputs), ran(name, compiled, inputs)
+    for _ in range(3):  # queues and momentum encoders change
+        expected, result = outputs_and_gradients(name, plain, inputs), outputs_and_gradients(name, compiled, inputs)
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(module.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_meta_device(name):
-    module, inputs = made(name, device="meta")
+    module, inputs = build(name, device="meta")
     assert all(x.is_meta for x in module.state_dict().values())
-    real, real_inputs = made(name)
+    real, real_inputs = build(name)
     result = module(*arguments_of(name, inputs))
     expected = real(*arguments_of(name, real_inputs))
     assert result.is_meta
@@ -174,12 +181,12 @@ def test_meta_device(name):
     torch.testing.assert_close(module.state_dict(), real.state_dict(), rtol=0, atol=0)
 
 
-class Around(nn.Module):
-    """Something to train, so that DistributedDataParallel has a gradient to average."""
+class Scaled(nn.Module):
+    """A module with a trained factor for its inputs, so that DistributedDataParallel has a gradient to average."""
 
     def __init__(self, name):
         super().__init__()
-        self.name, (self.inner, _) = name, made(name)
+        self.name, (self.inner, _) = name, build(name)
         self.weight = nn.Parameter(torch.ones(()))
 
     def forward(self, *inputs):
@@ -189,26 +196,26 @@ class Around(nn.Module):
 
 
 def gradients_under_ddp():
-    found = {}
+    results = {}
     for name in CASES:
-        model = Around(name)
+        model = Scaled(name)
         parallel = DistributedDataParallel(model)
-        inputs = made(name)[1]
+        inputs = build(name)[1]
         inputs[0] = inputs[0] * (1 + rank())
         parallel(*inputs).square().mean().backward()
-        alone = Around(name)
+        alone = Scaled(name)
         alone(*inputs).square().mean().backward()
-        mine = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         mean = {
             key: all_gather(p.grad.unsqueeze(0)).mean(0) for key, p in alone.named_parameters() if p.grad is not None
         }
-        found[name] = (mine, mean)
-    return found
+        results[name] = (gradients, mean)
+    return results
 
 
 def test_distributed_data_parallel_averages_the_gradients():
     """A sharded queue contrasts with the keys of both ranks, as the copies of one that is not sharded do."""
     for results in run_ranks(2, gradients_under_ddp):
         assert results.keys() == CASES.keys()
-        for mine, mean in results.values():
-            torch.testing.assert_close(mine, mean, rtol=1e-5, atol=1e-7)
+        for gradients, mean in results.values():
+            torch.testing.assert_close(gradients, mean, rtol=1e-5, atol=1e-7)

@@ -25,17 +25,17 @@ def official(q, k, queue, tau):
 
 def test_forward_is_the_formula_and_enqueues_in_training_alone():
     criterion = InfoNCELoss(D, K, tau=0.2).double()
-    ring = criterion.queue.clone()
+    queue = criterion.queue.clone()
     for step in range(6):  # the sixth batch of five wraps in the middle
         q, k = torch.randn(2, BATCH, D, dtype=torch.float64).unbind(0)
         q.requires_grad_()
         k.requires_grad_()
         loss = criterion(q, k)
-        torch.testing.assert_close(loss, official(q, k, ring, 0.2), rtol=1e-12, atol=0)
+        torch.testing.assert_close(loss, official(q, k, queue, 0.2), rtol=1e-12, atol=0)
         loss.backward()
         assert k.grad is None
-        ring[(step * BATCH + torch.arange(BATCH)) % K] = F.normalize(k.detach(), dim=1)
-        torch.testing.assert_close(criterion.queue, ring, rtol=1e-12, atol=0)
+        queue[(step * BATCH + torch.arange(BATCH)) % K] = F.normalize(k.detach(), dim=1)
+        torch.testing.assert_close(criterion.queue, queue, rtol=1e-12, atol=0)
     with torch.no_grad():
         criterion(q, k)
     criterion.eval()(q, k)
@@ -68,24 +68,24 @@ def test_nt_xent_is_lightlys():
     from lightly.loss import NTXentLoss as LightlyNTXentLoss  # here: the processes of ranks import this file
 
     z1, z2 = torch.randn(2, 16, D, dtype=torch.float64)
-    ours, theirs = (z1.clone().requires_grad_() for _ in range(2))
-    loss, expected = NTXentLoss(0.5)(ours, z2), LightlyNTXentLoss(0.5)(theirs, z2)
+    z1_ours, z1_lightly = (z1.clone().requires_grad_() for _ in range(2))
+    loss, expected = NTXentLoss(0.5)(z1_ours, z2), LightlyNTXentLoss(0.5)(z1_lightly, z2)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # lightly's own float32 constants
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(z1_ours.grad, z1_lightly.grad, rtol=1e-5, atol=1e-8)
 
 
 def test_info_nce_loss_is_lightlys_with_a_memory_bank():
     from lightly.loss import NTXentLoss as LightlyNTXentLoss
 
-    theirs, ours = LightlyNTXentLoss(0.2, memory_bank_size=(K, D)), InfoNCELoss(D, K, 0.2)
-    ours.queue.copy_(theirs.memory_bank.bank)
+    lightly, criterion = LightlyNTXentLoss(0.2, memory_bank_size=(K, D)), InfoNCELoss(D, K, 0.2)
+    criterion.queue.copy_(lightly.memory_bank.bank)
     for _ in range(3):  # a fourth batch of 8 would do too, but not of 7: lightly drops what goes past the end
         q, k = torch.randn(2, 8, D)
-        expected = theirs(q.requires_grad_(), k)
-        torch.testing.assert_close(ours(q, k), expected)
-        torch.testing.assert_close(ours.queue, theirs.memory_bank.bank)
+        expected = lightly(q.requires_grad_(), k)
+        torch.testing.assert_close(criterion(q, k), expected)
+        torch.testing.assert_close(criterion.queue, lightly.memory_bank.bank)
 
 
 def test_shards_join_exactly_at_any_size_of_loss():
@@ -117,21 +117,21 @@ def steps(dtype, tau):
     close = {torch.float64: {"rtol": 1e-12, "atol": 1e-13}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}[dtype]
     for _ in range(4):
         q, k = torch.randn(2, BATCH, D, dtype=dtype)
-        ours, theirs = (q.clone().requires_grad_() for _ in range(2))
-        found, expected = shard.contrast(ours, k), big.contrast(theirs, k)
-        torch.testing.assert_close(found.loss, expected.loss, **close)
-        assert torch.equal(found.rank, expected.rank)
-        shard(ours, k).backward()
-        big(theirs, k).backward()
-        torch.testing.assert_close(ours.grad, theirs.grad, **close)
-        mine, all_of_them = all_gather(shard.tau.grad.view(1)).sum(), all_gather(big.tau.grad.view(1)).sum()
-        torch.testing.assert_close(mine, all_of_them, **close)
+        q_shard, q_big = (q.clone().requires_grad_() for _ in range(2))
+        result, expected = shard.contrast(q_shard, k), big.contrast(q_big, k)
+        torch.testing.assert_close(result.loss, expected.loss, **close)
+        assert torch.equal(result.rank, expected.rank)
+        shard(q_shard, k).backward()
+        big(q_big, k).backward()
+        torch.testing.assert_close(q_shard.grad, q_big.grad, **close)
+        dtau_shards, dtau_big = all_gather(shard.tau.grad.view(1)).sum(), all_gather(big.tau.grad.view(1)).sum()
+        torch.testing.assert_close(dtau_shards, dtau_big, **close)
         assert torch.equal(shard.full_queue(), big.queue)
     return resumed(shard, big) and big.state_dict()
 
 
 def resumed(shard, big):
-    """The whole queue in the state dict; a ring that begins anywhere is dealt out again, oldest first."""
+    """The whole queue in the state dict; one with any pointer is sharded again, oldest key first."""
     state = shard.state_dict()
     assert {name: x.shape for name, x in state.items()} == {name: x.shape for name, x in big.state_dict().items()}
     assert torch.equal(state["queue"], big.state_dict()["queue"])
@@ -212,9 +212,9 @@ def test_two_ranks_under_ddp_are_one_process_with_their_batch(shard):
         optimizer.zero_grad()
         losses.append(loss.detach())
     state = model.state_dict()
-    for found, of_rank in results:
-        torch.testing.assert_close(found, torch.stack(losses), rtol=1e-12, atol=0)
-        torch.testing.assert_close(of_rank, state, rtol=1e-11, atol=1e-13)
+    for losses_of_rank, state_of_rank in results:
+        torch.testing.assert_close(losses_of_rank, torch.stack(losses), rtol=1e-12, atol=0)
+        torch.testing.assert_close(state_of_rank, state, rtol=1e-11, atol=1e-13)
 
 
 def gathered_nt_xent():
@@ -253,7 +253,7 @@ def refused_shards():
     return True
 
 
-def too_early():
+def queue_of_another_world_size():
     ranks = KeyQueue(D, 8, shard=True)
     ranks._ranks = 1  # as if it had been built before the ranks met
     with pytest.raises(RuntimeError, match="sharded over 1 ranks, and there are 2: build it after init_process_group"):
@@ -262,7 +262,7 @@ def too_early():
 
 
 def test_a_queue_sharded_before_the_ranks_met_is_refused():
-    assert all(run_ranks(2, too_early))
+    assert all(run_ranks(2, queue_of_another_world_size))
 
 
 def test_error_sentences():

@@ -14,34 +14,34 @@ def net():
 
 def test_update_is_the_formula_and_leaves_buffers_alone():
     module = net()
-    encoder = MomentumEncoder(module, 0.9)
+    ema = MomentumEncoder(module, 0.9)
     with torch.no_grad():
         module[0].weight.add_(1)
     module[1].running_mean.fill_(5)
-    before = copy.deepcopy(encoder.state_dict())
-    encoder.update(module)
-    torch.testing.assert_close(encoder.state_dict()["0.weight"], 0.9 * before["0.weight"] + 0.1 * module[0].weight.data)
-    assert torch.equal(encoder.state_dict()["1.running_mean"], before["1.running_mean"])
-    encoder.update(module, momentum=0.0)
-    assert torch.equal(encoder.state_dict()["0.weight"], module[0].weight)
+    before = copy.deepcopy(ema.state_dict())
+    ema.update(module)
+    torch.testing.assert_close(ema.state_dict()["0.weight"], 0.9 * before["0.weight"] + 0.1 * module[0].weight.data)
+    assert torch.equal(ema.state_dict()["1.running_mean"], before["1.running_mean"])
+    ema.update(module, momentum=0.0)
+    assert torch.equal(ema.state_dict()["0.weight"], module[0].weight)
 
 
 @pytest.mark.parametrize("buffers", ["average", "copy"])
 def test_buffers_may_follow(buffers):
-    """Averaged they are timm's ModelEmaV3 with its defaults: floating ones too, and the count of batches copied."""
+    """Averaged they are timm's ModelEmaV3 with its defaults: floating ones too, and the count of batches duplicate."""
     module = net()
-    encoder, theirs = MomentumEncoder(module, 0.9, buffers), ModelEmaV3(module, 0.9)
+    ema, timm_ema = MomentumEncoder(module, 0.9, buffers), ModelEmaV3(module, 0.9)
     for _ in range(3):
         module(torch.randn(6, 3))
         with torch.no_grad():
             module[0].weight.add_(1)
-        encoder.update(module)
-        theirs.update(module)
+        ema.update(module)
+        timm_ema.update(module)
         if buffers == "average":
-            torch.testing.assert_close(encoder.state_dict(), theirs.module.state_dict())
+            torch.testing.assert_close(ema.state_dict(), timm_ema.module.state_dict())
         else:
-            assert all(torch.equal(a, b) for a, b in zip(encoder.buffers(), module.buffers(), strict=True))
-    assert not torch.equal(encoder.state_dict()["0.weight"], module[0].weight)
+            assert all(torch.equal(a, b) for a, b in zip(ema.buffers(), module.buffers(), strict=True))
+    assert not torch.equal(ema.state_dict()["0.weight"], module[0].weight)
     with pytest.raises(ValueError, match="MomentumEncoder: buffers must be 'keep', 'average' or 'copy', got 'mean'"):
         MomentumEncoder(module, buffers="mean")
 
@@ -56,15 +56,15 @@ def test_names_are_those_of_the_module():
 
 def test_momentum_is_copied_and_gives_no_gradient():
     module = net()
-    encoder = copy.deepcopy(MomentumEncoder(module))
-    assert not any(p.requires_grad for p in encoder.parameters())
+    ema = copy.deepcopy(MomentumEncoder(module))
+    assert not any(p.requires_grad for p in ema.parameters())
     assert all(p.requires_grad for p in module.parameters())
-    assert not encoder(torch.randn(5, 3, requires_grad=True)).requires_grad
-    assert not {p.data_ptr() for p in encoder.parameters()} & {p.data_ptr() for p in module.parameters()}
+    assert not ema(torch.randn(5, 3, requires_grad=True)).requires_grad
+    assert not {p.data_ptr() for p in ema.parameters()} & {p.data_ptr() for p in module.parameters()}
 
 
 class Encoder(nn.Module):
-    """Every kind of layer that a shadow must tell apart."""
+    """Layers whose weights are duplicate in low precision, and one whose weights are not."""
 
     def __init__(self):
         super().__init__()
@@ -75,53 +75,50 @@ class Encoder(nn.Module):
         return self.fc(self.norm(self.conv(x)).mean((2, 3))) + self.offset[0, :, 0]
 
 
-def weights_seen(encoder, images):
-    """The weights that a call computed with."""
-    seen = {}
+def weights_used(ema, images):
+    """Parameters by name, as a call under autocast uses them."""
     with torch.autocast("cpu", torch.bfloat16):
-        computing = encoder._module_to_run()
-        encoder(images)
-    for name, p in computing.named_parameters():
-        seen[name] = p
-    return seen
+        module = ema._module_to_run()
+        ema(images)
+    return dict(module.named_parameters())
 
 
-def test_under_autocast_the_update_writes_what_calls_compute_with():
-    """Equal to a encoder without shadows to the last bit, while nothing is cast and masters and state stay float32."""
+def test_under_autocast_the_update_writes_the_low_precision_weights():
+    """Results are bit-equal to those without copies; nothing is cast, and averaged weights and state stay float32."""
     module, images = Encoder().eval(), torch.randn(4, 3, 8, 8)
-    encoder, plain = MomentumEncoder(module, 0.9), MomentumEncoder(module, 0.9)
-    seen = weights_seen(encoder, images)
-    assert {name for name, p in seen.items() if p.dtype == torch.bfloat16} == {"conv.weight", "fc.weight"}
+    ema, plain = MomentumEncoder(module, 0.9), MomentumEncoder(module, 0.9)
+    used = weights_used(ema, images)
+    assert {name for name, p in used.items() if p.dtype == torch.bfloat16} == {"conv.weight", "fc.weight"}
     for _ in range(3):
         with torch.no_grad():
             for p in module.parameters():
                 p.add_(torch.randn_like(p))
-        encoder.update(module)
+        ema.update(module)
         plain.update(module)
-        assert all(a is b for a, b in zip(weights_seen(encoder, images).values(), seen.values()))
+        assert all(a is b for a, b in zip(weights_used(ema, images).values(), used.values()))
         for name, master in plain.module.named_parameters():
-            assert torch.equal(encoder.state_dict()[name], master) and master.dtype == torch.float32
-            assert torch.equal(seen[name], master.to(seen[name].dtype))
+            assert torch.equal(ema.state_dict()[name], master) and master.dtype == torch.float32
+            assert torch.equal(used[name], master.to(used[name].dtype))
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(encoder(images), plain.module(images))
+            assert torch.equal(ema(images), plain.module(images))
 
 
-def test_a_shadow_never_outlives_its_original():
+def test_low_precision_copies_are_never_stale():
     module, images = Encoder(), torch.randn(4, 3, 8, 8)
-    encoder = MomentumEncoder(module)
-    weights_seen(encoder, images)
+    ema = MomentumEncoder(module)
+    weights_used(ema, images)
     changes = [
-        lambda: encoder.load_state_dict({name: x + 1 for name, x in encoder.state_dict().items()}),
-        lambda: (encoder.module.fc.weight.data.normal_(), encoder.to("cpu")),
-        lambda: encoder.module.fc.weight.requires_grad_(False).mul_(2),
+        lambda: ema.load_state_dict({name: x + 1 for name, x in ema.state_dict().items()}),
+        lambda: (ema.module.fc.weight.data.normal_(), ema.to("cpu")),
+        lambda: ema.module.fc.weight.requires_grad_(False).mul_(2),
     ]
     for change in changes:
         change()
-        seen = weights_seen(encoder, images)
-        assert torch.equal(seen["fc.weight"], encoder.module.fc.weight.bfloat16())
-    copied = copy.deepcopy(encoder)
-    assert copied._low_precision is None and torch.equal(copied.module.fc.weight, encoder.module.fc.weight)
-    encoder.eval()
-    weights_seen(encoder, images)
-    assert not any(m.training for m in encoder._low_precision.module.modules())
-    assert "0.weight" not in encoder.state_dict() and len(encoder.state_dict()) == len(module.state_dict())
+        used = weights_used(ema, images)
+        assert torch.equal(used["fc.weight"], ema.module.fc.weight.bfloat16())
+    duplicate = copy.deepcopy(ema)
+    assert duplicate._low_precision is None and torch.equal(duplicate.module.fc.weight, ema.module.fc.weight)
+    ema.eval()
+    weights_used(ema, images)
+    assert not any(m.training for m in ema._low_precision.module.modules())
+    assert "0.weight" not in ema.state_dict() and len(ema.state_dict()) == len(module.state_dict())

@@ -12,13 +12,13 @@ SIZES = {"embed_dim": 16, "depth": 1, "num_heads": 2}
 DECODER = {f"decoder_{name}": value for name, value in SIZES.items()}
 
 
-def test_a_table_of_its_own_grid_is_left_alone():
+def test_a_table_of_the_same_grid_is_returned():
     table = sincos_positions(16, (3, 4))
     assert fit_positions(table, (3, 4)) is table
 
 
 @pytest.mark.parametrize("row_first", [False, True])
-def test_the_grid_of_a_fixed_table_is_known_and_it_is_interpolated(row_first):
+def test_the_grid_of_a_fixed_table_is_detected_and_it_is_interpolated(row_first):
     """2×6, 3×4 and 4×3 have the same number of patches."""
     for grid in ((2, 6), (3, 4), (4, 3)):
         table = sincos_positions(16, grid, row_first=row_first)
@@ -31,8 +31,8 @@ def test_the_grid_of_a_fixed_table_is_known_and_it_is_interpolated(row_first):
 
 def test_any_other_table_is_taken_for_a_square_as_timm_does():
     table = torch.randn(1, 1 + 49, 12)
-    theirs = timm.layers.resample_abs_pos_embed(table, [5, 9], [7, 7], antialias=False)
-    torch.testing.assert_close(fit_positions(table, (5, 9)), theirs)
+    expected = timm.layers.resample_abs_pos_embed(table, [5, 9], [7, 7], antialias=False)
+    torch.testing.assert_close(fit_positions(table, (5, 9)), expected)
     learned = torch.randn(1, 1 + 12, 12)
     assert fit_positions(learned, (3, 4)) is learned
     refused(
@@ -47,11 +47,11 @@ def test_any_other_table_is_taken_for_a_square_as_timm_does():
 
 def test_a_checkpoint_of_another_grid_loads():
     square, wide = (MAE(size, 8, **SIZES, **DECODER) for size in (32, (16, 64)))
-    own = {name: x.clone() for name, x in wide.state_dict().items()}
+    before = {name: x.clone() for name, x in wide.state_dict().items()}
     wide.load_state_dict(square.state_dict(), strict=True)
     for name in ("pos_embed", "decoder_pos_embed"):
         assert torch.equal(wide.state_dict()[name], fit_positions(square.state_dict()[name], (2, 8)))
-        assert not torch.equal(wide.state_dict()[name], own[name])
+        assert not torch.equal(wide.state_dict()[name], before[name])
     assert torch.equal(wide.cls_token, square.cls_token)
     wide.loss(torch.randn(2, 3, 16, 64)).backward()
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet as torchvisions
 
-from fastssl.nn import resnet as ours_module
+from fastssl.nn import resnet as engine_resnet
 from fastssl.nn.norm import SplitBatchNorm2d, SyncBatchNorm
 from fastssl.nn.resnet import build_resnet
 
@@ -36,9 +36,9 @@ def test_split_batch_norm_refuses_a_batch_that_does_not_divide():
 def test_state_dict_is_torchvisions(splits, small):
     from torchvision.models import resnet18
 
-    ours, theirs = build_resnet("resnet18", 16, small, splits).state_dict(), resnet18(num_classes=16).state_dict()
-    assert set(ours) == set(theirs)
-    assert {k for k in ours if ours[k].shape != theirs[k].shape} == ({"conv1.weight"} if small else set())
+    state, expected = build_resnet("resnet18", 16, small, splits).state_dict(), resnet18(num_classes=16).state_dict()
+    assert set(state) == set(expected)
+    assert {k for k in state if state[k].shape != expected[k].shape} == ({"conv1.weight"} if small else set())
 
 
 def test_mini():
@@ -50,23 +50,23 @@ def test_mini():
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
 def test_is_torchvisions(block):
     """Values, gradients and running statistics, then values in eval mode."""
-    ours = ours_module.ResNet(getattr(ours_module, block), [2, 1, 1, 1], 16, norm_layer=SplitBatchNorm2d).double()
-    theirs = torchvisions.ResNet(getattr(torchvisions, block), [2, 1, 1, 1], 16).double()
-    theirs.load_state_dict(ours.state_dict())
+    model = engine_resnet.ResNet(getattr(engine_resnet, block), [2, 1, 1, 1], 16, norm_layer=SplitBatchNorm2d).double()
+    reference = torchvisions.ResNet(getattr(torchvisions, block), [2, 1, 1, 1], 16).double()
+    reference.load_state_dict(model.state_dict())
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    for model in (ours, theirs):
-        model(x).square().sum().backward()
-    for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for network in (model, reference):
+        network(x).square().sum().backward()
+    for one, two in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad)
-    for key, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[key], value)
-    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value)
+    torch.testing.assert_close(model.eval()(x), reference.eval()(x))
 
 
-def test_takes_other_batch_norms():
-    """As `sync_batch_norms` puts them there."""
-    model = ours_module.BasicBlock(3, 3, norm_layer=SplitBatchNorm2d)
-    other = ours_module.BasicBlock(3, 3, norm_layer=SyncBatchNorm)
+def test_works_with_other_batch_norms():
+    """With the batch norms that `sync_batch_norms` makes."""
+    model = engine_resnet.BasicBlock(3, 3, norm_layer=SplitBatchNorm2d)
+    other = engine_resnet.BasicBlock(3, 3, norm_layer=SyncBatchNorm)
     other.load_state_dict(model.state_dict())
     x = torch.randn(4, 3, 6, 6)
     torch.testing.assert_close(other(x), model(x))

@@ -11,7 +11,7 @@ from fastssl.nn.attention import TorchvisionAttention
 from fastssl.nn.vit import ViT
 from tests.support.contract import refused
 
-KNOWN = [  # class and register tokens, distillation, LayerScale, no class token, norms before the blocks, other patches
+SUPPORTED = [  # registers, distillation, LayerScale, no class token, norms before the blocks, other patch sizes
     "vit_tiny_patch16_224",
     "vit_small_patch32_224",
     "deit_tiny_distilled_patch16_224",
@@ -25,7 +25,7 @@ KNOWN = [  # class and register tokens, distillation, LayerScale, no class token
 ]
 ROTARY = "takes rotary positions, which the kernels do not apply"
 OTHER = "is not a supported kind of attention"
-UNKNOWN = {
+UNSUPPORTED = {
     "eva02_tiny_patch14_224": f"blocks.0.attn (timm.models.eva.EvaAttention) {ROTARY}, and 1 more",
     "vit_base_patch16_rope_224": f"blocks.0.attn (timm.layers.attention.AttentionRope) {ROTARY}, and 1 more",
     "swin_tiny_patch4_window7_224": "layers.0.blocks.0.attn (timm.models.swin_transformer.WindowAttention) "
@@ -37,7 +37,7 @@ UNKNOWN = {
 LEAVE = "; nothing was swapped (accelerate(model, leave=[…]) leaves modules by name)"
 
 
-def of_timm(name, **options):
+def timm_model(name, **options):
     if "swin" not in name:
         options = {"depth": 2} | options
     model = timm.create_model(name, pretrained=False, num_classes=7, **options)
@@ -53,9 +53,9 @@ def results(model, images):
     return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_known_architectures_keep_their_results_weights_and_names(name):
-    model, images = of_timm(name)
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_supported_architectures_keep_their_results_weights_and_names(name):
+    model, images = timm_model(name)
     state = copy.deepcopy(model.state_dict())
     parameters = dict(model.named_parameters())
     out, gradients = results(model, images)
@@ -63,22 +63,22 @@ def test_known_architectures_keep_their_results_weights_and_names(name):
     assert type(model.blocks[0].attn) is Attention
     assert list(model.state_dict()) == list(state)
     assert all(p is parameters[key] for key, p in model.named_parameters())
-    ours, our_gradients = results(model, images)
-    torch.testing.assert_close(ours, out, rtol=1e-4, atol=1e-5)
-    assert our_gradients.keys() == gradients.keys()
+    engine_out, engine_gradients = results(model, images)
+    torch.testing.assert_close(engine_out, out, rtol=1e-4, atol=1e-5)
+    assert engine_gradients.keys() == gradients.keys()
     for key, gradient in gradients.items():
-        assert (our_gradients[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
-    assert accelerate(model) == [], "a second call finds ours"
+        assert (engine_gradients[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
+    assert accelerate(model) == [], "a second call has nothing to replace"
 
 
 @pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_attn_norm": True}, {"attn_layer": "gated"}])
 def test_variants_of_timms_attention(options):
     if options == {"attn_layer": "gated"}:
-        model, images = of_timm("vit_tiny_patch16_224")
+        model, images = timm_model("vit_tiny_patch16_224")
         for block in model.blocks:
             block.attn = timm.layers.attention.Attention(192, 3, qkv_bias=True, gated=True)
     else:
-        model, images = of_timm("vit_tiny_patch16_224", **options)
+        model, images = timm_model("vit_tiny_patch16_224", **options)
     model.double()
     with torch.no_grad():
         expected = model(images.double())
@@ -86,16 +86,16 @@ def test_variants_of_timms_attention(options):
         torch.testing.assert_close(model(images.double()), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_unknown_attention_is_refused_by_name_and_nothing_is_touched(name):
-    model, _ = of_timm(name)
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_attention_is_refused_by_name_and_nothing_is_replaced(name):
+    model, _ = timm_model(name)
     types = [type(module) for module in model.modules()]
-    refused(f"accelerate: {UNKNOWN[name]}{LEAVE}", ValueError, accelerate, model)
+    refused(f"accelerate: {UNSUPPORTED[name]}{LEAVE}", ValueError, accelerate, model)
     assert [type(module) for module in model.modules()] == types
 
 
 def test_modules_can_be_left_alone():
-    model, images = of_timm("vit_base_patch16_siglip_224")
+    model, images = timm_model("vit_base_patch16_siglip_224")
     with torch.no_grad():
         expected = model(images)
         assert accelerate(model, leave=["attn_pool", "blocks.1"]) == ["blocks.0.attn"]
@@ -108,9 +108,9 @@ def test_torchvisions_vit():
     names, images = list(model.state_dict()), torch.randn(2, 3, 224, 224)
     out, gradients = results(model.eval(), images)
     assert accelerate(model) == [f"encoder.layers.encoder_layer_{i}.self_attention" for i in (0, 1)]
-    ours, our_gradients = results(model, images)
-    torch.testing.assert_close(ours, out, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(our_gradients, gradients, rtol=1e-3, atol=1e-5)
+    engine_out, engine_gradients = results(model, images)
+    torch.testing.assert_close(engine_out, out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(engine_gradients, gradients, rtol=1e-3, atol=1e-5)
     assert sorted(model.state_dict()) == sorted(names)
     refused(
         "TorchvisionAttention: query, key and value must be one tensor, and need_weights False",
@@ -121,7 +121,7 @@ def test_torchvisions_vit():
 
 
 class OfficialAttention(nn.Module):
-    """With the parts of timm 0.3.2's, which the official MAE uses: the class itself has another home today."""
+    """A copy of the `Attention` of timm 0.3.2, which the official MAE uses, with ways to compute something else."""
 
     def __init__(self, dim, num_heads, scale=None, times=1.0, window=None, drops=0.0, cap=None):
         super().__init__()
@@ -155,7 +155,7 @@ def official_like(**options):
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_an_attention_of_unknown_home_is_swapped_once_it_gave_the_same_results(scale):
+def test_an_attention_of_unknown_code_is_swapped_if_it_gives_the_same_results(scale):
     model, x = official_like(scale=scale), torch.randn(2, 6, 16)
     expected = model.blocks[1].attn(x)
     before = torch.get_rng_state()
@@ -210,7 +210,7 @@ def test_an_attention_that_computes_something_else_is_refused():
     model.blocks[0].attn.register_forward_hook(lambda *_: None)
     model.blocks[1].attn.attn_drop.register_forward_hook(lambda *_: None)
     refused(f"accelerate: {where} has hooks, which a swap would lose, and 1 more{LEAVE}", ValueError, accelerate, model)
-    model, _ = of_timm("vit_tiny_patch16_224")
+    model, _ = timm_model("vit_tiny_patch16_224")
     model.blocks[0].attn.forward = lambda x, **_: x
     replaced = "has a forward method that replaces that of its class"
     refused(
@@ -223,7 +223,7 @@ def test_an_attention_that_computes_something_else_is_refused():
 
 
 def test_a_class_of_timm_whose_forward_was_replaced_is_compared(monkeypatch):
-    model, _ = of_timm("vit_tiny_patch16_224")
+    model, _ = timm_model("vit_tiny_patch16_224")
     monkeypatch.setattr(timm.layers.attention.Attention, "forward", lambda self, x, **_: self.proj(x))
     with pytest.raises(ValueError, match="gives other results than multi-head attention, and 1 more"):
         accelerate(model)
@@ -238,14 +238,14 @@ def test_parameters_keep_their_order():
     assert list(map(id, model.parameters())) == before
 
 
-def test_a_module_that_stands_in_two_places_is_swapped_in_both():
+def test_a_module_with_two_names_is_swapped_under_both():
     model = official_like()
     model.blocks[1].attn = model.blocks[0].attn
     accelerate(model)
     assert model.blocks[0].attn is model.blocks[1].attn
 
 
-def test_models_without_known_attention_are_refused():
+def test_models_without_supported_attention_are_refused():
     refused(
         "accelerate: ResNet has no attention of a supported kind; nothing was swapped",
         ValueError,
@@ -260,12 +260,12 @@ def test_models_without_known_attention_are_refused():
     assert accelerate(ViT(16, 8, embed_dim=16, depth=1, num_heads=2)) == []
 
 
-def test_our_attention_is_timms():
+def test_attention_equals_timms():
     options = {"qkv_bias": True, "qk_norm": True, "norm_layer": nn.LayerNorm}
-    ours, theirs = Attention(24, 3, **options), timm.layers.attention.Attention(24, 3, **options)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
+    attention, reference = Attention(24, 3, **options), timm.layers.attention.Attention(24, 3, **options)
+    reference.load_state_dict(attention.state_dict(), strict=True)
     x = torch.randn(2, 7, 24)
-    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(attention(x), reference(x))
     assert Attention(8).num_heads == timm.layers.attention.Attention(8).num_heads
     assert Attention(8).qkv.bias is None
     block = timm.models.vision_transformer.Block(24, 3, scale_attn_norm=True, attn_layer=Attention)
@@ -281,7 +281,7 @@ def test_our_attention_is_timms():
     refused(
         "Attention: attn_mask and is_causal are not supported: every token sees all tokens",
         ValueError,
-        ours,
+        attention,
         x,
         torch.zeros(7, 7),
     )
