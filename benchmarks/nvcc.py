@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).parent.parent / "csrc"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # as in setup.py
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")  # those of setup.py
 FLAGS = ("-O3", "-std=c++20", f"-I{SOURCES}")
 
 
