@@ -1,4 +1,4 @@
-"""The command line as a newcomer meets it: the main job, and one sentence for each mistake."""
+"""The command line: pretraining, evaluation, export, and one sentence for each mistake."""
 
 import json
 import os
@@ -16,7 +16,7 @@ FAST = ["--epochs", "1", "--batch-size", "32", "--workers", "0"]
 
 
 def accuracies(folder):
-    """kNN of raw pixels, of the encoder before and after the run."""
+    """kNN accuracies of raw pixels, and of the encoder before and after the run."""
     return [json.loads(line)["accuracy"] for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
@@ -215,7 +215,7 @@ def test_help_and_env_read_well(monkeypatch, capsys):
 
 
 def test_import_is_light():
-    """`import fastssl` costs nothing over Python, `fastssl.ops` less than a second over torch."""
+    """`import fastssl` does not import torch, and `fastssl.ops` no optional dependency."""
     subprocess.run([sys.executable, "-c", "import sys, fastssl; assert 'torch' not in sys.modules"], check=True)
     heavy = "{'torchvision', 'sklearn', 'matplotlib', 'triton'}"
     script = f"import sys, fastssl.ops; heavy = {heavy} & set(sys.modules); assert not heavy, heavy"

@@ -161,7 +161,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
 
 
 def test_speed_counts_images_and_seconds():
-    """Batches of 10 that take 10 ms each: a thousand a second, the slow start not counted."""
+    """Batches of 10 images in 10 ms each are 1,000 images/s; the slow start is not counted."""
 
     def start():
         time.sleep(0.3)

@@ -200,6 +200,7 @@ def test_what_resuming_refuses(toy):
             "data",
             "shapes:count=40",
         ): r"was started with 48 images and shapes:count=40 has 40: a run is resumed with the",
+        ("folder", "x"): r"^pretrain: folder belongs to a new run, got x beside resume=",
         ("epoch", 3): r"^pretrain: unknown setting 'epoch'; the closest are .*epochs",
     }.items():
         with pytest.raises(ValueError, match=sentence):
