@@ -1,16 +1,16 @@
-"""The one way to compare: check the results, then time all contestants in turn, in one process.
+"""Comparison of implementations: their results first, then their times, in turn, in one process.
 
-A machine's speed drifts, so absolute times from two runs say little. Here every round times every contestant, and the
-ratio to a baseline is the median of the rounds' ratios.
+A machine's speed drifts, so times of two runs cannot be compared. Each round times every contestant, and the ratio to a
+baseline is the median of the rounds' ratios.
 
-That cancels a slow processor, but not a shared one. Where another program holds a core, whatever runs in many short
-parallel pieces waits at the end of each, and what runs in one piece hardly notices: an update that is level with
-`_foreach_lerp_` on a quiet machine measured 28 times as fast beside one busy process. So the share of the processors
-that others took is measured with each case, a busy case is measured again, and one that stays busy is marked in the
-row; the table states no ratio for it.
+This cancels a slow processor, but not a shared one. If another program uses a core, code with many short parallel
+sections waits at the end of each, and serial code does not: an update as fast as `_foreach_lerp_` on a quiet machine
+measured 28 times as fast beside one busy process. So the share of the processors that other programs use is measured
+with each case. A busy case is measured again, and one that stays busy is marked in its row; the table has no ratio for
+it.
 
-`ours` is the public op as it is served; `official` is the paper's formula in plain eager torch; any other contestant is
-named for what it uses and is the best we know to do with torch (or with lightly, where that has the loss).
+`ours` is the public op with its kernel. `official` is the paper's formula in plain eager torch. Other contestants are
+named for what they use: the fastest known implementations with torch, or lightly for its losses.
 """
 
 import dataclasses
@@ -29,23 +29,23 @@ from tests.support.memory import peak_memory
 
 from .machine import BUSY, DEVICE, OtherPrograms, implementation, limit, wait
 
-ROUND_S = 0.005  # a contestant is called so often in a round that its turn takes at least this long
-# Of all rounds of a case together, but for the least number of rounds. A GPU goes by its own clock, and steadier.
+ROUND_S = 0.005  # a turn repeats its call for at least this long
+# Time of all rounds of a case, beyond the minimum of rounds. Times on a GPU vary less.
 BUDGET_S = 3.0 if DEVICE.type == "cpu" else 1.0
-ROUNDS = (7, 100)  # least and most
-LONG_S = 4.0  # a round that takes longer than this is repeated only SHORTEST times
+ROUNDS = (7, 100)  # minimum and maximum
+LONG_S = 4.0  # a longer round is repeated only SHORTEST times
 SHORTEST = 3
-ATTEMPTS = 2  # to find the machine quiet
+ATTEMPTS = 2  # at a measurement on a quiet machine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as the sizes call them
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in `Case.size`
 
-# Largest difference allowed, as a part of the largest expected value. This finds a result that is wrong; how exact a
-# kernel is, the tests ask.
+# Largest allowed difference, as a part of the largest expected value. It finds wrong results; the tests measure
+# exactness.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 class WrongResult(Exception):
-    """A contestant's result differs from what is expected, so its speed means nothing."""
+    """A contestant's result differs from the expected one, so it is not timed."""
 
 
 @dataclasses.dataclass
@@ -53,28 +53,27 @@ class Case:
     """One row of the table.
 
     Each contestant is called without arguments and returns a tensor, or a sequence of tensors, that must agree with
-    those of the others. One that works in place has state of its own, equal to the others' at the start: the results of
-    the first calls are compared.
+    those of the others. A contestant that works in place has its own state, equal to the others' at the start; the
+    results of the first calls are compared.
     """
 
     op: str  # the public op
-    size: str  # shapes, dtype, and whether the gradient is in it
-    kernel: str  # name of the torch op that `dispatch.table()` lists: says which implementation serves it
-    contestants: dict[str, Callable[[], Any]]  # "ours", "official" and the others by name
-    expected: Callable[[], Any] | None = None  # called once for the comparison; `official` if None
-    # What turns the result of the contestant of that name into what is compared; not timed.
+    size: str  # shapes, dtype, and whether the gradient is included
+    kernel: str  # name of the op in `dispatch.table()`
+    contestants: dict[str, Callable[[], Any]]  # "ours", "official" and further ones
+    expected: Callable[[], Any] | None = None  # reference for the comparison; `official` if None
+    # Conversion of the result of a contestant before the comparison; not timed.
     adapt: dict[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
-    # The least that must move through memory and be multiplied, for `limit`. 0 for small sizes: their bytes stay in a
-    # cache.
+    # Minimal memory traffic and arithmetic, for `limit`. 0 bytes for small sizes, which stay in a cache.
     bytes_moved: int = 0
     operations: int = 0
     dtype: torch.dtype = torch.float32
-    # The curves of benchmarks/plots.py to which the row belongs: {what the horizontal axis shows: its place there}
+    # Curves of benchmarks/plots.py with this row: {label of the horizontal axis: value on it}
     points: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def compare(benchmark, case: Case) -> None:
-    """Checks a case, measures it, and hands the row to pytest-benchmark's fixture, as `extra_info`.
+    """Checks a case, measures it, and adds the row to pytest-benchmark's fixture as `extra_info`.
 
     With --benchmark-disable it only checks.
     """
@@ -90,27 +89,27 @@ def compare(benchmark, case: Case) -> None:
 
 
 def check(case: Case) -> None:
-    """Calls every contestant once; raises WrongResult for one that does not agree with what is expected."""
+    """Calls every contestant once; raises WrongResult if one does not agree with the expected result."""
 
     def results(name: str, run: Callable[[], Any]) -> list[Tensor]:
         result = case.adapt.get(name, lambda x: x)(run())
         return [result] if isinstance(result, Tensor) else list(result)
 
-    found = {name: results(name, run) for name, run in case.contestants.items()}
-    expected = results("expected", case.expected) if case.expected else found["official"]
-    for name, tensors in found.items():
-        where = f"{case.op}, {case.size}: {name}"
-        if len(tensors) != len(expected):
-            raise WrongResult(f"{where} returns {len(tensors)} tensors, expected {len(expected)}")
-        for i, (tensor, wanted) in enumerate(zip(tensors, expected)):
-            _agree(f"{where}, result {i}", tensor.detach(), wanted.detach())
+    tensors = {name: results(name, run) for name, run in case.contestants.items()}
+    expected = results("expected", case.expected) if case.expected else tensors["official"]
+    for name, result in tensors.items():
+        contestant = f"{case.op}, {case.size}: {name}"
+        if len(result) != len(expected):
+            raise WrongResult(f"{contestant} returns {len(result)} tensors, expected {len(expected)}")
+        for i, (tensor, reference) in enumerate(zip(result, expected)):
+            _check_agreement(f"{contestant}, result {i}", tensor.detach(), reference.detach())
 
 
 def measure(
     contestants: dict[str, Callable[[], Any]], rounds: int | None = None
 ) -> tuple[dict[str, list[float]], float | None]:
-    """Seconds a call, one number a round, and the share of the processors that other programs took meanwhile: of the
-    first attempt on a quiet machine, or of the quietest. As many rounds as the budget has room for if None."""
+    """Seconds a call for each round, and the share of the processors that other programs used: of the first attempt on
+    a quiet machine, or of the quietest. If `rounds` is None, as many as the time budget allows."""
     quietest = None
     for _ in range(ATTEMPTS):
         programs = OtherPrograms()
@@ -126,12 +125,12 @@ def measure(
 
 
 def time_in_turn(contestants: dict[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, list[float]]:
-    """Seconds a call of each contestant, one number a round. The order within a round rotates, so that no contestant
-    always finds the cache that one other left behind."""
+    """Seconds a call of each contestant for each round. The order rotates from round to round, so that no contestant
+    always runs after the same other one, with the cache that it left."""
     calls, round_s = {}, 0.0
     for name, run in contestants.items():
-        seconds = _passing(run, 1)
-        seconds = seconds if seconds > ROUND_S else _passing(run, 10)
+        seconds = _elapsed(run, 1)
+        seconds = seconds if seconds > ROUND_S else _elapsed(run, 10)
         calls[name] = max(1, math.ceil(ROUND_S / seconds))
         round_s += calls[name] * seconds
     if rounds is None:
@@ -163,18 +162,18 @@ def forward_backward(forward: Callable[[], Tensor], *inputs: Tensor, upstream: T
 
 
 def compiled(forward: Callable[[], Tensor], *inputs: Tensor, upstream: Tensor | None = None) -> Callable:
-    """The same with `forward` given to torch.compile."""
+    """`forward_backward` of the compiled function."""
     return forward_backward(torch.compile(forward, dynamic=False), *inputs, upstream=upstream)
 
 
 class Clock:
-    """The timer that pytest-benchmark is given: it shows the time the harness measured, not the time that passes.
+    """Timer for pytest-benchmark that returns the times measured by the harness.
 
-    The fixture times one function by itself and knows no turns. With this timer its statistics, table and JSON hold
-    the rounds of `ours` that were measured in turn with the others.
+    The fixture times one function alone, without turns. With this timer its statistics, table and JSON have the rounds
+    of `ours` that the harness measured in turn with the other contestants.
     """
 
-    __name__ = "measured"  # what pytest-benchmark calls it in its JSON
+    __name__ = "measured"  # the timer's name in the JSON of pytest-benchmark
 
     def __init__(self):
         self.now = 0.0
@@ -205,19 +204,19 @@ def _time_calls(run: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _passing(run: Callable[[], Any], calls: int) -> float:
-    """Seconds that a measured call takes, with what measuring it takes: on a GPU far more than the call itself."""
+def _elapsed(run: Callable[[], Any], calls: int) -> float:
+    """Seconds of a call including the overhead of its measurement, on a GPU far more than the call itself."""
     start = time.perf_counter()
     _time_calls(run, calls)
     return (time.perf_counter() - start) / calls
 
 
 def _time_on_gpu(run: Callable[[], Any]) -> float:
-    """By the GPU's own clock, with nothing of the inputs left in its caches, as a training step would find it. The GPU
-    first waits for some 2 ms, in which the host gets ahead, so that its time for the launches is not counted."""
+    """Seconds by the GPU's clock, with cold caches, as in a training step. The GPU first waits for about 2 ms, while
+    the host queues the launches, so that launch overhead is not counted."""
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flush().zero_()
-    torch.cuda._sleep(4_000_000)  # clock cycles; what torch's own tests use for this
+    _cache_flusher().zero_()
+    torch.cuda._sleep(4_000_000)  # clock cycles
     started.record()
     run()
     ended.record()
@@ -226,27 +225,27 @@ def _time_on_gpu(run: Callable[[], Any]) -> float:
 
 
 @functools.cache
-def _flush() -> Tensor:
-    """More than any cache holds."""
+def _cache_flusher() -> Tensor:
+    """A buffer larger than any cache."""
     return torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
 
 
-def _agree(what: str, result: Tensor, expected: Tensor) -> None:
+def _check_agreement(name: str, result: Tensor, expected: Tensor) -> None:
     if result.shape != expected.shape:
-        raise WrongResult(f"{what} has shape {list(result.shape)}, expected {list(expected.shape)}")
+        raise WrongResult(f"{name} has shape {list(result.shape)}, expected {list(expected.shape)}")
     if not result.is_floating_point():
         if not torch.equal(result, expected):
-            raise WrongResult(f"{what}: {int((result != expected).sum())} of {result.numel()} integers differ")
+            raise WrongResult(f"{name}: {int((result != expected).sum())} of {result.numel()} integers differ")
         return
     allowed = max(TOLERANCE[result.dtype], TOLERANCE[expected.dtype])
     largest = float(expected.abs().max())
     error = float((result.double() - expected.double()).abs().max())
     if not error <= allowed * largest:  # also where it is NaN
-        raise WrongResult(f"{what} is wrong by {error:.1e}, {allowed:.0e} of {largest:.3g} is allowed: not timed")
+        raise WrongResult(f"{name} is wrong by {error:.1e}, {allowed:.0e} of {largest:.3g} is allowed: not timed")
 
 
 def _row(case: Case, times: dict[str, list[float]], memory: dict[str, int]) -> dict:
-    """Quartiles in ms, the baselines' time as a multiple of ours, memory in MB, the limit; all per call."""
+    """Row of the table: quartiles in ms, ratios to ours, memory in MB and the limit, for one call."""
     ours = times["ours"]
     row = {
         "op": case.op,
@@ -255,7 +254,7 @@ def _row(case: Case, times: dict[str, list[float]], memory: dict[str, int]) -> d
         "rounds": len(ours),
         "ms": {name: [short(1e3 * s) for s in quartiles(values)] for name, values in times.items()},
         "ratio": {
-            name: short(statistics.median(theirs / own for theirs, own in zip(values, ours)))
+            name: short(statistics.median(theirs / our for theirs, our in zip(values, ours)))
             for name, values in times.items()
             if name != "ours"
         },

@@ -1,4 +1,4 @@
-"""What a measurement must say about where it was made, and how fast that machine moves bytes and multiplies."""
+"""Facts about the machine and the software of a measurement, and the machine's memory bandwidth and arithmetic rate."""
 
 import datetime
 import functools
@@ -19,17 +19,17 @@ from fastssl.ops import dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-BUSY = 0.1  # share of the processors taken by other programs, above which a measurement means nothing
+BUSY = 0.1  # share of the processors used by other programs above which a measurement is void
 
 
 def wait() -> None:
-    """Waits until the device has done what it was given; a CPU always has."""
+    """Waits until the GPU has finished its work; returns at once on a CPU."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def machine(processor: str) -> dict:
-    """The hardware, by the names its makers gave it. The slug names the result file."""
+    """The hardware: name, processor, cores, device. The slug names the file of results."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{processor}, {cores} cores"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -53,28 +53,28 @@ def environment() -> dict:
 
 
 def implementation(kernel: str) -> str:
-    """What serves the op `fastssl::<kernel>` on the device of the benchmarks: "native avx2", "plain torch", …"""
+    """Implementation of the op `fastssl::<kernel>` on the device of the benchmarks: "native avx2", "plain torch", …"""
     return {(op, device): kind for op, device, kind in dispatch.table()}[kernel, DEVICE.type]
 
 
 class OtherPrograms:
-    """How much of the processors other programs take, from the making of this object on: Linux counts it, elsewhere
-    it is unknown. Time that a hypervisor gives to other machines counts too."""
+    """Share of the processors that other programs use while this object exists. Only Linux counts it. Time that a
+    hypervisor gives to other machines is included."""
 
     def __init__(self):
         self._start = self._counts()
 
     def share(self) -> float | None:
-        """0 on a quiet machine, 1 where others take all; None where it is unknown."""
+        """0 on a quiet machine, 1 if other programs use all of it, None if unknown."""
         now = self._counts()
         if now is None:
             return None
-        busy, available, own = (after - before for before, after in zip(self._start, now))
-        return max(0.0, (busy - own) / available) if available else 0.0
+        busy, available, ours = (after - before for before, after in zip(self._start, now))
+        return max(0.0, (busy - ours) / available) if available else 0.0
 
     @staticmethod
     def _counts() -> tuple[float, float, float] | None:
-        """(busy seconds, all seconds, our own seconds) of the processors that this process may use."""
+        """Busy seconds, all seconds and seconds of this process, of the processors that it may use."""
         try:
             lines = Path("/proc/stat").read_text().splitlines()
         except OSError:
@@ -90,7 +90,7 @@ class OtherPrograms:
 
 
 def limit(bytes_moved: int, operations: int, dtype: torch.dtype) -> tuple[float, str]:
-    """The shortest time, in ms, that this machine could take, and why: the bytes at the measured bandwidth or the
+    """Lower bound of the time on this machine in ms, and its reason: the bytes at the measured bandwidth or the
     floating-point operations at the measured matrix-product rate, whichever takes longer."""
     reasons = []
     if bytes_moved:
@@ -104,21 +104,23 @@ def limit(bytes_moved: int, operations: int, dtype: torch.dtype) -> tuple[float,
 
 @functools.cache
 def bandwidth() -> float:
-    """Bytes a second of main memory, on buffers that no cache holds: the best of a sum, a copy and an addition in
-    place, which move one, two and three bytes for each byte (a copy on a CPU may also read what it overwrites)."""
+    """Bytes a second of main memory, on buffers larger than any cache: the best of a sum, a copy and an addition in
+    place, which move one, two and three bytes for each byte (a copy on a CPU may also read its target)."""
     x, y = torch.ones(2, 2**26, device=DEVICE).unbind()
-    ways = {1: x.sum, 2: lambda: y.copy_(x), 3: lambda: y.add_(x)}
-    return max(moved * x.nbytes / _best(way) for moved, way in ways.items())
+    functions = {1: x.sum, 2: lambda: y.copy_(x), 3: lambda: y.add_(x)}
+    return max(moved * x.nbytes / _best(function) for moved, function in functions.items())
 
 
 @functools.cache
 def product_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second in a matrix product. On a CPU the better of `@` and of a 1×1 convolution:
-    torch sends the two to different libraries, whose speeds are far apart on some processors."""
+    """Floating-point operations a second of a matrix product. On a CPU the faster of `@` and a 1×1 convolution: torch
+    calls different libraries for the two, whose speeds differ widely on some processors."""
     n = 8192 if DEVICE.type == "cuda" else 1024
     a, b = torch.ones(2, n, n, device=DEVICE, dtype=dtype).unbind()
     seconds = _best(lambda: a @ b)
-    if DEVICE.type == "cuda" and dtype == torch.float32:  # three products of tf32 parts are as exact, and often faster
+    if (
+        DEVICE.type == "cuda" and dtype == torch.float32
+    ):  # three tf32 products of split operands are as exact, and often faster
         torch.set_float32_matmul_precision("high")
         seconds = min(seconds, 3 * _best(lambda: a @ b))
         torch.set_float32_matmul_precision("highest")
@@ -130,7 +132,7 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 def _best(run: Callable[[], object], window_s: float = 0.3, windows: int = 10) -> float:
-    """Seconds of the fastest of many calls, up to the end of the first window in which the machine was quiet."""
+    """Seconds of the fastest call in windows of time, up to the first window in which the machine was quiet."""
     run()
     best = float("inf")
     for _ in range(windows):
@@ -147,7 +149,7 @@ def _best(run: Callable[[], object], window_s: float = 0.3, windows: int = 10) -
 
 
 def _commit() -> str:
-    """The commit that was measured, with "-dirty" where tracked files differ from it."""
+    """The measured commit, with "-dirty" if tracked files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

@@ -1,20 +1,20 @@
-"""Draws docs/benchmarks-*.png from benchmarks/results: time against K, B and L, memory against K; and losses of steps.
+"""Figures docs/benchmarks-*.png from benchmarks/results: time over K, B and L, memory over K; and losses of steps.
 
-Each picture shows the rows that carry its axis (`Case.points`), one line a contestant, logarithmic both ways. Several
-machines are several pictures.
+Each figure shows the rows with a value on its axis (`Case.points`), one line a contestant, both axes logarithmic; one
+figure a machine.
 """
 
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # a machine that measures has no screen
+matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from . import store
 
-COLOURS = {"ours": "#c2410c", "official": "#64748b"}  # the others take matplotlib's own
+COLOURS = {"ours": "#c2410c", "official": "#64748b"}  # other contestants take matplotlib's colours
 TITLES = {
     "queue length K": "info_nce, forward + backward, B=256, D=128, float32",
     "batch B": "info_nce, forward + backward, K=65,536, D=128, float32",
@@ -23,7 +23,7 @@ TITLES = {
 
 
 def draw(results: Path, docs: Path) -> list[Path]:
-    """Writes the pictures of all machines; returns their paths."""
+    """Writes the figures of all machines; returns their paths."""
     written = []
     for path in store.machine_files(results):
         document = store.read(path)
@@ -35,7 +35,7 @@ def draw(results: Path, docs: Path) -> list[Path]:
             panels = ["ms", "memory_mb"] if axis == "queue length K" else ["ms"]
             figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
             for panel, kind in zip(axes[0], panels):
-                _lines(panel, points, kind, [row["points"][axis] for row in points])
+                _draw_lines(panel, points, kind, [row["points"][axis] for row in points])
                 panel.set_xlabel(axis)
             figure.suptitle(f"{title} · {document['machine']['name']}", fontsize=9)
             figure.tight_layout()
@@ -51,11 +51,11 @@ def draw_losses(curves: dict[str, list[float]], title: str, target: Path) -> Non
     figure, (above, below) = plt.subplots(2, 1, figsize=(6.4, 6.0), sharex=True)
     expected = curves["official fp32"]
     for name, losses in curves.items():
-        who, precision = name.split()
-        style = {"color": COLOURS[who], "linestyle": "-" if precision == "fp32" else "--", "label": name}
-        above.plot(losses, **style, linewidth=3 if who == "official" else 1.2)
+        implementation, precision = name.split()
+        style = {"color": COLOURS[implementation], "linestyle": "-" if precision == "fp32" else "--", "label": name}
+        above.plot(losses, **style, linewidth=3 if implementation == "official" else 1.2)
         if name != "official fp32":
-            differences = [abs(loss - wanted) for loss, wanted in zip(losses, expected)]
+            differences = [abs(loss - reference) for loss, reference in zip(losses, expected)]
             below.plot(differences, marker="o", markersize=3, **style)
     above.set_ylabel("loss")
     below.set_yscale("symlog", linthresh=1e-8)  # a difference may be 0
@@ -71,14 +71,14 @@ def draw_losses(curves: dict[str, list[float]], title: str, target: Path) -> Non
     plt.close(figure)
 
 
-def _lines(panel, points: list[dict], kind: str, places: list[int]) -> None:
+def _draw_lines(panel, points: list[dict], kind: str, positions: list[int]) -> None:
     for name in sorted({name for row in points for name in row[kind]}, key=lambda name: (name != "ours", name)):
-        x = [place for place, row in zip(places, points) if name in row[kind]]
+        x = [position for position, row in zip(positions, points) if name in row[kind]]
         values = [row[kind][name] for row in points if name in row[kind]]
         y = [value[1] for value in values] if kind == "ms" else values
         panel.plot(x, y, marker="o", markersize=3.5, label=name, color=COLOURS.get(name))
     if kind == "ms" and all("limit_ms" in row for row in points):
-        panel.plot(places, [row["limit_ms"] for row in points], "k:", label="limit", linewidth=1)
+        panel.plot(positions, [row["limit_ms"] for row in points], "k:", label="limit", linewidth=1)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -1,4 +1,4 @@
-"""Attention of short ViT sequences, forward and backward, from a packed qkv and to its gradient."""
+"""Attention of short ViT sequences: forward and backward of a packed qkv."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def ours(qkv: Tensor) -> Tensor:
 
 
 def official(qkv: Tensor) -> Tensor:
-    """The paper's formula: two batched products and a softmax between them."""
+    """The paper's formula: a batched matrix product, a softmax, a batched matrix product."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
     return (weights @ v).transpose(1, 2)
@@ -44,14 +44,14 @@ def test_attention(benchmark, batch, length, heads, width, dtype):
     qkv = torch.randn(batch, length, 3, heads, width, device=DEVICE).to(DTYPES[dtype]).requires_grad_()
     upstream = torch.randn(batch, length, heads, width, device=DEVICE).to(DTYPES[dtype])
     wide, wide_upstream = qkv.detach().float().requires_grad_(), upstream.float()
-    ways = {"ours": ours, "official": official, "SDPA": fused}
+    functions = {"ours": ours, "official": official, "SDPA": fused}
     case = Case(
         op="attention_packed",
         size=f"B={batch}, H={heads}, L={length}, E={width}, {dtype}, forward + backward",
         kernel="attention_packed_fwd",
         contestants={
-            name: forward_backward(lambda way=way: way(qkv).contiguous(), qkv, upstream=upstream)
-            for name, way in ways.items()
+            name: forward_backward(lambda function=function: function(qkv).contiguous(), qkv, upstream=upstream)
+            for name, function in functions.items()
         },
         expected=forward_backward(lambda: official(wide), wide, upstream=wide_upstream),
         operations=12 * batch * heads * length**2 * width,  # two products forward, four backward

@@ -1,8 +1,8 @@
-"""Jitter, grayscale, blur and flip of a batch of bytes, against torchvision (v2) with the same draws, image by image.
+"""Jitter, grayscale, blur and flip of a batch of uint8 images, beside torchvision (v2) on single images, same draws.
 
-Pillow images are what a loader decodes, so `official` is given those; it runs on one thread, as in each process of a
-loader. Others round to bytes after each step, Pillow's hue has 256 steps and its blur is three boxes, so what is
-compared is the mean of each quarter of an image, in bfloat16 for its tolerance of 2 in 100.
+`official` takes Pillow images, which a loader decodes, and runs on one thread, as each worker of a loader does. The
+baselines round to bytes after each step, Pillow's hue has 256 values and its blur is three box filters. So the
+comparison is of the mean of each quarter of an image, in bfloat16 for its tolerance of 2 %.
 """
 
 import math
@@ -18,26 +18,26 @@ from fastssl.ops import augment_, dispatch
 from .harness import Case, compare
 from .machine import DEVICE
 
-NOTHING = torch.tensor([1.0, 1.0, 1.0, 0.0])
+IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
 def draws(batch: int, jitter_p: float, grey_p: float, blur_p: float, flip_p: float, sigma=(0.1, 2.0)):
-    """With the strengths of MoCo v2: 0.4, 0.4, 0.4 and 0.1."""
+    """Random draws with the jitter of MoCo v2: 0.4, 0.4, 0.4 and 0.1."""
 
     def chance(p: float) -> torch.Tensor:
         return torch.rand(batch) < p
 
-    jitter = NOTHING + torch.tensor([0.4, 0.4, 0.4, 0.1]) * (2 * torch.rand(batch, 4) - 1)
-    jitter[:, 3] = (jitter[:, 3] * 255).round() * 1.001 / 255  # the rest of a 255th is what Pillow cuts off
-    jitter = torch.where(chance(jitter_p)[:, None], jitter, NOTHING)
+    jitter = IDENTITY + torch.tensor([0.4, 0.4, 0.4, 0.1]) * (2 * torch.rand(batch, 4) - 1)
+    jitter[:, 3] = (jitter[:, 3] * 255).round() * 1.001 / 255  # Pillow truncates to multiples of 1/255
+    jitter = torch.where(chance(jitter_p)[:, None], jitter, IDENTITY)
     order = torch.rand(batch, 4).argsort(1)
     sigma = torch.where(chance(blur_p), torch.empty(batch).uniform_(*sigma), 0)
     return jitter, order, chance(grey_p), sigma, chance(0), chance(flip_p)
 
 
 def official_blur(image, sigma: float):
-    """MoCo v2's."""
+    """The blur of MoCo v2's code."""
     return image.filter(ImageFilter.GaussianBlur(sigma))
 
 
@@ -46,11 +46,11 @@ def tensor_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def image_by_image(images: list, args: tuple, blur) -> list:
-    """torchvision's functions, which take Pillow images and tensors."""
+    """Results of torchvision's functions on Pillow images or tensors."""
     results = []
     for image, factors, steps, grey, sigma, _, flip in zip(images, *(column.tolist() for column in args)):
         for step in steps:
-            if factors[step] != NOTHING[step]:
+            if factors[step] != IDENTITY[step]:
                 image = ADJUST[step](image, factors[step])
         image = F.rgb_to_grayscale(image, num_output_channels=3) if grey else image
         image = blur(image, sigma) if sigma > 0 else image
@@ -72,7 +72,7 @@ def means_of_each(images: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "what, batch, side, chances",
+    "name, batch, side, probabilities",
     [
         ("MoCo v2's draws", 64, 224, dict(jitter_p=0.8, grey_p=0.2, blur_p=0.5, flip_p=0.5)),
         ("MoCo v2's draws", 64, 32, dict(jitter_p=0.8, grey_p=0.2, blur_p=0.5, flip_p=0.5)),
@@ -80,15 +80,15 @@ def means_of_each(images: list[torch.Tensor]) -> torch.Tensor:
         ("blur of all, σ=1", 64, 224, dict(jitter_p=0, grey_p=0, blur_p=1, flip_p=0, sigma=(1, 1))),
     ],
 )
-def test_augment(benchmark, what, batch, side, chances):
-    rough = torch.rand(batch, 3, 8, 8)  # as smooth as photographs are
-    images = torch.nn.functional.interpolate(rough, (side, side), mode="bicubic").clamp(0, 1).mul(255).byte()
+def test_augment(benchmark, name, batch, side, probabilities):
+    coarse = torch.rand(batch, 3, 8, 8)  # smooth, like a photograph
+    images = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1).mul(255).byte()
     pillow = [F.to_pil_image(image) for image in images]
-    images, args = images.to(DEVICE), draws(batch, **chances)
+    images, args = images.to(DEVICE), draws(batch, **probabilities)
     state, plain_state = images.clone(), images.clone()
     case = Case(
         op="augment_",
-        size=f"{what}, B={batch}, {side}²",
+        size=f"{name}, B={batch}, {side}²",
         kernel="augment_",
         contestants={
             "ours": lambda: augment_(state, *args),

@@ -1,4 +1,4 @@
-"""Batch norm in training with the addition and the ReLU after it, forward and backward: ResNet-50's at 8 images."""
+"""Batch norm in training with the addition and the ReLU after it: layers of a ResNet-50 at 8 images."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def test_batch_norm(benchmark, layer, with_residual, dtype, splits, batch=8):
     leaves = (x, weight, bias, *residual)
 
     def official():
-        """Parts as channels, and step by step; the ReLU comes last."""
+        """Batch norm with the splits as channels, then the addition; the caller applies the ReLU."""
         parts = x.reshape(batch // splits, splits * channels, side, side) if splits > 1 else x
-        wide = [t.repeat(splits) for t in (running.mean, running.var, weight, bias)]
-        y = F.batch_norm(parts, *wide, True, running.momentum).view(x.shape)
+        repeated = [t.repeat(splits) for t in (running.mean, running.var, weight, bias)]
+        y = F.batch_norm(parts, *repeated, True, running.momentum).view(x.shape)
         return y.add_(residual[0]) if residual else y
 
-    upstream[official().detach().abs() < 0.05] = 0  # where rounding decides whether the ReLU is open
+    upstream[official().detach().abs() < 0.05] = 0  # where rounding decides the gradient of the ReLU
 
     tensors = 3 + 5 + 2 * with_residual  # forward x, x, y; backward (x, dy) twice, dx; the residual and its gradient
     case = Case(

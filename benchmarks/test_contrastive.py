@@ -1,7 +1,7 @@
-"""InfoNCE over a queue, in the batch, and NT-Xent: forward and backward.
+"""InfoNCE over a queue and in the batch, and NT-Xent: forward and backward.
 
-Queries start unnormalised, as a projection head leaves them, and the mean loss is differentiated: each contestant does
-the whole of it.
+Queries are unnormalised outputs of a projection head, and each contestant computes the mean loss and the gradient of
+these outputs.
 """
 
 import pytest
@@ -26,7 +26,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def lightly_loss(queue: Tensor | None = None):
-    """lightly's NTXentLoss, with a copy of the queue as its memory bank, or None where lightly is not installed."""
+    """lightly's NTXentLoss, with a copy of the queue as its memory bank; None if lightly is not installed."""
     try:
         from lightly.loss import NTXentLoss
     except ImportError:
@@ -38,8 +38,8 @@ def lightly_loss(queue: Tensor | None = None):
 
 
 def attention_and_lse(q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """(softmax-weighted mean of the keys [B, D], log-sum-exp of the logits [B]): torch's fused attention with the keys
-    as values. Only its inner ops return the second."""
+    """Softmax-weighted mean of the keys [B, D] and log-sum-exp of the logits [B], by torch's fused attention with the
+    keys as values. Only torch's internal ops return the log-sum-exp."""
     q, keys = q[None, None], keys[None, None]
     if DEVICE.type == "cuda":
         mean, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, keys, keys, None, True, scale=1 / TAU)
@@ -71,7 +71,7 @@ def test_info_nce(benchmark, batch, length, dtype, width=128):
     raw_32, key_32, queue_32 = raw.detach().float().requires_grad_(), key.float(), queue.float()
 
     def official():
-        """MoCo's, with its queue cloned each step; in float32 also where ours gets bfloat16."""
+        """MoCo's code, which clones the queue in each step; in float32 also if ours takes bfloat16."""
         q, negatives = unit(raw_32), queue_32.clone()
         logits = torch.cat([(q * key_32).sum(1, keepdim=True), q @ negatives.T], dim=1) / TAU
         return F.cross_entropy(logits, torch.zeros(batch, dtype=torch.int64, device=DEVICE))
@@ -146,11 +146,11 @@ def test_nt_xent(benchmark, batch, width=256):
     raw1 = projections(batch, width).requires_grad_()
     raw2 = (raw1.detach() + 2 * projections(batch, width)).requires_grad_()
     labels = (torch.arange(2 * batch, device=DEVICE) + batch) % (2 * batch)
-    itself = torch.eye(2 * batch, dtype=torch.bool, device=DEVICE)
+    diagonal = torch.eye(2 * batch, dtype=torch.bool, device=DEVICE)
 
     def official():
         z = unit(torch.cat([raw1, raw2]))
-        return F.cross_entropy((z @ z.T / TAU).masked_fill(itself, float("-inf")), labels)
+        return F.cross_entropy((z @ z.T / TAU).masked_fill(diagonal, float("-inf")), labels)
 
     contestants = {
         "ours": forward_backward(lambda: nt_xent(unit(raw1), unit(raw2), TAU).mean(), raw1, raw2),

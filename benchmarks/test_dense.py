@@ -1,4 +1,4 @@
-"""Linear layers of MAE's ViT-B and its decoder, forward and backward: one by itself, and an MLP with its GELU."""
+"""Linear layers of MAE's ViT-B and its decoder, forward and backward: single layers, and an MLP with its GELU."""
 
 import pytest
 import torch
@@ -17,15 +17,15 @@ def weights(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [(torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
 
 
-def row(benchmark, op, size, dtype, ours, official, inputs, operations, **others):
-    """All run under autocast where the dtype asks for it, and are compared in that dtype."""
+def measure(benchmark, op, size, dtype, ours, official, inputs, operations, **baselines):
+    """Compares the contestants, under autocast for bf16, in that dtype."""
     dtype_name, dtype = dtype, DTYPES[dtype]
     upstream = torch.randn(inputs[0].shape[0], official().shape[1], device=DEVICE).to(dtype)
 
-    def contestant(way):
+    def contestant(forward):
         def run():
             with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
-                result = way()
+                result = forward()
             return [t.to(dtype) for t in (result, *torch.autograd.grad(result, inputs, upstream))]
 
         return run
@@ -36,7 +36,9 @@ def row(benchmark, op, size, dtype, ours, official, inputs, operations, **others
             op=op,
             size=f"{size}, {dtype_name}{' autocast' if dtype == torch.bfloat16 else ''}, forward + backward",
             kernel="linear_fwd",
-            contestants={name: contestant(way) for name, way in {"ours": ours, "official": official, **others}.items()},
+            contestants={
+                name: contestant(forward) for name, forward in {"ours": ours, "official": official, **baselines}.items()
+            },
             expected=forward_backward(official, *inputs, upstream=upstream.float()),
             operations=operations,
             dtype=dtype,
@@ -50,7 +52,7 @@ def test_linear(benchmark, tokens, depth, columns, dtype):
     x = torch.randn(tokens, depth, device=DEVICE).to(DTYPES[dtype]).float().requires_grad_()
     weight, bias = weights((columns, depth), (columns,))
     inputs = x, weight, bias
-    row(
+    measure(
         benchmark,
         "linear",
         f"{tokens:,} × {depth:,} → {columns:,}",
@@ -69,14 +71,14 @@ def test_mlp(benchmark, tokens, width, dtype):
     inputs = x, *weights((4 * width, width), (4 * width,), (width, 4 * width), (width,))
 
     def official():
-        _, first, one, second, two = inputs
-        return F.linear(F.gelu(F.linear(x, first, one)), second, two)
+        _, weight1, bias1, weight2, bias2 = inputs
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
     def ours():
-        _, first, one, second, two = inputs
-        return linear(linear(x, first, one), second, two, gelu=True)
+        _, weight1, bias1, weight2, bias2 = inputs
+        return linear(linear(x, weight1, bias1), weight2, bias2, gelu=True)
 
-    row(
+    measure(
         benchmark,
         "linear, GELU, linear",
         f"{tokens:,} × {width} → {4 * width:,} → {width}",

@@ -1,6 +1,6 @@
-"""MAE's masking: choosing tokens, taking them out, putting them back.
+"""MAE's masking: the choice of tokens, the kept tokens, and the full sequence with mask tokens.
 
-Three quarters are removed, and the positional embedding is fixed, as in MAE.
+Three quarters of the tokens are masked, and the positional embedding is fixed, as in MAE.
 """
 
 import pytest
@@ -16,12 +16,12 @@ TINY = (16, 4)
 
 
 def distinct_noise(batch: int, length: int) -> torch.Tensor:
-    """Noise without ties: their order is the one thing that torch's argsort leaves open."""
+    """Noise without ties, whose order torch's argsort does not define."""
     return torch.rand(batch, length, device=DEVICE).argsort(1).float() / length
 
 
 def rows_as_index(ids: torch.Tensor, width: int) -> torch.Tensor:
-    """The reference's index, written out for every value: [B, M, D] int64."""
+    """The index of the reference code, one int64 for every value: [B, M, D]."""
     return ids.unsqueeze(-1).repeat(1, 1, width)
 
 
@@ -54,7 +54,7 @@ def test_random_masking(benchmark, batch, tokens):
 
 @pytest.mark.parametrize("batch", [256, 1])
 def test_random_masking_with_gather(benchmark, batch, width=768):
-    """The reference's function of that name: it masks and takes the kept tokens out."""
+    """The function of that name in the reference code: it draws the mask and gathers the kept tokens."""
     length, keep = MAE
     x, noise = torch.randn(batch, length, width, device=DEVICE), distinct_noise(batch, length)
 
@@ -62,12 +62,12 @@ def test_random_masking_with_gather(benchmark, batch, width=768):
         masking = random_masking(noise, keep)
         return keep_tokens(x, masking.ids_keep), masking.mask, masking.ids_restore
 
-    def way(rows):
+    def mask_and_gather(gather):
         ids = noise.argsort(1)
         ids_restore = ids.argsort(1)
         mask = torch.ones(batch, length, device=DEVICE)
         mask[:, :keep] = 0
-        return rows(ids[:, :keep]), mask.gather(1, ids_restore), ids_restore
+        return gather(ids[:, :keep]), mask.gather(1, ids_restore), ids_restore
 
     case = Case(
         op="random_masking, keep_tokens",
@@ -75,8 +75,8 @@ def test_random_masking_with_gather(benchmark, batch, width=768):
         kernel="keep_tokens_fwd",
         contestants={
             "ours": ours,
-            "official": lambda: way(lambda ids: x.gather(1, rows_as_index(ids, width))),
-            "gather, expand": lambda: way(lambda ids: x.gather(1, ids.unsqueeze(-1).expand(-1, -1, width))),
+            "official": lambda: mask_and_gather(lambda ids: x.gather(1, rows_as_index(ids, width))),
+            "gather, expand": lambda: mask_and_gather(lambda ids: x.gather(1, ids.unsqueeze(-1).expand(-1, -1, width))),
         },
         bytes_moved=0 if batch < 64 else 2 * batch * keep * width * 4,
     )
@@ -113,13 +113,12 @@ def test_keep_tokens(benchmark, batch, tokens, width, gradient):
     if batch == 64:
         forwards["torch.compile"] = torch.compile(official, dynamic=False)
     upstream = torch.randn(batch, keep, width, device=DEVICE)
-    kept, whole = upstream.nbytes, x.nbytes
     case = Case(
         op="keep_tokens",
         size=f"B={batch}, {length} → {keep} tokens, D={width}, fp32" + _direction(gradient),
         kernel="keep_tokens_fwd",
         contestants=_contestants(forwards, gradient, x, upstream=upstream),
-        bytes_moved=0 if batch < 64 else 2 * kept + gradient * (kept + whole),
+        bytes_moved=0 if batch < 64 else 2 * upstream.nbytes + gradient * (upstream.nbytes + x.nbytes),
     )
     compare(benchmark, case)
 
@@ -146,12 +145,12 @@ def test_restore_tokens(benchmark, batch, tokens, width, gradient):
         tokens = torch.cat([x[:, 1:], mask_token.repeat(batch, length - keep, 1)], dim=1)
         return torch.cat([x[:, :1], tokens.gather(1, rows_as_index(ids, width))], dim=1) + pos
 
-    def expanded():
+    def gather_expand():
         tokens = torch.cat([x[:, 1:], mask_token.expand(batch, length - keep, width)], dim=1)
         tokens = tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, width))
         return torch.cat([x[:, :1], tokens], dim=1) + pos
 
-    def chosen():
+    def gather_where():
         ranks = ids.unsqueeze(-1)
         tokens = x[:, 1:].gather(1, ranks.clamp(max=keep - 1).expand(-1, -1, width))
         return torch.cat([x[:, :1], torch.where(ranks < keep, tokens, mask_token)], dim=1) + pos
@@ -159,8 +158,8 @@ def test_restore_tokens(benchmark, batch, tokens, width, gradient):
     forwards = {
         "ours": lambda: restore_tokens(x, mask_token, ids, pos),
         "official": official,
-        "gather, expand": expanded,
-        "gather, where": chosen,
+        "gather, expand": gather_expand,
+        "gather, where": gather_where,
     }
     if batch == 64:
         forwards["torch.compile"] = torch.compile(official, dynamic=False)

@@ -1,4 +1,4 @@
-"""The residual addition and the layer norm behind it, at the sizes of a step of MAE: B=16, ViT-B, 224²."""
+"""Residual addition and layer norm, at the sizes of a step of MAE: B=16, ViT-B, 224²."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SIZES = [(16, 197, 512), (16, 50, 768)]  # the decoder's tokens and the encoder'
 
 
 def official(x, delta, weight, bias, dtype):
-    """Autocast's: the sum and the norm in float32, then the cast of the next linear layer."""
+    """Operations under autocast: sum and norm in float32, then the cast for the next linear layer."""
     total = x + delta
     return total, F.layer_norm(total, x.shape[-1:], weight, bias, 1e-6).to(dtype)
 
@@ -23,9 +23,9 @@ def inputs(size, dtype):
     return x, delta, torch.randn(size[-1], device=DEVICE), torch.randn(size[-1], device=DEVICE)
 
 
-def label(size, dtype, what):
+def label(size, dtype, direction):
     rows = f"{size[0] * size[1]:,} rows, D={size[2]}"
-    return f"{rows}, fp32, {'' if dtype == 'fp32' else f'delta and result {dtype}, '}{what}"
+    return f"{rows}, fp32, {'' if dtype == 'fp32' else f'delta and result {dtype}, '}{direction}"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -49,11 +49,11 @@ def test_residual_norm(benchmark, size, dtype):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_residual_norm_both_ways(benchmark, size, dtype):
+def test_residual_norm_with_gradient(benchmark, size, dtype):
     leaves = [t.requires_grad_() for t in inputs(size, DTYPES[dtype])]
     upstream = torch.randn(size, device=DEVICE), torch.randn(size, device=DEVICE).to(DTYPES[dtype])
 
-    def both_ways(forward):
+    def forward_and_backward(forward):
         def run():
             results = forward(*leaves, DTYPES[dtype])
             return *(t.detach() for t in results), *torch.autograd.grad(results, leaves, upstream)
@@ -65,9 +65,9 @@ def test_residual_norm_both_ways(benchmark, size, dtype):
         size=label(size, dtype, "forward + backward"),
         kernel="residual_norm_bwd",
         contestants={
-            "ours": both_ways(lambda *args: residual_norm(*args[:4], dtype=args[4])),
-            "official": both_ways(official),
-            "torch.compile": both_ways(torch.compile(official, dynamic=False)),
+            "ours": forward_and_backward(lambda *args: residual_norm(*args[:4], dtype=args[4])),
+            "official": forward_and_backward(official),
+            "torch.compile": forward_and_backward(torch.compile(official, dynamic=False)),
         },
         bytes_moved=5 * leaves[0].nbytes + 4 * leaves[1].nbytes,
     )

@@ -1,4 +1,4 @@
-"""Images as patches and MAE's loss on the masked ones, on 224² images in patches of 16², three quarters masked."""
+"""Patches of images and MAE's loss on masked patches: 224² images, patches of 16², three quarters masked."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ BATCHES = [256, 64, 1]
 
 
 def cut(images: torch.Tensor) -> torch.Tensor:
-    """The reference's patchify: patches in row-major order, row, column, channel inside a patch."""
+    """patchify of the reference code: patches in row-major order; row, column, channel inside a patch."""
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return torch.einsum("bchpwq->bhwpqc", grid).reshape(batch, -1, PATCH * PATCH * channels)
@@ -79,7 +79,7 @@ def test_keep_patches(benchmark, batch):
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_masked_patch_mse(benchmark, batch):
-    """The reference predicts all patches and weighs the loss by the mask; the others see masked patches only."""
+    """The reference code predicts all patches and weights the loss by the mask; the others take masked patches only."""
     images = torch.randn(batch, 3, SIDE, SIDE, device=DEVICE)
     _, ids, _, mask = masking(batch)
     pred_all = torch.randn(batch, LENGTH, VALUES, device=DEVICE, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Learning itself: short runs on shapes, each of which must lift kNN over the untrained encoder by what it states."""
+"""Learning itself: runs on the embedded shapes must raise the accuracy of kNN over that of the untrained encoder."""
 
 import json
 import sys
@@ -7,38 +7,38 @@ import pytest
 
 from fastssl import cli
 
-# Options, and a lift of about half of what was seen: 4.8, 4.3, 7.6 and 11.2 points on two cores, with two more epochs
-# of mae and one more of the others. With a learning rate of 0, moco_v2 fell by 2.8 points and moco_v3 rose by 0.5.
 RUNS = {
-    "mae": (
-        [
-            "--epochs",
-            "10",
-            "--image-size",
-            "32",
-            "32",
-            "--crop-min",
-            "0.5",
-            "--mask-ratio",
-            "0.75",
-            "--batch-size",
-            "32",
-        ],
-        0.02,
-    ),
-    "moco_v1": (["--epochs", "5"], 0.02),
-    "moco_v2": (["--epochs", "5"], 0.03),
-    "moco_v3": (["--epochs", "3"], 0.05),
+    "mae": "--epochs 10 --image-size 32 32 --crop-min 0.5 --mask-ratio 0.75 --batch-size 32",
+    "moco_v1": "--epochs 14",
+    "moco_v2": "--epochs 5",
+    "moco_v3": "--epochs 3",
 }
+LONG = {"moco_v1"}
+# docs/measurements.md has the accuracies: they rise by 14 points and more. A rise of 5 is far from what rounding and
+# the order of sums change, and from what batch statistics alone do at a learning rate of 0.
+RISE = 0.05
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", RUNS)
-def test_knn_rises(tmp_path, monkeypatch, method):
-    words, lift = RUNS[method]
-    data = ["--data", "shapes:count=2048", "--folder", str(tmp_path / "run"), "--no-tensorboard", "--workers", "0"]
-    monkeypatch.setattr(sys, "argv", ["fastssl", "pretrain", method, *data, *words])
+def knn_rise(method: str, folder, monkeypatch, *words: str) -> float:
+    """Accuracy of the trained encoder minus that of the untrained one."""
+    options = ["--data", "shapes", "--folder", str(folder), "--no-tensorboard", "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", ["fastssl", "pretrain", method, *options, *RUNS[method].split(), *words])
     cli.main()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     untrained, trained = [line["accuracy"] for line in lines if line["evaluation"] == "knn"]
-    assert trained - untrained >= lift, f"kNN went from {untrained:.1%} to {trained:.1%}"
+    print(f"{method}: kNN {untrained:.1%} untrained, {trained:.1%} trained")
+    return trained - untrained
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.exhaustive if m in LONG else pytest.mark.slow) for m in RUNS]
+)
+def test_knn_rises(method, tmp_path, monkeypatch):
+    assert knn_rise(method, tmp_path / "run", monkeypatch) >= RISE
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", RUNS)
+def test_knn_does_not_rise_at_a_learning_rate_of_0(method, tmp_path, monkeypatch):
+    """The test above would be worthless if batch statistics alone raised the accuracy."""
+    assert knn_rise(method, tmp_path / "run", monkeypatch, "--lr", "0") < RISE
