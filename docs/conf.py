@@ -76,6 +76,17 @@ def prepare(app, what, name, obj, options, lines: list[str]) -> None:
             literal = True
         result.append(line if literal else plain_text(line.strip()))
     lines[:] = result
+    if what in ("attribute", "property", "data"):
+        attributes[name] = result
+
+
+attributes: dict[str, list[str]] = {}  # docstrings of attributes, before napoleon
+
+
+def restore(app, what, name, obj, options, lines: list[str]) -> None:
+    """Undoes napoleon's reading of an attribute's docstring: it takes the text before a colon for a type."""
+    if name in attributes:
+        lines[:] = [*attributes.pop(name), ""]
 
 
 def plain_arguments(line: str) -> str:
@@ -86,3 +97,4 @@ def plain_arguments(line: str) -> str:
 
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", prepare, priority=100)  # napoleon has 500
+    app.connect("autodoc-process-docstring", restore, priority=900)

@@ -14,6 +14,7 @@ from fastssl.data.loader import Loader
 from fastssl.data.source import Source
 from fastssl.eval.reconstruction import first_images, save_snapshot
 from fastssl.evaluation import note_knn
+from fastssl.extras import need
 from fastssl.machine import available_engine, facts, keep_freed_memory, select_device, select_engine, share_cores
 from fastssl.run import (
     Options,
@@ -157,6 +158,8 @@ def start(run: Run, resume: str | Path | None = None) -> Run:
 
 def resume_run(run: Run, data: str | Sources | None = None, settings: dict[str, Any] | None = None) -> Run:
     """Continues a run from its newest checkpoint, with some options changed."""
+    if "folder" in (settings or {}):
+        raise ValueError(f"pretrain: folder belongs to a new run, got {settings['folder']} beside resume={run.folder}")
     options, config = update((run.options, run.config), settings or {}, "pretrain")
     if data is not None:
         options.data = run.data_name(data)
@@ -208,6 +211,10 @@ def _train(run: Run, changes: dict[str, tuple[Any, Any]] | None, device: torch.d
     """Trains and evaluates. Everything that may be refused is refused before anything is written."""
     options, training = run.options, run.config.training
     check_sharding(training, options.execution)
+    if options.execution.tensorboard:
+        need("tensorboard", what="--tensorboard", extra="train")
+    if options.execution.wandb:
+        need("wandb", what="--wandb", extra="wandb")
     workers = share_cores(options.workers, device, distributed.local_world_size())
     if device.type == "cpu":
         keep_freed_memory()

@@ -144,7 +144,7 @@ class Options:
     execution: Execution = field(default_factory=Execution)
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A run folder: its configuration, its weights, and evaluations of them.
 
@@ -165,6 +165,9 @@ class Run:
     config: Any
     facts: dict = field(default_factory=dict)
     _sources: dict[tuple[str, str], Source] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}: {self.method_name} on {self.options.data})"
 
     # The folder's content
 
@@ -278,16 +281,9 @@ class Run:
                 reference checkpoint's layout, where the method defines `OFFICIAL`.
             to: file to write, RUN/METHOD-LAYOUT by default; its suffix is set.
         """
-        from fastssl.weights import FORMATS, export
+        from fastssl.weights import export
 
-        official = getattr(method_module(self.method_name), "OFFICIAL", None)
-        general = ("timm", "torchvision", "safetensors")
-        if layout in FORMATS and layout not in (*general, official):
-            raise ValueError(
-                f"export: {self.method_name} has no weights in the format {layout}: use "
-                f"{', '.join(filter(None, (*general, official)))}"
-            )
-        return export(self.load(), layout, Path(to or self.folder / f"{self.short_name}-{layout}"), self.backbone)
+        return export(self.load(), layout, to or self.folder / f"{self.short_name}-{layout}", self.backbone)
 
     @property
     def short_name(self) -> str:

@@ -38,7 +38,7 @@ def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp
     assert f"images       59 of the train split, {len(bad)} bad" in said
     assert "JPEG RGB 42" in said
     assert all(kind in said for kind in ("JPEG L 1", "JPEG CMYK 1", "PNG I;16 1", "GIF P 1", "WEBP RGB 1", "no labels"))
-    assert "heights      40 to 60 pixels, the median 40" in said
+    assert "heights      40 to 60 pixels, median 40" in said
     named = [line.partition(": ")[0].rpartition("/")[2] for line in (tmp_path / "bad.txt").read_text().splitlines()]
     assert sorted(named) == bad
     assert said.count("\nbad ") == len(bad)
@@ -144,16 +144,16 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     )
     refused(monkeypatch, "data: --rows must be at least 1, got 0", "data", "show", "shapes", "--rows", "0")
     show, bench = ("data", "show", "shapes"), ("bench", "--data", "shapes")
-    refused(monkeypatch, "data: --image-size must be at least 1, got -4", *show, "--image-size", "-4", "8")
+    refused(monkeypatch, "data: --image-size must be at least 1, got -4 8", *show, "--image-size", "-4", "8")
     refused(monkeypatch, f"data: --seed must be at least 0, got {10**23}", *show, "--seed", 10**23)
-    refused(monkeypatch, "data: --batch-size must be at least 1, got 0", *bench, "--batch-size", 0)
-    refused(monkeypatch, "data: --workers must be at least 0, got -1", *bench, "--workers", -1)
-    refused(monkeypatch, "data: --seconds must be at least 0, got nan", *bench, "--seconds", "nan")
-    refused(monkeypatch, "data: --engine must be at least 1, got 0", *bench, "--engine")
+    refused(monkeypatch, "bench: --batch-size must be at least 1, got 0", *bench, "--batch-size", 0)
+    refused(monkeypatch, "bench: --workers must be at least 0, got -1", *bench, "--workers", -1)
+    refused(monkeypatch, "bench: --seconds must be at least 0, got nan", *bench, "--seconds", "nan")
+    refused(monkeypatch, "bench: --engine must name at least one, got none", *bench, "--engine")
     refused(monkeypatch, "data: unknown engine 'x', there are torchvision, dali", *bench, "--engine", "x")
     (tmp_path / "x.jpg").write_bytes(b"")
     to = ("--to", tmp_path / "no" / "x.png")
-    refused(monkeypatch, f"data: there is no folder {tmp_path}/no to write x.png into", *show, *to)
+    refused(monkeypatch, f"data: --to must be in a folder that exists, got {tmp_path}/no/x.png", *show, *to)
     refused(monkeypatch, "data: none of the images to show can be decoded", "data", "show", f"folder:{tmp_path}")
     refused(
         monkeypatch, "data: unknown engine 'x', there are torchvision, dali", "data", "show", "shapes", "--engine", "x"
@@ -161,7 +161,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
 
 
 def test_speed_counts_images_and_seconds():
-    """Batches of 10 that take 10 ms each: a thousand a second, the slow start not counted."""
+    """Batches of 10 images in 10 ms each are 1,000 images/s; the slow start is not counted."""
 
     def start():
         time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""`fastssl eval` as a user meets it: three evaluations of a run, what they note, one sentence for each mistake."""
+"""`fastssl eval`: kNN, linear and fine-tuned accuracy of a run, their records, one sentence for each mistake."""
 
 import json
 import random
@@ -18,7 +18,7 @@ TINY = ["--data", "digits", "--epochs", "1", "--batch-size", "512", "--decoder-d
 
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch):
-    """A second thread on a core that another test has makes a step ten times as long."""
+    """One thread: a second one on a busy core slows small steps down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr("fastssl.machine.cores", lambda: 1)
@@ -37,7 +37,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture
 def folder(pretrained, tmp_path):
-    """A copy of the run, to note evaluations in."""
+    """A copy of the run for the records of evaluations."""
     return shutil.copytree(pretrained, tmp_path / "mae")
 
 
@@ -84,7 +84,7 @@ def test_linear(monkeypatch, capsys, folder):
     assert second.endswith("0.1 of the labels)")
 
 
-def test_linear_officially(monkeypatch, folder):
+def test_linear_by_the_official_protocol(monkeypatch, folder):
     run(
         monkeypatch,
         "eval",
@@ -201,7 +201,7 @@ def test_pooling_is_for_vits(monkeypatch, tmp_path):
     refused(monkeypatch, sentence, "eval", "linear", tmp_path / "moco", "--pool", "avg")
 
 
-def test_what_runs_in_one_process_says_so(monkeypatch, pretrained):
+def test_evaluations_for_one_process_refuse_torchrun(monkeypatch, pretrained):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for command in ("eval linear --protocol official", "eval finetune"):
@@ -222,8 +222,8 @@ def _note_knn(folder):
     return torch.equal(before, torch.random.get_rng_state()), method.training
 
 
-def test_ranks_write_together_what_one_process_writes(capsys, folder):
-    """The first rank alone notes it; random numbers go on as if nothing had been evaluated."""
+def test_ranks_write_the_same_records_as_one_process(capsys, folder):
+    """Only the first rank writes the record; the random state is unchanged."""
     (folder / "evaluations.jsonl").unlink()
     state = random.getstate()
     assert _note_knn(folder) == (True, False)

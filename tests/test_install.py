@@ -1,6 +1,7 @@
 """What is installed holds everything, as a wheel and in the working tree."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -40,6 +41,15 @@ def test_a_build_without_native_kernels_says_so_once_and_runs():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_every_package_is_listed():
+    """A folder with Python files that pyproject.toml does not list would be missing from the wheel."""
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^packages = \[(.*?)\]", text.split("[tool.setuptools]")[1], re.DOTALL | re.MULTILINE)[1]
+    folders = {path.parent for path in (ROOT / "fastssl").rglob("__init__.py") if "kernels" not in path.parts}
+    packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(re.findall(r'"([\w.]+)"', listed)) == packages | {"fastssl.kernels"}
+
+
 @pytest.mark.parametrize(
     "build", [pytest.param("none", marks=pytest.mark.slow), pytest.param("", marks=pytest.mark.exhaustive)]
 )
@@ -53,7 +63,7 @@ def test_the_wheel_holds_kernels_extension_and_template(tmp_path, build):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    for part in ("fastssl/kernels/__init__.py", "fastssl/report/page.html"):
+    for part in ("fastssl/kernels/__init__.py", "fastssl/report/page.html", "fastssl/py.typed", "fastssl/_C.pyi"):
         assert part in names
     for native in ("fastssl/_C.", "fastssl/_native_baseline."):
         files = [name for name in names if name.startswith(native) and not name.endswith(".pyi")]

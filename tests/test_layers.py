@@ -32,7 +32,7 @@ MAY_IMPORT = {
         "train.schedule",
         "eval.protocols",
     },
-    "data": {*VALUES, "ops"},
+    "data": {*VALUES, "extras", "ops"},
     "train": {*VALUES, "ops", "distributed"},
     "eval": {
         "contract",
@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "evaluation": {*VALUES, "settings", "run", "data", "eval", "machine", "distributed"},
     "pretraining": {
         *VALUES,
+        "extras",
         "settings",
         "run",
         "data",

@@ -1,5 +1,8 @@
 """Multi-head self-attention on the engine's op, in the shapes of timm's and torchvision's modules."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,25 +13,25 @@ from .linear import Linear
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention from one packed qkv projection: [B, L, D] → [B, L, D]. In place of timm's `Attention`.
+    """Multi-head self-attention from one packed qkv projection: [B, L, D] → [B, L, D]. Replaces timm's `Attention`.
 
     Arguments have timm's names and defaults (without `gated`, `attn_head_dim` and `dim_out`), the state dict has timm's
-    names, and timm's `Block(…, attn_layer=Attention)` takes it. Dropout of attention weights, masks and causal
-    attention are refused: the kernels have none.
+    names, and timm's `Block(…, attn_layer=Attention)` accepts it. Dropout of attention weights, masks and causal
+    attention are refused: the kernels do not support them.
 
     Args:
         dim: D, divisible by num_heads.
         num_heads: H.
         qkv_bias, proj_bias: biases of the two projections.
         qk_norm: normalise queries and keys of each head by `norm_layer`.
-        scale_norm: normalise what the heads return, before the last projection.
+        scale_norm: normalise the concatenated heads by `norm_layer` before the last projection.
         attn_drop: 0.
         proj_drop: dropout after the last projection.
-        norm_layer: makes the norms from their width; LayerNorm if None.
-        device, dtype: of the weights.
+        norm_layer: class of the norms, called with their width; LayerNorm if None.
+        device, dtype: device and dtype of the weights.
 
     Raises:
-        ValueError: dim is not divisible, attn_drop is not 0, or a call brings a mask.
+        ValueError: dim is not divisible by num_heads, attn_drop is not 0, or a call has a mask.
 
     Source: Vaswani et al., 2017, section 3.2.2; Dosovitskiy et al., 2021 (ViT).
     """
@@ -43,7 +46,7 @@ class Attention(nn.Module):
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        norm_layer: type[nn.Module] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -52,29 +55,31 @@ class Attention(nn.Module):
             raise ValueError(f"Attention: dim must be divisible by num_heads={num_heads}, got {dim}")
         if attn_drop:
             raise ValueError(f"Attention: attn_drop must be 0, the kernels drop no attention weights, got {attn_drop}")
-        head, norm_layer, factory = dim // num_heads, norm_layer or nn.LayerNorm, {"device": device, "dtype": dtype}
-        self.num_heads, self.scale = num_heads, head**-0.5
+        head_dim, norm_layer = dim // num_heads, norm_layer or nn.LayerNorm
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads, self.scale = num_heads, head_dim**-0.5
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.q_norm = norm_layer(head, **factory) if qk_norm else nn.Identity()
-        self.k_norm = norm_layer(head, **factory) if qk_norm else nn.Identity()
+        self.q_norm = norm_layer(head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(head_dim, **factory) if qk_norm else nn.Identity()
         self.norm = norm_layer(dim, **factory) if scale_norm else nn.Identity()
-        self.gate: nn.Module | None = None  # timm's `gated` has one
+        self.gate: nn.Module | None = None  # set by `from_module` for a timm module with `gated`
         self.proj = Linear(dim, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
 
     @classmethod
-    def of(cls, theirs: nn.Module) -> "Attention":
-        """Ours from the parts of a module with timm's names: the same parameters, not copies of them."""
-        ours = cls.__new__(cls)
-        nn.Module.__init__(ours)
-        ours.num_heads, ours.scale = theirs.num_heads, theirs.scale
+    def from_module(cls, module: nn.Module) -> "Attention":
+        """An `Attention` made of the parts of a module with timm's names: the same parameters, not copies of them."""
+        attention = cls.__new__(cls)
+        nn.Module.__init__(attention)
+        source: Any = module
+        attention.num_heads, attention.scale = source.num_heads, source.scale
         parts = ("qkv", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop")
-        theirs_first = [name for name in theirs._modules if name in parts]  # the order of parameters stays
-        for name in dict.fromkeys((*theirs_first, *parts)):
-            part = getattr(theirs, name, None)
-            setattr(ours, name, nn.Identity() if part is None and name != "gate" else part)
-        ours.training = theirs.training
-        return ours
+        in_module = [name for name in module._modules if name in parts]  # the order of parameters stays
+        for name in dict.fromkeys((*in_module, *parts)):
+            part = getattr(module, name, None)
+            setattr(attention, name, nn.Identity() if part is None and name != "gate" else part)
+        attention.training = module.training
+        return attention
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
@@ -93,17 +98,21 @@ class Attention(nn.Module):
 
 
 class TorchvisionAttention(nn.Module):
-    """torch's `nn.MultiheadAttention` as torchvision's ViT calls it: of one sequence with itself, without weights.
+    """Self-attention with the parameters and names of torch's `nn.MultiheadAttention`, as torchvision's ViT calls it.
 
-    Made from such a module, whose parameters and names it takes over.
+    Args:
+        module: its parameters are shared, not copied.
+
+    Raises:
+        ValueError: by a call, query, key and value are not one tensor, or attention weights are asked for.
     """
 
-    def __init__(self, theirs: nn.MultiheadAttention):
+    def __init__(self, module: nn.MultiheadAttention):
         super().__init__()
-        self.num_heads = theirs.num_heads
-        self.in_proj_weight, self.in_proj_bias = theirs.in_proj_weight, theirs.in_proj_bias
-        self.out_proj = theirs.out_proj
-        self.training = theirs.training
+        self.num_heads = module.num_heads
+        self.in_proj_weight, self.in_proj_bias = module.in_proj_weight, module.in_proj_bias
+        self.out_proj = module.out_proj
+        self.training = module.training
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
         if not query is key is value or need_weights:

@@ -83,7 +83,7 @@ def test_our_resnet_computes_the_methods_features(splits):
 
 
 def test_layer_decay_is_that_of_the_papers_code():
-    """12 blocks: 0.65^13 for what is before them, 0.65^(12 − i) for block i from 0, 1 for norm and classifier."""
+    """12 blocks: 0.65^13 for the embedding, 0.65^(12 − i) for block i from 0, 1 for norm and classifier."""
     torch.manual_seed(0)
     model = VisionTransformer(16, 16, num_classes=3, embed_dim=8, depth=12, num_heads=2, global_pool="avg")
     names = {id(p): name for name, p in model.named_parameters()}
@@ -131,7 +131,7 @@ def test_the_papers_numbers():
         assert config.randaugment == "rand-m9-mstd0.5-inc1"
 
 
-def test_the_learning_rate_ends_at_its_least():
+def test_the_learning_rate_ends_at_min_lr():
     config = Finetune(epochs=20, min_lr=1e-4)  # peak 5e-4 · 4
     rates = [learning_rate_at(config, epoch) for epoch in (0, 2.5, 5, 12.5, 20)]
     assert rates == pytest.approx([0, 1e-3, 2e-3, 1.05e-3, 1e-4])
@@ -148,7 +148,7 @@ def digits(count=480):
     return tuple(Subset(open_source("digits", split), range(min(count, 350))) for split in ("train", "test"))
 
 
-def test_it_learns_and_the_same_seed_learns_the_same():
+def test_fine_tuning_learns_and_repeats_with_the_same_seed():
     train, test = digits()
     method, results = tiny_mae(), []
     torch.manual_seed(5)
@@ -167,8 +167,8 @@ def test_it_learns_and_the_same_seed_learns_the_same():
         assert not torch.equal(models[0].get_parameter(name), x), name
 
 
-def test_everything_at_once_and_a_resnet():
-    """The paper's augmentations, sgd with drops, micro-batches, bf16, workers: each runs to its end."""
+def test_all_options_together_and_a_resnet():
+    """The paper's augmentations, SGD with drops, micro-batches, bf16 and workers run to the end."""
     train, test = digits(64)
     heavy = Finetune(epochs=1, batch_size=32, accumulate=2, warmup_epochs=0, precision="bf16")
     assert 0 <= finetune(build_classifier(tiny_mae((32, 32)), "", 10), train, test, heavy, (32, 32)).top1 <= 1
@@ -190,7 +190,7 @@ def pictures(folder, count, bad):
     return tuple(open_source(f"folder:{folder}", split) for split in ("train", "test"))
 
 
-def test_images_that_cannot_be_decoded_do_not_stop_it(tmp_path, capsys):
+def test_undecodable_images_do_not_stop_fine_tuning(tmp_path, capsys):
     train, test = pictures(tmp_path, 50, bad=range(3, 50, 10))
     method = tiny_mae()
     found = finetune(build_classifier(method, "", 2), train, test, config(batch_size=8), (8, 8))
@@ -203,7 +203,7 @@ def test_images_that_cannot_be_decoded_do_not_stop_it(tmp_path, capsys):
         finetune(build_classifier(method, "", 2), only_bad, test, config(batch_size=2), (8, 8))
 
 
-def test_others_of_the_batch_stand_in():
+def test_other_images_of_the_batch_replace_undecodable_ones():
     samples = [(torch.full((1,), 7.0), 1), 5, (torch.full((1,), 8.0), 0), 9]
     batch = _collate(samples)
     assert batch.images.flatten().tolist() == [7, 8, 7, 8]

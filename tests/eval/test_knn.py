@@ -49,8 +49,8 @@ def test_votes_are_the_formula(monkeypatch, tile, tau):
 
 
 @pytest.mark.parametrize("tile", [3, 1024])
-def test_of_equally_near_features_smaller_labels_vote(monkeypatch, tile):
-    """Axes of a few directions: nearly everything is a tie, and the order of the bank must not matter."""
+def test_among_equally_near_features_smaller_labels_vote(monkeypatch, tile):
+    """Features along a few axes: most cosines are equal, and the order of the bank must not matter."""
     monkeypatch.setattr(knn, "TILE", tile)
     generator = torch.Generator().manual_seed(2)
     x = F.one_hot(torch.randint(0, 4, (40,), generator=generator)).float()
@@ -63,7 +63,7 @@ def test_of_equally_near_features_smaller_labels_vote(monkeypatch, tile):
         assert share == knn_accuracy(x[order], labels[order], y, wanted, (k,), 0.1)[k]
 
 
-def test_nearest_rows_in_order_and_the_earlier_of_equals(monkeypatch):
+def test_nearest_rows_are_in_order_and_ties_take_the_earlier(monkeypatch):
     monkeypatch.setattr(knn, "TILE", 7)
     x, _, y, _ = data(3)
     wanted = (F.normalize(y, dim=1) @ F.normalize(x, dim=1).T).argsort(dim=1, descending=True)
@@ -87,13 +87,13 @@ def test_k_larger_than_the_bank():
 
 
 def test_opposite_neighbours_vote_too():
-    """exp(cos / τ) of a cosine of −1 underflows to 0; a query whose every neighbour is opposite is still decided."""
+    """exp(cos / τ) of a cosine of −1 underflows to 0; a query with only opposite neighbours still gets a class."""
     assert knn_accuracy(
         -torch.ones(3, 2), torch.tensor([2, 2, 2]), torch.ones(1, 2), torch.tensor([2]), (3,), 1e-3
     ) == {3: 1.0}
 
 
-def test_labels_that_only_the_test_images_have_are_never_right():
+def test_labels_missing_in_the_bank_count_as_errors():
     x = torch.eye(3)
     assert knn_accuracy(x, torch.tensor([0, 1, 1]), x, torch.tensor([0, 1, 7]), (1,))[1] == pytest.approx(2 / 3)
 
@@ -113,7 +113,7 @@ def test_refusals():
 
 
 class Largest(TorchDispatchMode):
-    """The most values that a tensor made inside had."""
+    """Largest number of values in a tensor created inside."""
 
     values = 0
 
@@ -155,7 +155,7 @@ def _shares(sizes):
 
 
 def _share(tied, sizes):
-    """(accuracies, nearest rows) from this rank's own part of bank and queries, of the sizes given."""
+    """(accuracies, nearest rows) from this rank's part of bank and queries, of the given sizes."""
     x, labels, y, wanted = _whole(tied)
     pick = [torch.arange(n).tensor_split(sizes)[rank()] for n in (len(x), len(y))]
     found = knn_accuracy(x[pick[0]], labels[pick[0]], y[pick[1]], wanted[pick[1]], KS)
@@ -183,7 +183,7 @@ def _flat(images):
 
 
 @pytest.mark.parametrize(("world", "count", "batch_size"), [(2, 25, 4), (3, 2, 4)])  # of three ranks one gets none
-def test_ranks_extract_each_its_part_and_together_the_whole(world, count, batch_size):
+def test_ranks_extract_their_parts_and_gather_the_whole(world, count, batch_size):
     source = Subset(open_source("digits"), range(count))
     features, labels, index = extract(_flat, source, (8, 8))
     parts, together = zip(*run_ranks(world, _extracted, count, batch_size))

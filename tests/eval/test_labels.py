@@ -10,7 +10,7 @@ from fastssl.eval.progress import Progress
 
 
 class Labels:
-    """A source that has nothing but labels."""
+    """A source with labels only."""
 
     size = shards = None
 
@@ -43,13 +43,13 @@ def test_subsets_are_balanced_nested_and_reproducible():
     assert [part.label(i) for i in range(140)] == [source.label(i) for i in part.indices]
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_unchanged():
     before = torch.random.get_rng_state()
     labelled_subset(open_source("digits"), 0.1, 3)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_small_classes_give_what_they_have_and_images_without_label_nothing():
+def test_small_classes_are_taken_whole_and_unlabelled_images_left_out():
     source = Labels([0] * 50 + [1] * 48 + [2] * 2 + [-1] * 20)
     assert Counter(source.label(i) for i in chosen(source, 0.3, 0)) == {0: 10, 1: 10, 2: 2}
     assert Counter(source.label(i) for i in chosen(source, 1e-6, 0)) == {0: 1, 1: 1, 2: 1}

@@ -12,7 +12,7 @@ from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 
 
 def clusters(count=300, classes=6, width=12, spread=0.3, seed=0):
-    """Features around a centre for each class, on axes of very different scale and offset."""
+    """Features around one centre per class, on axes of very different scale and offset."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (count,), generator=generator)
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
@@ -41,7 +41,7 @@ def test_lbfgs_is_the_minimum_that_scikit_learn_finds():
     assert ours == pytest.approx(theirs.score(standard[1].numpy(), ty.numpy()), abs=0.01)
 
 
-def test_pieces_of_the_data_change_nothing(monkeypatch):
+def test_lbfgs_in_parts_equals_lbfgs_on_the_whole(monkeypatch):
     x, y = clusters(spread=1.0)
     whole = linear.fit_lbfgs(F.normalize(x), y, 6, 1e-2, 50)
     monkeypatch.setattr(linear, "AT_ONCE", 70)
@@ -49,7 +49,7 @@ def test_pieces_of_the_data_change_nothing(monkeypatch):
         torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
 
 
-def test_settings_trained_together_are_those_trained_alone():
+def test_settings_trained_together_equal_those_trained_alone():
     (x, y), sweep = clusters(), Sweep(epochs=3)
     settings = [Setting("sgd", 0.1), Setting("lars", 3.0), Setting("sgd", 3e38), Setting("sgd", 0.01)]
     together = linear._fit(x, y, 6, settings, sweep, 0)
@@ -64,8 +64,8 @@ def test_a_setting_that_diverges_is_not_chosen():
     assert sweep_settings(clusters(), clusters(seed=1), 6, sweep)[1] == Setting("sgd", 0.1)
 
 
-def test_the_choice_never_looks_at_the_test_images():
-    """Poisoned test labels and features change the accuracy, and not what was chosen."""
+def test_the_choice_does_not_use_the_held_out_split():
+    """Wrong labels and features of the held-out split change the accuracy, not the chosen setting."""
     train, (x, y) = clusters(spread=2.0), clusters(spread=2.0, seed=1)
     sweep = Sweep(epochs=5)
     honest, setting = sweep_settings(train, (x, y), 6, sweep)
@@ -112,8 +112,8 @@ def small(**changes):
 
 
 @pytest.mark.parametrize("standardise", [True, False])
-def test_the_official_protocol_leaves_the_encoder_as_it_is(standardise):
-    """Bit for bit, running statistics too; and it learns something through the augmentations."""
+def test_the_official_protocol_does_not_change_the_encoder(standardise):
+    """The encoder, running statistics included, stays bit-equal; the probe learns through the augmentations."""
     method = moco_v1.build(moco_v1.Config.small()).eval()
     before = {name: x.clone() for name, x in method.state_dict().items()}
     train, test = (Subset(open_source("digits", split), range(240)) for split in ("train", "test"))
@@ -127,7 +127,7 @@ def test_the_official_protocol_leaves_the_encoder_as_it_is(standardise):
     assert torch.equal(random, torch.random.get_rng_state())
 
 
-def test_a_step_in_pieces_is_that_of_the_whole_batch():
+def test_a_step_in_parts_equals_that_of_the_whole_batch():
     train, test = (Subset(open_source("digits", split), range(120)) for split in ("train", "test"))
 
     def found(**changes):
@@ -141,7 +141,7 @@ def test_a_step_in_pieces_is_that_of_the_whole_batch():
         found(batch_size=121)
 
 
-def test_images_that_cannot_be_decoded_do_not_stop_it(tmp_path):
+def test_undecodable_images_do_not_stop_the_probe(tmp_path):
     for i in range(50):
         path = tmp_path / "ab"[i % 2] / f"{i:03}.png"
         path.parent.mkdir(exist_ok=True)

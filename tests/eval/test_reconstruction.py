@@ -15,8 +15,8 @@ def model():
     return mae.build(mae.Config.small()).eval()
 
 
-def test_rows_show_what_they_say(model):
-    """The masked row is the input where the mask is 0, and the last row is the output in the holes."""
+def test_rows_are_input_masked_output_and_filled(model):
+    """The masked row is the input where the mask is 0, and the last row is the output in removed patches."""
     images = torch.randn(3, 3, 24, 24)
     shown = reconstruct(model, images)
     torch.testing.assert_close(shown.input, pixels(images))
@@ -38,7 +38,7 @@ def test_masks_are_the_same_each_time(model):
     assert all(part.min() >= 0 and part.max() <= 1 and not part.requires_grad for part in first)
 
 
-def test_standardised_patches_get_their_brightness_back(model, monkeypatch):
+def test_standardised_patches_get_their_mean_and_variance_back(model, monkeypatch):
     """With `norm_pix_loss` a perfect prediction gives the input back."""
     model.norm_pix_loss = True
     images = 0.2 * torch.randn(2, 3, 24, 24)
@@ -78,7 +78,7 @@ def test_none_can_be_decoded(monkeypatch):
         first_images(source, (32, 32))
 
 
-def test_snapshots_come_back_by_step(model, tmp_path):
+def test_snapshots_are_read_in_the_order_of_steps(model, tmp_path):
     images, folder = torch.randn(4, 3, 24, 24), tmp_path / "reconstructions"
     assert read_snapshots(folder) == []
     for step in (1_000_000, 0, 120):

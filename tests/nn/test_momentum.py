@@ -42,7 +42,7 @@ def test_buffers_may_follow(buffers):
         else:
             assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), module.buffers(), strict=True))
     assert not torch.equal(twin.state_dict()["0.weight"], module[0].weight)
-    with pytest.raises(ValueError, match="MomentumEncoder: buffers must be 'own', 'average' or 'copy', got 'mean'"):
+    with pytest.raises(ValueError, match="MomentumEncoder: buffers must be 'keep', 'average' or 'copy', got 'mean'"):
         MomentumEncoder(module, buffers="mean")
 
 
@@ -79,7 +79,7 @@ def weights_seen(twin, images):
     """The weights that a call computed with."""
     seen = {}
     with torch.autocast("cpu", torch.bfloat16):
-        computing = twin._computing()
+        computing = twin._module_to_run()
         twin(images)
     for name, p in computing.named_parameters():
         seen[name] = p
@@ -120,8 +120,8 @@ def test_a_shadow_never_outlives_its_original():
         seen = weights_seen(twin, images)
         assert torch.equal(seen["fc.weight"], twin.module.fc.weight.bfloat16())
     copied = copy.deepcopy(twin)
-    assert copied._shadow is None and torch.equal(copied.module.fc.weight, twin.module.fc.weight)
+    assert copied._low_precision is None and torch.equal(copied.module.fc.weight, twin.module.fc.weight)
     twin.eval()
     weights_seen(twin, images)
-    assert not any(m.training for m in twin._shadow.module.modules())
+    assert not any(m.training for m in twin._low_precision.module.modules())
     assert "0.weight" not in twin.state_dict() and len(twin.state_dict()) == len(module.state_dict())

@@ -24,7 +24,7 @@ KNOWN = [  # class and register tokens, distillation, LayerScale, no class token
     "vit_wee_patch16_reg1_gap_256",
 ]
 ROTARY = "takes rotary positions, which the kernels do not apply"
-OTHER = "is not a kind of attention that fastssl knows"
+OTHER = "is not a supported kind of attention"
 UNKNOWN = {
     "eva02_tiny_patch14_224": f"blocks.0.attn (timm.models.eva.EvaAttention) {ROTARY}, and 1 more",
     "vit_base_patch16_rope_224": f"blocks.0.attn (timm.layers.attention.AttentionRope) {ROTARY}, and 1 more",
@@ -180,7 +180,7 @@ def test_an_attention_that_computes_something_else_is_refused():
     model = official_like()
     del model.blocks[0].attn.attn_drop
     model.blocks[0].attn.attn_drop = 0.5
-    does = "does something to its attention weights (attn_drop is a float)"
+    does = "changes its attention weights (attn_drop is a float)"
     refused(f"accelerate: {where} {does}{LEAVE}", ValueError, accelerate, model)
     refused(
         "accelerate: the model itself is an attention, and can't be swapped inside itself",
@@ -205,23 +205,23 @@ def test_an_attention_that_computes_something_else_is_refused():
     )
     model = official_like()
     model.blocks[0].attn.relative_position_bias = nn.Parameter(torch.zeros(3))
-    refused(f"accelerate: {where} is not a kind of attention that fastssl knows{LEAVE}", ValueError, accelerate, model)
+    refused(f"accelerate: {where} is not a supported kind of attention{LEAVE}", ValueError, accelerate, model)
     model = official_like()
     model.blocks[0].attn.register_forward_hook(lambda *_: None)
     model.blocks[1].attn.attn_drop.register_forward_hook(lambda *_: None)
     refused(f"accelerate: {where} has hooks, which a swap would lose, and 1 more{LEAVE}", ValueError, accelerate, model)
     model, _ = of_timm("vit_tiny_patch16_224")
     model.blocks[0].attn.forward = lambda x, **_: x
-    of_its_own = "has a forward of its own, put in the place of its class's"
+    replaced = "has a forward method that replaces that of its class"
     refused(
-        f"accelerate: blocks.0.attn (timm.layers.attention.Attention) {of_its_own}{LEAVE}",
+        f"accelerate: blocks.0.attn (timm.layers.attention.Attention) {replaced}{LEAVE}",
         ValueError,
         accelerate,
         model,
     )
     with torch.device("meta"):
         model = official_like()
-    reason = "is not timm's, and on the meta device its results can't be compared with ours, and 1 more"
+    reason = "is not timm's, and on the meta device its results can't be compared, and 1 more"
     refused(f"accelerate: {where} {reason}{LEAVE}", ValueError, accelerate, model)
 
 
@@ -250,13 +250,13 @@ def test_a_module_that_stands_in_two_places_is_swapped_in_both():
 
 def test_models_without_known_attention_are_refused():
     refused(
-        "accelerate: found no attention that it knows in ResNet; nothing was swapped",
+        "accelerate: ResNet has no attention of a supported kind; nothing was swapped",
         ValueError,
         accelerate,
         torchvision.models.resnet18(),
     )
     layer = nn.TransformerEncoderLayer(16, 2, batch_first=True)
-    with pytest.raises(ValueError, match=r"self_attn \(torch\.nn.*MultiheadAttention\) is called in a way"):
+    with pytest.raises(ValueError, match=r"self_attn \(torch\.nn.*MultiheadAttention\) is called in an unsupported way"):
         accelerate(layer)
     assert accelerate(ViT(16, 8, embed_dim=16, depth=1, num_heads=2)) == []
 

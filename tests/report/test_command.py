@@ -11,7 +11,7 @@ from fastssl.run import Options, Run
 
 
 def parsed(words, module, config):
-    """As the command line reads them: the fields of options and config are flags beside each other."""
+    """Options and config as the command line parses them: the fields of both are flags."""
 
     @dataclasses.dataclass
     class Flags:
@@ -25,7 +25,7 @@ def parsed(words, module, config):
 @pytest.mark.parametrize("module", [mae, moco_v1, moco_v3])
 @pytest.mark.parametrize("preset", ["small", "paper"])
 def test_the_command_makes_the_same_run(module, preset):
-    """Through a shell and the parser, every option comes out as it went in."""
+    """Every option is the same after a shell and the parser."""
     options = Options('folder:a b/$HOME\'s "x"', seed=3, workers=2, weights=Path("some dir/w.pth"), max_bad=0.5)
     options.execution.precision, options.execution.tensorboard = "bf16", False
     config = getattr(module.Config, preset)()
@@ -38,12 +38,12 @@ def test_the_command_makes_the_same_run(module, preset):
     assert flags.config == config
 
 
-def test_defaults_and_the_folder_are_not_said():
+def test_defaults_and_the_folder_are_left_out():
     run = Run(Path("runs/x"), "mae", Options("digits", folder=Path("runs/x")), mae.Config.paper())
     assert reproduce(run) == "fastssl pretrain mae --data digits --preset paper --backbone vit_base"
 
 
-def test_empty_values_and_switches_come_back():
+def test_empty_values_and_switches_are_kept():
     config = moco_v1.Config.paper()
     config.training.lr_drops, config.symmetric = (), True
     run = Run(Path("runs/x"), "moco_v1", Options("digits"), config)

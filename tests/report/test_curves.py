@@ -13,7 +13,7 @@ from tests.support.runs import make_run
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What is drawn, without drawing: {title: keyword arguments}."""
+    """Keyword arguments of each drawing by title, without drawing."""
     pictures = {}
 
     def draw(title, alt, onto, *height, **around):

@@ -19,14 +19,14 @@ HOSTILE = ["<script>alert(1)<", "quotes \" ' `", "$x^$ \\frac", "two\nlines", "l
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch):
-    """Seconds go into features, not into what is tested here."""
+    """Fewer images, since features take most of the time."""
     monkeypatch.setattr(report_page, "MAPPED", 40)
     monkeypatch.setattr(images, "BANK", 40)
     monkeypatch.setattr(ranks, "QUERIES", 32)
 
 
 def check_self_contained(page):
-    """Nothing is fetched, nothing runs, every picture can be read aloud, and a link stays on the page."""
+    """Checks that a page loads nothing, runs nothing, describes every picture, and links to itself only."""
     assert not {"script", "link", "iframe", "object", "embed", "base", "svg"} & set(page.tags)
     for value in page.values("src", "srcset"):
         assert re.fullmatch(r"data:image/(png|jpeg|svg\+xml);base64,[A-Za-z0-9+/=]+", value)
@@ -78,7 +78,7 @@ def test_report_is_self_contained_and_shows_everything(tmp_path, module, data):
 
 
 def test_hostile_names_are_text(tmp_path):
-    """Of classes, files, data, folders, facts, and reasons why an image is bad."""
+    """Names of classes, files, data, folders and facts, and reasons why an image is bad."""
     data = tmp_path / "data <" / "style> $a$ '\""
     for i, name in enumerate(HOSTILE):
         (data / name).mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_runs_side_by_side(tmp_path):
     assert page.sections.count("ranks") == 1
 
 
-def test_a_young_run_gives_what_there_is(tmp_path):
+def test_a_run_without_checkpoint_has_its_curves(tmp_path):
     run, to = make_run(tmp_path / "run", moco_v3, "shapes:count=64", 1, trained=False, loss=None), tmp_path / "x.html"
     (run.folder / "profile").mkdir()
     (run.folder / "profile" / "table.json").write_text('{"rows": [')
@@ -129,7 +129,7 @@ def test_a_young_run_gives_what_there_is(tmp_path):
     assert "table.json is damaged: the profile is left out" in page.text
 
 
-def test_data_that_moved_leaves_the_curves(tmp_path):
+def test_a_run_whose_data_moved_has_its_curves(tmp_path):
     run = make_run(tmp_path / "run", mae, f"folder:{tmp_path / 'gone'}")
     save_snapshot(run.load(), torch.randn(4, 3, 24, 24), run.folder / "reconstructions" / "step-000010.npz")
     page = Page(write_report([run]))

@@ -32,7 +32,7 @@ def test_rows_are_crisp_where_pixels_are_few():
 
 
 def test_nothing_on_axes_is_a_formula_and_settings_are_left_alone():
-    """Text with dollars is drawn as it is, and what others draw with matplotlib does not change."""
+    """Text with dollars is drawn literally, and matplotlib's global settings do not change."""
     before = dict(pictures.matplotlib.rcParams)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

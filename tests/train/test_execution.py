@@ -115,8 +115,8 @@ def test_addresses_do_not_change_from_step_to_step(name, precision):
     trainer, batch = begin(name, precision=precision)
 
     def addresses():
-        encoders = [m for m in trainer.method.modules() if isinstance(m, MomentumEncoder) and m._shadow]
-        copies = [w for encoder in encoders for w in encoder._shadow.copies.values()]
+        encoders = [m for m in trainer.method.modules() if isinstance(m, MomentumEncoder) and m._low_precision]
+        copies = [w for encoder in encoders for w in encoder._low_precision.copies.values()]
         tensors = [
             *trainer.method.parameters(),
             *trainer.method.buffers(),
@@ -130,8 +130,8 @@ def test_addresses_do_not_change_from_step_to_step(name, precision):
     second = trainer.step(iter([batch]))
     assert addresses() == before
     assert [x.shape for x in tensors_of(first)] == [x.shape for x in tensors_of(second)]
-    shadows = sum(isinstance(m, MomentumEncoder) and m._shadow is not None for m in trainer.method.modules())
-    assert shadows == (precision == "bf16" and name.startswith("moco"))
+    copied = sum(isinstance(m, MomentumEncoder) and m._low_precision is not None for m in trainer.method.modules())
+    assert copied == (precision == "bf16" and name.startswith("moco"))
 
 
 def test_graph_error_sentences():

@@ -5,6 +5,8 @@ Every fifth image is in the test split. Pixels are 0 … 16 in the dataset and 0
 
 import numpy as np
 
+from fastssl.extras import need
+
 from ..source import Source
 from ..split import hold_out
 
@@ -13,9 +15,9 @@ class Digits(Source):
     """Images and labels of one split, in memory."""
 
     def __init__(self, split: str):
-        from sklearn.datasets import load_digits  # here, because scikit-learn takes a second to import
-
-        data = load_digits()
+        # imported here, because scikit-learn takes a second
+        datasets = need("sklearn.datasets", what="the source digits", extra="train", distribution="scikit-learn")
+        data = datasets.load_digits()
         rows = hold_out(len(data.target), split, labelled=True, name="digits")
         self.classes, self.size, self.shards = [str(digit) for digit in range(10)], (8, 8), None
         self._pixels = (data.images[rows] * (255 / 16)).round().astype(np.uint8)
