@@ -72,7 +72,7 @@ def _scan(root: Path, classes: list[str] | None = None) -> tuple[list[str], list
     """Paths below the root in sorted order, so that index i is the same image on every machine, with their labels."""
     paths = _list_images(root)
     if not paths:
-        raise ValueError(f"data: {root} and its subfolders hold no image ({', '.join(SUFFIXES)})")
+        raise ValueError(f"data: {root} holds no image ({', '.join(SUFFIXES)}), nor do its subfolders")
     parts = [path.partition(os.sep) for path in paths]
     names = sorted({top for top, _, _ in parts})
     if any(not rest for _, _, rest in parts) or (classes is None and len(names) < 2):
