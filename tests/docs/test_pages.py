@@ -1,6 +1,5 @@
 """The documentation is true: Python blocks and examples run, links lead somewhere, README's ops are the package's."""
 
-import functools
 import importlib.util
 import re
 import sys
@@ -22,6 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/api/*.md")])
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+SMALL = {"preset": "small", "backbone": "resnet_mini", "batch_size": 16, "epochs": 1}  # in place of a page's settings
 README = (ROOT / "README.md").read_text()
 
 
@@ -57,12 +57,12 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     write_photos(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     if "fastssl.pretrain(" in page.read_text():
-        small = functools.partial(fastssl.pretrain, preset="small", batch_size=16)  # the page's call, on 32 pixels
-        monkeypatch.setattr(fastssl, "pretrain", small)
+        pretrain = fastssl.pretrain
+        monkeypatch.setattr(fastssl, "pretrain", lambda method, **settings: pretrain(method, **settings | SMALL))
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # where dataclasses look up their annotations
-    module.__dict__.update(readme_names() if page.name == "README.md" else {})
     for number, block in enumerate(BLOCK.findall(page.read_text()), start=1):
+        module.__dict__.update(readme_names() if page.name == "README.md" else {})
         exec(compile(block, f"{name_of(page)}, Python block {number}", "exec"), module.__dict__)
 
 
