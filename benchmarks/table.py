@@ -43,11 +43,13 @@ HEADLINE: tuple[tuple[str, str, dict[str, str]], ...] = (
     (EPYC, "`nt_xent`", {"op": "nt_xent", "size": "2 × 4,096, "}),
     (EPYC, "`attention`", {"op": "attention", "size": "B=64, H=12, L=50, E=64, fp32"}),
 )
+# README's one number: a file of results, and what selects the row there.
+NUMBER = EPYC, {"op": "info_nce", "size": "B=256, D=128, K=65,536, fp32"}
 HEADLINE_HEADER = ("", "size", "machine", "ours", "official", "best torch", "× official", "× best torch", "memory, MB")
 HEADLINE_LEGEND = """\
 *official*: the paper's formula, or the official code's step, in plain eager torch. *best torch*: the fastest other
 implementation by torch or lightly. × is how many times as long as ours the other takes: the median over rounds in which
-all take turns in one process, after their results were compared. *memory*: the peak of a step with its parameters and
+all take turns in one process, after their results were compared; torch.compile was among them only on the CPU. *memory*: the peak of a step with its parameters and
 optimizer, or what one call holds beyond its inputs: ours / official."""
 
 # Order of the rows; families that are not named follow by name.
@@ -126,17 +128,22 @@ def render_headline(results: Path) -> str:
 
 
 def render_number(results: Path) -> str:
-    """The first row of HEADLINE, a training step, as a sentence."""
-    file, _, selection = HEADLINE[0]
-    machine, _, row = _headline_row(results / file, selection)
-    rate = {name: number(quartiles[1]) for name, quartiles in row["images_per_second"].items()}
-    best = row["best_torch"]
-    model = row["size"].partition(", 224")[0]
+    """The row of NUMBER, one op beside every other implementation that was measured, as a sentence."""
+    file, selection = NUMBER
+    machine, environment, row = _headline_row(results / file, selection)
+    ms, memory = ({name: number(_median(value)) for name, value in row[key].items()} for key in ("ms", "memory_mb"))
+    others = sorted((name for name in row["ms"] if name not in ("ours", "official")), key=lambda n: row["ms"][n][1])
+    beside = ", ".join(f"{_code(name)} {ms[name]} ms" for name in others)
     return (
-        f"**Training steps of {model} on one {machine['name']}: {rate['ours']} images a second**, without loading; "
-        f"{rate[best]} by the\nfastest plain torch that was tried ({best}), {rate['official']} by the official code's "
-        f"formulas as they are."
+        f"**MoCo's loss against 65,536 negatives, forward and backward: {ms['ours']} ms and {memory['ours']} MB** beyond "
+        f"its inputs\n({machine['name']}, {environment['level']}, {row['size']}).\nThe official formula in plain "
+        f"torch takes {ms['official']} ms and {memory['official']} MB; {beside}."
     )
+
+
+def _median(value: float | list[float]) -> float:
+    """The median of a measurement: the second of its quartiles."""
+    return value[1] if isinstance(value, list) else value
 
 
 def _headline_row(path: Path, selection: dict[str, str]) -> tuple[dict, dict, dict]:
