@@ -1,6 +1,7 @@
 """torchvision's ResNets with batch norm, addition and ReLU in one pass, and with variants for small images."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from fastssl.extras import need
 
 from .norm import SplitBatchNorm2d, norm_relu
 
-resnet = need("torchvision.models.resnet", what="fastssl.nn.resnet", extra="train", distribution="torchvision")
+resnet: Any = need("torchvision.models.resnet", what="fastssl.nn.resnet", extra="train", distribution="torchvision")
 
 NAMES = ("resnet_mini", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
