@@ -10,8 +10,8 @@ def recompute_blocks(method: nn.Module) -> None:
     """Make each transformer block keep only its input, and run again in the backward pass.
 
     A block is an element of a ModuleList. Blocks without trained parameters, those of a momentum encoder, have no
-    backward pass and stay as they are. Random numbers of a block (drop path) are among
-    its arguments, so the second run needs no random state.
+    backward pass and stay as they are. Random numbers of a block (drop path) are among its arguments, so the second run
+    needs no random state.
 
     Raises:
         ValueError: the method has no such blocks. Those of a ResNet would update their running statistics twice.
