@@ -5,12 +5,12 @@
 // dtypes are converted to float32 first, except bfloat16 on processors with AVX-512's bf16 dot product
 // (attention_bf16.h).
 //
-// Operations: 4 B H Lq Lk E forward, 10 B H Lq Lk E backward. Memory of a thread: scores of one group of queries, and
+// Operations: 4 B H Lq Lk E forward, 10 B H Lq Lk E backward. Memory per thread: scores of one group of queries, and
 // the converted rows of one head.
 //
-// The backward pass recomputes the softmax from q and k instead of the log-sum-exp, whose rounding to float32 would
-// double the error of the weights. Each task sums dk and dv of its own head: no atomics, and the same bits on any
-// number of threads.
+// The backward pass computes the softmax again from q and k alone. It does not use the stored log-sum-exp, whose
+// rounding to float32 would double the error of the weights. Each task sums dk and dv of its own head: no atomics, and
+// the same bits on any number of threads.
 #include "attention_bf16.h"
 #include "heads.h"
 #include "microkernel.h"
@@ -69,9 +69,10 @@ void compute_scores(HeadRows<T> keys, int64_t count, int64_t width, const T* que
   }
 }
 
-// Softmax over keys for `lanes` queries: replaces scores by weights that sum to 1, and writes log2 Σ 2^(score · scale).
+// Softmax over keys for `lanes` queries: replaces scores by weights that sum to 1, and writes log2 Σ 2^(score · scale)
+// to `log2_sums`.
 template <typename T>
-void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, T scale, T* lse) {
+void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, T scale, T* log2_sums) {
   for (int64_t lane = 0; lane < lanes; lane += kLanes<T>, scores += kLanes<T>) {
     Vec<T> max = load(scores) * scale, sum{};
     for (int64_t j = 1; j < keys; ++j) {
@@ -92,7 +93,7 @@ void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, T scale, T* 
       const Vec<T> weight = load(scores + j * group);
       store(scores + j * group, weight * inverse + weight * correction);
     }
-    for (int64_t i = 0; i < kLanes<T>; ++i) lse[lane + i] = max[i] + std::log2(sum[i]);
+    for (int64_t i = 0; i < kLanes<T>; ++i) log2_sums[lane + i] = max[i] + std::log2(sum[i]);
   }
 }
 
@@ -135,7 +136,7 @@ void forward_head(const Heads& q, const Heads& k, const Heads& v, int64_t task, 
   const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, padded = padded_width<T>(width);
   const int64_t group = group_size<T>(q.length), stride = q.heads * width;
   T *scores = scratch, *panels = scores + k.length * group, *outputs = panels + group * width;
-  T *sums = outputs + group * padded, *copies = sums + group;
+  T *log2_sums = outputs + group * padded, *copies = log2_sums + group;
   const HeadRows<T> queries = head_rows<T, S>(q, sample, head, copies);
   const HeadRows<T> keys = head_rows<T, S>(k, sample, head, copies + q.length * padded);
   const HeadRows<T> values = head_rows<T, S>(v, sample, head, copies + (q.length + k.length) * padded);
@@ -143,13 +144,13 @@ void forward_head(const Heads& q, const Heads& k, const Heads& v, int64_t task, 
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
     pack_rows(queries.row(first), queries.stride, count, width, T(1), panels);
     compute_scores(keys, k.length, width, panels, lanes, scores, group);
-    softmax(scores, k.length, group, lanes, T(scale * kLog2E), sums);
+    softmax(scores, k.length, group, lanes, T(scale * kLog2E), log2_sums);
     const OutputRows<T, S> output{out + ((sample * q.length + first) * q.heads + head) * width, outputs, stride, width};
     for (int64_t c = 0; c < padded; c += kPanelWidth<T>)
       multiply_chunked(false, count, k.length, Operand<T>{scores, 1, group}, values.data + c, values.stride,
                        output.data() + c, output.data_stride());
     output.store_converted(count);
-    for (int64_t i = 0; i < count; ++i) lse[task * q.length + first + i] = sums[i] * T(kLn2);
+    for (int64_t i = 0; i < count; ++i) lse[task * q.length + first + i] = log2_sums[i] * T(kLn2);
   }
 }
 
@@ -176,7 +177,7 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
   const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, padded = padded_width<T>(width);
   const int64_t group = group_size<T>(q.length);
   T *scores = scratch, *dweights = scores + k.length * group, *q_panels = dweights + k.length * group;
-  T *dout_panels = q_panels + group * width, *lse = dout_panels + group * width, *row_dot = lse + group;
+  T *dout_panels = q_panels + group * width, *log2_sums = dout_panels + group * width, *row_dot = log2_sums + group;
   T *sums_q = row_dot + group, *sums_k = sums_q + group * padded, *sums_v = sums_k + k.length * padded;
   T* copies = sums_v + k.length * padded;
   const auto rows = [&](const Heads& x) {
@@ -188,7 +189,7 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
   const int64_t key_offset = gradients.offset(k, sample, 0, head);
   const OutputRows<T, S> output_k{gradients.k + key_offset, sums_k, gradients.token_stride, width};
   const OutputRows<T, S> output_v{gradients.v + key_offset, sums_v, gradients.token_stride, width};
-  std::fill(row_dot, row_dot + group, T(0));  // also of the lanes beyond the last query
+  std::fill(row_dot, row_dot + group, T(0));  // including the lanes beyond the last query
   for (int64_t first = 0; first < q.length; first += group) {
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
     pack_rows(queries.row(first), queries.stride, count, width, T(1), q_panels);
@@ -196,7 +197,7 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
     for (int64_t i = 0; i < count; ++i) row_dot[i] = T(dot(upstream.row(first + i), outputs.row(first + i), width));
     compute_scores(keys, k.length, width, q_panels, lanes, scores, group);
     compute_scores(values, k.length, width, dout_panels, lanes, dweights, group);
-    softmax(scores, k.length, group, lanes, T(scale * kLog2E), lse);
+    softmax(scores, k.length, group, lanes, T(scale * kLog2E), log2_sums);
     softmax_backward(scores, dweights, k.length, group, lanes, T(scale), row_dot);
     const OutputRows<T, S> output_q{gradients.q + gradients.offset(q, sample, first, head), sums_q,
                                     gradients.token_stride, width};
@@ -220,8 +221,8 @@ int64_t backward_scratch(const Heads& q, const Heads& k) {
   return group * (2 * k.length + 2 * q.width + 2 + padded) + (4 * k.length + 3 * q.length) * padded + 16;
 }
 
-// Runs body(task, scratch) for every head of every sample, with `bytes` of scratch. `operations` counts those of one
-// query and one element of the head's width.
+// Runs body(task, scratch) for every head of every sample, with `bytes` of scratch. `operations` is the number of
+// operations per query and per element of the head's width.
 template <typename Body>
 void for_each_head(const Heads& q, double operations, int64_t bytes, const Body& body) {
   const int64_t tasks = q.batch * q.heads, size = round_up<int64_t>(bytes, 64);
@@ -254,7 +255,7 @@ template <typename S>
 void backward(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
               [[maybe_unused]] const Tensor& lse, double scale, const Gradients<S>& gradients) {
   using T = ComputeType<S>;
-  if (q.length == 0) {  // no query: the gradients are zero
+  if (q.length == 0) {  // without queries the gradients are zero
     for (S* gradient : {gradients.k, gradients.v}) std::fill_n(gradient, k.batch * k.length * k.heads * k.width, S(0));
     return;
   }

@@ -25,7 +25,8 @@ constexpr int64_t kVector = kLanes<Bf16x2>;      // 16
 constexpr int64_t kWidth = kPanelWidth<Bf16x2>;  // 32: queries of a panel, and bfloat16 values of a vector
 constexpr int64_t kMaxGradientGroup = 128;  // largest group of queries in the backward pass, whose weights are stored
 constexpr int64_t kScoreTileKeys = 12;      // keys of a tile of scores
-constexpr int64_t kGradientTileKeys = 6;    // keys of a tile of scores and gradients: as many accumulators
+constexpr int64_t kGradientTileKeys =
+    6;  // keys of a tile of scores and products: as many accumulators as 12 keys of scores
 
 // Pairs (a, b) of the values of two rows: the first or the last 16 of 32.
 template <bool kLast>
@@ -42,7 +43,7 @@ struct Bf16Rows {  // rows of one head, each contiguous
   const BFloat16* data;
   int64_t stride, count, width;
 
-  // Mask of the columns that exist, of the 32 from `column` on.
+  // Mask of the 32 columns from `column` on, set where a column exists.
   uint32_t mask(int64_t column) const { return first_bits(width - column); }
   // 32 values of a row from `column` on; zeros outside the mask and beyond the last row.
   Vec<Bf16x2> load(int64_t row, int64_t column, uint32_t mask) const {
@@ -50,7 +51,7 @@ struct Bf16Rows {  // rows of one head, each contiguous
   }
 };
 
-struct Arena {  // allocates from a thread's scratch memory; with a null base it only adds up the size
+struct Arena {  // allocates from a thread's scratch memory; with a null base it only adds up the sizes
   char* base;
   int64_t used = 0;
 
@@ -364,7 +365,7 @@ inline void gradient_panel(const Panel& panel, const BackwardScratch& s, int64_t
   }
 }
 
-// Dot product of row `row` of a and of b.
+// Dot product of row `row` of `a` and row `row` of `b`.
 inline float dot_rows(const Bf16Rows& a, const Bf16Rows& b, int64_t row) {
   Vec<float> sum{};
   for (int64_t e = 0; e < a.width; e += kWidth)

@@ -2,7 +2,7 @@
 //
 // An image is processed row by row: the three channels of a row are converted to float32, stay in the L1 cache through
 // all steps, and are rounded to bytes once, at the end. The blur keeps as many rows as its radius needs. So memory is
-// read and written as bytes only, and the order of the steps costs one branch a row.
+// read and written as bytes only, and the order of the steps costs one branch per row.
 //
 // Contrast needs the mean of the whole image, so the steps before it run twice, once for the mean. Storing their result
 // instead, three planes of float32 that exceed the L2 cache, would take about as long.
@@ -46,7 +46,7 @@ inline void widen_bytes(const uint8_t* __restrict src, float* __restrict dst) {
   for (int i = 0; i < kBytes; ++i) dst[i] = src[i];
 }
 
-// Rounds to nearest even: adding 1.5 * 2^23 leaves the integer in the low bits.
+// Rounds to nearest even: after adding 1.5 * 2^23 the low bits hold the integer.
 inline void round_to_bytes(const float* __restrict src, uint8_t* __restrict dst) {
   for (int i = 0; i < kBytes; ++i) dst[i] = uint8_t(std::bit_cast<uint32_t>(src[i] + 12582912.0f));
 }
@@ -55,7 +55,8 @@ inline void invert_bright_bytes(uint8_t* x) {
   for (int i = 0; i < kBytes; ++i) x[i] = x[i] < 128 ? x[i] : 255 - x[i];
 }
 
-// Resizes `buffer` and returns space for n values at the start of a cache line, so that vectors do not cross lines.
+// Resizes `buffer` and returns space for n values at the start of a cache line, so that vectors do not cross cache
+// lines.
 inline float* aligned(std::vector<float>& buffer, int64_t n) {
   buffer.resize(n + 16);
   return reinterpret_cast<float*>(round_up<uintptr_t>(reinterpret_cast<uintptr_t>(buffer.data()), 64));
@@ -127,7 +128,7 @@ struct Pixels {
 inline void rotate_hue(Floats& red, Floats& green, Floats& blue, float sixths, const Clamp& unit) {
   const Floats max_value = max(max(red, green), blue), range = max_value - min(min(red, green), blue);
   Floats hue = max_value == red ? green - blue : max_value == green ? blue - red + 2 * range : red - green + 4 * range;
-  hue = hue / max(range, splat(std::numeric_limits<float>::min())) + sixths;  // grey: 0 / min
+  hue = hue / max(range, splat(std::numeric_limits<float>::min())) + sixths;  // grey pixels: 0 / min = 0
   hue = hue < 0.0f ? hue + 6 : hue;
   hue = hue >= 6.0f ? hue - 6 : hue;
   red = max_value - range * unit(2 - absolute(hue - 3));
@@ -222,8 +223,8 @@ class Augmenter {
       }
   }
 
-  // Row y as float32, after grayscale (if that comes first) and `count` steps of the jitter. `margin`: values of space
-  // before and after each channel's row.
+  // Row y as float32, after grayscale (if that comes first) and `count` steps of the jitter. `margin`: number of
+  // free values before and after each channel's row.
   Pixels jitter_row(const Image& image, int64_t y, const Parameters& parameters, int count, int64_t margin) {
     const int64_t stride = padded_ + 2 * margin;
     float* const row_start = aligned(values_, 3 * stride) + margin;

@@ -14,11 +14,11 @@
 namespace fastssl {
 namespace {
 
-// The hardware prefetcher follows one stream of reads a page: alternating between several rows of one page stops it and
-// takes 1.7 times as long (measured with 256 to 2048 bytes a row).
+// The hardware prefetcher follows one stream of reads per page: alternating between several rows of one page stops it
+// and takes 1.7 times as long (measured with 256 to 2048 bytes per row).
 constexpr int64_t kPage = 4096;
-constexpr int64_t kTaskValues = 128 << 10;       // values of a task, at least: many times the size of its sums
-constexpr int64_t kChunkValues = 16 << 10;       // values summed in T before their sum is added in double, about
+constexpr int64_t kTaskValues = 128 << 10;       // minimum of values per task: many times the size of its sums
+constexpr int64_t kChunkValues = 16 << 10;       // about as many values are summed in T before double
 constexpr int64_t kMinRows = 16, kMaxRows = 64;  // rows of a chunk
 
 // An uninitialised tensor with x's shape, dtype and strides.
@@ -91,11 +91,11 @@ struct BatchSplits {
 
 template <typename T>
 Vec<T> relu(Vec<T> x) {
-  return x < T(0) ? Vec<T>{} : x;  // a NaN stays
+  return x < T(0) ? Vec<T>{} : x;  // a NaN stays a NaN
 }
 
 template <typename T>
-Vec<T> masked(Vec<T> gradient, Vec<T> y) {  // backward of y = relu(…)
+Vec<T> relu_backward(Vec<T> gradient, Vec<T> y) {  // gradient of the input of y = relu(…)
   return y <= T(0) ? Vec<T>{} : gradient;
 }
 
@@ -106,7 +106,7 @@ struct Moments {
   double *mean, *squares;
   int64_t count = 0;
 
-  // Merges `other_count` values a channel (Chan, Golub and LeVeque, 1979); values(c) returns their mean and sum of
+  // Merges `other_count` values per channel (Chan, Golub and LeVeque, 1979); values(c) returns their mean and sum of
   // squares.
   void merge(int64_t channels, int64_t other_count, const auto& values) {
     const double weight = double(other_count) / double(count + other_count), product = weight * double(count);
@@ -120,8 +120,8 @@ struct Moments {
   }
 };
 
-// Adds a chunk to the moments. It is read twice, the second time from the cache: distances to the chunk's own mean do
-// not cancel.
+// Adds a chunk to the moments. The chunk is read twice, the second time from the cache: sums of distances to the
+// chunk's own mean lose no precision by cancellation.
 template <typename T, typename S>
 void add_chunk(const BatchSplits& batch, const S* x, int64_t split, int64_t begin, int64_t end, T* scratch,
                Moments& moments) {
@@ -184,7 +184,8 @@ void statistics(const BatchSplits& batch, const S* x, double eps, T* mean, T* in
 
 // ---- Forward
 
-// Per-channel values that the passes read, padded to whole vectors.
+// Per-channel values of one split that the passes read, padded to whole vectors. For the backward pass, with g the
+// gradient before the ReLU: `gradient` is mean(g), `slope` is mean(g (x − mean)) / (variance + eps).
 template <typename T>
 struct Channels {
   T *mean, *scale, *bias, *gradient, *slope;
@@ -193,6 +194,7 @@ struct Channels {
       : mean(memory), scale(mean + padded), bias(scale + padded), gradient(bias + padded), slope(gradient + padded) {}
 };
 
+// The per-channel values of all splits.
 template <typename T>
 struct AllChannels {
   Tensor memory;
@@ -246,8 +248,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fwd(Tensor x, Tensor weigh
 
 // ---- Backward
 
-// Σ g and Σ g (x − mean) of each task, [tasks][2][C], where g is the gradient before the ReLU. With y, g is computed
-// from y and also written to `dresidual`; without, the ReLU's input is computed again.
+// Σ g and Σ g (x − mean) of each task, [tasks][2][C], where g is the gradient before the ReLU. If y is given, g is
+// computed from y and also written to `dresidual`; otherwise the ReLU's input is computed again.
 template <typename T, typename S>
 void gradient_sums(const BatchSplits& batch, const S* dy, const S* x, const S* y, bool with_relu,
                    const AllChannels<T>& channels, S* dresidual, double* sums) {
@@ -267,10 +269,10 @@ void gradient_sums(const BatchSplits& batch, const S* dy, const S* x, const S* y
               const Vec<T> distance = load_part<T>(x + offset, lanes) - centre;
               Vec<T> g = load_part<T>(dy + offset, lanes);
               if (y) {
-                g = masked<T>(g, load_part<T>(y + offset, lanes));
+                g = relu_backward<T>(g, load_part<T>(y + offset, lanes));
                 store_part<T>(dresidual + offset, g, lanes);
               } else if (with_relu) {
-                g = masked<T>(g, distance * scale + shift);
+                g = relu_backward<T>(g, distance * scale + shift);
               }
               total += g;
               total_products = g * distance + total_products;
@@ -286,7 +288,7 @@ void gradient_sums(const BatchSplits& batch, const S* dy, const S* x, const S* y
   });
 }
 
-// Adds the tasks' sums to the gradients of weight and bias, and to the per-channel means that dx needs.
+// Adds up the sums of all tasks, to the gradients of weight and bias and to the per-channel means that dx needs.
 template <typename T>
 void add_task_sums(const BatchSplits& batch, double* sums, const T* invstd, const AllChannels<T>& all_channels,
                    T* dweight, T* dbias) {
@@ -309,8 +311,8 @@ void add_task_sums(const BatchSplits& batch, double* sums, const T* invstd, cons
   std::copy(parameter_sums.begin() + channels, parameter_sums.end(), dbias);
 }
 
-// Returns dx, dweight, dbias and dresidual. With y, the output of ReLU after an addition, dresidual is dy where y > 0;
-// else it is empty.
+// Returns dx, dweight, dbias and dresidual. If y is given, the output of the ReLU after an addition, dresidual is dy
+// where y > 0; otherwise it is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(Tensor dy, Tensor x, std::optional<Tensor> y, Tensor weight,
                                                           Tensor bias, Tensor mean, Tensor invstd, bool with_relu) {
   const BatchSplits batch(x, mean.size(0));
@@ -337,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(Tensor dy, Tensor x, s
         for (int i = 0; i < rows; ++i, offset += batch.channels) {
           const Vec<T> distance = load_part<T>(input + offset, lanes) - centre;
           Vec<T> g = load_part<T>(gradient + offset, lanes);
-          if (mask) g = masked<T>(g, distance * scale + shift);
+          if (mask) g = relu_backward<T>(g, distance * scale + shift);
           store_part<T>(output + offset, (g - mean_gradient - distance * slope) * scale, lanes);
         }
       });

@@ -1,9 +1,8 @@
 // InfoNCE over a queue and within a batch, and NT-Xent (fastssl/ops/contrastive.py).
 //
 // InfoNCE with its gradient is attention whose values are the keys: info_nce.h. NT-Xent's logits are symmetric, so each
-// is computed once for both views: for N views of width D, N² D operations forward and 3 N² D backward, half and three
-// quarters of what two products of all views would take. Memory: packed copies of the views, and one tile of logits a
-// thread.
+// is computed once for both views: for N views of width D, N² D operations forward and 3 N² D backward. Without the
+// symmetry they would be 2 N² D and 4 N² D. Memory: packed copies of the views, and one tile of logits per thread.
 #include "info_nce.h"
 
 namespace fastssl {
@@ -47,8 +46,8 @@ Vec<T> softmax_weight(Vec<T> logit, const SplitDouble<T>& scale, Vec<T> shift, V
   return exp2((logit * scale.high - shift) + (logit * scale.low - shift_low));
 }
 
-// ∂loss/∂keys. The roles are swapped: keys are lanes and queries are streamed, so each row of the result is summed by
-// one task.
+// ∂loss/∂keys. The roles of queries and keys are swapped: keys are lanes, and queries are processed block by block, so
+// each row of the result is summed by one task.
 template <typename T>
 void batch_dkeys(const Matrix& q, const Matrix& keys, double tau, int64_t label_offset, const T* lse, const T* dloss,
                  T* dkeys) {
@@ -137,22 +136,23 @@ struct Views {
       pack_columns(rows + first_row * width, row_count, width, columns + first_row * kPanelWidth<T>, count);
     });
   }
-  // Four groups, or eight, … of at most kMaxGroup views: a round has half as many pairs as groups, one task each.
+  // Size of a group. There are 4 groups, or 8, 16, …, until a group has at most kMaxGroup views: a round of the
+  // tournament has half as many tasks as there are groups.
   static int64_t choose_group(int64_t count) {
     int64_t groups = 4;
     while (count > groups * kMaxGroup) groups *= 2;
     return std::max<int64_t>(kPanelWidth<T>, round_up<int64_t>((count + groups - 1) / groups, kPanelWidth<T>));
   }
   int64_t first(int64_t g) const { return g * group; }
-  int64_t last(int64_t g) const { return std::min(count, (g + 1) * group); }
+  int64_t end(int64_t g) const { return std::min(count, (g + 1) * group); }
   int64_t positive(int64_t i) const { return (i + count / 2) % count; }
 
   // Calls body(logits [keys, group], first key, keys, first query, queries) for the logits between two groups.
   template <typename Body>
-  void tiles(int64_t queries_of, int64_t keys_of, T* logits, const Body& body) const {
-    const int64_t query = first(queries_of), queries = last(queries_of) - query;
-    for (int64_t key = first(keys_of); key < last(keys_of); key += kKeyBlock) {
-      const int64_t keys = std::min(kKeyBlock, last(keys_of) - key);
+  void for_each_tile(int64_t query_group, int64_t key_group, T* logits, const Body& body) const {
+    const int64_t query = first(query_group), queries = end(query_group) - query;
+    for (int64_t key = first(key_group); key < end(key_group); key += kKeyBlock) {
+      const int64_t keys = std::min(kKeyBlock, end(key_group) - key);
       for (int64_t p = 0; p < queries; p += kPanelWidth<T>)
         multiply_panel<false>(keys, width, Operand<T>{rows + key * width, width, 1}, panels + (query + p) * width,
                               kPanelWidth<T>, logits + p, group);
@@ -162,7 +162,7 @@ struct Views {
   int64_t tile_size() const { return kKeyBlock * group; }
   // Calls body(a, b, logits) for every pair a ≤ b of groups, in the rounds of a tournament.
   template <typename Body>
-  void pairs(T* tiles, const Body& body) const {
+  void for_each_pair(T* tiles, const Body& body) const {
     tournament(groups, [&](int64_t count, const auto& pair) {
       for_tasks(count, 2.0 * count * group * group * width, tiles, tile_size(), [&](int64_t index, T* logits) {
         const auto [a, b] = pair(index);
@@ -176,30 +176,30 @@ struct Views {
 // logits (in units of log 2) are between −60 and 60 and the shift is their bound.
 template <typename T>
 void sum_negatives(const Views<T>& z, T shift, T* tiles, T* sums) {
-  z.pairs(tiles, [&](int64_t a, int64_t b, T* memory) {
-    z.tiles(a, b, memory, [&](T* logits, int64_t key, int64_t keys, int64_t query, int64_t queries) {
+  z.for_each_pair(tiles, [&](int64_t a, int64_t b, T* memory) {
+    z.for_each_tile(a, b, memory, [&](T* logits, int64_t key, int64_t keys, int64_t query, int64_t queries) {
       for (int64_t i = 0; i < queries; ++i)
         for (const int64_t excluded : {z.positive(query + i), query + i})
           if (key <= excluded && excluded < key + keys) logits[(excluded - key) * z.group + i] = T(kMinLogit);
-      T by_query[Views<T>::kMaxGroup] = {};
+      T query_sums[Views<T>::kMaxGroup] = {};
       const int64_t whole_vectors = queries / kLanes<T> * kLanes<T>;
       for (int64_t j = 0; j < keys; ++j) {
         const T* row = logits + j * z.group;
-        Vec<T> by_key{};
+        Vec<T> key_sum{};
         for (int64_t i = 0; i < whole_vectors; i += kLanes<T>) {
           const Vec<T> weight = exp2(load(row + i) * T(z.scale) - shift);
-          by_key += weight;
-          store(by_query + i, load(by_query + i) + weight);
+          key_sum += weight;
+          store(query_sums + i, load(query_sums + i) + weight);
         }
         T remainder = 0;
         if (whole_vectors < queries) {
           const Vec<T> weight = exp2(load(row + whole_vectors) * T(z.scale) - shift);
-          store(by_query + whole_vectors, load(by_query + whole_vectors) + weight);
+          store(query_sums + whole_vectors, load(query_sums + whole_vectors) + weight);
           for (int64_t i = whole_vectors; i < queries; ++i) remainder += weight[i - whole_vectors];
         }
-        if (a != b) sums[key + j] += sum<T>(by_key) + remainder;
+        if (a != b) sums[key + j] += sum<T>(key_sum) + remainder;
       }
-      for (int64_t i = 0; i < queries; ++i) sums[query + i] += by_query[i];
+      for (int64_t i = 0; i < queries; ++i) sums[query + i] += query_sums[i];
     });
   });
 }
@@ -209,8 +209,8 @@ void sum_negatives(const Views<T>& z, T shift, T* tiles, T* sums) {
 template <typename T>
 void nt_xent_gradient(const Views<T>& z, const T* shift, const T* shift_low, const T* upstream, T* tiles, T* sums) {
   const SplitDouble<T> scale(z.scale);
-  z.pairs(tiles, [&](int64_t a, int64_t b, T* memory) {
-    z.tiles(a, b, memory, [&](T* weights, int64_t key, int64_t keys, int64_t query, int64_t queries) {
+  z.for_each_pair(tiles, [&](int64_t a, int64_t b, T* memory) {
+    z.for_each_tile(a, b, memory, [&](T* weights, int64_t key, int64_t keys, int64_t query, int64_t queries) {
       const int64_t lanes = round_up<int64_t>(queries, kLanes<T>);
       for (int64_t j = 0; j < keys; ++j) {
         T* row = weights + j * z.group;
@@ -218,9 +218,9 @@ void nt_xent_gradient(const Views<T>& z, const T* shift, const T* shift_low, con
         const T key_upstream = upstream[key + j];
         for (int64_t i = 0; i < lanes; i += kLanes<T>) {
           const Vec<T> logit = load(row + i), query_shift = load(shift + query + i);
-          const Vec<T> by_query = softmax_weight<T>(logit, scale, query_shift, load(shift_low + query + i));
-          const Vec<T> by_key = softmax_weight<T>(logit, scale, key_shift, key_low);
-          store(row + i, by_query * load(upstream + query + i) + by_key * key_upstream);
+          const Vec<T> query_weight = softmax_weight<T>(logit, scale, query_shift, load(shift_low + query + i));
+          const Vec<T> key_weight = softmax_weight<T>(logit, scale, key_shift, key_low);
+          store(row + i, query_weight * load(upstream + query + i) + key_weight * key_upstream);
         }
       }
       for (int64_t i = 0; i < queries; ++i) {
@@ -248,7 +248,7 @@ double largest_logit(const Views<T>& z) {
   for (int64_t i = 0; i < z.count; ++i) {
     const T* row = z.rows + i * z.width;
     const double squared_length = dot(row, row, z.width);
-    largest = squared_length <= largest ? largest : squared_length;  // a NaN stays
+    largest = squared_length <= largest ? largest : squared_length;  // a NaN is kept
   }
   return largest * z.scale;
 }

@@ -1,6 +1,6 @@
 // Exponential moving average of parameters, for momentum encoders (fastssl/ops/ema.py).
 //
-// Bound by memory bandwidth: it reads target and source and writes target, 12 bytes a parameter in float32, 10 with a
+// Bound by memory bandwidth: it reads target and source and writes target, 12 bytes per parameter in float32, 10 with a
 // bfloat16 source, and 2 more for a bfloat16 shadow. All tensors of a call are processed in one parallel loop over
 // chunks of equal size, so that threads are equally loaded for tensors of any sizes.
 #include <algorithm>
@@ -70,7 +70,7 @@ void ema_update_(std::vector<Tensor> targets, std::vector<Tensor> sources, doubl
         ema_chunk<float>(entries[e], first, stop, static_cast<float>(weight));
     }
   };
-  // Waking the thread pool takes microseconds: up to one chunk, the calling thread alone is faster.
+  // Waking the thread pool takes microseconds: for at most one chunk, the calling thread alone is faster.
   const int64_t grain = numel <= kChunk ? first_chunk.back() + 1 : 1;
   torch::stable::parallel_for(0, first_chunk.back(), grain, run);
 }

@@ -13,25 +13,25 @@
 namespace fastssl {
 namespace {
 
-// Rows, then chunks, in one allocation of torch's caching allocator.
+// A table on the device: its rows, then its chunks, in one allocation of torch's caching allocator.
 struct DeviceTable {
   Tensor memory;
   size_t rows, chunks;
   cudaStream_t stream;  // the stream on which the memory was allocated
   bool used_on_other_stream = false;
-  bool keep = false;  // read by each replay of a captured graph
+  bool keep = false;  // true once a CUDA graph has captured a launch: each replay reads the table
 
   DeviceTable(Tensor memory, size_t rows, size_t chunks, cudaStream_t stream)
       : memory(std::move(memory)), rows(rows), chunks(chunks), stream(stream) {}
   DeviceTable(DeviceTable&&) = default;
 
-  // The allocator reuses freed memory on `stream`, where work is in order; other streams must finish first.
+  // The allocator reuses freed memory on `stream`, where work runs in order; work on other streams must have finished.
   ~DeviceTable() {
     if (used_on_other_stream) cudaDeviceSynchronize();
   }
 };
 
-Tensor bytes_on(int32_t device, int64_t size) {
+Tensor empty_bytes(int32_t device, int64_t size) {
   const int64_t stride = 1;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
@@ -45,7 +45,7 @@ Tensor bytes_on(int32_t device, int64_t size) {
 DeviceTable upload(const std::vector<Row>& rows, int32_t device, cudaStream_t stream) {
   const std::vector<Chunk> chunks = chunks_of(rows);
   const size_t bytes_of_rows = rows.size() * sizeof(Row), bytes_of_chunks = chunks.size() * sizeof(Chunk);
-  DeviceTable table(bytes_on(device, bytes_of_rows + bytes_of_chunks), rows.size(), chunks.size(), stream);
+  DeviceTable table(empty_bytes(device, bytes_of_rows + bytes_of_chunks), rows.size(), chunks.size(), stream);
   char* const dst = static_cast<char*>(table.memory.mutable_data_ptr());
   STD_CUDA_CHECK(cudaMemcpyAsync(dst, rows.data(), bytes_of_rows, cudaMemcpyHostToDevice, stream));
   STD_CUDA_CHECK(cudaMemcpyAsync(dst + bytes_of_rows, chunks.data(), bytes_of_chunks, cudaMemcpyHostToDevice, stream));
@@ -60,8 +60,8 @@ bool is_capturing(cudaStream_t stream) {
 }
 
 void launch(std::vector<Row> rows, double weight, int32_t device, cudaStream_t stream) {
-  // Never destroyed, because torch's allocator may be destroyed before it when the process ends. The lock is held until
-  // the launch, so that no other thread evicts the table.
+  // The caches are never destroyed, because torch's allocator may be destroyed before them when the process ends. The
+  // lock is held until the launch, so that no other thread evicts the table.
   static std::mutex mutex;
   static auto& caches = *new std::map<int32_t, TableCache<DeviceTable>>;
   const std::lock_guard lock(mutex);
@@ -71,8 +71,7 @@ void launch(std::vector<Row> rows, double weight, int32_t device, cudaStream_t s
     if (capturing)
       throw std::runtime_error(
           "ema_update_: call it once with the same tensors before a CUDA graph captures it: the table of their "
-          "addresses "
-          "can't be copied to the GPU during a capture");
+          "addresses can't be copied to the GPU during a capture");
     DeviceTable uploaded = upload(rows, device, stream);
     table = caches[device].insert(std::move(rows), std::move(uploaded));
   }

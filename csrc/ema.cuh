@@ -15,10 +15,10 @@
 // loads kUnroll = 4 packs of target and of source before it uses the first: 128 bytes in flight in float32. A
 // multiprocessor needs 20 to 45 kB in flight (its part of the bandwidth times the latency); 2 blocks of 256 threads
 // provide that, and the number of registers allows 4. Unaligned tensors and the last elements of a tensor are processed
-// one element at a time; so are tensors with different memory layouts, with one division a dimension.
+// one element at a time; so are tensors with different memory layouts, with one division per dimension.
 //
-// Needs nothing of torch, and of CUDA's headers only cuda_fp16.h, so that tests/kernels/cuda_on_host.h can run it on a
-// CPU.
+// Includes nothing of torch, and of CUDA's headers only cuda_fp16.h, so that tests/kernels/cuda_on_host.h can run it on
+// a CPU.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -32,8 +32,8 @@
 namespace fastssl {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 4;  // per multiprocessor: at most 64 registers a thread
-constexpr int kUnroll = 4;  // packs of target and of source in flight a thread
+constexpr int kBlocks = 4;  // per multiprocessor: at most 64 registers per thread
+constexpr int kUnroll = 4;  // packs of target and of source in flight per thread
 
 struct Bf16 {
   uint16_t bits;

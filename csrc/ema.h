@@ -24,12 +24,13 @@ struct Storage {
   Dtype dtype = Dtype::Float;
 };
 
-struct Entry {  // a target, its source, and its shadow if that has data
+struct Entry {  // a target, its source, and its shadow, whose data is null if there is none
   Storage target, source, shadow;
   Dims sizes;
   int64_t numel;
-  bool flat;  // all are dense in the same order of dimensions: element i in memory of one corresponds to that of the
-              // others
+  // True where all tensors are dense in the same order of dimensions, so that the elements at position i in their
+  // memory correspond to each other.
+  bool flat;
 };
 
 inline bool is_contiguous(Dims sizes, Dims strides) {
@@ -56,7 +57,7 @@ inline bool is_dense(Dims sizes, Dims strides) {
   return true;
 }
 
-inline bool same_order(Dims sizes, Dims a, Dims b) {
+inline bool have_same_strides(Dims sizes, Dims a, Dims b) {
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1 && a[d] != b[d]) return false;
   return true;
@@ -72,14 +73,14 @@ Storage storage_of(const Tensor& tensor) {
 
 // One entry for each target. Throws, before anything is written, if shapes, dtypes or devices do not match; the error
 // is short, because the Python caller then checks the lists again and raises the sentence for the user (checking in
-// Python on each call would take longer than the kernel on short lists). `is_on_device(tensor)`: is it on the kernel's
-// device?
+// Python on each call would take longer than the kernel on short lists). `is_on_device(tensor)`
+// tells whether a tensor is on the kernel's device.
 template <typename Tensor, typename IsOnDevice>
 std::vector<Entry> entries_of(const std::vector<Tensor>& targets, const std::vector<Tensor>& sources,
                               const std::vector<Tensor>& shadows, const IsOnDevice& is_on_device) {
   const bool shadowed = !shadows.empty();
   if (sources.size() != targets.size() || (shadowed && shadows.size() != targets.size()))
-    throw std::runtime_error("ema_update_: sources, and shadows if given, must be as many as targets, got " +
+    throw std::runtime_error("ema_update_: sources, and shadows if given, must have as many tensors as targets, got " +
                              std::to_string(targets.size()) + " targets, " + std::to_string(sources.size()) +
                              " sources and " + std::to_string(shadows.size()) + " shadows");
   std::vector<Entry> entries;
@@ -94,15 +95,14 @@ std::vector<Entry> entries_of(const std::vector<Tensor>& targets, const std::vec
     if (!is_wide(Dtype(targets[i].scalar_type())) || !is_on_device(targets[i]) || !fits(sources[i]) ||
         (shadowed && !fits(shadows[i])))
       throw std::runtime_error(
-          "ema_update_: targets must be float32 or float64, sources and shadows floating and of their target's shape "
-          "and "
-          "device, got others at index " +
+          "ema_update_: targets must be float32 or float64, and sources and shadows floating-point tensors of their "
+          "target's shape and device, got others at index " +
           std::to_string(i));
     const Storage shadow = shadowed ? storage_of(shadows[i]) : Storage{};
     Entry entry{storage_of(targets[i]), storage_of(sources[i]), shadow, sizes, targets[i].numel(), false};
     entry.flat = is_dense(sizes, entry.target.strides) &&
-                 same_order(sizes, entry.target.strides, entry.source.strides) &&
-                 (!shadowed || same_order(sizes, entry.target.strides, entry.shadow.strides));
+                 have_same_strides(sizes, entry.target.strides, entry.source.strides) &&
+                 (!shadowed || have_same_strides(sizes, entry.target.strides, entry.shadow.strides));
     entries.push_back(entry);
   }
   return entries;
@@ -129,7 +129,7 @@ FASTSSL_HOST_DEVICE inline Offsets offsets_of(Index index, int dims, const int64
   return offsets;
 }
 
-// t + w (s − t), computed like torch.lerp from the nearer end, so that it is exact at w = 0 and w = 1.
+// t + w (s − t), computed from the nearer end like torch.lerp, so that the result is exact at w = 0 and w = 1.
 template <typename T>
 FASTSSL_HOST_DEVICE inline T lerp(T t, T s, T w) {
   return w < T(0.5) ? t + w * (s - t) : s - (s - t) * (T(1) - w);

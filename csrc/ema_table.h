@@ -16,21 +16,21 @@
 
 namespace fastssl {
 
-// Elements of one thread block. ViT-B's 86.6 million parameters make over 5,000 blocks, dozens a multiprocessor of a
-// large GPU, so that the last wave, in which some multiprocessors are idle, is a small part. Smaller chunks would read
-// the table more often.
+// Elements of one thread block. ViT-B's 86.6 million parameters make over 5,000 blocks, dozens per multiprocessor of
+// a large GPU, so that the last wave, in which some multiprocessors are idle, is a small part. Smaller chunks would
+// read the table more often.
 constexpr int64_t kEmaChunk = 1 << 14;
 constexpr int kMaxDims = 8;
 constexpr int64_t kWidestLoad = 16;  // bytes of the widest load instruction
 
-enum class Path : int8_t { Packed, Scalar, Strided };  // flat and aligned; flat; any strides
+enum class Path : int8_t { Packed, Scalar, Strided };  // flat and aligned, flat, any strides
 
 struct Row {
   void *target = nullptr, *source = nullptr, *shadow = nullptr;  // shadow: null if there is none
   int64_t numel = 0;
   Path path = Path::Scalar;
   Dtype target_dtype = Dtype::Float, source_dtype = Dtype::Float, shadow_dtype = Dtype::Float;
-  int32_t dims = 0;  // this and what follows: for Path::Strided only
+  int32_t dims = 0;  // this and the following fields: for Path::Strided only
   int64_t sizes[kMaxDims] = {};
   int64_t target_strides[kMaxDims] = {}, source_strides[kMaxDims] = {}, shadow_strides[kMaxDims] = {};
 
@@ -52,7 +52,8 @@ inline bool is_aligned(const Storage& tensor, int width) {
   return reinterpret_cast<uintptr_t>(tensor.data) % bytes == 0;  // a missing shadow (null) is aligned
 }
 
-// Sizes and strides, with neighbouring dimensions merged where the strides of all tensors allow it: fewer divisions.
+// Sizes and strides, with neighbouring dimensions merged where the strides of all tensors allow it, which saves
+// divisions.
 inline void set_strides(Row& row, const Entry& entry) {
   for (size_t d = 0; d < entry.sizes.size(); ++d) {
     const int64_t size = entry.sizes[d], target = entry.target.strides[d], source = entry.source.strides[d];
@@ -65,8 +66,9 @@ inline void set_strides(Row& row, const Entry& entry) {
     } else {
       if (row.dims == kMaxDims)
         throw std::runtime_error(
-            "ema_update_: on a GPU, a tensor that is not stored in the same dense order as its "
-            "target must have at most 8 dimensions: make it contiguous");
+            "ema_update_: on a GPU, a tensor that is not stored in the same dense order as its target must have at "
+            "most 8 "
+            "dimensions: make it contiguous");
       last = row.dims++;
       row.sizes[last] = size;
     }
@@ -133,7 +135,7 @@ class TableCache {
   }
 
  private:
-  static constexpr size_t kTables = 8;  // a run uses one or a few: per momentum encoder, with and without shadows
+  static constexpr size_t kTables = 8;  // a run uses one table per momentum encoder, or two, with and without shadows
   std::list<std::pair<std::vector<Row>, Table>> slots_;
 };
 

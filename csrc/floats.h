@@ -1,5 +1,5 @@
 // Conversion between bfloat16 and float32 in integer arithmetic, which compilers vectorise: the same code on the CPU
-// and on a GPU. Includes nothing of torch, so that a CUDA kernel and the tests of it compile without torch.
+// and on a GPU. Includes nothing of torch, so that CUDA kernels and their tests compile without torch.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@
 // Packing also converts: to float32, to pairs of bfloat16, through GELU. So neither a cast of the weights nor the
 // result of the activation is written to memory as a matrix of its own.
 //
-// Operations: 2 M N depth. Memory: the packed matrices, and 98 kB of sums a thread.
+// Operations: 2 M N depth. Memory: the packed matrices, and 98 kB of sums per thread.
 #pragma once
 
 #include "avx512_bf16.h"
@@ -33,7 +33,8 @@ using Packed = std::conditional_t<kHasBf16Dot && std::is_same_v<S, BFloat16>, Bf
 
 constexpr int64_t kBlockRows = 96, kBlockColumns = 256;  // a block of C: 98 kB of float32
 template <typename P>
-constexpr int64_t kDepthChunk = std::is_same_v<P, Bf16x2> ? 256 : 128;  // steps of a chunk: at most 98 kB of A a block
+constexpr int64_t kDepthChunk =
+    std::is_same_v<P, Bf16x2> ? 256 : 128;  // steps of a chunk: a block of A has at most 98 kB
 
 template <typename P>
 int64_t steps_of(int64_t depth) {
@@ -46,7 +47,9 @@ template <typename P>
 struct PackedA {
   const P* data;
   int64_t panel_stride, row_stride, step_stride;
-  const P* at(int64_t row, int64_t step) const { return data + row / kTileRows * panel_stride + step * step_stride; }
+  const P* element(int64_t row, int64_t step) const {
+    return data + row / kTileRows * panel_stride + step * step_stride;
+  }
 };
 
 // Computes A B, with B packed as [N / kPanelWidth][steps][kPanelWidth], and calls
@@ -69,7 +72,7 @@ void gemm(int64_t rows, int64_t columns, int64_t steps, PackedA<P> a, const P* b
                       step ? dispatch_tile<kTileRows, 2, true, P> : dispatch_tile<kTileRows, 2, false, P>;
                   for (int64_t i = 0; i < block_rows; i += kTileRows)
                     multiply_rows(std::min<int64_t>(kTileRows, block_rows - i), std::min(kDepthChunk<P>, steps - step),
-                                  a.at(row + i, step), a.row_stride, a.step_stride, panel, kPanelWidth<T>,
+                                  a.element(row + i, step), a.row_stride, a.step_stride, panel, kPanelWidth<T>,
                                   sums + i * kBlockColumns + j, kBlockColumns);
                 }
               epilogue(row, column, block_rows, block_columns, sums, kBlockColumns);
@@ -87,7 +90,7 @@ struct PackTransform {
   }
 };
 
-// The same for two vectors whose values become pairs of bfloat16.
+// Transforms two vectors to pairs of bfloat16.
 inline Vec<Bf16x2> transform_to_pairs(PackTransform<float> transform, Vec<float> first, Vec<float> second) {
 #if defined(FASTSSL_BF16_DOT)
   return transform.gelu ? to_bf16_pairs(gelu_bf16(first), gelu_bf16(second)) : to_bf16_pairs(first, second);
@@ -96,6 +99,7 @@ inline Vec<Bf16x2> transform_to_pairs(PackTransform<float> transform, Vec<float>
 #endif
 }
 
+// Transforms a vector and stores it as bfloat16.
 inline void store_transformed(PackTransform<float> transform, Vec<float> x, BFloat16* dst) {
 #if defined(FASTSSL_BF16_DOT)
   const __m256bh rounded = _mm512_cvtneps_pbh(__m512(transform.gelu ? gelu_bf16(x) : x));
@@ -105,8 +109,8 @@ inline void store_transformed(PackTransform<float> transform, Vec<float> x, BFlo
 #endif
 }
 
-// Length of a packed row with contiguous depth, in elements: whole vectors, plus 16 so that it is no power of two, for
-// which all rows would map to the same sets of the L1 cache.
+// Length of a packed row with contiguous depth, in elements: whole vectors, plus 16 so that the length is not a power
+// of two, with which all rows would map to the same sets of the L1 cache.
 template <typename P>
 int64_t packed_row_length(int64_t depth) {
   return round_up<int64_t>(steps_of<P>(depth), 16) + 16;
@@ -130,8 +134,8 @@ void pack_row(const S* src, int64_t depth, PackTransform<Accumulator<P>> transfo
   }
 }
 
-// True where A can be multiplied without packing: its values need no conversion, its rows are whole packed elements,
-// and their stride is no multiple of 4 kB, for which all rows would map to the same sets of the L1 cache.
+// True where A can be multiplied without packing: its values need no conversion, its rows consist of whole packed
+// elements, and their stride is not a multiple of 4 kB, with which all rows would map to the same sets of the L1 cache.
 template <typename P, typename S>
 bool is_usable_in_place(int64_t stride, int64_t depth, PackTransform<Accumulator<P>> transform) {
   constexpr bool kSameDtype = std::is_same_v<P, S> || (std::is_same_v<P, Bf16x2> && std::is_same_v<S, BFloat16>);
@@ -139,7 +143,7 @@ bool is_usable_in_place(int64_t stride, int64_t depth, PackTransform<Accumulator
   return kSameDtype && is_whole && !transform.gelu && !transform.round && stride * int64_t(sizeof(S)) % 4096 != 0;
 }
 
-// Packs A from [rows, depth] with contiguous depth; where is_usable_in_place, returns A itself.
+// Packs A from [rows, depth] with contiguous depth, or returns A itself where is_usable_in_place is true.
 template <typename P, typename S>
 PackedA<P> pack_a(const S* src, int64_t src_stride, int64_t rows, int64_t depth,
                   PackTransform<Accumulator<P>> transform, P* dst) {
@@ -186,7 +190,7 @@ inline Vec<Bf16x2> exact_pairs(Vec<float> first, Vec<float> second) {
   return Vec<Bf16x2>(first) >> 16 | Vec<Bf16x2>(second);
 }
 
-constexpr int64_t kLaneGroup = 96;  // lanes packed at a time: whole panels of any width
+constexpr int64_t kLaneGroup = 96;  // lanes packed at a time: a multiple of every panel width
 
 // Packs a step of `lanes` lanes, from one row of the depth or, for pairs, from two, and adds the unconverted values to
 // `sums`.
@@ -218,7 +222,7 @@ void pack_contiguous_lanes(const S* src, int64_t src_stride, int64_t lanes, int6
                            PackTransform<Accumulator<P>> transform, P* dst, double* totals = nullptr) {
   using T = Accumulator<P>;
   constexpr int64_t kVectors = kLaneGroup / kLanes<T>;
-  constexpr int64_t kSteps = 16;  // packed before they are copied to panels: loading a value just stored is slow
+  constexpr int64_t kSteps = 16;  // packed before they are copied, because loading a value just stored is slow
   const int64_t steps = steps_of<P>(depth), tasks = (steps + kSteps - 1) / kSteps;
   const Tensor workspace = empty({totals ? tasks * lanes : 0}, kDtype<T>);
   T* task_sums = data<T>(workspace);
@@ -233,7 +237,7 @@ void pack_contiguous_lanes(const S* src, int64_t src_stride, int64_t lanes, int6
           const int64_t d = (step + s) * kDepthPerElement<P>;
           const S* row = src + d * src_stride + first;
           const S* next = d + 1 < depth ? row + src_stride : nullptr;
-          if (group_lanes == kLaneGroup && next)  // the common case, unrolled by the compiler for the constant count
+          if (group_lanes == kLaneGroup && next)  // the common case: the compiler unrolls the constant count
             pack_step<P>(row, row + src_stride, kLaneGroup, transform, rows[s], sums);
           else
             pack_step<P>(row, next, group_lanes, transform, rows[s], sums);

@@ -5,7 +5,7 @@
 
 namespace fastssl {
 
-// A tensor [B, L, H, E], or one of the three in a packed tensor [B, L, 3, H, E].
+// A tensor [B, L, H, E], or q, k or v as a part of a packed tensor [B, L, 3, H, E].
 struct Heads {
   const void* data;
   int64_t batch, length, heads, width, strides[4];

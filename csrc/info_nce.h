@@ -2,8 +2,8 @@
 //
 // Online softmax over blocks of keys (Milakov and Gimelshein, 2018). The forward pass with the gradient of the queries
 // is bound by two products of 2·B·K·D operations each, 8.6 GFLOP in all at B = 256, K = 65,536, D = 128; the
-// exponentials take a few percent. The running maximum of each query costs one load and one comparison a logit, under
-// one percent, so it is used always and the length of the vectors need not be bounded.
+// exponentials take a few percent. The running maximum of each query costs one load and one comparison per logit, less
+// than one percent, so it is always used and the length of the vectors need not be bounded.
 //
 // Memory: the packed queries and the partial softmaxes, 2 MB at MoCo's sizes. The partition into tasks depends on the
 // shapes alone and partial results are merged in a fixed order, so results are bit-equal on any number of threads.
@@ -15,10 +15,10 @@
 
 namespace fastssl {
 
-constexpr int64_t kTargetTasks = 16;         // tasks, if the shapes allow it
-constexpr int64_t kMaxQueries = 256;         // of a task, at most: the keys are read and packed once for them
-constexpr int64_t kMinKeys = 2 * kKeyBlock;  // of a task, at least
-constexpr int64_t kMaxKeys = 1 << 22;        // of a task, at most: ranks are counted in float32
+constexpr int64_t kTargetTasks = 16;  // number of tasks, if the shapes allow it
+constexpr int64_t kMaxQueries = 256;  // queries of a task, at most: they share one reading and packing of the keys
+constexpr int64_t kMinKeys = 2 * kKeyBlock;  // keys of a task, at least
+constexpr int64_t kMaxKeys = 1 << 22;        // keys of a task, at most: ranks are counted in float32
 constexpr float kMinLogit = -1e30f;          // below every logit, but finite: a difference of infinities is NaN
 
 // The partition of B queries and K keys into tasks: blocks of queries times ranges of keys.
@@ -27,9 +27,9 @@ struct Partition {
 
   Partition(int64_t queries, int64_t keys, int64_t lanes) : queries(queries), keys(keys) {
     const int64_t max_key_ranges = 1 + keys / kMinKeys;
-    const int64_t needed = kTargetTasks / std::min(kTargetTasks, max_key_ranges);  // query blocks, where keys are few
-    query_blocks =
-        std::max({int64_t(1), (queries + kMaxQueries - 1) / kMaxQueries, std::min(needed, queries / (3 * lanes))});
+    const int64_t min_query_blocks = kTargetTasks / std::min(kTargetTasks, max_key_ranges);  // above 1 if keys are few
+    query_blocks = std::max(
+        {int64_t(1), (queries + kMaxQueries - 1) / kMaxQueries, std::min(min_query_blocks, queries / (3 * lanes))});
     query_block = round_up(std::max<int64_t>(1, (queries + query_blocks - 1) / query_blocks), lanes);
     query_blocks = std::max<int64_t>(1, (queries + query_block - 1) / query_block);
     const int64_t target = std::clamp<int64_t>(kTargetTasks / query_blocks, 1 + keys / kMaxKeys, max_key_ranges);
@@ -86,7 +86,7 @@ void update_softmax(T* logits, int64_t count, int64_t query, T scale, const T* p
   }
 }
 
-// The positive key of each query. With `excludes_itself`, key i is query i and no negative of it.
+// The positive key of each query. With `excludes_itself`, key i is query i itself and does not count as its negative.
 struct Positives {
   int64_t label_offset, keys;
   bool excludes_itself;
@@ -125,7 +125,7 @@ struct Outputs {
   int64_t* rank;
 };
 
-// Merges the partial softmaxes of query i and its positive into loss, rank, lse and dq.
+// Computes loss, rank, lse and dq of query i from its partial softmaxes and its positive.
 template <typename T>
 void merge_partials(int64_t i, const Partition& partition, const T* partials, int64_t sums_width, double scale,
                     double tau, const Queries<T>& queries, int64_t width, const Outputs<T>& out) {
@@ -143,7 +143,7 @@ void merge_partials(int64_t i, const Partition& partition, const T* partials, in
     negatives += double(partial(range).sum[slot]) * std::exp2(double(partial(range).shift[slot]) - shift);
     rank += double(partial(range).rank[slot]);
   }
-  // Relative to the larger of maximum and positive; log1p keeps a loss near zero accurate.
+  // Computed relative to the larger of maximum and positive; log1p keeps a loss near zero accurate.
   const double gap = shift - positive;
   const double loss =
       gap <= 0 ? std::log1p(negatives * std::exp2(gap)) : gap * kLn2 + std::log(negatives + std::exp2(-gap));
@@ -163,7 +163,8 @@ void merge_partials(int64_t i, const Partition& partition, const T* partials, in
   }
 }
 
-// Sets the logits of each query's positive, and of the query itself, to kMinLogit, so that they are no negatives.
+// Sets the logits of each query's positive, and of the query itself, to kMinLogit, so that they do not count as
+// negatives.
 template <typename T>
 void mask_positives(T* logits, const Positives& positives, int64_t first_key, int64_t count, int64_t first_query,
                     int64_t panels) {
@@ -172,11 +173,11 @@ void mask_positives(T* logits, const Positives& positives, int64_t first_key, in
       if (first_key <= key && key < first_key + count) logits[(key - first_key) * kGroup<T> + i] = T(kMinLogit);
 }
 
-// Loss and rank, and lse and dq if asked for, of queries against keys. With `in_keys` the positives are among the keys;
-// they are excluded from the sum over negatives, which keeps 1 − p accurate.
+// Computes loss and rank of queries against keys, and lse and dq unless they are null. With `keys_contain_positives`
+// the positives are excluded from the sum over the keys, which keeps 1 − p accurate.
 template <typename T>
 void info_nce(const Matrix& q, const Matrix& positive_keys, const Positives& positives, const Matrix& keys,
-              bool in_keys, double tau, const Outputs<T>& out) {
+              bool keys_contain_positives, double tau, const Outputs<T>& out) {
   const int64_t width = q.width, padded = panel_count<T>(width) * kPanelWidth<T>, sums_width = out.dq ? padded : 0;
   const Partition partition(q.rows, keys.rows, kPanelWidth<T>);
   const int64_t padded_queries = partition.query_blocks * partition.query_block,
@@ -206,7 +207,7 @@ void info_nce(const Matrix& q, const Matrix& positive_keys, const Positives& pos
            queries.q_panels + first_query * width, std::min(partition.query_block, q.rows - first_query),
            out.dq ? partial.weighted_keys : nullptr, Scratch<T>(scratch, width),
            [&](T* logits, int64_t key, int64_t count, int64_t query, int64_t panels) {
-             if (in_keys) mask_positives(logits, positives, key, count, first_query + query, panels);
+             if (keys_contain_positives) mask_positives(logits, positives, key, count, first_query + query, panels);
              for (int64_t p = 0; p < panels; ++p)
                update_softmax(logits + p * kPanelWidth<T>, count, query + p * kPanelWidth<T>, T(scale),
                               queries.positive + first_query, partial, sums_width);

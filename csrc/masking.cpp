@@ -1,8 +1,8 @@
 // MAE's masking: ranking random noise, gathering the kept tokens, and restoring the order with mask tokens.
 //
-// All but the ranking moves rows, bound by memory bandwidth: each row is read once and written once, in the order of
-// the output. So no buffer is zeroed for a scatter, no index is expanded to the width of a row, and no two threads
-// write the same row.
+// All kernels but the ranking move rows and are bound by memory bandwidth: each row is read once and written once, in
+// the order of the output. So no buffer is zeroed for a scatter, no index is expanded to the width of a row, and no two
+// threads write the same row.
 #include "rows.h"
 
 #include <array>
@@ -29,7 +29,7 @@ inline SortKey<W> sort_key(W noise) {
   return noise != noise ? kLast - 1 : bits < 0 ? K(bits ^ kLast) : bits;
 }
 
-// One sample of the results.
+// The results of one sample.
 struct MaskingOutputs {
   int64_t *ids_keep, *ids_masked, *ids_restore;
   float* mask;
@@ -48,8 +48,8 @@ struct MaskingOutputs {
 template <typename K>
 constexpr int kCounted = 4 * kLanes<K>;
 
-// The longest row that is ranked by counting, in O(length²); beyond, sorting is faster (measured with and without AVX2,
-// in float and double).
+// The longest row that is ranked by counting, in O(length²). Longer rows are sorted, which is faster (measured with and
+// without AVX2, in float and double).
 template <typename K>
 constexpr int64_t kLongestCounted = 32 * kLanes<K>;
 
@@ -61,7 +61,7 @@ void rank_by_counting(const K* keys, int64_t length, const MaskingOutputs& outpu
   for (int64_t first = 0; first < length; first += kCounted<K>) {
     Vec<K> key[kVectors], rank[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      key[v] = load(keys + first + v * kLane) + 1;  // +1: of the tokens before these, equal ones also count
+      key[v] = load(keys + first + v * kLane) + 1;  // +1: equal noise of an earlier token also counts
       rank[v] = Vec<K>{};
     }
     const int64_t end = std::min(first + kCounted<K>, length);
@@ -101,8 +101,8 @@ void rank_by_sorting(const K* keys, int64_t length, std::vector<RankedToken<K>>&
   }
   for (int n = 0; n < kBytes; ++n) {
     if (starts[n][tokens[0].byte(n)] == length) continue;  // all keys have this byte in common, as with bfloat16 noise
-    int64_t before = 0;
-    for (int64_t& start : starts[n]) before += std::exchange(start, before);
+    int64_t offset = 0;
+    for (int64_t& start : starts[n]) offset += std::exchange(start, offset);
     for (const RankedToken<K>& token : tokens) buffer[starts[n][token.byte(n)]++] = token;
     std::swap(tokens, buffer);
   }
@@ -147,7 +147,7 @@ ScalarType promoted(ScalarType a, ScalarType b) {
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// True where every value of S is representable in O, as is so for promoted dtypes.
+// True where every value of S is representable in O, which holds for promoted dtypes.
 template <typename S, typename O>
 constexpr bool kRepresentable =
     std::is_same_v<S, O> || std::is_same_v<O, double> || (std::is_same_v<O, float> && !std::is_same_v<S, double>);
@@ -283,7 +283,7 @@ Tensor restore_tokens_fwd(Tensor x, Tensor mask_token, Tensor ids_restore, std::
   return out;
 }
 
-constexpr int kRowsAtOnce = 8;       // rows added at a time, for one load and one store of the sums
+constexpr int kRowsAtOnce = 8;       // rows added at a time, with one load and one store of the sums
 constexpr int64_t kMaxGroups = 256;  // groups of samples with separate sums, whatever the number of threads
 
 // Adds N rows to `sums`, in double: the gradients of an image nearly cancel, so float would leave rounding errors.

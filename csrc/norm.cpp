@@ -1,8 +1,8 @@
 // Residual addition followed by layer norm, forward and backward (fastssl/ops/norm.py).
 //
 // Bound by memory bandwidth, so each row is read once: the sum, its moments and the normalised row, in the dtype of the
-// next matrix product, are computed while the row is in the L1 cache. The variance is that of the centred row, because
-// E[x²] − mean² would cancel.
+// next matrix product, are computed while the row is in the L1 cache. The variance is computed from the centred row,
+// because E[x²] − mean² would lose precision by cancellation.
 #include "rows.h"
 
 #include <array>
@@ -83,7 +83,7 @@ double add_row(const S* x, const D* delta, S* total, W* row, int64_t n) {
   });
 }
 
-// The same without delta, where x is the total. If S is W, `row` is not written, because it is x.
+// Like add_row without delta: x is the total. If S is W, `row` is not written, because it is x.
 template <typename S, typename W>
 double sum_row(const S* x, W* row, int64_t n) {
   return sum_over<W>(n, [=](auto zero, int64_t i) {
@@ -181,7 +181,7 @@ Normed residual_norm_fwd(Tensor x, std::optional<Tensor> delta, Tensor weight, T
 // ---- Backward: with x̂ = (sum − mean) · rstd and g = dnormed · weight,
 //      dx = dsum + rstd · (g − mean(g) − x̂ · mean(g · x̂)),  dweight = Σ dnormed · x̂,  dbias = Σ dnormed
 
-// Rows processed at a time, for one load and one store of the sums over rows.
+// Rows processed at a time, with one load and one store of the sums over rows.
 constexpr int kGroup = 4;
 
 // Rows of a chunk, whose contributions to dweight and dbias are summed separately. It depends on the shape alone, so
@@ -201,7 +201,7 @@ struct Row {
   void compute_means(const W* weight, int64_t n) {
     const auto [sum, product] = sums_over<W>(n, [this, weight](auto zero, int64_t i) {
       using V = decltype(zero);
-      __builtin_prefetch(dx + i, 1);  // several rows at a time are too many streams for the hardware prefetcher
+      __builtin_prefetch(dx + i, 1);  // the hardware prefetcher cannot follow as many streams as several rows have
       if (upstream) __builtin_prefetch(upstream + i);
       const V g = read<V>(dnormed + i) * read<V>(weight + i);
       return std::pair(g, g * (read<V>(total + i) - mean));

@@ -1,8 +1,8 @@
-// Patches of images: patchify, unpatchify, only the kept patches, and MAE's loss on the masked patches.
+// Patches of images: patchify, unpatchify, gathering the kept patches, and MAE's loss on the masked patches.
 //
 // A patch is a row of P = p·p·C values in the order (pixel row, pixel column, channel). In a contiguous image the
 // channels are far apart, so that a row of pixels interleaves C runs of p values; of a channels_last image it is a
-// copy. Bound by memory bandwidth: pixels are read once and results are written once.
+// plain copy. Bound by memory bandwidth: pixels are read once and results are written once.
 #include "rows.h"
 
 #include <optional>
@@ -59,7 +59,7 @@ Patch<T> patch_in_row(const Rows<T>& rows, int64_t b, int64_t n, const Grid& gri
   return {rows.row(b, n), grid.patch * pixel, pixel, rows.column_stride};
 }
 
-// Interleaves one vector of each of three channels to three vectors of pixels; returns number kPart of these.
+// Interleaves one vector of each of three channels to three vectors of pixels, of which it returns number kPart.
 template <int kPart, typename T, int... I>
 inline Vec<T> interleave(Vec<T> red, Vec<T> green, Vec<T> blue, std::integer_sequence<int, I...>) {
   constexpr int n = kLanes<T>;
@@ -69,7 +69,7 @@ inline Vec<T> interleave(Vec<T> red, Vec<T> green, Vec<T> blue, std::integer_seq
   return __builtin_shufflevector(red_green, blue, (value(I) % 3 == 2 ? n + value(I) / 3 : I)...);
 }
 
-// Interleaves a row of pixels, a vector at a time, and returns the number of pixels done: whole vectors.
+// Interleaves a row of pixels, a vector at a time, and returns the number of interleaved pixels: whole vectors.
 template <typename T>
 int64_t interleave(T* dst, const T* red, const T* green, const T* blue, int64_t pixels) {
   int64_t q = 0;
@@ -85,7 +85,7 @@ int64_t interleave(T* dst, const T* red, const T* green, const T* blue, int64_t 
   return q;
 }
 
-// One row of pixels.
+// Copies one row of pixels.
 template <typename T>
 void copy_pixels(const Patch<T>& dst_patch, const Patch<T>& src_patch, int64_t row, int64_t pixels, int64_t channels) {
   T* __restrict dst = dst_patch.data + row * dst_patch.row_stride;
@@ -263,22 +263,23 @@ std::tuple<Tensor, Tensor> masked_patch_mse_of(const Tensor& pred, const Tensor&
   const W dscale = W(2.0 / std::max<int64_t>(1, numel));
   const Images<T> pixels(images, grid);
   const Rows<S> predictions(pred);
-  std::vector<double> sums(grid.batch * masked);  // one of each patch, so that the loss does not depend on the threads
+  std::vector<double> sums(grid.batch * masked);  // one per patch, so that the loss does not depend on the threads
   torch::stable::parallel_for(0, numel ? grid.batch * masked : 0, grain(values), [&](int64_t begin, int64_t end) {
     std::vector<W> row(values);
     // Pixels of another dtype are copied first and then converted.
     std::vector<T> buffer(std::is_same_v<T, W> ? 0 : values);
-    T* const copied = std::is_same_v<T, W> ? reinterpret_cast<T*>(row.data()) : buffer.data();
-    std::vector<S> contiguous(predictions.column_stride == 1 ? 0 : values);
+    T* const patch_pixels = std::is_same_v<T, W> ? reinterpret_cast<T*>(row.data()) : buffer.data();
+    std::vector<S> contiguous_prediction(predictions.column_stride == 1 ? 0 : values);
     std::vector<W> scratch(with_grad && prefers_non_temporal(dpred) ? values : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / masked, m = i % masked;
-      copy_patch(Patch<T>{copied, grid.patch * grid.channels, grid.channels, 1}, pixels.patch(b, ids(b, m)), grid);
-      if constexpr (!std::is_same_v<T, W>) widen(row.data(), copied, values);
+      copy_patch(Patch<T>{patch_pixels, grid.patch * grid.channels, grid.channels, 1}, pixels.patch(b, ids(b, m)),
+                 grid);
+      if constexpr (!std::is_same_v<T, W>) widen(row.data(), patch_pixels, values);
       const S* prediction = predictions.row(b, m);
       if (predictions.column_stride != 1) {
-        copy_row(contiguous.data(), prediction, predictions.column_stride, values);
-        prediction = contiguous.data();
+        copy_row(contiguous_prediction.data(), prediction, predictions.column_stride, values);
+        prediction = contiguous_prediction.data();
       }
       const W scale = norm_pix ? centre_row(row.data(), values) : W(1);
       if (gradient)

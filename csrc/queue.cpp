@@ -1,7 +1,7 @@
 // MoCo's queue of keys, a ring buffer: enqueue_ writes keys over its oldest rows (fastssl/ops/queue.py).
 //
-// Bound by memory bandwidth: each key is read once and written once. On one thread, because MoCo's 256 keys of width
-// 128 are 128 kB, for which waking the thread pool takes longer than the copy.
+// Bound by memory bandwidth: each key is read once and written once. It runs on one thread, because MoCo's 256 keys of
+// width 128 are 128 kB, for which waking the thread pool takes longer than the copy.
 #include <algorithm>
 
 #include "common.h"
@@ -29,8 +29,9 @@ void enqueue_(Tensor queue, Tensor ptr, Tensor keys) {
   const int64_t length = queue.size(0), width = queue.size(1);
   const int64_t count = keys.size(0), written = std::min(count, length);
   int64_t* position = static_cast<int64_t*>(ptr.mutable_data_ptr());
-  const int64_t first = (*position % length + length) % length;  // like torch.remainder, never negative
-  const int64_t start = (first + count - written) % length;      // of more keys than rows, the first are skipped
+  const int64_t first = (*position % length + length) % length;  // like torch.remainder: never negative
+  const int64_t start =
+      (first + count - written) % length;  // if there are more keys than rows, the first keys are skipped
   const int64_t before_wrap = std::min(written, length - start);
   const int64_t queue_stride = queue.stride(0), row_stride = keys.stride(0), column_stride = keys.stride(1);
   with_float_type(queue.scalar_type(), "enqueue_: queue", [&](auto queue_type) {

@@ -10,8 +10,8 @@
 
 namespace fastssl {
 
-// Smallest number of items that is worth a thread, for items of `elements` elements: waking the thread pool takes
-// microseconds, in which one thread moves about 32,768 elements.
+// Grain size of a parallel loop over items of `elements` elements. Fewer items are not worth another thread: waking the
+// thread pool takes microseconds, in which one thread moves about 32,768 elements.
 inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements)); }
 
 // Results of at least this many bytes are written with non-temporal stores, which bypass the caches. An ordinary store
@@ -74,9 +74,9 @@ struct Ids {
         column_stride(ids.stride(1)) {
     const int64_t rows = ids.size(0), columns = ids.size(1);
     for (int64_t b = 0; b < rows; ++b) {
-      uint64_t outside = 0;  // no early exit: the loop is vectorised
-      for (int64_t m = 0; m < columns; ++m) outside |= uint64_t((*this)(b, m)) >= uint64_t(length);
-      for (int64_t m = 0; outside && m < columns; ++m) check((*this)(b, m), argument, length);
+      uint64_t has_invalid = 0;  // no early exit, so that the loop is vectorised
+      for (int64_t m = 0; m < columns; ++m) has_invalid |= uint64_t((*this)(b, m)) >= uint64_t(length);
+      for (int64_t m = 0; has_invalid && m < columns; ++m) check((*this)(b, m), argument, length);
     }
   }
   int64_t operator()(int64_t b, int64_t m) const { return data[b * batch_stride + m * column_stride]; }

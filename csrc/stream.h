@@ -7,10 +7,12 @@
 
 namespace fastssl {
 
-constexpr int kGroupPanels = 3;  // with AVX2 3 x 16 queries: 8 tiles of 6 rows in the second product, no remainder
+constexpr int kGroupPanels = 3;  // with AVX2, 3 x 16 queries are 8 whole tiles of 6 rows in the second product
 template <typename T>
 constexpr int kGroup = kGroupPanels * kPanelWidth<T>;
-constexpr int64_t kKeyBlock = 96;  // whole tiles; D = 128: 48 kB of rows, 48 kB of panels, 18 kB of a group's weights
+// Keys of a block, a multiple of every tile height. At D = 128 a block takes 48 kB of rows and 48 kB of panels, and the
+// weights of a group take 18 kB.
+constexpr int64_t kKeyBlock = 96;
 
 struct Matrix {  // a tensor [rows, width] of any floating dtype and strides
   const void* data;

@@ -196,7 +196,8 @@ inline void for_each(int64_t n, Step step) {
 }
 
 // Σ term(i) for i = 0..n-1. term(V{}, i) returns the terms in a vector from i on, or one term of the remainder. Terms
-// are summed in W within a block of 64 steps and blocks in double, so the rounding error does not grow with n.
+// are summed in W within a block of 64 steps, and the sums of blocks in double, so the rounding error does not grow
+// with n.
 template <typename W, typename Term>
 double sum_over(int64_t n, Term term) {
   constexpr int64_t kLane = kLanes<W>, kStep = 4 * kLane, kBlock = 64 * kStep;
@@ -242,7 +243,7 @@ inline Vec<T> zip(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (kFirst + I / 2 + I % 2 * kLanes<T>)...);
 }
 
-// Transposes a square of kLanes x kLanes values in place, one row a vector: log2 n stages, each of which zips row i
+// Transposes a square of kLanes x kLanes values in place, one row per vector: log2 n stages, each of which zips row i
 // with row i + n/2.
 template <typename T>
 inline void transpose(Vec<T> (&rows)[kLanes<T>]) {

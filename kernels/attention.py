@@ -1,14 +1,15 @@
 """Attention on short sequences: those of vision transformers (50, 65, 197, 257 tokens; heads 32 to 128 wide).
 
-A head's keys and values are a few tens of kilobytes, and a head needs about L/2 operations a byte (25 at L = 50, 98 at
-197) where a card has some 300: memory is the limit, so every byte should be read once. q, k and v are read through
-their strides from a packed [B, L, 3, H, E] and the result is written as [B, L, H, E]: no transposed copies.
+A head's keys and values are a few tens of kilobytes. A head needs about L/2 operations per byte (25 at L = 50, 98 at
+197), and a GPU can do about 300 in the time that it reads a byte: memory is the limit, so every byte should be read
+once. q, k and v are read through their strides from a packed [B, L, 3, H, E] and the result is written as [B, L, H, E]:
+no transposed copies.
 
 Forward. A program holds BLOCK_L queries of a head, usually all of them, and passes over the keys and values in tiles of
 BLOCK_M with a running maximum.
 
-    bytes        4·B·H·L·E·s, and 4·B·H·L for the logarithm of each row's sum; keys and values again from the L2 cache
-                 where a head has several blocks of queries
+    bytes        4·B·H·L·E·s, and 4·B·H·L for the logarithm of each row's sum; keys and values are read again from
+                 the L2 cache where a head has several blocks of queries
     operations   4·B·H·L²·E, L rounded up to tiles
 
 Backward, one launch without atomics. The softmax is recomputed from its stored logarithm. Where the gradient of all
@@ -22,10 +23,10 @@ the queries for dk and dv, and then over the keys for dq, with two more products
     operations   10·B·H·L²·E by head, 14 by block
 
 Tile sizes, forward: 256 queries by 32 keys on 8 warps hold all of a 197-token head, so that keys and values pass once;
-scores are 32 registers a thread, the result 64 at E = 64, which leaves room for two programs a multiprocessor at
-E = 32. 257 tokens take three programs of 128, not two of 256 that would idle half the time. On an H200 many small
-programs are faster: 219 µs with 64 queries and 64 keys, 331 µs with 256 and 32 (measured at B = 256, L = 197, H = 12,
-E = 64); what other blocks read again comes from the L2 cache. Backward, two tiles of scores and the gradient of the
+scores are 32 registers per thread, the result 64 at E = 64, which leaves room for two programs per multiprocessor at E
+= 32. 257 tokens take three programs of 128, not two of 256 that would idle half the time. On an H200 many small
+programs are faster: 219 µs with 64 queries and 64 keys, 331 µs with 256 and 32 (measured at B = 256, L = 197, H = 12, E
+= 64); what other blocks read again comes from the L2 cache. Backward, two tiles of scores and the gradient of the
 queries must be held at once: 256 queries of width 32 fit everywhere, of width 64 only where products read their
 operands from 148 kB of shared memory (Hopper, Blackwell). float32 is multiplied in three parts and float64 takes twice
 the registers: smaller tiles, and heads of up to 64.
@@ -84,10 +85,10 @@ BWD_PER_BLOCK["gfx942"] = BWD_PER_BLOCK["sm_80"] | {2: {64: (32, 4, 1), 128: (32
 
 @triton.jit
 def _load_rows(x_ptr, start, length, stride, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """[BLOCK, BLOCK_E] of one head from row `start`, zeros outside.
+    """[BLOCK, BLOCK_E] of one head from row `start`, zeros outside the tensor.
 
-    A tile has one 64-bit offset; inside it offsets have 32 bits, and all tiles of a tensor share them, which keeps
-    several tiles of pointers out of the registers. `_within_32_bits` makes sure that these offsets fit.
+    A tile has one 64-bit offset. The offsets within a tile have 32 bits and are shared by all tiles of a tensor, which
+    keeps several tiles of pointers out of the registers. `_with_32_bit_rows` makes sure that these offsets fit.
     """
     row, column = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
     offset = row[:, None] * stride + column[None, :]
@@ -127,8 +128,8 @@ def attention_fwd_kernel(
     H,
     E,
     scale,
-    scale_rest,  # what float32 rounds off the scale
-    blocks,  # of queries, for each head
+    scale_rest,  # rounding error of `scale` as float32
+    blocks,  # number of blocks of queries per head
     stride_qb,
     stride_ql,
     stride_qh,
@@ -154,7 +155,7 @@ def attention_fwd_kernel(
     out_ptr = _head_ptr(out_ptr, head, H, H * E * L, E)
 
     q = _load_rows(q_ptr, block_start, L, stride_ql, E, BLOCK_L, BLOCK_E)
-    top = tl.full([BLOCK_L], LOWEST, ACC_DTYPE)
+    running_max = tl.full([BLOCK_L], LOWEST, ACC_DTYPE)
     total = tl.zeros([BLOCK_L], ACC_DTYPE)
     out = tl.zeros([BLOCK_L, BLOCK_E], ACC_DTYPE)
     for start in range(0, M, BLOCK_M):
@@ -162,15 +163,15 @@ def attention_fwd_kernel(
         v = _load_rows(v_ptr, start, M, stride_vl, E, BLOCK_M, BLOCK_E)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC_DTYPE) * scale
         scores = tl.where((tl.arange(0, BLOCK_M) < M - start)[None, :], scores, float("-inf"))  # [BLOCK_L, BLOCK_M]
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2((scores - new_top[:, None]) * LOG2E)  # the difference is small, and so is its rounding
-        rescale = tl.exp2((top - new_top) * LOG2E)
+        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        weights = tl.exp2((scores - new_max[:, None]) * LOG2E)  # rounding errors are small, because the difference is
+        rescale = tl.exp2((running_max - new_max) * LOG2E)
         total = total * rescale + tl.sum(weights, 1)
         out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision=PRECISION, out_dtype=ACC_DTYPE)
-        top = new_top
+        running_max = new_max
     _store_rows(out_ptr, block_start, L, H * E, E, out / total[:, None], BLOCK_L, BLOCK_E)
     row = block_start + tl.arange(0, BLOCK_L)
-    tl.store(lse_ptr + head.to(tl.int64) * L + row, top + tl.log2(total) * LN2, mask=row < L)
+    tl.store(lse_ptr + head.to(tl.int64) * L + row, running_max + tl.log2(total) * LN2, mask=row < L)
 
 
 @triton.jit
@@ -219,7 +220,7 @@ def attention_bwd_per_head_kernel(
     H,
     E,
     scale,
-    scale_rest,  # what float32 rounds off the scale
+    scale_rest,  # rounding error of `scale` as float32
     stride_db,
     stride_dl,
     stride_dh,
@@ -289,8 +290,8 @@ def attention_bwd_per_block_kernel(
     H,
     E,
     scale,
-    scale_rest,  # what float32 rounds off the scale
-    blocks,  # of queries or of keys, the larger number, for each head
+    scale_rest,  # rounding error of `scale` as float32
+    blocks,  # number of blocks per head, of queries or keys, whichever are more
     stride_db,
     stride_dl,
     stride_dh,
@@ -362,7 +363,7 @@ def _block_of_queries(L: int, longest: int) -> int:
     return block
 
 
-def _within_32_bits(x: Tensor) -> Tensor:
+def _with_32_bit_rows(x: Tensor) -> Tensor:
     """x with contiguous rows that are close enough for 32-bit offsets inside a tile: x itself, or a copy."""
     return contiguous_rows(x) if x.stride(1) < 2**23 else x.contiguous()
 
@@ -370,7 +371,7 @@ def _within_32_bits(x: Tensor) -> Tensor:
 class Plan(NamedTuple):
     """How a launch is cut into programs."""
 
-    per_head: bool  # a program owns a whole head; of a backward pass
+    per_head: bool  # in a backward pass, whether a program owns a whole head
     block_l: int
     block_m: int
     block_e: int
@@ -397,7 +398,7 @@ def backward_plan(L: int, M: int, E: int, size: int, arch: str) -> Plan:
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = _within_32_bits(q), _within_32_bits(k), _within_32_bits(v)
+    q, k, v = _with_32_bit_rows(q), _with_32_bit_rows(k), _with_32_bit_rows(v)
     (B, L, H, E), M, sum_dtype = q.shape, k.shape[1], acc_dtype(q.dtype)
     out, lse = q.new_empty(B, L, H, E), q.new_empty(B, H, L, dtype=sum_dtype)
     if lse.numel():
@@ -456,7 +457,7 @@ def launch_attention_bwd(
     dout: Tensor, inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor, scale: float, gradients: tuple[Tensor, ...]
 ) -> None:
     """Writes the gradients of the inputs q, k and v: contiguous tensors, or the three views of a contiguous qkv."""
-    dout, q, k, v = _within_32_bits(dout), *map(_within_32_bits, inputs)
+    dout, q, k, v = _with_32_bit_rows(dout), *map(_with_32_bit_rows, inputs)
     (B, L, H, E), M = q.shape, k.shape[1]
     plan = backward_plan(L, M, E, q.element_size(), card(q).arch)
     arguments = (dout, q, k, v, out, lse, *gradients, L, M, H, E, *two_floats(scale))

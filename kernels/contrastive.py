@@ -18,11 +18,11 @@ gradients.
     operations   forward 4·B·K·D with the gradient and 2·B·K·D without; backward 4·B·M·D
     limit        B = 256, D = 128, K = 65,536 in 16 bits: 16.8 MB and 8.6 GFLOP, so tensor cores, not memory
 
-Tile sizes: D = 128 in 16 bits takes 128 queries by 64 keys on 8 warps. The float32 sums of 128 × 128 are 64 registers a
-thread, the logits 32, and two warp groups of 64 rows are what Hopper's instructions want (Ampere's take their operands
-from registers, which leaves room for 32 keys). Fewer queries would read the queue from L2 more often, more would write
-more partial results. float32 is multiplied as three products of tf32 parts, which holds every operand twice: smaller
-tiles.
+Tile sizes: D = 128 in 16 bits takes 128 queries by 64 keys on 8 warps. The float32 sums of 128 × 128 are 64 registers
+per thread, the logits 32, and two warp groups of 64 rows are what Hopper's instructions want (Ampere's take their
+operands from registers, which leaves room for 32 keys). Fewer queries would read the queue from L2 more often, more
+would write more partial results. float32 is multiplied as three products of tf32 parts, which holds every operand
+twice: smaller tiles.
 """
 
 from typing import NamedTuple
@@ -48,8 +48,8 @@ from .tile import (
     split_loop,
 )
 
-# {architecture: {bytes of an operand: {widest D: (BLOCK_B, BLOCK_K, CHUNK, warps, stages, programs a multiprocessor)}}}
-# A wider D is cut into parts as wide as the last row, one program each, which all compute the same logits. CHUNK is how
+# {architecture: {bytes of an operand: {widest D: (BLOCK_B, BLOCK_K, CHUNK, warps, stages, programs)}}}, programs
+# per multiprocessor. A wider D is cut into parts as wide as the last row, one program each, which all compute the same logits. CHUNK is how
 # much of D a product of logits takes at a time, 0 for all: then the queries are held from the first tile to the last.
 TILES = {
     "sm_80": {
@@ -83,8 +83,8 @@ TILES["gfx942"] = TILES["sm_80"] | {
     2: {32: (128, 32, 32, 8, 2, 1), 128: (128, 64, 32, 8, 2, 1), 256: (64, 32, 32, 4, 2, 1), 512: (64, 32, 64, 8, 2, 1)}
 }
 
-# Which loss: InfoNCE over a queue, in the batch, or NT-Xent. It decides which key is a query's positive, and which keys
-# are no negatives.
+# The kind of loss: InfoNCE over a queue, InfoNCE in the batch, or NT-Xent. It decides which key is a query's positive,
+# and which keys do not count as negatives.
 QUEUE, BATCH, VIEWS = (tl.constexpr(i) for i in range(3))
 
 
@@ -138,9 +138,9 @@ def info_nce_fwd_kernel(
     keys_ptr,  # [K, D], rows contiguous
     positives_ptr,  # [B, D] for QUEUE, else the keys
     tau_ptr,  # one value
-    top_ptr,  # [parts, B], written: largest logit of the negatives in a part
+    max_ptr,  # [parts, B], written: largest logit of the negatives in a part
     sum_ptr,  # [parts, B], written: Σ exp(logit − largest)
-    above_ptr,  # [parts, B] int32, written: logits above the positive's
+    part_rank_ptr,  # [parts, B] int32, written: logits above the positive's
     weighted_ptr,  # [parts, B, D], written with WITH_GRAD: Σ exp(logit − largest)·key
     B,
     K,
@@ -178,9 +178,9 @@ def info_nce_fwd_kernel(
 
     if CHUNK == 0:
         q = _load_tile(q_ptr, row, in_b, column, stride_qb, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
-    top = tl.full([BLOCK_B], LOWEST, ACC_DTYPE)
+    running_max = tl.full([BLOCK_B], LOWEST, ACC_DTYPE)
     total = tl.zeros([BLOCK_B], ACC_DTYPE)
-    above = tl.zeros([BLOCK_B], tl.int32)
+    part_rank = tl.zeros([BLOCK_B], tl.int32)
     weighted = tl.zeros([BLOCK_B, BLOCK_D], ACC_DTYPE)
     for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tl.cdiv(K, BLOCK_K))):
         key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -200,22 +200,22 @@ def info_nce_fwd_kernel(
         if KIND == VIEWS:
             is_negative = is_negative & (key[None, :] != row[:, None])
         logits = tl.where(is_negative, logits * scale, float("-inf"))
-        above += tl.sum((logits > positive_logit[:, None]).to(tl.int32), 1)
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_top[:, None])  # [BLOCK_B, BLOCK_K]
-        rescale = tl.exp2(top - new_top)
+        part_rank += tl.sum((logits > positive_logit[:, None]).to(tl.int32), 1)
+        new_max = tl.maximum(running_max, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_max[:, None])  # [BLOCK_B, BLOCK_K]
+        rescale = tl.exp2(running_max - new_max)
         total = total * rescale + tl.sum(weights, 1)
         if WITH_GRAD:
             weighted = tl.dot(
                 weights.to(OPERAND), keys, weighted * rescale[:, None], input_precision=PRECISION, out_dtype=ACC_DTYPE
             )
-        top = new_top
+        running_max = new_max
 
     partial = part.to(tl.int64) * B + row
     if tl.program_id(2) == 0:
-        tl.store(top_ptr + partial, top, mask=in_b)
+        tl.store(max_ptr + partial, running_max, mask=in_b)
         tl.store(sum_ptr + partial, total, mask=in_b)
-        tl.store(above_ptr + partial, above, mask=in_b)
+        tl.store(part_rank_ptr + partial, part_rank, mask=in_b)
     if WITH_GRAD:
         inside = in_b[:, None] & (column < D)[None, :]
         tl.store(weighted_ptr + partial[:, None] * D + column[None, :], weighted, mask=inside)
@@ -226,9 +226,9 @@ def info_nce_combine_kernel(
     q_ptr,  # [B, D], rows contiguous
     positives_ptr,  # [B, D] or the keys, rows contiguous
     tau_ptr,  # one value
-    top_ptr,  # [parts, B]
+    max_ptr,  # [parts, B]
     sum_ptr,  # [parts, B]
-    above_ptr,  # [parts, B] int32
+    part_rank_ptr,  # [parts, B] int32
     weighted_ptr,  # [parts, B, D] with WITH_GRAD
     loss_ptr,  # [B], written
     rank_ptr,  # [B] int64, written
@@ -261,25 +261,25 @@ def info_nce_combine_kernel(
         products += q * k
     positive_logit = tl.sum(products, 0) * (1 / tau * LOG2E)
 
-    tops = tl.full([BLOCK_PARTS], LOWEST, ACC_DTYPE)
+    maxima = tl.full([BLOCK_PARTS], LOWEST, ACC_DTYPE)
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         partial = part.to(tl.int64) * B + row
-        tops = tl.maximum(tops, tl.load(top_ptr + partial, mask=part < parts, other=LOWEST))
-    top = tl.maximum(tl.max(tops, 0), positive_logit)
+        maxima = tl.maximum(maxima, tl.load(max_ptr + partial, mask=part < parts, other=LOWEST))
+    max_logit = tl.maximum(tl.max(maxima, 0), positive_logit)
 
-    totals, aboves = tl.zeros([BLOCK_PARTS], ACC_DTYPE), tl.zeros([BLOCK_PARTS], tl.int64)
+    totals, part_ranks = tl.zeros([BLOCK_PARTS], ACC_DTYPE), tl.zeros([BLOCK_PARTS], tl.int64)
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS)
         partial = part.to(tl.int64) * B + row
-        rescale = tl.exp2(tl.load(top_ptr + partial, mask=part < parts, other=LOWEST) - top)
+        rescale = tl.exp2(tl.load(max_ptr + partial, mask=part < parts, other=LOWEST) - max_logit)
         totals += rescale * tl.load(sum_ptr + partial, mask=part < parts, other=0.0)
-        aboves += tl.load(above_ptr + partial, mask=part < parts, other=0)
+        part_ranks += tl.load(part_rank_ptr + partial, mask=part < parts, other=0)
     negatives_sum = tl.sum(totals, 0)
-    sum_of_all = negatives_sum + tl.exp2(positive_logit - top)
-    tl.store(loss_ptr + row, (tl.log2(sum_of_all) + (top - positive_logit)) * LN2)
-    tl.store(rank_ptr + row, tl.sum(aboves, 0))
-    tl.store(lse_ptr + row, (tl.log2(sum_of_all) + top) * LN2)
+    sum_of_all = negatives_sum + tl.exp2(positive_logit - max_logit)
+    tl.store(loss_ptr + row, (tl.log2(sum_of_all) + (max_logit - positive_logit)) * LN2)
+    tl.store(rank_ptr + row, tl.sum(part_ranks, 0))
+    tl.store(lse_ptr + row, (tl.log2(sum_of_all) + max_logit) * LN2)
     if WITH_GRAD:
         for start in range(0, D, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
@@ -287,7 +287,7 @@ def info_nce_combine_kernel(
             for part_start in range(0, parts, BLOCK_PARTS):
                 part = part_start + tl.arange(0, BLOCK_PARTS)
                 partial = part.to(tl.int64) * B + row
-                rescale = tl.exp2(tl.load(top_ptr + partial, mask=part < parts, other=LOWEST) - top)
+                rescale = tl.exp2(tl.load(max_ptr + partial, mask=part < parts, other=LOWEST) - max_logit)
                 dq += rescale[:, None] * _load_tile(weighted_ptr, partial, part < parts, column, D, D)
             k = tl.load(k_row_ptr + column, mask=column < D, other=0.0).to(ACC_DTYPE)
             dq = (tl.sum(dq, 0) - negatives_sum * k) / sum_of_all / tau
@@ -370,10 +370,10 @@ def info_nce_bwd_kernel(
             weights += tl.exp2((logits - row_lse[:, None]) * LOG2E) * row_dloss[:, None]
             positive_weights += row_dloss[:, None]
         weights = tl.where(is_positive, weights - positive_weights, weights)
-        counts = in_c[None, :]
+        is_pair = in_c[None, :]
         if KIND == VIEWS:
-            counts = counts & (query[None, :] != row[:, None])
-        weights = tl.where(counts, weights, 0.0)  # also where a row beyond the end made a NaN
+            is_pair = is_pair & (query[None, :] != row[:, None])
+        weights = tl.where(is_pair, weights, 0.0)  # also where a row beyond the end made a NaN
         dkeys = tl.dot(weights.to(OPERAND), queries, dkeys, input_precision=PRECISION, out_dtype=ACC_DTYPE)
     partial = part.to(tl.int64) * R + row
     inside = in_r[:, None] & (column < D)[None, :]
@@ -406,7 +406,7 @@ def nt_xent_bwd(z: Tensor, tau: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """How a launch of `info_nce_fwd_kernel` or `info_nce_bwd_kernel` is cut."""
+    """How a launch of `info_nce_fwd_kernel` or `info_nce_bwd_kernel` is cut into programs."""
 
     grid: tuple[int, int, int]  # blocks of rows, parts of the keys, blocks of columns
     tiles_per_part: int
@@ -457,39 +457,39 @@ def launch_info_nce_fwd(
     operand = operand_dtype(sum_dtype, q, keys)
     if operand == torch.float64:  # Triton fails to compile a product of float64 made from 16 bits
         q, keys = q.double(), keys.double()
-    cut = plan(B, K, D, operand.itemsize, card(q))
-    parts = cut.grid[1]
-    top, total = q.new_empty(parts, B, dtype=sum_dtype), q.new_empty(parts, B, dtype=sum_dtype)
-    above = q.new_empty(parts, B, dtype=torch.int32)
+    launch_plan = plan(B, K, D, operand.itemsize, card(q))
+    parts = launch_plan.grid[1]
+    part_max, total = q.new_empty(parts, B, dtype=sum_dtype), q.new_empty(parts, B, dtype=sum_dtype)
+    part_rank = q.new_empty(parts, B, dtype=torch.int32)
     weighted = q.new_empty((parts, B, D) if with_grad else 0, dtype=sum_dtype)
-    info_nce_fwd_kernel[cut.grid](
+    info_nce_fwd_kernel[launch_plan.grid](
         q,
         keys,
         positives,
         tau,
-        top,
+        part_max,
         total,
-        above,
+        part_rank,
         weighted,
         B,
         K,
         D,
         label_offset,
-        cut.tiles_per_part,
+        launch_plan.tiles_per_part,
         q.stride(0),
         keys.stride(0),
         positives.stride(0),
         KIND=kind.value,
         WITH_GRAD=with_grad,
-        **cut.options(operand, sum_dtype),
+        **launch_plan.options(operand, sum_dtype),
     )
     info_nce_combine_kernel[(B, 1, 1)](
         q,
         positives,
         tau,
-        top,
+        part_max,
         total,
-        above,
+        part_rank,
         weighted,
         loss,
         rank,
@@ -505,7 +505,7 @@ def launch_info_nce_fwd(
         WITH_GRAD=with_grad,
         ACC_DTYPE=TRITON_DTYPES[sum_dtype],
         BLOCK_PARTS=16,
-        BLOCK_D=min(128, cut.block_d),
+        BLOCK_D=min(128, launch_plan.block_d),
         num_warps=4,
     )
     return loss, rank, lse, dq
@@ -523,12 +523,12 @@ def launch_info_nce_bwd(
     operand = operand_dtype(lse.dtype, keys, queries)
     if operand == torch.float64:  # as in launch_info_nce_fwd
         keys, queries = keys.double(), queries.double()
-    cut = plan(R, C, D, operand.itemsize, card(keys))
-    parts = cut.grid[1]
-    # float16 has no room for softmax times a loss's gradient: the unit makes the largest weight 256 there.
+    launch_plan = plan(R, C, D, operand.itemsize, card(keys))
+    parts = launch_plan.grid[1]
+    # Softmax times a loss's gradient may lie outside float16's range: there `unit` brings the largest gradient to 256.
     unit = (dloss.abs().max() / 256).clamp(min=1e-30) if operand == torch.float16 and C else dloss.new_ones(())
     partial_sums = dkeys if parts == 1 else keys.new_empty(parts, R, D, dtype=lse.dtype)
-    info_nce_bwd_kernel[cut.grid](
+    info_nce_bwd_kernel[launch_plan.grid](
         keys,
         queries,
         tau,
@@ -540,10 +540,10 @@ def launch_info_nce_bwd(
         C,
         D,
         label_offset,
-        cut.tiles_per_part,
+        launch_plan.tiles_per_part,
         keys.stride(0),
         queries.stride(0),
         KIND=kind.value,
-        **cut.options(operand, lse.dtype),
+        **launch_plan.options(operand, lse.dtype),
     )
     return dkeys if parts == 1 else partial_sums.sum(0)

@@ -9,7 +9,7 @@ each row of the result is a prefix token, a kept token or the mask token. Their 
 so that each row is written once: `keep_tokens_bwd_kernel` searches ids_keep for every token and writes its gradient or
 zeros, with no memset and no scatter; `restore_tokens_bwd_kernel` reads the gradient once in the order of memory, stores
 the kept rows in their places and adds up the masked ones. Its programs write partial sums, which torch adds in a fixed
-order, so there are no atomics and the same bits every time.
+order, so there are no atomics, and results are the same bits every time.
 
     bytes        random_masking B·L·(s + 20): noise in; ids, ids_restore and mask out
                  keep_tokens    B·M·(2·D·s + 8) + L·D·s; backward B·D·s·(M + L) + 8·B·M
@@ -21,15 +21,15 @@ order, so there are no atomics and the same bits every time.
     limit        memory: B = 256, D = 768 in 16 bits take 39 MB forward and 96 MB backward
 
 Tile sizes: by its data sheet (bandwidth times latency, over the multiprocessors) a card needs 10 to 40 kB in flight on
-each multiprocessor. 4 warps ask for 4 kB at once, 32 bytes a thread in words of 16, and at 64 registers a thread 8 such
-programs fit side by side. A tile is TOKENS rows by COLUMNS values, half a kilobyte of a row where the row is that long:
-one word for each thread of a warp. A row of a multiple of 16 values, as in every ViT, has no ragged end, so the
+each multiprocessor. 4 warps ask for 4 kB at once, 32 bytes per thread in words of 16, and at 64 registers per thread 8
+such programs fit side by side. A tile is TOKENS rows by COLUMNS values, half a kilobyte of a row where the row is that
+long: one word for each thread of a warp. A row of a multiple of 16 values, as in every ViT, has no ragged end, so the
 compiler can use such words. `restore_tokens_fwd_kernel` takes the same tokens of several samples, as many as leave 8
 programs a multiprocessor, so that positions are not read again for each sample: that would be 0.8 times the bytes from
 memory, and the L2 cache is not that much faster.
 
-Ids are not checked here: to read one on the host would stop it until the GPU is done. An id outside its range reads as
-a row of zeros (in ids_restore as a mask token), or has no place; nothing outside the tensors is read or written.
+Ids are not checked here: to read one on the host would stop it until the GPU is done. An id outside its range gives a
+row of zeros (in ids_restore a mask token) or is ignored; nothing outside the tensors is read or written.
 """
 
 import torch
@@ -54,12 +54,12 @@ from .tile import (
 
 WHOLE_ROW = 512  # the longest row that one program ranks
 
-# {architecture: warps of a program of random_masking}. A batch is two programs a multiprocessor, so latency decides.
-MASK = dict.fromkeys(ARCHITECTURES, 8) | {"gfx942": 4}  # whose warps have 64 lanes
+# {architecture: warps of a program of random_masking}. A batch is two programs per multiprocessor, so latency decides.
+MASK = dict.fromkeys(ARCHITECTURES, 8) | {"gfx942": 4}  # warps of gfx942 have 64 lanes
 # {architecture: configuration} of keep_tokens, forward and backward, and of restore_tokens forward
 MOVE = dict.fromkeys(ARCHITECTURES, Launch(4, 4096)) | {"gfx942": Launch(4, 8192)}
-# {architecture: (configuration, programs a multiprocessor)} of restore_tokens backward. As many programs as fit side by
-# side: each writes a partial sum, and none should wait until another ends.
+# {architecture: (configuration, programs per multiprocessor)} of restore_tokens backward. As many programs as fit side
+# by side: each writes a partial sum, and none should wait until another ends.
 SUM = {
     "sm_80": (Launch(4, 8192), 4),
     "sm_90": (Launch(4, 8192), 4),
@@ -228,7 +228,7 @@ def restore_tokens_fwd_kernel(
 ):
     """The same TOKENS of several samples: mask token and positions are read once for all of them."""
     part = tl.program_id(0) // blocks
-    token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)  # of the prefix + L
+    token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)  # in 0 … prefix + L − 1
     for start in range(0, D, COLUMNS):
         column = (start + tl.arange(0, COLUMNS))[None, :]
         inside = (token < prefix + L)[:, None] & (column < D)
@@ -268,13 +268,13 @@ def restore_tokens_bwd_kernel(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Some tiles of TOKENS tokens of a sample, one after the other; the sum stays in registers until the last."""
+    """Several tiles of TOKENS tokens, one after the other; their sum stays in registers until the last tile."""
     part = tl.program_id(1)
     column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     total = tl.zeros([TOKENS, COLUMNS], ACC_DTYPE)
     for tile in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
         sample = (tile // blocks).to(tl.int64)
-        token = tile % blocks * TOKENS + tl.arange(0, TOKENS)  # of the prefix + L
+        token = tile % blocks * TOKENS + tl.arange(0, TOKENS)  # in 0 … prefix + L − 1
         source, in_x = _source_row(ids_ptr + sample * stride_ids_b, token, stride_ids_l, L, prefix, kept)
         inside = (token < prefix + L)[:, None] & (column < D)
         dout = dout_ptr + sample * stride_dout_b + token.to(tl.int64)[:, None] * stride_dout_l + column

@@ -14,9 +14,9 @@ depends on the card alone, so the same card always gives the same bits.
     operations   a few for each value
 
 Tile sizes: whole rows, since both directions need sums over a row before they can write it; 1,024 values on 2 warps are
-16 a thread, of which the backward pass holds four tensors. On an H200 all sizes are alike forward; backward this one is
-the fastest, on 8 programs a multiprocessor, and larger tiles take up to four times as long. A row of more than 16,384
-values would not fit the registers.
+16 a thread, of which the backward pass holds four tensors. On an H200 all sizes are equally fast forward. Backward this
+size is the fastest, with 8 programs per multiprocessor; larger tiles take up to four times as long. A row of more than
+16,384 values would not fit the registers.
 """
 
 import torch
@@ -28,8 +28,8 @@ from .tile import ARCHITECTURES, TRITON_DTYPES, Launch, acc_dtype, card, cast_vi
 
 # {architecture: warps of a program that holds one tile, and the bytes of float32 in it}; wider rows take more warps
 NORM = dict.fromkeys(ARCHITECTURES, Launch(2, 4096))
-PROGRAMS = 8  # of the backward pass, for each multiprocessor
-WIDEST = 16384  # values of a row
+PROGRAMS = 8  # programs of the backward pass per multiprocessor
+WIDEST = 16384  # largest number of values in a row
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def residual_norm_fwd_kernel(
     N,
     D,
     eps,
-    eps_rest,  # what float32 rounds off eps
+    eps_rest,  # rounding error of `eps` as float32
     WITH_DELTA: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     CAST_VIA: tl.constexpr,
@@ -115,7 +115,7 @@ def residual_norm_bwd_kernel(
         total = _load(total_ptr, offsets, inside, ACC_DTYPE)
         mean = tl.load(mean_ptr + row, mask=row < N, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
-        standardised = (total - mean[:, None]) * rstd[:, None]  # wrong outside, where dnormed is 0
+        standardised = (total - mean[:, None]) * rstd[:, None]  # not valid outside the rows, where dnormed is 0
         dweight += tl.sum(dnormed * standardised, 0)
         dbias += tl.sum(dnormed, 0)
         scaled = dnormed * weight[None, :]

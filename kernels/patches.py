@@ -20,7 +20,7 @@ squares, which torch adds in a fixed order: no atomics, the same bits every time
 
 Tile sizes: a tile is [PATCHES, PIXELS, CHANNELS]. Along PIXELS neighbours in a row of the image are neighbours in
 memory, so a patch of 16 pixels is read in words of 16 bytes; along PIXELS and CHANNELS together a row of patches is
-dense. The compiler turns one order into the other in shared memory. CHANNELS is a power of 2, so of 3 channels a
+dense. The compiler turns one order into the other in shared memory. CHANNELS is a power of 2, so with 3 channels a
 quarter of the lanes is idle, which costs nothing in a kernel that waits for memory. 4 or 8 kB a tile on 4 warps, as in
 masking.py; small patches share a tile, large ones are cut into several. `masked_patch_mse_kernel` needs all of a patch
 at once and takes up to 64 × 64 pixels on 8 warps; larger ones it reads four times with norm_pix, the last three from
@@ -77,7 +77,7 @@ def _patch_offsets(row, stride_row, pixel, channel, C: tl.constexpr):
 
 
 @triton.jit
-def _inside(exists, pixel, channel, C: tl.constexpr, PATCH: tl.constexpr):
+def _tile_mask(exists, pixel, channel, C: tl.constexpr, PATCH: tl.constexpr):
     """Mask of [patch, pixel of the patch, channel]."""
     in_patch = (pixel < PATCH * PATCH)[:, None] & (channel < C)[None, :]
     return exists[:, None, None] & in_patch[None, :, :]
@@ -119,9 +119,9 @@ def patchify_kernel(
             source = _image_offsets(
                 number, columns, pixel, channel, stride_images_c, stride_images_h, stride_images_w, PATCH
             )
-            patches = tl.load(image_ptr + source, mask=_inside(exists, pixel, channel, C, PATCH), other=0)
+            patches = tl.load(image_ptr + source, mask=_tile_mask(exists, pixel, channel, C, PATCH), other=0)
             target = _patch_offsets(m, values, pixel, channel, C)
-            tl.store(out_ptr + sample * M * values + target, patches, mask=_inside(m < M, pixel, channel, C, PATCH))
+            tl.store(out_ptr + sample * M * values + target, patches, mask=_tile_mask(m < M, pixel, channel, C, PATCH))
 
 
 @triton.jit
@@ -158,10 +158,10 @@ def unpatchify_kernel(
         for channel_start in range(0, C, CHANNELS):
             channel = channel_start + tl.arange(0, CHANNELS)
             source = _patch_offsets(m, stride_patches_m, pixel, channel, C)
-            inside = _inside(exists & (m >= 0), pixel, channel, C, PATCH)
+            inside = _tile_mask(exists & (m >= 0), pixel, channel, C, PATCH)
             patches = tl.load(patches_ptr + sample * stride_patches_b + source, mask=inside, other=0)
             target = _image_offsets(number, columns, pixel, channel, stride_out_c, stride_out_h, 1, PATCH)
-            inside = _inside(exists, pixel, channel, C, PATCH)
+            inside = _tile_mask(exists, pixel, channel, C, PATCH)
             tl.store(out_ptr + sample * C * stride_out_c + target, patches, mask=inside)
 
 
@@ -218,7 +218,7 @@ def masked_patch_mse_kernel(
     squares = tl.zeros([PATCHES, PIXELS, CHANNELS], ACC_DTYPE)
     mean, mean_rest = tl.zeros([PATCHES, 1, 1], ACC_DTYPE), tl.zeros([PATCHES, 1, 1], ACC_DTYPE)
     deviation = 1.0
-    if NORM and not one_tile:  # read the patch once for each of the three
+    if NORM and not one_tile:  # three passes over the patch: mean, rounding error of the mean, deviation
         for step in tl.static_range(3):
             total = tl.zeros([PATCHES, PIXELS, CHANNELS], ACC_DTYPE)
             for pixel_start in range(0, PATCH * PATCH, PIXELS):
@@ -228,7 +228,7 @@ def masked_patch_mse_kernel(
                     source = _image_offsets(
                         number, columns, pixel, channel, stride_images_c, stride_images_h, stride_images_w, PATCH
                     )
-                    inside = _inside(exists, pixel, channel, C, PATCH)
+                    inside = _tile_mask(exists, pixel, channel, C, PATCH)
                     target = tl.load(image_ptr + source, mask=inside, other=0).to(ACC_DTYPE)
                     target = tl.where(inside, target - mean - mean_rest, 0)
                     total += target if step < 2 else target * target
@@ -245,7 +245,7 @@ def masked_patch_mse_kernel(
             source = _image_offsets(
                 number, columns, pixel, channel, stride_images_c, stride_images_h, stride_images_w, PATCH
             )
-            inside = _inside(exists, pixel, channel, C, PATCH)
+            inside = _tile_mask(exists, pixel, channel, C, PATCH)
             target = tl.load(image_ptr + source, mask=inside, other=0).to(ACC_DTYPE)
             if NORM and one_tile:
                 for _ in tl.static_range(2):
@@ -253,7 +253,7 @@ def masked_patch_mse_kernel(
                 target /= _deviation(_sum_of_patch(target * target), values)
             elif NORM:
                 target = (target - mean - mean_rest) / deviation
-            in_m = _inside(m < M, pixel, channel, C, PATCH)
+            in_m = _tile_mask(m < M, pixel, channel, C, PATCH)
             pred = pred_ptr + sample * stride_pred_b + _patch_offsets(m, stride_pred_m, pixel, channel, C)
             difference = tl.where(in_m, tl.load(pred, mask=in_m, other=0).to(ACC_DTYPE) - target, 0)
             squares += difference * difference
@@ -320,7 +320,7 @@ def masked_patch_mse_fwd(
 
 
 def launch_patchify(images: Tensor, ids: Tensor | None, patch: int) -> Tensor:
-    """The patches of these ids, or all where there are none, as rows [B, M, P]."""
+    """The patches numbered `ids`, or all patches if `ids` is None, as rows [B, M, P]."""
     B, C, H, W = images.shape
     L = (H // patch) * (W // patch)
     M = L if ids is None else ids.shape[1]
@@ -350,7 +350,7 @@ def launch_patchify(images: Tensor, ids: Tensor | None, patch: int) -> Tensor:
 
 
 def launch_unpatchify(patches: Tensor, ids: Tensor | None, patch: int, H: int, W: int) -> Tensor:
-    """Images [B, C, H, W] from the patches of these ids, or all where there are none; zeros elsewhere."""
+    """Images [B, C, H, W] from the patches numbered `ids`, or all patches if `ids` is None; zeros elsewhere."""
     B, M, P = patches.shape
     L, C = (H // patch) * (W // patch), P // patch**2
     out = patches.new_empty(B, C, H, W)
@@ -403,7 +403,7 @@ def patch_tile(count: int, patch: int, C: int, elements: int) -> tuple[int, int,
 
 
 def loss_tile(count: int, patch: int, C: int, size: int, launch: Launch) -> tuple[tuple[int, int, int], int]:
-    """(tile, warps): several patches, one patch, or a part of one."""
+    """(tile, warps) of the loss; a tile is several patches, one patch, or a part of one."""
     patch_bytes = power_of_2(patch**2, 1) * power_of_2(C, 1) * size
     tile_bytes = max(patch_bytes, launch.bytes) if patch_bytes <= LARGEST else PART
     tile = patch_tile(count, patch, C, tile_bytes // size)

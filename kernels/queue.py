@@ -1,15 +1,15 @@
 """The ring of keys of a momentum method: `enqueue_` writes new keys over the oldest rows, in place.
 
 `enqueue_kernel` copies blocks of keys to the rows that follow the pointer, around the end of the ring; of more keys
-than the ring holds it reads only the last. The pointer is read on the GPU, so the host waits for nothing. A second
-launch, `advance_pointer_kernel`, of one program moves the pointer: programs run in any order, and a pointer moved in
-the first launch would be seen by the programs that start later.
+than the ring holds it reads only the last. The pointer is read on the GPU, so the host does not wait for the GPU. A
+second launch, `advance_pointer_kernel`, of one program moves the pointer: programs run in any order, and a pointer
+moved in the first launch would be seen by the programs that start later.
 
     bytes        min(N, K)·D·(s_keys + s_queue), 8 for the pointer in the first launch, 16 in the second
     operations   none
     limit        the two launches: N = 256 keys of 128 float32 are 0.26 MB, less than a card moves in a microsecond
 
-Tile sizes: so few bytes are moved soonest by many small programs. 2 kB on 4 warps are one word of 16 bytes for each
+Tile sizes: so few bytes are moved fastest by many small programs. 2 kB on 4 warps are one word of 16 bytes for each
 thread, and 64 programs at N = 256; columns as in masking.py. (`ema_update_` is CUDA C++: its list of tensors is a table
 of pointers, which Triton has no type for.)
 """
@@ -38,7 +38,7 @@ def enqueue_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Writes ROWS of the keys skipped … N − 1."""
+    """Writes ROWS keys, of those numbered skipped … N − 1."""
     key = skipped + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start_row = (tl.load(ptr_ptr) + skipped) % K
     start_row = tl.where(start_row < 0, start_row + K, start_row)  # Triton's remainder has the sign of the pointer

@@ -1,6 +1,6 @@
-"""What the Triton kernels share: the card they run on, tables of configurations, the precision of matrix products.
+"""Shared by the Triton kernels: the card they run on, tables of configurations, the precision of matrix products.
 
-A configuration decides how fast a kernel is and never what it computes: the shape of a tile, warps, pipeline stages.
+A configuration (the shape of a tile, warps, pipeline stages) decides how fast a kernel is, never what it computes.
 Each kernel file holds its tables, with a row for each architecture. Nothing is tuned at run time, and importing these
 files needs no driver.
 """
@@ -61,12 +61,12 @@ def card(x: torch.Tensor) -> Card:
 def assume_card(arch: str, multiprocessors: int | None = None) -> Iterator[Card]:
     """Chooses configurations as on another card, for tests and for benchmarks/static.py, which compiles without one."""
     global _assumed
-    before = _assumed
+    previous = _assumed
     _assumed = Card(arch, multiprocessors or CARDS[arch].multiprocessors)
     try:
         yield _assumed
     finally:
-        _assumed = before
+        _assumed = previous
 
 
 @functools.cache
@@ -96,9 +96,9 @@ def choose(table: Mapping[int, Row], size: int) -> Row | None:
     return next((table[limit] for limit in sorted(table) if limit >= size), None)
 
 
-def power_of_2(n: int, least: int = 16) -> int:
-    """The smallest power of 2 that is at least n and at least `least`."""
-    return max(least, triton.next_power_of_2(n))
+def power_of_2(n: int, minimum: int = 16) -> int:
+    """The smallest power of 2 that is at least n and at least `minimum`."""
+    return max(minimum, triton.next_power_of_2(n))
 
 
 def split_loop(programs: int, tiles: int, target: int) -> tuple[int, int]:
@@ -114,7 +114,7 @@ def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def two_floats(x: float) -> tuple[float, float]:
-    """x rounded to float32, and the rest: Triton passes numbers as float32, and a float64 kernel adds the two."""
+    """x rounded to float32, and the rounding error: Triton passes numbers as float32, and a kernel adds the two."""
     (rounded,) = struct.unpack("f", struct.pack("f", x))
     return rounded, x - rounded
 
@@ -125,18 +125,19 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast_via(dtype: torch.dtype) -> tl.dtype:
-    """The dtype by way of which torch converts to `dtype`: float32 for 16 bits, from float64 too."""
+    """The dtype through which torch converts to `dtype`: float32 for 16-bit dtypes, also from float64."""
     return TRITON_DTYPES[dtype if dtype.itemsize > 2 else torch.float32]
 
 
 def operand_dtype(dtype: torch.dtype, *tensors: torch.Tensor) -> torch.dtype:
-    """The dtype in which tensors are multiplied for sums of `dtype`: theirs if it is one and no wider, else `dtype`."""
+    """The dtype in which tensors are multiplied for sums of `dtype`: their own if all share one that is
+    summed in `dtype`, else `dtype`."""
     dtypes = {x.dtype for x in tensors}
     return dtypes.pop() if len(dtypes) == 1 and acc_dtype(next(iter(dtypes))) == dtype else dtype
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """The `input_precision` of `tl.dot`: that of float32 products unless torch is allowed to use tf32.
+    """The `input_precision` of `tl.dot` for operands of `dtype`: float32 precision unless torch is allowed to use tf32.
 
     NVIDIA's tensor cores have no float32; three products of tf32 parts (the small ones first) keep 22 bits and run
     several times as fast as the float32 units. AMD's matrix cores have float32.
@@ -147,7 +148,7 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def move_tile(tokens: int, D: int, size: int, tile_bytes: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of [tokens, D] with `size` bytes an element: `tile_bytes`, or all rows if fewer."""
+    """(rows, columns) of a tile of [tokens, D] with `size` bytes an element: `tile_bytes`, or fewer if all rows fit."""
     half_kilobyte = max(1, 512 // size)
     columns = min(half_kilobyte, D & -D)  # a power of 2 that divides D leaves no lane idle
     if columns * size < 128:
@@ -156,7 +157,7 @@ def move_tile(tokens: int, D: int, size: int, tile_bytes: int) -> tuple[int, int
 
 
 def search_block(M: int) -> int:
-    """How many ids `positions_in_row` compares at a time."""
+    """Number of ids that `positions_in_row` compares at a time."""
     return min(64, power_of_2(M))
 
 
