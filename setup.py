@@ -4,7 +4,7 @@
     fastssl._native_<level>    all other .cpp files, once per instruction set; one is loaded at run time
     fastssl._native_cuda       all .cu files, if nvcc and a CUDA build of torch are found
 
-FASTSSL_BUILD=none, cpu or cuda overrides what is built.
+FASTSSL_BUILD=none, cpu or cuda overrides what is built: no extension, all but the CUDA extension, or all.
 """
 
 import os
@@ -23,14 +23,14 @@ if BUILD not in ("", "none", "cpu", "cuda"):
     sys.exit(f"fastssl: FASTSSL_BUILD must be none, cpu or cuda, got {BUILD!r}")
 SKIP_HINT = "or set FASTSSL_BUILD=none to install without native kernels (every op then runs in plain torch)"
 
-# Without -ffast-math, with which NaN and infinity would not propagate as documented. The baseline has no FMA, because
-# plain x86-64 has none.
+# The flags leave out -ffast-math, with which NaN and infinity would not propagate as documented. The baseline has no
+# FMA, because plain x86-64 has none.
 LEVELS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
     avx512 = [f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl", "bf16")] + ["-mprefer-vector-width=512"]
     LEVELS |= {"avx2": avx2, "avx512": avx2 + avx512}
-CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # TORCH_CUDA_ARCH_LIST overrides; a build machine may have no GPU
+CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # unless TORCH_CUDA_ARCH_LIST is set
 
 
 def set_cuda_home():
@@ -54,9 +54,9 @@ def native_extensions():
     if BUILD == "cuda" and not cuda_sources:
         sys.exit("fastssl: FASTSSL_BUILD=cuda, but csrc/ has no .cu file")
     with_cuda = BUILD == "cuda" or (BUILD == "" and bool(CUDA_HOME and torch_cuda and cuda_sources))
-    optimise = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    # Only the stable ABI of torch 2.11: including an internal header of torch is then a compile error.
-    stable = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+    common_flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    # Allows only the stable ABI of torch 2.11: including an internal header of torch is a compile error.
+    stable_abi = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
     build_facts = [f'-DFASTSSL_LEVELS="{",".join(LEVELS)}"', f"-DFASTSSL_CUDA={int(with_cuda)}"]
     extensions = [
@@ -65,7 +65,7 @@ def native_extensions():
             ["csrc/module.cpp"],
             include_dirs=[pybind11.get_include()],
             language="c++",
-            extra_compile_args=[*optimise, *build_facts],
+            extra_compile_args=[*common_flags, *build_facts],
         )
     ]
     headers = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc").glob("*.cuh")]))
@@ -77,19 +77,26 @@ def native_extensions():
                 sources,
                 depends=headers,
                 py_limited_api=True,
-                extra_compile_args=[*optimise, *stable, *flags],
+                extra_compile_args=[*common_flags, *stable_abi, *flags],
             )
         )
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES if torch_cuda >= "12.8" else "8.0;9.0+PTX")
-        nvcc = ["-O3", "-std=c++20", "-Xptxas=-warn-spills", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *stable]
+        nvcc = [
+            "-O3",
+            "-std=c++20",
+            "-Xptxas=-warn-spills",
+            "-Xcompiler=-fvisibility=hidden",
+            "-DUSE_CUDA",
+            *stable_abi,
+        ]
         extensions.append(
             CUDAExtension(
                 "fastssl._native_cuda",
                 cuda_sources,
                 depends=headers,
                 py_limited_api=True,
-                extra_compile_args={"cxx": [*optimise, *stable], "nvcc": nvcc},
+                extra_compile_args={"cxx": [*common_flags, *stable_abi], "nvcc": nvcc},
             )
         )
     return extensions
@@ -105,10 +112,10 @@ else:
         """Builds each extension in its own folder, because the levels compile the same sources."""
 
         def build_extension(self, ext):
-            common = self.build_temp, self.force
+            saved = self.build_temp, self.force
             self.build_temp = os.path.join(self.build_temp, ext.name)
-            self.force |= ext.name == "fastssl._C"  # its macros change with the build, without a newer source
+            self.force |= ext.name == "fastssl._C"  # its macros may change although its source does not
             super().build_extension(ext)
-            self.build_temp, self.force = common
+            self.build_temp, self.force = saved
 
     setup(ext_modules=native_extensions(), cmdclass={"build_ext": BuildSeparately})

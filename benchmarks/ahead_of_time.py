@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of Triton kernels for GPUs that this machine lacks.
+"""Ahead-of-time compilation of Triton kernels for GPUs that the machine does not have.
 
 The launchers run on meta tensors, with a driver that reports the card and a compiler that stops before the launch. So
 the compiled code is what a GPU would run, specialised by alignment and size in the same way.
@@ -20,11 +20,11 @@ from fastssl.kernels import tile
 
 
 class Resources(NamedTuple):
-    """What the compiled code of a kernel takes."""
+    """Resources that the compiled code of a kernel uses."""
 
-    registers: int  # of a thread
-    spill_bytes: int  # of a thread, with other local memory
-    shared_bytes: int  # of a program
+    registers: int  # per thread
+    spill_bytes: int  # per thread, including other local memory
+    shared_bytes: int  # per program
     tensor_core: str | None  # names of the tensor-core instructions in the code
     product: bool  # True if the kernel multiplies matrices
 
@@ -39,7 +39,7 @@ class Launch(NamedTuple):
 
 
 class Driver:
-    """Stands for Triton's driver and reports the card of an architecture."""
+    """Replaces Triton's driver and reports the card of an architecture."""
 
     def __init__(self, arch: str):
         amd, self.arch = arch.startswith("gfx"), arch
@@ -57,7 +57,7 @@ class Driver:
 
 @contextlib.contextmanager
 def ahead_of_time(arch: str) -> Iterator[list[Launch]]:
-    """Inside, launchers compile for `arch` and launch nothing; each launch is appended to the list."""
+    """Within this context launchers compile for `arch` and launch nothing; each launch is appended to the list."""
     launches, run = [], JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):

@@ -1,9 +1,9 @@
-"""Lower bound of a step's time: its matrix products and convolutions by themselves.
+"""Lower bound of a step's time: the time of its matrix products and convolutions alone.
 
 They are recorded in torch's dispatcher, forward and backward, with the dtypes and layouts under autocast, and each is
 then timed on separate tensors. Products of attention and losses are counted only where they are torch's, and our linear
 layers as a whole, with bias and GELU; products inside other fused kernels are not counted. A product that is repeated
-finds its operands in the caches, so this is a lower bound and no estimate.
+finds its operands in the caches, so this is a lower bound, not an estimate.
 """
 
 import collections
@@ -35,7 +35,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in PRODUCTS | LINEAR:
-            self.calls[func, _described(args)] += 1
+            self.calls[func, _descriptions(args)] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -44,14 +44,14 @@ def floor(step: Callable[[], Any]) -> float:
     of torch's two memory layouts, whichever the step uses."""
     with Recorder() as recorder:
         step()
-    return sum(count * _fastest(func, described) for (func, described), count in recorder.calls.items())
+    return sum(count * _fastest(func, descriptions) for (func, descriptions), count in recorder.calls.items())
 
 
-def _fastest(func, described: tuple) -> float:
+def _fastest(func, descriptions: tuple) -> float:
     layouts = [None]
     if func in CONVOLUTIONS:
         layouts = [torch.contiguous_format, torch.channels_last]
-    return min(_seconds(func, [_argument(x, layout) for x in described]) for layout in layouts)
+    return min(_seconds(func, [_argument(x, layout) for x in descriptions]) for layout in layouts)
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def _seconds(func, arguments: list) -> float:
     return best
 
 
-def _described(args: tuple) -> tuple:
+def _descriptions(args: tuple) -> tuple:
     """Hashable arguments: for a tensor its shape, layout and dtype."""
     return tuple(
         (Tensor, tuple(x.shape), x.stride(), x.dtype)
@@ -78,10 +78,10 @@ def _described(args: tuple) -> tuple:
     )
 
 
-def _argument(described, layout: torch.memory_format | None):
-    if not (isinstance(described, tuple) and described[:1] == (Tensor,)):
-        return list(described) if isinstance(described, tuple) else described
-    _, shape, stride, dtype = described
+def _argument(descriptions, layout: torch.memory_format | None):
+    if not (isinstance(descriptions, tuple) and descriptions[:1] == (Tensor,)):
+        return list(descriptions) if isinstance(descriptions, tuple) else descriptions
+    _, shape, stride, dtype = descriptions
     size = 1 + sum((length - 1) * step for length, step in zip(shape, stride)) if 0 not in shape else 0
     x = torch.randn(size, device=DEVICE).to(dtype).as_strided(shape, stride)
     return x.contiguous(memory_format=layout) if layout and x.ndim == 4 else x

@@ -10,7 +10,7 @@ with each case. A busy case is measured again, and one that stays busy is marked
 it.
 
 `ours` is the public op with its kernel. `official` is the paper's formula in plain eager torch. Other contestants are
-named for what they use: the fastest known implementations with torch, or lightly for its losses.
+named after what they use: they are the fastest known implementations in torch, and lightly's for its losses.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ ROUND_S = 0.005  # a turn repeats its call for at least this long
 # Time of all rounds of a case, beyond the minimum of rounds. Times on a GPU vary less.
 BUDGET_S = 3.0 if DEVICE.type == "cpu" else 1.0
 ROUNDS = (7, 100)  # minimum and maximum
-LONG_S = 4.0  # a longer round is repeated only SHORTEST times
+LONG_S = 4.0  # rounds that take longer are repeated only SHORTEST times
 SHORTEST = 3
-ATTEMPTS = 2  # at a measurement on a quiet machine
+ATTEMPTS = 2  # number of attempts to measure on a quiet machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by their names in `Case.size`
 
@@ -108,8 +108,8 @@ def check(case: Case) -> None:
 def measure(
     contestants: dict[str, Callable[[], Any]], rounds: int | None = None
 ) -> tuple[dict[str, list[float]], float | None]:
-    """Seconds a call for each round, and the share of the processors that other programs used: of the first attempt on
-    a quiet machine, or of the quietest. If `rounds` is None, as many as the time budget allows."""
+    """Seconds per call for each round, and the share of the processors that other programs used: in the
+    first attempt on a quiet machine, or in the quietest attempt. If `rounds` is None, as many as the time budget allows."""
     quietest = None
     for _ in range(ATTEMPTS):
         programs = OtherPrograms()
@@ -125,7 +125,7 @@ def measure(
 
 
 def time_in_turn(contestants: dict[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, list[float]]:
-    """Seconds a call of each contestant for each round. The order rotates from round to round, so that no contestant
+    """Seconds per call of each contestant for each round. The order rotates from round to round, so that no contestant
     always runs after the same other one, with the cache that it left."""
     calls, round_s = {}, 0.0
     for name, run in contestants.items():
@@ -205,7 +205,7 @@ def _time_calls(run: Callable[[], Any], calls: int) -> float:
 
 
 def _elapsed(run: Callable[[], Any], calls: int) -> float:
-    """Seconds of a call including the overhead of its measurement, on a GPU far more than the call itself."""
+    """Seconds per call including the overhead of the measurement, which on a GPU is far more than the call itself."""
     start = time.perf_counter()
     _time_calls(run, calls)
     return (time.perf_counter() - start) / calls
@@ -240,7 +240,7 @@ def _check_agreement(name: str, result: Tensor, expected: Tensor) -> None:
     allowed = max(TOLERANCE[result.dtype], TOLERANCE[expected.dtype])
     largest = float(expected.abs().max())
     error = float((result.double() - expected.double()).abs().max())
-    if not error <= allowed * largest:  # also where it is NaN
+    if not error <= allowed * largest:  # also true of NaN
         raise WrongResult(f"{name} is wrong by {error:.1e}, {allowed:.0e} of {largest:.3g} is allowed: not timed")
 
 

@@ -48,7 +48,7 @@ KEPT = RESULTS / "loader"
 AUGMENTATIONS = ("mae", "moco_v2", "moco_v3", "evaluation")
 SIDES = (256, 400, 1024)  # pixels of the shorter side
 WORKERS, BATCH, ROUNDS, SECONDS, COPIES = 2, 64, 3, 3.0, 40
-SHARDED = 400  # the side that is also measured in tar shards
+SHARDED = 400  # the side of the photographs that are also measured in tar shards
 MARKERS = "<!-- loaders:begin -->", "<!-- loaders:end -->"
 HEADER = (
     "augmentation",
@@ -73,7 +73,7 @@ def photographs() -> list[Image.Image]:
     import skimage.data
     from sklearn.datasets import load_sample_images
 
-    found = [
+    arrays = [
         *load_sample_images().images,
         skimage.data.astronaut(),
         skimage.data.chelsea(),
@@ -82,7 +82,7 @@ def photographs() -> list[Image.Image]:
         skimage.data.hubble_deep_field(),
         skimage.data.stereo_motorcycle()[0],
     ]
-    return [Image.fromarray(pixels) for pixels in found]
+    return [Image.fromarray(pixels) for pixels in arrays]
 
 
 def write_photographs(root: Path, side: int) -> None:
@@ -104,7 +104,7 @@ def write_photographs(root: Path, side: int) -> None:
 
 
 class Views:
-    """The views of an augmentation by torchvision's transforms, normalised in the worker as in the reference code."""
+    """The views of an augmentation, made by torchvision's transforms and normalised in the worker, as in the reference."""
 
     def __init__(self, augmentation: Augmentation):
         self.views = [self._transform(view) for view in augmentation.views]
@@ -152,7 +152,7 @@ def webdataset(shards: Path, augmentation: Augmentation) -> Callable[[], Iterato
 
 
 def compare(contestants: dict[str, Callable[[], Iterator[int]]]) -> dict:
-    """One row of a table: medians over the rounds, of the ratios to the baseline too."""
+    """One row of a table: medians over rounds of images per second, ratios to the baseline and processor seconds."""
     results: dict[str, list] = {name: [] for name in contestants}
     names = list(contestants)
     for turn in range(ROUNDS):

@@ -104,7 +104,7 @@ def limit(bytes_moved: int, operations: int, dtype: torch.dtype) -> tuple[float,
 
 @functools.cache
 def bandwidth() -> float:
-    """Bytes a second of main memory, on buffers larger than any cache: the best of a sum, a copy and an addition in
+    """Bytes per second of main memory, on buffers larger than any cache: the best of a sum, a copy and an addition in
     place, which move one, two and three bytes for each byte (a copy on a CPU may also read its target)."""
     x, y = torch.ones(2, 2**26, device=DEVICE).unbind()
     functions = {1: x.sum, 2: lambda: y.copy_(x), 3: lambda: y.add_(x)}
@@ -113,14 +113,13 @@ def bandwidth() -> float:
 
 @functools.cache
 def product_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a matrix product. On a CPU the faster of `@` and a 1×1 convolution: torch
-    calls different libraries for the two, whose speeds differ widely on some processors."""
+    """Floating-point operations per second of a matrix product. On a CPU, that of the faster of `@` and a 1×1
+    convolution: torch calls different libraries for the two, whose speeds differ widely on some processors."""
     n = 8192 if DEVICE.type == "cuda" else 1024
     a, b = torch.ones(2, n, n, device=DEVICE, dtype=dtype).unbind()
     seconds = _best(lambda: a @ b)
-    if (
-        DEVICE.type == "cuda" and dtype == torch.float32
-    ):  # three tf32 products of split operands are as exact, and often faster
+    if DEVICE.type == "cuda" and dtype == torch.float32:
+        # Three tf32 products of split operands are about as exact, and often faster.
         torch.set_float32_matmul_precision("high")
         seconds = min(seconds, 3 * _best(lambda: a @ b))
         torch.set_float32_matmul_precision("highest")

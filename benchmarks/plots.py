@@ -1,7 +1,7 @@
 """Figures docs/benchmarks-*.png from benchmarks/results: time over K, B and L, memory over K; and losses of steps.
 
-Each figure shows the rows with a value on its axis (`Case.points`), one line a contestant, both axes logarithmic; one
-figure a machine.
+Each figure shows the rows with a value on its axis (`Case.points`), one line per contestant, with both axes
+logarithmic, in one figure per machine.
 """
 
 from pathlib import Path

@@ -8,8 +8,8 @@
     python -m benchmarks.static --write         # records the registers there, and writes docs/gpu-kernels.md
 
 `predicted_us` is a prediction, not a measurement: the longer of bytes / bandwidth and operations / rate, with the
-numbers of the data sheet of the card in CARDS, divided by the part of its multiprocessors that the programs fill. It
-leaves out launches, latencies and what a kernel loses against these limits.
+numbers of the card's data sheet in CARDS, divided by the part of its multiprocessors that the programs fill. It
+leaves out launches, latencies and whatever else keeps a kernel from these limits.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Results of the benchmarks on disk: read and written here alone.
+"""Results of the benchmarks on disk: only this module reads and writes them.
 
-A folder holds one JSON file a machine:
+A folder holds one JSON file per machine:
 
     {"machine": {…}, "runs": [{"environment": {…}, "rows": [{…}, …]}, …]}
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine_files(folder: Path, shown_in: str | None = None) -> list[Path]:
-    """Files of a folder of results, one a machine; with a text, those of the machines that it names in bold."""
+    """Files of a folder of results, one per machine. With `shown_in`, only of machines that this text names in bold."""
     paths = sorted(folder.glob("*.json"))
     return [path for path in paths if shown_in is None or f"**{read(path)['machine']['name']}**" in shown_in]
 
@@ -44,8 +44,8 @@ def add(
         machine: `machine.machine()`; its "slug" names the file.
         environment: `machine.environment()` and versions of further packages.
         rows: the new rows.
-        replaces: whether a row already in the file is one of those that the new rows repeat.
-        facts: values beside the rows of this run, such as the seconds to open a source.
+        replaces: tells whether a row already in the file is replaced by the new rows.
+        facts: further values of this run, such as the seconds to open a source.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{machine['slug']}.json"
@@ -61,7 +61,7 @@ def add(
 
 
 def as_text(machine: dict, runs: list[dict]) -> str:
-    """JSON with one row a line, so that a new measurement changes one line."""
+    """JSON with one row per line, so that a new measurement changes one line."""
     blocks = []
     for run in runs:
         facts = ", ".join(f'"{key}": {json.dumps(value)}' for key, value in run.items() if key != "rows")

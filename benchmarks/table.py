@@ -4,11 +4,11 @@
     python -m benchmarks.table                        # writes the tables from benchmarks/results
     python -m benchmarks.table --check                # writes nothing; exit status 1 where a table is out of date
 
-benchmarks/results/<machine>.json holds one row a case, without samples. A run replaces the rows of the families (files
-of benchmarks/) that it measured; rows of other families stay, under the environment in which they were measured.
+benchmarks/results/<machine>.json holds one row per case, without samples. A run replaces the rows of the families
+(files of benchmarks/) that it measured; rows of other families stay, under the environment in which they were measured.
 
 docs/measurements.md shows every row of every machine, README.md the rows named in HEADLINE. `--check` compares the
-machines that a page shows: results of a new machine are no error, the next run without `--check` adds them.
+machines that a page shows: results of a new machine are not an error; the next run without `--check` adds them.
 """
 
 import argparse
@@ -52,7 +52,7 @@ implementation by torch or lightly. × is how many times as long as ours the oth
 all take turns in one process, after their results were compared; torch.compile was among them only on the CPU. *memory*: the peak of a step with its parameters and
 optimizer, or what one call holds beyond its inputs: ours / official."""
 
-# Order of the rows; families that are not named follow by name.
+# Order of the families of rows; other families follow in the order of the file.
 FAMILIES = ("ema", "queue", "masking", "patches", "norm", "contrastive", "attention", "augment", "dropin")
 
 LEGEND = """\
@@ -135,8 +135,8 @@ def render_number(results: Path) -> str:
     others = sorted((name for name in row["ms"] if name not in ("ours", "official")), key=lambda n: row["ms"][n][1])
     beside = ", ".join(f"{_code(name)} {ms[name]} ms" for name in others)
     return (
-        f"**MoCo's loss against 65,536 negatives, forward and backward: {ms['ours']} ms and {memory['ours']} MB** beyond "
-        f"its inputs\n({machine['name']}, {environment['level']}, {row['size']}).\nThe official formula in plain "
+        f"**MoCo's loss against 65,536 negatives, forward and backward: {ms['ours']} ms and {memory['ours']} MB** "
+        f"beyond its inputs\n({machine['name']}, {environment['level']}, {row['size']}).\nThe official formula in plain "
         f"torch takes {ms['official']} ms and {memory['official']} MB; {beside}."
     )
 
@@ -163,12 +163,12 @@ def insert(tables: str, page: Path, markers: tuple[str, str] = MARKERS, text: st
 
 
 def present(page: Path, markers: tuple[str, str] = MARKERS) -> str:
-    """What stands between the markers of a page."""
+    """The text between the markers of a page."""
     return _split(page, markers)[1]
 
 
 def _split(page: Path, markers: tuple[str, str], text: str | None = None) -> tuple[str, str, str]:
-    """The page's text before its markers, between them, and behind them."""
+    """The page's text before its markers, between them, and after them."""
     begin, end = markers
     if not page.is_file():
         raise Problem(f"{page} does not exist: write it, with the lines {begin} and {end} where the tables go")
@@ -236,7 +236,7 @@ def _matches(row: dict, selection: dict[str, str]) -> bool:
 
 
 def _headline_cells(name: str, row: dict, machine: str) -> list[str]:
-    """The cells of a row of HEADLINE: times of an op, images a second of a whole step."""
+    """The cells of a row of HEADLINE: times of an op, images per second of a whole step."""
     rate = "images_per_second" in row
     values = {who: quartiles[1] for who, quartiles in (row["images_per_second"] if rate else row["ms"]).items()}
     others = [who for who in values if who not in ("ours", "official")]
@@ -323,7 +323,7 @@ def megabytes(value: float) -> str:
 
 
 def markdown_table(header: tuple[str, ...], rows: Iterable[list[str]], text_columns: int) -> str:
-    """A Markdown table whose columns behind the first `text_columns` are set flush right."""
+    """A Markdown table whose columns after the first `text_columns` are aligned right."""
     rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 

@@ -48,9 +48,10 @@ from .tile import (
     split_loop,
 )
 
-# {architecture: {bytes of an operand: {widest D: (BLOCK_B, BLOCK_K, CHUNK, warps, stages, programs)}}}, programs
-# per multiprocessor. A wider D is cut into parts as wide as the last row, one program each, which all compute the same logits. CHUNK is how
-# much of D a product of logits takes at a time, 0 for all: then the queries are held from the first tile to the last.
+# {architecture: {bytes of an operand: {widest D: (BLOCK_B, BLOCK_K, CHUNK, warps, stages, programs)}}}
+# with the number of programs per multiprocessor. A wider D is cut into parts as wide as the last row; each part has its
+# own program, and all of these compute the same logits. CHUNK is how much of D a product of logits takes at a time, 0
+# for all of D: then the queries stay in registers from the first tile to the last.
 TILES = {
     "sm_80": {
         2: {
@@ -217,8 +218,8 @@ def info_nce_fwd_kernel(
         tl.store(sum_ptr + partial, total, mask=in_b)
         tl.store(part_rank_ptr + partial, part_rank, mask=in_b)
     if WITH_GRAD:
-        inside = in_b[:, None] & (column < D)[None, :]
-        tl.store(weighted_ptr + partial[:, None] * D + column[None, :], weighted, mask=inside)
+        mask = in_b[:, None] & (column < D)[None, :]
+        tl.store(weighted_ptr + partial[:, None] * D + column[None, :], weighted, mask=mask)
 
 
 @triton.jit
@@ -376,8 +377,8 @@ def info_nce_bwd_kernel(
         weights = tl.where(is_pair, weights, 0.0)  # also where a row beyond the end made a NaN
         dkeys = tl.dot(weights.to(OPERAND), queries, dkeys, input_precision=PRECISION, out_dtype=ACC_DTYPE)
     partial = part.to(tl.int64) * R + row
-    inside = in_r[:, None] & (column < D)[None, :]
-    tl.store(dkeys_ptr + partial[:, None] * D + column[None, :], dkeys * (unit / tau), mask=inside)
+    mask = in_r[:, None] & (column < D)[None, :]
+    tl.store(dkeys_ptr + partial[:, None] * D + column[None, :], dkeys * (unit / tau), mask=mask)
 
 
 def info_nce_fwd(q: Tensor, k: Tensor, queue: Tensor, tau: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -190,8 +190,8 @@ def keep_tokens_bwd_kernel(
     dx_row = dx_ptr + (sample * L + token)[:, None] * D
     for start in range(0, D, COLUMNS):
         column = (start + tl.arange(0, COLUMNS))[None, :]
-        inside = (token < L)[:, None] & (column < D)
-        tl.store(dx_row + column, tl.load(dkept_row + column, mask=inside & (m >= 0), other=0.0), mask=inside)
+        mask = (token < L)[:, None] & (column < D)
+        tl.store(dx_row + column, tl.load(dkept_row + column, mask=mask & (m >= 0), other=0.0), mask=mask)
 
 
 @triton.jit
@@ -231,20 +231,20 @@ def restore_tokens_fwd_kernel(
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)  # in 0 … prefix + L − 1
     for start in range(0, D, COLUMNS):
         column = (start + tl.arange(0, COLUMNS))[None, :]
-        inside = (token < prefix + L)[:, None] & (column < D)
+        mask = (token < prefix + L)[:, None] & (column < D)
         mask_token = tl.load(mask_token_ptr + column, mask=column < D, other=0.0).to(ACC_DTYPE)
         if pos_ptr is not None:
             pos = pos_ptr + token.to(tl.int64)[:, None] * stride_pos_l + column
-            pos = tl.load(pos, mask=inside, other=0.0).to(ACC_DTYPE)
+            pos = tl.load(pos, mask=mask, other=0.0).to(ACC_DTYPE)
         for b in range(part * samples_per_part, tl.minimum((part + 1) * samples_per_part, B)):
             sample = tl.cast(b, tl.int64)
             source, in_x = _source_row(ids_ptr + sample * stride_ids_b, token, stride_ids_l, L, prefix, kept)
             x = x_ptr + sample * stride_xb + source[:, None] * stride_xm + column
-            x = tl.load(x, mask=inside & in_x[:, None], other=0.0).to(ACC_DTYPE)
+            x = tl.load(x, mask=mask & in_x[:, None], other=0.0).to(ACC_DTYPE)
             out = tl.where(in_x[:, None], x, mask_token)
             if pos_ptr is not None:
                 out += pos
-            tl.store(out_ptr + (sample * (prefix + L) + token)[:, None] * D + column, out, mask=inside)
+            tl.store(out_ptr + (sample * (prefix + L) + token)[:, None] * D + column, out, mask=mask)
 
 
 @triton.jit
@@ -276,11 +276,11 @@ def restore_tokens_bwd_kernel(
         sample = (tile // blocks).to(tl.int64)
         token = tile % blocks * TOKENS + tl.arange(0, TOKENS)  # in 0 … prefix + L − 1
         source, in_x = _source_row(ids_ptr + sample * stride_ids_b, token, stride_ids_l, L, prefix, kept)
-        inside = (token < prefix + L)[:, None] & (column < D)
+        mask = (token < prefix + L)[:, None] & (column < D)
         dout = dout_ptr + sample * stride_dout_b + token.to(tl.int64)[:, None] * stride_dout_l + column
-        dout = tl.load(dout, mask=inside, other=0.0)
+        dout = tl.load(dout, mask=mask, other=0.0)
         dx = dx_ptr + (sample * (prefix + kept) + source)[:, None] * D + column
-        tl.store(dx, dout, mask=inside & in_x[:, None])
+        tl.store(dx, dout, mask=mask & in_x[:, None])
         total += tl.where(in_x[:, None], 0.0, dout.to(ACC_DTYPE))
     partial = dmask_token_ptr + part.to(tl.int64) * D + column
     tl.store(partial, tl.sum(total, 0)[None, :], mask=column < D)

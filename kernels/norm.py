@@ -62,20 +62,20 @@ def residual_norm_fwd_kernel(
     eps = tl.cast(eps, ACC_DTYPE) + tl.cast(eps_rest, ACC_DTYPE)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    inside = (row < N)[:, None] & (column < D)[None, :]
+    mask = (row < N)[:, None] & (column < D)[None, :]
     offsets = row.to(tl.int64)[:, None] * D + column[None, :]
-    x = _load(x_ptr, offsets, inside, ACC_DTYPE)
+    x = _load(x_ptr, offsets, mask, ACC_DTYPE)
     if WITH_DELTA:
-        total = (x + _load(delta_ptr, offsets, inside, ACC_DTYPE)).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + offsets, total, mask=inside)
+        total = (x + _load(delta_ptr, offsets, mask, ACC_DTYPE)).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offsets, total, mask=mask)
         x = total.to(ACC_DTYPE)
     mean = tl.sum(x, 1) / D
-    centred = tl.where(inside, x - mean[:, None], 0.0)
+    centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
     weight = _load(weight_ptr, column, column < D, ACC_DTYPE)
     bias = _load(bias_ptr, column, column < D, ACC_DTYPE)
     normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(normed_ptr + offsets, normed.to(CAST_VIA).to(normed_ptr.dtype.element_ty), mask=inside)
+    tl.store(normed_ptr + offsets, normed.to(CAST_VIA).to(normed_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + row, mean, mask=row < N)
     tl.store(rstd_ptr + row, rstd, mask=row < N)
 
@@ -109,10 +109,10 @@ def residual_norm_bwd_kernel(
     dbias = tl.zeros([COLUMNS], ACC_DTYPE)
     for start in range(tl.program_id(0) * ROWS, N, programs * ROWS):
         row = start + tl.arange(0, ROWS)
-        inside = (row < N)[:, None] & (column < D)[None, :]
+        mask = (row < N)[:, None] & (column < D)[None, :]
         offsets = row.to(tl.int64)[:, None] * D + column[None, :]
-        dnormed = _load(dnormed_ptr, offsets, inside, ACC_DTYPE)
-        total = _load(total_ptr, offsets, inside, ACC_DTYPE)
+        dnormed = _load(dnormed_ptr, offsets, mask, ACC_DTYPE)
+        total = _load(total_ptr, offsets, mask, ACC_DTYPE)
         mean = tl.load(mean_ptr + row, mask=row < N, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
         standardised = (total - mean[:, None]) * rstd[:, None]  # not valid outside the rows, where dnormed is 0
@@ -123,11 +123,11 @@ def residual_norm_bwd_kernel(
         slope = tl.sum(scaled * standardised, 1) / D
         dx = (scaled - shift[:, None] - standardised * slope[:, None]) * rstd[:, None]
         if WITH_SUM:
-            dx += _load(dsum_ptr, offsets, inside, ACC_DTYPE)
+            dx += _load(dsum_ptr, offsets, mask, ACC_DTYPE)
         rounded = dx.to(dx_ptr.dtype.element_ty)
-        tl.store(dx_ptr + offsets, rounded, mask=inside)
+        tl.store(dx_ptr + offsets, rounded, mask=mask)
         if WITH_DELTA:
-            tl.store(ddelta_ptr + offsets, rounded.to(CAST_VIA).to(ddelta_ptr.dtype.element_ty), mask=inside)
+            tl.store(ddelta_ptr + offsets, rounded.to(CAST_VIA).to(ddelta_ptr.dtype.element_ty), mask=mask)
     partial = tl.program_id(0) * D + column
     tl.store(dweight_ptr + partial, dweight, mask=column < D)
     tl.store(dbias_ptr + partial, dbias, mask=column < D)

@@ -158,11 +158,11 @@ def unpatchify_kernel(
         for channel_start in range(0, C, CHANNELS):
             channel = channel_start + tl.arange(0, CHANNELS)
             source = _patch_offsets(m, stride_patches_m, pixel, channel, C)
-            inside = _tile_mask(exists & (m >= 0), pixel, channel, C, PATCH)
-            patches = tl.load(patches_ptr + sample * stride_patches_b + source, mask=inside, other=0)
+            mask = _tile_mask(exists & (m >= 0), pixel, channel, C, PATCH)
+            patches = tl.load(patches_ptr + sample * stride_patches_b + source, mask=mask, other=0)
             target = _image_offsets(number, columns, pixel, channel, stride_out_c, stride_out_h, 1, PATCH)
-            inside = _tile_mask(exists, pixel, channel, C, PATCH)
-            tl.store(out_ptr + sample * C * stride_out_c + target, patches, mask=inside)
+            mask = _tile_mask(exists, pixel, channel, C, PATCH)
+            tl.store(out_ptr + sample * C * stride_out_c + target, patches, mask=mask)
 
 
 @triton.jit
@@ -228,9 +228,9 @@ def masked_patch_mse_kernel(
                     source = _image_offsets(
                         number, columns, pixel, channel, stride_images_c, stride_images_h, stride_images_w, PATCH
                     )
-                    inside = _tile_mask(exists, pixel, channel, C, PATCH)
-                    target = tl.load(image_ptr + source, mask=inside, other=0).to(ACC_DTYPE)
-                    target = tl.where(inside, target - mean - mean_rest, 0)
+                    mask = _tile_mask(exists, pixel, channel, C, PATCH)
+                    target = tl.load(image_ptr + source, mask=mask, other=0).to(ACC_DTYPE)
+                    target = tl.where(mask, target - mean - mean_rest, 0)
                     total += target if step < 2 else target * target
             if step == 0:
                 mean = _sum_of_patch(total) / values
@@ -245,11 +245,11 @@ def masked_patch_mse_kernel(
             source = _image_offsets(
                 number, columns, pixel, channel, stride_images_c, stride_images_h, stride_images_w, PATCH
             )
-            inside = _tile_mask(exists, pixel, channel, C, PATCH)
-            target = tl.load(image_ptr + source, mask=inside, other=0).to(ACC_DTYPE)
+            mask = _tile_mask(exists, pixel, channel, C, PATCH)
+            target = tl.load(image_ptr + source, mask=mask, other=0).to(ACC_DTYPE)
             if NORM and one_tile:
                 for _ in tl.static_range(2):
-                    target = tl.where(inside, target - _sum_of_patch(target) / values, 0)
+                    target = tl.where(mask, target - _sum_of_patch(target) / values, 0)
                 target /= _deviation(_sum_of_patch(target * target), values)
             elif NORM:
                 target = (target - mean - mean_rest) / deviation

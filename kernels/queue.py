@@ -46,11 +46,11 @@ def enqueue_kernel(
     row = tl.where(row < K, row, row - K)
     for start in range(0, D, COLUMNS):
         column = (start + tl.arange(0, COLUMNS))[None, :]
-        inside = (key < N)[:, None] & (column < D)
-        keys = tl.load(keys_ptr + key.to(tl.int64)[:, None] * stride_keys_n + column, mask=inside, other=0.0)
+        mask = (key < N)[:, None] & (column < D)
+        keys = tl.load(keys_ptr + key.to(tl.int64)[:, None] * stride_keys_n + column, mask=mask, other=0.0)
         if keys.dtype != queue_ptr.dtype.element_ty:
             keys = keys.to(CAST_VIA).to(queue_ptr.dtype.element_ty)
-        tl.store(queue_ptr + row[:, None] * stride_queue_k + column, keys, mask=inside)
+        tl.store(queue_ptr + row[:, None] * stride_queue_k + column, keys, mask=mask)
 
 
 @triton.jit

@@ -34,7 +34,7 @@ class Watch:
         self.distinct = defaultdict(int)  # the same, each byte once for each launch
         self.operations = 0  # of matrix products, 2·M·N·K each
         self.launches = []  # (kernel, grid)
-        self.args = []  # of the current launch
+        self.args = []  # tensor arguments of the current launch
 
     @property
     def bytes(self) -> int:
@@ -79,7 +79,7 @@ _watch: Watch | None = None
 
 @contextlib.contextmanager
 def watch() -> Iterator[Watch]:
-    """Inside, the interpreter is corrected and its launches are checked and recorded."""
+    """Within this context the interpreter is corrected, and launches are checked and recorded."""
     global _watch
     _watch = Watch()
     with contextlib.ExitStack() as stack:
@@ -92,7 +92,7 @@ def watch() -> Iterator[Watch]:
 
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[Watch]:
-    """Inside, the public ops run the Triton kernels, interpreted, on CPU tensors."""
+    """Within this context the public ops run the interpreted Triton kernels on CPU tensors."""
     with torch.library._scoped_library("fastssl", "IMPL") as library, watch() as seen:
         for name, load in dispatch._triton_loaders.items():
             library.impl(name, load(), "CPU", allow_override=True)
@@ -177,7 +177,7 @@ def _touch(builder, ptrs, mask, writes: bool) -> None:
 
 
 def _as_passed(x):
-    """A number as a GPU kernel gets it: Triton passes float32, while the interpreter passes Python's float."""
+    """A number as a GPU kernel receives it: Triton passes float32, while the interpreter passes Python's float."""
     return float(np.float32(x)) if isinstance(x, float) else x
 
 

@@ -1,4 +1,4 @@
-"""Importing the kernels: without a GPU driver, and not before the first call on a GPU."""
+"""The kernels can be imported without a GPU driver, and are not imported before the first call on a GPU."""
 
 import os
 import subprocess
@@ -16,6 +16,6 @@ def test_importing_needs_no_driver():
 
 
 def test_import_of_the_package_leaves_triton_alone():
-    """Their import takes a second, which only calls on a GPU need."""
+    """Importing the kernels takes a second, which only calls on a GPU should spend."""
     code = "import sys, fastssl.ops; assert not any(name.startswith('fastssl.kernels.') for name in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

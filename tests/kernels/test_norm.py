@@ -24,7 +24,7 @@ def made(*shape, dtype=torch.float32, delta=torch.float32, affine=torch.float32)
 
 
 def check(x, delta, weight, bias, out=None, summed=True):
-    """Both directions are the plain-torch bodies', to rounding: sums are added in another order."""
+    """Forward and backward equal the plain-torch bodies up to rounding, because sums are added in another order."""
     out, narrow = out or x.dtype, x.dtype if delta is None else delta.dtype
     forward = (x, delta, weight, bias, EPS, out)
     results, expected = launched(kernels.residual_norm_fwd, *forward)[0], plain(norm._residual_norm_fwd, *forward)
@@ -35,7 +35,7 @@ def check(x, delta, weight, bias, out=None, summed=True):
         assert result.is_contiguous() and (result.shape, result.dtype) == (other.shape, other.dtype)
         kinds = [result.dtype] + [x.dtype] * (i == 5)  # the gradient of delta is that of x as it was written
         tolerance = max(1e-10 if x.dtype == torch.float64 else 2e-5, *(4 * torch.finfo(kind).eps for kind in kinds))
-        scale = max(1.0, float(expected[3].max()) if expected[3].numel() else 1.0)  # rstd multiplies what sums err
+        scale = max(1.0, float(expected[3].max()) if expected[3].numel() else 1.0)  # rstd multiplies the errors of sums
         torch.testing.assert_close(
             result, other, rtol=tolerance, atol=tolerance * scale, msg=lambda m, i=i: f"result {i}: {m}"
         )
@@ -73,7 +73,7 @@ def test_rows_that_are_too_wide_raise():
 
 
 def test_rows_far_from_zero_keep_their_variance():
-    """E[x²] − mean² would cancel."""
+    """E[x²] − mean² would lose precision by cancellation."""
     x, _, weight, bias = made(2, 3, 64, delta=None)
     x = x + 1000
     (_, normed, _, rstd), _ = launched(kernels.residual_norm_fwd, x, None, weight, bias, EPS, torch.float32)

@@ -50,7 +50,7 @@ def test_a_pointer_out_of_range_wraps(start):
 
 
 def test_mixed_dtypes():
-    """float64 to 16 bits is rounded by way of float32, as by torch: these values differ from direct rounding."""
+    """float64 to 16 bits is rounded through float32, as torch does: these values differ from direct rounding."""
     near = 2.0**-30 * torch.arange(-3, 4).double()
     keys = torch.cat([1 + 2.0**-8 + near, 1 + 2.0**-11 + near, torch.tensor([1e30, -1e-30, 7.0])])
     for queue, given in itertools.product(DTYPES, DTYPES):

@@ -1,16 +1,16 @@
-"""The one measure of exactness: a result may err no more than plain torch does in the same dtype."""
+"""Assertions on exactness: the error of a result may not exceed that of plain torch in the same dtype."""
 
 import torch
 from torch import Tensor
 
-# What rounding the exact result once may cost, relative to its largest value: half a unit in the last place, and a
-# little for float32, where plain torch's own error can happen to be zero.
+# Error allowed for rounding the exact result once, relative to its largest value: half a unit in the last place, and
+# more for float32 and float64, where plain torch's own error can happen to be zero.
 FLOOR = {torch.float64: 1e-14, torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def assert_exact(result: Tensor, truth: Tensor, plain: Tensor, what: str = "result") -> None:
-    """|result − truth| ≤ max |plain − truth| + one rounding, where `truth` is float64 and `plain` is what torch makes
-    in the dtype of `result`."""
+    """|result − truth| ≤ max |plain − truth| + one rounding, where `truth` is float64 and `plain` is plain torch's
+    result in the dtype of `result`."""
     assert result.dtype == plain.dtype, f"{what}: dtype {result.dtype}, plain torch has {plain.dtype}"
     assert result.shape == plain.shape, f"{what}: shape {list(result.shape)}, plain torch has {list(plain.shape)}"
     if result.numel() == 0:
@@ -21,7 +21,7 @@ def assert_exact(result: Tensor, truth: Tensor, plain: Tensor, what: str = "resu
 
 
 def assert_same(result: Tensor, expected: Tensor, what: str = "result") -> None:
-    """Bit for bit, NaN equal to NaN."""
+    """Asserts that both are equal bit for bit, with NaN equal to NaN."""
     assert result.dtype == expected.dtype, f"{what}: dtype {result.dtype}, expected {expected.dtype}"
     assert result.shape == expected.shape, f"{what}: shape {list(result.shape)}, expected {list(expected.shape)}"
     assert torch.equal(result.nan_to_num(), expected.nan_to_num()), f"{what}: values differ"
@@ -32,7 +32,7 @@ def assert_as_exact_on_average(
 ) -> None:
     """The root mean square error is at most plain torch's and one rounding, the largest at most `largest` times its.
 
-    For sums of many terms, where which of two orders of summation errs more in its worst cell is chance.
+    For sums of many terms, where it is chance which of two orders of summation has the larger maximum error.
     """
 
     def errors(x: Tensor) -> tuple[Tensor, Tensor]:

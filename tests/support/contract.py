@@ -1,4 +1,4 @@
-"""What every op of the public surface must do, whatever it computes."""
+"""Checks that apply to every public op, whatever it computes."""
 
 import contextlib
 import math
@@ -18,13 +18,13 @@ def tensors_of(result) -> list[Tensor]:
 
 
 def plain(op, *args) -> list[Tensor]:
-    """What the op's plain torch makes of it."""
+    """Results of the op's plain-torch body."""
     with dispatch.reference():
         return tensors_of(op(*args))
 
 
 def equals_body(op, *args) -> list[Tensor]:
-    """The results of the op that is served, which must be those of its plain torch, bit for bit."""
+    """The results of the op, after a check that they equal those of its plain-torch body bit for bit."""
     results = tensors_of(op(*args))
     for i, (result, expected) in enumerate(zip(results, plain(op, *args), strict=True)):
         assert_same(result, expected, f"{op.name()}, result {i}")
@@ -33,7 +33,7 @@ def equals_body(op, *args) -> list[Tensor]:
 
 
 def sparse(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of zeros spread over more memory than there is: only the pages that are touched exist."""
+    """A tensor of zeros spread over more memory than the machine has: only the pages that are accessed take memory."""
     numel = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
     memory = mmap.mmap(-1, math.ceil(numel * dtype.itemsize / mmap.PAGESIZE) * mmap.PAGESIZE)
     return torch.frombuffer(memory, dtype=dtype, count=numel).as_strided(shape, strides)
@@ -41,12 +41,12 @@ def sparse(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype 
 
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
 
 
 def gradcheck(function: Callable, *inputs) -> None:
@@ -57,7 +57,7 @@ def gradcheck(function: Callable, *inputs) -> None:
 
 
 def refuses_second_derivative(function: Callable, x: Tensor) -> None:
-    """A gradient left behind by the forward pass is a constant to autograd: asking for its gradient must raise."""
+    """A gradient that the forward pass stored is a constant to autograd, so differentiating it must raise."""
     (dx,) = torch.autograd.grad(tensors_of(function(x))[0].square().sum(), x, create_graph=True)
     try:
         dx.sum().backward()
@@ -68,7 +68,7 @@ def refuses_second_derivative(function: Callable, x: Tensor) -> None:
 
 
 def compiles(function: Callable, *inputs) -> None:
-    """One graph, same values, same gradients, also at another batch size (dynamic shapes)."""
+    """Compiled with dynamic shapes, the function is one graph with the same values and gradients."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]

@@ -22,7 +22,7 @@ hypothesis.settings.load_profile("fastssl")
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """Folder for what data sources remember, so that tests leave the user's cache alone."""
+    """Cache folder of the test session for data sources, so that tests do not change the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -42,7 +42,7 @@ def seed(request) -> int:
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory():
-    """Fills torch.empty with NaN (integers: their maximum), so that a cell which a kernel leaves unwritten shows."""
+    """Fills torch.empty with NaN (integers: their maximum), so that elements which no kernel writes are noticed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

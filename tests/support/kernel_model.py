@@ -14,8 +14,8 @@ from fastssl.kernels.tile import CARDS
 class Moved(NamedTuple):
     """Bytes and operations of an op."""
 
-    requested: int  # bytes that the programs load and store
-    # Bytes between memory and the card, with torch's sum of partial results. Tensors that many programs read
+    requested: int  # bytes that all programs load and store
+    # Bytes between memory and the GPU, including torch's sum of partial results. Tensors that many programs read
     # (positions, mask token, ids that are searched) count once, since they stay in the L2 cache.
     moved: int
     least: int  # bytes that any implementation must read and write
@@ -56,7 +56,7 @@ def restore_tokens_fwd(
 
 
 def restore_tokens_bwd(B: int, L: int, M: int, D: int, prefix: int, size: int, arch: str = "sm_90") -> Moved:
-    """Reads all rows; writes prefix and kept rows, and the sum of the masked rows: one partial sum a program."""
+    """Reads all rows; writes prefix and kept rows, and the sum of the masked rows: one partial sum per program."""
     (_, columns), _, parts, _ = masking.sum_tile(B, prefix + L, D, size, CARDS[arch])
     rows, ids, result = B * (2 * prefix + L + M) * D * size, 8 * B * L, D * max(4, size)
     requested = rows + ids * math.ceil(D / columns) + parts * result
@@ -83,16 +83,16 @@ def keep_patches_bwd(B: int, L: int, M: int, P: int, size: int, patch: int, arch
 def masked_patch_mse_fwd(
     B: int, M: int, P: int, pred_bytes: int, image_bytes: int, patch: int, norm_pix: bool, arch: str = "sm_90"
 ) -> Moved:
-    """Reads predictions and pixels; writes the gradient, and a partial sum a program.
+    """Reads predictions and pixels; writes the gradient, and a partial sum per program.
 
     A patch that is larger than a tile is read four times for norm_pix: once from memory, then from the L2 cache.
     """
     acc, C = max(4, pred_bytes), P // patch**2
     (shared, pixels, channels), _ = patches.loss_tile(M, patch, C, acc, patches.LOSS[arch])
-    again = 3 if norm_pix and (pixels < patch**2 or channels < C) else 0
+    repeated_reads = 3 if norm_pix and (pixels < patch**2 or channels < C) else 0
     partial = B * math.ceil(M / shared) * acc
     least = B * M * (P * (pred_bytes + image_bytes + acc) + 8)
-    return Moved(least + again * B * M * P * image_bytes + partial, least + 2 * partial + acc, least + acc)
+    return Moved(least + repeated_reads * B * M * P * image_bytes + partial, least + 2 * partial + acc, least + acc)
 
 
 def enqueue_(K: int, D: int, N: int, queue_bytes: int, key_bytes: int, arch: str = "sm_90") -> Moved:
@@ -111,7 +111,7 @@ def ema_update_(parameters: int, source_bytes: int, shadow_bytes: int = 0) -> Mo
 def residual_norm_fwd(
     N: int, D: int, x_bytes: int, delta_bytes: int, normed_bytes: int, weight_bytes: int = 4
 ) -> Moved:
-    """Reads x and delta; writes their sum, the normalised rows and two moments a row. Without a delta no sum."""
+    """Reads x and delta; writes their sum, the normalised rows and two moments per row. Without a delta no sum."""
     rows, _, _ = norm.norm_tile(D, norm.NORM["sm_90"])
     values = N * D * (x_bytes + (x_bytes + delta_bytes if delta_bytes else 0) + normed_bytes)
     least, affine = values + 2 * N * max(4, x_bytes) + 2 * D * weight_bytes, 2 * D * weight_bytes
@@ -197,9 +197,9 @@ def attention_fwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90"
     plan = attention.forward_plan(L, E, size, arch)
     width, blocks, acc = plan.block_e, math.ceil(L / plan.block_l), max(4, size)
     least = B * H * (4 * L * E * size + L * acc)
-    again = B * H * (blocks - 1) * 2 * L * E * size
+    repeated_reads = B * H * (blocks - 1) * 2 * L * E * size
     operations = 4 * B * H * blocks * plan.block_l * math.ceil(L / plan.block_m) * plan.block_m * width
-    return Moved(least + again, least, least, operations)
+    return Moved(least + repeated_reads, least, least, operations)
 
 
 def attention_bwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90") -> Moved:

@@ -66,6 +66,6 @@ def poison(folder, good):
 
 
 def bomb():
-    """A header that claims 20,000 × 20,000 pixels."""
+    """A PNG whose header claims 20,000 × 20,000 pixels."""
     body = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + bytes(100)

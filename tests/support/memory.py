@@ -10,8 +10,8 @@ from torch.autograd.profiler_util import MEMORY_EVENT_NAME
 def peak_memory(run: Callable[[], Any]) -> int:
     """Most bytes that one call holds at a time beyond its inputs, what it returns included.
 
-    On a CPU torch's allocator is asked, by the profiler's record of each allocation; memory that a library takes past
-    that allocator is not seen.
+    On a CPU the profiler records each allocation of torch's allocator; memory that a library allocates otherwise is not
+    counted.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()

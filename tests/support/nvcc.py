@@ -18,7 +18,7 @@ def is_available() -> bool:
 
 @functools.cache
 def resources(arch: str) -> dict[str, dict[str, int]]:
-    """Registers a thread, and bytes of spills, stack and static shared memory of each kernel, as ptxas reports them."""
+    """Registers per thread, and bytes of spills, stack and static shared memory of each kernel, reported by ptxas."""
     report = "".join(_compile(header, arch, "-cubin", "-Xptxas=-v")[0] for header in sorted(SOURCES.glob("*.cuh")))
     kernels = {}
     for name, properties in re.findall(r"Compiling entry function '(\w+)'(.*?Used .*?\n)", report, re.DOTALL):

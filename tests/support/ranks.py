@@ -1,4 +1,4 @@
-"""Functions in processes of their own: several that gloo connects, as torchrun would, or one that a test kills."""
+"""Functions in separate processes: several ranks connected by gloo, as under torchrun, or one that a test kills."""
 
 import multiprocessing
 import tempfile

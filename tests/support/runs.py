@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, without training, and pages as a reader meets them."""
+"""Run folders as training writes them, made without training, and a parser of report pages."""
 
 import json
 from html.parser import HTMLParser
@@ -20,8 +20,8 @@ LINE = {
 
 
 def make_run(folder, module, data, lines=3, trained=True, **own):
-    """A run of the small preset with `lines` lines of metrics (`own` values in them), an epoch each; `trained`: with a
-    checkpoint."""
+    """A run of the small preset with `lines` lines of metrics, one per epoch, which contain the values `own`. If
+    `trained`, the run has a checkpoint."""
     name = module.__name__.split(".")[-1]
     run = Run(folder, name, Options(data), module.Config.small(), {"processor": "a fast one"})
     folder.mkdir(parents=True)
