@@ -108,8 +108,9 @@ def check(case: Case) -> None:
 def measure(
     contestants: dict[str, Callable[[], Any]], rounds: int | None = None
 ) -> tuple[dict[str, list[float]], float | None]:
-    """Seconds per call for each round, and the share of the processors that other programs used: in the
-    first attempt on a quiet machine, or in the quietest attempt. If `rounds` is None, as many as the time budget allows."""
+    """Seconds per call for each round, and the share of the processors that other programs used: in
+    the first attempt on a quiet machine, or in the quietest attempt. If `rounds` is None, there are as many rounds as
+    the time budget allows."""
     quietest = None
     for _ in range(ATTEMPTS):
         programs = OtherPrograms()

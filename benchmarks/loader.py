@@ -104,7 +104,7 @@ def write_photographs(root: Path, side: int) -> None:
 
 
 class Views:
-    """The views of an augmentation, made by torchvision's transforms and normalised in the worker, as in the reference."""
+    """The views of an augmentation, made by torchvision's transforms and normalised in the worker."""
 
     def __init__(self, augmentation: Augmentation):
         self.views = [self._transform(view) for view in augmentation.views]

@@ -136,8 +136,8 @@ def render_number(results: Path) -> str:
     beside = ", ".join(f"{_code(name)} {ms[name]} ms" for name in others)
     return (
         f"**MoCo's loss against 65,536 negatives, forward and backward: {ms['ours']} ms and {memory['ours']} MB** "
-        f"beyond its inputs\n({machine['name']}, {environment['level']}, {row['size']}).\nThe official formula in plain "
-        f"torch takes {ms['official']} ms and {memory['official']} MB; {beside}."
+        f"beyond its inputs\n({machine['name']}, {environment['level']}, {row['size']}).\nThe official formula "
+        f"in plain torch takes {ms['official']} ms and {memory['official']} MB; {beside}."
     )
 
 
