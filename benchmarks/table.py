@@ -49,8 +49,9 @@ HEADLINE_HEADER = ("", "size", "machine", "ours", "official", "best torch", "× 
 HEADLINE_LEGEND = """\
 *official*: the paper's formula, or the official code's step, in plain eager torch. *best torch*: the fastest other
 implementation by torch or lightly. × is how many times as long as ours the other takes: the median over rounds in which
-all take turns in one process, after their results were compared; torch.compile was among them only on the CPU. *memory*: the peak of a step with its parameters and
-optimizer, or what one call holds beyond its inputs: ours / official."""
+all take turns in one process, after their results were compared. On the GPU torch.compile was not among them.
+*memory*: the peak of a step with its parameters and optimizer, or what one call holds beyond its inputs: ours /
+official."""
 
 # Order of the families of rows; other families follow in the order of the file.
 FAMILIES = ("ema", "queue", "masking", "patches", "norm", "contrastive", "attention", "augment", "dropin")
