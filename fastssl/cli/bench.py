@@ -14,7 +14,7 @@ from fastssl.data.loader import Loader
 from fastssl.data.source import Source, open_source
 from fastssl.data.timing import Throughput, cores, measure_throughput
 from fastssl.machine import installed_engines
-from fastssl.run import augmentation_named
+from fastssl.run import find_augmentation
 
 from .flags import parse
 
@@ -45,7 +45,7 @@ def command(words: list[str]) -> None:
         if not getattr(flags, name):
             raise ValueError(f"bench: --{name} must name at least one, got none")
     source = open_source(flags.data)
-    augmentations = {name: augmentation_named(name, source) for name in flags.augmentation}
+    augmentations = {name: find_augmentation(name, source) for name in flags.augmentation}
     for engine in flags.engine:
         Loader(source, next(iter(augmentations.values())), 1, engine=engine)  # raises now if an engine is not installed
     how = f"{flags.workers} workers, batch {flags.batch_size}, {flags.seconds:g} s each, {len(source):,} images"

@@ -16,7 +16,7 @@ from fastssl.data.findings import Findings, scan
 from fastssl.data.source import open_source
 from fastssl.data.timing import Throughput, cores
 from fastssl.machine import installed_engines
-from fastssl.run import augmentation_named
+from fastssl.run import find_augmentation
 
 from .bench import loader_speed
 from .flags import parse
@@ -91,7 +91,7 @@ def _check(words: list[str]) -> None:
     if flags.bad_files:
         flags.bad_files.write_text("".join(f"{line}\n" for line in findings.bad))
     if flags.seconds and findings.good:
-        augmentation, batch_size = augmentation_named("moco_v2", source), min(64, len(source))
+        augmentation, batch_size = find_augmentation("moco_v2", source), min(64, len(source))
         for engine in installed_engines():
             measured = loader_speed(source, augmentation, engine, batch_size, flags.workers, flags.seconds)
             text = f"{_speed_text(measured)} with the augmentation of MoCo v2, {flags.workers} workers"
@@ -117,7 +117,7 @@ def _show(words: list[str]) -> None:
     flags = parse(ShowFlags, words, "fastssl data show")
     check_ranges(flags, "data")
     source = open_source(flags.source)
-    augmentation = augmentation_named(flags.augmentation, source, flags.image_size)
+    augmentation = find_augmentation(flags.augmentation, source, flags.image_size)
     if not flags.to.absolute().parent.is_dir():
         raise ValueError(f"data: --to must be in a folder that exists, got {flags.to}")
     make_contact_sheet(source, augmentation, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)

@@ -4,7 +4,7 @@ import dataclasses
 
 import tyro
 
-from fastssl.pretraining import check_method, configured, new_run, preset_config, resume_run, start
+from fastssl.pretraining import check_method, new_run, preset_config, replace_options, resume_run, start
 from fastssl.run import Options, absolute_data, method_module, method_names, open_run
 from fastssl.settings import differences
 
@@ -57,7 +57,7 @@ def _start(words: list[str], first: First) -> None:
     Flags.__doc__ = f"{module.Config.__doc__}\n\nDefaults below are those of the preset `{chosen}`."
     flags = parse(Flags, words, PROG)
     flags.options.data = absolute_data(flags.options.data)
-    start(configured(run, flags.options, flags.config), flags.resume)
+    start(replace_options(run, flags.options, flags.config), flags.resume)
 
 
 def _resume(words: list[str], first: First) -> None:

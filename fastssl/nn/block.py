@@ -101,21 +101,21 @@ class Block(nn.Module):
         self.ls2 = None if init_values is None else LayerScale(dim, init_values)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None = None, only: Tensor | None = None, drop_path: Tensor | None = None
+        self, x: Tensor, delta: Tensor | None = None, ids: Tensor | None = None, drop_path: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The residual stream and the MLP's output, whose sum is the block's output; the next norm adds them.
 
         Args:
             x: [B, L, D] residual stream.
             delta: [B, L, D] to be added to x first, as the preceding block returns it; None for nothing.
-            only: [B, M] int64: computes the MLP and both results for these tokens alone.
+            ids: [B, M] int64 numbers of tokens: the MLP and both results are computed for these alone; None for all.
             drop_path: [2, B, 1, 1] factors of attention and MLP, one block's part of `drop_path_factors`. They are
                 drawn outside the block so that activation checkpointing runs it twice with the same ones.
         """
         x, y = self.norm1(x, delta)
         y = self.attn(y)
-        if only is not None:
-            x, y = keep_tokens(x, only), keep_tokens(y, only)
+        if ids is not None:
+            x, y = keep_tokens(x, ids), keep_tokens(y, ids)
         attention_factor, mlp_factor = (None, None) if drop_path is None else drop_path.unbind(0)
         x, y = self.norm2(x, _scaled(y, self.ls1, attention_factor))
         return x, _scaled(self.mlp(y), self.ls2, mlp_factor)

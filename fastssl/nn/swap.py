@@ -69,8 +69,8 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
         swaps[name] = replacements[module]
     if refusals:
         more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
-        way_out = "(accelerate(model, leave=[…]) leaves modules by name)"
-        raise ValueError(f"accelerate: {refusals[0]}{more}; nothing was swapped {way_out}")
+        remedy = "(accelerate(model, leave=[…]) leaves modules by name)"
+        raise ValueError(f"accelerate: {refusals[0]}{more}; nothing was swapped {remedy}")
     if not swaps and not has_engine_attention:
         raise ValueError(
             f"accelerate: {type(model).__name__} has no attention of a supported kind; nothing was swapped"

@@ -262,8 +262,8 @@ class ViT(nn.Module):
                 raise ValueError(f"{name}: images must have shape {expected}, got {list(images.shape)}")
         elif images.shape[1:] != (self.in_chans, height, width):
             expected = f"[B, C={self.in_chans}, H={height}, W={width}]"
-            way_out = f"build {name}(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
-            raise ValueError(f"{name}: images must have shape {expected}, got {list(images.shape)} ({way_out})")
+            remedy = f"build {name}(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
+            raise ValueError(f"{name}: images must have shape {expected}, got {list(images.shape)} ({remedy})")
 
 
 def xavier_(module: nn.Module) -> None:
@@ -297,8 +297,8 @@ def moco_v3_vit(name: str, img_size: int | tuple[int, int] = 224, freeze_patch_e
 def _check_pool(name: str, argument: str, pool: str, class_token: bool) -> str:
     pools = POOLS if class_token else POOLS[1:]
     if pool not in pools:
-        way_out = "" if class_token or pool != "token" else " (without class token)"
-        raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, pools))}, got {pool!r}{way_out}")
+        remedy = "" if class_token or pool != "token" else " (without class token)"
+        raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, pools))}, got {pool!r}{remedy}")
     return pool
 
 
