@@ -60,7 +60,7 @@ def method_module(name: str) -> ModuleType:
     if "." not in name:
         if name not in method_names():
             raise ValueError(
-                f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}, or a module of yours: "
+                f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}, or your own module: "
                 "package.module"
             )
         return importlib.import_module(f"fastssl.methods.{name}")

@@ -1,4 +1,4 @@
-"""`fastssl data check` and `fastssl data show`: a look at a source of images."""
+"""`fastssl data check` and `fastssl data show`: facts about a source of images, and its augmented views."""
 
 import dataclasses
 import time
@@ -42,7 +42,7 @@ class CheckFlags:
 
 @dataclasses.dataclass
 class ShowFlags:
-    """Contact sheet: a row for each image with several draws of the augmentation's views, as a method gets them."""
+    """Contact sheet of the views that a method gets: one row per image, with several draws of the augmentation."""
 
     source: tyro.conf.Positional[str]
     """source of images: folder:PATH, webdataset:SHARDS, …"""
@@ -99,7 +99,7 @@ def _check(words: list[str]) -> None:
 
 
 def _facts(findings: Findings, total: int, split: str, seconds: float) -> Iterator[tuple[str, str]]:
-    """Names and values of what a scan found."""
+    """(name, value) of each line that describes the result of a scan."""
     bad = len(findings.bad)
     yield "images", f"{total:,} of the {split} split, {bad:,} bad; scanned {total / seconds:,.0f} per second"
     if findings.good:

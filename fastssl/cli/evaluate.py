@@ -49,7 +49,7 @@ class KnnFlags(DataFlags):
 
 @dataclass
 class Protocol:
-    """The flag that decides which others there are."""
+    """The flag on which the other flags of `eval linear` depend."""
 
     protocol: str = "features"
 
@@ -82,7 +82,7 @@ def _linear(words: list[str]) -> None:
         @dataclass
         class Flags(LabelFlags):
             protocol: Literal["features", "official"] = "features"
-            """features: extract once, then sweep settings (minutes); official: the paper's, with augmentation"""
+            """features: extract features once, then sweep settings (minutes); official: the paper's protocol, with augmentation"""
             pool: Literal["token", "avg"] | None = None
             """features of a ViT: class token or mean of the patch tokens; the method's own choice by default"""
             numbers: type(default) = field(default_factory=lambda: default)
