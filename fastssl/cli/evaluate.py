@@ -82,7 +82,7 @@ def _linear(words: list[str]) -> None:
         @dataclass
         class Flags(LabelFlags):
             protocol: Literal["features", "official"] = "features"
-            """features: extract features once, then sweep settings (minutes); official: the paper's protocol, with augmentation"""
+            """features: extract them once, then sweep settings (minutes); official: the paper's, with augmentation"""
             pool: Literal["token", "avg"] | None = None
             """features of a ViT: class token or mean of the patch tokens; the method's own choice by default"""
             numbers: type(default) = field(default_factory=lambda: default)

@@ -10,7 +10,7 @@ from fastssl.distributed import all_gather, all_gather_object
 
 from .features import all_gather_uneven
 
-TILE = 1024  # rows of queries and of the bank in one product: memory is TILE × (TILE + k), not queries × bank
+TILE = 1024  # rows of queries and of the bank in one matrix product, which bounds memory
 LOW = 2**32 - 1  # lower half of a key, and the largest tag
 NONE = -(2**63)  # key of a missing neighbour
 
@@ -24,7 +24,7 @@ def knn_accuracy(
     ks: Sequence[int] = (10, 20, 200),
     tau: float = 0.07,
 ) -> dict[int, float]:
-    """{k: share of the queries for whose label their k nearest bank features vote}, by cosine, with votes exp(cos / τ).
+    """{k: accuracy} of weighted kNN: the k bank features nearest to a query by cosine vote with weights exp(cos / τ).
 
     Among equally near features those with smaller labels vote, so that the result does not depend on the order of the
     bank. On several ranks each passes its part of bank and queries, of any size, and all get the accuracy of the
@@ -59,7 +59,7 @@ def knn_accuracy(
     for tile, tile_labels in zip(queries.split(TILE), labels.split(TILE)):
         keys = _merge_ranks(_nearest(bank, bank_labels, F.normalize(tile.float(), dim=1), most))
         cosine, voters = _unpack(keys)
-        weights = ((cosine - cosine[:, :1]) / tau).exp()  # minus the largest: same winner, no overflow, not all 0
+        weights = ((cosine - cosine[:, :1]) / tau).exp()  # minus the largest: no overflow, and not all 0
         for k in correct:
             correct[k] += (_vote(voters[:, :k], weights[:, :k], max(classes) + 1) == tile_labels).sum()
     return {k: int(hits) / len(queries) for k, hits in correct.items()}
@@ -105,7 +105,7 @@ def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _vote(voters: Tensor, weights: Tensor, classes: int) -> Tensor:
-    """Class with the largest sum of votes [T] among voters [T, k]; some queries at a time if there are many classes."""
+    """Class [T] with the largest sum of weights among voters [T, k]; in chunks of queries if there are many classes."""
     rows = max(1, TILE * TILE // classes)
     return torch.cat(
         [

@@ -51,7 +51,7 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
     replacements: dict[nn.Module, nn.Module] = {}  # one for each module, which may have several names
     refusals: list[str] = []
     has_engine_attention = False
-    for name, module in _named_attention(model, leave):
+    for name, module in _find_attention(model, leave):
         if isinstance(module, Attention | TorchvisionAttention):
             has_engine_attention = True
             continue
@@ -81,17 +81,17 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
     return list(swaps)
 
 
-def _named_attention(model: nn.Module, leave: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of everything that looks like attention, outermost only, shared modules under each name."""
+def _find_attention(model: nn.Module, leave: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the outermost modules that look like attention; a shared module is given under each name."""
     names: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name == outer or name.startswith(f"{outer}.") for outer in (*leave, *names))
-        if not inside and _looks_like_attention(name.rpartition(".")[2], module):
+        if not inside and _is_attention(name.rpartition(".")[2], module):
             names.append(name)
             yield name, module
 
 
-def _looks_like_attention(name: str, module: nn.Module) -> bool:
+def _is_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.ModuleList | nn.Sequential | nn.Identity | nn.Dropout | nn.Linear):
         return False
     named = name in ("attn", "attention", "self_attn", "self_attention")
@@ -136,8 +136,8 @@ def _torchvision_refusal(module: nn.MultiheadAttention, parent: nn.Module) -> st
 def _difference(module: nn.Module, qkv: nn.Linear) -> str | None:
     """Compares a module of unknown code with `Attention`, in float64 with random weights and tokens; None if equal.
 
-    On few and many tokens, since few would not show a window; in training too, where only `proj_drop` may drop; and
-    with new weights, since initial ones are often zero.
+    It compares few tokens and many, because few would not reveal windowed attention; evaluation and training mode, in
+    which nothing but `proj_drop` may be random; and random weights, because initial ones are often zero.
     """
     weight = qkv.weight
     if weight.is_meta:

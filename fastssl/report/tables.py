@@ -9,7 +9,7 @@ from fastssl.train.log import read_metrics
 from .parts import Table, Text, short
 from .run_data import RunData
 
-NAMED_BAD = 10  # undecodable images, and skipped steps, that are listed
+NAMED_BAD = 10  # largest number of undecodable images, and of skipped steps, in the list
 COLUMNS = {"evaluation", "step", "epoch", "accuracy"}  # fields of an evaluation that have a column
 NONE = "–"
 
@@ -73,7 +73,7 @@ def facts(run: RunData) -> dict[str, str]:
     return {name: str(value) for name, value in run.run.facts.items()}
 
 
-def compared(runs: list[RunData], facts_of: Callable[[RunData], dict[str, str]]) -> Table:
+def compare(runs: list[RunData], facts_of: Callable[[RunData], dict[str, str]]) -> Table:
     """A table with a row for each fact and a column for each run."""
     columns = [facts_of(run) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))

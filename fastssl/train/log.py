@@ -23,7 +23,7 @@ LINE_EVERY = 60.0  # seconds between printed lines if the console is not a termi
 
 
 class Log:
-    """Metrics of a run: `step` keeps values on the device, `write` writes their means; only `write` waits for the device.
+    """Metrics of a run: `step` keeps values on the device; `write` writes their means and waits for the device.
 
     A line of metrics.jsonl has {"step", "epoch", "lr" and other scheduled values, "loss", the method's metrics,
     "grad_norm", "skipped", "images_per_second", "data_wait", "peak_memory"}. Losses, metrics and norms are means over
