@@ -41,9 +41,9 @@ def load_frozen(run: Run, device: str = "auto") -> Frozen:
     state = run.state()
     method = run.build()  # before `setup`: in one process `build` does not divide the training batch among ranks
     method.load_state_dict(state["model"])
-    place = distributed.setup(select_device(device))
-    method = method.to(place).eval().requires_grad_(False)
-    return Frozen(method, state["step"], place, _loading(run, place))
+    rank_device = distributed.setup(select_device(device))
+    method = method.to(rank_device).eval().requires_grad_(False)
+    return Frozen(method, state["step"], rank_device, _loading(run, rank_device))
 
 
 def knn(

@@ -123,6 +123,6 @@ def _print_accuracy(name: str, run: Run, accuracy: Accuracy | None, flags: Any, 
     setting = run.evaluations()[-1].get("setting")
     details = [*details, *([setting] if setting else [])]
     details += [f"{flags.labels:.3g} of the labels"] if flags.labels < 1 else []
-    how = f" ({', '.join(details)})" if details else ""
+    detail_text = f" ({', '.join(details)})" if details else ""
     data = run.data_name(flags.data)
-    print(f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{how}", flush=True)
+    print(f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{detail_text}", flush=True)

@@ -172,10 +172,10 @@ class Loader:
             with self.bad_files.open("a") as file:
                 file.writelines(f"{reason}\n" for _, reason in new if reason not in known)
         if len(self._bad) > self.max_bad * self.total / self._world:
-            where = f", see {self.bad_files}" if self.bad_files else ""
+            location = f", see {self.bad_files}" if self.bad_files else ""
             raise ValueError(
                 f"data: {len(self._bad)} of {self.total} images can't be decoded, more than the {self.max_bad:.1%} "
-                f"that max_bad allows{where} (the last: {new[-1][1]})"
+                f"that max_bad allows{location} (the last: {new[-1][1]})"
             )
 
 

@@ -44,20 +44,20 @@ def knn_accuracy(
     """
     if not ks or min(ks) < 1 or not tau > 0:
         raise ValueError(f"knn: ks must be at least 1 and tau > 0, got {tuple(ks)} and {tau}")
-    wrong = not bank.isfinite().all() or not queries.isfinite().all() or bool((bank_labels < 0).any())
-    highest = [int(column.max()) for column in (bank_labels, labels) if len(column)]
-    banks, counts, wrongs, classes = zip(*all_gather_object((len(bank), len(queries), wrong, max(highest, default=0))))
-    if any(wrongs) or not sum(banks) or not sum(counts):
-        which = ", some of which are not" if any(wrongs) else ""
+    invalid = not bank.isfinite().all() or not queries.isfinite().all() or bool((bank_labels < 0).any())
+    largest = max((int(column.max()) for column in (bank_labels, labels) if len(column)), default=0)
+    banks, counts, invalid_parts, classes = zip(*all_gather_object((len(bank), len(queries), invalid, largest)))
+    if any(invalid_parts) or not sum(banks) or not sum(counts):
+        detail = ", some of which are not" if any(invalid_parts) else ""
         raise ValueError(
             f"knn: bank and queries must be finite features, bank labels at least 0, got {sum(banks)} "
-            f"features and {sum(counts)} queries{which}"
+            f"features and {sum(counts)} queries{detail}"
         )
     queries, labels = all_gather_uneven(queries), all_gather_uneven(labels)
-    bank, most = F.normalize(bank.float(), dim=1), min(max(ks), sum(banks))
+    bank, largest_k = F.normalize(bank.float(), dim=1), min(max(ks), sum(banks))
     correct = {k: torch.zeros((), dtype=torch.int64, device=bank.device) for k in ks}
     for tile, tile_labels in zip(queries.split(TILE), labels.split(TILE)):
-        keys = _merge_ranks(_nearest(bank, bank_labels, F.normalize(tile.float(), dim=1), most))
+        keys = _merge_ranks(_nearest(bank, bank_labels, F.normalize(tile.float(), dim=1), largest_k))
         cosine, voters = _unpack(keys)
         weights = ((cosine - cosine[:, :1]) / tau).exp()  # minus the largest: no overflow, and not all 0
         for k in correct:

@@ -94,8 +94,8 @@ def _find_attention(model: nn.Module, leave: Collection[str]) -> Iterator[tuple[
 def _is_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.ModuleList | nn.Sequential | nn.Identity | nn.Dropout | nn.Linear):
         return False
-    named = name in ("attn", "attention", "self_attn", "self_attention")
-    return named or bool(re.search("attn|attention", type(module).__name__, re.IGNORECASE))
+    has_attention_name = name in ("attn", "attention", "self_attn", "self_attention")
+    return has_attention_name or bool(re.search("attn|attention", type(module).__name__, re.IGNORECASE))
 
 
 def _refusal(module: nn.Module, parent: nn.Module) -> str | None:

@@ -165,8 +165,8 @@ class ViT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Patch tokens of images [B, C, H, W] without positions: [B, L, D]."""
         self.check_images(images)
-        patched = isinstance(self.patch_embed, PatchEmbed)
-        return self.patch_embed(patchify(images, self.patch_size) if patched else images)
+        cut_in_patches = isinstance(self.patch_embed, PatchEmbed)
+        return self.patch_embed(patchify(images, self.patch_size) if cut_in_patches else images)
 
     def positions(self, grid: tuple[int, int]) -> Tensor | None:
         """Positions of a grid of patches [1, rows·columns, D]; None for a model without positions.

@@ -92,10 +92,10 @@ def evaluations(runs: list[RunData]) -> Table | None:
         for line in run.evaluations:
             epoch = line.get("epoch", run.epoch_of(line["step"]))
             details = {name: value for name, value in line.items() if name not in COLUMNS and value is not None}
-            how = ", ".join(f"{name.replace('_', ' ')} {short(str(value))}" for name, value in details.items())
+            detail_text = ", ".join(f"{name.replace('_', ' ')} {short(str(value))}" for name, value in details.items())
             name = [run.name] if len(runs) > 1 else []
             rows.append(
-                [*name, line["evaluation"], f"{epoch:.4g}", f"{line['step']:,}", f"{line['accuracy']:.2%}", how]
+                [*name, line["evaluation"], f"{epoch:.4g}", f"{line['step']:,}", f"{line['accuracy']:.2%}", detail_text]
             )
             shares.append(line["accuracy"])
     head = [*(["run"] if len(runs) > 1 else []), "evaluation", "epoch", "step", "accuracy", "details"]

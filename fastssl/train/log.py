@@ -90,7 +90,7 @@ class Log:
         table = torch.stack([torch.stack([values[name].double() for name in names]) for values in self._values])
         finite = table[:, names.index("grad_norm")].isfinite()
         means = all_mean(torch.where(finite[:, None], table, 0).sum(0) / finite.sum())
-        rows, taken = table.tolist(), finite.tolist()  # the host waits for the device
+        rows, finite_steps = table.tolist(), finite.tolist()  # the host waits for the device
         seconds = max(time.perf_counter() - self._start, 1e-9)
         images = world_size() * sum(map(len, self._indices))
         record = {
@@ -98,7 +98,7 @@ class Log:
             "epoch": epoch,
             **scheduled,
             **dict(zip(names, means.tolist())),
-            "skipped": taken.count(False),
+            "skipped": finite_steps.count(False),
             "images_per_second": images / seconds,
             "data_wait": self._data_seconds / seconds,
             "peak_memory": peak_memory(self.device),
@@ -107,15 +107,15 @@ class Log:
         for sink in self._sinks:
             sink(record)
         steps = [dict(zip(names, row)) for row in rows]
-        self._check_skipped(step, steps, taken, scheduled.get("loss_scale"))
+        self._check_skipped(step, steps, finite_steps, scheduled.get("loss_scale"))
         self._show(record)
         self._values, self._indices, self._data_seconds, self._start = [], [], 0.0, time.perf_counter()
 
-    def _check_skipped(self, last: int, steps: list[dict[str, float]], taken: list[bool], scale: float | None) -> None:
-        first = last - len(taken) + 1
+    def _check_skipped(self, last: int, steps: list[dict[str, float]], finite: list[bool], scale: float | None) -> None:
+        first = last - len(finite) + 1
         for i, values in enumerate(steps):
-            self._consecutive_skips = 0 if taken[i] else self._consecutive_skips + 1
-            if taken[i]:
+            self._consecutive_skips = 0 if finite[i] else self._consecutive_skips + 1
+            if finite[i]:
                 continue
             loss, norm = float(self._values[i]["loss"]), values["grad_norm"]
             record = {
@@ -147,8 +147,8 @@ class Log:
         if self._progress:
             self._progress.update(self._task, text=text)
             return
-        due = time.monotonic() - self._last_line >= LINE_EVERY or record["step"] == self._last_step
-        if rank() == 0 and due:
+        is_due = time.monotonic() - self._last_line >= LINE_EVERY or record["step"] == self._last_step
+        if rank() == 0 and is_due:
             print(f"step {record['step']} · epoch {record['epoch']:.1f} · {text}", flush=True)
             self._last_line = time.monotonic()
 
