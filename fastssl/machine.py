@@ -29,8 +29,8 @@ def share_cores(workers: int | None, device: torch.device, ranks: int = 1) -> in
     """Divides the cores between data loading and computing; returns the number of workers.
 
     On a CPU torch gets the cores that workers leave. Threads and workers must not share cores: an OpenMP thread that
-    waits for a core which a worker holds stops all the others, and a step takes several times as long. With two cores
-    or three there are therefore no workers by default: the main process loads and computes in turn.
+    waits for a core which a worker holds stops all the others, and a step takes several times as long. With fewer
+    than four cores there are therefore no workers by default: the main process loads and computes in turn.
 
     Args:
         workers: number of workers of a rank; None for a default that depends on the machine.
