@@ -1,8 +1,8 @@
-# Each target does all the set-up it needs, in .venv; a second run does no set-up again.
+# Each target sets up what it needs in .venv, once.
 #
 #   make demo        pretrain MAE and MoCo v2 on embedded data, evaluate, report
 #   make test        the tests, without those marked exhaustive
-#   make test-fast   without those marked slow, too: minutes
+#   make test-fast   the tests, without those marked slow or exhaustive: minutes
 #   make test-all    every test: all kernel configurations, long kills, long learning runs
 #   make lint        format, style and types
 #   make docs        the documentation as a site, build/docs/index.html; every warning is an error

@@ -36,7 +36,7 @@ from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 from fastssl.data.timing import measure_throughput
 from fastssl.machine import installed_engines
-from fastssl.run import augmentation_named
+from fastssl.run import find_augmentation
 from tests.support.transforms import plain_transform
 
 from . import store
@@ -179,7 +179,7 @@ def measure(side: int, names: tuple[str, ...]) -> Iterator[dict]:
         for name, (kind, path, baseline) in itertools.product(names, sources):
             if kind == "webdataset" and name not in ("mae", "moco_v2"):
                 continue
-            augmentation = augmentation_named(name, open_source(f"{kind}:{path}"))
+            augmentation = find_augmentation(name, open_source(f"{kind}:{path}"))
             contestants = {
                 engine: engine_loader(f"{kind}:{path}", augmentation, engine) for engine in installed_engines()
             }

@@ -4,8 +4,8 @@
     run = fastssl.open_run("runs/moco_v2-folder")             opens a run folder
     run.knn(); run.linear(); run.report(); run.encoder()      uses it: see `fastssl.Run`
 
-`fastssl.ops` computes, `fastssl.nn` are modules to drop in, `fastssl.methods` the models. These need torch, numpy and
-safetensors alone; pretraining and evaluation need the extra `train`.
+`fastssl.ops` has the ops, `fastssl.nn` drop-in modules, and `fastssl.methods` the methods. Ops and modules need only
+torch, numpy and safetensors; pretraining and evaluation need the extra `train`.
 """
 
 __version__ = "0.2.0.dev0"

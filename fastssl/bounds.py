@@ -1,10 +1,10 @@
-"""Ranges of numbers, declared where the number is: ``epochs: Annotated[int, AT_LEAST_1]``."""
+"""Ranges of numbers, declared in a field's annotation: ``epochs: Annotated[int, AT_LEAST_1]``."""
 
 import dataclasses
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-LARGEST = 2.0**63  # first number beyond an int64, which errors do not mention
+LARGEST = 2.0**63  # smallest number too large for an int64; errors do not mention this bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Range:
 AT_LEAST_1 = Range(1, LARGEST, high_open=True)
 NOT_NEGATIVE = Range(0, LARGEST, high_open=True)
 POSITIVE = Range(0, LARGEST, low_open=True, high_open=True)
-SHARE = Range(0, 1, low_open=True)  # of something that must not be empty
+SHARE = Range(0, 1, low_open=True)  # a fraction greater than 0
 PROBABILITY = Range(0, 1)
-COEFFICIENT = Range(0, 1)  # of a moving average
+COEFFICIENT = Range(0, 1)  # coefficient of a moving average
 BELOW_1 = Range(0, 1, high_open=True)
 
 
@@ -50,8 +50,8 @@ def check_ranges(values: Any, owner: str) -> None:
         owner: command or class that the error names.
 
     Raises:
-        ValueError: a value is out of range, not finite, or no choice; one sentence with the flag, what it must be, and
-            the value.
+        ValueError: a value is out of range, not finite, or none of the choices; the sentence has the flag, what it
+            must be, and the value.
     """
     hints = get_type_hints(type(values), include_extras=True)
     for field in dataclasses.fields(values):
@@ -67,7 +67,7 @@ def check_ranges(values: Any, owner: str) -> None:
 
 
 def _out_of_range(elements: list, hint: Any) -> str | None:
-    """Expectation and value where a number is outside its `Range`."""
+    """End of the error sentence if a number is outside its `Range`: what it must be, and the value."""
     base = getattr(hint, "__origin__", hint)
     whole = base is int or int in get_args(base)
     got = " ".join(map(str, elements))
@@ -83,7 +83,7 @@ def _out_of_range(elements: list, hint: Any) -> str | None:
 
 
 def _no_choice(elements: list, hint: Any) -> str | None:
-    """Expectation and value where an element is none of the `Literal` of its type."""
+    """End of the error sentence if an element is none of the choices of its `Literal`."""
     literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]
     choices = [choice for literal in literals for choice in get_args(literal)]
     for x in elements if choices else ():

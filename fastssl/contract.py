@@ -72,10 +72,10 @@ class Method(Protocol):
 class DefersUpdates(Protocol):
     """A method whose `after_step` updates state from tensors of `forward`: keys for a queue, outputs for a centre.
 
-    A tensor kept in any other attribute would be lost when a captured CUDA graph replaces the call of `forward`.
+    `forward` must keep such tensors in no other attribute: when a CUDA graph is replayed its Python code does not run.
     """
 
-    pending: list[Any]  # `forward` appends one entry of tensors per micro-batch; `after_step` reads and clears it
+    pending: list[Any]  # `forward` appends one entry per micro-batch; `after_step` reads all and clears the list
 
 
 @runtime_checkable

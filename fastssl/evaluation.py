@@ -29,7 +29,7 @@ class Frozen(NamedTuple):
     method: nn.Module
     step: int  # steps of the checkpoint
     device: torch.device
-    loading: dict[str, Any]  # device, workers and engine that images are loaded with
+    loading: dict[str, Any]  # device, workers and engine for loading images
 
 
 def load_frozen(run: Run, device: str = "auto") -> Frozen:
@@ -39,11 +39,11 @@ def load_frozen(run: Run, device: str = "auto") -> Frozen:
         ValueError: the run has no intact checkpoint, or the device is not available.
     """
     state = run.state()
-    method = run.build()  # before ranks join: the batch size of a rank has no meaning here
+    method = run.build()  # before `setup`: in one process `build` does not divide the training batch among ranks
     method.load_state_dict(state["model"])
-    place = distributed.setup(select_device(device))
-    method = method.to(place).eval().requires_grad_(False)
-    return Frozen(method, state["step"], place, _loading(run, place))
+    rank_device = distributed.setup(select_device(device))
+    method = method.to(rank_device).eval().requires_grad_(False)
+    return Frozen(method, state["step"], rank_device, _loading(run, rank_device))
 
 
 def knn(
@@ -102,7 +102,7 @@ def linear_defaults(run: Run | None, protocol: str) -> Sweep | Official:
     """Default numbers of a linear evaluation; of the protocol "official" those of the method's paper.
 
     Raises:
-        ValueError: the protocol is unknown, or the method defines none of its own.
+        ValueError: the protocol is unknown, or it is "official" and the method defines no linear probe.
     """
     if protocol not in ("features", "official"):
         raise ValueError(f"eval: --protocol must be features or official, got {protocol!r}")
@@ -150,7 +150,7 @@ def finetune(
 
 
 def finetune_defaults(run: Run | None) -> Finetune:
-    """Default numbers of fine-tuning: light ones for small images, else those of the backbone's paper."""
+    """Default numbers of fine-tuning: a short preset for small images, else those of the backbone's paper."""
     if run is None:
         return Finetune.paper("vit_base")
     return Finetune.small(run.backbone) if max(run.image_size) <= SMALL else Finetune.paper(run.backbone)
@@ -248,7 +248,7 @@ def _labelled_splits(run: Run, data: str | Sources | None) -> tuple[Source, Sour
 
 
 def _note(run: Run, step: int, evaluation: str, accuracy: float, data: str | Sources | None, **facts: Any) -> None:
-    """Appends to evaluations.jsonl on the first rank; facts that are None are left out."""
+    """Appends a record to evaluations.jsonl on the first rank; facts that are None are left out."""
     if distributed.rank() > 0:
         return
     epochs = [line["epoch"] for line in run.metrics() if line["step"] == step]
@@ -261,7 +261,7 @@ def _rounded(share: float | None) -> float | None:
 
 
 def _label_facts(labels: float, seed: int) -> dict[str, Any]:
-    """What evaluations.jsonl has about the choice of labels."""
+    """Fields of evaluations.jsonl that describe the choice of labels."""
     return {"labels": labels, "seed": seed if labels < 1 else None}
 
 
@@ -271,16 +271,16 @@ def _changes(default: Any, numbers: Any) -> dict[str, Any]:
 
 
 def _refuse_ranks(command: str) -> None:
-    """Checks that torchrun has not started several processes.
+    """Checks that the command runs in one process.
 
     Raises:
-        ValueError: it has.
+        ValueError: torchrun has started several processes.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"{command} runs in one process: start it without torchrun, as fastssl {command} RUN")
 
 
 def _loading(run: Run, device: torch.device) -> dict[str, Any]:
-    """Device, workers and engine that images are loaded with."""
+    """Device, workers and engine for loading images."""
     workers = share_cores(run.options.workers, device, distributed.local_world_size())
     return {"device": device, "workers": workers, "engine": available_engine(run.options.engine, device)}

@@ -1,4 +1,4 @@
-"""Optional dependencies: one sentence with the pip command where a package is not installed."""
+"""Optional dependencies: a missing package raises one sentence with the pip command that installs it."""
 
 import importlib
 from types import ModuleType
@@ -16,7 +16,7 @@ def need(package: str, *, what: str, extra: str | None = None, distribution: str
     Args:
         package: name to import.
         what: the command, function or option that needs it.
-        extra: extra of fastssl-engine that has it; None for a package that no extra has.
+        extra: extra of fastssl-engine that installs it; None for a package in no extra.
         distribution: name for pip where it differs from `package`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a kill at any moment, finds the old content or the new, never a part."""
+"""Atomic writes: a reader finds the old content of a file or the new, never a part, even after a kill."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ def write_atomically(path: Path, mode: str = "w", sync: bool = False, **options)
         options: as for `open`, such as encoding and errors.
 
     Raises:
-        OSError: the file cannot be written; `path` is then as it was, and nothing is left beside it.
+        OSError: the file cannot be written; `path` is then unchanged, and no partial file is left.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.writing")
     try:

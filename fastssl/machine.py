@@ -13,7 +13,7 @@ from fastssl.data.timing import cores
 
 
 def select_device(name: str) -> torch.device:
-    """The device of "cuda", "cuda:1", "cpu", or "auto": cuda if available.
+    """The device named "cuda", "cuda:1", "cpu", or "auto" (cuda if available).
 
     Raises:
         ValueError: the device is unknown or not available.
@@ -29,8 +29,8 @@ def share_cores(workers: int | None, device: torch.device, ranks: int = 1) -> in
     """Divides the cores between data loading and computing; returns the number of workers.
 
     On a CPU torch gets the cores that workers leave. Threads and workers must not share cores: an OpenMP thread that
-    waits for a core which a worker holds stops all the others, and a step takes several times as long. So two cores
-    load and compute in turn, without workers.
+    waits for a core which a worker holds stops all the others, and a step takes several times as long. With fewer
+    than four cores there are therefore no workers by default: the main process loads and computes in turn.
 
     Args:
         workers: number of workers of a rank; None for a default that depends on the machine.
@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
 
 
 def select_engine(name: str, device: torch.device) -> str:
-    """The loader engine of "torchvision", "dali" or "auto": dali on a GPU if installed.
+    """The loader engine named "torchvision", "dali" or "auto" (dali on a GPU if it is installed).
 
     On a CPU DALI is slower: its resampling takes several times as long as torchvision's.
     """
@@ -105,7 +105,7 @@ def facts() -> dict[str, str]:
         cuda = "with" if build["cuda"] else "without"
         versions["build"] = f"{build['compiler']}, levels {' '.join(build['levels'])}, {cuda} CUDA"
     has_xformers = versions["xformers"] != "not installed"
-    beyond = "xformers on GPUs where it supports the call, else torch" if has_xformers else "torch"
-    versions["attention"] = f"kernels up to {LONGEST} tokens, beyond that {beyond}"
+    fallback = "xformers on GPUs where it supports the call, else torch" if has_xformers else "torch"
+    versions["attention"] = f"kernels up to {LONGEST} tokens, beyond that {fallback}"
     versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return versions

@@ -1,4 +1,4 @@
-"""Pretraining: starts a run or resumes one. `fastssl.pretrain` and `fastssl pretrain` both come here."""
+"""Pretraining: starts a run or resumes one. Both `fastssl.pretrain` and the command `fastssl pretrain` use it."""
 
 import functools
 from pathlib import Path
@@ -25,8 +25,8 @@ from fastssl.run import (
     method_module,
     method_name_of,
     method_names,
-    name_given,
     open_run,
+    sources_name,
 )
 from fastssl.settings import differences, flag, update
 from fastssl.train import checkpoint
@@ -34,7 +34,7 @@ from fastssl.train.loop import train
 from fastssl.train.parallel import check_sharding
 from fastssl.weights import load_weights, read_weights
 
-CHANGEABLE = {  # settings that leave what was learned so far as it is; all others are fixed when the run starts
+CHANGEABLE = {  # settings that may change when a run is resumed; all others are fixed when it starts
     *("data", "workers", "engine", "device", "max_bad", "knn_every"),
     *("epochs", "shard", "recompute", "compile", "graph", "max_skipped"),
     *("log_every", "checkpoint_every", "keep_last", "keep_every", "profile", "tensorboard", "wandb"),
@@ -57,8 +57,8 @@ def pretrain(
     ``pretrain(resume="runs/moco_v2-folder", epochs=20)`` continues one.
 
     Args:
-        method: a method of `fastssl.methods` (mae, moco_v1, moco_v2, moco_v3), the dotted name of a module of yours, or
-            that module; its parts are in fastssl/contract.py.
+        method: a method of `fastssl.methods` (mae, moco_v1, moco_v2, moco_v3), the dotted name of your own module, or
+            that module; fastssl/contract.py describes what it must define.
         data: source of images: digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH,
             cifar100:PATH, package.module:ARGUMENT, or a pair of sources (training, held-out).
         preset: "paper" for the paper's numbers, "small" for minutes on a laptop; by default "small" where all images
@@ -67,8 +67,8 @@ def pretrain(
         resume: folder of a run to continue, without a method; or "auto": continue the run in `folder` if there is one,
             else start it, so that the same call can be repeated.
         settings: options by name, as the flags of `fastssl pretrain METHOD --help`: fields of `run.Options`, the
-            method's `Config`, `train.config.Training` and `train.config.Execution`. When a run is resumed, those that
-            would change what was learned so far (batch size, learning rate, seed, the method's own) are refused.
+            method's `Config`, `train.config.Training` and `train.config.Execution`. A resumed run accepts only those
+            in `CHANGEABLE`, not for instance batch size, learning rate, seed or the method's own.
 
     Raises:
         ValueError: a setting is unknown, ambiguous, out of range or cannot be changed, the data or method cannot be
@@ -90,7 +90,7 @@ def pretrain(
     options, config = update((run.options, run.config), settings, "pretrain")
     if folder is not None:
         options.folder = Path(folder)
-    return start(configured(run, options, config), resume)
+    return start(replace_options(run, options, config), resume)
 
 
 def new_run(
@@ -99,7 +99,7 @@ def new_run(
     """A run with the defaults of a preset. Its folder is not written yet."""
     name = method_name_of(method)
     module = method_module(name)
-    options = Options(absolute_data(data) if isinstance(data, str) else name_given(data))
+    options = Options(absolute_data(data) if isinstance(data, str) else sources_name(data))
     run = Run(default_folder(name, options.data), name, options, None)
     if not isinstance(data, str):
         run.keep_sources(data)
@@ -127,8 +127,8 @@ def default_folder(method_name: str, data: str) -> Path:
     return Path("runs", f"{method_name.rpartition('.')[2]}-{source}")
 
 
-def configured(run: Run, options: Options, config: Any) -> Run:
-    """The run with other options; it shares the opened sources."""
+def replace_options(run: Run, options: Options, config: Any) -> Run:
+    """A copy of the run with other options; it shares the opened sources."""
     changed = Run(options.folder or run.folder, run.method_name, options, config, run.facts)
     changed._sources = run._sources
     return changed
@@ -168,19 +168,19 @@ def resume_run(run: Run, data: str | Sources | None = None, settings: dict[str, 
     return _resume(run, options, config, "start a new run (--folder)")
 
 
-def _resume(run: Run, options: Options, config: Any, way_out: str) -> Run:
-    """Continues `run` with other options, after a line for each that changes."""
+def _resume(run: Run, options: Options, config: Any, remedy: str) -> Run:
+    """Continues `run` with other options; prints each option that changed."""
     changes = differences((run.options, run.config), (options, config))
     changes.pop("folder", None)  # the folder may have been moved
     for name, (old, new) in changes.items():
         if name not in CHANGEABLE:
             raise ValueError(
                 f"pretrain: {run.folder} is a run with {flag(name)} {old}, which cannot change to {new} when it is "
-                f"resumed: {way_out}"
+                f"resumed: {remedy}"
             )
     _check_numbers(options, config)
     options.folder = run.options.folder
-    resumed = configured(run, options, config)
+    resumed = replace_options(run, options, config)
     resumed.folder = run.folder
     return _join_ranks_and_train(resumed, changes)
 
@@ -208,7 +208,7 @@ def _join_ranks_and_train(run: Run, changes: dict[str, tuple[Any, Any]] | None =
 
 
 def _train(run: Run, changes: dict[str, tuple[Any, Any]] | None, device: torch.device) -> None:
-    """Trains and evaluates. Everything that may be refused is refused before anything is written."""
+    """Trains and evaluates. All settings are checked before anything is written."""
     options, training = run.options, run.config.training
     check_sharding(training, options.execution)
     if options.execution.tensorboard:
@@ -220,7 +220,7 @@ def _train(run: Run, changes: dict[str, tuple[Any, Any]] | None, device: torch.d
         keep_freed_memory()
     state = run.state() if checkpoint.files(run.checkpoints) else None
     source = run.source("train")
-    method = _built(run, state, device)
+    method = _build_method(run, state, device)
     chosen_now = changes is None or "engine" in changes
     engine = (select_engine if chosen_now else available_engine)(options.engine, device)
     loader = _loader(run, source, device, workers, engine)
@@ -254,7 +254,7 @@ def _train(run: Run, changes: dict[str, tuple[Any, Any]] | None, device: torch.d
 
 
 def _check_resumable(run: Run, source: Source, state: dict | None, steps_per_epoch: int) -> None:
-    """Checks that a resumed run finds the images that it was started with, and is not longer than its new end."""
+    """Checks that a resumed run has the images it was started with, and has not passed its new last epoch."""
     images, epochs = run.facts.get("images", len(source)), run.config.training.epochs
     if images != len(source):
         raise ValueError(
@@ -281,7 +281,7 @@ def _announce_start(run: Run, source: Source, test: Source) -> None:
 
 
 def _announce_resume(run: Run, state: dict | None, changes: dict[str, tuple[Any, Any]]) -> None:
-    """Writes changed options and prints them, a line each."""
+    """Writes the changed options to config.json and prints one line for each."""
     step, world = state["step"] if state else 0, distributed.world_size()
     _print(f"{run.method_name} on {run.options.data}: resuming after step {step} of {run.folder}")
     lines = [f"{flag(name)}: {old} -> {new}" for name, (old, new) in changes.items()]
@@ -300,8 +300,8 @@ def _announce_resume(run: Run, state: dict | None, changes: dict[str, tuple[Any,
         )
 
 
-def _built(run: Run, state: dict | None, device: torch.device) -> torch.nn.Module:
-    """The method on its device, with equal weights on all ranks; their random numbers differ from here on."""
+def _build_method(run: Run, state: dict | None, device: torch.device) -> torch.nn.Module:
+    """The method on its device, with equal weights on all ranks; later random numbers differ between ranks."""
     seed = run.options.seed
     torch.manual_seed(seed)
     method = run.build()
@@ -348,12 +348,12 @@ def _loader(run: Run, source: Source, device: torch.device, workers: int, engine
 
 
 def _is_due(options: Options, training, epoch: int) -> bool:
-    """Whether an evaluation follows this epoch. The last epoch has one in any case."""
+    """True if this epoch is followed by an evaluation; the last epoch is not counted, as it always has one."""
     return bool(options.knn_every) and epoch % options.knn_every == 0 and epoch < training.epochs
 
 
 def _evaluate(run: Run, method, device: torch.device, test: Source, steps_per_epoch: int, epoch: int) -> None:
-    """Notes kNN accuracy and writes reconstructions, of a method that reconstructs. All ranks call it together."""
+    """Notes the kNN accuracy and, for a method that reconstructs, writes reconstructions. All ranks call together."""
     if run.options.execution.shard:
         _print("with --shard there is no kNN evaluation during the run: fastssl eval knn evaluates its checkpoints")
         return
@@ -365,7 +365,7 @@ def _evaluate(run: Run, method, device: torch.device, test: Source, steps_per_ep
 
 
 def _parts(accumulate: int) -> str:
-    """The ranks and micro-batches that a step is divided into, as text."""
+    """Text with the numbers of ranks and micro-batches that share a step."""
     world = distributed.world_size()
     parts = [f"{world} ranks"] * (world > 1) + [f"{accumulate} micro-batches"] * (accumulate > 1)
     return f" over {' and '.join(parts)}" if parts else ""

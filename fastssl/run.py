@@ -1,6 +1,6 @@
-"""A run folder, and what can be done with the run in it.
+"""A run folder, and the class `Run` that reads it, evaluates the run and exports its weights.
 
-config.json          method, data and every option: what opening or resuming the run needs
+config.json          method, data and every option; read when the run is opened or resumed
 metrics.jsonl        training metrics, one line per logging interval (train/log.py)
 checkpoints/         the newest checkpoints, and those that are kept for good (train/checkpoint.py)
 evaluations.jsonl    one line per evaluation: kNN before, during and after training, linear and fine-tuned accuracy
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from fastssl.eval.labels import Accuracy
 
 PATH_SOURCES = ("folder", "webdataset", "arrays", "idx", "cifar10", "cifar100")  # their argument is a path
-GIVEN = "python"  # name of a source that was given as objects
+OBJECTS = "python"  # stands for the source's name where the sources were given as Python objects
 AUGMENTATIONS = {"multi_crop": multi_crop, "evaluation": evaluation}  # augmentations that belong to no method
-SMALL = 64  # pixels of the longer side up to which the preset `small` is the default
+SMALL = 64  # largest side in pixels for which the preset `small` is the default
 Sources = tuple[Source, Source]  # training and held-out split
 
 
@@ -60,7 +60,7 @@ def method_module(name: str) -> ModuleType:
     if "." not in name:
         if name not in method_names():
             raise ValueError(
-                f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}, or a module of yours: "
+                f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}, or your own module: "
                 "package.module"
             )
         return importlib.import_module(f"fastssl.methods.{name}")
@@ -77,7 +77,7 @@ def method_module(name: str) -> ModuleType:
 
 
 def method_name_of(method: str | ModuleType) -> str:
-    """The name that `method_module` finds a method by."""
+    """The name of a method, as `method_module` takes it."""
     if not inspect.ismodule(method):
         return method
     name = method.__name__
@@ -100,7 +100,7 @@ def absolute_data(spec: str) -> str:
     return f"{name}:" + ",".join(str(expand_user(path).absolute()) if path else path for path in paths)
 
 
-def augmentation_named(name: str, source: Source, size: tuple[int, int] | None = None) -> Augmentation:
+def find_augmentation(name: str, source: Source, size: tuple[int, int] | None = None) -> Augmentation:
     """The augmentation of a method, of its preset `small` for small images, or one of `AUGMENTATIONS`."""
     if name in AUGMENTATIONS:
         return AUGMENTATIONS[name](size or (224, 224))
@@ -120,17 +120,17 @@ def has_small_images(source: Source) -> bool:
 
 @dataclass
 class Options:
-    """Options of a run beside its method's configuration."""
+    """Options of a run that do not depend on its method."""
 
     data: str
     """source of images: digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH,
-    cifar100:PATH, or package.module:ARGUMENT for a source of your own"""
+    cifar100:PATH, or package.module:ARGUMENT for your own source"""
     folder: Path | None = None
     """folder of the run; runs/METHOD-DATA by default"""
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """random seed of initial weights, order, augmentations and masks"""
     workers: Annotated[int | None, NOT_NEGATIVE] = None
-    """processes (dali: threads) that load data; by default a quarter of the cores, and up to 8 beside a GPU"""
+    """processes (dali: threads) that load data; by default a quarter of the cores, or up to 8 with a GPU"""
     engine: str = "auto"
     """loader engine: torchvision, dali, or auto (dali on a GPU if it is installed)"""
     weights: Path | None = None
@@ -202,7 +202,7 @@ class Run:
         """The newest checkpoint that is intact.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no intact checkpoint.
         """
         return checkpoint.load(self.checkpoints, self.method_name)
 
@@ -235,7 +235,7 @@ class Run:
             return data[split == "test"]
         spec = self.data_name(data)
         if (spec, split) not in self._sources:
-            if spec.startswith(f"{GIVEN}:"):
+            if spec.startswith(f"{OBJECTS}:"):
                 raise ValueError(
                     f"run: {self.folder} was trained on sources given as objects ({spec}): give them again as data=…"
                 )
@@ -245,13 +245,13 @@ class Run:
     def keep_sources(self, data: Sources) -> None:
         """Keeps a pair of sources (training, held-out) that was given as objects."""
         for split, source in zip(("train", "test"), data):
-            self._sources[name_given(data), split] = source
+            self._sources[sources_name(data), split] = source
 
     def data_name(self, data: str | Sources | None = None) -> str:
-        """How evaluations name the data: its specification with absolute paths."""
+        """Name of the data in evaluations.jsonl: its specification with absolute paths."""
         if data is None:
             return self.options.data
-        return absolute_data(data) if isinstance(data, str) else name_given(data)
+        return absolute_data(data) if isinstance(data, str) else sources_name(data)
 
     # The method
 
@@ -290,15 +290,15 @@ class Run:
         """The method's name without its package."""
         return self.method_name.rpartition(".")[2]
 
-    # Actions: what they need is imported when they are called, since those modules import this one
+    # Actions. Their modules import this one, so they are imported when an action is called
 
     def resume(self, data: str | Sources | None = None, **settings: Any) -> "Run":
         """Continues the run from its newest checkpoint and returns it.
 
         Args:
-            data: the same images in another place.
-            settings: options that can change during a run, such as epochs, workers, device or log_every; see
-                `fastssl.pretrain`.
+            data: new location of the same images.
+            settings: options that may change when a run is resumed, such as epochs, workers, device or log_every; see
+                `fastssl.pretraining.CHANGEABLE`.
         """
         from fastssl.pretraining import resume_run
 
@@ -425,9 +425,9 @@ def open_run(folder: str | Path) -> Run:
     return Run(folder, record["method"], options, config, record.get("facts", {}))
 
 
-def name_given(data: Sources) -> str:
+def sources_name(data: Sources) -> str:
     """Name of sources that are given as objects."""
-    return f"{GIVEN}:{type(data[0]).__name__}"
+    return f"{OBJECTS}:{type(data[0]).__name__}"
 
 
 def _from_json(cls: type, values: dict) -> Any:

@@ -1,4 +1,4 @@
-"""Settings by flat names: the fields of several dataclasses, and of dataclasses inside them, as command-line flags."""
+"""Settings by name: the fields of dataclasses and of dataclasses nested in them, named like command-line flags."""
 
 import dataclasses
 import difflib
@@ -24,7 +24,7 @@ def update(parts: tuple, settings: dict[str, Any], owner: str) -> tuple:
 
     Args:
         parts: dataclasses.
-        settings: new values by flat name. A list is taken for a tuple, text for a path, an integer for a float.
+        settings: new values by field name. A list is converted to a tuple, text to a path, an integer to a float.
         owner: command or function that errors name.
 
     Raises:

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-GENERAL_FORMATS = ("timm", "torchvision", "safetensors")  # of any method
+GENERAL_FORMATS = ("timm", "torchvision", "safetensors")  # layouts that every method can be exported to
 FORMATS = (*GENERAL_FORMATS, "moco", "mae")  # the others are layouts of reference checkpoints
-HEADS = ("head.", "head_dist.", "fc.", "dino_head.", "ibot_head.")  # prefixes of heads in checkpoints of encoders
+HEADS = ("head.", "head_dist.", "fc.", "dino_head.", "ibot_head.")  # prefixes of the names of heads in checkpoints
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -113,16 +113,16 @@ def load_weights(module: nn.Module, path: Path | str, encoder_only: bool = False
         expected, state = encoder, {name: x for name, x in state.items() if name in encoder or not _is_optional(name)}
     missing, unexpected = set(expected) - set(state), set(state) - set(expected)
     if encoder_only:
-        way_out = " (build the encoder with the options of the one in the file)"
+        remedy = " (build the encoder with the options of the one in the file)"
     elif missing and set(state) == set(encoder) <= set(expected):
-        way_out = " (it holds an encoder alone: encoder_only=True loads that)"
+        remedy = " (it holds an encoder alone: encoder_only=True loads that)"
     elif not missing and all(map(_is_optional, unexpected)):
-        way_out = " (encoder_only=True leaves decoder, mask token and heads out)"
+        remedy = " (encoder_only=True leaves decoder, mask token and heads out)"
     else:
-        way_out = ""
+        remedy = ""
     for names, verb in ((missing, "lacks"), (unexpected, "has beside the model")):
         if names:
-            raise ValueError(f"weights: {path} {verb} {_first(names)}{way_out}")
+            raise ValueError(f"weights: {path} {verb} {_first(names)}{remedy}")
     try:
         module.load_state_dict(state, strict=not encoder_only)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ from fastssl.data.loader import has_dali
 from fastssl.data.source import open_source
 from fastssl.data.timing import measure_throughput
 from fastssl.methods import moco_v2, moco_v3
-from fastssl.run import augmentation_named
+from fastssl.run import find_augmentation
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison
 
@@ -123,11 +123,11 @@ def test_recipes_by_name(tmp_path):
     photos.mkdir()
     Image.new("RGB", (90, 70)).save(photos / "x.png")
     large, small = open_source(f"folder:{photos}"), open_source("shapes")
-    assert augmentation_named("moco_v3", large) == moco_v3.Config.paper().augmentation
-    assert augmentation_named("moco_v2", small) == moco_v2.Config.small().augmentation
-    assert augmentation_named("moco_v2", large, (32, 64)).views[0].size == (32, 64)
-    assert len(augmentation_named("multi_crop", large).views) == 8
-    assert augmentation_named("evaluation", large, (32, 32)).views[0].centre == 0.875
+    assert find_augmentation("moco_v3", large) == moco_v3.Config.paper().augmentation
+    assert find_augmentation("moco_v2", small) == moco_v2.Config.small().augmentation
+    assert find_augmentation("moco_v2", large, (32, 64)).views[0].size == (32, 64)
+    assert len(find_augmentation("multi_crop", large).views) == 8
+    assert find_augmentation("evaluation", large, (32, 32)).views[0].centre == 0.875
 
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path):

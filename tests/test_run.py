@@ -7,7 +7,7 @@ import pytest
 
 from fastssl.data.source import open_source
 from fastssl.methods import mae, moco_v2, moco_v3
-from fastssl.run import Options, Run, absolute_data, augmentation_named, method_module, method_name_of, open_run
+from fastssl.run import Options, Run, absolute_data, find_augmentation, method_module, method_name_of, open_run
 from tests.support import toy_method
 
 
@@ -101,11 +101,11 @@ def test_methods_by_name_and_by_module():
 
 def test_the_augmentation_of_a_method_follows_the_images():
     small, large = open_source("shapes:count=10"), open_source("shapes:count=10,size=96")
-    assert augmentation_named("moco_v2", small) == moco_v2.Config.small().augmentation
-    assert augmentation_named("moco_v3", large) == moco_v3.Config.paper().augmentation
-    assert augmentation_named("moco_v2", large, (32, 64)).views[0].size == (32, 64)
-    assert augmentation_named("tests.support.toy_method", large).views[0].size == (32, 32)
+    assert find_augmentation("moco_v2", small) == moco_v2.Config.small().augmentation
+    assert find_augmentation("moco_v3", large) == moco_v3.Config.paper().augmentation
+    assert find_augmentation("moco_v2", large, (32, 64)).views[0].size == (32, 64)
+    assert find_augmentation("tests.support.toy_method", large).views[0].size == (32, 32)
     with pytest.raises(
         ValueError, match=r"^data: unknown augmentation 'x', there are mae, .*, multi_crop, evaluation$"
     ):
-        augmentation_named("x", small)
+        find_augmentation("x", small)

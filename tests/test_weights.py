@@ -251,8 +251,8 @@ def test_encoder_only_leaves_decoder_mask_token_and_heads_alone(tmp_path):
     loaded = ViT(32, **sizes)
     load_weights(loaded, path, encoder_only=True)
     assert equal(loaded.state_dict(), encoder.state_dict())
-    way_out = "(encoder_only=True leaves decoder, mask token and heads out)"
-    sentence = f"weights: {path} has beside the model dino_head.mlp.0.weight and 3 more names {way_out}"
+    remedy = "(encoder_only=True leaves decoder, mask token and heads out)"
+    sentence = f"weights: {path} has beside the model dino_head.mlp.0.weight and 3 more names {remedy}"
     refused(sentence, ValueError, load_weights, loaded, path)
     options = {"init_values": 0.1, "qk_norm": True, "reg_tokens": 2, "pre_norm": True}
     for option, value in options.items():
@@ -263,8 +263,8 @@ def test_encoder_only_leaves_decoder_mask_token_and_heads_alone(tmp_path):
             load_weights(ViT(32, **sizes), path, encoder_only=True)
         load_weights(ViT(32, **sizes, **{option: value}), path, encoder_only=True)
     torch.save(ViT(32, **sizes, init_values=0.1).state_dict(), path)
-    way_out = "(build the encoder with the options of the one in the file)"
-    sentence = f"weights: {path} has beside the model blocks.0.ls1.gamma and 3 more names {way_out}"
+    remedy = "(build the encoder with the options of the one in the file)"
+    sentence = f"weights: {path} has beside the model blocks.0.ls1.gamma and 3 more names {remedy}"
     for module in (ViT(32, **sizes), small_mae()):
         refused(sentence, ValueError, load_weights, module, path, encoder_only=True)
 

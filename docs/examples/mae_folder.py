@@ -28,7 +28,7 @@ def draw_folder(folder: Path, images_per_class: int, size: int = 48) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> dict[int, float]:
-    """Prints what it makes, and returns the kNN accuracies by the number of neighbours."""
+    """Prints the features' shape and the report's path; returns the kNN accuracy for each number of neighbours."""
     parser = argparse.ArgumentParser(description="MAE on a folder of images")
     parser.add_argument("--folder", type=Path, help="images in class folders or none; drawn if not given")
     parser.add_argument("--run", type=Path, default=Path("runs/mae-example"), help="folder of the run")

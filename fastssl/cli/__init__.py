@@ -31,9 +31,9 @@ HELP = """fastssl {version} · fast self-supervised visual pretraining
   fastssl bench --data SOURCE              images/s of each augmentation and loader engine
   fastssl env                              versions, processor level, and the kernel that runs each op
 
-  METHOD   {methods}, or a module of yours: package.module
+  METHOD   {methods}, or your own module: package.module
   SOURCE   {sources} (folder:PATH for your own images),
-           or a module of yours: package.module:ARGUMENT
+           or your own module: package.module:ARGUMENT
 
   fastssl pretrain METHOD --help lists every option with its default, the paper's number.
   --debug after any command shows the traceback of an error.

@@ -14,7 +14,7 @@ from fastssl.data.loader import Loader
 from fastssl.data.source import Source, open_source
 from fastssl.data.timing import Throughput, cores, measure_throughput
 from fastssl.machine import installed_engines
-from fastssl.run import augmentation_named
+from fastssl.run import find_augmentation
 
 from .flags import parse
 
@@ -30,7 +30,7 @@ class Flags:
     engine: tuple[str, ...] = installed_engines()
     """loader engines: torchvision, dali"""
     workers: Annotated[int, NOT_NEGATIVE] = min(2, cores())
-    """processes, or threads of DALI"""
+    """processes (dali: threads) that load data"""
     batch_size: Annotated[int, AT_LEAST_1] = 64
     """images per batch"""
     seconds: Annotated[float, NOT_NEGATIVE] = 5.0
@@ -45,11 +45,11 @@ def command(words: list[str]) -> None:
         if not getattr(flags, name):
             raise ValueError(f"bench: --{name} must name at least one, got none")
     source = open_source(flags.data)
-    augmentations = {name: augmentation_named(name, source) for name in flags.augmentation}
+    augmentations = {name: find_augmentation(name, source) for name in flags.augmentation}
     for engine in flags.engine:
         Loader(source, next(iter(augmentations.values())), 1, engine=engine)  # raises now if an engine is not installed
-    how = f"{flags.workers} workers, batch {flags.batch_size}, {flags.seconds:g} s each, {len(source):,} images"
-    table = Table("augmentation", "engine", "images/s", "CPU s / 1,000 images", title=how)
+    title = f"{flags.workers} workers, batch {flags.batch_size}, {flags.seconds:g} s each, {len(source):,} images"
+    table = Table("augmentation", "engine", "images/s", "CPU s / 1,000 images", title=title)
     batch_size = min(flags.batch_size, len(source))
     for (name, augmentation), engine in itertools.product(augmentations.items(), flags.engine):
         measured = loader_speed(source, augmentation, engine, batch_size, flags.workers, flags.seconds)
@@ -60,7 +60,7 @@ def command(words: list[str]) -> None:
 def loader_speed(
     source: Source, augmentation: Augmentation, engine: str, batch_size: int, workers: int, seconds: float
 ) -> Throughput:
-    """Throughput of a loader over epochs, with batches on a GPU if there is one."""
+    """Throughput of a loader that runs epoch after epoch, with batches on a GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def start():

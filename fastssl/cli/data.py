@@ -1,4 +1,4 @@
-"""`fastssl data check` and `fastssl data show`: a look at a source of images."""
+"""`fastssl data check` and `fastssl data show`: facts about a source of images, and its augmented views."""
 
 import dataclasses
 import time
@@ -16,7 +16,7 @@ from fastssl.data.findings import Findings, scan
 from fastssl.data.source import open_source
 from fastssl.data.timing import Throughput, cores
 from fastssl.machine import installed_engines
-from fastssl.run import augmentation_named
+from fastssl.run import find_augmentation
 
 from .bench import loader_speed
 from .flags import parse
@@ -42,7 +42,7 @@ class CheckFlags:
 
 @dataclasses.dataclass
 class ShowFlags:
-    """Contact sheet: a row for each image with several draws of the augmentation's views, as a method gets them."""
+    """Contact sheet of the views that a method gets: one row per image, with several draws of the augmentation."""
 
     source: tyro.conf.Positional[str]
     """source of images: folder:PATH, webdataset:SHARDS, …"""
@@ -91,7 +91,7 @@ def _check(words: list[str]) -> None:
     if flags.bad_files:
         flags.bad_files.write_text("".join(f"{line}\n" for line in findings.bad))
     if flags.seconds and findings.good:
-        augmentation, batch_size = augmentation_named("moco_v2", source), min(64, len(source))
+        augmentation, batch_size = find_augmentation("moco_v2", source), min(64, len(source))
         for engine in installed_engines():
             measured = loader_speed(source, augmentation, engine, batch_size, flags.workers, flags.seconds)
             text = f"{_speed_text(measured)} with the augmentation of MoCo v2, {flags.workers} workers"
@@ -99,7 +99,7 @@ def _check(words: list[str]) -> None:
 
 
 def _facts(findings: Findings, total: int, split: str, seconds: float) -> Iterator[tuple[str, str]]:
-    """Names and values of what a scan found."""
+    """(name, value) of each line that describes the result of a scan."""
     bad = len(findings.bad)
     yield "images", f"{total:,} of the {split} split, {bad:,} bad; scanned {total / seconds:,.0f} per second"
     if findings.good:
@@ -117,7 +117,7 @@ def _show(words: list[str]) -> None:
     flags = parse(ShowFlags, words, "fastssl data show")
     check_ranges(flags, "data")
     source = open_source(flags.source)
-    augmentation = augmentation_named(flags.augmentation, source, flags.image_size)
+    augmentation = find_augmentation(flags.augmentation, source, flags.image_size)
     if not flags.to.absolute().parent.is_dir():
         raise ValueError(f"data: --to must be in a folder that exists, got {flags.to}")
     make_contact_sheet(source, augmentation, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)

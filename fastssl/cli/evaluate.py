@@ -49,7 +49,7 @@ class KnnFlags(DataFlags):
 
 @dataclass
 class Protocol:
-    """The flag that decides which others there are."""
+    """The flag on which the other flags of `eval linear` depend."""
 
     protocol: str = "features"
 
@@ -82,7 +82,7 @@ def _linear(words: list[str]) -> None:
         @dataclass
         class Flags(LabelFlags):
             protocol: Literal["features", "official"] = "features"
-            """features: extract once, then sweep settings (minutes); official: the paper's, with augmentation"""
+            """features: extract them once, then sweep settings (minutes); official: the paper's, with augmentation"""
             pool: Literal["token", "avg"] | None = None
             """features of a ViT: class token or mean of the patch tokens; the method's own choice by default"""
             numbers: type(default) = field(default_factory=lambda: default)
@@ -123,6 +123,6 @@ def _print_accuracy(name: str, run: Run, accuracy: Accuracy | None, flags: Any, 
     setting = run.evaluations()[-1].get("setting")
     details = [*details, *([setting] if setting else [])]
     details += [f"{flags.labels:.3g} of the labels"] if flags.labels < 1 else []
-    how = f" ({', '.join(details)})" if details else ""
+    detail_text = f" ({', '.join(details)})" if details else ""
     data = run.data_name(flags.data)
-    print(f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{how}", flush=True)
+    print(f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{detail_text}", flush=True)

@@ -19,7 +19,7 @@ class Flags:
     run: tyro.conf.Positional[Path]
     """folder of the run"""
     format: Literal[FORMATS]
-    """timm, torchvision: the encoder in their names; mae, moco: official checkpoint; safetensors: whole model"""
+    """timm, torchvision: the encoder with their names; mae, moco: official checkpoint; safetensors: whole model"""
     to: Path | None = None
     """file to write, RUN/METHOD-FORMAT by default; its suffix is set"""
 

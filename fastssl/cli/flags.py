@@ -1,4 +1,4 @@
-"""Parsing of flags in two passes: the first finds what decides the defaults of the others."""
+"""Parsing of flags in two passes: the first reads the flags on which the defaults of the others depend."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,18 +18,18 @@ def parse(flags: type[T], words: list[str], prog: str) -> T:
 
 
 def first_pass(flags: type[T], words: list[str], prog: str) -> T:
-    """Some flags of a command; all others, --help among them, are left for `parse`."""
-    found, _ = tyro.cli(
+    """The flags of a command that `flags` defines; all others, including --help, are left for `parse`."""
+    values, _ = tyro.cli(
         tyro.conf.OmitArgPrefixes[flags], args=words, prog=prog, return_unknown_args=True, add_help=False
     )
-    return found
+    return values
 
 
 def parse_for_run(flags_of: Callable[[Run | None], type], words: list[str], prog: str) -> tuple[Any, Run]:
-    """(flags, run) of a command that names a run, on which the defaults of its flags depend.
+    """(flags, run) of a command that takes a run folder; the defaults of its flags depend on the run.
 
     Args:
-        flags_of: makes the dataclass of the flags for a run; for None with defaults that depend on no run.
+        flags_of: returns the dataclass of the flags for a run, or for None, before the run is known.
         words: the command line.
         prog: the command, for its help.
 

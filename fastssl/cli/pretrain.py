@@ -4,7 +4,7 @@ import dataclasses
 
 import tyro
 
-from fastssl.pretraining import check_method, configured, new_run, preset_config, resume_run, start
+from fastssl.pretraining import check_method, new_run, preset_config, replace_options, resume_run, start
 from fastssl.run import Options, absolute_data, method_module, method_names, open_run
 from fastssl.settings import differences
 
@@ -14,8 +14,8 @@ PROG = "fastssl pretrain"
 
 
 @dataclasses.dataclass
-class First:
-    """Flags that decide the defaults of the others."""
+class FirstFlags:
+    """Flags on which the defaults of the others depend."""
 
     method: tyro.conf.Positional[tuple[str, ...]] = ()
     data: str | None = None
@@ -26,18 +26,18 @@ class First:
 
 def command(words: list[str]) -> None:
     """fastssl pretrain METHOD --data SOURCE [--resume auto] [options] | fastssl pretrain --resume RUN [options]"""
-    first = first_pass(First, words, PROG)
+    first = first_pass(FirstFlags, words, PROG)
     if first.resume in (None, "auto"):
         _start(words, first)
     else:
         _resume(words, first)
 
 
-def _start(words: list[str], first: First) -> None:
+def _start(words: list[str], first: FirstFlags) -> None:
     if not first.method:
         raise ValueError(f"pretrain: a method is needed as the first word: {', '.join(method_names())}")
     module, run = method_module(first.method[0]), None
-    if first.data is None:  # for --help; without it the parser names the missing --data
+    if first.data is None:  # the parser then shows the help, or an error that names --data
         chosen, default = preset_config(module, None, first.preset, first.backbone)
     else:
         run = new_run(first.method[0], first.data, first.preset, first.backbone)
@@ -57,10 +57,10 @@ def _start(words: list[str], first: First) -> None:
     Flags.__doc__ = f"{module.Config.__doc__}\n\nDefaults below are those of the preset `{chosen}`."
     flags = parse(Flags, words, PROG)
     flags.options.data = absolute_data(flags.options.data)
-    start(configured(run, flags.options, flags.config), flags.resume)
+    start(replace_options(run, flags.options, flags.config), flags.resume)
 
 
-def _resume(words: list[str], first: First) -> None:
+def _resume(words: list[str], first: FirstFlags) -> None:
     run = open_run(first.resume)
     check_method(run, first.method[0] if first.method else None)
 

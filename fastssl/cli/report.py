@@ -1,4 +1,4 @@
-"""`fastssl report`: a page about one run or several."""
+"""`fastssl report`: report.html of one run or several."""
 
 import dataclasses
 from pathlib import Path

@@ -7,7 +7,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class View:
-    """One augmented view of an image; with the defaults, a resize of the whole image without randomness.
+    """One augmented view of an image; the defaults resize the whole image without randomness.
 
     The steps run in the order of the fields, as in the reference code of MoCo v2 and v3, except `grayscale_first`.
     """
@@ -52,7 +52,7 @@ class Augmentation:
 
 
 def evaluation(size: tuple[int, int], centre: float = 0.875) -> Augmentation:
-    """The undistorted middle of the image at any size: the papers' protocol takes 224 pixels of a side of 256."""
+    """An undistorted centre crop, at any size; the papers' protocol takes 224 pixels of a side of 256."""
     return Augmentation((View(size=size, centre=centre, interpolation="bicubic"),))
 
 

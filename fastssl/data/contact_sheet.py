@@ -15,7 +15,7 @@ GAP = 4  # pixels between tiles
 def make_contact_sheet(
     source: Source, augmentation: Augmentation, engine: str, rows: int = 4, columns: int = 4, seed: int = 0
 ) -> Image.Image:
-    """A picture of what a method sees, with the normalisation undone.
+    """A picture of the views that a method gets, with the normalisation undone.
 
     Args:
         source: images, of which `rows` are shown, evenly spread over the source; bad ones are left out.

@@ -1,7 +1,7 @@
 """The engine on NVIDIA DALI: on a GPU, files are decoded and augmented there, and the pixels never leave it.
 
 The graph gets the random draws (`draws.py`) as inputs, so it makes the same views as the other engine, except for small
-differences in resampling. Steps that few samples need (blur, solarize, jitter) are computed for those samples alone.
+differences in resampling. Blur, solarize and jitter are computed only for the samples that need them.
 
 On a CPU, DALI decodes and resamples, and `augment_` changes the colours: the exact rotation of a hue takes DALI's CPU
 operators 9 ms per image. `colours_in_graph=True` runs the whole graph of a GPU on a CPU, for comparisons in tests.
@@ -28,7 +28,7 @@ from .draws import Draws, draw, mix, windows
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .source import BadImage, Source, read_extras
 
-PREFETCH = 2  # batches that are made while another one is used
+PREFETCH = 2  # number of batches in the pipeline while another one is used
 # EXIF's orientation: whether to transpose, then to mirror left and right, then to mirror top and bottom.
 ORIENTATIONS = {
     1: (False, False, False),
@@ -44,7 +44,7 @@ INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
 class _Image(NamedTuple):
-    """An image as the graph takes it."""
+    """An image as input of the graph."""
 
     data: np.ndarray  # bytes [N] of a JPEG, or pixels [H, W, 3]
     size: tuple[int, int]  # (height, width) of the upright image
@@ -74,9 +74,9 @@ class Engine:
         seed: seed of all draws.
         batch_size: images of the largest batch.
         threads: threads of the CPU, for DALI's operators; twice as many read files.
-        device: where the batches are made and stay.
+        device: device on which the batches are made.
         fill_in: replace images that can't be decoded by others of the batch; else they are left out.
-        colours_in_graph: change the colours with DALI's operators; always so on a GPU.
+        colours_in_graph: change the colours with DALI's operators; always true on a GPU.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ def _graph(augmentation: Augmentation, colours: bool) -> tuple[DataNode, ...]:
     on_gpu = Pipeline.current().device_id is not None
     pixels = _input("pixels", types.UINT8, 3, layout="HWC")
     if _input("is_file", types.BOOL, 0):
-        image = _decoded(_input("file", types.UINT8, 1), on_gpu)
+        image = _decode(_input("file", types.UINT8, 1), on_gpu)
     else:
         image = pixels.gpu() if on_gpu else pixels
     if _input("is_turned", types.BOOL, 0):
@@ -268,10 +268,10 @@ def _graph(augmentation: Augmentation, colours: bool) -> tuple[DataNode, ...]:
 @pipeline_def(exec_dynamic=True)
 def _decoding() -> DataNode:
     """Decodes a single file."""
-    return _decoded(_input("file", types.UINT8, 1), Pipeline.current().device_id is not None)
+    return _decode(_input("file", types.UINT8, 1), Pipeline.current().device_id is not None)
 
 
-def _decoded(file: DataNode, on_gpu: bool) -> DataNode:
+def _decode(file: DataNode, on_gpu: bool) -> DataNode:
     """Pixels of a file as stored: DALI reads the orientation from undamaged EXIF only, Pillow also from XMP."""
     return fn.decoders.image(file, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False)
 

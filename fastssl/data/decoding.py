@@ -18,12 +18,12 @@ ORIENTATION, TRANSPOSED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values tha
 
 
 class ImageFile:
-    """An image file of which the header is read, in 40 µs, or an array of pixels. `pixels` decodes it.
+    """An image file with its header read, or an array of pixels. `pixels` decodes it.
 
     Attributes:
         size: (height, width) of the upright image.
         orientation: EXIF's orientation of the stored pixels, 1 to 8; 1 for an array.
-        format, mode: Pillow's words, such as "PNG" and "I;16"; "pixels" and "RGB" for an array.
+        format, mode: names that Pillow gives them, such as "PNG" and "I;16"; "pixels" and "RGB" for an array.
 
     Args:
         data: bytes [N] of a file, or pixels [H, W, 3], uint8 and writable.
@@ -57,8 +57,8 @@ class ImageFile:
     def pixels(self) -> Tensor:
         """Upright pixels [3, H, W] uint8, in memory [H, W, 3].
 
-        Grey becomes RGB, 16-bit values are cut to their high byte, transparency is dropped, and an animation gives its
-        first picture.
+        Grey images become RGB, 16-bit values keep their high byte, transparency is dropped, and of an animation the
+        first picture is taken.
 
         Raises:
             BadImage: the file can't be decoded or is truncated.
@@ -95,7 +95,7 @@ def open_image(source: Source, index: int) -> ImageFile:
 
 def _orientation(image: Image.Image) -> int:
     """Orientation from EXIF or XMP, 1 to 8; 1 where it is missing or damaged, as other decoders treat it."""
-    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode the pixels to look behind them
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode all pixels to find EXIF after them
         return 1
     try:
         orientation = image.getexif().get(ORIENTATION, 1)

@@ -1,4 +1,4 @@
-"""Random draws of an augmentation, a function of (seed, epoch, index, view) alone.
+"""Random draws of an augmentation: a function of (seed, epoch, index, view) alone.
 
 Every engine makes its views from these numbers. So an augmentation does not depend on the engine, the batch, or the
 number of workers or ranks, and a run resumes without the state of a generator. The generator is SplitMix64 (Steele, Lea
@@ -13,7 +13,7 @@ import numpy as np
 
 from .augmentation import View
 
-ATTEMPTS = 10  # random windows to try, then the middle of the image, as in torchvision's RandomResizedCrop
+ATTEMPTS = 10  # number of random windows to try before the centre is taken, as in torchvision's RandomResizedCrop
 ASPECT = (3 / 4, 4 / 3)  # range of width / height
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -45,11 +45,11 @@ def mix(*numbers: int | np.ndarray) -> np.ndarray:
     """Seeds [B] int64 ≥ 0 from several integers or arrays of integers; neighbouring numbers give unrelated seeds."""
     state = np.zeros(1, np.uint64)
     for number in numbers:
-        state = _finalised(state + np.asarray(number).astype(np.uint64) + _GOLDEN)
+        state = _scramble(state + np.asarray(number).astype(np.uint64) + _GOLDEN)
     return (state & np.uint64(2**63 - 1)).astype(np.int64)
 
 
-def _finalised(state: np.ndarray) -> np.ndarray:
+def _scramble(state: np.ndarray) -> np.ndarray:
     """SplitMix64's output function."""
     state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -60,7 +60,7 @@ def draw(view: View, number: int, seeds: np.ndarray) -> Draws:
     """Draws of view `number` of an augmentation for the samples with these seeds [B]."""
     counter = np.arange(1, 2 * ATTEMPTS + 14, dtype=np.uint64) * _GOLDEN
     streams = mix(seeds, number).astype(np.uint64)
-    uniform = (_finalised(streams[:, None] + counter) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+    uniform = (_scramble(streams[:, None] + counter) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
     area, aspect, place, strength, rest = np.split(uniform, np.cumsum((ATTEMPTS, ATTEMPTS, 2, 4)), axis=1)
     jittered, grey, blurred, sigma, solarize, flip, shuffle = rest.T
     return Draws(

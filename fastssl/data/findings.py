@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Findings(NamedTuple):
-    """Counts and sizes of a whole source."""
+    """Results of `scan`: counts and sizes over a whole source."""
 
     good: int  # images that can be decoded
     formats: Counter[str]  # images of each format and mode: "JPEG RGB", "PNG I;16", …, "pixels RGB"

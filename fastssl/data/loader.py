@@ -1,4 +1,4 @@
-"""Batches on the device, from a source and an augmentation.
+"""The loader: batches on a device, from a source and an augmentation.
 
 Order and augmentations depend on (seed, epoch, index) alone. So the state of a loader is (epoch, batch): a run that is
 resumed in the middle of an epoch gets exactly the batches that it would have got, with any engine and any number of
@@ -22,7 +22,7 @@ ENGINES = ("torchvision", "dali")
 
 
 class Loader:
-    """Endless epochs of batches.
+    """Batches of augmented images, epoch by epoch.
 
     Args:
         source: the images.
@@ -35,8 +35,8 @@ class Loader:
         engine: "torchvision" or "dali". Both have the same order and the same draws; pixels differ slightly by the
             engines' resampling.
         rank, world: number of this rank, and number of ranks, see `Order`.
-        bad_files: file to which the names of images that can't be decoded are appended. In training others of the batch
-            take their place, in evaluation they are left out.
+        bad_files: file to which the names of images that can't be decoded are appended. In training they are replaced
+            by others of the batch, in evaluation they are left out.
         max_bad: largest share of the source (of this rank's part of it) that may be bad.
 
     Raises:
@@ -96,10 +96,10 @@ class Loader:
         if not 0 <= start <= len(self):
             raise ValueError(f"data: start must be a batch of the epoch, 0 … {len(self)}, got {start}")
         self._epochs_begun += 1
-        samples = self._checked(self._engine.run(number, self._order.batches(number, start)), self._epochs_begun)
+        samples = self._check_samples(self._engine.run(number, self._order.batches(number, start)), self._epochs_begun)
         return map(self._to_batch, samples) if self.device.type == "cpu" else self._on_copy_stream(samples)
 
-    def _checked(self, batches: Iterator[Samples], epoch_begun: int) -> Iterator[Samples]:
+    def _check_samples(self, batches: Iterator[Samples], epoch_begun: int) -> Iterator[Samples]:
         """The batches with at least one image, once bad images are noted and extras are checked."""
         while True:
             if epoch_begun != self._epochs_begun:
@@ -122,7 +122,7 @@ class Loader:
             view.to(self.device, non_blocking=True).float().sub_(mean).div_(std)
             for view, (mean, std) in zip(samples.views, self._mean_and_std)
         )
-        # the others are copied on a CPU too: a tensor in a worker's shared memory holds a file open
+        # these are copied on a CPU too: a tensor in a worker's shared memory holds a file open
         index, label, seed, *values = (
             tensor.to(self.device, non_blocking=True, copy=True)
             for tensor in (samples.index, samples.label, samples.seed, *samples.extras.values())
@@ -130,12 +130,12 @@ class Loader:
         return Batch(views, index, label, seed, dict(zip(samples.extras, values)))
 
     def _on_copy_stream(self, batches: Iterator[Samples]) -> Iterator[Batch]:
-        """Copies and normalises on a stream of its own, while the GPU computes the previous step."""
+        """Copies and normalises on a separate stream, while the GPU computes the previous step."""
         stream, copied = torch.cuda.Stream(self.device), torch.cuda.Event()
         previous: Samples | None = None
         for samples in batches:
             if previous is not None:
-                copied.synchronize()  # long done; only then may DALI reuse the memory of the previous samples
+                copied.synchronize()  # usually no wait; after it DALI may reuse the memory of the previous samples
             with torch.cuda.stream(stream):
                 batch, previous = self._to_batch(samples), samples
                 copied.record()
@@ -172,10 +172,10 @@ class Loader:
             with self.bad_files.open("a") as file:
                 file.writelines(f"{reason}\n" for _, reason in new if reason not in known)
         if len(self._bad) > self.max_bad * self.total / self._world:
-            where = f", see {self.bad_files}" if self.bad_files else ""
+            location = f", see {self.bad_files}" if self.bad_files else ""
             raise ValueError(
                 f"data: {len(self._bad)} of {self.total} images can't be decoded, more than the {self.max_bad:.1%} "
-                f"that max_bad allows{where} (the last: {new[-1][1]})"
+                f"that max_bad allows{location} (the last: {new[-1][1]})"
             )
 
 

@@ -5,7 +5,7 @@ import torch
 
 from .draws import mix
 
-BUFFER = 8192  # images of a sharded source that are shuffled among each other, so that files are read almost in order
+BUFFER = 8192  # length of the shuffle buffer for sharded sources, whose files are read almost in order
 
 
 class Order:
@@ -45,12 +45,12 @@ class Order:
 
     def batches(self, epoch: int, start: int = 0) -> list[np.ndarray]:
         """The image numbers [B] int64 of each batch of this rank, from batch `start` of the epoch on."""
-        order = self._shuffled(epoch) if self.train else np.arange(self.count)
+        order = self._shuffle(epoch) if self.train else np.arange(self.count)
         size = self.batch_size * self.world
         global_batches = (order[i * size : (i + 1) * size] for i in range(start, len(self)))
         return [np.array_split(batch, self.world)[self.rank] for batch in global_batches]
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
+    def _shuffle(self, epoch: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(int(mix(self.seed, epoch)[0]))
         if self.shards is None:
             return torch.randperm(self.count, generator=generator).numpy()

@@ -1,4 +1,4 @@
-"""Batches of decoded and augmented images, as an engine hands them to the loader."""
+"""Batches of decoded and augmented images, which an engine gives to the loader."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -13,7 +13,7 @@ Layout = dict[str, tuple[np.dtype | torch.dtype, tuple[int, ...]]]  # dtype and 
 
 
 class Samples(NamedTuple):
-    """A batch with its pixels as bytes, on the device that made it."""
+    """A batch with uint8 pixels, on the device of the engine."""
 
     views: list[Tensor]  # one per view of the augmentation, each [B, 3, H, W] uint8
     index: Tensor  # type: ignore[assignment]  # [B] int64; hides the method of a tuple
@@ -32,7 +32,7 @@ class Engine(Protocol):
 
 
 def fill_in_rows(good: list[int], count: int) -> list[int]:
-    """`count` rows taken from the good ones in turn, so that a batch keeps its size when images can't be decoded."""
+    """The good rows, repeated in turn until there are `count`: a batch keeps its size when images can't be decoded."""
     return (good * count)[:count]
 
 

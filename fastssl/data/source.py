@@ -1,11 +1,11 @@
 """Sources of images, opened by name: `NAME:ARGUMENT` on the command line and in `open_source`.
 
     folder:PATH                  a source of this package: the module `fastssl/data/sources/folder.py`
-    package.module:ARGUMENT      a source of your own: a name with a dot is imported as a Python module
+    package.module:ARGUMENT      your own source: a name with a dot is imported as a Python module
 
 A source module has the function ``open_split(argument, split)``. It gets the text after the colon (empty without one)
-and the split, "train" or "test", and returns a `Source`. A module of your own must be importable: installed, or in a
-folder of PYTHONPATH.
+and the split, "train" or "test", and returns a `Source`. Your own module must be importable: installed, or in a folder
+of PYTHONPATH.
 """
 
 import importlib
@@ -41,7 +41,7 @@ class Source(Protocol):
 
     classes: list[str] | None  # names of the labels; None: the images have no labels
     size: tuple[int, int] | None  # (height, width) of every image; None: sizes differ
-    shards: np.ndarray | None  # [S + 1] first image of each file best read in sequence, and the end; None: any order
+    shards: np.ndarray | None  # [S + 1] first image of each shard, and the number of images; None: no shards
 
     def __len__(self) -> int:
         """Number of images."""
@@ -167,7 +167,7 @@ def open_source(spec: str, split: str = "train") -> Source:
     """Opens the source named by `NAME`, `NAME:ARGUMENT` or `package.module:ARGUMENT`.
 
     Args:
-        spec: the name and what that source takes as its argument, such as a path.
+        spec: name and argument of the source, such as folder:PATH.
         split: "train" or "test".
 
     Raises:

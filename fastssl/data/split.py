@@ -2,7 +2,7 @@
 
 import numpy as np
 
-EVERY = 5  # one image of so many is held out
+EVERY = 5  # every fifth image is held out
 
 
 def hold_out(count: int, split: str, labelled: bool, name: str) -> np.ndarray:

@@ -19,7 +19,7 @@ def measure_throughput(start: Callable[[], Iterator[int]], seconds: float, warm_
     Args:
         start: makes a loader and returns an endless iterator over the sizes of its batches.
         seconds: time to measure, after the warm-up.
-        warm_up: batches before the clock starts, in which workers start and what they prefetched is used up.
+        warm_up: number of batches before the measurement, while workers start and prefetched batches are used up.
     """
     cpu_before = _cpu_seconds()
     batches = start()

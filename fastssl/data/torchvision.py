@@ -1,4 +1,4 @@
-"""The engine for every machine and every source, on torchvision.
+"""The engine on torchvision, which works on every machine.
 
 Worker processes decode each image once, torchvision resamples every view of it, and `augment_` changes the colours of a
 whole batch.
@@ -59,7 +59,7 @@ class Engine:
     def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Samples]:
         """Makes the batches of these image numbers, in their order."""
         self._sampler.epoch, self._sampler.batches = epoch, batches
-        if self._will_fork:  # once: the workers are persistent
+        if self._will_fork:  # only before the first epoch: the workers are persistent
             gc.collect()
             self._will_fork = False
         return map(_raise_error, iter(self._batches))
@@ -121,14 +121,14 @@ def change_colours(pixels: Tensor, view: View, draws: Draws) -> None:
 def _windows(
     augmentation: Augmentation, draws: list[Draws], files: dict[int, ImageFile]
 ) -> Iterator[tuple[int, tuple[list[int], ...]]]:
-    """(row, the window of each view) for several files at once, since a call of NumPy takes long."""
+    """(row, window of each view) for several files at once, to save calls of NumPy."""
     rows, sizes = list(files), np.array([file.size for file in files.values()]).reshape(-1, 2)
     by_view = [windows(view, drawn.take(rows), sizes).tolist() for view, drawn in zip(augmentation.views, draws)]
     return zip(rows, zip(*by_view))
 
 
 class _BatchSampler(Sampler):
-    """A sampler of whole batches: (epoch, image numbers). The workers outlive an epoch, so they are told its number."""
+    """A sampler of whole batches: (epoch, image numbers). The workers are persistent, so each batch has its epoch."""
 
     epoch: int = 0
     batches: list[np.ndarray] = []  # noqa: RUF012 - replaced, never changed
@@ -163,9 +163,9 @@ def _raise_error(samples: Samples | BadSource) -> Samples:
 
 
 def _freeze_garbage(worker: int) -> None:
-    """Keeps the collector of a worker from garbage that it inherited.
+    """Keeps the garbage collector of a worker from objects that it inherited from its parent.
 
-    A pipeline of DALI would wait for its threads when it is collected, and a forked process does not have them.
+    A DALI pipeline waits for its threads when it is collected; a forked process has no such threads and would hang.
     """
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""Features of images with what identifies each image, and their files: .npz for NumPy, .parquet for data frames."""
+"""Features of images with labels, numbers and names, and their files: .npz for NumPy, .parquet for data frames."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Embedding(NamedTuple):
     """Features of N images."""
 
     features: Tensor  # [N, F] float32, on the CPU
-    labels: Tensor  # [N] int64, −1 where there is none
+    labels: Tensor  # [N] int64, −1 for no label
     indices: Tensor  # [N] int64, number of the image in its split
     names: list[str]  # N names: paths, if the source has files
     splits: list[str]  # N times "train" or "test"

@@ -27,8 +27,8 @@ def extract(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(features [N, F] float32, labels [N], indices [N]) of every image that can be decoded.
 
-    Images are shown as in the papers' evaluation: undistorted, the centre of 224 pixels of a side of 256, at any
-    `size`; images no larger than `size` are shown whole, as far as its aspect ratio admits.
+    Images are cropped as in the papers' evaluation, which takes the undistorted centre of 224 pixels of a side of 256,
+    in proportion for another `size`. Of images no larger than `size` the largest window with its aspect ratio is taken.
 
     Args:
         features: normalised images [B, 3, H, W] → [B, F], such as a method's `features` in evaluation mode.
@@ -92,7 +92,7 @@ def all_gather_uneven(x: Tensor) -> Tensor:
 
 
 def features_of(method: nn.Module, pool: str | None = None) -> Callable[[Tensor], Tensor]:
-    """The method's `features`, or with `pool` "token" or "avg" those of its ViT encoder with that pooling.
+    """The function that computes features: the method's own, or with `pool` that of its ViT encoder with this pooling.
 
     Raises:
         ValueError: `pool` is given and the encoder is not a `ViT`.

@@ -32,7 +32,7 @@ def need_timm() -> None:
     """Checks that timm is installed.
 
     Raises:
-        MissingExtra: it is not.
+        MissingExtra: timm is not installed.
     """
     need("timm", what="eval finetune", extra="finetune")
 
@@ -104,7 +104,7 @@ def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:
     The scale is layer_decay^(depth + 1 − i) for block i = 1 … depth of a ViT, i = 0 for class token, positions and
     patch embedding, and i = depth + 1 for what follows the blocks; times `head_lr` for the classifier.
 
-    Source: Clark et al., 2020 (ELECTRA); Bao et al., 2021 (BEiT), from whose code MAE's is; here by timm.
+    Source: Clark et al., 2020 (ELECTRA); Bao et al., 2021 (BEiT), whose code MAE uses; computed here by timm.
     """
     head = model.head if hasattr(model, "head") else model.fc
     head_ids = set(map(id, head.parameters()))
@@ -155,7 +155,7 @@ def finetune(
     if (config.mixup or config.cutmix) and micro % 2:
         raise ValueError(f"eval: mixup and cutmix take pairs: --batch-size over --accumulate must be even, got {micro}")
     device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size))
-    with _seeded(seed, device):
+    with _seed_generators(seed, device):
         loader = DataLoader(
             pictures,
             micro,
@@ -289,7 +289,7 @@ def _transform(config: Finetune, size: tuple[int, int]):
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def _seed_generators(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds the global generators of Python, numpy and torch, which timm uses, and restores them afterwards."""
     saved = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -10,7 +10,7 @@ from fastssl.distributed import all_gather, all_gather_object
 
 from .features import all_gather_uneven
 
-TILE = 1024  # rows of queries and of the bank in one product: memory is TILE × (TILE + k), not queries × bank
+TILE = 1024  # rows of queries and of the bank in one matrix product, which bounds memory
 LOW = 2**32 - 1  # lower half of a key, and the largest tag
 NONE = -(2**63)  # key of a missing neighbour
 
@@ -24,7 +24,7 @@ def knn_accuracy(
     ks: Sequence[int] = (10, 20, 200),
     tau: float = 0.07,
 ) -> dict[int, float]:
-    """{k: share of the queries for whose label their k nearest bank features vote}, by cosine, with votes exp(cos / τ).
+    """{k: accuracy} of weighted kNN: the k bank features nearest to a query by cosine vote with weights exp(cos / τ).
 
     Among equally near features those with smaller labels vote, so that the result does not depend on the order of the
     bank. On several ranks each passes its part of bank and queries, of any size, and all get the accuracy of the
@@ -44,22 +44,22 @@ def knn_accuracy(
     """
     if not ks or min(ks) < 1 or not tau > 0:
         raise ValueError(f"knn: ks must be at least 1 and tau > 0, got {tuple(ks)} and {tau}")
-    wrong = not bank.isfinite().all() or not queries.isfinite().all() or bool((bank_labels < 0).any())
-    highest = [int(column.max()) for column in (bank_labels, labels) if len(column)]
-    banks, counts, wrongs, classes = zip(*all_gather_object((len(bank), len(queries), wrong, max(highest, default=0))))
-    if any(wrongs) or not sum(banks) or not sum(counts):
-        which = ", some of which are not" if any(wrongs) else ""
+    invalid = not bank.isfinite().all() or not queries.isfinite().all() or bool((bank_labels < 0).any())
+    largest = max((int(column.max()) for column in (bank_labels, labels) if len(column)), default=0)
+    banks, counts, invalid_parts, classes = zip(*all_gather_object((len(bank), len(queries), invalid, largest)))
+    if any(invalid_parts) or not sum(banks) or not sum(counts):
+        detail = ", some of which are not" if any(invalid_parts) else ""
         raise ValueError(
             f"knn: bank and queries must be finite features, bank labels at least 0, got {sum(banks)} "
-            f"features and {sum(counts)} queries{which}"
+            f"features and {sum(counts)} queries{detail}"
         )
     queries, labels = all_gather_uneven(queries), all_gather_uneven(labels)
-    bank, most = F.normalize(bank.float(), dim=1), min(max(ks), sum(banks))
+    bank, largest_k = F.normalize(bank.float(), dim=1), min(max(ks), sum(banks))
     correct = {k: torch.zeros((), dtype=torch.int64, device=bank.device) for k in ks}
     for tile, tile_labels in zip(queries.split(TILE), labels.split(TILE)):
-        keys = _merge_ranks(_nearest(bank, bank_labels, F.normalize(tile.float(), dim=1), most))
+        keys = _merge_ranks(_nearest(bank, bank_labels, F.normalize(tile.float(), dim=1), largest_k))
         cosine, voters = _unpack(keys)
-        weights = ((cosine - cosine[:, :1]) / tau).exp()  # minus the largest: same winner, no overflow, not all 0
+        weights = ((cosine - cosine[:, :1]) / tau).exp()  # minus the largest: no overflow, and not all 0
         for k in correct:
             correct[k] += (_vote(voters[:, :k], weights[:, :k], max(classes) + 1) == tile_labels).sum()
     return {k: int(hits) / len(queries) for k, hits in correct.items()}
@@ -105,7 +105,7 @@ def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _vote(voters: Tensor, weights: Tensor, classes: int) -> Tensor:
-    """Class with the largest sum of votes [T] among voters [T, k]; some queries at a time if there are many classes."""
+    """Class [T] with the largest sum of weights among voters [T, k]; in chunks of queries if there are many classes."""
     rows = max(1, TILE * TILE // classes)
     return torch.cat(
         [

@@ -1,8 +1,8 @@
 """Linear probing: a linear classifier on frozen features, in two protocols.
 
 `sweep` works on features extracted once and takes seconds to minutes. Features are standardised as in MAE's probe,
-(x − mean) / √(variance + 1e-6), with the statistics of all training features: what its batch norm without weights does
-with a single batch. `train_official` is the published protocol with augmentation.
+(x − mean) / √(variance + 1e-6), with the statistics of all training features, as if its batch norm without weights saw
+them in a single batch. `train_official` is the published protocol with augmentation.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from .progress import Progress
 from .protocols import Official, Setting, Sweep
 
 EPS = 1e-6  # epsilon of MAE's batch norm
-AT_ONCE = 65536  # features in one product of L-BFGS
+AT_ONCE = 65536  # largest number of features in one matrix product of L-BFGS
 
 
 class Affine(NamedTuple):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Progress:
-    """Prints a line at most every `every` seconds, and none for shorter trainings."""
+    """Prints a line every `every` seconds at most; a training that takes less time prints nothing."""
 
     def __init__(self, what: str, epochs: int, every: float = 30.0):
         self.what, self.epochs, self.every = what, epochs, every

@@ -20,7 +20,7 @@ class Setting(NamedTuple):
         return f"{self.optimizer}, {'l2' if self.optimizer == 'lbfgs' else 'lr'} {self.value:g}"
 
 
-TRIED = {  # decades around the best for features of unit variance; the first is the default without validation images
+GRID = {  # values to try, around the best for features of unit variance; the first is used without validation images
     "lbfgs": (1e-3, 1e-2, 1e-1, 1e-4, 1e-5, 1e-6),
     "sgd": (0.1, 0.01, 0.03, 0.3, 1.0, 3.0),
     "lars": (30.0, 3.0, 10.0, 100.0),
@@ -44,7 +44,7 @@ class Sweep:
     @property
     def settings(self) -> list[Setting]:
         """All combinations of optimizer and learning rate to try."""
-        tried = {name: self.lrs if self.lrs and name != "lbfgs" else values for name, values in TRIED.items()}
+        tried = {name: self.lrs if self.lrs and name != "lbfgs" else values for name, values in GRID.items()}
         return [Setting(name, value) for name in dict.fromkeys(self.optimizers) for value in tried[name]]
 
 
@@ -73,7 +73,7 @@ class Official:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """interpolation of the training crops; test images are resized bicubically"""
     at_once: Annotated[int, AT_LEAST_1] = 512
-    """largest number of images in one pass of encoder and batch norm: those of one GPU in the official run"""
+    """largest number of images in one pass through encoder and batch norm, by default as per GPU in the official run"""
 
     @property
     def training(self) -> Training:
@@ -226,7 +226,7 @@ def check_protocol(numbers: Sweep | Official | Finetune) -> None:
 
 @dataclass
 class _Evaluation:
-    """Numbers that evaluations have beside those of their protocol."""
+    """Numbers of an evaluation that are not part of a protocol."""
 
     k: Annotated[tuple[int, ...], AT_LEAST_1] = (1,)
     tau: Annotated[float, POSITIVE] = 1.0
@@ -235,7 +235,7 @@ class _Evaluation:
 
 
 def check_evaluation(**numbers: Any) -> None:
-    """Checks some of k, tau, labels and seed.
+    """Checks any of the numbers k, tau, labels and seed.
 
     Raises:
         ValueError: a number is out of range; one sentence with the flag, its range, and the value.

@@ -30,7 +30,7 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(mae: nn.Module, images: Tensor) -> Reconstruction:
-    """Masks and reconstructs images; the masks depend on N and the model's sizes alone.
+    """Masks and reconstructs images; the masks depend only on N and the number of patches.
 
     Args:
         mae: a `MAE` on any device. With `norm_pix_loss` it predicts standardised patches, which then get the true mean
@@ -67,7 +67,7 @@ def first_images(source: Source, size: tuple[int, int], count: int = 10) -> Tens
     torch's generator is left unchanged, so that an evaluation does not affect the run.
 
     Raises:
-        ValueError: none can be decoded.
+        ValueError: none of the images can be decoded.
     """
     good = itertools.islice((index for index in range(len(source)) if _decodes(source, index)), count)
     images, *_ = extract(lambda images: images, Subset(source, list(good)), size, batch_size=count)

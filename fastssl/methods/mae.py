@@ -114,7 +114,7 @@ def build(config: Config) -> "MAE":
 
 
 class MAE(ViT):
-    """Masked autoencoder: a ViT, which is the encoder, and a decoder that is discarded after pretraining.
+    """Masked autoencoder: a ViT as the encoder, and a decoder that is discarded after pretraining.
 
     Arguments are those of the official code without `norm_layer`; `img_size` may be (height, width), and `mask_ratio`
     is an argument.
@@ -165,10 +165,10 @@ class MAE(ViT):
         """MAE has no state beside its parameters."""
 
     def loss(self, images: Tensor, noise: Tensor | None = None, generator: Generator | None = None) -> Tensor:
-        """Mean squared error of the masked patches, a scalar. The mask is given by `noise` [B, L] or drawn by
-        `generator`."""
+        """Mean squared error of the masked patches, a scalar. The mask follows from `noise` [B, L], which is drawn with
+        `generator` if None."""
         masking = self.masking(images, noise, generator)
-        tokens = self.decode(self.encode_kept(images, masking), masking, only=1 + masking.ids_masked)
+        tokens = self.decode(self.encode_kept(images, masking), masking, ids=1 + masking.ids_masked)
         pred = self.decoder_pred(tokens)
         with record_function("loss"):
             return masked_patch_mse(pred, images, masking.ids_masked, self.patch_size, self.norm_pix_loss)
@@ -192,14 +192,14 @@ class MAE(ViT):
         tokens = self.patch_embed(keep_patches(images, masking.ids_keep, self.patch_size))
         return self.encode(tokens + self.pos_embed[0, 1:][masking.ids_keep])
 
-    def decode(self, latent: Tensor, masking: Masking, only: Tensor | None = None) -> Tensor:
-        """Encoded tokens [B, 1 + keep, D] → normalised decoder tokens in image order [B, 1 + L, D_decoder], or the
-        selection `only` [B, M] of them."""
+    def decode(self, latent: Tensor, masking: Masking, ids: Tensor | None = None) -> Tensor:
+        """Encoded tokens [B, 1 + keep, D] → normalised decoder tokens in image order [B, 1 + L, D_decoder], or with
+        `ids` [B, M] those tokens alone [B, M, D_decoder]."""
         x = restore_tokens(self.decoder_embed(latent), self.mask_token, masking.ids_restore, self.decoder_pos_embed)
         delta, (*blocks, last) = None, self.decoder_blocks
         for block in blocks:
             x, delta = block(x, delta)
-        return self.decoder_norm(*last(x, delta, only))[1]
+        return self.decoder_norm(*last(x, delta, ids))[1]
 
     @property
     def encoder(self) -> ViT:

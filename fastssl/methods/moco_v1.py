@@ -143,8 +143,8 @@ class MoCo(nn.Module):
         momentum: momentum coefficient m of the key encoder.
         mlp: replace `fc` by the MLP head of MoCo v2.
         symmetric: use each view once as query and once as key; the loss is the mean of both.
-        shuffled: shuffle the batch over all ranks for the key encoder, so that a batch norm of one rank, or of one
-            split, normalises keys together with other samples than their queries.
+        shuffled: shuffle the batch over all ranks for the key encoder, so that its batch norms compute statistics over
+            other sets of samples than those of the query encoder.
         shard_queue: keep 1/ranks of the queue on each rank; all ranks must then make state dicts together.
         momentum_end: momentum coefficient at the end of training, reached along a cosine; None for a constant one.
     """
@@ -207,9 +207,9 @@ class MoCo(nn.Module):
         """The forward pass of MoCo has no scheduled values."""
 
     def after_step(self, progress: float) -> None:
-        """Enqueue the step's keys, in the order of the whole batch for any micro-batches and ranks, and update the key
-        encoder. The reference updates the key encoder at the start of a step: its losses are the same, since its two
-        encoders start equal."""
+        """Enqueue the step's keys and update the key encoder. The keys are in the order of the whole batch, however it
+        is divided into micro-batches and ranks. The reference updates the key encoder at the start of a step instead:
+        the losses are the same, since both encoders start with equal weights."""
         for direction in zip(*self.pending):
             for keys in direction:
                 self.criterion.enqueue(keys)

@@ -32,7 +32,7 @@ OFFICIAL = "moco"  # layout of the reference checkpoint
 
 @dataclass
 class Config:
-    """MoCo v3 as in its paper (section 4) and code: 300 epochs of a ViT. `paper` has the numbers of ResNets, too."""
+    """MoCo v3 as in its paper (section 4) and code: 300 epochs of a ViT, or `paper("resnet50")` for a ResNet."""
 
     backbone: str = "vit_small"
     """encoder: vit_mini, vit_small, vit_base, vit_conv_small, vit_conv_base, or a ResNet: resnet_mini, resnet50, …"""
@@ -75,7 +75,7 @@ class Config:
     @classmethod
     def paper(cls, backbone: str = "vit_small") -> "Config":
         """ViT: 300 epochs, AdamW. ResNet: 1000 epochs, LARS, from the code's README, where 100 epochs have learning
-        rate 0.6, weight decay 1e-6, momentum coefficient 0.99, and 300 epochs the same with learning rate 0.3."""
+        rate 0.6, weight decay 1e-6 and momentum coefficient 0.99, and 300 epochs the same with learning rate 0.3."""
         if not backbone.startswith("resnet"):
             return cls(backbone)
         training = Training(1000, 4096, "lars", lr=0.3, weight_decay=1.5e-6, warmup_epochs=10)

@@ -1,4 +1,4 @@
-"""Drop-in modules for models and training loops of your own. README.md lists what each of them replaces."""
+"""Drop-in modules for your own models and training loops. docs/drop-in.md lists what each of them replaces."""
 
 from .attention import Attention
 from .losses import InfoNCELoss, NTXentLoss, l2_normalize

@@ -1,4 +1,4 @@
-"""Multi-head self-attention on the engine's op, in the shapes of timm's and torchvision's modules."""
+"""Multi-head self-attention by `ops.attention`, as modules with the interfaces of timm's and torchvision's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         qkv_bias, proj_bias: biases of the two projections.
         qk_norm: normalise queries and keys of each head by `norm_layer`.
         scale_norm: normalise the concatenated heads by `norm_layer` before the last projection.
-        attn_drop: 0.
+        attn_drop: must be 0.
         proj_drop: dropout after the last projection.
         norm_layer: class of the norms, called with their width; LayerNorm if None.
         device, dtype: device and dtype of the weights.

@@ -28,7 +28,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """MLP with a gate: ``fc2(silu(a) · b)`` where ``fc1(x)`` is a and b side by side. DINOv2's ViT-g has it.
+    """MLP with a gate: ``fc2(silu(a) · b)``, where ``fc1(x)`` is the concatenation of a and b; used by DINOv2's ViT-g.
 
     Names are those of timm's `SwiGLUPacked`: `fc1` holds both halves, as DINOv2's `w12` does, and `fc2` is its `w3`.
 
@@ -48,7 +48,7 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Trained factors `gamma` [D] of a residual branch.
+    """Multiplies the output of a residual branch by trained factors `gamma` [D].
 
     Source: Touvron et al., "Going deeper with Image Transformers", 2021 (CaiT), section 2, equation 4.
     """
@@ -70,9 +70,9 @@ class Block(nn.Module):
         mlp_ratio: width of `fc1`'s output in multiples of D.
         qkv_bias: bias of the packed projection to queries, keys and values.
         qk_norm: layer norm of the queries and keys of each head.
-        init_values: start of LayerScale's factors; None for no LayerScale.
+        init_values: initial value of LayerScale's factors; None for no LayerScale.
         mlp: "gelu" for `Mlp`, "swiglu" for `SwiGLU`.
-        norm_eps: added to the variance in all layer norms.
+        norm_eps: number added to the variance in all layer norms.
 
     Source: Dosovitskiy et al., 2021 (ViT), equations 2 and 3.
     """
@@ -101,27 +101,27 @@ class Block(nn.Module):
         self.ls2 = None if init_values is None else LayerScale(dim, init_values)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None = None, only: Tensor | None = None, drop_path: Tensor | None = None
+        self, x: Tensor, delta: Tensor | None = None, ids: Tensor | None = None, drop_path: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The residual stream and the MLP's output, whose sum is the block's output; the next norm adds them.
 
         Args:
             x: [B, L, D] residual stream.
             delta: [B, L, D] to be added to x first, as the preceding block returns it; None for nothing.
-            only: [B, M] int64: computes the MLP and both results for these tokens alone.
+            ids: [B, M] int64 numbers of tokens: the MLP and both results are computed for these alone; None for all.
             drop_path: [2, B, 1, 1] factors of attention and MLP, one block's part of `drop_path_factors`. They are
                 drawn outside the block so that activation checkpointing runs it twice with the same ones.
         """
         x, y = self.norm1(x, delta)
         y = self.attn(y)
-        if only is not None:
-            x, y = keep_tokens(x, only), keep_tokens(y, only)
+        if ids is not None:
+            x, y = keep_tokens(x, ids), keep_tokens(y, ids)
         attention_factor, mlp_factor = (None, None) if drop_path is None else drop_path.unbind(0)
-        x, y = self.norm2(x, _scaled(y, self.ls1, attention_factor))
-        return x, _scaled(self.mlp(y), self.ls2, mlp_factor)
+        x, y = self.norm2(x, _scale_branch(y, self.ls1, attention_factor))
+        return x, _scale_branch(self.mlp(y), self.ls2, mlp_factor)
 
 
-def _scaled(y: Tensor, layer_scale: LayerScale | None, factor: Tensor | None) -> Tensor:
+def _scale_branch(y: Tensor, layer_scale: LayerScale | None, factor: Tensor | None) -> Tensor:
     """A branch's output [B, L, D] times LayerScale's gamma and the samples' drop-path factors [B, 1, 1]."""
     if layer_scale is None:
         return y if factor is None else y * factor
@@ -135,7 +135,7 @@ def drop_path_factors(rate: float, depth: int, x: Tensor) -> Tensor:
     dropped independently, and the expectation of a factor is 1.
 
     Args:
-        rate: of the last block, in [0, 1).
+        rate: rate of the last block, in [0, 1).
         depth: number of blocks.
         x: [B, …] tensor that gives B, the device, whose generator is used, and the dtype: float64 for float64, else
             float32.

@@ -8,8 +8,8 @@ from fastssl import ops
 class Linear(nn.Linear):
     """Linear layer [..., K] → [..., N] with the arguments, initial weights and state dict of torch's `nn.Linear`.
 
-    ``forward(x, gelu=True)`` equals ``F.linear(F.gelu(x), weight, bias)``; for the gradient the GELU is computed
-    again. See `ops.linear`.
+    ``forward(x, gelu=True)`` equals ``F.linear(F.gelu(x), weight, bias)``; the backward pass computes the GELU again.
+    See `ops.linear`.
     """
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:

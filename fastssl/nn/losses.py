@@ -19,8 +19,8 @@ def l2_normalize(x: Tensor) -> Tensor:
 class InfoNCELoss(KeyQueue):
     """MoCo's loss with its queue: ``loss = criterion(q, k)``, and in training the keys enter the queue.
 
-    Replaces MoCo's `_dequeue_and_enqueue` and logits, and lightly's `NTXentLoss` with a memory bank. The queue is never
-    copied and no logits are kept. All ranks must have batches of one size (drop the last, incomplete one).
+    Replaces MoCo's `_dequeue_and_enqueue` and logits, and lightly's `NTXentLoss` with a memory bank. The queue is not
+    copied and no logits are kept. All ranks must have batches of the same size (drop the last, incomplete one).
 
     Args:
         dim: D of queries and keys.
@@ -98,7 +98,7 @@ class NTXentLoss(nn.Module):
     Args:
         tau: temperature: a number, or an `nn.Parameter` with one element, which is trained.
         gather: contrast with the views of all ranks, with gradient to them. Every rank then computes the losses of all
-            ranks; their batches must be of one size.
+            ranks, whose batches must have the same size.
 
     Raises:
         ValueError: tau is not positive.

@@ -1,4 +1,4 @@
-"""MAE's masking and loss with the official signatures, and noise for masks that depends on seeds alone."""
+"""MAE's masking and loss with the official signatures, and mask noise that is a function of seeds."""
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,8 @@ def seeded_noise(length: int, *key: int | Tensor) -> Tensor:
     """Uniform noise [B, length] float32 in [0, 1) that depends on the key alone: equal on every device and rank.
 
     ``seeded_noise(196, seed, step, index)`` gives each sample a mask by (seed, step, index), whatever rank and batch
-    the sample is in. SplitMix64 with the key's numbers as seeds of one another, 24 random bits a value.
+    the sample is in. The generator is SplitMix64, whose seed is mixed from the key's numbers one after another; a value
+    has 24 random bits.
 
     Args:
         length: L.
@@ -105,7 +106,7 @@ def _scramble(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64, whose own operator copies the sign bit."""
+    """Logical right shift of int64; the operator >> would copy the sign bit."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
@@ -116,8 +117,8 @@ class MaskedPatchLoss(nn.Module):
     Args:
         patch_size: p.
         norm_pix_loss: compare with pixels standardised by their patch's mean and variance (of n − 1, 1e-6 added).
-        masked: number of patches removed from each image. If None they are counted, for which the host waits for a
-            GPU; torch.compile in one graph needs the number.
+        masked: number of patches removed from each image. If None, they are counted, and the host waits for a GPU;
+            torch.compile with fullgraph=True needs the number.
 
     Source: He et al., 2021 (MAE), section 3, "Reconstruction target".
     """

@@ -1,4 +1,4 @@
-"""The momentum copy of a module: key encoder, teacher, target network."""
+"""Momentum encoder: a copy of a module that follows it, such as MoCo's key encoder or DINO's teacher."""
 
 import copy
 import itertools
@@ -19,18 +19,18 @@ class MomentumEncoder(nn.Module):
     `update_momentum` and, with buffers="average", timm's `ModelEmaV3`.
 
     Under autocast a call computes with copies of the weight matrices in autocast's dtype, which `update` writes in the
-    same pass as the average: no weight is cast at a call, and what is averaged and saved stays float32. They take 2
-    bytes a weight.
+    same pass as the average: no weight is cast during a call, and the averaged and saved weights stay float32. The
+    copies take 2 bytes per weight.
 
     Args:
-        module: copied; not kept, so that it is neither trained nor saved twice.
+        module: the module to copy; it is not kept as a child, so that it is neither trained nor saved twice.
         momentum: m of t ← m·t + (1 − m)·s.
         buffers: how buffers, such as the running statistics of batch norms, change. "keep": by the copy's own forward
             passes alone, as in the reference code of MoCo; "average": floating-point ones follow like parameters and
             others are copied, as in timm; "copy": all are copied.
 
     Raises:
-        ValueError: momentum is outside [0, 1], or buffers is another word.
+        ValueError: momentum is outside [0, 1], or buffers is none of these.
         TypeError: by `update`, parameters are of 16 bits.
 
     Source: He et al., 2020 (MoCo), equation 2.
@@ -80,7 +80,7 @@ class MomentumEncoder(nn.Module):
         low_precision.note_versions()
 
     def _apply(self, fn, recurse: bool = True) -> "MomentumEncoder":
-        self._low_precision = None  # `to` puts other data into the same parameters
+        self._low_precision = None  # `to` replaces the data of the parameters
         return super()._apply(fn, recurse)
 
     def _module_to_run(self) -> nn.Module:
@@ -96,8 +96,8 @@ class MomentumEncoder(nn.Module):
 
 
 class _LowPrecisionCopy:
-    """A module that shares everything with another but the weights of linear and convolutional layers, which are copies
-    in 16 bits. They are current as long as nothing but `MomentumEncoder.update` writes the originals."""
+    """A copy of a module with 16-bit weights in its linear and convolutional layers; everything else is shared. The
+    16-bit weights are current as long as only `MomentumEncoder.update` writes the originals."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
         layers = (m for m in module.modules() if isinstance(m, nn.Linear | _ConvNd))
@@ -108,7 +108,7 @@ class _LowPrecisionCopy:
         self.note_versions()
 
     def note_versions(self) -> None:
-        """Notes the versions of the originals that the copies equal."""
+        """Stores the versions of the original weights, which the copies equal now."""
         self.versions = [w._version for w in self.weights]
 
     def is_current(self, module: nn.Module) -> bool:

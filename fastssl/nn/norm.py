@@ -15,8 +15,8 @@ from fastssl.ops.dispatch import acc_dtype
 class ResidualNorm(nn.LayerNorm):
     """Layer norm of the residual stream: adds the preceding sublayer's output `delta`, then normalises.
 
-    ``x, y = norm(x, delta)`` is ``x = x + delta; y = layer_norm(x)``, y in `dtype`, by default that in which a matrix
-    product computes: autocast's where it is on. See `ops.residual_norm`.
+    ``x, y = norm(x, delta)`` is ``x = x + delta; y = layer_norm(x)``. y has dtype `dtype`; by default that of autocast
+    where it is on, else that of x. See `ops.residual_norm`.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -29,11 +29,11 @@ class ResidualNorm(nn.LayerNorm):
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose training statistics are those of each of `splits` parts of the batch.
+    """Batch norm that normalises each of `splits` parts of the batch by its own statistics in training.
 
-    In one process this replaces MoCo's shuffled batch norm over as many GPUs: with common statistics a query could
-    recognise its key by the rest of the batch. The running statistics are the mean over the parts. With one part it
-    equals torch's batch norm, in training computed by `ops.batch_norm`.
+    In one process this replaces MoCo's shuffled batch norm over `splits` GPUs: with statistics of the whole batch the
+    model could recognise the key of a query by them. The running statistics are the mean over the parts. With one part
+    it equals torch's batch norm, in training computed by `ops.batch_norm`.
 
     Args:
         num_features: C.
@@ -50,7 +50,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, x: Tensor, relu: bool = False, residual: Tensor | None = None) -> Tensor:
-        """norm(x) + residual, where given, through ReLU if `relu`: [B, C, H, W] → [B, C, H, W]."""
+        """norm(x), plus `residual` if given, then ReLU if `relu`: [B, C, H, W] → [B, C, H, W]."""
         if not self.training:
             return _add_and_relu(super().forward(x), relu, residual)
         self._check_input_dim(x)
@@ -83,10 +83,10 @@ def _add_and_relu(out: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose training statistics are those of all ranks' batches, of any shape [B, C, …] and on any device.
+    """Batch norm with training statistics over the batches of all ranks, for any shape [B, C, …] and on any device.
 
-    torch's own is for GPUs alone, and DistributedDataParallel refuses it on a CPU. Every rank's part counts by its
-    number of values, so batches may differ in size.
+    torch's own works on GPUs only, and DistributedDataParallel refuses it on a CPU. Ranks are weighted by their number
+    of values, so batches may differ in size.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -115,8 +115,8 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def sync_batch_norms(module: nn.Module) -> nn.Module:
-    """Replaces every batch norm of `module` by one over all ranks and returns the module, or the new batch norm if
-    `module` is one. Parameters and buffers stay the same objects with the same names.
+    """Replaces every batch norm of `module` by one over all ranks and returns the module; if `module` itself is a batch
+    norm, returns its replacement. Parameters and buffers stay the same objects with the same names.
 
     In one process nothing is replaced; with NCCL the new ones are torch's own, else `SyncBatchNorm`.
 

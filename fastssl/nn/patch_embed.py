@@ -15,13 +15,13 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[B, M, P], as `patchify` or `keep_patches` cuts them, → [B, M, D]: only what is kept is embedded."""
+        """Patches [B, M, P] of `patchify` or `keep_patches` → tokens [B, M, D]."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p·p·C], channel last like the patches
         return linear(patches, weight, self.proj.bias)
 
 
 class ConvStem(nn.Module):
-    """Four 3×3 convolutions of stride 2 and one of 1×1 in the place of a patch embedding of 16 pixels.
+    """Four 3×3 convolutions of stride 2 and a 1×1 convolution, in place of an embedding of patches of 16 pixels.
 
     Source: Xiao et al., "Early Convolutions Help Transformers See Better", 2021; MoCo v3's `vit_conv_*`.
     """

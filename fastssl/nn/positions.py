@@ -58,8 +58,8 @@ def interpolate_positions(
 def fit_positions(table: Tensor, grid: tuple[int, int], prefix_tokens: int = 1) -> Tensor:
     """A checkpoint's positional table for a model with another grid of patches, interpolated as in MAE's code.
 
-    One of the fixed tables above determines the grid it was made for, even where another grid has as many patches. Any
-    other table is left alone where its length fits, and is taken for that of a square where it does not.
+    A fixed table (`sincos_positions`) is recognised and interpolated from the grid it was made for, even if the number
+    of patches is the same. Any other table is returned unchanged if its length fits, else taken for a square grid.
 
     Args:
         table: [1, prefix_tokens + L, D].
@@ -84,7 +84,7 @@ def fit_positions(table: Tensor, grid: tuple[int, int], prefix_tokens: int = 1) 
 
 
 def _fixed_grid(table: Tensor, prefix_tokens: int) -> tuple[int, int] | None:
-    """The grid of which `table` is a fixed table, or None."""
+    """The grid for which `table` is a fixed table; None if it is not a fixed table."""
     length, dim = table.shape[1] - prefix_tokens, table.shape[2]
     for rows in (n for n in range(1, length + 1) if length % n == 0 and dim % 4 == 0):
         for row_first in (False, True):

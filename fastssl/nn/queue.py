@@ -9,7 +9,7 @@ from fastssl.ops import enqueue_
 
 
 class KeyQueue(nn.Module):
-    """The last K keys of all ranks, exactly first in, first out at any batch size.
+    """A queue of the last K keys of all ranks: first in, first out, for any batch size.
 
     Buffers are `queue` [K, D] and `queue_ptr` [1]. Both are saved in the official layout: in state dicts `queue` is
     [D, K].
@@ -20,9 +20,9 @@ class KeyQueue(nn.Module):
     Args:
         dim: width of the keys (D).
         queue_size: number of keys (K), at first random unit vectors.
-        shard: keep K / world keys on each rank, key n on rank n mod world. The shard is then no buffer, since
-            DistributedDataParallel would overwrite it with rank 0's. State dicts still hold the whole queue, so all
-            ranks must call `state_dict()` together.
+        shard: keep K / world keys on each rank, key n on rank n mod world. The shard is not a buffer, because
+            DistributedDataParallel would overwrite it with that of rank 0. State dicts still hold the whole queue, so
+            all ranks must call `state_dict()` together.
 
     Raises:
         ValueError: queue_size or dim is less than 1, or queue_size is not divisible by the number of ranks.
@@ -78,7 +78,7 @@ class KeyQueue(nn.Module):
             raise RuntimeError(f"{type(self).__name__}: this queue was {got}: build it after init_process_group")
 
     def _local_keys(self, keys: Tensor) -> Tensor:
-        """This rank's keys of those of all ranks [N, D]."""
+        """The rows of `keys` [N, D], the keys of all ranks, that belong to this rank."""
         return keys[rank() :: world_size()].contiguous()
 
     def _apply(self, fn, recurse: bool = True) -> "KeyQueue":
@@ -109,7 +109,7 @@ def _load(module: KeyQueue, state: dict, prefix: str, metadata: dict, strict: bo
     if queue_DK.shape != (module.queue.shape[1], module.queue.shape[0] * world_size()):
         got = list(queue_DK.shape)
         raise ValueError(f"{type(module).__name__}: the queue to load must have shape [D, K] of this one, got {got}")
-    # A shard's pointer stands for a multiple of world in the whole queue, so the queue is rotated to one.
+    # A shard's pointer can express only multiples of world in the whole queue, so the queue is rotated until it is one.
     remainder = int(ptr) % world_size()
     shard, shard_ptr = module._local_keys(queue_DK.T.roll(-remainder, 0)), ptr.div(world_size(), rounding_mode="floor")
     if metadata.get("assign_to_params_buffers"):

@@ -1,4 +1,4 @@
-"""Copies of modules that share their parameters and lack some of their parts."""
+"""Copies of modules that share the parameters of the original, with some parts left out."""
 
 from torch import nn
 
@@ -23,7 +23,7 @@ def shared_copy(module: nn.Module, cls: type[nn.Module] | None = None, without: 
 
 
 def headless(module: nn.Module, head: str) -> nn.Module:
-    """A module that shares everything with `module` except the child named `head`, which is the identity."""
+    """A copy that shares everything with `module` except the child named `head`, which is replaced by the identity."""
     copy = shared_copy(module, without=(head,))
     setattr(copy, head, nn.Identity())
     return copy

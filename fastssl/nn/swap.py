@@ -51,7 +51,7 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
     replacements: dict[nn.Module, nn.Module] = {}  # one for each module, which may have several names
     refusals: list[str] = []
     has_engine_attention = False
-    for name, module in _named_attention(model, leave):
+    for name, module in _find_attention(model, leave):
         if isinstance(module, Attention | TorchvisionAttention):
             has_engine_attention = True
             continue
@@ -69,8 +69,8 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
         swaps[name] = replacements[module]
     if refusals:
         more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
-        way_out = "(accelerate(model, leave=[…]) leaves modules by name)"
-        raise ValueError(f"accelerate: {refusals[0]}{more}; nothing was swapped {way_out}")
+        remedy = "(accelerate(model, leave=[…]) leaves modules by name)"
+        raise ValueError(f"accelerate: {refusals[0]}{more}; nothing was swapped {remedy}")
     if not swaps and not has_engine_attention:
         raise ValueError(
             f"accelerate: {type(model).__name__} has no attention of a supported kind; nothing was swapped"
@@ -81,21 +81,21 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
     return list(swaps)
 
 
-def _named_attention(model: nn.Module, leave: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of everything that looks like attention, outermost only, shared modules under each name."""
+def _find_attention(model: nn.Module, leave: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the outermost modules that look like attention; a shared module is given under each name."""
     names: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name == outer or name.startswith(f"{outer}.") for outer in (*leave, *names))
-        if not inside and _looks_like_attention(name.rpartition(".")[2], module):
+        if not inside and _is_attention(name.rpartition(".")[2], module):
             names.append(name)
             yield name, module
 
 
-def _looks_like_attention(name: str, module: nn.Module) -> bool:
+def _is_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.ModuleList | nn.Sequential | nn.Identity | nn.Dropout | nn.Linear):
         return False
-    named = name in ("attn", "attention", "self_attn", "self_attention")
-    return named or bool(re.search("attn|attention", type(module).__name__, re.IGNORECASE))
+    has_attention_name = name in ("attn", "attention", "self_attn", "self_attention")
+    return has_attention_name or bool(re.search("attn|attention", type(module).__name__, re.IGNORECASE))
 
 
 def _refusal(module: nn.Module, parent: nn.Module) -> str | None:
@@ -136,8 +136,8 @@ def _torchvision_refusal(module: nn.MultiheadAttention, parent: nn.Module) -> st
 def _difference(module: nn.Module, qkv: nn.Linear) -> str | None:
     """Compares a module of unknown code with `Attention`, in float64 with random weights and tokens; None if equal.
 
-    On few and many tokens, since few would not show a window; in training too, where only `proj_drop` may drop; and
-    with new weights, since initial ones are often zero.
+    It compares few tokens and many, because few would not reveal windowed attention; evaluation and training mode, in
+    which nothing but `proj_drop` may be random; and random weights, because initial ones are often zero.
     """
     weight = qkv.weight
     if weight.is_meta:

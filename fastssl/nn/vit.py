@@ -22,7 +22,7 @@ SIZES = {
     "vit_large": (1024, 24, 16, 16),
     "vit_huge": (1280, 32, 16, 14),
 }
-# The same for MoCo v3 (section 5 and code): other heads for S, and one block fewer behind a convolutional stem.
+# The same for MoCo v3 (section 5 and code): ViT-S has 12 heads, and a ViT with a convolutional stem one block fewer.
 MOCO_V3_SIZES = {
     "vit_mini": (128, 4, 4, 4),
     "vit_small": (384, 12, 12, 16),
@@ -57,7 +57,7 @@ class ViT(nn.Module):
             for all tokens [B, N, D].
         qkv_bias, qk_norm, init_values, norm_eps: see `Block`; init_values=None for no LayerScale.
         class_token: prepend a class token.
-        pos_embed: "sincos" for fixed positions, "learn" for trained ones, "none" for none.
+        pos_embed: "sincos" for fixed positions, "learn" for trained ones, "none" for no positions.
         no_embed_class: give the positional table no rows for class token and registers.
         reg_tokens: number of registers, tokens whose output is not part of the features.
         pre_norm: put a layer norm before the first block, and no bias into the patch embedding (CLIP).
@@ -147,7 +147,7 @@ class ViT(nn.Module):
         self.norm = None if fc_norm else ResidualNorm(embed_dim, norm_eps)
         self.fc_norm = nn.LayerNorm(embed_dim, norm_eps) if fc_norm else None
         self.head: nn.Module = Linear(embed_dim, num_classes) if num_classes else nn.Identity()
-        self._cache: dict[tuple[int, int], tuple[Tensor, tuple, Tensor]] = {}  # of `positions`, by grid
+        self._cache: dict[tuple[int, int], tuple[Tensor, tuple, Tensor]] = {}  # results of `positions` by grid
         self.register_load_state_dict_pre_hook(_fit_tables)
         self._initialise()
 
@@ -165,8 +165,8 @@ class ViT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Patch tokens of images [B, C, H, W] without positions: [B, L, D]."""
         self.check_images(images)
-        patched = isinstance(self.patch_embed, PatchEmbed)
-        return self.patch_embed(patchify(images, self.patch_size) if patched else images)
+        cut_in_patches = isinstance(self.patch_embed, PatchEmbed)
+        return self.patch_embed(patchify(images, self.patch_size) if cut_in_patches else images)
 
     def positions(self, grid: tuple[int, int]) -> Tensor | None:
         """Positions of a grid of patches [1, rows·columns, D]; None for a model without positions.
@@ -192,8 +192,8 @@ class ViT(nn.Module):
         """Patch tokens with their positions added [B, M, D] → normalised tokens [B, prefix + M, D].
 
         Args:
-            tokens: of all patches, or of some in any order.
-            dtype: of the result, as in `ResidualNorm`.
+            tokens: tokens of all patches, or of some of them in any order.
+            dtype: dtype of the result, as in `ResidualNorm`.
         """
         x = self._add_prefix(tokens)
         if self.norm_pre is not None:
@@ -225,12 +225,12 @@ class ViT(nn.Module):
         """[B, C, H, W] → tokens [B, prefix + L, D], normalised unless `fc_norm` does that after pooling."""
         tokens = self.embed(images)
         positions = self.positions((images.shape[2] // self.patch_size, images.shape[3] // self.patch_size))
-        # Without positions in float32 to add, autocast's dtype would become that of the residual stream.
+        # Adding float32 positions makes the residual stream float32; without positions the tokens are converted.
         tokens = tokens.to(images.dtype) if positions is None else tokens + positions
-        return self.encode(tokens, tokens.dtype)  # not autocast's: features are not only multiplied
+        return self.encode(tokens, tokens.dtype)  # not in autocast's dtype: losses and metrics read the features, too
 
     def features(self, images: Tensor, pool: str | None = None) -> Tensor:
-        """[B, C, H, W] → features [B, D], which `head` takes; by `pool` in place of `global_pool` if given."""
+        """[B, C, H, W] → features [B, D], the input of `head`; `pool` replaces `global_pool` if given."""
         pool = self.global_pool if pool is None else _check_pool("features", "pool", pool, self.cls_token is not None)
         x = self.forward_features(images)
         patches = x[:, self.num_prefix_tokens :]
@@ -248,11 +248,11 @@ class ViT(nn.Module):
         return self.head(self.features(images))
 
     def _apply(self, fn, recurse: bool = True) -> "ViT":
-        self._cache = {}  # `to` puts other data into the same parameters
+        self._cache = {}  # `to` replaces the data of the parameters
         return super()._apply(fn, recurse)
 
     def check_images(self, images: Tensor) -> None:
-        """Refuses images that do not fit: of another size than `img_size`, or with `dynamic_img_size` not divisible."""
+        """Checks that images have size `img_size`, or with `dynamic_img_size` a size divisible by patch_size."""
         (height, width), name, patch = self.img_size, type(self).__name__, self.patch_size
         check.tensor(name, "images", images, "B C H W")
         if self.dynamic_img_size:
@@ -262,8 +262,8 @@ class ViT(nn.Module):
                 raise ValueError(f"{name}: images must have shape {expected}, got {list(images.shape)}")
         elif images.shape[1:] != (self.in_chans, height, width):
             expected = f"[B, C={self.in_chans}, H={height}, W={width}]"
-            way_out = f"build {name}(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
-            raise ValueError(f"{name}: images must have shape {expected}, got {list(images.shape)} ({way_out})")
+            remedy = f"build {name}(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
+            raise ValueError(f"{name}: images must have shape {expected}, got {list(images.shape)} ({remedy})")
 
 
 def xavier_(module: nn.Module) -> None:
@@ -297,8 +297,8 @@ def moco_v3_vit(name: str, img_size: int | tuple[int, int] = 224, freeze_patch_e
 def _check_pool(name: str, argument: str, pool: str, class_token: bool) -> str:
     pools = POOLS if class_token else POOLS[1:]
     if pool not in pools:
-        way_out = "" if class_token or pool != "token" else " (without class token)"
-        raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, pools))}, got {pool!r}{way_out}")
+        remedy = "" if class_token or pool != "token" else " (without class token)"
+        raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, pools))}, got {pool!r}{remedy}")
     return pool
 
 

@@ -1,8 +1,8 @@
 """Ops of self-supervised learning: each has a contract (its docstring), a plain-torch body, a gradient, and kernels.
 
-Letters of shapes, everywhere: **B** batch · **L** tokens · **M** kept tokens, or keys of all ranks · **D** width ·
-**K** queue length · **H E** heads and head width · **P** values of a patch. Where shapes mix, the name of a local ends
-in the letters of its shape: ``logits_BK``.
+Letters of shapes in all docstrings: **B** batch · **L** tokens · **M** kept tokens, or keys of all ranks · **D** width
+· **K** queue length · **H E** heads and head width · **P** values of a patch. Where a function has tensors of several
+shapes, the name of a local variable ends in the letters of its shape: ``logits_BK``.
 """
 
 from . import dispatch

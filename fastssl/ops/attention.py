@@ -21,7 +21,7 @@ def _kernels():
     return attention
 
 
-LONGEST = 512  # tokens up to which our kernels run
+LONGEST = 512  # largest number of tokens for which our kernels run
 # On processors with AMX, torch's fused CPU kernel for 16-bit tensors packs its operands with an AVX-512 function. Where
 # ATEN_CPU_CAPABILITY limits torch to a lower level, it raises "pack_vnni2 is only supported when avx512 is supported":
 # there torch's unfused formula runs instead.
@@ -114,7 +114,7 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The implementation that `attention` takes for these tensors: "kernel", "xformers" or "torch"."""
+    """The implementation that `attention` uses for these tensors: "kernel", "xformers" or "torch"."""
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
     if has_kernel("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
         return "kernel"

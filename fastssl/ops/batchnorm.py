@@ -56,7 +56,7 @@ def batch_norm(
     """
     _check(x, weight, bias, running, splits, residual)
     if backend(x) == "torch":
-        out = _by_torch(x, weight, bias, running, eps, splits)
+        out = _batch_norm_in_torch(x, weight, bias, running, eps, splits)
         out = out if residual is None else out.add_(residual)
         return F.relu_(out) if relu else out
     x, residual = _channels_last(x), None if residual is None else _channels_last(residual.to(x.dtype))
@@ -69,7 +69,7 @@ def batch_norm(
 
 
 def backend(x: Tensor) -> str:
-    """The implementation that `batch_norm` takes for x: "kernel", on CPUs, or "torch"."""
+    """The implementation that `batch_norm` uses for x: "kernel", on CPUs, or "torch"."""
     return "kernel" if has_kernel("batch_norm_fwd", x.device.type) and x.numel() else "torch"
 
 
@@ -93,7 +93,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, running: Running, splits: in
         check.same_device("batch_norm", x=x, residual=residual)
 
 
-def _by_torch(x: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: float, splits: int) -> Tensor:
+def _batch_norm_in_torch(x: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: float, splits: int) -> Tensor:
     """Batch norm by torch, with the parts as channels."""
     if splits == 1:
         return F.batch_norm(x, running.mean, running.var, weight, bias, True, running.momentum, eps)
@@ -117,10 +117,10 @@ def _batch_norm_fwd(
     values = _parts(x, splits)
     var, mean = torch.var_mean(values, (0, 2), correction=0)
     invstd = (var + eps).rsqrt()
-    y = _standardised(values, mean, invstd) * weight + bias
+    y = _standardise(values, mean, invstd) * weight + bias
     y = y if residual is None else y + _parts(residual, splits)
     count = values.shape[0] * values.shape[2]
-    return _joined(F.relu(y) if relu else y, x), mean, invstd, var * (count / (count - 1))
+    return _join_parts(F.relu(y) if relu else y, x), mean, invstd, var * (count / (count - 1))
 
 
 @fake(_batch_norm_fwd)
@@ -134,7 +134,7 @@ def _batch_norm_bwd(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dresidual). y is given where there was a residual and a ReLU, else dresidual is empty."""
-    standardised = _standardised(_parts(x, len(mean)), mean, invstd)
+    standardised = _standardise(_parts(x, len(mean)), mean, invstd)
     gradient = _parts(dy, len(mean))
     if relu:
         clipped = standardised * weight + bias if y is None else _parts(y, len(mean))
@@ -142,8 +142,8 @@ def _batch_norm_bwd(
     dweight, dbias = (gradient * standardised).sum((0, 2)), gradient.sum((0, 2))
     count = gradient.shape[0] * gradient.shape[2]
     dx = (gradient - _column(dbias) / count - standardised * _column(dweight) / count) * (_column(invstd) * weight)
-    dresidual = x.new_empty(0) if y is None else _joined(gradient, x)
-    return _joined(dx, x), dweight.sum(0), dbias.sum(0), dresidual
+    dresidual = x.new_empty(0) if y is None else _join_parts(gradient, x)
+    return _join_parts(dx, x), dweight.sum(0), dbias.sum(0), dresidual
 
 
 @fake(_batch_norm_bwd)
@@ -183,7 +183,7 @@ def _parts(x: Tensor, splits: int) -> Tensor:
     return x.to(acc_dtype(x)).reshape(-1, splits, x.shape[1], x.shape[2:].numel()).movedim(2, 3)
 
 
-def _joined(parts: Tensor, x: Tensor) -> Tensor:
+def _join_parts(parts: Tensor, x: Tensor) -> Tensor:
     """The inverse of `_parts`: a tensor with x's shape, dtype and memory format."""
     return torch.empty_like(x).copy_(parts.movedim(3, 2).reshape(x.shape))
 
@@ -193,5 +193,5 @@ def _column(statistic: Tensor) -> Tensor:
     return statistic.unsqueeze(1)
 
 
-def _standardised(parts: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def _standardise(parts: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
     return (parts - _column(mean)) * _column(invstd)

@@ -18,7 +18,7 @@ def fail(op: str, message: str, error: type[Exception] = ValueError) -> NoReturn
 
 
 def tensor(op: str, name: str, value: object, dims: str, **sizes: int) -> None:
-    """`value` must be a tensor with the dimensions in `dims` ("B L D"), of the sizes given in `sizes`."""
+    """Checks that `value` is a tensor with the dimensions in `dims` ("B L D"), of the sizes given in `sizes`."""
     letters = dims.split()
     if isinstance(value, Tensor):
         shape = value.shape
@@ -34,21 +34,21 @@ def tensor(op: str, name: str, value: object, dims: str, **sizes: int) -> None:
 
 
 def floating(op: str, **tensors: Tensor) -> None:
-    """Each tensor must have a floating dtype."""
+    """Checks that each tensor has a floating dtype."""
     for name, value in tensors.items():
         if value.dtype not in FLOATS:
             fail(op, f"{name} must be float32, float64, bfloat16 or float16, got {dtype_name(value.dtype)}", TypeError)
 
 
 def index(op: str, **tensors: Tensor) -> None:
-    """Each tensor must be int64."""
+    """Checks that each tensor is int64."""
     for name, value in tensors.items():
         if value.dtype != torch.int64:
             fail(op, f"{name} must be int64, got {dtype_name(value.dtype)}", TypeError)
 
 
 def same_device(op: str, **tensors: Tensor) -> None:
-    """Each tensor must be on the device of the first."""
+    """Checks that each tensor is on the device of the first."""
     (first_name, first), *rest = tensors.items()
     for name, value in rest:
         if value.device != first.device:

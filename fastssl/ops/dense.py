@@ -7,7 +7,7 @@ from torch import Tensor
 from . import check
 from .dispatch import autocast_dtype, fake, first_order, has_kernel, op, uses_native_gemm
 
-FEWEST = 64  # rows from which the kernel runs: packing the weight takes as long as the product of some rows
+FEWEST = 64  # smallest number of rows for the kernel: packing the weight takes as long as multiplying several rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 
 
 def backend(x: Tensor, weight: Tensor) -> str:
-    """The implementation that `linear` takes for these tensors: "kernel" or "torch".
+    """The implementation that `linear` uses for these tensors: "kernel" or "torch".
 
     The kernel, on CPUs, from 64 rows on, unless torch's library is faster there: with tiles (AMX) for 16 bits, and with
     Intel's own library on Intel's processors for float32 and float64.

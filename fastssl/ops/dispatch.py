@@ -1,9 +1,9 @@
 """Implementations of the ops: which one runs on which device. The only file that deals with backends.
 
 An op is a schema `fastssl::<name>` in torch's dispatcher whose default implementation is plain torch. A kernel for one
-device is registered beside it, C++ when its library is loaded, Triton through `register_triton`; torch then picks by
-the device of the tensors. Nothing falls back in silence: a Triton file that fails to import raises, and a build without
-native kernels warns once.
+device is registered for the same op, C++ when its library is loaded, Triton through `register_triton`; torch then
+chooses by the device of the tensors. Nothing falls back silently: a Triton file that fails to import raises, and a
+build without native kernels warns once.
 
 `torch.library.custom_op` would do the same with three layers of Python around each call, 5 to 20 µs more than the
 2 µs that the C++ kernels of small tensors take.
@@ -24,7 +24,7 @@ LEVELS = ("baseline", "avx2", "avx512")  # instruction sets that setup.py builds
 _TORCH_LEVELS = {"AVX2": "avx2", "AVX512": "avx512"}  # torch's names for them; any other name is its baseline
 
 _library = torch.library.Library("fastssl", "DEF")
-_bodies: dict[str, Callable[..., Any]] = {}  # op -> its plain torch
+_bodies: dict[str, Callable[..., Any]] = {}  # op -> its plain-torch body
 _kernels: dict[tuple[str, str], str] = {}  # (op, device) -> "native avx2", "triton"
 _triton_loaders: dict[str, Callable[[], Callable[..., Any]]] = {}  # op -> function that imports its launcher
 
@@ -70,8 +70,8 @@ def acc_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-# Devices for which torch can be asked whether autocast is on; for others, such as meta, the question raises. Computed
-# here, because torch 2.11 does not compile `is_autocast_available`.
+# Devices that support autocast; for others, such as meta, `is_autocast_enabled` raises. Computed once here, because
+# torch 2.11 does not compile `is_autocast_available`.
 _AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps")))
 
 
@@ -96,9 +96,9 @@ def register_triton(op: OpOverload, load: Callable[[], Callable[..., Any]]) -> N
     Args:
         op: the op.
         load: imports the kernel's file and returns the launcher, a function with the op's signature:
-            ``register_triton(_enqueue_, lambda: _kernels().enqueue_)``. Called at the first call on a GPU, so that the
-            others need not wait for the import of Triton. Triton launches on the current device, which the launch
-            therefore sets to that of the first tensor.
+            ``register_triton(_enqueue_, lambda: _kernels().enqueue_)``. It is called at the first call of the op on a
+            GPU, so that programs without a GPU need not wait for the import of Triton. Triton launches on the current
+            device, which is therefore set to that of the first tensor.
     """
     if importlib.util.find_spec("triton") is None:
         return
@@ -147,7 +147,7 @@ def uses_native_gemm(dtype: torch.dtype) -> bool:
 
 
 def native_gemm_dtypes(level: str | None, maker: str) -> set[torch.dtype]:
-    """The dtypes whose matrix products run in our kernels, by instruction set and maker of the processor.
+    """Dtypes of which large matrix products run in our kernels, for an instruction set and a maker of processors.
 
     On Intel's processors torch has Intel's own library for 32 and 64 bits and, for 16 bits, from the processors with
     bfloat16 instructions on, tiles (AMX) that our kernels lack. On other processors that library is no faster than our

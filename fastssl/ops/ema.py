@@ -30,9 +30,9 @@ def ema_update_(
         TypeError: a target is bfloat16 or float16: 1.0 + 0.001·(2.0 − 1.0) rounds to 1.0 there, so the average would
             never move.
 
-    Memory: none beyond the arguments; on a GPU a table of their addresses, which is made again when an address changes
-        and then stops the host once: pass the same tensors from step to step. Layout: any strides; pairs stored in the
-        same dense order are fastest.
+    Memory: none beyond the arguments; on a GPU a table of their addresses. When an address changes, the table is made
+        again and the host waits once for the GPU, so pass the same tensors at every step. Layout: any strides; pairs
+        stored in the same dense order are fastest.
 
     Source: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, equation 2.
     """

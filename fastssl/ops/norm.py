@@ -84,7 +84,7 @@ def _residual_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, ddelta, dweight, dbias), the last two in float32 or wider. ddelta is empty where it would equal dx."""
     dtype = acc_dtype(total)
-    affine = weight.to(dtype)  # of the bias only its presence counts
+    affine = weight.to(dtype)  # also passed as the bias, whose values are not used
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dnormed.to(dtype).contiguous(),
         total.to(dtype).contiguous(),

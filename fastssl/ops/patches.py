@@ -114,7 +114,7 @@ class _Unpatchify(torch.autograd.Function):
 
 
 def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
-    """The pixels of the kept patches alone, for masking **before** the patch embedding.
+    """Gathers the pixels of the kept patches, for masking **before** the patch embedding.
 
     Equals ``patchify(images, patch).gather(1, ids_keep[..., None].expand(-1, -1, P))``. At mask ratio 0.75 the patch
     embedding that follows costs a quarter of embedding all patches and dropping the masked ones.

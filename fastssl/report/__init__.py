@@ -1,4 +1,4 @@
-"""Report pages; the modules need the extra `report`."""
+"""Report pages. All modules here need the extra `report`."""
 
 from fastssl.extras import need
 

@@ -9,7 +9,7 @@ from fastssl.run import Options, Run
 
 
 def reproduce(run: Run) -> str:
-    """`fastssl pretrain …` for a shell, with every option that differs from its default, without the run's folder."""
+    """The shell command `fastssl pretrain …` with every option that differs from its default, except --folder."""
     options = run.options
     words = ["fastssl", "pretrain", run.method_name, "--data", options.data]
     backbones = (run.backbone,) if run.backbone else ()

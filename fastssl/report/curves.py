@@ -8,7 +8,7 @@ from .parts import Picture, Section
 from .pictures import GREY, draw
 from .run_data import RunData
 
-POINTS = 300  # largest number of points of a line: more cannot be distinguished and would make the file large
+POINTS = 300  # largest number of points of a line: more would not be visible and make the file large
 TITLES = {
     "loss": "loss",
     "top1": "positives ranked first",

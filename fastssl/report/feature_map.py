@@ -1,4 +1,4 @@
-"""Map of the features: held-out images as points in the plane, near to images with similar features."""
+"""Map of the features: held-out images as points in the plane; images with similar features are close."""
 
 from collections import Counter
 from types import ModuleType
@@ -25,8 +25,8 @@ def check_projection(projection: str) -> None:
     """Checks a projection before anything is computed.
 
     Raises:
-        ValueError: it is unknown.
-        MissingExtra: its package is not installed.
+        ValueError: the projection is unknown.
+        MissingExtra: umap-learn is not installed.
     """
     if projection not in ("pca", "umap"):
         raise ValueError(f"report: --map must be pca or umap, got {projection!r}")

@@ -13,8 +13,8 @@ from .parts import Text, Tiles, short
 from .pictures import CRISP, tile, tiles
 from .run_data import BANK, RunData
 
-SHOWN = 10  # images per row
-QUERIES = 6  # held-out images with their neighbours
+COLUMNS = 10  # images per row
+QUERIES = 6  # number of held-out images with their neighbours
 MOST_STEPS = 8  # largest number of rows of snapshots
 ROWS = {"input": "input", "masked": "masked", "output": "output", "filled": "output in removed patches"}
 
@@ -22,10 +22,10 @@ ROWS = {"input": "input", "masked": "masked", "output": "output", "filled": "out
 def reconstructions(run: RunData) -> list[Text | Tiles]:
     """Reconstructions of held-out images by the newest weights, and the snapshots of the run folder."""
     snapshots = read_snapshots(run.run.folder / "reconstructions")
-    able = isinstance(run.method, Reconstructs) and run.test_source is not None
-    images = first_images(run.test_source, run.size, SHOWN) if able else None
+    can_reconstruct = isinstance(run.method, Reconstructs) and run.test_source is not None
+    images = first_images(run.test_source, run.size, COLUMNS) if can_reconstruct else None
     parts = []
-    if able:
+    if can_reconstruct:
         reconstruction = reconstruct(run.method, images)
         rows = [(name, as_bytes(getattr(reconstruction, part))) for part, name in ROWS.items()]
         parts += [Text("Newest checkpoint."), tiles((name, row, _numbered(name, row)) for name, row in rows)]
@@ -41,7 +41,7 @@ def over_time(run: RunData, snapshots: list[tuple[int, np.ndarray]], inputs: np.
     rows = []
     for step, images in (snapshots[i] for i in chosen):
         name = f"epoch {run.epoch_of(step):.3g}"
-        rows.append((name, images[:SHOWN], _numbered(f"reconstruction at {name},", images)))
+        rows.append((name, images[:COLUMNS], _numbered(f"reconstruction at {name},", images)))
     if inputs is not None:
         rows.append(("input", inputs, _numbered("input", inputs)))
     return tiles(rows)
@@ -61,7 +61,7 @@ def neighbours(run: RunData, features: Tensor, numbers: list[int]) -> tuple[Tile
     bank, _, bank_numbers = run.features(run.train_source, BANK)
     queries = np.unique(np.linspace(0, len(numbers) - 1, min(QUERIES, len(numbers))).astype(int)).tolist()
     rows = []
-    for query, rows_of_bank in zip(queries, nearest(bank, features[queries], SHOWN - 1).tolist()):
+    for query, rows_of_bank in zip(queries, nearest(bank, features[queries], COLUMNS - 1).tolist()):
         index = numbers[query]
         label = run.test_source.label(index)
         row = [tile(_image(run, run.test_source, index), _caption(run.test_source, index), "query")]

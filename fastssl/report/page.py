@@ -53,7 +53,7 @@ def write_report(runs: list[Run], to: Path | None = None, map: Projection = "pca
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise ValueError(f"report: {path} must be a file in a folder that exists")
     loaded = [RunData(run, name, COLOURS[i % len(COLOURS)]) for i, (run, name) in enumerate(zip(runs, names_of(runs)))]
-    pictured = [_pictured(run, map) for run in loaded]
+    pictured = [_picture_parts(run, map) for run in loaded]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastssl.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -61,7 +61,7 @@ def write_report(runs: list[Run], to: Path | None = None, map: Projection = "pca
         title=_title(loaded),
         runs=loaded,
         summary=[tables.summary(run) for run in loaded],
-        compared=tables.compared(loaded, tables.summary),
+        compared=tables.compare(loaded, tables.summary),
         sections=_sections(loaded, pictured),
     )
     with write_atomically(path, encoding="utf-8", errors="backslashreplace") as file:  # file names may be any bytes
@@ -81,8 +81,8 @@ def _title(runs: list[RunData]) -> str:
     return f"{runs[0].run.method_name} on {short(runs[0].run.options.data)}"
 
 
-def _pictured(run: RunData, projection: Projection) -> dict[str, list[Any]]:
-    """Parts of the sections of `TEXTS`, which need the weights or the images of a run."""
+def _picture_parts(run: RunData, projection: Projection) -> dict[str, list[Any]]:
+    """{section of `TEXTS`: its parts} for a run; these sections need its weights or images."""
     run.load()
     parts = {"reconstructions": run.attempt(lambda: images.reconstructions(run))}
     if run.method is not None and run.test_source is not None:
@@ -129,18 +129,18 @@ def _sections(runs: list[RunData], pictured: list[dict[str, list[Any]]]) -> list
     sections = [curves.training(runs), Section("evaluations", "Evaluations", text, evaluated)]
     for anchor, title in TITLES.items():
         columns = [(run, parts[anchor]) for run, parts in zip(runs, pictured) if anchor in parts]
-        sections.append(Section(anchor, title, TEXTS[anchor], columns=_named(columns, runs)))
+        sections.append(Section(anchor, title, TEXTS[anchor], columns=_nonempty(columns, runs)))
     profiles = [(run, tables.profile(run)) for run in runs]
-    speed = [tables.compared(runs, tables.speed)]
-    sections.append(Section("speed", "Speed and memory", "", speed, _named(profiles, runs)))
+    speed = [tables.compare(runs, tables.speed)]
+    sections.append(Section("speed", "Speed and memory", "", speed, _nonempty(profiles, runs)))
     problems = [(run, tables.problems(run)) for run in runs]
-    sections.append(Section("trouble", "Left out of training", "", columns=_named(problems, runs)))
-    sections.append(Section("environment", "Environment", "", [tables.compared(runs, tables.facts)]))
+    sections.append(Section("trouble", "Left out of training", "", columns=_nonempty(problems, runs)))
+    sections.append(Section("environment", "Environment", "", [tables.compare(runs, tables.facts)]))
     commands = [(run, [Text(code=command.reproduce(run.run))]) for run in runs]
-    sections.append(Section("again", "Command to run it again", "", columns=_named(commands, runs)))
+    sections.append(Section("again", "Command to run it again", "", columns=_nonempty(commands, runs)))
     return [section for section in sections if section.parts or section.columns]
 
 
-def _named(columns: list[tuple[RunData, list[Any]]], runs: list[RunData]) -> list[tuple[RunData | None, list[Any]]]:
+def _nonempty(columns: list[tuple[RunData, list[Any]]], runs: list[RunData]) -> list[tuple[RunData | None, list[Any]]]:
     """Non-empty columns, each with its run if there are several runs."""
     return [(run if len(runs) > 1 else None, parts) for run, parts in columns if parts]

@@ -1,4 +1,4 @@
-"""Parts of a page; page.html lays each kind out."""
+"""Parts of a page; page.html defines the layout of each kind."""
 
 from dataclasses import dataclass, field
 from typing import Any

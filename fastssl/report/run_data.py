@@ -61,7 +61,7 @@ class RunData:
         self.method = None
 
     def attempt(self, function: Callable[[], T]) -> T | None:
-        """The result of `function`, or None and the reason in `missing`: the rest of the run is still reported."""
+        """The result of `function`, or None if it fails; the reason is then added to `missing`."""
         try:
             return function()
         except (ValueError, OSError) as error:

@@ -9,7 +9,7 @@ from fastssl.train.log import read_metrics
 from .parts import Table, Text, short
 from .run_data import RunData
 
-NAMED_BAD = 10  # undecodable images, and skipped steps, that are listed
+NAMED_BAD = 10  # largest number of undecodable images, and of skipped steps, in the list
 COLUMNS = {"evaluation", "step", "epoch", "accuracy"}  # fields of an evaluation that have a column
 NONE = "–"
 
@@ -73,7 +73,7 @@ def facts(run: RunData) -> dict[str, str]:
     return {name: str(value) for name, value in run.run.facts.items()}
 
 
-def compared(runs: list[RunData], facts_of: Callable[[RunData], dict[str, str]]) -> Table:
+def compare(runs: list[RunData], facts_of: Callable[[RunData], dict[str, str]]) -> Table:
     """A table with a row for each fact and a column for each run."""
     columns = [facts_of(run) for run in runs]
     names = list(dict.fromkeys(name for column in columns for name in column))
@@ -92,10 +92,10 @@ def evaluations(runs: list[RunData]) -> Table | None:
         for line in run.evaluations:
             epoch = line.get("epoch", run.epoch_of(line["step"]))
             details = {name: value for name, value in line.items() if name not in COLUMNS and value is not None}
-            how = ", ".join(f"{name.replace('_', ' ')} {short(str(value))}" for name, value in details.items())
+            detail_text = ", ".join(f"{name.replace('_', ' ')} {short(str(value))}" for name, value in details.items())
             name = [run.name] if len(runs) > 1 else []
             rows.append(
-                [*name, line["evaluation"], f"{epoch:.4g}", f"{line['step']:,}", f"{line['accuracy']:.2%}", how]
+                [*name, line["evaluation"], f"{epoch:.4g}", f"{line['step']:,}", f"{line['accuracy']:.2%}", detail_text]
             )
             shares.append(line["accuracy"])
     head = [*(["run"] if len(runs) > 1 else []), "evaluation", "epoch", "step", "accuracy", "details"]

@@ -1,4 +1,4 @@
-"""Checkpoint files, written by a thread beside the training, complete or absent, and verified when they are read.
+"""Checkpoint files: written by a background thread, complete or absent, and verified when they are read.
 
 A file is named step-00001200.5891b5b522d5df08.pt: the step, and the first digits of the SHA-256 of its bytes. It is
 written under another name, synced to disk and renamed, so that a kill at any moment leaves it complete or absent.
@@ -44,7 +44,7 @@ class Checkpoints:
             self._raise_error()
 
     def save(self, state: dict[str, Any], step: int) -> None:
-        """Copy `state` and return; a thread writes the copy. An earlier write that is not finished is awaited.
+        """Wait for an earlier write, copy `state` and return; a thread writes the copy.
 
         Raises:
             ValueError: a weight or statistic is not finite, or an earlier file could not be written.

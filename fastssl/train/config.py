@@ -50,8 +50,8 @@ class Training:
             owner: command or class that the error names.
 
         Raises:
-            ValueError: a value is out of range, a learning-rate drop lies behind the last epoch, or there are
-                --freeze-epochs without --freeze.
+            ValueError: a value is out of range, a learning-rate drop lies after the last epoch, or --freeze-epochs is
+                given without --freeze.
         """
         check_ranges(self, owner)
         if late := [epoch for epoch in self.lr_drops if epoch >= self.epochs]:
@@ -65,7 +65,7 @@ class Training:
 
 @dataclass
 class Execution:
-    """How a run is executed. Apart from rounding, precision and clipping, nothing here changes what is learned."""
+    """How a run is executed. Of these options only precision and clip_norm change the result by more than rounding."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32, or bf16 or fp16 for autocast; fp16 with loss scaling"""

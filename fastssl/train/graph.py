@@ -20,7 +20,7 @@ class Graph:
 
     The first steps call `run` directly. Then one call is captured; from there on a batch is copied into the captured
     input tensors, and the graph writes gradients and results to their captured addresses. A batch of other shapes is
-    given to `run` directly.
+    passed to `run` directly.
 
     Args:
         run: works on a GPU, never waits for it, and reads only the batch and tensors whose addresses do not change.

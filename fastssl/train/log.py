@@ -19,13 +19,13 @@ from fastssl.files import write_atomically
 
 from .config import Execution
 
-LINE_EVERY = 60.0  # seconds between lines on the console if it is no terminal
+LINE_EVERY = 60.0  # seconds between printed lines if the console is not a terminal
 
 
 class Log:
-    """Collects values on the device and writes their means on request; only then does the host wait for the device.
+    """Metrics of a run: `step` keeps values on the device; `write` writes their means and waits for the device.
 
-    A line of metrics.jsonl: {"step", "epoch", "lr" and other scheduled values, "loss", the method's metrics,
+    A line of metrics.jsonl has {"step", "epoch", "lr" and other scheduled values, "loss", the method's metrics,
     "grad_norm", "skipped", "images_per_second", "data_wait", "peak_memory"}. Losses, metrics and norms are means over
     the ranks and over the steps since the previous line, without skipped steps; `skipped` counts those; `data_wait` is
     the share of time spent waiting for data; `peak_memory` is in bytes, of the device, or of this process on a CPU.
@@ -42,7 +42,7 @@ class Log:
         self._data_seconds, self._start, self._last_line = 0.0, time.perf_counter(), -math.inf
         self._progress: Progress | None = None
         self._sinks: list[Callable[[dict], object]] = []
-        self._close: list[Callable[[], object]] = []
+        self._closers: list[Callable[[], object]] = []
         self._skipped = folder / f"skipped-{rank()}.jsonl"
         _drop_lines_after(self._skipped, first_step)
         if rank() == 0:
@@ -54,7 +54,7 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for close in self._close:
+        for close in self._closers:
             close()
 
     def step(
@@ -73,7 +73,7 @@ class Log:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Context whose duration does not count in the speed of training."""
+        """Context whose duration is not part of the measured training time."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
@@ -90,7 +90,7 @@ class Log:
         table = torch.stack([torch.stack([values[name].double() for name in names]) for values in self._values])
         finite = table[:, names.index("grad_norm")].isfinite()
         means = all_mean(torch.where(finite[:, None], table, 0).sum(0) / finite.sum())
-        rows, taken = table.tolist(), finite.tolist()  # the host waits for the device
+        rows, finite_steps = table.tolist(), finite.tolist()  # the host waits for the device
         seconds = max(time.perf_counter() - self._start, 1e-9)
         images = world_size() * sum(map(len, self._indices))
         record = {
@@ -98,7 +98,7 @@ class Log:
             "epoch": epoch,
             **scheduled,
             **dict(zip(names, means.tolist())),
-            "skipped": taken.count(False),
+            "skipped": finite_steps.count(False),
             "images_per_second": images / seconds,
             "data_wait": self._data_seconds / seconds,
             "peak_memory": peak_memory(self.device),
@@ -107,15 +107,15 @@ class Log:
         for sink in self._sinks:
             sink(record)
         steps = [dict(zip(names, row)) for row in rows]
-        self._check_skipped(step, steps, taken, scheduled.get("loss_scale"))
+        self._check_skipped(step, steps, finite_steps, scheduled.get("loss_scale"))
         self._show(record)
         self._values, self._indices, self._data_seconds, self._start = [], [], 0.0, time.perf_counter()
 
-    def _check_skipped(self, last: int, steps: list[dict[str, float]], taken: list[bool], scale: float | None) -> None:
-        first = last - len(taken) + 1
+    def _check_skipped(self, last: int, steps: list[dict[str, float]], finite: list[bool], scale: float | None) -> None:
+        first = last - len(finite) + 1
         for i, values in enumerate(steps):
-            self._consecutive_skips = 0 if taken[i] else self._consecutive_skips + 1
-            if taken[i]:
+            self._consecutive_skips = 0 if finite[i] else self._consecutive_skips + 1
+            if finite[i]:
                 continue
             loss, norm = float(self._values[i]["loss"]), values["grad_norm"]
             record = {
@@ -147,8 +147,8 @@ class Log:
         if self._progress:
             self._progress.update(self._task, text=text)
             return
-        due = time.monotonic() - self._last_line >= LINE_EVERY or record["step"] == self._last_step
-        if rank() == 0 and due:
+        is_due = time.monotonic() - self._last_line >= LINE_EVERY or record["step"] == self._last_step
+        if rank() == 0 and is_due:
             print(f"step {record['step']} · epoch {record['epoch']:.1f} · {text}", flush=True)
             self._last_line = time.monotonic()
 
@@ -157,7 +157,7 @@ class Log:
         _drop_lines_after(path, first_step)
         file = path.open("a", buffering=1)  # by lines
         self._sinks.append(lambda record: file.write(json.dumps(record) + "\n"))
-        self._close.append(file.close)
+        self._closers.append(file.close)
 
     def _open_dashboards(self, execution: Execution, first_step: int) -> None:
         if execution.tensorboard:
@@ -165,7 +165,7 @@ class Log:
 
             writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1)
             self._sinks.append(_scalar_sink(writer.add_scalar))
-            self._close.append(writer.close)
+            self._closers.append(writer.close)
         if execution.wandb:
             try:
                 import wandb
@@ -173,7 +173,7 @@ class Log:
                 raise ValueError("train: --wandb needs a package: pip install 'fastssl-engine[wandb]'") from error
             run = wandb.init(project=execution.wandb, name=self.folder.name, dir=str(self.folder), resume="allow")
             self._sinks.append(lambda record: run.log(record, step=record["step"]))
-            self._close.append(run.finish)
+            self._closers.append(run.finish)
 
     def _show_progress(self, total_steps: int, first_step: int) -> None:
         console = Console()
@@ -188,11 +188,11 @@ class Log:
             self._progress = Progress(*columns, console=console)
             self._task: TaskID = self._progress.add_task("step", total=total_steps, completed=first_step, text="")
             self._progress.start()
-            self._close.append(self._progress.stop)
+            self._closers.append(self._progress.stop)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest number of bytes of tensors on the device so far; on a CPU, of memory of this process."""
+    """Largest number of bytes allocated on the device so far; on a CPU, the peak memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,8 +1,8 @@
 """Optimizers of the papers.
 
-Each of them leaves parameters and state unchanged where the tensor `found_inf`, an attribute that the trainer sets, is
-1: a step whose gradient is not finite is skipped on the device, and the host does not wait to learn of it. This is the
-interface that torch's GradScaler uses for fused optimizers.
+The trainer sets their attribute `found_inf`, a tensor; where it is 1, a step leaves parameters and state unchanged. So
+a step whose gradient is not finite is skipped on the device, without a wait of the host. This is the interface that
+torch's GradScaler uses for fused optimizers.
 """
 
 import difflib
@@ -52,7 +52,7 @@ def build_optimizer(
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, fused=True)
     else:
         optimizer = LARS(groups, lr=0.0, momentum=training.momentum)
-    for p in trained.values():  # the first step of torch's fused SGD, if skipped, would leave momenta uninitialised
+    for p in trained.values():  # a skipped first step of torch's fused SGD would leave momentum buffers uninitialised
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
@@ -66,7 +66,7 @@ def _default_groups(trained: dict[str, nn.Parameter], decay_all: bool) -> list[d
 
 
 def parameters_to_freeze(method: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
-    """The trained parameters that `names` select, each the name of a parameter or of a module that contains some.
+    """The trained parameters selected by `names`, the names of parameters or of modules.
 
     Raises:
         ValueError: a name selects no parameter, or together they select all trained ones.

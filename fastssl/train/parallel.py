@@ -27,17 +27,16 @@ def check_sharding(training: Training, execution: Execution) -> None:
     """
     if execution.shard and world_size() == 1:
         raise ValueError("train: --shard needs several ranks: torchrun --nproc-per-node N -m fastssl pretrain …")
-    if (
-        execution.shard and training.optimizer != "adamw"
-    ):  # torch's fused SGD does not support shards, LARS needs the norms of whole weights
+    # torch's fused SGD does not support shards, and LARS needs the norms of whole weights
+    if execution.shard and training.optimizer != "adamw":
         raise ValueError(f"train: --shard works with --optimizer adamw, not with {training.optimizer}")
 
 
 def wrap_parallel(method: nn.Module, shard: bool) -> nn.Module:
     """The module to call instead of `method`, so that gradients are means over the ranks; `method` itself on one rank.
 
-    With `shard` its parameters become shards, in place: each element of a ModuleList (a transformer block) is gathered
-    when it runs, all other parameters together.
+    With `shard` its parameters are replaced by shards, in place. Each element of a ModuleList (a transformer block) is
+    gathered when it runs, and all other parameters are gathered together.
     """
     if shard:
         mesh = init_device_mesh(next(method.parameters()).device.type, (world_size(),))

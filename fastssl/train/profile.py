@@ -32,7 +32,7 @@ class Profile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._profiler and self._done > WARM_UP:  # the run had fewer steps than were to be profiled
+        if self._profiler and self._done > WARM_UP:  # the run ended before all requested steps were profiled
             self._write(self._profiler, self._done - WARM_UP)
 
     def step(self) -> None:
@@ -62,7 +62,8 @@ class Profile:
 def times_of_parts(events: Iterable, cuda: bool) -> dict[str, float]:
     """Seconds of each of `PARTS` in a profile, without other parts inside it.
 
-    On a GPU: of the kernels launched during the part, by any thread, since the backward pass has its own.
+    On a GPU these are the times of the kernels that any thread launched during the part; the backward pass has its own
+    thread.
     """
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     ranges = sorted((event for event in on_host if event.name in PARTS), key=lambda event: event.time_range.start)

@@ -29,8 +29,8 @@ class SignalGuard:
     """``with SignalGuard() as guard: …  guard.requested()`` after each step.
 
     All ranks must stop at the same step, but signals reach them at different steps. Each rank therefore takes part in
-    an asynchronous all-reduce on the CPU after every step, and reads its result one step later. No device is waited
-    for.
+    an asynchronous all-reduce on the CPU after every step, and reads its result one step later. The host never waits
+    for a GPU.
     """
 
     def __enter__(self) -> "SignalGuard":

@@ -37,13 +37,13 @@ class StepResult(NamedTuple):
 class Trainer:
     """A method in training: ``result = trainer.step(batches)``.
 
-    ``trainer.steps`` counts the steps made. A step whose loss or gradient is not finite changes neither parameters nor
-    optimizer; it counts all the same, and the schedules go on.
+    ``trainer.steps`` is the number of steps so far. A step whose loss or gradient is not finite changes neither
+    parameters nor optimizer, but it is counted, and the schedules advance.
 
     Args:
         method: a module that fulfils `fastssl.contract.Method`, on its device; trained in place.
         training: optimizer and schedules.
-        execution: precision, sharding, compilation and clipping; what concerns logs and checkpoints is ignored.
+        execution: precision, sharding, compilation and clipping; options of logs and checkpoints are ignored.
         steps_per_epoch: steps of an epoch, each of ``training.accumulate`` batches.
         parameter_groups: ``parameter_groups(method)`` returns groups for the optimizer, see `build_optimizer`.
         state: result of `state()` of an earlier trainer, to continue bit for bit.
@@ -140,7 +140,7 @@ class Trainer:
         return values
 
     def state(self) -> dict[str, Any]:
-        """Everything that a continued run needs, without shards. All ranks must call together."""
+        """State from which a run continues, with shards gathered into whole tensors. All ranks must call together."""
         return {
             "model": full_state(self.method.state_dict()),
             "optimizer": full_state(self.optimizer.state_dict()),
@@ -168,8 +168,8 @@ class Trainer:
     def _compute_gradients(self, batch: Batch) -> tuple[dict[str, Tensor], list]:
         """Forward and backward: gradients are added to those of the parameters.
 
-        Returns the loss and the method's metrics, and what `forward` deferred to `after_step`: a CUDA graph replays
-        returned tensors, but no assignments in Python.
+        Returns the loss with the method's metrics, and the tensors that `forward` appended to `pending`. They are
+        returned because a CUDA graph replays returned tensors, but no assignments in Python.
         """
         with record_function("forward"), torch.autocast(self.device.type, self.dtype, self.dtype is not None):
             loss, metrics = self.parallel(batch)
@@ -182,7 +182,7 @@ class Trainer:
         return {"loss": loss.detach(), **metrics}, deferred
 
     def _update(self) -> Tensor:
-        """The optimizer's step, unless a gradient is not finite; the norm of the whole gradient."""
+        """Make the optimizer's step, unless a gradient is not finite; return the norm of the whole gradient."""
         if self.steps < self.training.freeze_epochs * self.steps_per_epoch:
             for p in self.frozen:
                 p.grad = None  # no update, no weight decay, no momentum
@@ -193,7 +193,7 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(parameters, self.execution.clip_norm, norm)
         if self.training.clip_parameter_norm:
             clip_parameter_norms(parameters, self.training.clip_parameter_norm)
-        # 1 makes the optimizer skip the step on the device, without the host
+        # 1 makes the optimizer skip the step on the device, so that the host need not wait for the norm
         self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -223,13 +223,13 @@ def test_a_source_of_a_module_outside_the_package(toy, engine, workers):
 
 
 def test_modules_that_are_no_source_get_one_sentence(toy):
-    way_out = "install it, or add its folder to PYTHONPATH"
+    remedy = "install it, or add its folder to PYTHONPATH"
     for name, missing in (("nowhere.photos", "nowhere"), (f"{toy}.no", f"{toy}.no")):
-        sentence = f"data: the source module {name} can't be imported (No module named '{missing}'): {way_out}"
+        sentence = f"data: the source module {name} can't be imported (No module named '{missing}'): {remedy}"
         refused(sentence, ValueError, open_source, f"{name}:x")
     refused(
         f"data: the source module {toy}.broken can't be imported (No module named 'a_module_that_is_not_installed'): "
-        f"{way_out}",
+        f"{remedy}",
         ValueError,
         open_source,
         f"{toy}.broken",

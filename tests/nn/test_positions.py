@@ -62,11 +62,11 @@ def test_a_table_of_another_width_is_refused_by_torch():
 
 
 def test_images_of_another_size_get_a_sentence():
-    way_out = "build MAE(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
+    remedy = "build MAE(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
     model = MAE(32, 8, **SIZES, **DECODER)
     for call in (model.loss, model.reconstruct, model.features):
         refused(
-            f"MAE: images must have shape [B, C=3, H=32, W=32], got [2, 3, 32, 40] ({way_out})",
+            f"MAE: images must have shape [B, C=3, H=32, W=32], got [2, 3, 32, 40] ({remedy})",
             ValueError,
             call,
             torch.randn(2, 3, 32, 40),

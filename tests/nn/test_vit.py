@@ -221,9 +221,9 @@ def test_a_block_scales_its_branches_in_one_pass():
     middle = x + block.ls1(block.attn(block.norm1(x)[1])) * factors[0]
     expected = middle + block.ls2(block.mlp(block.norm2(middle)[1])) * factors[1]
     torch.testing.assert_close(total, expected)
-    only = torch.tensor([[4, 0], [1, 2], [3, 3]])
-    some = sum(block(x, only=only[:, :1], drop_path=factors))
-    torch.testing.assert_close(some, total.gather(1, only[:, :1, None].expand(-1, -1, 16)))
+    ids = torch.tensor([[4, 0], [1, 2], [3, 3]])
+    some = sum(block(x, ids=ids[:, :1], drop_path=factors))
+    torch.testing.assert_close(some, total.gather(1, ids[:, :1, None].expand(-1, -1, 16)))
 
 
 def test_options_that_are_off_add_no_modules_and_no_operations():

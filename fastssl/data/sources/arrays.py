@@ -70,7 +70,7 @@ def make_source(pixels: np.ndarray, labels: np.ndarray | None, split: str, is_sp
         pixels: [N, H, W, C] or [N, H, W] uint8.
         labels: [N] integers, or None.
         split: "train" or "test".
-        is_split: whether the arrays are this split; else `hold_out` divides them.
+        is_split: True if the arrays are this split already; else `hold_out` divides them.
         name: the file in messages.
 
     Raises:
@@ -125,7 +125,7 @@ def _load(path: Path, is_npy: bool = True) -> Any:
 
 
 def _read_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray | None, bool]:
-    """Images, labels, and whether they are the split."""
+    """(images, labels, True if the arrays are the requested split)."""
     with _load(path, is_npy=False) as file:
         for images_key, labels_key in KEYS[split]:
             if images_key in file:

@@ -2,7 +2,7 @@
 
     PATH/cat/1.jpg PATH/dog/2.jpg            classes are the first level of folders
     PATH/1.jpg PATH/more/2.jpg               no classes, since images are in PATH itself
-    PATH/train/… PATH/test/… (or val)        your own split; else every fifth image is in the test split
+    PATH/train/… PATH/test/… (or val)        given splits; without them every fifth image is in the test split
 
 Without labels no image is held out, and a run trains on all of them.
 
@@ -25,7 +25,7 @@ from ..split import hold_out
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TEST_NAMES = ("test", "val", "validation")
-SETTLED = 2 * 10**9  # nanoseconds without change: a second change in one tick of the clock would not be noticed
+SETTLED = 2 * 10**9  # nanoseconds after which a change is safe to cache: two changes in one clock tick look like one
 
 
 class Folder(Source):

@@ -3,7 +3,7 @@
     shapes                                   4,096 training and 1,000 test images of 32×32
     shapes:count=20000,size=64,seed=1        another number of training images, size and seed
 
-What varies beside the class is chosen so that a method must learn the form:
+The other properties of an image are chosen so that a method must learn the shape:
 
 * Position, size, rotation, colour and background vary from image to image, so raw pixels tell little about the class.
 * Instance discrimination (MoCo, SimCLR) uses whatever tells images apart most easily. A different background for each

@@ -30,8 +30,8 @@ from ..source import MAX_CLASSES, BadImage, Source, Strings, cache_folder, class
 from ..split import hold_out
 from .folder import SUFFIXES
 
-SPLIT = "(?<![a-z])(train|validation|val|test)(?![a-z])"  # the word in a shard's name
-TIMEOUT = 60  # seconds without a byte
+SPLIT = "(?<![a-z])(train|validation|val|test)(?![a-z])"  # word in a shard's name that tells its split
+TIMEOUT = 60  # seconds to wait for data from a server
 
 
 class _Shard(NamedTuple):
@@ -101,7 +101,7 @@ def open_split(argument: str, split: str) -> WebDataset:
 
 
 def _shard_names(argument: str, split: str) -> tuple[list[str], bool]:
-    """Paths or addresses of the shards, and whether they are the split."""
+    """(paths or addresses of the shards, True if they are the requested split)."""
     folder = expand_user(argument.removeprefix("file:"))
     if not folder.is_dir():
         return _expand_braces(argument), False
@@ -176,7 +176,7 @@ def _scan(path: Path) -> _Shard:
     labels: dict[str, int] = {}  # by sample
     ignored = 0
     try:
-        with tarfile.open(path, "r:") as tar:  # only in an uncompressed file a member has a position
+        with tarfile.open(path, "r:") as tar:  # without compression, so that members have positions in the file
             for member in tar:
                 if member.islnk():
                     positions[member.name] = positions.get(member.linkname, (0, 0))
