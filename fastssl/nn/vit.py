@@ -42,7 +42,7 @@ class ViT(nn.Module):
 
     Tokens are in the order of timm and DINOv2: class token, registers, patches row by row.
 
-    Example: DINOv2's ViT-S/14 with registers, for images of any size::
+    DINOv2's ViT-S/14 with registers, for images of any size:
 
         vit = ViT(518, 14, embed_dim=384, num_heads=6, pos_embed="learn", init_values=1e-5, reg_tokens=4,
                   no_embed_class=True, dynamic_img_size=True)
