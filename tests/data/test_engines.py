@@ -128,7 +128,9 @@ def test_engines_agree_and_so_does_the_graph_of_a_gpu(photos, name):
 
 
 @pytest.mark.parametrize("engine", ["torchvision", pytest.param("dali", marks=needs_dali)])
-@pytest.mark.parametrize("name", ["mae", "moco_v2", "moco_v3"])
+@pytest.mark.parametrize(
+    "name", ["mae", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moco_v2", "moco_v3"))]
+)
 def test_statistics_over_many_draws_equal_those_of_plain_torchvision(photos, name, engine):
     """Mean and standard deviation per channel and energy of edges over 1,500 views of a photograph, against transforms
     with torch's random numbers. Pillow blurs with three boxes instead of a Gaussian: 4 % of the energy of edges."""

@@ -142,7 +142,7 @@ def test_extras_that_are_kept_hold_no_files_open():
     assert counts[-1] - counts[4] < 8
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @engines
 def test_extras_that_break_the_contract_get_one_sentence(engine, workers):
     def fails(function, sentence, batch_size=4):

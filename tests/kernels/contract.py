@@ -2,11 +2,18 @@
 
 from collections.abc import Callable
 
+import pytest
 from torch import Tensor
 
+from fastssl.kernels import tile
 from tests.kernels.interpreter import watch
 from tests.support.close import assert_same
 from tests.support.contract import plain, tensors_of
+
+# Every architecture that the kernels have configurations for; one of them in the fast tests.
+every_architecture = pytest.mark.parametrize(
+    "arch", [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in tile.ARCHITECTURES]
+)
 
 
 def launched(launcher: Callable, *args) -> tuple[list[Tensor], int]:

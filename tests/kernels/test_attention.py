@@ -9,6 +9,7 @@ import torch
 from fastssl.kernels import attention as kernels
 from fastssl.kernels import tile
 from fastssl.ops import attention, attention_packed, dispatch
+from tests.kernels.contract import every_architecture
 from tests.kernels.interpreter import triton_on_cpu, watch
 from tests.support import kernel_model as model
 from tests.support.close import assert_as_exact_on_average
@@ -53,14 +54,14 @@ def test_sizes(B, L, H, E, dtype):
     compare(*packed(B, L, H, E, dtype))
 
 
-@pytest.mark.parametrize("arch", tile.ARCHITECTURES)
+@every_architecture
 @pytest.mark.parametrize("L, E", [(100, 32), (130, 64), (197, 32), (70, 80), (257, 32)])
 def test_every_row_of_the_tables(arch, L, E):
     with tile.assume_card(arch):
         compare(*packed(1, L, 1, E, torch.float16))
 
 
-@pytest.mark.parametrize("arch", tile.ARCHITECTURES)
+@every_architecture
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_row_of_the_wide_dtypes(arch, dtype):
     with tile.assume_card(arch):

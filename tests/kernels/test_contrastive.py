@@ -10,6 +10,7 @@ from torch import Tensor
 from fastssl.kernels import contrastive as kernels
 from fastssl.kernels import tile
 from fastssl.ops import batch_info_nce, dispatch, info_nce, nt_xent
+from tests.kernels.contract import every_architecture
 from tests.kernels.interpreter import triton_on_cpu, watch
 from tests.support import kernel_model as model
 from tests.support.close import FLOOR, assert_exact
@@ -126,7 +127,7 @@ def test_any_number_of_parts(multiprocessors):
         compare(lambda q, keys: batch_info_nce(q, keys, 0.1, 300), q, queue.requires_grad_())
 
 
-@pytest.mark.parametrize("arch", tile.ARCHITECTURES)
+@every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_every_row_of_the_table(arch, dtype):
     """Also rows wider than the last of the table, which take several programs."""

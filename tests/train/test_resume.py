@@ -168,6 +168,7 @@ def test_a_signal_saves_and_exits(tmp_path, data, number, code):
         assert_same_run(interrupted, whole, "moco_v2")
 
 
+@pytest.mark.slow
 def test_resume_auto_refuses_another_run(tmp_path, data, monkeypatch):
     def pretrain(*more: str) -> None:
         words = ["mae", *data, "--epochs", "1", "--batch-size", "128", "--decoder-depth", "1", "--no-tensorboard"]
