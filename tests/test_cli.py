@@ -162,7 +162,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     )
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(SystemExit, match=f"data: {empty} .*hold no image"):
+    with pytest.raises(SystemExit, match=f"data: {empty} holds no image"):
         run(monkeypatch, "pretrain", "mae", "--data", f"folder:{empty}", "--folder", new)
     for words, argument, value in (
         (("mae", "--image-size", "30", "32"), "img_size", "30×32"),
