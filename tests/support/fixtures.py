@@ -49,9 +49,13 @@ def nan_filled_memory():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """One thread for torch: the tensors of tests are small, and on a busy core a second thread makes them slower."""
+def one_thread(monkeypatch):
+    """One thread for torch: the tensors of tests are small, and on a busy core a second thread makes them slower.
+
+    Commands choose their threads by the number of cores, which is 1 in the tests.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    monkeypatch.setattr("fastssl.machine.cores", lambda: 1)
     yield
     torch.set_num_threads(threads)

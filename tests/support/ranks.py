@@ -48,6 +48,9 @@ def start_process(function: Callable, *args) -> multiprocessing.Process:
 
 
 def _one_thread(function: Callable, args: tuple) -> None:
+    import fastssl.machine
+
+    fastssl.machine.cores = lambda: 1  # commands choose their threads by the number of cores
     torch.set_num_threads(1)
     function(*args)
 
