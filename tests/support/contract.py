@@ -49,6 +49,7 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(previous)
 
 
+@torch_threads(1)
 def gradcheck(function: Callable, *inputs) -> None:
     """Analytic against numerical gradient in float64, for every floating input that requires one."""
     assert torch.autograd.gradcheck(
@@ -67,6 +68,7 @@ def refuses_second_derivative(function: Callable, x: Tensor) -> None:
         raise AssertionError("a second derivative was returned")
 
 
+@torch_threads(1)
 def compiles(function: Callable, *inputs) -> None:
     """Compiled with dynamic shapes, the function is one graph with the same values and gradients."""
     torch._dynamo.reset()
@@ -83,6 +85,7 @@ def compiles(function: Callable, *inputs) -> None:
             torch.testing.assert_close(traced, eager)
 
 
+@torch_threads(1)
 def opcheck(op, *inputs) -> None:
     """torch's own check of schema, fake tensors and AOT dispatch. The gradient belongs to the public function."""
     torch.library.opcheck(op, [x.detach() if isinstance(x, Tensor) else x for x in inputs])
