@@ -163,7 +163,7 @@ def test_methods_fit_a_few_screens(path):
 
 def test_setup_is_short():
     """Most of it finds nvcc's toolkit and says what is missing."""
-    assert len((ROOT / "setup.py").read_text().splitlines()) < 120
+    assert len((ROOT / "setup.py").read_text().splitlines()) < 125
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
