@@ -337,7 +337,7 @@ def test_native_op_refuses_cpu_tensors():
     op.redispatch(cuda, [], [], 0.5, [])
     with pytest.raises(RuntimeError, match="ema_update_: targets must all be on one device"):
         op.redispatch(cuda, [target], [torch.zeros(3)], 0.5, [])
-    with pytest.raises(RuntimeError, match=r"ema_update_: .* must have as many tensors as targets, got 0 targets, 1 sources"):
+    with pytest.raises(RuntimeError, match="must have as many tensors as targets, got 0 targets, 1 sources"):
         op.redispatch(cuda, [], [torch.zeros(3)], 0.5, [])
     assert (target == 1).all()
 
