@@ -208,7 +208,10 @@ def test_torchrun_with_a_killed_rank(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert f"batch 128 over 2 ranks → {folder}" in out
     assert process.returncode != 0
-    sentence = f"fastssl: pretrain: rank 0 of 2 lost another one; checkpoints are intact, go on with: --resume {folder}"
+    sentence = (
+        "fastssl: pretrain: rank 0 of 2 lost the connection to another rank; checkpoints are intact, "
+        f"continue with: --resume {folder}"
+    )
     assert sentence in out, out
     assert checkpoint.load(folder / "checkpoints", "mae")["step"] >= 2
 
