@@ -167,7 +167,10 @@ def test_error_sentences(tmp_path):
     refused(f"data: {tmp_path / 'no'} is not a folder", ValueError, open_source, f"folder:{tmp_path / 'no'}")
     suffixes = ", ".join(folder.SUFFIXES)
     refused(
-        f"data: {tmp_path} holds no image ({suffixes}), nor do its subfolders", ValueError, open_source, f"folder:{tmp_path}"
+        f"data: {tmp_path} holds no image ({suffixes}), nor do its subfolders",
+        ValueError,
+        open_source,
+        f"folder:{tmp_path}",
     )
     refused("data: folder needs a path: folder:PATH", ValueError, open_source, "folder")
     refused("data: digits takes no argument, got '5'", ValueError, open_source, "digits:5")
