@@ -25,64 +25,13 @@ would write more partial results. float32 is multiplied as three products of tf3
 twice: smaller tiles.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    TRITON_DTYPES,
-    Card,
-    acc_dtype,
-    card,
-    choose,
-    contiguous_rows,
-    dot_precision,
-    operand_dtype,
-    power_of_2,
-    split_loop,
-)
-
-# {architecture: {bytes of an operand: {widest D: (BLOCK_B, BLOCK_K, CHUNK, warps, stages, programs)}}}
-# with the number of programs per multiprocessor. A wider D is cut into parts as wide as the last row; each part has its
-# own program, and all of these compute the same logits. CHUNK is how much of D a product of logits takes at a time, 0
-# for all of D: then the queries stay in registers from the first tile to the last.
-TILES = {
-    "sm_80": {
-        2: {
-            64: (128, 64, 0, 8, 3, 2),
-            128: (128, 32, 0, 8, 3, 1),
-            256: (64, 64, 0, 8, 2, 1),
-            512: (32, 32, 0, 8, 2, 1),
-        },
-        4: {128: (64, 32, 16, 8, 2, 1), 256: (32, 32, 32, 8, 2, 1)},
-        8: {64: (32, 32, 0, 4, 1, 2), 128: (32, 16, 0, 8, 1, 1)},
-    },
-    "sm_90": {
-        2: {
-            64: (128, 64, 0, 8, 3, 2),
-            128: (128, 64, 0, 8, 3, 1),
-            256: (64, 64, 0, 8, 2, 1),
-            512: (64, 32, 128, 8, 2, 1),
-        },
-        4: {64: (64, 32, 32, 8, 2, 1), 128: (64, 32, 16, 8, 2, 1), 256: (32, 32, 32, 8, 2, 1)},
-        8: {64: (32, 32, 0, 4, 1, 2), 128: (32, 16, 0, 8, 1, 1)},
-    },
-}
-TILES["sm_100"] = TILES["sm_90"] | {2: TILES["sm_90"][2] | {512: (64, 32, 256, 8, 2, 1)}}
-TILES["sm_120"] = TILES["sm_80"] | {
-    2: TILES["sm_80"][2] | {64: (128, 32, 0, 8, 3, 2)},
-    4: {128: (32, 32, 32, 8, 2, 2), 256: (32, 32, 32, 8, 2, 1)},
-    8: {128: (16, 16, 32, 8, 1, 2)},  # no tensor cores for float64
-}
-TILES["gfx942"] = TILES["sm_80"] | {
-    2: {32: (128, 32, 32, 8, 2, 1), 128: (128, 64, 32, 8, 2, 1), 256: (64, 32, 32, 4, 2, 1), 512: (64, 32, 64, 8, 2, 1)}
-}
+from .contrastive_plan import plan
+from .tile import LN2, LOG2E, LOWEST, TRITON_DTYPES, acc_dtype, card, contiguous_rows, operand_dtype
 
 # The kind of loss: InfoNCE over a queue, InfoNCE in the batch, or NT-Xent. It decides which key is a query's positive,
 # and which keys do not count as negatives.
@@ -404,44 +353,6 @@ def batch_info_nce_dkeys(q: Tensor, keys: Tensor, tau: Tensor, label_offset: int
 
 def nt_xent_bwd(z: Tensor, tau: Tensor, lse: Tensor, dloss: Tensor) -> Tensor:
     return launch_info_nce_bwd(z, z, tau, 0, lse, dloss, VIEWS)
-
-
-class Plan(NamedTuple):
-    """How a launch of `info_nce_fwd_kernel` or `info_nce_bwd_kernel` is cut into programs."""
-
-    grid: tuple[int, int, int]  # blocks of rows, parts of the keys, blocks of columns
-    tiles_per_part: int
-    block_b: int
-    block_k: int
-    chunk: int
-    block_d: int
-    warps: int
-    stages: int
-
-    def options(self, operand: torch.dtype, sum_dtype: torch.dtype) -> dict:
-        """Constants of the kernel for operands and sums of these dtypes."""
-        return {
-            "OPERAND": TRITON_DTYPES[operand],
-            "ACC_DTYPE": TRITON_DTYPES[sum_dtype],
-            "PRECISION": dot_precision(operand),
-            "BLOCK_B": self.block_b,
-            "BLOCK_K": self.block_k,
-            "BLOCK_D": self.block_d,
-            "CHUNK": self.chunk,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
-
-
-def plan(B: int, K: int, D: int, size: int, gpu: Card) -> Plan:
-    """The plan for B rows against K keys of D values, with operands of `size` bytes."""
-    table = TILES[gpu.arch][size]
-    block_d = min(power_of_2(D, 32), max(table))
-    block_b, block_k, chunk, warps, stages, programs = choose(table, block_d)
-    chunk = min(chunk or block_d, block_d) if chunk or block_d < D else 0
-    blocks, columns = triton.cdiv(B, block_b), max(1, triton.cdiv(D, block_d))
-    parts, tiles_per_part = split_loop(blocks * columns, triton.cdiv(K, block_k), programs * gpu.multiprocessors)
-    return Plan((blocks, parts, columns), tiles_per_part, block_b, block_k, chunk, block_d, warps, stages)
 
 
 def launch_info_nce_fwd(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.kernels import contrastive as kernels
-from fastssl.kernels import tile
+from fastssl.kernels import contrastive_plan, tile
 from fastssl.ops import batch_info_nce, dispatch, info_nce, nt_xent
 from tests.kernels.contract import every_architecture
 from tests.kernels.interpreter import triton_on_cpu, watch
@@ -132,8 +132,8 @@ def test_any_number_of_parts(multiprocessors):
 def test_every_row_of_the_table(arch, dtype):
     """Also rows wider than the last of the table, which take several programs."""
     with tile.assume_card(arch, 2):
-        for widest in kernels.TILES[arch][dtype.itemsize]:
-            D = widest if widest < max(kernels.TILES[arch][dtype.itemsize]) else widest + 5
+        for widest in contrastive_plan.TILES[arch][dtype.itemsize]:
+            D = widest if widest < max(contrastive_plan.TILES[arch][dtype.itemsize]) else widest + 5
             q, k, queue = unit(3, D, dtype=dtype).requires_grad_(), unit(3, D, dtype=dtype), unit(37, D, dtype=dtype)
             compare(lambda q, k, queue: info_nce(q, k, queue, 0.2), q, k, queue)
             compare(lambda z1, z2: nt_xent(z1, z2, 0.2), q, k.requires_grad_())
