@@ -5,6 +5,7 @@ import sys
 
 import fastssl
 from fastssl.extras import MissingExtra, need, need_train
+from fastssl.text import escape_what_cannot_be_encoded
 
 COMMANDS = {  # command: module of fastssl.cli, imported when the command runs
     "pretrain": "pretrain",
@@ -42,6 +43,7 @@ HELP = """fastssl {version} · fast self-supervised visual pretraining
 
 def main() -> None:
     """The `fastssl` command."""
+    escape_what_cannot_be_encoded()
     words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         if words == ["--version"]:

@@ -36,12 +36,13 @@ class Source(Protocol):
     """Images by number.
 
     A source is picklable, and the same number always gives the same image. A class that inherits from `Source` gets its
-    `extras`; other classes with the same attributes are sources too.
+    `notes`, `identity` and `extras`; other classes with the same attributes are sources too, also without these three.
     """
 
     classes: list[str] | None  # names of the labels; None: the images have no labels
     size: tuple[int, int] | None  # (height, width) of every image; None: sizes differ
     shards: np.ndarray | None  # [S + 1] first image of each shard, and the number of images; None: no shards
+    notes: tuple[str, ...] = ()  # optional: sentences on how the data was understood and what was passed over
 
     def __len__(self) -> int:
         """Number of images."""
@@ -63,6 +64,13 @@ class Source(Protocol):
         """Class of the image, −1 without a label."""
         ...
 
+    def identity(self, index: int) -> str:
+        """What tells the image from all others wherever the data lies, such as its path below the root.
+
+        The held-out split and the fingerprint of a run's data follow it. By default the name of the image.
+        """
+        return self.name(index)
+
     def extras(self, index: int) -> dict[str, np.ndarray]:
         """Arrays that belong to the image, such as token ids or a depth map; none by default.
 
@@ -78,6 +86,11 @@ class Source(Protocol):
 def read_extras(source: Source, index: int) -> dict[str, np.ndarray]:
     """``source.extras(index)``; an empty dict for a source without that method."""
     return source.extras(index) if hasattr(source, "extras") else {}
+
+
+def identity(source: Source, index: int) -> str:
+    """``source.identity(index)``; the image's name for a source without that method."""
+    return source.identity(index) if hasattr(source, "identity") else source.name(index)
 
 
 class Strings:
@@ -115,6 +128,9 @@ class Subset(Source):
 
     def label(self, index: int) -> int:
         return self.source.label(self.indices[index])
+
+    def identity(self, index: int) -> str:
+        return identity(self.source, self.indices[index])
 
     def extras(self, index: int) -> dict[str, np.ndarray]:
         return read_extras(self.source, self.indices[index])
