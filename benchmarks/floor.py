@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastssl.ops  # noqa: F401 — registers the ops
 
@@ -45,6 +46,14 @@ def floor(step: Callable[[], Any]) -> float:
     with Recorder() as recorder:
         step()
     return sum(count * _fastest(func, descriptions) for (func, descriptions), count in recorder.calls.items())
+
+
+def operations(step: Callable[[], Any]) -> int:
+    """Floating-point operations of torch's matrix products, convolutions and fused attention in one call of `step`,
+    forward and backward. Ops of other libraries are not counted."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def _fastest(func, descriptions: tuple) -> float:

@@ -10,7 +10,9 @@ with each case. A busy case is measured again, and one that stays busy is marked
 it.
 
 `ours` is the public op with its kernel. `official` is the paper's formula in plain eager torch. Other contestants are
-named after what they use: they are the fastest known implementations in torch, and lightly's for its losses.
+named after what they use: they are the fastest known implementations in torch, and lightly's for its losses. A wrong
+result of ours or of a formula in torch is an error; a rival (another package, a backend of torch, torch.compile) whose
+result is wrong, or that fails, is left out of the row, with its reason.
 """
 
 import dataclasses
@@ -62,6 +64,7 @@ class Case:
     kernel: str  # name of the op in `dispatch.table()`
     contestants: dict[str, Callable[[], Any]]  # "ours", "official" and further ones
     expected: Callable[[], Any] | None = None  # reference for the comparison; `official` if None
+    rivals: dict[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)  # left out where wrong or failing
     # Conversion of the result of a contestant before the comparison; not timed.
     adapt: dict[str, Callable[[Any], Any]] = dataclasses.field(default_factory=dict)
     # Minimal memory traffic and arithmetic, for `limit`. 0 bytes for small sizes, which stay in a cache.
@@ -77,32 +80,52 @@ def compare(benchmark, case: Case) -> None:
 
     With --benchmark-disable it only checks.
     """
-    check(case)
+    expected = check(case)
+    rivals, left_out = right_rivals(case, expected)
     if not benchmark.enabled:
         benchmark.pedantic(lambda: None)
         return
-    memory = {name: peak_memory(run) for name, run in case.contestants.items()}
-    times, others = measure(case.contestants)
+    contestants = case.contestants | rivals
+    memory = {name: peak_memory(run) for name, run in contestants.items()}
+    times, others = measure(contestants)
     benchmark.group = case.op
-    benchmark.extra_info.update({**_row(case, times, memory), "others": others, "busy": (others or 0) > BUSY})
+    row = {**_row(case, times, memory), "others": others, "busy": (others or 0) > BUSY}
+    benchmark.extra_info.update(row | ({"left_out": left_out} if left_out else {}))
     CLOCK.replay(benchmark, times["ours"])
 
 
-def check(case: Case) -> None:
-    """Calls every contestant once; raises WrongResult if one does not agree with the expected result."""
+def check(case: Case) -> list[Tensor]:
+    """Calls every contestant once and returns the expected results; raises WrongResult if one does not agree."""
+    results = {name: _results(case, name, run) for name, run in case.contestants.items()}
+    expected = _results(case, "expected", case.expected) if case.expected else results["official"]
+    for name, tensors in results.items():
+        _check_contestant(case, name, tensors, expected)
+    return expected
 
-    def results(name: str, run: Callable[[], Any]) -> list[Tensor]:
-        result = case.adapt.get(name, lambda x: x)(run())
-        return [result] if isinstance(result, Tensor) else list(result)
 
-    tensors = {name: results(name, run) for name, run in case.contestants.items()}
-    expected = results("expected", case.expected) if case.expected else tensors["official"]
-    for name, result in tensors.items():
-        contestant = f"{case.op}, {case.size}: {name}"
-        if len(result) != len(expected):
-            raise WrongResult(f"{contestant} returns {len(result)} tensors, expected {len(expected)}")
-        for i, (tensor, reference) in enumerate(zip(result, expected)):
-            _check_agreement(f"{contestant}, result {i}", tensor.detach(), reference.detach())
+def right_rivals(case: Case, expected: list[Tensor]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """The rivals of a case with the expected results, and for each other one the reason why it is left out."""
+    right, left_out = {}, {}
+    for name, run in case.rivals.items():
+        try:
+            _check_contestant(case, name, _results(case, name, run), expected)
+            right[name] = run
+        except Exception as error:
+            left_out[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return right, left_out
+
+
+def _results(case: Case, name: str, run: Callable[[], Any]) -> list[Tensor]:
+    result = case.adapt.get(name, lambda x: x)(run())
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _check_contestant(case: Case, name: str, results: list[Tensor], expected: list[Tensor]) -> None:
+    contestant = f"{case.op}, {case.size}: {name}"
+    if len(results) != len(expected):
+        raise WrongResult(f"{contestant} returns {len(results)} tensors, expected {len(expected)}")
+    for i, (tensor, reference) in enumerate(zip(results, expected)):
+        _check_agreement(f"{contestant}, result {i}", tensor.detach(), reference.detach())
 
 
 def measure(
@@ -165,6 +188,22 @@ def forward_backward(forward: Callable[[], Tensor], *inputs: Tensor, upstream: T
 def compiled(forward: Callable[[], Tensor], *inputs: Tensor, upstream: Tensor | None = None) -> Callable:
     """`forward_backward` of the compiled function."""
     return forward_backward(torch.compile(forward, dynamic=False), *inputs, upstream=upstream)
+
+
+def compiled_on_gpu(
+    official: Callable[[], Any], *inputs: Tensor, upstream: Tensor | None = None
+) -> dict[str, Callable]:
+    """The rival "torch.compile" of a row on a GPU; none on a CPU, where chosen rows have it among their contestants.
+
+    Args:
+        official: the formula to compile.
+        inputs: tensors whose gradients the row includes; none for a forward pass alone.
+        upstream: gradient of the result.
+    """
+    if DEVICE.type == "cpu":
+        return {}
+    run = compiled(official, *inputs, upstream=upstream) if inputs else torch.compile(official, dynamic=False)
+    return {"torch.compile": run}
 
 
 class Clock:

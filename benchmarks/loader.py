@@ -85,11 +85,17 @@ def photographs() -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in arrays]
 
 
-def write_photographs(root: Path, side: int) -> None:
-    """Writes the class folders root/0 … root/7, and the same images as tar shards in root/../shards-SIDE."""
+def write_photographs(root: Path, side: int, photos: list[Image.Image] | None = None) -> None:
+    """Writes the class folders root/0 … root/7, and the same images as tar shards in root/../shards-SIDE.
+
+    Args:
+        root: the folder to write.
+        side: pixels of the shorter side.
+        photos: one photograph for each class; by default `photographs()`.
+    """
     shards = root.parent / f"shards-{side}"
     shards.mkdir()
-    for label, photo in enumerate(photographs()):
+    for label, photo in enumerate(photos or photographs()):
         size = [round(length * side / min(photo.size)) for length in photo.size]
         file = io.BytesIO()
         photo.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90)

@@ -19,6 +19,8 @@ from fastssl.ops import dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+GPU_SIZE = {"condition": DEVICE.type == "cpu", "reason": "a size that takes minutes on a CPU"}  # for mark.skipif
+
 BUSY = 0.1  # share of the processors used by other programs above which a measurement is void
 
 

@@ -30,12 +30,12 @@ from fastssl.train.graph import WARM_UP
 from fastssl.train.profile import PARTS, times_of_parts
 
 from . import store
-from .floor import floor
+from .floor import floor, operations
 from .harness import TOLERANCE, WrongResult, measure, peak_memory, quartiles, short
-from .machine import BUSY, DEVICE, environment, keep_freed_memory, machine, wait
-from .step_cases import CASES, PRECISIONS, TOTAL, Case, contestants, state_bytes
+from .machine import BUSY, DEVICE, environment, keep_freed_memory, machine, product_rate, wait
+from .step_cases import CASES, COMPILED, PRECISIONS, TOTAL, Case, contestants, state_bytes
 from .store import RESULTS, machine_files
-from .table import PAGE, insert, megabytes, number, present, times, write_or_check
+from .table import PAGE, insert, is_ours, megabytes, number, present, times, without_compile, write_or_check
 
 KEPT = RESULTS / "step"
 CHECKED = 2  # steps whose losses are compared before anything is timed
@@ -44,7 +44,7 @@ CHECKED = 2  # steps whose losses are compared before anything is timed
 KINKS = 1e-3
 ROUNDS = 5
 MARKERS = "<!-- steps:begin -->", "<!-- steps:end -->"
-HEADER = ("step", "", "ours", "official", "torch", "× official", "× best torch", "memory", "products")
+HEADER = ("step", "", "ours", "official", "torch", "× official", "× best torch", "memory", "products", "of the rate")
 
 LEGEND = """\
 Images per second of whole steps, each image counted once; ± is half the interquartile range. *ours*: the method and the
@@ -52,34 +52,43 @@ step of the trainer, including the gradient norm, optimizer, momentum encoder an
 official code in plain eager torch with current timm and torchvision, and torch's default optimizer. *torch*: the same
 with torch's faster alternatives, fastest first. bf16 is autocast for all. × is the time of the other step divided by
 the time of ours, the median over rounds that run all steps in turn, in one process; *best torch* is the fastest step
-except ours. The losses of the first two steps were compared before. *memory*: peak of torch's allocator during a step
-in MB, including parameters, optimizer, momentum encoder and queue: ours / official / fastest other; memory that
-libraries allocate themselves is not included. *products*: ms that the step's linear layers, other matrix products and
-convolutions take by themselves, ours / official, of the ms of the whole step; products inside fused attention and
-losses are not included. On a GPU ours is the step with `--graph`.
+except ours, † where torch.compile was not among them. The losses of the first two steps were compared before. *memory*:
+peak of torch's allocator during a step in MB, including parameters, optimizer, momentum encoder and queue: ours /
+official / fastest other; memory that libraries allocate themselves is not included. *products*: ms that the step's
+linear layers, other matrix products and convolutions take by themselves, ours / official, of the ms of the whole step;
+products inside fused attention and losses are not included. *of the rate*: operations of the official step's products
+and convolutions, divided by the time of our step, as a share of the rate of one large product measured in the same run;
+"–" where it was not measured. On a GPU ours is the step with `--graph`.
 *busy*: other programs used this share of the processors during the measurement, so no ratio is stated."""
 
 
-def measure_case(case: Case, precision: str, rounds: int | None = ROUNDS, compiled: bool = True) -> dict:
+def measure_case(case: Case, precision: str, rounds: int | None = ROUNDS, modes: tuple[str, ...] = COMPILED) -> dict:
     """The row of a case: losses are checked, then all steps are measured.
+
+    Args:
+        case: the step.
+        precision: a key of `step_cases.PRECISIONS`.
+        rounds: rounds in which all steps are timed once.
+        modes: modes of torch.compile, each of which is a step to compare.
 
     Raises:
         WrongResult: losses differ from those of the official step.
     """
     batch = case.batch()
-    runs, loops, failed = checked(case, batch, precision, compiled)
+    runs, loops, failed = checked(case, batch, precision, modes)
     memory = {}
     for name, run in runs.items():
         memory[name] = [short(state_bytes(loops[name]) / 1e6), short(peak_memory(run) / 1e6)]
     seconds_of_parts = {name: parts(runs[name]) for name in ("ours", "official")}
     products = {name: floor(runs[name]) for name in ("ours", "official")}
+    arithmetic, rate = operations(runs["official"]), product_rate(PRECISIONS[precision] or torch.float32)
     if DEVICE.type == "cuda":
         loops["ours"].use_graph()
         for _ in range(1 + WARM_UP):
             runs["ours"]()
     seconds, busy_share = measure(runs, rounds)
     ours = seconds["ours"]
-    best = min((name for name in seconds if name != "ours"), key=lambda name: statistics.median(seconds[name]))
+    best = min((name for name in seconds if not is_ours(name)), key=lambda name: statistics.median(seconds[name]))
     rates = {name: quartiles([case.images / s for s in values]) for name, values in seconds.items()}
     ratios = {
         name: statistics.median(other / our for other, our in zip(seconds[name], ours))
@@ -100,17 +109,22 @@ def measure_case(case: Case, precision: str, rounds: int | None = ROUNDS, compil
             name: {part: short(1e3 * s) for part, s in values.items()} for name, values in seconds_of_parts.items()
         },
         "products_ms": {name: short(1e3 * s) for name, s in products.items()},
+        "operations": arithmetic,  # of the official step's matrix products and convolutions
+        "share_of_product_rate": short(arithmetic / (statistics.median(ours) * rate)) if rate else None,
         "failed": failed,
         "others": busy_share,
         "busy": (busy_share or 0) > BUSY,
     }
 
 
-def checked(case: Case, batch: Any, precision: str, compiled: bool) -> tuple[dict, dict, dict]:
-    """Calls without arguments, their loops, and reasons of failure, after CHECKED steps with the official losses."""
+def checked(case: Case, batch: Any, precision: str, modes: tuple[str, ...]) -> tuple[dict, dict, dict]:
+    """Calls without arguments, their loops, and reasons of failure, after CHECKED steps with the official losses.
+
+    A step of torch.compile that fails, or whose losses are wrong, is left out of the row, with the reason.
+    """
     losses: dict[str, list[float]] = {}
     runs, loops, failed = {}, {}, {}
-    for name, loop in contestants(case, precision, compiled):
+    for name, loop in contestants(case, precision, modes):
         try:
             losses[name] = [float(loop(batch, step / TOTAL)) for step in range(CHECKED)]
         except Exception as error:
@@ -124,9 +138,12 @@ def checked(case: Case, batch: Any, precision: str, compiled: bool) -> tuple[dic
         for step, (loss, expected) in enumerate(zip(values, losses["official"])):
             bound = max(allowed, KINKS) if step and case.backbone == "resnet" else allowed
             if not abs(loss - expected) <= bound * abs(expected):  # also true of NaN
-                described = f"{case.size}, {precision}: {name}, step {step}"
-                raise WrongResult(f"{described} has loss {loss:.7g}, official {expected:.7g}: not timed")
-    return runs, loops, failed
+                wrong = f"step {step} has loss {loss:.7g}, official {expected:.7g}: not timed"
+                if not name.startswith("torch.compile"):
+                    raise WrongResult(f"{case.size}, {precision}: {name}, {wrong}")
+                failed[name] = wrong
+    kept = [name for name in runs if name not in failed]
+    return {name: runs[name] for name in kept}, {name: loops[name] for name in kept}, failed
 
 
 def parts(run: Callable[[], Any], steps: int = 2) -> dict[str, float]:
@@ -140,18 +157,18 @@ def parts(run: Callable[[], Any], steps: int = 2) -> dict[str, float]:
     return {part: seconds / steps for part, seconds in times_of_parts(profiler.events(), cuda).items()}
 
 
-def _measure_in_process(name: str, precision: str, rounds: int | None, compiled: bool) -> dict:
+def _measure_in_process(name: str, precision: str, rounds: int | None, modes: tuple[str, ...]) -> dict:
     """The row of a case, in its own process."""
     keep_freed_memory()
-    return {"case": name, **measure_case(CASES[name](), precision, rounds, compiled)}
+    return {"case": name, **measure_case(CASES[name](), precision, rounds, modes)}
 
 
-def rows(only: str, precisions: list[str], rounds: int | None, compiled: bool) -> Iterator[dict]:
+def rows(only: str, precisions: list[str], rounds: int | None, modes: tuple[str, ...]) -> Iterator[dict]:
     """Rows of the cases with `only` in their name, measured one after the other."""
     for name in CASES:
         for precision in precisions if only in name else ():
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                yield process.submit(_measure_in_process, name, precision, rounds, compiled).result()
+                yield process.submit(_measure_in_process, name, precision, rounds, modes).result()
 
 
 def keep(row: dict, about: dict, environment: dict, folder: Path) -> None:
@@ -199,20 +216,23 @@ def _place(row: dict) -> tuple:
 def _cells(row: dict) -> list[str]:
     rate = row["images_per_second"]
     low, median, high = rate["ours"]
-    variants = sorted((name for name in rate if name not in ("ours", "official")), key=lambda name: -rate[name][1])
+    others = (name for name in rate if name != "official" and not is_ours(name))
+    variants = sorted(others, key=lambda name: -rate[name][1])
+    without_graph = f" (no graph: {number(rate['ours, no graph'][1])})" if "ours, no graph" in rate else ""
     ratio = {} if row["busy"] else row["ratio"]
     memory = [megabytes(sum(row["memory_mb"][name])) for name in ("ours", "official", *variants[:1])]
     products, whole = row["products_ms"], row["ms"]
     return [
         row["size"],
         row["precision"] + (f" (busy: {row['others']:.0%})" if row["busy"] else ""),
-        f"{number(median)} ± {number((high - low) / 2, 1)}",
+        f"{number(median)} ± {number((high - low) / 2, 1)}{without_graph}",
         number(rate["official"][1]),
         "<br>".join(f"{number(rate[name][1])} ({name})" for name in variants) or "–",
         times(ratio.get("official")),
-        times(ratio.get(row["best_torch"])),
+        times(ratio.get(row["best_torch"])) + without_compile(variants),
         " / ".join(memory),
         " / ".join(f"{number(products[name])} of {number(whole[name])}" for name in ("ours", "official")),
+        f"{row['share_of_product_rate']:.0%}" if row.get("share_of_product_rate") else "–",
     ]
 
 
@@ -246,7 +266,8 @@ def main(arguments: list[str] | None = None, folder: Path = KEPT, page: Path = P
         return 0
     if not (options.render or options.check):
         precisions = [options.precision] if options.precision else [*PRECISIONS]
-        _measure_and_keep(rows(options.only, precisions, options.rounds, not options.no_compile), folder)
+        modes = () if options.no_compile else COMPILED
+        _measure_and_keep(rows(options.only, precisions, options.rounds, modes), folder)
     paths = machine_files(folder, shown_in=present(page, MARKERS) if options.check else None)
     return write_or_check(
         {page: insert(render(paths), page, MARKERS)}, options.check, "python -m benchmarks.step --render"

@@ -28,6 +28,9 @@ from . import official
 from .machine import DEVICE
 
 TOTAL = 100_000  # steps of the run of which the first ones are measured
+# Modes of torch.compile that are compared by default. On a GPU "reduce-overhead" runs the step as CUDA graphs.
+COMPILED = ("default", "reduce-overhead") if DEVICE.type == "cuda" else ("default",)
+MODES = {"default": "", "reduce-overhead": ", CUDA graphs", "max-autotune": ", max-autotune"}  # names in the tables
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -114,24 +117,34 @@ def _loop(case: Case, state: dict, autocast, dtype: torch.dtype, tuned: bool) ->
     return official.Loop(model, case.inputs, optimizer, autocast, zero_first=not case.norm, norm=norm)
 
 
-def contestants(case: Case, precision: str, compiled: bool = True) -> Iterator[tuple[str, Any]]:
-    """Names and loops, all from the same weights; the first is ours, the second official."""
+def contestants(case: Case, precision: str, modes: tuple[str, ...] = COMPILED) -> Iterator[tuple[str, Any]]:
+    """Names and loops, all from the same weights; the first is ours, the second official.
+
+    Args:
+        case: the step.
+        precision: a key of `PRECISIONS`.
+        modes: modes of torch.compile, keys of `MODES`; a step is compared for each.
+    """
     torch.manual_seed(0)
     model = case.ours().to(DEVICE)
     state = {name: x.detach().clone() for name, x in model.state_dict().items()}
     autocast = PRECISIONS[precision]
     yield "ours", Ours(case, model, precision)
+    if DEVICE.type == "cuda":  # "ours" becomes the step with a graph
+        plain_model = case.ours().to(DEVICE)
+        plain_model.load_state_dict(state)
+        yield "ours, no graph", Ours(case, plain_model, precision)
     yield "official", plain(case, state, autocast)
     layout = ", channels_last" if case.backbone == "resnet" else ""
     optimizer = "foreach LARS" if case.training.optimizer == "lars" else "fused optimizer"
     yield f"{optimizer}{layout}", tuned(case, state, autocast)
     if case.backbone == "vit":
         yield f"{optimizer}, plain attention", tuned(case, state, autocast, plain_attention=True)
-    if compiled:
+    for mode in modes:
         loop = tuned(case, state, autocast)
         for module in case.compiled:
-            loop.model.get_submodule(module).compile(dynamic=False)
-        yield "torch.compile" + " of the encoders" * (case.compiled != ("",)), loop
+            loop.model.get_submodule(module).compile(dynamic=False, mode=mode)
+        yield f"torch.compile{' of the encoders' * (case.compiled != ('',))}{MODES[mode]}", loop
 
 
 # The cases
@@ -261,6 +274,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "moco_v3-resnet50": lambda: moco_v3_case("resnet50", (224, 224), _batch_size(16, 128)),
     "simclr-loss": lambda: simclr_case(_batch_size(1024, 4096), 512, 512, 256),
 }
+if DEVICE.type == "cuda":
+    CASES |= {
+        "mae-vit-large": lambda: mae_case("vit_large", (224, 224), 256),
+        "moco_v3-vit-base": lambda: moco_v3_case("vit_base", (224, 224), 128),
+    }
 
 
 def images(batch: int, image_size: tuple[int, int], views: int, seed: int = 1) -> Batch:
@@ -304,7 +322,7 @@ def _resnet(name: str, dim: int, zero_init_residual: bool) -> nn.Module:
 
 
 def _name(backbone: str) -> str:
-    known = {"vit_small": "ViT-S/16", "vit_base": "ViT-B/16", "resnet50": "ResNet-50"}
+    known = {"vit_small": "ViT-S/16", "vit_base": "ViT-B/16", "vit_large": "ViT-L/16", "resnet50": "ResNet-50"}
     return known.get(backbone, backbone)
 
 

@@ -49,7 +49,7 @@ HEADLINE_HEADER = ("", "size", "machine", "ours", "official", "best torch", "× 
 HEADLINE_LEGEND = """\
 *official*: the paper's formula, or the official code's step, in plain eager torch. *best torch*: the fastest other
 implementation by torch or lightly. × is how many times as long as ours the other takes: the median over rounds in which
-all take turns in one process, after their results were compared. On the GPU torch.compile was not among them.
+all take turns in one process, after their results were compared. †: torch.compile was not among the others.
 *memory*: the peak of a step with its parameters and optimizer, or what one call holds beyond its inputs: ours /
 official."""
 
@@ -60,10 +60,11 @@ LEGEND = """\
 Median times of one call, in ms; ± is half the distance between the quartiles. The results of all contestants of a row
 were compared first; then they were timed in turn, in one process. × is how many times as long as ours the other takes,
 the median over the rounds. *official*: the paper's formula in plain eager torch. *best torch*: other implementations by
-torch or lightly, fastest first, and × of the fastest. *limit*: the time that the row's bytes or operations take at the
-memory bandwidth or matrix-product rate measured in the same run; left out for small sizes. What stays in a cache can be
-faster than the limit. *memory*: peak memory of one call beyond its inputs, in MB: ours / official / fastest other.
-*busy*: other programs used this share of the processors during the measurement, so no ratio is stated."""
+torch, lightly or another package, fastest first, and × of the fastest; † where torch.compile was not among them.
+*limit*: the time that the row's bytes or operations take at the memory bandwidth or matrix-product rate measured in
+the same run; left out for small sizes. What stays in a cache can be faster than the limit. *memory*: peak memory of one
+call beyond its inputs, in MB: ours / official / fastest other. *busy*: other programs used this share of the processors
+during the measurement, so no ratio is stated."""
 
 HEADER = (
     "op",
@@ -240,7 +241,7 @@ def _headline_cells(name: str, row: dict, machine: str) -> list[str]:
     """The cells of a row of HEADLINE: times of an op, images per second of a whole step."""
     rate = "images_per_second" in row
     values = {who: quartiles[1] for who, quartiles in (row["images_per_second"] if rate else row["ms"]).items()}
-    others = [who for who in values if who not in ("ours", "official")]
+    others = [who for who in values if who != "official" and not is_ours(who)]
     best = (max if rate else min)(others, key=values.__getitem__, default=None)
     unit = "images/s" if rate else "ms"
     memory = {who: sum(mb) if isinstance(mb, list) else mb for who, mb in row["memory_mb"].items()}
@@ -253,9 +254,19 @@ def _headline_cells(name: str, row: dict, machine: str) -> list[str]:
         number(values["official"]),
         f"{number(values[best])} ({_code(best)})" if best else "–",
         times(row["ratio"]["official"]),
-        times(row["ratio"].get(best)),
+        times(row["ratio"].get(best)) + without_compile(others),
         f"{megabytes(memory['ours'])} / {megabytes(memory['official'])}",
     ]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a contestant is ours: "ours", and of steps on a GPU "ours, no graph"."""
+    return name.split(",")[0] == "ours"
+
+
+def without_compile(others: Iterable[str]) -> str:
+    """A mark for the ratio to the best of `others` where torch.compile is not among them."""
+    return "" if any(name.startswith("torch.compile") for name in others) else " †"
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -305,7 +316,7 @@ def _cells(row: dict) -> list[str]:
         "<br>".join(f"{number(row['ms'][name][1])} ({_code(name)})" for name in others) or "–",
         number(row["limit_ms"]) if "limit_ms" in row else "–",
         times(ratio.get("official")),
-        times(ratio.get(others[0]) if others else None),
+        times(ratio.get(others[0]) if others else None) + without_compile(others),
         " / ".join(megabytes(row["memory_mb"][name]) for name in compared),
     ]
 

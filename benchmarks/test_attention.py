@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastssl.ops import attention_packed
 
-from .harness import DTYPES, Case, compare, forward_backward
-from .machine import DEVICE
+from .harness import DTYPES, Case, compare, compiled_on_gpu, forward_backward
+from .machine import DEVICE, GPU_SIZE
+from .rivals import attentions
 
 
 def ours(qkv: Tensor) -> Tensor:
@@ -27,7 +28,9 @@ def fused(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+RECIPES = [(256, 50, 12, 64, "bf16"), (256, 197, 16, 32, "bf16"), (256, 197, 12, 64, "bf16")]  # MAE ViT-B, and ViT-B
 SIZES = [
+    *(pytest.param(*size, marks=pytest.mark.skipif(**GPU_SIZE)) for size in RECIPES),
     (64, 50, 12, 64, "fp32"),
     (64, 197, 16, 32, "fp32"),
     (16, 50, 12, 64, "bf16"),
@@ -44,15 +47,18 @@ def test_attention(benchmark, batch, length, heads, width, dtype):
     qkv = torch.randn(batch, length, 3, heads, width, device=DEVICE).to(DTYPES[dtype]).requires_grad_()
     upstream = torch.randn(batch, length, heads, width, device=DEVICE).to(DTYPES[dtype])
     wide, wide_upstream = qkv.detach().float().requires_grad_(), upstream.float()
+
+    def contestant(function):
+        return forward_backward(lambda: function(qkv).contiguous(), qkv, upstream=upstream)
+
     functions = {"ours": ours, "official": official, "SDPA": fused}
     case = Case(
         op="attention_packed",
         size=f"B={batch}, H={heads}, L={length}, E={width}, {dtype}, forward + backward",
         kernel="attention_packed_fwd",
-        contestants={
-            name: forward_backward(lambda function=function: function(qkv).contiguous(), qkv, upstream=upstream)
-            for name, function in functions.items()
-        },
+        contestants={name: contestant(function) for name, function in functions.items()},
+        rivals={name: contestant(function) for name, function in attentions().items()}
+        | compiled_on_gpu(lambda: official(qkv), qkv, upstream=upstream),
         expected=forward_backward(lambda: official(wide), wide, upstream=wide_upstream),
         operations=12 * batch * heads * length**2 * width,  # two products forward, four backward
         dtype=DTYPES[dtype],

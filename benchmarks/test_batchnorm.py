@@ -1,4 +1,4 @@
-"""Batch norm in training with the addition and the ReLU after it: layers of a ResNet-50 at 8 images."""
+"""Batch norm in training with the addition and the ReLU after it: layers of a ResNet-50 at 8 images, on a GPU at 64."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastssl.ops import Running, batch_norm
 
-from .harness import DTYPES, Case, compare, forward_backward
+from .harness import DTYPES, Case, compare, compiled_on_gpu, forward_backward
 from .machine import DEVICE
 
 STEM, THIRD, LAST = (64, 112), (512, 28), (2048, 7)  # channels, height and width
@@ -15,7 +15,7 @@ STEM, THIRD, LAST = (64, 112), (512, 28), (2048, 7)  # channels, height and widt
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layer, with_residual", [(STEM, False), (THIRD, True), (LAST, True)])
-def test_batch_norm(benchmark, layer, with_residual, dtype, splits, batch=8):
+def test_batch_norm(benchmark, layer, with_residual, dtype, splits, batch=64 if DEVICE.type == "cuda" else 8):
     channels, side = layer
 
     def images(requires_grad=True):
@@ -49,6 +49,7 @@ def test_batch_norm(benchmark, layer, with_residual, dtype, splits, batch=8):
             ),
             "official": forward_backward(lambda: F.relu_(official()), *leaves, upstream=upstream),
         },
+        rivals=compiled_on_gpu(lambda: F.relu_(official()), *leaves, upstream=upstream),
         bytes_moved=tensors * x.numel() * x.element_size(),
         dtype=DTYPES[dtype],
     )

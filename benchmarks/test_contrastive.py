@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastssl.ops import batch_info_nce, info_nce, nt_xent
 
-from .harness import DTYPES, Case, compare, compiled, forward_backward
-from .machine import DEVICE
+from .harness import DTYPES, Case, compare, compiled, compiled_on_gpu, forward_backward
+from .machine import DEVICE, GPU_SIZE
+from .rivals import in_batch_losses
 
 TAU = 0.2
 
@@ -92,7 +93,7 @@ def test_info_nce(benchmark, batch, length, dtype, width=128):
     }
     if dtype == "fp32" and length <= 65536 and (loss := lightly_loss(queue)):
         contestants["lightly"] = forward_backward(lambda: loss(raw, key), raw)
-    if (batch, length, dtype) == (256, 65536, "fp32"):
+    if (batch, length, dtype) == (256, 65536, "fp32") and DEVICE.type == "cpu":
         contestants["torch.compile"] = compiled(official, raw_32)
     points = {"queue length K": length} if batch == 256 and dtype == "fp32" else {}
     if length == 65536 and dtype == "fp32":
@@ -103,6 +104,7 @@ def test_info_nce(benchmark, batch, length, dtype, width=128):
         ", forward + backward",
         kernel="info_nce_fwd",
         contestants=contestants,
+        rivals=compiled_on_gpu(official, raw_32),
         operations=4 * batch * length * width,  # logits and the gradient of q
         dtype=DTYPES[dtype],
         points=points,
@@ -110,59 +112,119 @@ def test_info_nce(benchmark, batch, length, dtype, width=128):
     compare(benchmark, case)
 
 
-@pytest.mark.parametrize("batch, keys_gradient", [(4096, False), (4096, True), (256, False), (8, True)])
-def test_batch_info_nce(benchmark, batch, keys_gradient, width=256):
-    raw_q = projections(batch, width).requires_grad_()
-    raw_keys = (raw_q.detach() + 2 * projections(batch, width)).requires_grad_(keys_gradient)
+@pytest.mark.parametrize(
+    "batch, keys_gradient, dtype",
+    [
+        (4096, False, "fp32"),
+        (4096, True, "fp32"),
+        (256, False, "fp32"),
+        (8, True, "fp32"),
+        *(pytest.param(b, True, "bf16", marks=pytest.mark.skipif(**GPU_SIZE)) for b in (4096, 32768)),
+    ],
+)
+def test_batch_info_nce(benchmark, batch, keys_gradient, dtype, width=256):
+    raw_q = projections(batch, width).to(DTYPES[dtype]).requires_grad_()
+    raw_keys = (raw_q.detach() + 2 * projections(batch, width)).to(DTYPES[dtype]).requires_grad_(keys_gradient)
     inputs = (raw_q, raw_keys) if keys_gradient else (raw_q,)
     labels = torch.arange(batch, device=DEVICE)
 
     def official():
-        return F.cross_entropy(unit(raw_q) @ unit(raw_keys).T / TAU, labels)
+        return F.cross_entropy((unit(raw_q) @ unit(raw_keys).T).float() / TAU, labels)
 
-    contestants = {
-        "ours": forward_backward(lambda: batch_info_nce(unit(raw_q), unit(raw_keys), TAU).loss.mean(), *inputs),
-        "official": forward_backward(official, *inputs),
-    }
+    def ours():
+        return batch_info_nce(unit(raw_q), unit(raw_keys), TAU).loss.mean()
+
+    contestants = {"ours": forward_backward(ours, *inputs), "official": forward_backward(official, *inputs)}
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
 
         def linear_cross_entropy():
-            return F.linear_cross_entropy(unit(raw_q) / TAU, unit(raw_keys), labels, options=options)
+            return F.linear_cross_entropy(unit(raw_q) / TAU, unit(raw_keys), labels, options=options).float()
 
         contestants["linear_cross_entropy"] = forward_backward(linear_cross_entropy, *inputs)
     case = Case(
         op="batch_info_nce",
-        size=f"B=M={batch:,}, D={width}, fp32, forward + backward" + (" of q and keys" if keys_gradient else " of q"),
+        size=f"B=M={batch:,}, D={width}, {dtype}, forward + backward"
+        + (" of q and keys" if keys_gradient else " of q"),
         kernel="batch_info_nce_fwd",
         contestants=contestants,
+        rivals=_in_batch_rivals(raw_q, raw_keys, inputs, symmetric=False) | compiled_on_gpu(official, *inputs),
         operations=(4 + 2 * keys_gradient) * batch * batch * width,
+        dtype=DTYPES[dtype],
     )
     compare(benchmark, case)
 
 
-@pytest.mark.parametrize("batch", [2048, 4096, 128, 8])
-def test_nt_xent(benchmark, batch, width=256):
-    raw1 = projections(batch, width).requires_grad_()
-    raw2 = (raw1.detach() + 2 * projections(batch, width)).requires_grad_()
+@pytest.mark.parametrize(
+    "batch, dtype",
+    [(8, "fp32"), *(pytest.param(b, "bf16", marks=pytest.mark.skipif(**GPU_SIZE)) for b in (4096, 32768))],
+)
+def test_batch_info_nce_both_ways(benchmark, batch, dtype, width=256):
+    """CLIP's loss: the mean of both directions, with gradients of both."""
+    raw_a = projections(batch, width).to(DTYPES[dtype]).requires_grad_()
+    raw_b = (raw_a.detach() + 2 * projections(batch, width)).to(DTYPES[dtype]).requires_grad_()
+    labels = torch.arange(batch, device=DEVICE)
+
+    def official():
+        logits = (unit(raw_a) @ unit(raw_b).T).float() / TAU
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    def ours():
+        a, b = unit(raw_a), unit(raw_b)
+        return (batch_info_nce(a, b, TAU).loss.mean() + batch_info_nce(b, a, TAU).loss.mean()) / 2
+
+    case = Case(
+        op="batch_info_nce, both ways",
+        size=f"B={batch:,}, D={width}, {dtype}, forward + backward",
+        kernel="batch_info_nce_fwd",
+        contestants={
+            "ours": forward_backward(ours, raw_a, raw_b),
+            "official": forward_backward(official, raw_a, raw_b),
+        },
+        rivals=_in_batch_rivals(raw_a, raw_b, (raw_a, raw_b), symmetric=True) | compiled_on_gpu(official, raw_a, raw_b),
+        operations=6 * batch * batch * width,  # the logits once, and their product with a and with b
+        dtype=DTYPES[dtype],
+    )
+    compare(benchmark, case)
+
+
+def _in_batch_rivals(raw_q: Tensor, raw_keys: Tensor, inputs: tuple[Tensor, ...], symmetric: bool) -> dict:
+    return {
+        name: forward_backward(lambda loss=loss: loss(unit(raw_q), unit(raw_keys)).float(), *inputs)
+        for name, loss in in_batch_losses(TAU, symmetric).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "batch, dtype",
+    [
+        *((b, "fp32") for b in (2048, 4096, 128, 8)),
+        *(pytest.param(b, "bf16", marks=pytest.mark.skipif(**GPU_SIZE)) for b in (4096, 16384)),
+    ],
+)
+def test_nt_xent(benchmark, batch, dtype, width=256):
+    raw1 = projections(batch, width).to(DTYPES[dtype]).requires_grad_()
+    raw2 = (raw1.detach() + 2 * projections(batch, width)).to(DTYPES[dtype]).requires_grad_()
     labels = (torch.arange(2 * batch, device=DEVICE) + batch) % (2 * batch)
     diagonal = torch.eye(2 * batch, dtype=torch.bool, device=DEVICE)
 
     def official():
         z = unit(torch.cat([raw1, raw2]))
-        return F.cross_entropy((z @ z.T / TAU).masked_fill(diagonal, float("-inf")), labels)
+        return F.cross_entropy(((z @ z.T).float() / TAU).masked_fill(diagonal, float("-inf")), labels)
 
     contestants = {
         "ours": forward_backward(lambda: nt_xent(unit(raw1), unit(raw2), TAU).mean(), raw1, raw2),
         "official": forward_backward(official, raw1, raw2),
     }
-    if loss := lightly_loss():
+    if dtype == "fp32" and (loss := lightly_loss()):
         contestants["lightly"] = forward_backward(lambda: loss(raw1, raw2), raw1, raw2)
     case = Case(
         op="nt_xent",
-        size=f"2 × {batch:,}, D={width}, fp32, forward + backward",
+        size=f"2 × {batch:,}, D={width}, {dtype}, forward + backward",
         kernel="nt_xent_fwd",
         contestants=contestants,
+        rivals=compiled_on_gpu(official, raw1, raw2),
         operations=3 * (2 * batch) ** 2 * width,  # half of the symmetric logits, and their product with z
+        dtype=DTYPES[dtype],
     )
     compare(benchmark, case)

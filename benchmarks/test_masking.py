@@ -8,7 +8,7 @@ import torch
 
 from fastssl.ops import keep_tokens, random_masking, restore_tokens
 
-from .harness import Case, compare, forward_backward
+from .harness import Case, compare, compiled_on_gpu, forward_backward
 from .machine import DEVICE
 
 MAE = (196, 49)  # tokens and kept tokens: 224² pixels in patches of 16², a quarter is kept
@@ -48,6 +48,7 @@ def test_random_masking(benchmark, batch, tokens):
         size=f"B={batch}, L={length}, keep {keep}",
         kernel="random_masking",
         contestants={"ours": lambda: random_masking(noise, keep), "official": official, "argsort, scatter_": one_sort},
+        rivals=compiled_on_gpu(official),
     )
     compare(benchmark, case)
 
@@ -110,7 +111,7 @@ def test_keep_tokens(benchmark, batch, tokens, width, gradient):
         "gather, expand": lambda: (x + pos).gather(1, ids.unsqueeze(-1).expand(-1, -1, width)),
         "indexing": lambda: x[samples, ids] + pos[0][ids],
     }
-    if batch == 64:
+    if batch == 64 or DEVICE.type == "cuda":
         forwards["torch.compile"] = torch.compile(official, dynamic=False)
     upstream = torch.randn(batch, keep, width, device=DEVICE)
     case = Case(
@@ -161,7 +162,7 @@ def test_restore_tokens(benchmark, batch, tokens, width, gradient):
         "gather, expand": gather_expand,
         "gather, where": gather_where,
     }
-    if batch == 64:
+    if batch == 64 or DEVICE.type == "cuda":
         forwards["torch.compile"] = torch.compile(official, dynamic=False)
     upstream = torch.randn(batch, 1 + length, width, device=DEVICE)
     case = Case(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastssl.ops import keep_patches, masked_patch_mse, patchify, random_masking
 
-from .harness import Case, compare, compiled, forward_backward
+from .harness import Case, compare, compiled, compiled_on_gpu, forward_backward
 from .machine import DEVICE
 
 SIDE, PATCH, LENGTH, KEEP = 224, 16, 196, 49
@@ -46,6 +46,7 @@ def test_patchify(benchmark, batch):
         size=f"B={batch}, {SIDE}², patch {PATCH}, fp32, forward",
         kernel="patchify",
         contestants={"ours": lambda: patchify(images, PATCH), "official": lambda: cut(images), "unfold": unfold},
+        rivals=compiled_on_gpu(lambda: cut(images)),
         bytes_moved=0 if batch < 64 else 2 * images.nbytes,
     )
     compare(benchmark, case)
@@ -58,6 +59,9 @@ def test_keep_patches(benchmark, batch):
     samples = torch.arange(batch, device=DEVICE).unsqueeze(1)
     grid_side = SIDE // PATCH
 
+    def official():
+        return cut(images).gather(1, ids.unsqueeze(-1).repeat(1, 1, VALUES))
+
     def indexed():
         grid = images.reshape(batch, 3, grid_side, PATCH, grid_side, PATCH).permute(0, 2, 4, 3, 5, 1)
         return grid[samples, ids // grid_side, ids % grid_side].reshape(batch, KEEP, VALUES)
@@ -68,10 +72,11 @@ def test_keep_patches(benchmark, batch):
         kernel="keep_patches_fwd",
         contestants={
             "ours": lambda: keep_patches(images, ids, PATCH),
-            "official": lambda: cut(images).gather(1, ids.unsqueeze(-1).repeat(1, 1, VALUES)),
+            "official": official,
             "gather, expand": lambda: rows(cut(images), ids),
             "indexing": indexed,
         },
+        rivals=compiled_on_gpu(official),
         bytes_moved=0 if batch < 64 else 2 * batch * KEEP * VALUES * images.itemsize,
     )
     compare(benchmark, case)
@@ -101,7 +106,8 @@ def test_masked_patch_mse(benchmark, batch):
             "official": forward_backward(official, pred_all),
             "masked patches only": forward_backward(masked_only, pred),
         }
-        | ({"torch.compile": compiled(official, pred_all)} if batch == 64 else {}),
+        | ({"torch.compile": compiled(official, pred_all)} if batch == 64 and DEVICE.type == "cpu" else {}),
+        rivals=compiled_on_gpu(official, pred_all),
         adapt=dict.fromkeys(("official", "torch.compile"), lambda result: (result[0], rows(result[1], ids))),
         bytes_moved=0 if batch < 64 else 3 * pred.nbytes,
     )

@@ -20,7 +20,7 @@ def tiny():
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_row_has_all_columns_of_the_tables(precision, tmp_path):
-    row = {"case": "mae-tiny", **step.measure_case(tiny(), precision, rounds=2, compiled=False)}
+    row = {"case": "mae-tiny", **step.measure_case(tiny(), precision, rounds=2, modes=())}
     assert (row["size"], row["precision"], row["rounds"]) == ("MAE, vit_mini, 16×24, B=4", precision, 2)
     for column in ("images_per_second", "ms", "memory_mb"):
         assert set(row[column]) == {"ours", *VARIANTS}
@@ -57,7 +57,7 @@ def test_a_wrong_step_is_not_timed():
     inputs = case.inputs
     case.inputs = lambda batch, progress: (inputs(batch, progress)[0], inputs(batch, progress)[1].flip(1))
     with pytest.raises(WrongResult, match="step 0"):
-        step.checked(case, case.batch(), "fp32", compiled=False)
+        step.checked(case, case.batch(), "fp32", modes=())
 
 
 def test_products_of_a_step_are_counted_forward_and_backward(monkeypatch):
