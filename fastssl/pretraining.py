@@ -192,6 +192,7 @@ def _check_numbers(options: Options, config: Any) -> None:
     config.training.check("pretrain")
 
 
+@distributed.group_scope()
 def _join_ranks_and_train(run: Run, changes: dict[str, tuple[Any, Any]] | None = None) -> Run:
     """Trains a new run, or a resumed one with the `changes` to its options, on all ranks."""
     device = distributed.setup(select_device(run.options.device))
@@ -250,6 +251,7 @@ def _train(run: Run, changes: dict[str, tuple[Any, Any]] | None, device: torch.d
     if loader.bad_count:
         print(f"{loader.bad_count} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")
     evaluate(training.epochs)
+    distributed.all_gather_object(None)  # no rank returns before the first has written everything
     _print(f"done: {run.folder} · fastssl report {run.folder}")
 
 

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "bounds": set(),
     "files": set(),
     "text": set(),  # names from outside, made safe to show
-    "distributed": set(),
+    "launch": set(),  # how this process was started, from environment variables
+    "distributed": {"launch"},
     "nn": {"extras", "ops", "distributed"},
     "methods": {
         "contract",
