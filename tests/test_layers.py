@@ -56,7 +56,8 @@ MAY_IMPORT = {
         "weights",
         "distributed",
     },
-    "weights": {*VALUES},
+    "weights": {*VALUES, "weight_names", "nn.momentum"},
+    "weight_names": set(),  # names of other libraries
     "machine": {"data", "ops", "_C"},
     "cli": {
         *VALUES,
