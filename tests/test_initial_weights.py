@@ -55,10 +55,7 @@ HEADS = "does not tell its number of heads: this encoder has 4 of 32 channels"
 CASES = {  # (file, method): the file's state dict, sentences
     ("our encoder", "mae"): (lambda: randomised(ViT(**SIZES)).state_dict(), [DECODER, HEADS]),
     ("timm's ViT", "mae"): (timm_vit, [DECODER, "also has head: left out", HEADS]),
-    ("timm's ViT", "moco_v3 vit"): (
-        timm_vit,
-        [f"gives the encoder alone: {V3_VIT}", "also has head: left out", HEADS],
-    ),
+    ("timm's ViT", "moco_v3 vit"): (timm_vit, [f"gives the encoder alone: {V3_VIT}", "also has head: left out", HEADS]),
     ("torchvision's ViT", "mae"): (torchvision_vit, [DECODER, "also has heads: left out", HEADS]),
     ("a MAE", "moco_v3 vit"): (
         lambda: random_state("mae"),
