@@ -45,9 +45,13 @@ def setup(device: torch.device) -> torch.device:
         ValueError: the variables are incomplete, a process is missing, or there are fewer GPUs than local ranks.
     """
     global _launch
-    launch = read_launch(os.environ) if dist.is_available() and not dist.is_initialized() else None
+    launch = None if dist.is_available() and dist.is_initialized() else read_launch(os.environ)
     if launch is None:
         return device
+    if not dist.is_available():
+        raise ValueError(
+            f"distributed: {launch.launcher} started {launch.world_size} processes, which this torch can't join"
+        )
     if device.type == "cuda" and device.index is None:
         device = torch.device(
             "cuda", gpu_index(launch, torch.cuda.device_count(), "CUDA_VISIBLE_DEVICES" in os.environ)

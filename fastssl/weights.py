@@ -245,8 +245,14 @@ def _check_names(file: str, missing: set[str], unexpected: set[str], remedy: str
 def _load(module: nn.Module, state: dict[str, Tensor], file: str) -> None:
     """Loads the weights after their numbers were checked."""
     names, own = _real_names(module), module.state_dict()
+    tables = [getattr(part, "tables", ()) for part in module.modules()]  # see `nn.vit.ViT.tables`
+    fitted = {name for names_of_tables in tables if isinstance(names_of_tables, tuple) for name in names_of_tables}
     for name, x in state.items():
-        _check_kind(name, x, own[names[name]], file)
+        current = own[names[name]]
+        _check_kind(name, x, current, file)
+        if x.shape != current.shape and name.rpartition(".")[2] not in fitted:
+            shapes = f"{list(x.shape)} in the file, {list(current.shape)} in the model"
+            raise ValueError(f"weights: {file} does not fit: size mismatch for {printable(name)}: {shapes}")
     check_finite(state, file)
     try:
         module.load_state_dict({names[name]: x for name, x in state.items()}, strict=False)

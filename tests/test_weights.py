@@ -432,6 +432,15 @@ def test_wrong_numbers_are_named_before_anything_is_loaded(tmp_path, change, sen
         assert equal(module.state_dict(), before)
 
 
+def test_a_wrong_shape_is_named_before_anything_is_loaded(tmp_path):
+    source, module, path = small_mae(), small_mae(), tmp_path / "x.pth"
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    torch.save(source.state_dict() | {"decoder_pred.bias": torch.zeros(7)}, path)
+    sentence = f"weights: {path} does not fit: size mismatch for decoder_pred.bias: [7] in the file, [192] in the model"
+    refused(sentence, ValueError, load_weights, module, path)
+    assert equal(module.state_dict(), before)
+
+
 def test_counts_must_be_whole_numbers_and_may_be_missing(tmp_path):
     method, path = METHODS["moco_v1"][0](), tmp_path / "x.pth"
     state = method.state_dict()
