@@ -257,11 +257,13 @@ def _load(module: nn.Module, state: dict[str, Tensor], file: str) -> None:
     try:
         module.load_state_dict({names[name]: x for name, x in state.items()}, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"weights: {file} does not fit: {str(error).splitlines()[-1].strip()}") from error
+        reason = printable(str(error).splitlines()[-1].strip())
+        raise ValueError(f"weights: {file} does not fit: {reason}") from error
 
 
 def _check_kind(name: str, x: Tensor, own: Tensor, file: str) -> None:
     """Checks that a weight is a plain tensor of real numbers, or of whole ones where the module has those."""
+    name = printable(name)
     if x.layout != torch.strided or x.is_quantized or x.is_meta:
         raise ValueError(f"weights: {file} has a sparse, quantized or empty tensor as {name}")
     whole = not x.is_floating_point() and not x.is_complex()
@@ -390,7 +392,7 @@ def _read(path: Path | str, module: nn.Module | None = None) -> _File:
     try:
         state = plain_names(raw)
     except ValueError as error:
-        raise ValueError(f"weights: {name}: {error}") from error
+        raise ValueError(f"weights: {name}: {printable(error)}") from error
     if module is not None and set(state) == set(_real_names(module)):
         return _File(name, state, None)
     return _File(name, to_timm(state), _hugging_face_eps(path) if is_hugging_face(state) else None)

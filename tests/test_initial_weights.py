@@ -10,8 +10,10 @@ from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 from fastssl.methods.mae import MAE
 from fastssl.nn import MomentumEncoder
 from fastssl.nn.vit import ViT
+from fastssl.pretraining import _build_method
 from fastssl.weights import load_initial_weights, load_weights
 from tests.support.contract import refused
+from tests.support.runs import make_run
 
 SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4}  # those of vit_mini
 
@@ -146,6 +148,19 @@ def test_files_that_fit_no_part_are_refused(tmp_path):
     torch.save(random_state("moco_v1") | {"encoder_q.layer5.weight": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"has beside the model encoder_q\.layer5\.weight|beside the model layer5"):
         load_initial_weights(METHODS["moco_v1"](), path)
+
+
+def test_a_run_prints_what_does_not_come_from_the_file(tmp_path, capsys):
+    path, run = tmp_path / "encoder.pth", make_run(tmp_path / "run", mae, "shapes:count=8", trained=False)
+    torch.save(randomised(run.build().encoder).state_dict(), path)
+    run.options.weights = path
+    method = _build_method(run, None, torch.device("cpu"))
+    assert capsys.readouterr().out.splitlines() == [f"{path} {DECODER}", f"{path} {HEADS}"]
+    assert all(x.min() >= 0.5 for x in method.encoder.state_dict().values())
+    run.options.weights = tmp_path / "nan.pth"
+    torch.save(method.state_dict() | {"norm.bias": torch.full((128,), float("nan"))}, run.options.weights)
+    sentence = f"weights: {run.options.weights} has NaN or infinity in norm.bias"
+    refused(sentence, ValueError, _build_method, run, None, torch.device("cpu"))
 
 
 class Student(nn.Module):
