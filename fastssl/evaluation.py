@@ -1,6 +1,5 @@
 """Evaluation of a run: loads its encoder, opens the data, and notes the results in evaluations.jsonl."""
 
-import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +32,7 @@ class Frozen(NamedTuple):
 
 
 def load_frozen(run: Run, device: str = "auto") -> Frozen:
-    """Loads the method of a run for evaluation. On several ranks each has a copy.
+    """Loads the method of a run for evaluation. On several ranks each has a copy; the caller leaves their group.
 
     Raises:
         ValueError: the run has no intact checkpoint, or the device is not available.
@@ -46,6 +45,7 @@ def load_frozen(run: Run, device: str = "auto") -> Frozen:
     return Frozen(method, state["step"], rank_device, _loading(run, rank_device))
 
 
+@distributed.group_scope()
 def knn(
     run: Run,
     ks: tuple[int, ...] = (10, 20, 200),
@@ -63,6 +63,7 @@ def knn(
     return accuracies
 
 
+@distributed.group_scope()
 def linear(
     run: Run,
     protocol: Literal["features", "official"] = "features",
@@ -274,10 +275,10 @@ def _refuse_ranks(command: str) -> None:
     """Checks that the command runs in one process.
 
     Raises:
-        ValueError: torchrun has started several processes.
+        ValueError: several processes were started together.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"{command} runs in one process: start it without torchrun, as fastssl {command} RUN")
+    if launcher := distributed.launched_together():
+        raise ValueError(f"{command} runs in one process: start it without {launcher}, as fastssl {command} RUN")
 
 
 def _loading(run: Run, device: torch.device) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from fastssl.settings import differences, flag, update
 from fastssl.train import checkpoint
 from fastssl.train.loop import train
 from fastssl.train.parallel import check_sharding
-from fastssl.weights import load_weights, read_weights
+from fastssl.weights import load_initial_weights
 
 CHANGEABLE = {  # settings that may change when a run is resumed; all others are fixed when it starts
     *("data", "workers", "engine", "device", "max_bad", "knn_every"),
@@ -192,6 +192,7 @@ def _check_numbers(options: Options, config: Any) -> None:
     config.training.check("pretrain")
 
 
+@distributed.group_scope()
 def _join_ranks_and_train(run: Run, changes: dict[str, tuple[Any, Any]] | None = None) -> Run:
     """Trains a new run, or a resumed one with the `changes` to its options, on all ranks."""
     device = distributed.setup(select_device(run.options.device))
@@ -250,6 +251,7 @@ def _train(run: Run, changes: dict[str, tuple[Any, Any]] | None, device: torch.d
     if loader.bad_count:
         print(f"{loader.bad_count} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")
     evaluate(training.epochs)
+    distributed.all_gather_object(None)  # no rank returns before the first has written everything
     _print(f"done: {run.folder} · fastssl report {run.folder}")
 
 
@@ -305,19 +307,12 @@ def _build_method(run: Run, state: dict | None, device: torch.device) -> torch.n
     seed = run.options.seed
     torch.manual_seed(seed)
     method = run.build()
-    if run.options.weights and state is None and _start_from(method, run.options.weights):
-        _print(f"{run.options.weights} has an encoder only: the decoder starts from random weights")
+    if run.options.weights and state is None:
+        for note in load_initial_weights(method, run.options.weights):
+            _print(note)
     if rank := distributed.rank():
         torch.manual_seed((seed + 0x9E3779B97F4A7C15 * rank) % 2**63)
     return method.to(device)
-
-
-def _start_from(method: torch.nn.Module, path: Path) -> bool:
-    """Loads initial weights; returns True if the file has only the encoder of a MAE."""
-    has_decoder = any(name.startswith("decoder_") for name in method.state_dict())
-    encoder_only = has_decoder and not any(name.startswith("decoder_") for name in read_weights(path))
-    load_weights(method, path, encoder_only=encoder_only)
-    return encoder_only
 
 
 def _loader(run: Run, source: Source, device: torch.device, workers: int, engine: str) -> Loader:

@@ -134,7 +134,8 @@ class Options:
     engine: str = "auto"
     """loader engine: torchvision, dali, or auto (dali on a GPU if it is installed)"""
     weights: Path | None = None
-    """file with initial weights: an official checkpoint of the method, or a whole model written by `fastssl export`"""
+    """file with initial weights: a whole checkpoint of the method, or an encoder of timm, torchvision, Hugging Face or
+    another method"""
     device: str = "auto"
     """device: cuda, cpu, or auto (cuda if available)"""
     max_bad: Annotated[float, NOT_NEGATIVE] = 0.01

@@ -1,4 +1,5 @@
-"""Weights files: export to the layouts of timm, torchvision and the official code, and loading of all of these.
+"""Weights files: export to the layouts of timm, torchvision and the official code, and loading of all of these, of
+DINOv2 and of Hugging Face's ViTMAE.
 
     timm         the encoder alone, with the names of timm's VisionTransformer or ResNet with num_classes=0
     torchvision  the encoder alone, with the names of torchvision's ResNet with fc = Identity() or VisionTransformer
@@ -11,19 +12,33 @@
 Files are .safetensors for timm and safetensors, and .pth for the others, readable by ``torch.load(weights_only=True)``.
 """
 
+import json
 import pickle
-import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastssl.nn.momentum import MomentumEncoder
+from fastssl.text import printable
+from fastssl.weight_names import (
+    HUGGING_FACE_EPS,
+    is_hugging_face,
+    plain_name,
+    plain_names,
+    timm_to_torchvision,
+    to_timm,
+)
+
 GENERAL_FORMATS = ("timm", "torchvision", "safetensors")  # layouts that every method can be exported to
 FORMATS = (*GENERAL_FORMATS, "moco", "mae")  # the others are layouts of reference checkpoints
-HEADS = ("head.", "head_dist.", "fc.", "dino_head.", "ibot_head.")  # prefixes of the names of heads in checkpoints
+# Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
+HEADS = ("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head.")
+METHOD_PARTS = ("encoder_k.", "momentum_encoder.", "predictor.", "queue")
+ENCODERS = ("", "encoder_q.", "base_encoder.", "encoder.")
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -71,8 +86,8 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
         raise ValueError(f"export: {reason}: use --format moco or safetensors")
     if layout == "timm" or not any(name.startswith("blocks.") for name in state):
         return state
-    renamed = {_rename(name, _TORCHVISION): x for name, x in state.items()}
-    unknown = [name for name in state if _rename(name, _TORCHVISION) == name]
+    renamed = {timm_to_torchvision(name): x for name, x in state.items()}
+    unknown = [name for name in state if timm_to_torchvision(name) == name]
     if unknown:
         raise ValueError(f"export: torchvision's ViT has no {_first(unknown)}: use --format timm or safetensors")
     missing = {"class_token", "encoder.pos_embedding"} - set(renamed)
@@ -92,41 +107,255 @@ def _without_suffix(path: Path | str) -> Path:
     return path
 
 
+class _File(NamedTuple):
+    """Content of a weights file."""
+
+    name: str  # the path, as messages show it
+    state: dict[str, Tensor]  # by names without wrappers, those of an encoder as in timm
+    eps: float | None  # what its layer norms add to the variance, where it is not 1e-6
+
+
 def load_weights(module: nn.Module, path: Path | str, encoder_only: bool = False) -> None:
-    """Loads a file that `export`, timm or the official code wrote, strictly.
+    """Loads a file that `export`, timm, torchvision, Hugging Face or the official code wrote, strictly.
+
+    What layer norms add to the variance is set to the number of the file if that is another: 1e-12 for Hugging Face's
+    ViT and ViTMAE, or `layer_norm_eps` of a config.json beside it. A file does not tell the number of heads.
 
     Args:
-        module: a method, or a `ViT` or ResNet where the file holds an encoder in its names.
+        module: a method, or a `ViT` or ResNet where the file holds an encoder; compiled and wrapped ones, too.
         path: file for `read_weights`.
-        encoder_only: load the encoder alone, into a `ViT`, a ResNet or a `MAE`, whose decoder keeps its weights. A
-            decoder, a mask token and heads (`HEADS`) of the file are left out.
+        encoder_only: load the encoder alone. A method's other parts keep their weights, but its momentum encoders
+            become copies of what they follow. A decoder, a mask token and heads (`HEADS`) of the file are left out,
+            and of a file with a whole method everything but its encoder.
 
     Raises:
-        ValueError: the file is damaged, needs more than weights_only allows, or its names or shapes do not fit. With
-            encoder_only, also where it holds weights of an encoder that the module lacks, such as LayerScale's.
+        ValueError: the file is damaged, needs more than weights_only allows, holds NaN or infinity, or its names,
+            shapes or kinds of numbers do not fit. With encoder_only, also where it holds weights of an encoder that the
+            module lacks, such as LayerScale's.
     """
-    state, expected = read_weights(path), module.state_dict()
-    encoder = getattr(module, "encoder", module).state_dict()
+    file = _read(path, module)
     if encoder_only:
-        if not set(encoder) <= set(expected):
-            raise ValueError(f"weights: encoder_only loads into a ViT or MAE, got {type(module).__name__}")
-        expected, state = encoder, {name: x for name, x in state.items() if name in encoder or not _is_optional(name)}
-    missing, unexpected = set(expected) - set(state), set(state) - set(expected)
-    if encoder_only:
-        remedy = " (build the encoder with the options of the one in the file)"
-    elif missing and set(state) == set(encoder) <= set(expected):
+        encoder = getattr(module, "encoder", module)
+        _load_encoder(module, encoder, file)
+    else:
+        encoder = module
+        _check_whole(module, file)
+        _load(module, file.state, file.name)
+    if file.eps is not None:
+        for part in (encoder, *(child for child in module.modules() if isinstance(child, MomentumEncoder))):
+            for norm in _layer_norms(part):
+                norm.eps = file.eps
+
+
+def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
+    """Loads the weights from which a run starts; returns sentences on what does not come from the file.
+
+    The file holds the whole method; or all but its momentum encoders, which become copies, and its queue, which starts
+    at random; or an encoder, as for ``load_weights(…, encoder_only=True)``. Layer norms stay as they are, because a run
+    is built again from its configuration.
+
+    Args:
+        method: a `contract.Method` with initial weights.
+        path: file for `read_weights`.
+
+    Raises:
+        ValueError: as for `load_weights`.
+    """
+    file = _read(path, method)
+    names, given = set(_real_names(method)), set(file.state)
+    followers = [path for path, part in method.named_modules() if isinstance(part, MomentumEncoder)]
+    momentum_names = {name for name in names if name.startswith(tuple(f"{plain_name(path)}." for path in followers))}
+    remade = momentum_names | ({"queue", "queue_ptr"} & names)
+    missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
+    has_decoder = any(name.startswith("decoder_") for name in given & names)
+    notes: list[str] = []
+    if given <= names and missing <= remade:
+        _load(method, file.state, file.name)
+        if missing:
+            copied = _copy_to_momentum_encoders(method)
+            notes.append(f"{file.name} has no {_parts(missing)}: {_origins(missing - momentum_names, copied)}")
+    elif has_decoder or not hasattr(method, "encoder"):
+        _check_whole(method, file)
+    else:
+        encoder: Any = method.encoder
+        left_out, copied = _load_encoder(method, encoder, file)
+        loaded = {id(x) for x in encoder.state_dict(keep_vars=True).values()}
+        others = {plain_name(name) for name, x in method.state_dict(keep_vars=True).items() if id(x) not in loaded}
+        notes.append(f"{file.name} gives the encoder alone: {_origins(others - momentum_names, copied)}")
+        if left_out:
+            notes.append(f"{file.name} also has {_parts(left_out)}: left out")
+        notes += _notes_on_heads(encoder, file)
+    own = {norm.eps for norm in _layer_norms(method)}
+    if file.eps is not None and own - {file.eps}:
+        notes.append(
+            f"{file.name} is of layer norms that add {file.eps:g} to the variance, and those of this method add "
+            f"{max(own):g}: its features differ by rounding, more where inputs hardly vary"
+        )
+    return notes
+
+
+def _load_encoder(module: nn.Module, encoder: nn.Module, file: _File) -> tuple[set[str], list[str]]:
+    """Loads an encoder's weights into `encoder`, which shares them with `module`.
+
+    Returns the names of the file that were left out, and a sentence for each momentum encoder that became a copy.
+    """
+    expected = set(_real_names(encoder))
+    prefix = next((prefix for prefix in ENCODERS if any(prefix + name in file.state for name in expected)), "")
+    state = {name.removeprefix(prefix): x for name, x in file.state.items() if name.startswith(prefix)}
+    parts = METHOD_PARTS if prefix else ()
+    left_out = {
+        name
+        for name in file.state
+        if name.removeprefix(prefix) not in expected
+        and (_is_optional(name.removeprefix(prefix)) or name.startswith(parts) or _is_optional(name))
+    }
+    state = {name: x for name, x in state.items() if prefix + name not in left_out}
+    unexpected = {name for name in file.state if not name.startswith(prefix)} - left_out | set(state) - expected
+    if not state.keys() & expected:
+        kind = type(encoder).__name__
+        raise ValueError(f"weights: {file.name} has no weights of a {kind}, but {_first(set(file.state))}")
+    remedy = " (build the encoder with the options of the one in the file)"
+    _check_names(file.name, expected - set(state), unexpected, remedy)
+    _momentum_encoders(module)  # raises before anything is loaded
+    _load(encoder, state, file.name)
+    return left_out, _copy_to_momentum_encoders(module)
+
+
+def _check_whole(module: nn.Module, file: _File) -> None:
+    """Checks that the file has the names of the whole module."""
+    expected, given = set(_real_names(module)), set(file.state)
+    encoder = set(_real_names(getattr(module, "encoder", module)))
+    missing, unexpected = expected - given, given - expected
+    if missing and given == encoder <= expected:
         remedy = " (it holds an encoder alone: encoder_only=True loads that)"
     elif not missing and all(map(_is_optional, unexpected)):
         remedy = " (encoder_only=True leaves decoder, mask token and heads out)"
     else:
         remedy = ""
+    _check_names(file.name, missing, unexpected, remedy)
+
+
+def _check_names(file: str, missing: set[str], unexpected: set[str], remedy: str) -> None:
+    missing = {name for name in missing if not name.endswith("num_batches_tracked")}  # files older than these counts
     for names, verb in ((missing, "lacks"), (unexpected, "has beside the model")):
         if names:
-            raise ValueError(f"weights: {path} {verb} {_first(names)}{remedy}")
+            raise ValueError(f"weights: {file} {verb} {_first(names)}{remedy}")
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], file: str) -> None:
+    """Loads the weights after their numbers were checked."""
+    names, own = _real_names(module), module.state_dict()
+    tables = [getattr(part, "tables", ()) for part in module.modules()]  # see `nn.vit.ViT.tables`
+    fitted = {name for names_of_tables in tables if isinstance(names_of_tables, tuple) for name in names_of_tables}
+    for name, x in state.items():
+        current = own[names[name]]
+        _check_kind(name, x, current, file)
+        if x.shape != current.shape and name.rpartition(".")[2] not in fitted:
+            shapes = f"{list(x.shape)} in the file, {list(current.shape)} in the model"
+            raise ValueError(f"weights: {file} does not fit: size mismatch for {printable(name)}: {shapes}")
+    check_finite(state, file)
     try:
-        module.load_state_dict(state, strict=not encoder_only)
+        module.load_state_dict({names[name]: x for name, x in state.items()}, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"weights: {path} does not fit: {str(error).splitlines()[-1].strip()}") from error
+        reason = printable(str(error).splitlines()[-1].strip())
+        raise ValueError(f"weights: {file} does not fit: {reason}") from error
+
+
+def _check_kind(name: str, x: Tensor, own: Tensor, file: str) -> None:
+    """Checks that a weight is a plain tensor of real numbers, or of whole ones where the module has those."""
+    name = printable(name)
+    if x.layout != torch.strided or x.is_quantized or x.is_meta:
+        raise ValueError(f"weights: {file} has a sparse, quantized or empty tensor as {name}")
+    whole = not x.is_floating_point() and not x.is_complex()
+    fits = x.is_floating_point() if own.is_floating_point() else whole or bool((x == x.real.round()).all())
+    if not fits:
+        kind = str(x.dtype).removeprefix("torch.")
+        needed = "real" if own.is_floating_point() else "whole"
+        raise ValueError(f"weights: {file} has {kind} numbers in {name}, where {needed} ones are needed")
+
+
+def check_finite(state: dict[str, Tensor], file: str) -> None:
+    """Checks that weights hold no NaN and no infinity.
+
+    Raises:
+        ValueError: they do; the message names `file` and the first tensor.
+    """
+    floats = {name: x if x.element_size() > 1 else x.float() for name, x in state.items() if x.is_floating_point()}
+    if broken := [name for name, x in floats.items() if not x.isfinite().all()]:
+        raise ValueError(f"weights: {file} has NaN or infinity in {_first(broken)}")
+
+
+def _real_names(module: nn.Module) -> dict[str, str]:
+    """{name without wrappers: name in the state dict}."""
+    names = list(module.state_dict())
+    plain = {plain_name(name): name for name in names}
+    return plain if len(plain) == len(names) else dict(zip(names, names))
+
+
+def _momentum_encoders(method: nn.Module) -> list[tuple[str, MomentumEncoder, str, nn.Module]]:
+    """(name, momentum encoder, name of what it follows, that): the module beside it with the same names of weights."""
+    found = []
+    for path, parent in method.named_modules():
+        if isinstance(parent, MomentumEncoder):
+            continue
+        prefix, children = f"{path}." if path else "", dict(parent.named_children())
+        for name, child in children.items():
+            if not isinstance(child, MomentumEncoder):
+                continue
+            own = list(child.state_dict())
+            same = [n for n, c in children.items() if c is not child and list(c.state_dict()) == own]
+            if len(same) != 1:
+                raise ValueError(
+                    f"weights: {prefix}{name} of {type(method).__name__} follows a module with the same names of "
+                    f"weights, of which {len(same)} are beside it: load the weights yourself"
+                )
+            found.append((plain_name(prefix + name), child, plain_name(prefix + same[0]), children[same[0]]))
+    return found
+
+
+def _copy_to_momentum_encoders(method: nn.Module) -> list[str]:
+    """Makes momentum encoders equal to what they follow; returns a phrase for each."""
+    phrases = []
+    for name, momentum_encoder, source_name, source in _momentum_encoders(method):
+        momentum_encoder.load_state_dict(source.state_dict())
+        phrases.append(f"{name} is a copy of {source_name}")
+    return phrases
+
+
+def _origins(fresh: set[str], copied: list[str]) -> str:
+    """Where the parts of a method come from that are not in the file."""
+    parts = _parts(fresh)
+    verb = "start" if " and " in parts else "starts"
+    return ", ".join([f"{parts} {verb} at random"] * bool(fresh) + copied) or "nothing else is needed"
+
+
+def _parts(names: set[str]) -> str:
+    """Names of weights as names of parts: "encoder_q.fc and queue"."""
+    parts = set()
+    for name in names:
+        first, second, *_ = [*name.split("."), ""]
+        if name.startswith(("decoder_", "mask_token")):
+            parts.add("decoder")
+        elif f"{first}." in ENCODERS:
+            parts.add(f"{first}.{second}")
+        else:
+            parts.add("queue" if first == "queue_ptr" else first)
+    *most, last = sorted(parts) or [""]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _notes_on_heads(encoder: Any, file: _File) -> list[str]:
+    """A sentence for a ViT with narrow heads, as in MoCo v3: a file of more usual ones would load as well."""
+    blocks = getattr(encoder, "blocks", None)
+    if not blocks or encoder.embed_dim // blocks[0].attn.num_heads >= 64:
+        return []
+    heads = blocks[0].attn.num_heads
+    width = encoder.embed_dim // heads
+    return [f"{file.name} does not tell its number of heads: this encoder has {heads} of {width} channels"]
+
+
+def _layer_norms(module: nn.Module) -> list[nn.LayerNorm]:
+    return [part for part in module.modules() if isinstance(part, nn.LayerNorm)]
 
 
 def _is_optional(name: str) -> bool:
@@ -136,15 +365,16 @@ def _is_optional(name: str) -> bool:
 
 def _first(names: set[str] | list[str]) -> str:
     """The first name in alphabetical order, and the number of others."""
-    return min(names) + (f" and {len(names) - 1} more names" if len(names) > 1 else "")
+    return printable(min(names)) + (f" and {len(names) - 1} more names" if len(names) > 1 else "")
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Names and tensors of a weights file.
 
     Removed are the dict around them in official checkpoints ({"model": …}, {"state_dict": …}, DINO's {"teacher": …})
-    and the prefixes "module." of DistributedDataParallel, "_orig_mod." of torch.compile and "backbone." of DINO.
-    DINOv2's names become timm's, see `dinov2_to_timm`.
+    and the parts of names that DistributedDataParallel, torch.compile and FSDP add at any depth ("module.",
+    "_orig_mod."), and DINO's "backbone.". Names of DINOv2, of torchvision's ViT and of Hugging Face's ViT and ViTMAE
+    become timm's, see `weight_names.to_timm`.
 
     Args:
         path: .safetensors, or any other file for ``torch.load(weights_only=True)``.
@@ -152,9 +382,35 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     Raises:
         ValueError: the file does not exist, is damaged, needs more than weights_only allows, or holds no state dict.
     """
+    return _read(path).state
+
+
+def _read(path: Path | str, module: nn.Module | None = None) -> _File:
+    """A weights file. Names that are those of `module` stay as they are."""
     path = Path(path)
+    name, raw = printable(path), _read_state(path)
+    try:
+        state = plain_names(raw)
+    except ValueError as error:
+        raise ValueError(f"weights: {name}: {printable(error)}") from error
+    if module is not None and set(state) == set(_real_names(module)):
+        return _File(name, state, None)
+    return _File(name, to_timm(state), _hugging_face_eps(path) if is_hugging_face(state) else None)
+
+
+def _hugging_face_eps(path: Path) -> float:
+    """`layer_norm_eps` of the config.json beside a file, else the default of Hugging Face's ViTs."""
+    try:
+        return float(json.loads((path.parent / "config.json").read_text())["layer_norm_eps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return HUGGING_FACE_EPS
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict of a file as it is."""
+    name = printable(path)
     if not path.is_file():
-        raise ValueError(f"weights: {path} is no file")
+        raise ValueError(f"weights: {name} is no file")
     state: Any
     try:
         if path.suffix == ".safetensors":
@@ -164,62 +420,16 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     except Exception as error:  # pickle, zip and key errors of a damaged file have no common base
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise ValueError(
-                f"weights: {path} holds more than weights, and reading that could run code of its author. If you trust "
-                f"it, c = torch.load('{path}', weights_only=False), and then "
+                f"weights: {name} holds more than weights, and reading that could run code of its author. If you trust "
+                f"it, c = torch.load('{name}', weights_only=False), and then "
                 "torch.save({'model': c.get('model', c.get('state_dict'))}, 'clean.pth') makes a file of weights alone"
             ) from error
-        raise ValueError(f"weights: {path} is damaged or no weights file ({type(error).__name__})") from error
+        raise ValueError(f"weights: {name} is damaged or no weights file ({type(error).__name__})") from error
     for key in ("model", "state_dict", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
-        raise ValueError(f"weights: {path} holds no state dict: a name with its tensor for each weight")
-    return dinov2_to_timm({_without_prefixes(name): x for name, x in state.items()})
-
-
-def _without_prefixes(name: str) -> str:
-    for prefix in ("module.", "_orig_mod.", "backbone."):
-        name = name.removeprefix(prefix)
-    return name
-
-
-_DINOV2 = (  # names of DINOv2's code → timm's
-    (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # chunks of blocks for FSDP; the second number counts all blocks
-    (r"^(blocks\.\d+\.mlp)\.w12\.", r"\1.fc1."),
-    (r"^(blocks\.\d+\.mlp)\.w3\.", r"\1.fc2."),
-)
-
-
-def dinov2_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of DINOv2's ViT in timm's names; one that has timm's names already stays as it is.
-
-    With registers the positional table has no row for the class token in timm (``no_embed_class=True``): that row is
-    added to the class token.
-    """
-    state = {_rename(name, _DINOV2): x for name, x in state.items()}
-    if {"register_tokens", "cls_token", "pos_embed"} <= set(state):
-        positions = state["pos_embed"]
-        state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"] + positions[:, :1]
-        state["pos_embed"] = positions[:, 1:]
+    is_state = isinstance(state, dict) and all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items())
+    if not is_state or not state:
+        raise ValueError(f"weights: {name} holds no state dict: a name with its tensor for each weight")
     return state
-
-
-_TORCHVISION = (  # timm's names of a ViT → torchvision's
-    (r"^cls_token$", "class_token"),
-    (r"^pos_embed$", "encoder.pos_embedding"),
-    (r"^patch_embed\.proj\.", "conv_proj."),
-    (r"^norm\.", "encoder.ln."),
-    (r"^blocks\.(\d+)\.norm([12])\.", r"encoder.layers.encoder_layer_\1.ln_\2."),
-    (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.encoder_layer_\1.self_attention.in_proj_"),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.encoder_layer_\1.self_attention.out_proj."),
-    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"encoder.layers.encoder_layer_\1.mlp.0."),
-    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"encoder.layers.encoder_layer_\1.mlp.3."),
-)
-
-
-def _rename(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in patterns:
-        name = re.sub(pattern, replacement, name)
-    return name

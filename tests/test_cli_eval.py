@@ -203,7 +203,8 @@ def test_pooling_is_for_vits(monkeypatch, tmp_path):
 
 def test_evaluations_for_one_process_refuse_torchrun(monkeypatch, pretrained):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     for command in ("eval linear --protocol official", "eval finetune"):
         sentence = f"{command} runs in one process: start it without torchrun, as fastssl {command} RUN"
         first, second, *rest = command.split()

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "bounds": set(),
     "files": set(),
     "text": set(),  # names from outside, made safe to show
-    "distributed": set(),
+    "launch": set(),  # how this process was started, from environment variables
+    "distributed": {"launch"},
     "nn": {"extras", "ops", "distributed"},
     "methods": {
         "contract",
@@ -55,7 +56,8 @@ MAY_IMPORT = {
         "weights",
         "distributed",
     },
-    "weights": {*VALUES},
+    "weights": {*VALUES, "weight_names", "nn.momentum"},
+    "weight_names": set(),  # names of other libraries
     "machine": {"data", "ops", "_C"},
     "cli": {
         *VALUES,

@@ -196,7 +196,7 @@ def test_files_that_do_not_fit_get_one_sentence(tmp_path):
     broken.write_bytes(b"no header")
     refused(f"weights: {broken} is damaged or no weights file (SafetensorError)", ValueError, read_weights, broken)
     refused(
-        "weights: encoder_only loads into a ViT or MAE, got MoCo",
+        f"weights: {path} has no weights of a ResNetMini, but blocks.0.attn.proj.bias and 50 more names",
         ValueError,
         load_weights,
         METHODS["moco_v1"][0](),
@@ -374,7 +374,82 @@ def test_methods_without_a_reference_checkpoint_have_the_general_layouts(tmp_pat
         refused(sentence, ValueError, export, method, "torchvision", tmp_path / "x")
 
 
-def test_names_of_wrapped_models_are_read(tmp_path):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: f"_orig_mod.module._orig_mod.module.{name}",
+        lambda name: name.replace(".", "._orig_mod.", 1),
+        lambda name: name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._fsdp_wrapped_module."),
+        lambda name: f"module.backbone._orig_mod.{name}",
+    ],
+)
+def test_names_of_wrapped_models_are_read(tmp_path, wrap):
     state = small_mae().state_dict()
-    torch.save({"model": {f"module._orig_mod.{name}": x for name, x in state.items()}}, tmp_path / "x.pth")
+    torch.save({"model": {wrap(name): x for name, x in state.items()}}, tmp_path / "x.pth")
     assert equal(read_weights(tmp_path / "x.pth"), dict(state))
+    loaded = small_mae()
+    load_weights(loaded, tmp_path / "x.pth")
+    assert equal(loaded.state_dict(), state)
+
+
+def test_names_that_become_one_are_refused(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"a.weight": torch.zeros(1), "module.a.weight": torch.ones(1)}, path)
+    sentence = "a.weight and module.a.weight are one name, a.weight, without the wrappers' parts"
+    refused(f"weights: {path}: {sentence}", ValueError, read_weights, path)
+
+
+def test_weights_load_into_compiled_and_wrapped_modules(tmp_path):
+    source = randomise(small_mae())
+    path = export(source, "mae", tmp_path / "x")
+    compiled, wrapped, inside = torch.compile(small_mae()), nn.DataParallel(small_mae()), small_mae()
+    inside.blocks[1] = torch.compile(inside.blocks[1])
+    for module in (compiled, wrapped, inside):
+        load_weights(module, path)
+        assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), source.state_dict().values()))
+
+
+WRONG_NUMBERS = {
+    "int": (lambda x: x.long(), "has int64 numbers in norm.weight, where real ones are needed"),
+    "bool": (lambda x: x > 0, "has bool numbers in norm.weight, where real ones are needed"),
+    "complex": (lambda x: x + 1j, "has complex64 numbers in norm.weight, where real ones are needed"),
+    "NaN": (lambda x: x.index_fill(0, torch.tensor([3]), float("nan")), "has NaN or infinity in norm.weight"),
+    "infinity": (lambda x: x / 0, "has NaN or infinity in norm.weight"),
+    "sparse": (lambda x: x.to_sparse(), "has a sparse, quantized or empty tensor as norm.weight"),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), WRONG_NUMBERS.values(), ids=WRONG_NUMBERS)
+def test_wrong_numbers_are_named_before_anything_is_loaded(tmp_path, change, sentence):
+    source, module, path = small_mae(), small_mae(), tmp_path / "x.pth"
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    torch.save(source.state_dict() | {"norm.weight": change(source.norm.weight.detach())}, path)
+    for encoder_only in (False, True):
+        target = source.encoder if encoder_only else module
+        refused(f"weights: {path} {sentence}", ValueError, load_weights, target, path, encoder_only)
+        assert equal(module.state_dict(), before)
+
+
+def test_a_wrong_shape_is_named_before_anything_is_loaded(tmp_path):
+    source, module, path = small_mae(), small_mae(), tmp_path / "x.pth"
+    before = {name: x.clone() for name, x in module.state_dict().items()}
+    torch.save(source.state_dict() | {"decoder_pred.bias": torch.zeros(7)}, path)
+    sentence = f"weights: {path} does not fit: size mismatch for decoder_pred.bias: [7] in the file, [192] in the model"
+    refused(sentence, ValueError, load_weights, module, path)
+    assert equal(module.state_dict(), before)
+
+
+def test_counts_must_be_whole_numbers_and_may_be_missing(tmp_path):
+    method, path = METHODS["moco_v1"][0](), tmp_path / "x.pth"
+    state = method.state_dict()
+    torch.save(state | {"queue_ptr": torch.tensor([3.0])}, path)
+    load_weights(method, path)
+    assert method.state_dict()["queue_ptr"].tolist() == [3]
+    torch.save(state | {"queue_ptr": torch.tensor([3.5])}, path)
+    sentence = f"weights: {path} has float32 numbers in queue_ptr, where whole ones are needed"
+    refused(sentence, ValueError, load_weights, method, path)
+    old = {name: x for name, x in state.items() if not name.endswith("num_batches_tracked")}
+    torch.save(old, path)  # as files of torch before 0.4.1
+    load_weights(method, path)

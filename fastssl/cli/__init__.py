@@ -61,7 +61,6 @@ def main() -> None:
 def _run(words: list[str]) -> None:
     need("tyro", what="the command line", extra="train")
     need_train("the command line")
-    from fastssl import distributed
     from fastssl.train.signals import Interrupted
 
     if (words[-1:] in ([], ["-h"], ["--help"]) and words[:-1] in ([], ["pretrain"])) or words == ["pretrain"]:
@@ -74,8 +73,6 @@ def _run(words: list[str]) -> None:
     except Interrupted as interrupted:
         print(f"fastssl: {interrupted}; continue the run with: fastssl pretrain --resume RUN", file=sys.stderr)
         sys.exit(interrupted.code)
-    finally:
-        distributed.shutdown()
 
 
 def _help() -> str:

@@ -1,9 +1,10 @@
 """End-to-end fine-tuning of an encoder with timm's model, augmentations and losses, on the engine's attention."""
 
 import contextlib
+import functools
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from fastssl.data.samples import fill_in_rows
 from fastssl.data.source import BadImage, Source
 from fastssl.extras import need
 from fastssl.nn import accelerate
+from fastssl.nn.block import Block, SwiGLU
 from fastssl.nn.resnet import build_resnet
 from fastssl.nn.vit import ConvStem, ViT
 from fastssl.train.schedule import learning_rate
@@ -43,7 +45,8 @@ def build_classifier(
     """The method's encoder with a new classifier: timm's VisionTransformer with our attention, or our ResNet.
 
     The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's
-    code; its initial weights are normal(0, 2e-5). The classifier of a ResNet is `fc`.
+    code; its initial weights are normal(0, 2e-5). The encoder's own last norm and head are left out. The classifier of
+    a ResNet is `fc`.
 
     Args:
         method: a method whose `encoder` is a `ViT` or a ResNet in torchvision's names.
@@ -59,7 +62,7 @@ def build_classifier(
     state = encoder.state_dict()
     if isinstance(encoder, ViT):
         model, new = _vit(encoder, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
-        state = {name: x for name, x in state.items() if not name.startswith("norm.")}
+        state = {name: x for name, x in state.items() if not name.startswith(("norm.", "fc_norm.", "head."))}
     elif backbone.startswith("resnet"):
         model, new = build_resnet(backbone, classes, small_images), {"fc.weight", "fc.bias"}
     else:
@@ -77,7 +80,7 @@ def build_classifier(
 def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    width, heads = vit.embed_dim, vit.blocks[0].attn.num_heads
+    width = vit.embed_dim
     model = VisionTransformer(
         img_size=vit.img_size,
         patch_size=vit.patch_size,
@@ -86,9 +89,14 @@ def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
         global_pool="avg",
         embed_dim=width,
         depth=len(vit.blocks),
-        num_heads=heads,
-        mlp_ratio=vit.blocks[0].mlp.fc1.out_features / width,
+        class_token=vit.cls_token is not None,
+        reg_tokens=0 if vit.reg_token is None else vit.reg_token.shape[1],
+        no_embed_class=vit.num_prefix_tokens > 0 and vit.pos_prefix == 0,
+        pos_embed="none" if vit.pos_embed is None else "learn",
+        pre_norm=vit.norm_pre is not None,
+        dynamic_img_size=vit.dynamic_img_size,
         drop_path_rate=drop_path,
+        **_block_options(vit.blocks[0], width),
     )
     if isinstance(vit.patch_embed, ConvStem):
         model.patch_embed = ConvStem(vit.in_chans, width)
@@ -96,6 +104,22 @@ def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
     nn.init.zeros_(model.head.bias)
     accelerate(model)
     return model
+
+
+def _block_options(block: Block, width: int) -> dict[str, Any]:
+    """Arguments of timm's VisionTransformer for blocks like this one."""
+    from timm.layers import Mlp, SwiGLUPacked
+
+    return {
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": block.mlp.fc1.out_features / width,
+        "mlp_layer": SwiGLUPacked if isinstance(block.mlp, SwiGLU) else Mlp,
+        "act_layer": nn.SiLU if isinstance(block.mlp, SwiGLU) else nn.GELU,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
+        "init_values": None if block.ls1 is None else 1.0,  # LayerScale, whose factors come from the state dict
+        "norm_layer": functools.partial(nn.LayerNorm, eps=block.norm1.eps),
+    }
 
 
 def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:

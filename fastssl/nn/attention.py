@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import ops
@@ -16,8 +17,9 @@ class Attention(nn.Module):
     """Multi-head self-attention from one packed qkv projection: [B, L, D] → [B, L, D]. Replaces timm's `Attention`.
 
     Arguments have timm's names and defaults (without `gated`, `attn_head_dim` and `dim_out`), the state dict has timm's
-    names, and timm's `Block(…, attn_layer=Attention)` accepts it. Dropout of attention weights, masks and causal
-    attention are refused: the kernels do not support them.
+    names, and timm's `Block(…, attn_layer=Attention)` accepts it. Dropout of attention weights is refused: the kernels
+    do not support it. A call with a mask, as timm's NaFlexViT makes for padded batches, or with ``is_causal=True`` is
+    computed by torch's `scaled_dot_product_attention`.
 
     Args:
         dim: D, divisible by num_heads.
@@ -31,7 +33,8 @@ class Attention(nn.Module):
         device, dtype: device and dtype of the weights.
 
     Raises:
-        ValueError: dim is not divisible by num_heads, attn_drop is not 0, or a call has a mask.
+        ValueError: dim is not divisible by num_heads, attn_drop is not 0, or a call has an `attn_bias` (of xformers, as
+            DINOv2 uses it for lists of crops of several sizes).
 
     Source: Vaswani et al., 2017, section 3.2.2; Dosovitskiy et al., 2021 (ViT).
     """
@@ -81,16 +84,28 @@ class Attention(nn.Module):
         attention.training = module.training
         return attention
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is not None or is_causal:
-            raise ValueError("Attention: attn_mask and is_causal are not supported: every token sees all tokens")
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, attn_bias: Any = None
+    ) -> Tensor:
+        if attn_bias is not None:
+            raise ValueError(
+                "Attention: attn_bias is not supported: give images of one size at a time, or use "
+                "accelerate(model, leave=[…])"
+            )
         check.tensor("Attention", "x", x, "B L D")
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, L, 3, H, E]
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+        has_norms = not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
+        if not has_norms and attn_mask is None and not is_causal:
             out = ops.attention_packed(qkv, self.scale)
         else:
             q, k, v = qkv.unbind(2)
-            out = ops.attention(self.q_norm(q), self.k_norm(k), v, self.scale)
+            q, k = self.q_norm(q), self.k_norm(k)
+            if attn_mask is None and not is_causal:
+                out = ops.attention(q, k, v, self.scale)
+            else:
+                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=self.scale)
+                out = out.transpose(1, 2)
         out = self.norm(out.flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -28,16 +29,22 @@ class MomentumEncoder(nn.Module):
         buffers: how buffers, such as the running statistics of batch norms, change. "keep": by the copy's own forward
             passes alone, as in the reference code of MoCo; "average": floating-point ones follow like parameters and
             others are copied, as in timm; "copy": all are copied.
+        drop_path: False for a copy without stochastic depth (of our `ViT`, timm and torchvision), as DINO's teacher.
 
     Raises:
-        ValueError: momentum is outside [0, 1], or buffers is none of these.
+        ValueError: momentum is outside [0, 1], buffers is none of these, or the module can't be copied; by `update`,
+            the module has other parameters or buffers than the copied one.
         TypeError: by `update`, parameters are of 16 bits.
 
     Source: He et al., 2020 (MoCo), equation 2.
     """
 
     def __init__(
-        self, module: nn.Module, momentum: float = 0.999, buffers: Literal["keep", "average", "copy"] = "keep"
+        self,
+        module: nn.Module,
+        momentum: float = 0.999,
+        buffers: Literal["keep", "average", "copy"] = "keep",
+        drop_path: bool = True,
     ):
         super().__init__()
         if not 0 <= momentum <= 1:
@@ -45,7 +52,9 @@ class MomentumEncoder(nn.Module):
         if buffers not in ("keep", "average", "copy"):
             raise ValueError(f"MomentumEncoder: buffers must be 'keep', 'average' or 'copy', got {buffers!r}")
         self.momentum, self.buffer_update = momentum, buffers
-        self.module = copy.deepcopy(module).requires_grad_(False)
+        self.module = _copy(module).requires_grad_(False)
+        if not drop_path:
+            _remove_drop_path(self.module)
         self._low_precision: _LowPrecisionCopy | None = None
         self.register_state_dict_post_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
@@ -62,9 +71,9 @@ class MomentumEncoder(nn.Module):
             module: the trained module, with the parameters of the copied one.
             momentum: m of this update; that of the constructor if None.
         """
-        pairs: list[tuple[Tensor, Tensor]] = list(zip(self.module.parameters(), module.parameters(), strict=True))
+        pairs = _pairs("parameters", self.module.parameters(), module.parameters())
         if self.buffer_update != "keep":
-            for target, source in zip(self.module.buffers(), module.buffers(), strict=True):
+            for target, source in _pairs("buffers", self.module.buffers(), module.buffers()):
                 if self.buffer_update == "average" and target.is_floating_point():
                     pairs.append((target, source))
                 else:
@@ -100,8 +109,9 @@ class _LowPrecisionCopy:
     16-bit weights are current as long as only `MomentumEncoder.update` writes the originals."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
-        layers = (m for m in module.modules() if isinstance(m, nn.Linear | _ConvNd))
-        self.weights = [m.weight for m in layers if m.weight.dtype == torch.float32]
+        layers = (m._parameters.get("weight") for m in module.modules() if isinstance(m, nn.Linear | _ConvNd))
+        # without weights that are computed from others at each call, such as those of weight norm
+        self.weights = [weight for weight in layers if weight is not None and weight.dtype == torch.float32]
         self.dtype, self.copies = dtype, {id(w): nn.Parameter(w.to(dtype), False) for w in self.weights}
         shared = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
         self.module = copy.deepcopy(module, {**shared, **self.copies})
@@ -124,6 +134,39 @@ class _LowPrecisionCopy:
 
     def __reduce__(self):
         return type(None), ()  # copies and pickles of a `MomentumEncoder` make a new one
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy of a module. Tensors with a gradient history, such as the weight that `torch.nn.utils.weight_norm`
+    computes before each call, are copied without it, which `copy.deepcopy` refuses."""
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"MomentumEncoder: module must be the one inside {type(module).__name__}, module.module")
+    computed = (x for part in module.modules() for x in vars(part).values() if isinstance(x, Tensor) and not x.is_leaf)
+    try:
+        return copy.deepcopy(module, {id(x): x.detach().clone() for x in computed})
+    except Exception as error:  # whatever a part raises that has no copy, such as a lock
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ValueError(f"MomentumEncoder: {type(module).__name__} can't be copied ({reason})") from error
+
+
+def _remove_drop_path(module: nn.Module) -> None:
+    """Switches stochastic depth off, in place."""
+    rates = {"DropPath": "drop_prob", "StochasticDepth": "p"}  # classes of timm and torchvision
+    for part in module.modules():
+        rate = rates.get(type(part).__name__, "drop_path_rate")
+        if isinstance(getattr(part, rate, None), float):
+            setattr(part, rate, 0.0)
+
+
+def _pairs(kind: str, targets: Iterable[Tensor], sources: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(target, source) of an update."""
+    both = list(targets), list(sources)
+    if [x.shape for x in both[0]] != [x.shape for x in both[1]]:
+        raise ValueError(
+            f"MomentumEncoder: update must get the module that was copied, with its {len(both[0])} {kind} and their "
+            f"shapes, got one with {len(both[1])}"
+        )
+    return list(zip(*both))
 
 
 def _update(pairs: list[tuple[Tensor, Tensor]], momentum: float, copies: dict[int, nn.Parameter]) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .attention import Attention, TorchvisionAttention
 
 TIMM_MODULES = ("timm.layers.attention", "timm.models.vision_transformer")  # where timm defines its plain `Attention`
+NAMES = ("Attention", "MemEffAttention")  # of classes like timm's: those of the official MAE and DINOv2
+ARGUMENTS = {"attn_mask", "is_causal", "attn_bias"}  # of `Attention.forward`, beside the tokens
 TIMM_PARTS = {"qkv", "attn_drop", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"}  # its submodules
 HOOKS = (  # attributes in which a module keeps its hooks
     "_forward_hooks",
@@ -30,10 +32,11 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
     rounding.
 
     Supported are timm's `Attention`, the self-attention of torchvision's `EncoderBlock`, and any module named
-    `Attention` with the parts and names of timm's, as in the official MAE, if a copy of it gives the same results as
-    the engine's on random tokens. Any other attention is refused by name, and nothing is replaced then. Optimizers and
-    state dicts are not affected: parameters, their names and order stay. Afterwards the model can be compiled and
-    exported, but not scripted or traced, nor differentiated twice.
+    `Attention` or `MemEffAttention` with the parts and names of timm's, as in the official MAE and DINOv2, if a copy of
+    it gives the same results as the engine's on random tokens. Any other attention is refused by name, and nothing is
+    replaced then. Optimizers and state dicts are not affected: parameters, their names and order stay. Afterwards the
+    model can be compiled and exported, but not scripted or traced, nor differentiated twice. Batches with a mask, such
+    as padded ones of timm's NaFlexViT, are computed by torch, as before.
 
     Args:
         model: a model of timm or torchvision, or a module that contains such blocks.
@@ -108,19 +111,24 @@ def _refusal(module: nn.Module, parent: nn.Module) -> str | None:
         return "has a forward method that replaces that of its class"
     if type(module) is nn.MultiheadAttention:
         return _torchvision_refusal(module, parent)
-    if "rope" in inspect.signature(module.forward).parameters:
+    parameters = inspect.signature(module.forward).parameters
+    if "rope" in parameters:
         return "takes rotary positions, which the kernels do not apply"
     parts = {name.split(".")[0] for name, _ in module.named_parameters()} | set(dict(module.named_children()))
     parts |= {name.split(".")[0] for name, _ in module.named_buffers()}
-    plain = type(module).__name__ == "Attention" and {"qkv", "proj"} <= parts <= TIMM_PARTS
+    plain = type(module).__name__ in NAMES and {"qkv", "proj"} <= parts <= TIMM_PARTS
     if not plain or not isinstance(module.qkv, nn.Linear) or not {"num_heads", "scale"} <= set(vars(module)):
         return "is not a supported kind of attention"
-    if isinstance(dropout, nn.Dropout) and dropout.p:
-        return f"drops attention weights (attn_drop={dropout.p}), which the kernels do not"
-    if not isinstance(dropout, nn.Dropout | nn.Identity | None):
+    rate = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+    if isinstance(rate, int | float) and rate:
+        return f"drops attention weights (attn_drop={rate}), which the kernels do not"
+    if not isinstance(rate, int | float | nn.Identity | None):
         return f"changes its attention weights (attn_drop is a {type(dropout).__name__})"
+    unknown = [name for name, p in list(parameters.items())[1:] if name not in ARGUMENTS and p.kind != p.VAR_KEYWORD]
+    if unknown:
+        return f"takes the argument {unknown[0]}, which the engine's attention does not"
     plain_timm = type(module).__module__ in TIMM_MODULES and type(module).forward.__module__ in TIMM_MODULES
-    return None if plain_timm else _difference(module, module.qkv)
+    return None if plain_timm else _difference(module, module.qkv, ARGUMENTS & set(parameters))
 
 
 def _torchvision_refusal(module: nn.MultiheadAttention, parent: nn.Module) -> str | None:
@@ -133,35 +141,52 @@ def _torchvision_refusal(module: nn.MultiheadAttention, parent: nn.Module) -> st
 
 
 @torch.no_grad()
-def _difference(module: nn.Module, qkv: nn.Linear) -> str | None:
-    """Compares a module of unknown code with `Attention`, in float64 with random weights and tokens; None if equal.
+def _difference(module: nn.Module, qkv: nn.Linear, arguments: set[str]) -> str | None:
+    """Compares a module of unknown code with `Attention`, with random weights and tokens; None if equal.
 
     It compares few tokens and many, because few would not reveal windowed attention; evaluation and training mode, in
-    which nothing but `proj_drop` may be random; and random weights, because initial ones are often zero.
+    which nothing but `proj_drop` may be random; a mask and causal attention, if the module takes them; and random
+    weights, because initial ones are often zero. In float64, or in float32 if the module has no kernel for that.
     """
-    weight = qkv.weight
-    if weight.is_meta:
+    if qkv.weight.is_meta:
         return "is not timm's, and on the meta device its results can't be compared"
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(weight.device)
-
     try:
-        reference: Any = copy.deepcopy(module).double()
-        for parameter in reference.parameters():
-            parameter.copy_(normal(*parameter.shape) * parameter.shape[-1] ** -0.5)
-        if isinstance(getattr(reference, "proj_drop", None), nn.Dropout):
-            reference.proj_drop.p = 0.0
-        attention = Attention.from_module(reference)
-        for training, length in ((False, 5), (False, 300), (True, 60)):
-            tokens = normal(2, length, qkv.in_features)
-            with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):
-                expected = reference.train(training)(tokens)
-            out = attention.train(training)(tokens)
-            comparable = isinstance(expected, Tensor) and expected.shape == out.shape
-            if not comparable or not (out - expected).abs().max() <= 1e-9 * out.abs().max():
-                return "gives other results than multi-head attention"
+        return _trial(module, qkv, arguments, torch.float64, 1e-9)
+    except NotImplementedError:  # as xformers raises it for dtypes that it lacks
+        pass
     except Exception as error:  # unknown code may fail in any way
         return f"could not be tried on tokens [B, L, D] ({type(error).__name__}: {error})"
+    try:
+        return _trial(module, qkv, arguments, torch.float32, 2e-5)
+    except Exception as error:
+        return f"could not be tried on tokens [B, L, D] ({type(error).__name__}: {str(error).splitlines()[0]})"
+
+
+def _trial(module: nn.Module, qkv: nn.Linear, arguments: set[str], dtype: torch.dtype, bound: float) -> str | None:
+    """`_difference` in one dtype; results may differ by `bound` times their largest element."""
+    generator, device = torch.Generator().manual_seed(0), qkv.weight.device
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    reference: Any = copy.deepcopy(module).to(dtype)
+    for parameter in reference.parameters():
+        parameter.copy_(normal(*parameter.shape) * parameter.shape[-1] ** -0.5)
+    if isinstance(getattr(reference, "proj_drop", None), nn.Dropout):
+        reference.proj_drop.p = 0.0
+    attention = Attention.from_module(reference)
+    calls: list[tuple[bool, int, dict[str, Any]]] = [(False, 5, {}), (False, 300, {}), (True, 60, {})]
+    if "attn_mask" in arguments:
+        mask = (normal(2, 1, 9, 9) > 0) | torch.eye(9, dtype=torch.bool, device=device)
+        calls.append((False, 9, {"attn_mask": mask}))
+    if "is_causal" in arguments:
+        calls.append((False, 9, {"is_causal": True}))
+    for training, length, options in calls:
+        tokens = normal(2, length, qkv.in_features)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            expected = reference.train(training)(tokens, **options)
+        out = attention.train(training)(tokens, **options)
+        comparable = isinstance(expected, Tensor) and expected.shape == out.shape
+        if not comparable or not (out - expected).abs().max() <= bound * out.abs().max():
+            return "gives other results than multi-head attention" + "".join(f" with {name}" for name in options)
     return None

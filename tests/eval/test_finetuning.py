@@ -26,6 +26,7 @@ from fastssl.methods import moco_v1, moco_v3
 from fastssl.methods.mae import MAE
 from fastssl.nn import Attention
 from fastssl.nn.sharing import headless
+from fastssl.nn.vit import ViT
 
 
 def tiny_mae(size=(8, 8)):
@@ -67,6 +68,39 @@ def test_timms_model_computes_the_methods_features(method, vit, size):
     assert logits.shape == (3, 7)
     assert 1e-5 < model.head.weight.std() < 3e-5
     assert all(p.requires_grad for p in model.parameters())  # also what pretraining had frozen
+
+
+class Outsider(torch.nn.Module):
+    """A method of another package."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+
+VARIANTS = {
+    "DINOv2": {"init_values": 0.5, "reg_tokens": 2, "no_embed_class": True, "pos_embed": "learn"},
+    "registers with positions": {"reg_tokens": 2, "pos_embed": "learn"},
+    "norms of queries and keys": {"qk_norm": True, "qkv_bias": False},
+    "SwiGLU and another eps": {"mlp": "swiglu", "norm_eps": 0.1},
+    "CLIP": {"pre_norm": True, "pos_embed": "learn"},
+    "no class token, no positions": {"class_token": False, "pos_embed": "none"},
+    "any size": {"dynamic_img_size": True},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_every_vit_is_fine_tuned_as_it_is(options):
+    """timm's model computes the features of our `ViT` with pooled patches, whatever its options are."""
+    vit = ViT((8, 12), 4, 3, 32, 2, 2, global_pool="avg", num_classes=3, **options).eval()
+    for name, x in vit.named_parameters():
+        if not name.startswith(("fc_norm", "head")):
+            torch.nn.init.normal_(x, std=0.3)
+    model = build_classifier(Outsider(vit), "", 7, drop_path=0.1).double().eval()
+    assert model.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
+    images = torch.randn(3, 3, 8, 12, dtype=torch.float64)
+    expected = vit.double().features(images) @ model.head.weight.T
+    torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("splits", [1, 2])

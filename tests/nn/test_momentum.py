@@ -1,11 +1,16 @@
 import copy
+import threading
 
 import pytest
+import timm
 import torch
+import torchvision
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from fastssl.nn.momentum import MomentumEncoder
+from fastssl.nn.vit import ViT
+from tests.support.contract import refused
 
 
 def net():
@@ -122,3 +127,85 @@ def test_low_precision_copies_are_never_stale():
     weights_used(ema, images)
     assert not any(m.training for m in ema._low_precision.module.modules())
     assert "0.weight" not in ema.state_dict() and len(ema.state_dict()) == len(module.state_dict())
+
+
+def tied():
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+def called_before(net):
+    net(torch.ones(2, 3)).sum().backward()
+    return net
+
+
+def old_weight_norm():
+    return nn.Sequential(nn.Linear(3, 3), torch.nn.utils.weight_norm(nn.Linear(3, 3, bias=False)))
+
+
+UNUSUAL = {
+    "old weight norm": old_weight_norm,
+    "old weight norm after a call": lambda: called_before(old_weight_norm()),
+    "weight norm": lambda: nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
+    "orthogonal": lambda: nn.Sequential(torch.nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))),
+    "tied": tied,
+    "compiled": lambda: torch.compile(nn.Linear(3, 3), backend="eager"),
+    "a compiled part": lambda: nn.Sequential(torch.compile(nn.Linear(3, 3), backend="eager"), nn.Linear(3, 3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_modules_are_copied_and_follow(name):
+    """DINO's last layer has old-style weight norm, whose weight torch's deepcopy refuses."""
+    module, x = UNUSUAL[name](), torch.randn(4, 3)
+    ema = MomentumEncoder(module, 0.5)
+    assert list(ema.state_dict()) == list(module.state_dict())
+    torch.testing.assert_close(ema(x), module(x))
+    before = copy.deepcopy(ema.state_dict())
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.rand_like(p))
+    ema.update(module)
+    for key, value in module.named_parameters():
+        torch.testing.assert_close(ema.state_dict()[key], 0.5 * (before[key] + value.data))
+    ema.update(module, momentum=0.0)
+    torch.testing.assert_close(ema(x), module(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ema(x), module(x), rtol=0.05, atol=0.05)
+        kept = ema._low_precision
+        ema(x)
+        assert ema._low_precision is kept, "the copy of a call serves the next one"
+    assert not any(p.requires_grad for p in ema.parameters()) and all(p.requires_grad for p in module.parameters())
+    torch.testing.assert_close(copy.deepcopy(ema)(x), ema(x))
+
+
+def test_modules_that_cannot_be_copied_or_do_not_fit_are_refused():
+    module = net()
+    module.lock = threading.Lock()
+    reason = "TypeError: cannot pickle '_thread.lock' object"
+    refused(f"MomentumEncoder: Sequential can't be copied ({reason})", ValueError, MomentumEncoder, module)
+    sentence = "MomentumEncoder: module must be the one inside DataParallel, module.module"
+    refused(sentence, ValueError, MomentumEncoder, nn.DataParallel(net()))
+    ema = MomentumEncoder(net())
+    sentence = "MomentumEncoder: update must get the module that was copied, with its 4 parameters and their shapes"
+    refused(f"{sentence}, got one with 2", ValueError, ema.update, nn.Linear(3, 4))
+    refused(f"{sentence}, got one with 4", ValueError, ema.update, nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ViT(8, 4, embed_dim=16, depth=3, num_heads=2, drop_path_rate=0.5),
+        lambda: timm.models.VisionTransformer(8, 4, embed_dim=16, depth=3, num_heads=2, drop_path_rate=0.5),
+        lambda: torchvision.models.swin_transformer.SwinTransformer([4, 4], 8, [1, 1], [1, 1], [2, 2], num_classes=3),
+    ],
+    ids=["ours", "timm", "torchvision"],
+)
+def test_a_copy_without_stochastic_depth(build):
+    """DINO's teacher is in training mode and drops no paths; its student does."""
+    module, images = build().train(), torch.randn(2, 3, 8, 8)
+    teacher = MomentumEncoder(module, drop_path=False)
+    assert torch.equal(teacher(images), teacher(images))
+    assert any(not torch.equal(MomentumEncoder(module)(images), teacher(images)) for _ in range(8))

@@ -180,7 +180,10 @@ def test_an_attention_that_computes_something_else_is_refused():
     model = official_like()
     del model.blocks[0].attn.attn_drop
     model.blocks[0].attn.attn_drop = 0.5
-    does = "changes its attention weights (attn_drop is a float)"
+    does = "drops attention weights (attn_drop=0.5), which the kernels do not"
+    refused(f"accelerate: {where} {does}{LEAVE}", ValueError, accelerate, model)
+    model.blocks[0].attn.attn_drop = nn.Dropout2d(0.0)
+    does = "changes its attention weights (attn_drop is a Dropout2d)"
     refused(f"accelerate: {where} {does}{LEAVE}", ValueError, accelerate, model)
     refused(
         "accelerate: the model itself is an attention, and can't be swapped inside itself",
@@ -220,6 +223,106 @@ def test_an_attention_that_computes_something_else_is_refused():
         model = official_like()
     reason = "is not timm's, and on the meta device its results can't be compared, and 1 more"
     refused(f"accelerate: {where} {reason}{LEAVE}", ValueError, accelerate, model)
+
+
+class DinoV2Attention(nn.Module):
+    """`Attention` of DINOv2's code: `attn_drop` is a number, and torch or xformers computes."""
+
+    def __init__(self, dim, num_heads, attn_drop=0.0, double=True, factor=1.0):
+        super().__init__()
+        self.dim, self.num_heads, self.scale, self.attn_drop = dim, num_heads, (dim // num_heads) ** -0.5, attn_drop
+        self.double_precision, self.factor = double, factor
+        self.qkv, self.proj, self.proj_drop = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), nn.Dropout(0.0)
+
+    def forward(self, x, is_causal=False):
+        if x.dtype == torch.float64 and not self.double_precision:
+            raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        dropped = self.attn_drop if self.training else 0
+        x = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=is_causal)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)) * self.factor)
+
+
+class MemEffAttention(DinoV2Attention):
+    """The same of DINOv2's code with xformers, which has lists of crops in one batch."""
+
+    def forward(self, x, attn_bias=None):
+        assert attn_bias is None, "xFormers is required for using nested tensors"
+        return super().forward(x)
+
+
+DinoV2Attention.__name__ = "Attention"
+
+
+def with_attention(attention):
+    model = nn.Module()
+    model.block = nn.Module()
+    model.block.attn = attention
+    return model
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", [DinoV2Attention, MemEffAttention])
+def test_the_attention_of_dinov2s_code(kind, double):
+    """Also where the kernels have no float64, as xformers', and float32 must do for the comparison."""
+    model, x = with_attention(kind(16, 2, double=double)), torch.randn(2, 6, 16)
+    expected = model.block.attn(x)
+    assert accelerate(model) == ["block.attn"]
+    torch.testing.assert_close(model.block.attn(x), expected)
+    does = "drops attention weights (attn_drop=0.2), which the kernels do not"
+    name = f"block.attn ({__name__}.{kind.__name__})"
+    refused(f"accelerate: {name} {does}{LEAVE}", ValueError, accelerate, with_attention(kind(16, 2, 0.2)))
+    does = "gives other results than multi-head attention"
+    other = with_attention(kind(16, 2, double=double, factor=1.001))
+    refused(f"accelerate: {name} {does}{LEAVE}", ValueError, accelerate, other)
+
+
+class MaskedAttention(OfficialAttention):
+    """Attention of somebody, whose mask says which pairs of tokens are left out, not which are kept."""
+
+    def forward(self, x, attn_mask=None):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        mask = None if attn_mask is None else ~attn_mask
+        x = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class PrefixAttention(OfficialAttention):
+    def forward(self, x, prefix=None):
+        return super().forward(x if prefix is None else torch.cat([prefix, x], 1))
+
+
+MaskedAttention.__name__ = PrefixAttention.__name__ = "Attention"
+
+
+def test_arguments_that_would_fail_or_mean_another_thing_later_are_refused_at_the_swap():
+    for kind, does in (
+        (MaskedAttention, "gives other results than multi-head attention with attn_mask"),
+        (PrefixAttention, "takes the argument prefix, which the engine's attention does not"),
+    ):
+        name = f"accelerate: block.attn ({__name__}.Attention)"
+        refused(f"{name} {does}{LEAVE}", ValueError, accelerate, with_attention(kind(16, 2)))
+
+
+@pytest.mark.parametrize("options", [{}, {"class_token": True, "reg_tokens": 1, "qk_norm": True}])
+def test_padded_batches_of_a_naflex_vit(options):
+    """Images of several sizes in one batch: timm masks the padding of the smaller ones."""
+    config = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": "avg", **options}
+    model = timm.models.naflexvit.NaFlexVit(timm.models.naflexvit.NaFlexVitCfg(**config), num_classes=7).double().eval()
+    y, x = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
+    patches = {
+        "patches": torch.randn(2, 12, 48, dtype=torch.float64),
+        "patch_coord": torch.stack([y, x], -1).view(1, 12, 2).repeat(2, 1, 1),
+        "patch_valid": torch.arange(12) < torch.tensor([[12], [8]]),
+    }
+    whole = {**patches, "patch_valid": torch.ones(2, 12, dtype=torch.bool)}
+    inputs = (patches, whole, torch.randn(2, 3, 16, 24, dtype=torch.float64))
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+        assert accelerate(model) == ["blocks.0.attn", "blocks.1.attn"]
+        for x, out in zip(inputs, expected):
+            torch.testing.assert_close(model(x), out, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(expected[0], expected[1])
 
 
 def test_a_class_of_timm_whose_forward_was_replaced_is_compared(monkeypatch):
@@ -278,10 +381,13 @@ def test_attention_equals_timms():
         attn_drop=0.1,
     )
     refused("Attention: dim must be divisible by num_heads=3, got 8", ValueError, Attention, 8, 3)
+    mask = torch.rand(2, 1, 7, 7) > 0.3
+    for call in ({"attn_mask": mask}, {"attn_mask": mask.float()}, {"is_causal": True}):
+        torch.testing.assert_close(attention(x, **call), reference(x, **call))
     refused(
-        "Attention: attn_mask and is_causal are not supported: every token sees all tokens",
+        "Attention: attn_bias is not supported: give images of one size at a time, or use accelerate(model, leave=[…])",
         ValueError,
         attention,
         x,
-        torch.zeros(7, 7),
+        attn_bias=mask,
     )
