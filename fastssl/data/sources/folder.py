@@ -20,10 +20,10 @@ import numpy as np
 
 from fastssl.files import write_atomically
 
+from ..formats import SUFFIXES
 from ..source import BadImage, Source, Strings, cache_folder, expand_user
 from ..split import hold_out
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TEST_NAMES = ("test", "val", "validation")
 SETTLED = 2 * 10**9  # nanoseconds after which a change is safe to cache: two changes in one clock tick look like one
 
