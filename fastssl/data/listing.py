@@ -146,12 +146,12 @@ def _other_kind(entry: os.DirEntry) -> str:
     """
     name = entry.name.lower()
     if not (entry.is_file() or entry.is_symlink()):
-        return "pipes and devices"
+        return "pipe or device"
     if name.startswith(PREVIEW) and name.endswith(".png"):
-        return "pictures that fastssl wrote"
+        return ".png that fastssl wrote"
     if name.endswith(SUFFIXES):
         return ""
     suffix = os.path.splitext(name)[1]
     if not suffix:
-        return "files without a suffix"
-    return "other suffixes" if suffix[1:].isdecimal() or len(suffix) > LONGEST_SUFFIX else suffix
+        return "without a suffix"
+    return "with other suffixes" if suffix[1:].isdecimal() or len(suffix) > LONGEST_SUFFIX else suffix

@@ -65,9 +65,8 @@ class Folder(Source):
     def read(self, index: int) -> np.ndarray:
         path = self.name(index)
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for the writer of a pipe
-            with open(handle, "rb") as file:
-                state = os.fstat(handle)
+            with open(path, "rb", opener=_open_at_once) as file:
+                state = os.fstat(file.fileno())
                 if not stat.S_ISREG(state.st_mode):
                     raise BadImage(f"{printable(path)}: it is no regular file")
                 if state.st_size > LARGEST_FILE:
@@ -75,6 +74,11 @@ class Folder(Source):
                 return np.fromfile(file, np.uint8)
         except OSError as error:
             raise BadImage(f"{printable(path)}: {error.strerror or error}") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file without waiting for the writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class _Part(NamedTuple):
