@@ -111,14 +111,14 @@ def test_a_test_split_with_other_folders_has_no_labels(tmp_path):
     write(tmp_path, *images("train/cat", "train/dog", "val/images"))
     _, test = opened(tmp_path)
     assert test.classes is None
-    assert test.notes[0] == "val: no labels, as its folders are no classes of the training split: images"
+    assert test.notes[0] == "val: there are no labels, as the folders are no classes of the training split: images"
 
 
 def test_of_several_test_splits_one_with_labels_is_taken(tmp_path):
     write(tmp_path, *images("train/cat", "train/dog", "val/cat", "val/dog", "test", "extra"))
     train, test = opened(tmp_path)
     assert (train.classes, test.classes, len(test)) == (["cat", "dog"], ["cat", "dog"], 10)
-    assert test.notes == ("passed over beside the splits train and val: extra, test",)
+    assert test.notes == ("beside the splits train and val these are passed over: extra, test",)
 
 
 def test_an_unknown_class_of_the_test_split_is_refused(tmp_path):
@@ -131,21 +131,21 @@ def test_stray_images_beside_class_folders_are_passed_over(tmp_path):
     write(tmp_path, *images("cat", "dog"), "thumb.png", "a\n.png", "notes.txt", "cat/more.TXT", "cat/x.heic")
     train, test = opened(tmp_path)
     assert (train.classes, len(train), len(test)) == (["cat", "dog"], 8, 2)
-    assert train.notes[0] == r"passed over, as they are in no class folder: 2 images, a\n.png, thumb.png"
-    assert train.notes[1].startswith("passed over, as they are no images that can be read here: 2 .txt, 1 .heic")
+    assert train.notes[0] == r"images in no class folder are passed over, 2: a\n.png, thumb.png"
+    assert train.notes[1].startswith("files that cannot be read here as images are passed over: 2 .txt, 1 .heic")
 
 
 def test_images_mostly_in_the_folder_itself_have_no_labels(tmp_path):
     write(tmp_path, *(f"{i}.png" for i in range(30)), *images("more", "others"))
     train, _ = opened(tmp_path)
     assert (train.classes, len(train)) == (None, 40)
-    assert train.notes == ("no labels, as most images are in no folder: 30 of 40",)
+    assert train.notes == ("there are no labels, as most images are in no folder: 30 of 40",)
 
 
 def test_one_folder_has_no_labels(tmp_path):
     write(tmp_path, *images("photos/cat", "photos/dog"))
     train, _ = opened(tmp_path)
-    assert (train.classes, train.notes) == (None, ("no labels, as all images are in one folder, photos",))
+    assert (train.classes, train.notes) == (None, ("there are no labels, as only one folder has images: photos",))
 
 
 def test_folders_that_are_no_classes(tmp_path):
@@ -175,8 +175,8 @@ def test_folders_and_pictures_that_fastssl_wrote_are_no_classes(tmp_path):
     train, test = opened(tmp_path)
     assert (train.classes, len(train) + len(test)) == (["cat", "dog"], 10)
     assert train.notes == (
-        "passed over, as they are no images that can be read here: 1 .png that fastssl wrote",
-        "passed over, as fastssl wrote them: cat/run, moco, runs",
+        "files that cannot be read here as images are passed over: 1 .png that fastssl wrote",
+        "folders that fastssl wrote are passed over: cat/run, moco, runs",
     )
 
 
@@ -184,9 +184,9 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
     write(tmp_path, *images("cat", "dog"), "owl/a.xcf", "owl/b.xcf", "cow/")
     train, _ = opened(tmp_path)
     assert train.classes == ["cat", "dog"]
-    assert train.notes[0] == "no classes, as no image in them can be read: cow (empty), owl (2 .xcf)"
+    assert train.notes[0] == "folders without an image that can be read here are no classes: cow (empty), owl (2 .xcf)"
     write(tmp_path / "none", "a/x.xcf")
-    with pytest.raises(ValueError, match=r"nor do its subfolders; passed over, as .* read here: 1 \.xcf$"):
+    with pytest.raises(ValueError, match=r"nor do its subfolders; files .* passed over: 1 \.xcf$"):
         open_source(f"folder:{tmp_path / 'none'}")
 
 
@@ -212,7 +212,7 @@ def test_what_a_missing_decoder_would_read_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "SUFFIXES", (".png",))
     write(tmp_path, *images("cat", "dog"), "cat/a.heic")
     passed = (
-        "passed over, as they are no images that can be read here: 1 .heic (HEIF: the package pillow-heif decodes it)"
+        "files that cannot be read here as images are passed over: 1 .heic (HEIF: the package pillow-heif decodes it)"
     )
     assert open_source(f"folder:{tmp_path}").notes == (passed,)
 

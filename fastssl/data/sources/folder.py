@@ -111,7 +111,11 @@ def open_split(argument: str, split: str) -> Folder:
     if split == "train":
         return Folder(*train)
     others = sorted({*names} - {train_name, test.root.name})
-    unused = [f"passed over beside the splits {train_name} and {test.root.name}: {listed(others)}"] if others else []
+    unused = (
+        [f"beside the splits {train_name} and {test.root.name} these are passed over: {listed(others)}"]
+        if others
+        else []
+    )
     return Folder(*test._replace(notes=[*unused, *test.notes, *_compare(train, test)]))
 
 
@@ -184,12 +188,12 @@ def _read(root: Path, name: str, option: str, train: _Part | None = None) -> _Pa
     if classes is not None:
         if strays.any():
             beside = [path for path, stray in zip(paths, strays) if stray]
-            notes.append(f"passed over, as they are in no class folder: {len(beside):,} images, {listed(beside)}")
+            notes.append(f"images in no class folder are passed over, {len(beside):,}: {listed(beside)}")
         numbers = {name: number for number, name in enumerate(classes)}
         paths = [path for path, stray in zip(paths, strays) if not stray]
         labels = np.array([numbers[top] for top in tops[~strays]], dtype=np.int64)
         if empty := [f"{name} ({_kinds(listing.others.get(name, {}))})" for name in listing.tops if name not in names]:
-            notes.append(f"no classes, as no image in them can be read: {listed(empty)}")
+            notes.append(f"folders without an image that can be read here are no classes: {listed(empty)}")
     notes += _describe_others(listing)
     return _Part(folder, paths, labels, classes, [f"{prefix}{note}" for note in notes])
 
@@ -205,16 +209,16 @@ def _find_classes(
             raise ValueError(f"data: labels=folders needs folders with images, got none in {printable(folder)}")
         return names, ""
     if 2 * strays >= total:
-        return None, f"no labels, as most images are in no folder: {strays:,} of {total:,}" if names else ""
+        return None, f"there are no labels, as most images are in no folder: {strays:,} of {total:,}" if names else ""
     if train is not None and train.classes is not None:
         unknown = [name for name in names if name not in train.classes]
         if len(unknown) == len(names):
-            return None, f"no labels, as its folders are no classes of the training split: {listed(names)}"
+            return None, f"there are no labels, as the folders are no classes of the training split: {listed(names)}"
         if unknown:
             raise ValueError(f"data: {printable(folder)} has the class {unknown[0]!r}, which the training folder lacks")
         return train.classes, ""
     if len(names) == 1:
-        return None, f"no labels, as all images are in one folder, {printable(names[0])}"
+        return None, f"there are no labels, as only one folder has images: {printable(names[0])}"
     return names, ""
 
 
@@ -233,12 +237,12 @@ def _compare(train: _Part, test: _Part) -> list[str]:
 def _describe_others(listing: Listing) -> list[str]:
     """Sentences on the files and folders that were passed over."""
     kinds: Counter[str] = sum((Counter(kinds) for kinds in listing.others.values()), Counter())
-    notes = [f"passed over, as they are no images that can be read here: {_kinds(kinds)}"] if kinds else []
+    notes = [f"files that cannot be read here as images are passed over: {_kinds(kinds)}"] if kinds else []
     if lacking := [name for name, suffixes in FORMATS.items() if any(suffix in kinds for suffix in suffixes)]:
         remedy = "the package pillow-heif decodes it" if lacking == ["HEIF"] else "install a Pillow with decoders of it"
         notes[0] += f" ({' and '.join(lacking)}: {remedy})"
     if listing.ours:
-        notes.append(f"passed over, as fastssl wrote them: {listed(listing.ours)}")
+        notes.append(f"folders that fastssl wrote are passed over: {listed(listing.ours)}")
     return notes
 
 
