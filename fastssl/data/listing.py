@@ -18,7 +18,7 @@ from fastssl.files import write_atomically
 from .formats import SUFFIXES
 from .source import cache_folder
 
-PREVIEW = "fastssl-"  # start of the names of the pictures that fastssl writes
+PREVIEW = "fastssl-"  # start of the names of the pictures that fastssl writes of a folder
 RUNS = "runs"  # folder in which a run's own folder is by default
 LONGEST_SUFFIX = 12  # a longer one is a part of a name with a dot
 SETTLED = 2 * 10**9  # nanoseconds after which a change is safe to cache: two changes in one clock tick look like one
@@ -147,10 +147,8 @@ def _other_kind(entry: os.DirEntry) -> str:
     name = entry.name.lower()
     if not (entry.is_file() or entry.is_symlink()):
         return "pipe or device"
-    if name.startswith(PREVIEW) and name.endswith(".png"):
-        return ".png that fastssl wrote"
     if name.endswith(SUFFIXES):
-        return ""
+        return f"{PREVIEW}*" if name.startswith(PREVIEW) else ""
     suffix = os.path.splitext(name)[1]
     if not suffix:
         return "without a suffix"

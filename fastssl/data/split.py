@@ -75,7 +75,7 @@ def describe_labels(labels: np.ndarray | None, classes: Sequence[str] | None, he
         held_out: True if `hold_out` divides these images, False if they are a split already.
     """
     if classes is None or labels is None:
-        return ()
+        return ("without labels no image is held out from training",) if held_out else ()
     told = []
     if missing := int((labels < 0).sum()):
         told.append(f"{missing:,} of {len(labels):,} images have no label: they train, and evaluations leave them out")

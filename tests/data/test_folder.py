@@ -132,7 +132,7 @@ def test_stray_images_beside_class_folders_are_passed_over(tmp_path):
     train, test = opened(tmp_path)
     assert (train.classes, len(train), len(test)) == (["cat", "dog"], 8, 2)
     assert train.notes[0] == r"images in no class folder are passed over, 2: a\n.png, thumb.png"
-    assert train.notes[1].startswith("files that cannot be read here as images are passed over: 2 .txt, 1 .heic")
+    assert train.notes[1].startswith("files passed over, by suffix: 2 .txt, 1 .heic")
 
 
 def test_images_mostly_in_the_folder_itself_have_no_labels(tmp_path):
@@ -175,7 +175,7 @@ def test_folders_and_pictures_that_fastssl_wrote_are_no_classes(tmp_path):
     train, test = opened(tmp_path)
     assert (train.classes, len(train) + len(test)) == (["cat", "dog"], 10)
     assert train.notes == (
-        "files that cannot be read here as images are passed over: 1 .png that fastssl wrote",
+        "files passed over, by suffix: 1 fastssl-*",
         "folders that fastssl wrote are passed over: cat/run, moco, runs",
     )
 
@@ -186,7 +186,7 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
     assert train.classes == ["cat", "dog"]
     assert train.notes[0] == "folders without an image that can be read here are no classes: cow (empty), owl (2 .xcf)"
     write(tmp_path / "none", "a/x.xcf")
-    with pytest.raises(ValueError, match=r"nor do its subfolders; files .* passed over: 1 \.xcf$"):
+    with pytest.raises(ValueError, match=r"nor do its subfolders; files passed over, by suffix: 1 \.xcf$"):
         open_source(f"folder:{tmp_path / 'none'}")
 
 
@@ -211,9 +211,7 @@ def test_formats_are_those_that_pillow_decodes(monkeypatch):
 def test_what_a_missing_decoder_would_read_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "SUFFIXES", (".png",))
     write(tmp_path, *images("cat", "dog"), "cat/a.heic")
-    passed = (
-        "files that cannot be read here as images are passed over: 1 .heic (HEIF: the package pillow-heif decodes it)"
-    )
+    passed = "files passed over, by suffix: 1 .heic (HEIF: the package pillow-heif decodes it)"
     assert open_source(f"folder:{tmp_path}").notes == (passed,)
 
 
@@ -238,7 +236,7 @@ def test_only_regular_files_are_read(tmp_path, kind):
         with path.open("wb") as file:
             file.truncate(folder.LARGEST_FILE + 1)
     reasons = {"sparse": "2,147,483,649 bytes are too many for an image", "became a folder": "Is a directory"}
-    with pytest.raises(BadImage, match=f"^{path}: {reasons.get(kind, 'it is no regular file')}$"):
+    with pytest.raises(BadImage, match=f"^{path}: {reasons.get(kind, 'not a regular file')}$"):
         source.read(0)
 
 

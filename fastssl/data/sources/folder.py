@@ -47,7 +47,7 @@ class Folder(Source):
     def __init__(
         self, root: Path, paths: Sequence[str], labels: np.ndarray, classes: list[str] | None, notes: Sequence[str]
     ):
-        self._root, self._paths, self._labels = root, Strings(paths), labels
+        self.root, self._paths, self._labels = root, Strings(paths), labels
         self.classes, self.size, self.shards, self.notes = classes, None, None, tuple(notes)
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Folder(Source):
         return int(self._labels[index])
 
     def name(self, index: int) -> str:
-        return os.path.join(self._root, self._paths[index])
+        return os.path.join(self.root, self._paths[index])
 
     def identity(self, index: int) -> str:
         return self._paths[index]
@@ -68,7 +68,7 @@ class Folder(Source):
             with open(path, "rb", opener=_open_at_once) as file:
                 state = os.fstat(file.fileno())
                 if not stat.S_ISREG(state.st_mode):
-                    raise BadImage(f"{printable(path)}: it is no regular file")
+                    raise BadImage(f"{printable(path)}: not a regular file")
                 if state.st_size > LARGEST_FILE:
                     raise BadImage(f"{printable(path)}: {state.st_size:,} bytes are too many for an image")
                 return np.fromfile(file, np.uint8)
@@ -237,7 +237,7 @@ def _compare(train: _Part, test: _Part) -> list[str]:
 def _describe_others(listing: Listing) -> list[str]:
     """Sentences on the files and folders that were passed over."""
     kinds: Counter[str] = sum((Counter(kinds) for kinds in listing.others.values()), Counter())
-    notes = [f"files that cannot be read here as images are passed over: {_kinds(kinds)}"] if kinds else []
+    notes = [f"files passed over, by suffix: {_kinds(kinds)}"] if kinds else []
     if lacking := [name for name, suffixes in FORMATS.items() if any(suffix in kinds for suffix in suffixes)]:
         remedy = "the package pillow-heif decodes it" if lacking == ["HEIF"] else "install a Pillow with decoders of it"
         notes[0] += f" ({' and '.join(lacking)}: {remedy})"
