@@ -14,6 +14,9 @@ from fastssl.data.sources import folder
 from tests.support.contract import refused
 
 
+NOTHING_HELD_OUT = "without labels no image is held out from training"
+
+
 def write(root, *paths):
     """Writes a small image at each path, text where the suffix is no image's, and a folder where it ends in /."""
     for path in map(str, paths):
@@ -139,13 +142,14 @@ def test_images_mostly_in_the_folder_itself_have_no_labels(tmp_path):
     write(tmp_path, *(f"{i}.png" for i in range(30)), *images("more", "others"))
     train, _ = opened(tmp_path)
     assert (train.classes, len(train)) == (None, 40)
-    assert train.notes == ("there are no labels, as most images are in no folder: 30 of 40",)
+    assert train.notes == ("there are no labels, as most images are in no folder: 30 of 40", NOTHING_HELD_OUT)
 
 
 def test_one_folder_has_no_labels(tmp_path):
     write(tmp_path, *images("photos/cat", "photos/dog"))
     train, _ = opened(tmp_path)
-    assert (train.classes, train.notes) == (None, ("there are no labels, as only one folder has images: photos",))
+    reason = "there are no labels, as only one folder has images: photos"
+    assert (train.classes, train.notes) == (None, (reason, NOTHING_HELD_OUT))
 
 
 def test_folders_that_are_no_classes(tmp_path):

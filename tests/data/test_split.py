@@ -90,4 +90,6 @@ def test_images_without_labels_and_lone_images_are_named():
     assert describe_labels(labels, classes) == (unlabelled, lone)
     assert describe_labels(labels, classes, held_out=False) == (unlabelled,)
     assert describe_labels(labels.astype(np.uint64)[labels >= 0], classes) == (lone,)
-    assert describe_labels(None, None) == describe_labels(np.array([-1]), None) == ()
+    for missing in (None, np.array([-1])):
+        assert describe_labels(missing, None) == ("without labels no image is held out from training",)
+        assert describe_labels(missing, None, held_out=False) == ()
