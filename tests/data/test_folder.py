@@ -13,7 +13,6 @@ from fastssl.data.source import BadImage, open_source
 from fastssl.data.sources import folder
 from tests.support.contract import refused
 
-
 NOTHING_HELD_OUT = "without labels no image is held out from training"
 
 
