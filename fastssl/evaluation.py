@@ -11,12 +11,13 @@ from fastssl.data.source import Source
 from fastssl.eval.embedding import Embedding
 from fastssl.eval.features import extract, extract_on_all_ranks, features_of
 from fastssl.eval.knn import knn_accuracy
-from fastssl.eval.labels import Accuracy, labelled_subset
+from fastssl.eval.labels import Accuracy, labelled, labelled_subset
 from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
 from fastssl.machine import available_engine, select_device, share_cores
 from fastssl.run import SMALL, Run, Sources, method_module
 from fastssl.settings import differences, update
+from fastssl.text import printable
 
 TAU = 0.07  # temperature of kNN votes
 ONLINE_K = 20  # neighbours of the kNN evaluation during a run
@@ -190,14 +191,14 @@ def embed(
 
 
 def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch.device) -> None:
-    """Notes and prints the kNN accuracy (k = 20) of a method during its run, if the source has labels.
+    """Notes and prints the kNN accuracy (k = 20) of a method during its run, if both splits have labels.
 
     Before the first step it also notes that of raw pixels. The method is left in evaluation mode and torch's random
     state unchanged. All ranks call it together, and the first one notes and prints.
     """
     method.eval()
-    splits = run.source("train"), run.source("test")
-    if any(split.classes is None for split in splits):
+    splits = labelled(run.source("train")), labelled(run.source("test"))
+    if not all(map(len, splits)):
         return
     loading, pixels = _loading(run, device), None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -241,11 +242,25 @@ def _knn_accuracy(
 
 
 def _labelled_splits(run: Run, data: str | Sources | None) -> tuple[Source, Source]:
-    """Training and held-out split of a source with labels."""
-    splits = run.source("train", data), run.source("test", data)
-    if any(split.classes is None for split in splits):
-        raise ValueError(f"eval: {run.data_name(data)} has no labels to compare with")
-    return splits
+    """The images with labels of the training and of the held-out split.
+
+    Raises:
+        ValueError: a split has no labels; the sentence says which one.
+    """
+    name, splits = printable(run.data_name(data)), (run.source("train", data), run.source("test", data))
+    parts = labelled(splits[0]), labelled(splits[1])
+    if not any(map(len, parts)):
+        raise ValueError(f"eval: {name} has no labels to compare with")
+    for side, split, part in zip(("training", "held-out"), splits, parts):
+        if not len(part):
+            notes = "".join(f"; {note}" for note in getattr(split, "notes", ()))
+            raise ValueError(
+                f"eval: the {side} split of {name} has no labels to compare with, the other one has{notes}"
+            )
+        if len(part) < len(split) and distributed.rank() == 0:
+            left_out = len(split) - len(part)
+            print(f"eval: {left_out:,} of {len(split):,} images of the {side} split have no label and are left out")
+    return parts
 
 
 def _note(run: Run, step: int, evaluation: str, accuracy: float, data: str | Sources | None, **facts: Any) -> None:

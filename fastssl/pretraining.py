@@ -12,6 +12,7 @@ from fastssl.bounds import check_ranges
 from fastssl.contract import Reconstructs
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source
+from fastssl.eval.labels import labelled
 from fastssl.eval.reconstruction import first_images, save_snapshot
 from fastssl.evaluation import note_knn
 from fastssl.extras import need
@@ -274,7 +275,7 @@ def _announce_start(run: Run, source: Source, test: Source) -> None:
     if distributed.rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         run.save()
-    training, held_out = run.config.training, len(test) if source.classes is not None else 0
+    training, held_out = run.config.training, len(labelled(test)) if len(labelled(source)) else 0
     _print(
         f"{run.method_name} on {run.options.data}, preset `{run.facts.get('preset')}`: {training.epochs} epochs of "
         f"{len(source)} images ({held_out} held-out images for kNN), batch {training.batch_size}"

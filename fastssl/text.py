@@ -3,6 +3,7 @@
 import os
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -34,3 +35,9 @@ def escape_what_cannot_be_encoded() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def listed(names: Sequence[Any], most: int = 8) -> str:
+    """Names in a row, made printable: "a, b, c and 5 more"."""
+    shown = ", ".join(map(printable, names[:most]))
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown

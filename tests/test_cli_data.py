@@ -1,6 +1,7 @@
 """The commands that look at data."""
 
 import itertools
+import re
 import time
 
 import numpy as np
@@ -27,6 +28,8 @@ def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp
         "data",
         "check",
         f"folder:{tmp_path / 'data'}",
+        "--split",
+        "both",
         "--workers",
         2,
         "--seconds",
@@ -35,15 +38,21 @@ def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp
         tmp_path / "bad.txt",
     )
     said = capsys.readouterr().out
-    assert f"images       59 of the train split, {len(bad)} bad" in said
-    assert "JPEG RGB 42" in said
-    assert all(kind in said for kind in ("JPEG L 1", "JPEG CMYK 1", "PNG I;16 1", "GIF P 1", "WEBP RGB 1", "no labels"))
-    assert "heights      40 to 60 pixels, median 40" in said
+    rows = {line[:17].strip(): line[17:].split() for line in said.splitlines()}
+    assert rows["images"] == ["59", "12"]
+    assert rows["bad images"][0] == str(len(bad))
+    assert rows["without a label"] == ["59", "12"]
+    assert rows["classes"] == ["0", "0"]
+    assert "40 to 60, median 40" in said
+    formats = {kind: re.search(rf"^{kind} +(\d+)", said, re.MULTILINE)[1] for kind in ("JPEG RGB", "JPEG L", "GIF P")}
+    assert formats == {"JPEG RGB": "42", "JPEG L": "1", "GIF P": "1"}
+    assert all(kind in said for kind in ("JPEG CMYK", "PNG I;16", "WEBP RGB"))
+    assert "note  without labels no image is held out from training\n" in said
     named = [line.partition(": ")[0].rpartition("/")[2] for line in (tmp_path / "bad.txt").read_text().splitlines()]
     assert sorted(named) == bad
-    assert said.count("\nbad ") == len(bad)
+    assert said.count("\nbad   ") == len(bad)
     for engine in ENGINES:
-        assert f"\n{engine:<12} " in said
+        assert f"\n  {engine:<12} " in said
         assert "images/s" in said
 
 
@@ -57,7 +66,97 @@ def test_check_of_pixels_and_labels():
 def test_check_of_nothing_but_bad_files(monkeypatch, capsys, tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"")
     run(monkeypatch, "data", "check", f"folder:{tmp_path}", "--workers", 0)
-    assert "images       1 of the train split, 1 bad" in capsys.readouterr().out
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["images", "1", "1"] in rows
+    assert ["bad", "images", "1", "1"] in rows
+
+
+def checked(monkeypatch, capsys, spec, *words):
+    """The page of `data check` as {first words: the rest}, and its notes."""
+    run(monkeypatch, "data", "check", spec, "--workers", 0, "--seconds", 0, *words)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [re.split(r" {2,}", line.strip()) for line in lines]
+    return {row[0]: row[1:] for row in rows if row[0] != "note"}, [row[1] for row in rows if row[0] == "note"]
+
+
+def test_check_compares_both_splits(monkeypatch, capsys, tmp_path):
+    """Classes and images on both sides, images without a label, and the range of the values."""
+    labels, images = np.array([0] * 10 + [1] * 5 + [3] + [-1] * 4), np.full((20, 8, 6), 7, np.uint8)
+    images[3, 2, 2] = 200
+    np.savez(tmp_path / "x.npz", images=images, labels=labels)
+    rows, notes = checked(monkeypatch, capsys, f"arrays:{tmp_path / 'x.npz'}")
+    assert rows["images"] == ["17", "3"]
+    assert rows["without a label"] == ["4", "0"]
+    assert rows["classes"] == ["3", "2"]
+    assert rows["missing classes"] == ["1: 2", "2: 2, 3"]
+    assert rows["images of a class"] == ["1 to 8", "1 to 2"]
+    assert (rows["height"], rows["width"]) == (["8", "8"], ["6", "6"])
+    assert rows["size per image"] == ["144 bytes", "144 bytes"]
+    assert rows["names of the classes: 0, 1, 2, 3"] == []
+    assert rows["pixels RGB"] == ["17", "3", "7 to 200 (8 bits)"]
+    assert notes == [
+        "4 of 20 images have no label: they train, and evaluations leave them out",
+        "no image is held out of classes that have only one: 3",
+    ]
+    rows, _ = checked(monkeypatch, capsys, f"arrays:{tmp_path / 'x.npz'}", "--split", "test")
+    assert (rows["images"], rows["missing classes"]) == (["3"], ["2: 2, 3"])
+
+
+def test_check_says_what_was_passed_over(monkeypatch, capsys, tmp_path):
+    """A messy folder fits one screen."""
+    for path in [*(f"{name}/{i}.png" for name in ("cat", "[red]dog\n") for i in range(5)), "thumb.png", "runs/x.png"]:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    (tmp_path / "owl").mkdir()
+    (tmp_path / "owl" / "a.xcf").write_text("")
+    (tmp_path / "cat" / "bad\x1b.jpg").write_text("")
+    rows, notes = checked(monkeypatch, capsys, f"folder:{tmp_path}")
+    assert r"names of the classes: [red]dog\n, cat" in rows
+    assert notes == [
+        "images in no class folder are passed over, 1: thumb.png",
+        "folders without an image that can be read here are no classes: owl (1 .xcf)",
+        "files passed over, by suffix: 1 .xcf",
+        "folders that fastssl wrote are passed over: runs",
+    ]
+    assert rows["bad"] == [rf"{tmp_path}/cat/bad\x1b.jpg: the file is empty"]
+    assert len(rows) + len(notes) < 40
+
+
+def test_check_of_a_split_without_labels(monkeypatch, capsys, tmp_path):
+    for path in ("train/a/0.png", "train/b/0.png", "val/0.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    rows, notes = checked(monkeypatch, capsys, f"folder:{tmp_path}")
+    assert (rows["without a label"], rows["classes"]) == (["0", "1"], ["2", "0"])
+    assert notes[-1] == "the held-out split has no labels: nothing can be evaluated"
+
+
+def test_check_goes_on_without_a_test_split(monkeypatch, capsys, tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((3, 8, 8), np.uint8), labels=np.arange(3))
+    rows, notes = checked(monkeypatch, capsys, f"arrays:{tmp_path / 'x.npz'}")
+    assert rows["images"] == ["3"]
+    assert notes[0].startswith(f"no held-out split: data: {tmp_path}/x.npz must have a class with two labelled images")
+
+
+def test_show_does_not_change_the_folder_that_it_shows(monkeypatch, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (32, 32)).save(tmp_path / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, "data", "show", "folder:.", "--image-size", 8, 8)
+    assert (tmp_path / "fastssl-views.png").is_file()
+    source = open_source("folder:.")
+    assert (source.classes, source.notes) == (["cat", "dog"], ("files passed over, by suffix: 1 fastssl-*",))
+    for path in ("views.png", "cat/views.JPG"):
+        sentence = (
+            "data: --to must be outside of the folder that is looked at, or its name must start with fastssl-, as it "
+            f"would become an image of that folder, got {tmp_path / path}"
+        )
+        refused(monkeypatch, sentence, "data", "show", "folder:.", "--to", path)
+    (tmp_path / "runs").mkdir()
+    run(monkeypatch, "data", "show", "folder:.", "--image-size", 8, 8, "--to", "runs/preview.png")
+    assert open_source("folder:.").classes == ["cat", "dog"]
 
 
 @engines

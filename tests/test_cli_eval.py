@@ -4,10 +4,16 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import fastssl
 from fastssl import evaluation
+from fastssl.data.source import Subset, open_source
+from fastssl.eval.features import extract
+from fastssl.eval.knn import knn_accuracy
 from fastssl.evaluation import note_knn
 from fastssl.run import open_run
 from tests.support.command import refused, run
@@ -235,3 +241,73 @@ def test_ranks_write_the_same_records_as_one_process(capsys, folder):
     assert run_ranks(2, _note_knn, folder) == [(True, False)] * 2
     assert (folder / "evaluations.jsonl").read_text() == alone
     assert len(alone.splitlines()) == 3
+
+
+@pytest.fixture
+def partly_labelled(tmp_path):
+    """`arrays:` sources of the same digits: one with −1 as every third label, one without these images."""
+    splits = {"train": open_source("digits"), "test": open_source("digits", "test")}
+    files = {name: tmp_path / f"{name}.npz" for name in ("partly", "labelled")}
+    for name, path in files.items():
+        arrays = {}
+        for split, source in splits.items():
+            rows = [i for i in range(180) if name == "partly" or i % 3]
+            arrays[f"x_{split}"] = np.stack([source.read(i) for i in rows])
+            arrays[f"y_{split}"] = np.array([source.label(i) if i % 3 else -1 for i in rows])
+        np.savez(path, **arrays)
+    return {name: f"arrays:{path}" for name, path in files.items()}
+
+
+def test_images_without_a_label_are_left_out(capsys, folder, partly_labelled):
+    """Every evaluation has the result that it has without these images, and says how many there are."""
+    opened, results = open_run(folder), {}
+    for name, data in partly_labelled.items():
+        finetuned = opened.finetune(data=data, epochs=1, warmup_epochs=0, batch_size=60, labels=0.5)
+        results[name] = (opened.knn(5, data=data), opened.linear(data=data, epochs=2), finetuned)
+        said = capsys.readouterr().out
+        for split in ("training", "held-out"):
+            sentence = f"eval: 60 of 180 images of the {split} split have no label and are left out\n"
+            assert said.count(sentence) == 3 * (name == "partly")
+    assert results["partly"] == results["labelled"]
+
+
+def test_knn_during_a_run_leaves_images_without_a_label_out(capsys, monkeypatch, tmp_path, partly_labelled):
+    words = ["--data", partly_labelled["partly"], *TINY[2:], "--batch-size", "60", "--folder", tmp_path / "run"]
+    run(monkeypatch, "pretrain", "mae", *words)
+    said = capsys.readouterr().out
+    assert "1 epochs of 180 images (120 held-out images for kNN)" in said
+    raw = [line for line in noted(tmp_path / "run", "knn of raw pixels")]
+    pixels = knn_of_pixels(open_run(tmp_path / "run"), partly_labelled["labelled"])
+    assert [line["accuracy"] for line in raw] == [pixels]
+
+
+def knn_of_pixels(opened, data):
+    """kNN accuracy (k = 20) of raw pixels."""
+    tables = [extract(lambda x: x.flatten(1), open_source(data, split), (8, 8)) for split in ("train", "test")]
+    return knn_accuracy(*tables[0][:2], *tables[1][:2])[20]
+
+
+def test_a_split_without_labels_is_named(monkeypatch, tmp_path, pretrained, capsys):
+    for path in ("train/cat/0.png", "train/dog/1.png", "val/2.png", "val/3.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    sentence = (
+        f"eval: the held-out split of folder:{tmp_path} has no labels to compare with, the other one has; the test "
+        "split val has no labels, unlike the training split: nothing can be evaluated"
+    )
+    for command in ("knn", "linear", "finetune"):
+        refused(monkeypatch, sentence, "eval", command, pretrained, "--data", f"folder:{tmp_path}")
+    (tmp_path / "train" / "cat" / "0.png").rename(tmp_path / "val" / "4.png")
+    (tmp_path / "train" / "cat").rmdir()
+    sentence = f"eval: folder:{tmp_path} has no labels to compare with"
+    refused(monkeypatch, sentence, "eval", "knn", pretrained, "--data", f"folder:{tmp_path}")
+
+
+def test_a_run_on_a_test_split_without_labels_says_so(capsys, tmp_path):
+    """The number of held-out images for kNN is that of those with labels."""
+    train, test = open_source("digits"), Subset(open_source("digits", "test"), range(20))
+    test.classes = None
+    fastssl.pretrain("mae", (Subset(train, range(60)), test), epochs=1, batch_size=60, folder=tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "(0 held-out images for kNN)" in said
+    assert "kNN accuracy" not in said

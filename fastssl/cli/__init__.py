@@ -27,7 +27,7 @@ HELP = """fastssl {version} · fast self-supervised visual pretraining
   fastssl embed RUN SOURCE --out FILE      features of images, as .npz or .parquet
   fastssl report RUN [RUN ...]             self-contained report.html of a run, or of several side by side
   fastssl export RUN --format FORMAT       weights for timm, torchvision, the official code, or as safetensors
-  fastssl data check SOURCE                image sizes, formats, bad files, images/s of each loader engine
+  fastssl data check SOURCE                splits, classes, sizes, values, bad files, and what is passed over
   fastssl data show SOURCE --augmentation METHOD    augmented views as a picture
   fastssl bench --data SOURCE              images/s of each augmentation and loader engine
   fastssl env                              versions, processor level, and the kernel that runs each op

@@ -2,36 +2,40 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, check_ranges
 from fastssl.data.contact_sheet import make_contact_sheet
-from fastssl.data.findings import Findings, scan
-from fastssl.data.source import open_source
+from fastssl.data.findings import scan
+from fastssl.data.formats import SUFFIXES
+from fastssl.data.listing import PREVIEW, RUNS
+from fastssl.data.source import SPLITS, Source, open_source
 from fastssl.data.timing import Throughput, cores
 from fastssl.machine import installed_engines
 from fastssl.run import find_augmentation
+from fastssl.text import printable
 
 from .bench import loader_speed
+from .data_page import Side, bad_images, page
 from .flags import parse
 
-NAMED_BAD = 20  # bad files that are printed; --bad-files FILE names all
+SIDES = {"train": "training", "test": "held-out"}
 
 
 @dataclasses.dataclass
 class CheckFlags:
-    """Decodes every image of a source: counts, sizes, formats, bad files; then images/s of each loader engine."""
+    """Decodes every image of a source: what both splits hold, what was passed over and why, images/s of each engine."""
 
     source: tyro.conf.Positional[str]
     """source of images: folder:PATH, webdataset:SHARDS, …"""
-    split: Literal["train", "test"] = "train"
-    """split of the source"""
+    split: Literal["both", "train", "test"] = "both"
+    """splits of the source"""
     workers: Annotated[int, NOT_NEGATIVE] = min(2, cores())
     """processes that decode"""
     seconds: Annotated[float, NOT_NEGATIVE] = 5.0
@@ -58,8 +62,8 @@ class ShowFlags:
     """height and width of a view in pixels, those of the augmentation by default"""
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """random seed of the draws"""
-    to: Path = Path("views.png")
-    """file to write"""
+    to: Path = Path(f"{PREVIEW}views.png")
+    """file to write; a name that starts with fastssl- is never taken for an image of a folder"""
 
 
 def command(words: list[str]) -> None:
@@ -78,39 +82,37 @@ def _check(words: list[str]) -> None:
     check_ranges(flags, "data")
     if flags.bad_files:
         flags.bad_files.write_text("")  # raises now rather than after the whole scan
-    console, source = Console(highlight=False), open_source(flags.source, flags.split)
+    console = Console(highlight=False)
+    sources, notes = _open_splits(flags.source, SPLITS if flags.split == "both" else (flags.split,))
     start = time.perf_counter()
-    findings = scan(source, flags.workers)
+    sides = {SIDES[split]: Side(source, scan(source, flags.workers)) for split, source in sources.items()}
     seconds = time.perf_counter() - start
-    for name, value in _facts(findings, len(source), flags.split, seconds):
-        console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
-    for line in findings.bad[:NAMED_BAD]:
-        console.print(f"bad          {line}", soft_wrap=True, markup=False)
-    if len(findings.bad) > NAMED_BAD:
-        console.print(f"bad          … and {len(findings.bad) - NAMED_BAD} more: --bad-files FILE names all")
+    total = sum(len(source) for source in sources.values())
+    console.print(f"{printable(flags.source)}: {total / seconds:,.0f} images/s decoded", soft_wrap=True, markup=False)
+    for block in page(sides, notes):
+        console.print()
+        console.print(block, soft_wrap=isinstance(block, Text))
     if flags.bad_files:
-        flags.bad_files.write_text("".join(f"{line}\n" for line in findings.bad))
-    if flags.seconds and findings.good:
+        flags.bad_files.write_text("".join(f"{line}\n" for line in bad_images(sides)))
+    source, engines = next(iter(sources.values())), installed_engines()
+    if flags.seconds and next(iter(sides.values())).findings.good:
+        console.print(f"\naugmentation of MoCo v2, {flags.workers} workers")
         augmentation, batch_size = find_augmentation("moco_v2", source), min(64, len(source))
-        for engine in installed_engines():
+        for engine in engines:
             measured = loader_speed(source, augmentation, engine, batch_size, flags.workers, flags.seconds)
-            text = f"{_speed_text(measured)} with the augmentation of MoCo v2, {flags.workers} workers"
-            console.print(f"{engine:<12} {text}", soft_wrap=True)
+            console.print(f"  {engine:<12} {_speed_text(measured)}", soft_wrap=True)
 
 
-def _facts(findings: Findings, total: int, split: str, seconds: float) -> Iterator[tuple[str, str]]:
-    """(name, value) of each line that describes the result of a scan."""
-    bad = len(findings.bad)
-    yield "images", f"{total:,} of the {split} split, {bad:,} bad; scanned {total / seconds:,.0f} per second"
-    if findings.good:
-        classes = len(findings.labels) - (-1 in findings.labels)
-        counts = [count for label, count in findings.labels.items() if label >= 0]
-        yield "classes", f"{classes:,}, of {min(counts):,} to {max(counts):,} images" if counts else "no labels"
-        yield "formats", ", ".join(f"{name} {count:,}" for name, count in findings.formats.most_common())
-        for name, sides in (("heights", findings.heights), ("widths", findings.widths)):
-            low, median, high = np.percentile(sides, (0, 50, 100)).astype(int)
-            yield name, f"{low:,} to {high:,} pixels, median {median:,}"
-        yield "size", f"{findings.bytes / 1e6:,.1f} MB, {findings.bytes / findings.good / 1e3:,.1f} KB per image"
+def _open_splits(spec: str, splits: Sequence[str]) -> tuple[dict[str, Source], list[str]]:
+    """(each split that can be opened, sentences on the source); at least the first one can."""
+    sources, notes = {splits[0]: open_source(spec, splits[0])}, []
+    for split in splits[1:]:
+        try:
+            sources[split] = open_source(spec, split)
+        except ValueError as error:
+            notes.append(f"no {SIDES[split]} split: {error}")
+    notes += [note for source in sources.values() for note in getattr(source, "notes", ())]
+    return sources, list(dict.fromkeys(notes))
 
 
 def _show(words: list[str]) -> None:
@@ -120,8 +122,26 @@ def _show(words: list[str]) -> None:
     augmentation = find_augmentation(flags.augmentation, source, flags.image_size)
     if not flags.to.absolute().parent.is_dir():
         raise ValueError(f"data: --to must be in a folder that exists, got {flags.to}")
+    _check_place(flags.to, source)
     make_contact_sheet(source, augmentation, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
     print(flags.to)
+
+
+def _check_place(path: Path, source: Source) -> None:
+    """Checks that a picture does not become an image of the folder that is looked at.
+
+    Raises:
+        ValueError: it would.
+    """
+    root, path = getattr(source, "root", None), path.absolute()
+    if root is None or not path.is_relative_to(root.absolute()) or not path.name.lower().endswith(SUFFIXES):
+        return
+    inside = path.relative_to(root.absolute())
+    if not inside.name.startswith(PREVIEW) and inside.parts[0] != RUNS:
+        raise ValueError(
+            f"data: --to must be outside of the folder that is looked at, or its name must start with {PREVIEW}, as it "
+            f"would become an image of that folder, got {printable(path)}"
+        )
 
 
 def _speed_text(measured: Throughput) -> str:

@@ -12,16 +12,28 @@ from .source import BadImage, Source
 T = TypeVar("T")
 
 
+class Range(NamedTuple):
+    """Stored values of the images of one format and mode."""
+
+    low: float  # smallest value
+    high: float  # largest value
+    rules: Counter[str]  # images by the rule that makes bytes of their values: "8 bits", …
+
+    def __add__(self, other: "Range") -> "Range":  # type: ignore[override]
+        return Range(min(self.low, other.low), max(self.high, other.high), self.rules + other.rules)
+
+
 class Findings(NamedTuple):
     """Results of `scan`: counts and sizes over a whole source."""
 
     good: int  # images that can be decoded
     formats: Counter[str]  # images of each format and mode: "JPEG RGB", "PNG I;16", …, "pixels RGB"
+    values: dict[str, Range]  # of each format and mode
     heights: np.ndarray  # [good] int64, pixels
     widths: np.ndarray  # [good] int64
     bytes: int  # size of all good files
-    labels: Counter[int]  # images of each class
-    bad: list[str]  # "PATH: reason" of the other images
+    labels: Counter[int]  # images of each class, bad ones too; −1 for no label
+    bad: list[str]  # "PATH: reason" of the images that can't be decoded
 
 
 def scan(source: Source, workers: int = 0) -> Findings:
@@ -32,26 +44,27 @@ def scan(source: Source, workers: int = 0) -> Findings:
         workers: processes that decode; 0 decodes in this process.
     """
     formats: Counter[str] = Counter()
-    labels: Counter[int] = Counter()
+    values: dict[str, Range] = {}
     sizes: list[tuple[int, int]] = []
     bad: list[str] = []
     total_bytes = 0
     facts = DataLoader(_Facts(source), batch_size=None, num_workers=workers, collate_fn=_identity)
-    for index, fact in enumerate(facts):
+    for fact in facts:
         if isinstance(fact, str):
             bad.append(fact)
             continue
-        kind, size, length = fact
+        kind, stored, size, length = fact
         formats[kind] += 1
-        labels[source.label(index)] += 1
+        values[kind] = values[kind] + stored if kind in values else stored
         sizes.append(size)
         total_bytes += length
     heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
-    return Findings(len(sizes), formats, heights, widths, total_bytes, labels, bad)
+    labels = Counter(source.label(index) for index in range(len(source)))
+    return Findings(len(sizes), formats, values, heights, widths, total_bytes, labels, bad)
 
 
 class _Facts(Dataset):
-    """Format and mode, (height, width) and bytes of each image, or "PATH: reason" of one that can't be decoded."""
+    """Facts of each image, or "PATH: reason" of one that can't be decoded."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -59,13 +72,17 @@ class _Facts(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[str, tuple[int, int], int] | str:
+    def __getitem__(self, index: int) -> tuple[str, Range, tuple[int, int], int] | str:
+        """(format and mode, stored values, (height, width), bytes)."""
         try:
             image = open_image(self.source, index)
-            _, height, width = image.pixels().shape
-            return f"{image.format} {image.mode}", (height, width), image.data.nbytes
+            pixels = image.pixels()
         except BadImage as error:
             return str(error)
+        _, height, width = pixels.shape
+        low, high = (end.item() for end in pixels.aminmax())
+        stored = Range(low, high, Counter({"8 bits": 1}))
+        return f"{image.format} {image.mode}", stored, (height, width), image.data.nbytes
 
 
 def _identity(fact: T) -> T:

@@ -1,31 +1,86 @@
-"""The held-out split of sources that have no test split of their own."""
+"""The held-out split of sources that have no test split of their own, and sentences on labels.
+
+The rule looks at each image's identity (`Source.identity`), not at its place in a list: any order of the files gives
+the same split, labels that repeat with a period do not matter, and an image that is added or removed moves at most one
+other image of its class to the other side.
+"""
+
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
 import numpy as np
 
-EVERY = 5  # every fifth image is held out
+from fastssl.text import listed
+
+PARTS = 5  # a fifth of each class is held out
+TRAIN_NAMES = ("train", "training")  # names of folders and shards that hold a training split, in lower case
+TEST_NAMES = ("test", "testing", "val", "valid", "validation", "eval", "evaluation")  # a test split; the best first
 
 
-def hold_out(count: int, split: str, labelled: bool, name: str) -> np.ndarray:
-    """Numbers [M] int64, ascending, of the images in a split: every fifth image (4, 9, 14, …) is the test split.
+def hold_out(identities: Iterable[str], labels: np.ndarray | None, split: str, name: str) -> np.ndarray:
+    """Numbers [M] int64, ascending, of the images in a split.
 
-    Without labels nothing is held out from training, since there is nothing to evaluate: the training split then has
-    every image.
+    The test split has a fifth of each class, rounded, and at least one image of a class with two or more: those whose
+    identities have the smallest hashes (BLAKE2b, the same on every machine). Images without a label are all in the
+    training split. If no image has a label, nothing is held out from training, since there is nothing to evaluate: the
+    training split then has every image, and the test split shows a fifth of them.
 
     Args:
-        count: images of the whole source.
+        identities: N texts, one of each image.
+        labels: [N] integers, −1 for an image without a label; None if no image has one.
         split: "train" or "test".
-        labelled: whether every image has a label.
         name: the source in the error.
 
     Raises:
         ValueError: the test split would be empty.
     """
-    rows = np.arange(count)
-    held_out = rows[EVERY - 1 :: EVERY]
+    hashes = _hashes(identities)
+    labels = np.full(len(hashes), -1) if labels is None else np.asarray(labels, dtype=np.int64)
+    labelled = bool((labels >= 0).any())
+    rank, size = _ranks(hashes, labels)
+    quota = np.maximum((2 * size + PARTS) // (2 * PARTS), size >= (2 if labelled else 1))  # a rounded fifth
+    held_out = (rank < quota) & ((labels >= 0) | (not labelled))
     if split == "test":
-        if not len(held_out):
+        if not held_out.any():
             raise ValueError(
-                f"data: {name} must have at least {EVERY} images, as every fifth is the test split, got {count}"
+                f"data: {name} must have a class with two labelled images or more, as a fifth of each class is held "
+                f"out for evaluation, got {len(labels)} images without such a class: use it without labels, or give it "
+                "a test split of its own"
             )
-        return held_out
-    return np.delete(rows, held_out) if labelled else rows
+        return np.flatnonzero(held_out)
+    return np.flatnonzero(~held_out) if labelled else np.arange(len(labels))
+
+
+def _hashes(identities: Iterable[str]) -> np.ndarray:
+    """[N] uint64: 10 million identities take 6 seconds."""
+    digests = (blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in identities)
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+def _ranks(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(place [N] of each image in its class by hash, from 0; number [N] of images in its class)."""
+    order = np.lexsort((hashes, labels))
+    _, starts, inverse, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
+    rank, size = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    rank[order], size[order] = np.arange(len(order)) - starts[inverse], counts[inverse]
+    return rank, size
+
+
+def describe_labels(labels: np.ndarray | None, classes: Sequence[str] | None, held_out: bool = True) -> tuple[str, ...]:
+    """Sentences on the labels of a source: images without a label, and classes that are not evaluated.
+
+    Args:
+        labels: [N] integers, −1 for an image without a label; None if no image has one.
+        classes: names of the labels; None: no image has one.
+        held_out: True if `hold_out` divides these images, False if they are a split already.
+    """
+    if classes is None or labels is None:
+        return ("without labels no image is held out from training",) if held_out else ()
+    told = []
+    if missing := int((labels < 0).sum()):
+        told.append(f"{missing:,} of {len(labels):,} images have no label: they train, and evaluations leave them out")
+    counts = np.bincount(labels[labels >= 0].astype(np.int64), minlength=len(classes))
+    lone = [classes[label] for label in np.flatnonzero(counts == 1)]
+    if held_out and lone:
+        told.append(f"no image is held out of classes that have only one: {listed(lone)}")
+    return tuple(told)

@@ -22,6 +22,14 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     return Accuracy(best[:, 0].float().mean().item(), top5)
 
 
+def labelled(source: Source) -> Source:
+    """The images of a source that have a label: the source itself if all have one, else a part of it, maybe empty."""
+    if source.classes is None:
+        return Subset(source, [])
+    numbers = [number for number in range(len(source)) if source.label(number) >= 0]
+    return source if len(numbers) == len(source) else Subset(source, numbers)
+
+
 def labelled_subset(source: Source, share: float, seed: int) -> Source:
     """A share of the labelled images: the same number of each class, at least one.
 
@@ -40,7 +48,7 @@ def labelled_subset(source: Source, share: float, seed: int) -> Source:
     if source.classes is None or not (labels >= 0).any():
         raise ValueError("eval: the source has no labels to learn from")
     if share == 1:
-        return source if (labels >= 0).all() else Subset(source, (labels >= 0).nonzero()[:, 0].tolist())
+        return labelled(source)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     of_class = [order[labels[order] == label] for label in labels.unique().tolist() if label >= 0]
     each = max(1, round(share * sum(map(len, of_class)) / len(of_class)))

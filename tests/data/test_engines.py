@@ -41,7 +41,7 @@ def photos(tmp_path_factory):
             path = folder / name / f"{i}.jpg"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(image).save(path, quality=90)
-    return Subset(open_source(f"folder:{folder}"), range(6))
+    return Subset(open_source(f"folder:{folder}::labels=none"), range(6))
 
 
 def views_of(engine, source, augmentation, count=None, train=True, **options):

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from fastssl.data import listing
 from fastssl.data.decoding import open_image
 from fastssl.data.loader import Loader
 from fastssl.data.source import BadImage, Strings, open_source
-from fastssl.data.sources import folder, webdataset
+from fastssl.data.sources import webdataset
 from tests.support.contract import refused
 from tests.support.loaders import engines, indices, plain
 
@@ -56,7 +57,7 @@ def names(source):
 
 def test_a_folder_is_walked_once(classes, monkeypatch):
     first = open_source(f"folder:{classes}")
-    monkeypatch.setattr(folder, "_walk", None)  # a second walk would fail
+    monkeypatch.setattr(listing, "_walk", None)  # a second walk would fail
     second = open_source(f"folder:{classes}")
     assert names(first) == names(second)
     assert [first.label(i) for i in range(8)] == [second.label(i) for i in range(8)] == [0] * 4 + [1] * 4
@@ -141,7 +142,7 @@ def test_hidden_folders_pipes_and_links(tmp_path):
     (tmp_path / "data" / "z").symlink_to(tmp_path / "data" / "a")
     source = open_source(f"folder:{tmp_path / 'data'}")
     assert source.classes == ["a", "b", "z"]
-    assert len(source) == 9 - 1
+    assert len(source) == 9 - 3
 
 
 def test_too_few_images_for_a_test_split(tmp_path):
@@ -149,12 +150,14 @@ def test_too_few_images_for_a_test_split(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.jpg").write_bytes(jpeg())
     refused(
-        f"data: {tmp_path} must have at least 5 images, as every fifth is the test split, got 2",
+        f"data: {tmp_path} must have a class with two labelled images or more, as a fifth of each class is held out "
+        "for evaluation, got 2 images without such a class: use it without labels, or give it a test split of its own",
         ValueError,
         open_source,
         f"folder:{tmp_path}",
         "test",
     )
+    assert len(open_source(f"folder:{tmp_path}::labels=none", "test")) == 1
 
 
 def test_a_user_without_a_home_folder(tmp_path, monkeypatch):
@@ -211,7 +214,7 @@ def shards(tmp_path):
 def test_shards_give_their_images_and_labels(shards, pattern):
     root, images = shards
     splits = [open_source(f"webdataset:{root}{pattern}", split) for split in ("train", "test")]
-    assert [len(split) for split in splits] == [10, 2]
+    assert [len(split) for split in splits] == [9, 3]
     seen = {}
     for split in splits:
         assert (split.classes, split.size) == (["0", "1", "2"], None)
@@ -227,7 +230,7 @@ def test_shards_give_their_images_and_labels(shards, pattern):
 
 def test_shards_follow_each_other_in_the_source(shards):
     source = open_source(f"webdataset:{shards[0]}")
-    assert source.shards.tolist() == [0, 4, 9, 10]
+    assert source.shards.tolist() == [0, 4, 8, 9]
     for number, (first, end) in enumerate(zip(source.shards, source.shards[1:])):
         assert all(f"s-{number:02d}.tar" in source.name(i) for i in range(first, end))
 
@@ -255,12 +258,12 @@ def test_shards_with_a_split_and_without_labels(tmp_path):
 
 def test_the_index_of_a_shard_is_cached_until_it_changes(shards, monkeypatch):
     path = f"webdataset:{shards[0]}/s-00.tar"
-    assert len(open_source(path)) == 4
+    assert len(open_source(path)) == 3
     with monkeypatch.context() as patched:
         patched.setattr(webdataset, "_scan", None)
-        assert len(open_source(path)) == 4
-    shard(shards[0] / "s-00.tar", samples(0, 3))
-    assert len(open_source(path)) == 3
+        assert len(open_source(path)) == 3
+    shard(shards[0] / "s-00.tar", samples(0, 9))
+    assert len(open_source(path)) == 6
 
 
 def test_a_shard_truncated_after_it_was_indexed_has_bad_images(shards):
@@ -269,7 +272,7 @@ def test_a_shard_truncated_after_it_was_indexed_has_bad_images(shards):
     data = path.read_bytes()
     path.write_bytes(data[:3000])
     with pytest.raises(BadImage, match=r"s-00\.tar: .*\.jpg: the shard ends before the image does"):
-        source.read(3)
+        source.read(2)
     path.unlink()
     with pytest.raises(BadImage, match=r"s-00\.tar: .*\.jpg: No such file"):
         source.read(0)
@@ -281,7 +284,7 @@ def test_remote_shards_are_downloaded_once(shards):
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     address = f"webdataset:http://127.0.0.1:{server.server_port}/s-{{00..02}}.tar"
-    assert len(open_source(address)) == 10
+    assert len(open_source(address)) == 9
     server.shutdown()
     server.server_close()
     assert open_image(open_source(address), 0).pixels().shape == (3, 12, 20)
@@ -306,7 +309,7 @@ def test_an_incomplete_download_is_not_kept(shards):
     address = f"http://127.0.0.1:{server.server_port}/s-01.tar"
     with pytest.raises(ValueError, match=r"^data: http.* ended after .* bytes: try again$"):
         open_source(f"webdataset:{address}")
-    assert len(open_source(f"webdataset:{address}")) == 6
+    assert len(open_source(f"webdataset:{address}")) == 4
     server.shutdown()
     server.server_close()
 
@@ -329,7 +332,7 @@ def test_split_names_are_whole_words_of_a_shard_s_name(tmp_path):
     for name in ("retrieval-train-0", "latest-train-1"):
         shard(tmp_path / f"{name}.tar", samples(0, 5))
     train, test = (open_source(f"webdataset:{tmp_path}", split) for split in ("train", "test"))
-    assert (len(train), len(test)) == (8, 2)
+    assert (len(train), len(test)) == (7, 3)
     shard(tmp_path / "imagenet_val_0.tar", samples(0, 3))
     assert [len(open_source(f"webdataset:{tmp_path}", split)) for split in ("train", "test")] == [10, 3]
     shard(tmp_path / "extra.tar", samples(0, 3))
@@ -390,9 +393,11 @@ def test_error_sentences_of_shards(tmp_path):
     shard(tmp_path / "label.tar", {"a.jpg": jpeg(), "a.cls": b"cat"})
     with pytest.raises(ValueError, match=r"^data: .*label\.tar: a\.cls must hold the number of a class"):
         open_source(f"webdataset:{tmp_path}/label.tar")
-    for label in (b"-1", b"1000000", b"99999999999999999999"):
+    for label in (b"-2", b"1000000", b"99999999999999999999"):
         shard(tmp_path / "label.tar", {"a.jpg": jpeg(), "a.cls": label})
-        with pytest.raises(ValueError, match=r"a\.cls must hold the number of a class below 1,000,000, got"):
+        with pytest.raises(
+            ValueError, match=r"a\.cls must hold the number of a class below 1,000,000, or -1 for no label, got"
+        ):
             open_source(f"webdataset:{tmp_path}/label.tar")
 
 
@@ -416,3 +421,43 @@ def test_cifar_in_the_layout_of_torchvision(tmp_path, monkeypatch, dataset):
     assert (train.classes, train.size, train.label(1)) == (["ant", "bee", "cat"], (32, 32), 1)
     assert np.array_equal(open_image(test, 2).pixels().numpy(), pixels[2])
     refused(f"data: {name} needs a folder: {name}:PATH", ValueError, open_source, name)
+
+
+def test_shards_without_some_labels(tmp_path):
+    """A missing .cls and one of −1 are no label: such images train, and none of the other labels is lost."""
+    members = samples(0, 20)
+    del members["a/b.c/0004.cls"]
+    members["a/b.c/0005.cls"] = b"-1\n"
+    shard(tmp_path / "x.tar", members)
+    train, test = (open_source(f"webdataset:{tmp_path}/x.tar", split) for split in ("train", "test"))
+    of_train, of_test = ([source.label(i) for i in range(len(source))] for source in (train, test))
+    assert (train.classes, of_train.count(-1), len(of_train)) == (["0", "1", "2"], 2, 17)
+    assert sorted(of_test) == [0, 1, 2]
+    assert "2 of 20 images have no label: they train, and evaluations leave them out" in train.notes
+
+
+def test_identities_of_shards_do_not_depend_on_the_place(tmp_path):
+    """Nor on which image of a sample is taken."""
+    shard(tmp_path / "a" / "x.tar", samples(0, 6))
+    held_out = open_source(f"webdataset:{tmp_path}/a", "test")
+    (tmp_path / "a").rename(tmp_path / "b")
+    moved = open_source(f"webdataset:{tmp_path}/b", "test")
+    assert [moved.identity(i) for i in range(3)] == [held_out.identity(i) for i in range(3)]
+    assert moved.identity(0).startswith("x.tar: a/b.c/000")
+    assert not moved.identity(0).endswith("jpg")
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("training-0", "valid-0"), ("TRAIN_0", "testing_0"), ("x-train", "x-eval")]
+)
+def test_more_words_for_splits_of_shards(tmp_path, train, test):
+    shard(tmp_path / f"{train}.tar", samples(0, 6))
+    shard(tmp_path / f"{test}.tar", samples(6, 3))
+    assert [len(open_source(f"webdataset:{tmp_path}", split)) for split in ("train", "test")] == [6, 3]
+
+
+def test_shards_beside_a_split_that_have_no_word_are_refused(tmp_path):
+    shard(tmp_path / "train-0.tar", samples(0, 6))
+    shard(tmp_path / "holdout-0.tar", samples(6, 3))
+    with pytest.raises(ValueError, match=r"^data: .*holdout-0\.tar is neither named train nor test"):
+        open_source(f"webdataset:{tmp_path}")

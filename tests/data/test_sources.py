@@ -7,8 +7,10 @@ import torch
 from PIL import Image, ImageOps
 
 from fastssl.data.decoding import open_image
+from fastssl.data.formats import SUFFIXES
 from fastssl.data.source import BadImage, open_source, source_names
-from fastssl.data.sources import folder, shapes
+from fastssl.data.sources import shapes
+from fastssl.data.split import hold_out
 from tests.support.contract import refused
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -38,7 +40,11 @@ def test_embedded_sources(name):
 
 
 def test_digits_are_complete():
-    assert len(open_source("digits")) + len(open_source("digits", "test")) == 1797
+    train, test = open_source("digits"), open_source("digits", "test")
+    rows = [source.identity(i) for source in (train, test) for i in range(len(source))]
+    assert len(rows) == len(set(rows)) == 1797
+    counts = [np.bincount([source.label(i) for i in range(len(source))]) for source in (train, test)]
+    assert np.array_equal(counts[1], (2 * sum(counts) + 5) // 10)
 
 
 def test_shapes_take_count_size_and_seed():
@@ -165,7 +171,7 @@ def test_error_sentences(tmp_path):
     )
     assert source_names() == ["arrays", "cifar10", "cifar100", "digits", "folder", "idx", "shapes", "webdataset"]
     refused(f"data: {tmp_path / 'no'} is not a folder", ValueError, open_source, f"folder:{tmp_path / 'no'}")
-    suffixes = ", ".join(folder.SUFFIXES)
+    suffixes = ", ".join(SUFFIXES)
     refused(
         f"data: {tmp_path} holds no image ({suffixes}), nor do its subfolders",
         ValueError,
@@ -198,17 +204,44 @@ def test_arrays_of_every_layout(tmp_path, layout):
     assert np.array_equal(seen(source), np.broadcast_to(expected, (10, 4, 6, 3)))
 
 
-def test_arrays_with_labels_hold_out_every_fifth_image(tmp_path):
-    images, labels = pixels(), np.arange(10) % 3
+def test_arrays_with_labels_hold_out_a_fifth_of_each_class(tmp_path):
+    images, labels = pixels(30), np.arange(30) % 3
     for name, value in (("x", images), ("y", labels)):
         np.save(tmp_path / f"{name}.npy", value)
     np.savez(tmp_path / "both.npz", images=images, labels=labels)
     for spec in (f"arrays:{tmp_path / 'x.npy'},{tmp_path / 'y.npy'}", f"arrays:{tmp_path / 'both.npz'}"):
         train, test = open_source(spec), open_source(spec, "test")
+        held_out = hold_out(map(str, range(30)), labels, "test", "x")
+        assert np.bincount(labels[held_out]).tolist() == [2, 2, 2]
         assert train.classes == ["0", "1", "2"]
-        assert [test.label(i) for i in range(len(test))] == labels[4::5].tolist()
-        assert np.array_equal(seen(test)[..., 0], images[4::5])
-        assert [train.label(i) for i in range(len(train))] == np.delete(labels, [4, 9]).tolist()
+        assert [test.label(i) for i in range(len(test))] == labels[held_out].tolist()
+        assert np.array_equal(seen(test)[..., 0], images[held_out])
+        assert [train.label(i) for i in range(len(train))] == np.delete(labels, held_out).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.float32])
+def test_arrays_without_some_labels(tmp_path, dtype):
+    """−1 is no label: such images train. Where all are −1, the source has no labels."""
+    images, labels = pixels(30), np.where(np.arange(30) % 2 == 0, -1, np.arange(30) % 3).astype(dtype)
+    spec = f"arrays:{tmp_path / 'x.npy'},{tmp_path / 'y.npy'}"
+    np.save(tmp_path / "x.npy", images)
+    np.save(tmp_path / "y.npy", labels)
+    if dtype is np.float32:
+        sentence = f"data: {spec[7:]}: labels must be integers of shape [30], -1 for no label, got float32 [30]"
+        refused(sentence, ValueError, open_source, spec)
+        return
+    train, test = open_source(spec), open_source(spec, "test")
+    of_train, of_test = ([source.label(i) for i in range(len(source))] for source in (train, test))
+    assert (train.classes, of_train.count(-1), len(of_train)) == (["0", "1", "2"], 15, 27)
+    assert sorted(of_test) == [0, 1, 2]
+    assert train.notes == ("15 of 30 images have no label: they train, and evaluations leave them out",)
+    np.save(tmp_path / "y.npy", np.full(30, -1))
+    source = open_source(spec)
+    assert (source.classes, len(source)) == (None, 30)
+    assert source.notes == ("without labels no image is held out from training",)
+    np.save(tmp_path / "y.npy", labels - 1)
+    sentence = f"data: {spec[7:]}: labels must be class numbers from 0 to 999,999, or -1 for no label, got -2"
+    refused(sentence, ValueError, open_source, spec)
 
 
 def test_arrays_with_a_split(tmp_path):
@@ -264,7 +297,7 @@ def test_error_sentences_of_arrays_and_idx(tmp_path):
     fails(f"arrays:{wrong}", "holds no images")
     np.save(tmp_path / "y.npy", np.arange(9))
     np.save(wrong, pixels())
-    fails(f"arrays:{wrong},{tmp_path / 'y.npy'}", r"labels must be integers ≥ 0 of shape \[10\], got int64 \[9\]")
+    fails(f"arrays:{wrong},{tmp_path / 'y.npy'}", r"labels must be integers of shape \[10\], .*got int64 \[9\]")
     np.savez(tmp_path / "z.npz", a=pixels())
     fails(f"arrays:{tmp_path / 'z.npz'}", "it holds a")
     fails(f"idx:{tmp_path / 'no'}", "idx needs a folder: idx:PATH, got")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastssl.data.source import open_source
-from fastssl.eval.labels import accuracy, labelled_subset
+from fastssl.eval.labels import accuracy, labelled, labelled_subset
 from fastssl.eval.progress import Progress
 
 
@@ -79,3 +79,10 @@ def test_progress_is_rare(capsys):
     progress.every = 0
     progress(1.25, torch.tensor(2.0))
     assert capsys.readouterr().out == "linear: epoch 1.2 of 9, loss 2.000\n"
+
+
+def test_images_with_a_label():
+    complete, part = Labels([0, 1, 2]), labelled(Labels([-1, 0, -1, 2]))
+    assert labelled(complete) is complete
+    assert [part.label(i) for i in range(len(part))] == [0, 2]
+    assert len(labelled(Labels([0, 1], None))) == len(labelled(Labels([-1, -1]))) == 0

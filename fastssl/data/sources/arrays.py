@@ -4,7 +4,8 @@
     arrays:images.npy,labels.npy      the same with labels [N], integers
     arrays:data.npz                   arrays images and, optionally, labels; or x_train, y_train, x_test, y_test
 
-If the file has labels but no test split, every fifth image is in the test split.
+A label of −1 is none: the image trains, and evaluations leave it out. If the file has labels but no test split, a fifth
+of each class is held out, see `split.hold_out`.
 """
 
 import zipfile
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..source import Source, class_names, expand_user
-from ..split import hold_out
+from ..split import describe_labels, hold_out
 
 KEYS = {"train": (("images", "labels"), ("x_train", "y_train")), "test": (("images", "labels"), ("x_test", "y_test"))}
 
@@ -24,7 +25,7 @@ class Arrays(Source):
 
     Args:
         pixels: [N, H, W, C] or [N, H, W] uint8; a memory map is shared with forked workers, not copied to them.
-        labels: [N] integers, or None.
+        labels: [N] integers, −1 for none, or None.
         classes: names of the labels.
         rows: [M] numbers of the images in this split.
         name: the file in messages.
@@ -47,6 +48,9 @@ class Arrays(Source):
     def name(self, index: int) -> str:
         return f"{self._name}, image {self._rows[index]}"
 
+    def identity(self, index: int) -> str:
+        return str(self._rows[index])
+
     def label(self, index: int) -> int:
         return -1 if self._labels is None else int(self._labels[self._rows[index]])
 
@@ -68,7 +72,7 @@ def make_source(pixels: np.ndarray, labels: np.ndarray | None, split: str, is_sp
 
     Args:
         pixels: [N, H, W, C] or [N, H, W] uint8.
-        labels: [N] integers, or None.
+        labels: [N] integers, −1 for none, or None.
         split: "train" or "test".
         is_split: True if the arrays are this split already; else `hold_out` divides them.
         name: the file in messages.
@@ -80,12 +84,16 @@ def make_source(pixels: np.ndarray, labels: np.ndarray | None, split: str, is_sp
         raise ValueError(f"data: {name} holds no images")
     classes = None
     if labels is not None:
-        if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
             got = f"{labels.dtype} {list(labels.shape)}"
-            raise ValueError(f"data: {name}: labels must be integers ≥ 0 of shape [{len(pixels)}], got {got}")
+            raise ValueError(
+                f"data: {name}: labels must be integers of shape [{len(pixels)}], -1 for no label, got {got}"
+            )
         classes = class_names(labels, name)
-    rows = np.arange(len(pixels)) if is_split else hold_out(len(pixels), split, labels is not None, name)
-    return Arrays(pixels, labels, classes, rows, name)
+    rows = np.arange(len(pixels)) if is_split else hold_out(map(str, range(len(pixels))), labels, split, name)
+    source = Arrays(pixels, labels, classes, rows, name)
+    source.notes += describe_labels(labels, classes, held_out=not is_split)
+    return source
 
 
 def from_torchvision(dataset: Any, root: str, split: str) -> Arrays:

@@ -1,39 +1,54 @@
-"""`folder:PATH`: images of any size, in class folders or without classes: JPEG, PNG, WebP, BMP, TIFF or GIF.
+"""`folder:PATH`: image files of any size, in class folders or without classes; `formats.py` lists the formats.
 
     PATH/cat/1.jpg PATH/dog/2.jpg            classes are the first level of folders
-    PATH/1.jpg PATH/more/2.jpg               no classes, since images are in PATH itself
-    PATH/train/… PATH/test/… (or val)        given splits; without them every fifth image is in the test split
+    PATH/1.jpg PATH/more/2.jpg               no labels
+    PATH/train/… PATH/test/…                 given splits: train or training; test, testing, val, valid, validation,
+                                             eval or evaluation; in upper or lower case
+    PATH::labels=none                        the folders are no classes (dates, for instance): no labels
+    PATH::labels=folders                     every folder in PATH is a class, also one that is named train or test
 
-Without labels no image is held out, and a run trains on all of them.
-
-The list of files is cached in ~/.cache/fastssl (or $XDG_CACHE_HOME) until one of the folders changes: adding, removing
-or renaming a file changes the modification time of its folder.
+Without given splits a fifth of each class is held out, see `split.hold_out`; without labels a run trains on all images.
+What was passed over, and why, is in `notes`.
 """
 
-import hashlib
-import json
 import os
-import time
+import re
+import stat
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from fastssl.files import write_atomically
+from fastssl.text import listed, printable
 
-from ..source import BadImage, Source, Strings, cache_folder, expand_user
-from ..split import hold_out
+from ..formats import FORMATS, SUFFIXES
+from ..listing import RUNS, Listing, list_files
+from ..source import BadImage, Source, Strings, expand_user, split_options
+from ..split import TEST_NAMES, TRAIN_NAMES, describe_labels, hold_out
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-TEST_NAMES = ("test", "val", "validation")
-SETTLED = 2 * 10**9  # nanoseconds after which a change is safe to cache: two changes in one clock tick look like one
+OPTIONS = {"labels": ("none", "folders")}
+LARGEST_FILE = 2**31  # bytes; an image of the largest size that is decoded, uncompressed, has about half of them
+LOOKALIKES = (r"(^|[^a-z])(train|trn)", r"(^|[^a-z])(test|val|eval|dev|hold)")  # starts of words in a folder's name
 
 
 class Folder(Source):
-    """Image files below a root."""
+    """Image files below a root.
 
-    def __init__(self, root: Path, paths: list[str], labels: list[int], classes: list[str] | None):
-        self._root, self._paths, self._labels = root, Strings(paths), np.array(labels, dtype=np.int64)
-        self.classes, self.size, self.shards = classes, None, None
+    Args:
+        root: the folder.
+        paths: [N] files, relative to the root.
+        labels: [N] class of each file, −1 for none.
+        classes: names of the labels; None: no labels.
+        notes: sentences on how the folder was understood.
+    """
+
+    def __init__(
+        self, root: Path, paths: Sequence[str], labels: np.ndarray, classes: list[str] | None, notes: Sequence[str]
+    ):
+        self.root, self._paths, self._labels = root, Strings(paths), labels
+        self.classes, self.size, self.shards, self.notes = classes, None, None, tuple(notes)
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -42,95 +57,196 @@ class Folder(Source):
         return int(self._labels[index])
 
     def name(self, index: int) -> str:
-        return os.path.join(self._root, self._paths[index])
+        return os.path.join(self.root, self._paths[index])
+
+    def identity(self, index: int) -> str:
+        return self._paths[index]
 
     def read(self, index: int) -> np.ndarray:
+        path = self.name(index)
         try:
-            return np.fromfile(self.name(index), np.uint8)
+            with open(path, "rb", opener=_open_at_once) as file:
+                state = os.fstat(file.fileno())
+                if not stat.S_ISREG(state.st_mode):
+                    raise BadImage(f"{printable(path)}: not a regular file")
+                if state.st_size > LARGEST_FILE:
+                    raise BadImage(f"{printable(path)}: {state.st_size:,} bytes are too many for an image")
+                return np.fromfile(file, np.uint8)
         except OSError as error:
-            raise BadImage(f"{self.name(index)}: {error.strerror or error}") from error
+            raise BadImage(f"{printable(path)}: {error.strerror or error}") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file without waiting for the writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+class _Part(NamedTuple):
+    """The images of a folder that is a whole source, or one split of it."""
+
+    root: Path
+    paths: list[str]
+    labels: np.ndarray  # [N] int64
+    classes: list[str] | None
+    notes: list[str]
 
 
 def open_split(argument: str, split: str) -> Folder:
-    if not argument:
+    path, options = split_options(argument, OPTIONS, "folder")
+    if not path:
         raise ValueError("data: folder needs a path: folder:PATH")
-    root = expand_user(argument)
+    root = expand_user(path)
     if not root.is_dir():
-        raise ValueError(f"data: {root} is not a folder")
-    test_root = next((root / name for name in TEST_NAMES if (root / name).is_dir()), None)
-    if (root / "train").is_dir() and test_root:
-        paths, labels, classes = _scan(root / "train")
-        if split == "train":
-            return Folder(root / "train", paths, labels, classes)
-        return Folder(test_root, *_scan(test_root, classes))
-    paths, labels, classes = _scan(root)
-    rows = hold_out(len(paths), split, classes is not None, str(root)).tolist()
-    return Folder(root, [paths[row] for row in rows], [labels[row] for row in rows], classes)
+        raise ValueError(f"data: {printable(root)} is not a folder")
+    option = options.get("labels", "")
+    names = _folders(root)
+    train_name, test_names = _find_splits(root, names, option)
+    train = _read(root, train_name, option)
+    if not test_names:
+        rows = hold_out(train.paths, train.labels, split, printable(root))
+        notes = [*train.notes, *describe_labels(train.labels, train.classes)]
+        return Folder(train.root, [train.paths[row] for row in rows], train.labels[rows], train.classes, notes)
+    tests = [_read(root, name, option, train) for name in test_names]
+    test = next((part for part in tests if part.classes), tests[0])
+    if split == "train":
+        return Folder(*train)
+    others = sorted({*names} - {train_name, test.root.name})
+    unused = (
+        [f"beside the splits {train_name} and {test.root.name} these are passed over: {listed(others)}"]
+        if others
+        else []
+    )
+    return Folder(*test._replace(notes=[*unused, *test.notes, *_compare(train, test)]))
 
 
-def _scan(root: Path, classes: list[str] | None = None) -> tuple[list[str], list[int], list[str] | None]:
-    """Paths below the root in sorted order, so that index i is the same image on every machine, with their labels."""
-    paths = _list_images(root)
-    if not paths:
-        raise ValueError(f"data: {root} holds no image ({', '.join(SUFFIXES)}), nor do its subfolders")
-    parts = [path.partition(os.sep) for path in paths]
-    names = sorted({top for top, _, _ in parts})
-    if any(not rest for _, _, rest in parts) or (classes is None and len(names) < 2):
-        return paths, [-1] * len(paths), None
-    classes = names if classes is None else classes
-    unknown = sorted(set(names) - set(classes))
-    if unknown:
-        raise ValueError(f"data: {root} has the class {unknown[0]!r}, which the training folder lacks")
-    numbers = {name: number for number, name in enumerate(classes)}
-    return paths, [numbers[top] for top, _, _ in parts], classes
+def _folders(root: Path) -> list[str]:
+    """Names of the folders in a folder, in sorted order; hidden ones and that of runs are left out."""
+    with os.scandir(root) as entries:
+        names = [entry.name for entry in entries if entry.is_dir()]
+    return sorted(name for name in names if not name.startswith(".") and name != RUNS)
 
 
-def _list_images(root: Path) -> list[str]:
-    """Paths of `_walk`, from the cache if no folder has changed since."""
-    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]
-    cache = cache_folder() / f"folder-{name}.json"
-    try:
-        cached = json.loads(cache.read_text())
-        if all(_state(os.stat(root / folder)) == state for folder, state in cached["folders"].items()):
-            return cached["paths"]
-    except (OSError, ValueError, KeyError, TypeError):  # no cache yet, a folder is gone, or the cache is damaged
-        pass
-    started = time.time_ns()
-    folders, paths = _walk(root)
-    if max(changed for *_, changed, _ in folders.values()) > started - SETTLED:
-        return paths
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(cache) as file:
-            file.write(json.dumps({"folders": folders, "paths": paths}))
-    except OSError:  # no space or no permission: the next call walks again
-        pass
-    return paths
+def _find_splits(root: Path, names: list[str], option: str) -> tuple[str, list[str]]:
+    """(folder of the training split, "" for the root itself; folders that may be the test split, the best first).
+
+    Raises:
+        ValueError: the folders look like splits, but which is which is not known.
+    """
+    if option == "folders":
+        return "", []
+    train, test = _split_names(names)
+    if len(train) == 1 and test:
+        return train[0], test
+    if option == "none" or not (train or test or _look_alike(names)):
+        return "", []
+    listing = list_files(root)
+    names = sorted({path.partition(os.sep)[0] for path in listing.paths if os.sep in path})  # those with images
+    train, test = _split_names(names)
+    if train == names:  # no test split, and no other folder either
+        return train[0], []
+    if len(names) > 1 and (train or test or _look_alike(names)):
+        shown = printable(root)
+        raise ValueError(
+            f"data: folders of {shown} look like splits, and it is not clear which is which, got {listed(names)}: name "
+            f"the training split train and the held-out one test or val, or say what the folders are with "
+            f"folder:{shown}::labels=folders (each is a class) or folder:{shown}::labels=none (train on all images)"
+        )
+    return "", []
 
 
-def _state(folder: os.stat_result) -> list[int]:
-    """Identity of a folder and times of its last change; the last one (ctime) can't be set back."""
-    return [folder.st_dev, folder.st_ino, folder.st_mtime_ns, folder.st_ctime_ns]
+def _split_names(names: list[str]) -> tuple[list[str], list[str]]:
+    """Those of the names that are names of a training split, and of a test split, the best first."""
+    test = [name for name in names if name.lower() in TEST_NAMES]
+    order = TEST_NAMES.index
+    return [name for name in names if name.lower() in TRAIN_NAMES], sorted(test, key=lambda name: order(name.lower()))
 
 
-def _walk(root: Path) -> tuple[dict[str, list[int]], list[str]]:
-    """The state of each folder below the root, and the sorted paths of the images; hidden ones are left out."""
-    folders: dict[str, list[int]] = {}
-    paths: list[str] = []
-    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
-    while pending:
-        folder, parents = pending.pop()
-        stat = os.stat(root / folder)
-        if (stat.st_dev, stat.st_ino) in parents:  # a link to a parent folder
-            continue
-        parents = (*parents, (stat.st_dev, stat.st_ino))
-        folders[folder] = _state(stat)
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append((os.path.join(folder, entry.name), parents))
-                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or entry.is_symlink()):
-                    paths.append(os.path.join(folder, entry.name))
-    return folders, sorted(paths)
+def _look_alike(names: list[str]) -> bool:
+    """True if one name has a word like train and another one a word like test, such as train2017 and val2017."""
+    return all(any(re.search(pattern, name.lower()) for name in names) for pattern in LOOKALIKES)
+
+
+def _read(root: Path, name: str, option: str, train: _Part | None = None) -> _Part:
+    """The images and classes of the root, or of its folder `name`; a test split has the classes of `train`.
+
+    Raises:
+        ValueError: there is no image, or a class of a test split is not in the training split.
+    """
+    folder, prefix = root / name, f"{printable(name)}: " if name else ""
+    listing = list_files(folder)
+    if not listing.paths:
+        passed = "".join(f"; {note}" for note in _describe_others(listing))
+        raise ValueError(
+            f"data: {printable(folder)} holds no image ({', '.join(SUFFIXES)}), nor do its subfolders{passed}"
+        )
+    tops = np.array([path.partition(os.sep)[0] if os.sep in path else "" for path in listing.paths], dtype=object)
+    strays = tops == ""
+    names = sorted({*tops[~strays]})
+    classes, reason = _find_classes(folder, names, int(strays.sum()), len(tops), option, train)
+    notes = [reason] if reason else []
+    paths, labels = listing.paths, np.full(len(tops), -1)
+    if classes is not None:
+        if strays.any():
+            beside = [path for path, stray in zip(paths, strays) if stray]
+            notes.append(f"images in no class folder are passed over, {len(beside):,}: {listed(beside)}")
+        numbers = {name: number for number, name in enumerate(classes)}
+        paths = [path for path, stray in zip(paths, strays) if not stray]
+        labels = np.array([numbers[top] for top in tops[~strays]], dtype=np.int64)
+        if empty := [f"{name} ({_kinds(listing.others.get(name, {}))})" for name in listing.tops if name not in names]:
+            notes.append(f"folders without an image that can be read here are no classes: {listed(empty)}")
+    notes += _describe_others(listing)
+    return _Part(folder, paths, labels, classes, [f"{prefix}{note}" for note in notes])
+
+
+def _find_classes(
+    folder: Path, names: list[str], strays: int, total: int, option: str, train: _Part | None
+) -> tuple[list[str] | None, str]:
+    """(names of the classes, or None for no labels; the reason where that may be a surprise)."""
+    if option == "none" or (train and train.classes is None):
+        return None, ""
+    if option == "folders" and train is None:
+        if not names:
+            raise ValueError(f"data: labels=folders needs folders with images, got none in {printable(folder)}")
+        return names, ""
+    if 2 * strays >= total:
+        return None, f"there are no labels, as most images are in no folder: {strays:,} of {total:,}" if names else ""
+    if train is not None and train.classes is not None:
+        unknown = [name for name in names if name not in train.classes]
+        if len(unknown) == len(names):
+            return None, f"there are no labels, as the folders are no classes of the training split: {listed(names)}"
+        if unknown:
+            raise ValueError(f"data: {printable(folder)} has the class {unknown[0]!r}, which the training folder lacks")
+        return train.classes, ""
+    if len(names) == 1:
+        return None, f"there are no labels, as only one folder has images: {printable(names[0])}"
+    return names, ""
+
+
+def _compare(train: _Part, test: _Part) -> list[str]:
+    """Sentences on what the test split lacks."""
+    if train.classes is None:
+        return []
+    name = printable(test.root.name)
+    if test.classes is None:
+        return [f"the test split {name} has no labels, unlike the training split: nothing can be evaluated"]
+    present = {*test.labels.tolist()}
+    missing = [train.classes[label] for label in range(len(train.classes)) if label not in present]
+    return [f"the test split {name} has no image of the classes {listed(missing)}"] if missing else []
+
+
+def _describe_others(listing: Listing) -> list[str]:
+    """Sentences on the files and folders that were passed over."""
+    kinds: Counter[str] = sum((Counter(kinds) for kinds in listing.others.values()), Counter())
+    notes = [f"files passed over, by suffix: {_kinds(kinds)}"] if kinds else []
+    if lacking := [name for name, suffixes in FORMATS.items() if any(suffix in kinds for suffix in suffixes)]:
+        remedy = "the package pillow-heif decodes it" if lacking == ["HEIF"] else "install a Pillow with decoders of it"
+        notes[0] += f" ({' and '.join(lacking)}: {remedy})"
+    if listing.ours:
+        notes.append(f"folders that fastssl wrote are passed over: {listed(listing.ours)}")
+    return notes
+
+
+def _kinds(kinds: dict[str, int]) -> str:
+    """Counts of files by suffix as text, such as "12 .txt, 1 .heic"; "empty" for none."""
+    most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    return listed([f"{count:,} {kind}" for kind, count in most]) or "empty"

@@ -5,8 +5,9 @@
     webdataset:https://…/{000..146}.tar      downloaded once to ~/.cache/fastssl (or $XDG_CACHE_HOME)
 
 A sample is all files with the same name up to the first dot: `n01/7.jpg`, and `n01/7.cls` with the number of the class.
-In a folder, shards with `train` in their names and shards with `val` or `test` in their names are the splits; else
-every fifth image is in the test split, if there are labels. The position of each image in its shard is cached, so any
+A sample without it, or with −1, has no label: its image trains, and evaluations leave it out. In a folder, shards whose
+names have the word `train` and shards with `test`, `val` or another name of `split.TEST_NAMES` are the splits; else a
+fifth of each class is held out, see `split.hold_out`. The position of each image in its shard is cached, so any
 image can be read directly, and a run resumes in the middle of an epoch without reading the images before. An epoch
 takes the shards in random order and shuffles their images in a buffer, so files are read almost from start to end.
 """
@@ -27,10 +28,10 @@ import numpy as np
 from fastssl.files import write_atomically
 
 from ..source import MAX_CLASSES, BadImage, Source, Strings, cache_folder, class_names, expand_user
-from ..split import hold_out
+from ..split import TEST_NAMES, TRAIN_NAMES, describe_labels, hold_out
 from .folder import SUFFIXES
 
-SPLIT = "(?<![a-z])(train|validation|val|test)(?![a-z])"  # word in a shard's name that tells its split
+SPLIT = f"(?<![a-z])({'|'.join((*TRAIN_NAMES, *TEST_NAMES))})(?![a-z])"  # word in a shard's name that tells its split
 TIMEOUT = 60  # seconds to wait for data from a server
 
 
@@ -41,11 +42,6 @@ class _Shard(NamedTuple):
     sizes: np.ndarray  # [N] int64, bytes
     labels: np.ndarray  # [N] int64, −1 without a label
     names: np.ndarray  # [N] str
-
-    @property
-    def labelled(self) -> bool:
-        """True if every image has a label."""
-        return bool((self.labels >= 0).all())
 
 
 class WebDataset(Source):
@@ -62,7 +58,7 @@ class WebDataset(Source):
         self._paths, self._names = [str(path) for path in paths], Strings(images.names[rows].tolist())
         self._files, self._labels = files[rows], images.labels[rows]
         self._offsets, self._sizes = images.offsets[rows], images.sizes[rows]
-        self.classes = class_names(images.labels, self._paths[0]) if images.labelled else None
+        self.classes = class_names(images.labels, self._paths[0])
         self.size = None
         self.shards = np.concatenate([[0], np.cumsum(np.bincount(self._files, minlength=len(paths)))])
 
@@ -74,6 +70,9 @@ class WebDataset(Source):
 
     def name(self, index: int) -> str:
         return f"{self._paths[self._files[index]]}: {self._names[index]}"
+
+    def identity(self, index: int) -> str:
+        return _identity(Path(self._paths[self._files[index]]), self._names[index])
 
     def read(self, index: int) -> np.ndarray:
         path, size = self._paths[self._files[index]], int(self._sizes[index])
@@ -96,8 +95,17 @@ def open_split(argument: str, split: str) -> WebDataset:
     if not len(files):
         raise ValueError(f"data: no image in {argument} ({', '.join(SUFFIXES)})")
     images = _Shard(*(np.concatenate(column) for column in zip(*shards)))
-    rows = np.arange(len(files)) if is_split else hold_out(len(files), split, images.labelled, argument)
-    return WebDataset(paths, files, images, rows)
+    identities = (_identity(paths[file], name) for file, name in zip(files.tolist(), images.names.tolist()))
+    rows = np.arange(len(files)) if is_split else hold_out(identities, images.labels, split, argument)
+    source = WebDataset(paths, files, images, rows)
+    source.notes += describe_labels(images.labels, source.classes, held_out=not is_split)
+    return source
+
+
+def _identity(shard: Path, member: str) -> str:
+    """The shard's name and the sample: the same in any folder, and for whichever image of a sample is taken."""
+    folder, _, base = member.rpartition("/")
+    return f"{shard.name}: {folder}/{base.partition('.')[0]}"
 
 
 def _shard_names(argument: str, split: str) -> tuple[list[str], bool]:
@@ -109,11 +117,12 @@ def _shard_names(argument: str, split: str) -> tuple[list[str], bool]:
     if not names:
         raise ValueError(f"data: {folder} holds no *.tar")
     words = {name: re.findall(SPLIT, Path(name).name.lower())[:1] for name in names}
-    train = [name for name in names if words[name] == ["train"]]
-    test = [name for name in names if words[name] not in ([], ["train"])]
-    if not (train and test):
+    train = [name for name in names if words[name] and words[name][0] in TRAIN_NAMES]
+    test = [name for name in names if words[name] and words[name][0] in TEST_NAMES]
+    unnamed = [name for name in names if not words[name]]
+    if not (train and test) and not ((train or test) and unnamed):
         return names, False
-    if unnamed := [name for name in names if not words[name]]:
+    if unnamed:
         raise ValueError(f"data: {unnamed[0]} is neither named train nor test, as other shards are: use a pattern")
     return (train if split == "train" else test), True
 
@@ -220,8 +229,9 @@ def _parse_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> i
         label = int(text)
     except ValueError as error:
         raise ValueError(f"data: {path}: {member.name} must hold the number of a class ({error})") from error
-    if not 0 <= label < MAX_CLASSES:
+    if not -1 <= label < MAX_CLASSES:
         raise ValueError(
-            f"data: {path}: {member.name} must hold the number of a class below {MAX_CLASSES:,}, got {label}"
+            f"data: {path}: {member.name} must hold the number of a class below {MAX_CLASSES:,}, or -1 for no label, "
+            f"got {label}"
         )
     return label
