@@ -16,7 +16,7 @@ from fastssl.eval.labels import Accuracy, labelled_subset
 from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
 from fastssl.machine import available_engine, select_device, share_cores
-from fastssl.run import SMALL, Run, Sources, method_module
+from fastssl.run import SMALL, Run, Sources, load_model, method_module
 from fastssl.settings import differences, update
 
 TAU = 0.07  # temperature of kNN votes
@@ -40,7 +40,7 @@ def load_frozen(run: Run, device: str = "auto") -> Frozen:
     """
     state = run.state()
     method = run.build()  # before `setup`: in one process `build` does not divide the training batch among ranks
-    method.load_state_dict(state["model"])
+    load_model(method, state)
     rank_device = distributed.setup(select_device(device))
     method = method.to(rank_device).eval().requires_grad_(False)
     return Frozen(method, state["step"], rank_device, _loading(run, rank_device))

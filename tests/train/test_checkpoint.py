@@ -55,7 +55,7 @@ def test_save_copies_the_state_and_returns_before_the_file_is_written(tmp_path, 
 
 
 def test_the_newest_and_every_fourth_step_are_kept(tmp_path):
-    saved(tmp_path, *range(1, 11), keep_last=2, keep_steps=4)
+    saved(tmp_path, *range(1, 11), keep_last=2, keep=lambda step: step % 4 == 0)
     assert steps_in(tmp_path) == [4, 8, 9, 10]
     saved(tmp_path / "other", *range(1, 6), keep_last=1)
     assert steps_in(tmp_path / "other") == [5]

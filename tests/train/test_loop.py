@@ -15,7 +15,9 @@ from fastssl.nn import KeyQueue
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution, Training
 from fastssl.train.log import read_metrics
+from fastssl.train.records import read_records
 from fastssl.train.loop import train
+from fastssl.train.trainer import Trainer
 from tests.support.trainers import constant_rate_trainer
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -69,10 +71,11 @@ def settings(optimizer="adamw", size=8, epochs=1, **changes):
     return Training(epochs, size, optimizer, **{"lr": lr, "weight_decay": 0.0, **changes})
 
 
-def run(tmp_path, epoch_of, training, steps=6, method=None, resume=None, **execution):
+def run(tmp_path, epoch_of, training, steps=6, method=None, resume=None, run_id="", **execution):
     torch.manual_seed(0)
     method = method or Line()
-    train(method, "line", epoch_of, steps, training, Execution(**{**QUIET, **execution}), tmp_path, resume=resume)
+    trainer = Trainer(method, training, Execution(**{**QUIET, **execution}), steps, state=resume)
+    train(trainer, "line", epoch_of, tmp_path, run_id=run_id)
     return method
 
 
@@ -97,7 +100,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optimizer, bad):
     for number, values in states[0].items():
         for name, x in values.items():
             assert torch.equal(torch.as_tensor(x), torch.as_tensor(states[1][number][name])), name
-    (note,) = read_metrics(tmp_path / "with" / "skipped-0.jsonl")
+    (note,) = read_records(tmp_path / "with" / "skipped-0.jsonl")
     assert note["step"] == bad + 1
     assert note["loss"] == note["grad_norm"] == "nan"
     assert note["indices"] == list(range(100 * bad, 100 * bad + 8))
@@ -114,7 +117,7 @@ def test_too_many_consecutive_skipped_steps_stop_the_run(tmp_path):
         f"their images are listed in {tmp_path}/skipped-0.jsonl, and earlier checkpoints are intact"
     )
     assert checkpoint.load(tmp_path / "checkpoints", "line")["step"] == 5
-    assert [note["step"] for note in read_metrics(tmp_path / "skipped-0.jsonl")] == [2, 4, 5, 6]
+    assert [note["step"] for note in read_records(tmp_path / "skipped-0.jsonl")] == [2, 4, 5, 6]
 
 
 def test_a_gradient_that_is_not_finite_with_a_finite_loss(tmp_path):
@@ -127,7 +130,7 @@ def test_a_gradient_that_is_not_finite_with_a_finite_loss(tmp_path):
             return loss + root if batch.index[0] == 200 else loss, metrics
 
     run(tmp_path, batches(), settings(), method=Root())
-    (note,) = read_metrics(tmp_path / "skipped-0.jsonl")
+    (note,) = read_records(tmp_path / "skipped-0.jsonl")
     assert (note["step"], note["grad_norm"]) == (3, "nan")
     assert float(note["loss"]) > 0
 

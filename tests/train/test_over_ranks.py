@@ -20,6 +20,7 @@ from fastssl.train.config import Execution
 from fastssl.train.log import read_metrics
 from fastssl.train.loop import train
 from fastssl.train.signals import Interrupted
+from fastssl.train.trainer import Trainer
 from tests.support.ranks import run_ranks
 
 SMALL = {
@@ -62,7 +63,8 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
 
     execution = Execution(**{"log_every": 1, "tensorboard": False, **settings})
     try:
-        train(method, name, epoch_of, len(loader) // accumulate, training, execution, folder, resume=state)
+        trainer = Trainer(method, training, execution, len(loader) // accumulate, state=state)
+        train(trainer, name, epoch_of, folder)
     except Interrupted as interrupted:
         return interrupted.code, str(interrupted)
     distributed.all_gather_object(None)  # wait until rank 0 has written the checkpoint
