@@ -164,8 +164,9 @@ def _changes_of_data(
         found = [f"{images} images instead of {count}"] if count != images else []
     if found and not allowed:
         raise ValueError(
-            f"pretrain: {run.options.data} has changed since {run.folder} was started: {'; '.join(found)}. Name the "
-            f"original images (--data), or go on with these: --allow-changed-data"
+            f"pretrain: the images of {run.options.data} are not those that {run.folder} was started with: "
+            f"{'; '.join(found)}; name the folder or file of the original ones (--data), or go on with these "
+            f"(--allow-changed-data)"
         )
     return found
 

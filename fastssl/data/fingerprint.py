@@ -104,6 +104,8 @@ def read_fingerprint(path: Path) -> Fingerprint | None:
 def describe_changes(old: Fingerprint, new: Fingerprint) -> list[str]:
     """What has changed between two fingerprints, a phrase for each change; [] if nothing has."""
     added, removed = ~np.isin(new.hashes, old.hashes), ~np.isin(old.hashes, new.hashes)
+    if added.all():
+        return [f"none of the {len(new.hashes)} images{_some(new.names, [0])} is one of the {len(old.hashes)} before"]
     changes = [
         f"{rows.sum()} {verb}{_some(fingerprint.names, rows.nonzero()[0])}"
         for fingerprint, rows, verb in ((new, added, "added"), (old, removed, "removed"))
@@ -141,7 +143,7 @@ def _some(names: Sequence[str], rows: Sequence[int]) -> str:
     """The first few names in brackets; "" where names are not kept."""
     if not len(names):
         return ""
-    shown = [printable(names[row]) for row in rows[:SHOWN]]
+    shown = [f'"{printable(names[row])}"' for row in rows[:SHOWN]]
     return f" ({', '.join(shown)}{', …' if len(rows) > SHOWN else ''})"
 
 

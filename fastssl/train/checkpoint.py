@@ -117,8 +117,8 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is None and self._newest_written is not None and not self._newest_written.exists():
-            self._error = ValueError(f"checkpoint: {self._newest_written} has been removed after it was written")
+            if self._error is None and self._newest_written is not None and not self._newest_written.exists():
+                self._error = ValueError(f"checkpoint: {self._newest_written} has been removed after it was written")
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -171,7 +171,8 @@ def load(folder: Path, method_name: str, run_id: str = "", needed: tuple[str, ..
         if not reason:
             return state
         reasons.append(f"{path} {reason}")
-        print(f"checkpoint: {reasons[-1]}: loading the previous one", flush=True)
+        if path != paths[0]:
+            print(f"checkpoint: {reasons[-1]}: loading the previous one", flush=True)
     more = f", and {len(paths) - 1} earlier ones cannot be loaded either" if len(paths) > 1 else ""
     raise ValueError(f"checkpoint: {reasons[0]}{more}")
 

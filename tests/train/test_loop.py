@@ -15,8 +15,8 @@ from fastssl.nn import KeyQueue
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution, Training
 from fastssl.train.log import read_metrics
-from fastssl.train.records import read_records
 from fastssl.train.loop import train
+from fastssl.train.records import read_records
 from fastssl.train.trainer import Trainer
 from tests.support.trainers import constant_rate_trainer
 
