@@ -249,5 +249,5 @@ def test_a_failed_write_is_told_beside_another_error(tmp_path, capsys):
 def test_a_checkpoint_that_is_removed_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"has been removed after it was written$"), Checkpoints(tmp_path) as c:
         c.save(state(1), 1)
-        c.wait()
+        c._thread.join()
         shutil.rmtree(tmp_path)

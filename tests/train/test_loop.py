@@ -1,6 +1,7 @@
 """The training loop and its safeguards, with a model of a few numbers."""
 
 import json
+import shutil
 import sys
 import types
 
@@ -280,6 +281,59 @@ def test_tensorboard_and_wandb_get_the_same_numbers(tmp_path, monkeypatch):
     events.Reload()
     values = [(event.step, event.value) for event in events.Scalars("loss")]
     assert values == [(line["step"], pytest.approx(line["loss"])) for line in lines]
+
+
+class FakeWandb:
+    """Runs by id at a server; like wandb, a resumed run begins at the step after its last one."""
+
+    def __init__(self):
+        self.runs = {}
+
+    def init(self, id, **_):
+        logged = self.runs.setdefault(id, [])
+        first = logged[-1][0] + 1 if logged else 0
+        return types.SimpleNamespace(
+            starting_step=first, log=lambda record, step: logged.append((step, record["loss"])), finish=lambda: None
+        )
+
+
+def test_a_resumed_run_continues_its_run_at_wandb(tmp_path, monkeypatch):
+    """Killed after step 5 with a checkpoint of step 3: steps 4 and 5 are logged once."""
+    server = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    options = {"wandb": "project", "checkpoint_every": 3, "run_id": "abc"}
+
+    def killed(epoch, start):
+        for i, batch in enumerate(batches()(epoch, start)):
+            if i == 5:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, killed, settings(), **options)
+    assert [step for step, _ in server.runs["abc"]] == [1, 2, 3, 4, 5]
+    state = checkpoint.load(tmp_path / "checkpoints", "line", "abc")
+    assert state["step"] == 3
+    run(tmp_path, batches(), settings(), resume=state, **options)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert server.runs == {"abc": [(line["step"], line["loss"]) for line in lines]}
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_does_not_end_without_its_last_checkpoint(tmp_path):
+    """The folder of the checkpoints becomes a file while the last epoch is trained."""
+
+    def epoch_of(epoch, start):
+        for i, batch in enumerate(batches()(epoch, start)):
+            if (epoch, i) == (1, 4):
+                shutil.rmtree(tmp_path / "checkpoints")
+                (tmp_path / "checkpoints").touch()
+            yield batch
+
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: step 12 could not be written to .* \(File exists\); there is no"
+    ):
+        run(tmp_path, epoch_of, settings(epochs=2))
 
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
