@@ -190,6 +190,7 @@ def resume_run(
 
 def _resume(run: Run, options: Options, config: Any, remedy: str, allow_changed_data: bool) -> Run:
     """Continues `run` with other options; prints each option that changed."""
+    _check_ranges(options, config)
     changes = differences((run.options, run.config), (options, config))
     changes.pop("folder", None)  # the folder may have been moved
     for name, (old, new) in changes.items():
@@ -216,10 +217,15 @@ def _milestone_text(config: Any) -> str:
     return ", ".join(f"{flag(name)} {' '.join(f'{value:g}' for value in values)}" for name, values in given.items())
 
 
-def _check_numbers(options: Options, config: Any) -> None:
-    """Checks numbers and choices against their annotations; the method's `build` checks the rest."""
+def _check_ranges(options: Options, config: Any) -> None:
+    """Checks each number and choice by itself."""
     check_ranges(options, "pretrain")
     check_ranges(config, "pretrain")
+
+
+def _check_numbers(options: Options, config: Any) -> None:
+    """Checks numbers and choices against their annotations; the method's `build` checks the rest."""
+    _check_ranges(options, config)
     config.training.check("pretrain")
     check_milestones(config, "pretrain")
 
