@@ -51,6 +51,8 @@ class Checkpoints:
         self._join()
         if kind is None:
             self._raise_error()
+            if self._newest_written is not None and not self._newest_written.exists():
+                raise ValueError(f"checkpoint: {self._newest_written} has been removed after it was written")
         elif self._error is not None:
             print(self._error, flush=True)
 
@@ -117,8 +119,6 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if self._error is None and self._newest_written is not None and not self._newest_written.exists():
-                self._error = ValueError(f"checkpoint: {self._newest_written} has been removed after it was written")
 
     def _raise_error(self) -> None:
         if self._error is not None:
