@@ -139,7 +139,7 @@ def _class_names(fingerprint: Fingerprint) -> np.ndarray:
     return np.array([*fingerprint.classes, ""], dtype=object)[labels]
 
 
-def _some(names: Sequence[str], rows: Sequence[int]) -> str:
+def _some(names: Sequence[str], rows: Sequence[int] | np.ndarray) -> str:
     """The first few names in brackets; "" where names are not kept."""
     if not len(names):
         return ""

@@ -19,7 +19,7 @@ from fastssl.distributed import all_mean, rank, world_size
 from .config import Execution
 from .records import read_records, rewrite_records
 
-METRICS = {"step": int, "epoch": float}  # fields that every line has
+METRICS: dict[str, type] = {"step": int, "epoch": float}  # fields that every line has
 LINE_EVERY = 60.0  # seconds between printed lines if the console is not a terminal
 
 

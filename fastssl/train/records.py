@@ -12,7 +12,7 @@ from typing import Any
 
 from fastssl.files import write_atomically
 
-STEPS = {"step": int}  # fields that every record has, and their types
+STEPS: dict[str, type] = {"step": int}  # fields that every record has, and their types
 _named: set[tuple[Path, tuple[int, ...]]] = set()  # files and lines that this process has named
 
 
