@@ -1,7 +1,7 @@
 """Fingerprint of the images of a run: which they are, in what order, and their labels.
 
 A run that is resumed must get the images that it was started with. Images are compared by their identity, which does
-not depend on where the data lies. A file holds 8 bytes for each image, the names too where they need at most
+not depend on where the data lies. A file holds 16 bytes for each image, the names too where they need at most
 `MAX_NAMES` bytes, and digests of the content of a few images.
 """
 
