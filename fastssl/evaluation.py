@@ -15,7 +15,8 @@ from fastssl.eval.labels import Accuracy, labelled, labelled_subset
 from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
 from fastssl.machine import available_engine, select_device, share_cores
-from fastssl.run import SMALL, Run, Sources, method_module
+from fastssl.milestones import shorten
+from fastssl.run import SMALL, Run, Sources, load_model, method_module
 from fastssl.settings import differences, update
 from fastssl.text import printable
 
@@ -40,7 +41,7 @@ def load_frozen(run: Run, device: str = "auto") -> Frozen:
     """
     state = run.state()
     method = run.build()  # before `setup`: in one process `build` does not divide the training batch among ranks
-    method.load_state_dict(state["model"])
+    load_model(method, state)
     rank_device = distributed.setup(select_device(device))
     method = method.to(rank_device).eval().requires_grad_(False)
     return Frozen(method, state["step"], rank_device, _loading(run, rank_device))
@@ -76,7 +77,7 @@ def linear(
     settings: dict[str, Any] | None = None,
 ) -> Accuracy | None:
     """Trains a linear classifier on the frozen encoder; see `Run.linear`."""
-    default = linear_defaults(run, protocol)
+    default = linear_defaults(run, protocol, (settings or {}).get("epochs"))
     (numbers,) = update((default,), settings or {}, "eval")
     check_evaluation(labels=labels, seed=seed)
     check_protocol(numbers)
@@ -100,8 +101,10 @@ def linear(
     return accuracy
 
 
-def linear_defaults(run: Run | None, protocol: str) -> Sweep | Official:
+def linear_defaults(run: Run | None, protocol: str, epochs: int | None = None) -> Sweep | Official:
     """Default numbers of a linear evaluation; of the protocol "official" those of the method's paper.
+
+    With fewer epochs than the paper's, warm-up and drops of the learning rate are scaled in proportion.
 
     Raises:
         ValueError: the protocol is unknown, or it is "official" and the method defines no linear probe.
@@ -111,14 +114,14 @@ def linear_defaults(run: Run | None, protocol: str) -> Sweep | Official:
     if protocol == "features":
         return Sweep()
     if run is None:
-        return Official()
+        return shorten(Official(), epochs)
     module = method_module(run.method_name)
     if not hasattr(module, "linear_probe"):
         raise ValueError(
             f"eval: --protocol official is the linear probe of the method's paper, and {run.method_name} defines none: "
             "use --protocol features"
         )
-    return module.linear_probe(run.backbone)
+    return shorten(module.linear_probe(run.backbone), epochs)
 
 
 def finetune(
@@ -130,7 +133,7 @@ def finetune(
     settings: dict[str, Any] | None = None,
 ) -> Accuracy:
     """Trains the encoder and a classifier end to end; see `Run.finetune`."""
-    default = finetune_defaults(run)
+    default = finetune_defaults(run, (settings or {}).get("epochs"))
     (numbers,) = update((default,), settings or {}, "eval")
     check_evaluation(labels=labels, seed=seed)
     check_protocol(numbers)
@@ -151,11 +154,15 @@ def finetune(
     return accuracy
 
 
-def finetune_defaults(run: Run | None) -> Finetune:
-    """Default numbers of fine-tuning: a short preset for small images, else those of the backbone's paper."""
+def finetune_defaults(run: Run | None, epochs: int | None = None) -> Finetune:
+    """Default numbers of fine-tuning: a short preset for small images, else those of the backbone's paper.
+
+    With fewer epochs, warm-up and drops of the learning rate are scaled in proportion.
+    """
     if run is None:
-        return Finetune.paper("vit_base")
-    return Finetune.small(run.backbone) if max(run.image_size) <= SMALL else Finetune.paper(run.backbone)
+        return shorten(Finetune.paper("vit_base"), epochs)
+    numbers = Finetune.small(run.backbone) if max(run.image_size) <= SMALL else Finetune.paper(run.backbone)
+    return shorten(numbers, epochs)
 
 
 def embed(

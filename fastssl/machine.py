@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import platform
+import re
 
 import torch
 
@@ -20,7 +21,8 @@ def select_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name != "cpu" and not (name.startswith("cuda") and torch.cuda.is_available()):
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if name != "cpu" and not (match and int(match[1] or 0) < torch.cuda.device_count()):
         raise ValueError(f"--device must be auto, cpu or an available cuda device, got {name!r}")
     return torch.device(name)
 

@@ -1,6 +1,8 @@
 """Pretraining: starts a run or resumes one. Both `fastssl.pretrain` and the command `fastssl pretrain` use it."""
 
+import contextlib
 import functools
+import secrets
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -10,13 +12,13 @@ import torch
 from fastssl import distributed
 from fastssl.bounds import check_ranges
 from fastssl.contract import Reconstructs
-from fastssl.data.loader import Loader
 from fastssl.data.source import Source
 from fastssl.eval.labels import labelled
 from fastssl.eval.reconstruction import first_images, save_snapshot
 from fastssl.evaluation import note_knn
-from fastssl.extras import need
-from fastssl.machine import available_engine, facts, keep_freed_memory, select_device, select_engine, share_cores
+from fastssl.machine import facts, select_device
+from fastssl.milestones import adopt, check_milestones, describe_scaled, milestone_epochs, shorten
+from fastssl.preparation import claim_folder, on_all_ranks, prepare, print_once, stored_run, taken
 from fastssl.run import (
     Options,
     Run,
@@ -30,10 +32,9 @@ from fastssl.run import (
     sources_name,
 )
 from fastssl.settings import differences, flag, update
-from fastssl.train import checkpoint
+from fastssl.train.lock import Lock
 from fastssl.train.loop import train
-from fastssl.train.parallel import check_sharding
-from fastssl.weights import load_initial_weights
+from fastssl.train.trainer import Trainer
 
 CHANGEABLE = {  # settings that may change when a run is resumed; all others are fixed when it starts
     *("data", "workers", "engine", "device", "max_bad", "knn_every"),
@@ -50,6 +51,7 @@ def pretrain(
     preset: Literal["small", "paper"] | None = None,
     folder: str | Path | None = None,
     resume: str | Path | None = None,
+    allow_changed_data: bool = False,
     **settings: Any,
 ) -> Run:
     """Pretrains an encoder without labels and returns the run.
@@ -67,9 +69,13 @@ def pretrain(
         folder: the run folder, runs/METHOD-DATA by default.
         resume: folder of a run to continue, without a method; or "auto": continue the run in `folder` if there is one,
             else start it, so that the same call can be repeated.
+        allow_changed_data: resume although images or labels have changed since the run was started; it continues at the
+            same share of the same epoch.
         settings: options by name, as the flags of `fastssl pretrain METHOD --help`: fields of `run.Options`, the
             method's `Config`, `train.config.Training` and `train.config.Execution`. A resumed run accepts only those
-            in `CHANGEABLE`, not for instance batch size, learning rate, seed or the method's own.
+            in `CHANGEABLE`, not for instance batch size, learning rate, seed or the method's own. With fewer `epochs`
+            than the preset, its milestones (warm-up, learning-rate drops, end of freezing) are scaled in proportion,
+            unless they are given.
 
     Raises:
         ValueError: a setting is unknown, ambiguous, out of range or cannot be changed, the data or method cannot be
@@ -82,16 +88,17 @@ def pretrain(
                 raise ValueError(f"pretrain: {name} belongs to a new run, got {value} beside resume={resume}")
         run = open_run(resume)
         check_method(run, None if method is None else method_name_of(method))
-        return resume_run(run, data, settings)
+        return resume_run(run, data, settings, allow_changed_data)
     if method is None:
         raise ValueError(f"pretrain: a method is needed: {', '.join(method_names())}")
     if data is None:
         raise ValueError("pretrain: data is needed, such as folder:PATH, shapes or digits")
     run = new_run(method, data, preset, settings.get("backbone"))
-    options, config = update((run.options, run.config), settings, "pretrain")
+    preset_numbers, numbers = run.config, shorten(run.config, settings.get("epochs"))
+    options, config = update((run.options, numbers), settings, "pretrain")
     if folder is not None:
         options.folder = Path(folder)
-    return start(replace_options(run, options, config), resume)
+    return start(replace_options(run, options, config), resume, preset_numbers, allow_changed_data)
 
 
 def new_run(
@@ -101,7 +108,7 @@ def new_run(
     name = method_name_of(method)
     module = method_module(name)
     options = Options(absolute_data(data) if isinstance(data, str) else sources_name(data))
-    run = Run(default_folder(name, options.data), name, options, None)
+    run = Run(default_folder(name, options.data), name, options, None, id=secrets.token_hex(8))
     if not isinstance(data, str):
         run.keep_sources(data)
     preset, run.config = preset_config(module, run.source("train"), preset, backbone)
@@ -130,7 +137,7 @@ def default_folder(method_name: str, data: str) -> Path:
 
 def replace_options(run: Run, options: Options, config: Any) -> Run:
     """A copy of the run with other options; it shares the opened sources."""
-    changed = Run(options.folder or run.folder, run.method_name, options, config, run.facts)
+    changed = Run(options.folder or run.folder, run.method_name, options, config, run.facts, run.id)
     changed._sources = run._sources
     return changed
 
@@ -141,23 +148,36 @@ def check_method(run: Run, method_name: str | None) -> None:
         raise ValueError(f"pretrain: {run.folder} is a run of {run.method_name}, not of {method_name}")
 
 
-def start(run: Run, resume: str | Path | None = None) -> Run:
-    """Starts a new run; with "auto" continues the one in its folder, if there is one."""
+def start(run: Run, resume: str | Path | None = None, preset: Any = None, allow_changed_data: bool = False) -> Run:
+    """Starts a new run; with "auto" continues the one in its folder, if there is one.
+
+    Args:
+        run: a run whose folder may not be written yet.
+        resume: "auto" or None.
+        preset: the preset's configuration, from which the run's milestones may have been scaled.
+        allow_changed_data: continue although images or labels have changed.
+    """
+    preset = run.config if preset is None else preset
     _check_numbers(run.options, run.config)
-    if not (run.folder / "config.json").exists():
+    stored = stored_run(run.folder)
+    if stored is None or not stored.has_begun:
+        if scaled := describe_scaled(preset, run.config):
+            run.facts["milestones"] = scaled
         return _join_ranks_and_train(run)
     if resume is None or str(resume) != "auto":
-        raise ValueError(
-            f"pretrain: {run.folder} has a run already: continue it (--resume {run.folder}, or --resume auto beside "
-            f"its original options) or choose another folder (--folder)"
-        )
-    stored = open_run(run.folder)
+        raise ValueError(taken(run.folder))
     check_method(stored, run.method_name)
     stored._sources = run._sources
-    return _resume(stored, run.options, run.config, "--resume auto takes the original options")
+    config = adopt(run.config, preset, stored.config)
+    return _resume(stored, run.options, config, "--resume auto takes the original options", allow_changed_data)
 
 
-def resume_run(run: Run, data: str | Sources | None = None, settings: dict[str, Any] | None = None) -> Run:
+def resume_run(
+    run: Run,
+    data: str | Sources | None = None,
+    settings: dict[str, Any] | None = None,
+    allow_changed_data: bool = False,
+) -> Run:
     """Continues a run from its newest checkpoint, with some options changed."""
     if "folder" in (settings or {}):
         raise ValueError(f"pretrain: folder belongs to a new run, got {settings['folder']} beside resume={run.folder}")
@@ -166,11 +186,12 @@ def resume_run(run: Run, data: str | Sources | None = None, settings: dict[str, 
         options.data = run.data_name(data)
         if not isinstance(data, str):
             run.keep_sources(data)
-    return _resume(run, options, config, "start a new run (--folder)")
+    return _resume(run, options, config, "start a new run (--folder)", allow_changed_data)
 
 
-def _resume(run: Run, options: Options, config: Any, remedy: str) -> Run:
+def _resume(run: Run, options: Options, config: Any, remedy: str, allow_changed_data: bool) -> Run:
     """Continues `run` with other options; prints each option that changed."""
+    _check_ranges(options, config)
     changes = differences((run.options, run.config), (options, config))
     changes.pop("folder", None)  # the folder may have been moved
     for name, (old, new) in changes.items():
@@ -179,26 +200,46 @@ def _resume(run: Run, options: Options, config: Any, remedy: str) -> Run:
                 f"pretrain: {run.folder} is a run with {flag(name)} {old}, which cannot change to {new} when it is "
                 f"resumed: {remedy}"
             )
+    latest = max((max(values, default=0) for values in milestone_epochs(config).values()), default=0)
+    if "epochs" in changes and 0 < config.training.epochs <= latest:
+        raise ValueError(
+            f"pretrain: --epochs must be above {latest:g}, a milestone of the schedules of {run.folder} "
+            f"({_milestone_text(config)}), got {config.training.epochs}"
+        )
     _check_numbers(options, config)
     options.folder = run.options.folder
     resumed = replace_options(run, options, config)
     resumed.folder = run.folder
-    return _join_ranks_and_train(resumed, changes)
+    return _join_ranks_and_train(resumed, changes, allow_changed_data)
+
+
+def _milestone_text(config: Any) -> str:
+    given = {name: values for name, values in milestone_epochs(config).items() if any(values)}
+    return ", ".join(f"{flag(name)} {' '.join(f'{value:g}' for value in values)}" for name, values in given.items())
+
+
+def _check_ranges(options: Options, config: Any) -> None:
+    """Checks each number and choice by itself."""
+    check_ranges(options, "pretrain")
+    check_ranges(config, "pretrain")
 
 
 def _check_numbers(options: Options, config: Any) -> None:
     """Checks numbers and choices against their annotations; the method's `build` checks the rest."""
-    check_ranges(options, "pretrain")
-    check_ranges(config, "pretrain")
+    _check_ranges(options, config)
     config.training.check("pretrain")
+    check_milestones(config, "pretrain")
 
 
 @distributed.group_scope()
-def _join_ranks_and_train(run: Run, changes: dict[str, tuple[Any, Any]] | None = None) -> Run:
+def _join_ranks_and_train(
+    run: Run, changes: dict[str, tuple[Any, Any]] | None = None, allow_changed_data: bool = False
+) -> Run:
     """Trains a new run, or a resumed one with the `changes` to its options, on all ranks."""
     device = distributed.setup(select_device(run.options.device))
     try:
-        _train(run, changes, device)
+        with contextlib.closing(Lock(run.folder)) as lock:
+            _train(run, changes, allow_changed_data, device, lock)
     except RuntimeError as error:
         if distributed.is_peer_failure(error):
             raise ValueError(
@@ -209,138 +250,91 @@ def _join_ranks_and_train(run: Run, changes: dict[str, tuple[Any, Any]] | None =
     return run
 
 
-def _train(run: Run, changes: dict[str, tuple[Any, Any]] | None, device: torch.device) -> None:
-    """Trains and evaluates. All settings are checked before anything is written."""
-    options, training = run.options, run.config.training
-    check_sharding(training, options.execution)
-    if options.execution.tensorboard:
-        need("tensorboard", what="--tensorboard", extra="train")
-    if options.execution.wandb:
-        need("wandb", what="--wandb", extra="wandb")
-    workers = share_cores(options.workers, device, distributed.local_world_size())
-    if device.type == "cpu":
-        keep_freed_memory()
-    state = run.state() if checkpoint.files(run.checkpoints) else None
-    source = run.source("train")
-    method = _build_method(run, state, device)
-    chosen_now = changes is None or "engine" in changes
-    engine = (select_engine if chosen_now else available_engine)(options.engine, device)
-    loader = _loader(run, source, device, workers, engine)
-    steps = len(loader) // training.accumulate
-    test = run.source("test")
-    _check_resumable(run, source, state, steps)
-    distributed.all_gather_object(None)  # no rank writes before all have checked
+def _train(
+    run: Run, changes: dict[str, tuple[Any, Any]] | None, allow_changed_data: bool, device: torch.device, lock: Lock
+) -> None:
+    """Trains and evaluates. Whatever may be refused is refused before anything is written."""
+    training, is_new = run.config.training, changes is None
+    if not is_new:
+        on_all_ranks(lambda: distributed.rank() == 0 and lock.acquire())
+    prepared = on_all_ranks(lambda: prepare(run, changes, allow_changed_data, device))
+    source, test, method, loader, state, fingerprint, data_changes = prepared
+    trainer = Trainer(
+        method,
+        training,
+        run.options.execution,
+        len(loader) // training.accumulate,
+        parameter_groups=getattr(method_module(run.method_name), "parameter_groups", None),
+        state=state,
+    )
+    on_all_ranks(lambda: claim_folder(run, trainer, lock, is_new))
+    if distributed.rank() == 0 and (is_new or data_changes or not (run.folder / "data.npz").exists()):
+        fingerprint.write(run.folder / "data.npz")
     if changes is None:
         _announce_start(run, source, test)
     else:
-        _announce_resume(run, state, changes)
-    evaluate = functools.partial(_evaluate, run, method, device, test, steps)
+        _announce_resume(run, trainer, state, changes, data_changes)
+    for note in dict.fromkeys(note for split in (source, test) for note in getattr(split, "notes", ())):
+        print_once(note)
+    evaluate = functools.partial(_evaluate, run, trainer, device, test)
     if state is None:
         evaluate(0)
     train(
-        method,
+        trainer,
         run.method_name,
         loader.epoch,
-        steps,
-        training,
-        options.execution,
         run.folder,
-        resume=state,
-        after_epoch=lambda epoch: _is_due(options, training, epoch) and evaluate(epoch),
-        parameter_groups=getattr(method_module(run.method_name), "parameter_groups", None),
+        run_id=run.id,
+        after_epoch=lambda epoch: _is_due(run.options, training, epoch) and evaluate(epoch),
     )
     if loader.bad_count:
         print(f"{loader.bad_count} of {len(source)} images could not be decoded: see {run.folder / 'bad_files.txt'}")
     evaluate(training.epochs)
     distributed.all_gather_object(None)  # no rank returns before the first has written everything
-    _print(f"done: {run.folder} · fastssl report {run.folder}")
-
-
-def _check_resumable(run: Run, source: Source, state: dict | None, steps_per_epoch: int) -> None:
-    """Checks that a resumed run has the images it was started with, and has not passed its new last epoch."""
-    images, epochs = run.facts.get("images", len(source)), run.config.training.epochs
-    if images != len(source):
-        raise ValueError(
-            f"pretrain: {run.folder} was started with {images} images and {run.options.data} has {len(source)}: a run "
-            f"is resumed with the same images"
-        )
-    if state and state["step"] > epochs * steps_per_epoch:
-        done = -(-state["step"] // steps_per_epoch)
-        raise ValueError(f"pretrain: --epochs must be at least {done}, which {run.folder} has begun, got {epochs}")
+    print_once(f"done: {run.folder} · fastssl report {run.folder}")
 
 
 def _announce_start(run: Run, source: Source, test: Source) -> None:
-    """Writes the run folder and prints what is trained."""
+    """Writes config.json and prints what is trained."""
     run.facts["images"] = len(source)
     if distributed.rank() == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
         run.save()
     training, held_out = run.config.training, len(labelled(test)) if len(labelled(source)) else 0
-    _print(
+    print_once(
         f"{run.method_name} on {run.options.data}, preset `{run.facts.get('preset')}`: {training.epochs} epochs of "
         f"{len(source)} images ({held_out} held-out images for kNN), batch {training.batch_size}"
         f"{_parts(training.accumulate)} → {run.folder}"
     )
+    if scaled := run.facts.get("milestones"):
+        print_once(scaled)
 
 
-def _announce_resume(run: Run, state: dict | None, changes: dict[str, tuple[Any, Any]]) -> None:
+def _announce_resume(
+    run: Run, trainer: Trainer, state: dict | None, changes: dict[str, tuple[Any, Any]], data_changes: list[str]
+) -> None:
     """Writes the changed options to config.json and prints one line for each."""
-    step, world = state["step"] if state else 0, distributed.world_size()
-    _print(f"{run.method_name} on {run.options.data}: resuming after step {step} of {run.folder}")
+    step, world = trainer.steps, distributed.world_size()
+    print_once(
+        f"{run.method_name} on {run.options.data}: resuming after step {step} (epoch {trainer.count.epochs(step):.4g}) "
+        f"of {run.folder}"
+    )
     lines = [f"{flag(name)}: {old} -> {new}" for name, (old, new) in changes.items()]
-    if changes:
-        history = [run.facts["changed"]] if "changed" in run.facts else []
-        run.facts["changed"] = "; ".join([*history, f"after step {step}: {', '.join(lines)}"])
-        if distributed.rank() == 0:
-            run.save()
-    for name, line in zip(changes, lines):
+    lines += [f"data: {change}" for change in data_changes]
+    if distributed.rank() == 0 and (lines or not run.id):
+        if lines:
+            history = [run.facts["changed"]] if "changed" in run.facts else []
+            run.facts["changed"] = "; ".join([*history, f"after step {step}: {', '.join(lines)}"])
+        run.id = run.id or secrets.token_hex(8)
+        run.facts["images"] = len(run.source("train"))
+        run.save()
+    for line in lines:
         schedule = f" (schedules are those of {run.config.training.epochs} epochs from here on)"
-        _print(line + schedule * (name == "epochs"))
+        print_once(line + schedule * line.startswith("--epochs:"))
     if state and len(state["random"]) != world:
-        _print(
+        print_once(
             f"the number of ranks changes from {len(state['random'])} to {world}: same images in the same order, but "
             f"sums and shuffles differ, so that results are not bit-equal to those of an uninterrupted run"
         )
-
-
-def _build_method(run: Run, state: dict | None, device: torch.device) -> torch.nn.Module:
-    """The method on its device, with equal weights on all ranks; later random numbers differ between ranks."""
-    seed = run.options.seed
-    torch.manual_seed(seed)
-    method = run.build()
-    if run.options.weights and state is None:
-        for note in load_initial_weights(method, run.options.weights):
-            _print(note)
-    if rank := distributed.rank():
-        torch.manual_seed((seed + 0x9E3779B97F4A7C15 * rank) % 2**63)
-    return method.to(device)
-
-
-def _loader(run: Run, source: Source, device: torch.device, workers: int, engine: str) -> Loader:
-    """Loader of this rank's micro-batches."""
-    options, training, world = run.options, run.config.training, distributed.world_size()
-    if training.batch_size > len(source):
-        raise ValueError(
-            f"data: the batch of {training.batch_size} is larger than the data, which has {len(source)} images"
-        )
-    if training.batch_size % (world * training.accumulate):
-        raise ValueError(
-            f"pretrain: --batch-size must be divisible by {world} ranks times --accumulate "
-            f"{training.accumulate}, got {training.batch_size}"
-        )
-    return Loader(
-        source,
-        run.config.augmentation,
-        training.batch_size // (world * training.accumulate),
-        seed=options.seed,
-        workers=workers,
-        device=device,
-        engine=engine,
-        rank=distributed.rank(),
-        world=world,
-        bad_files=run.folder / "bad_files.txt",
-        max_bad=options.max_bad,
-    )
 
 
 def _is_due(options: Options, training, epoch: int) -> bool:
@@ -348,16 +342,17 @@ def _is_due(options: Options, training, epoch: int) -> bool:
     return bool(options.knn_every) and epoch % options.knn_every == 0 and epoch < training.epochs
 
 
-def _evaluate(run: Run, method, device: torch.device, test: Source, steps_per_epoch: int, epoch: int) -> None:
+def _evaluate(run: Run, trainer: Trainer, device: torch.device, test: Source, epoch: int) -> None:
     """Notes the kNN accuracy and, for a method that reconstructs, writes reconstructions. All ranks call together."""
     if run.options.execution.shard:
-        _print("with --shard there is no kNN evaluation during the run: fastssl eval knn evaluates its checkpoints")
+        print_once("with --shard there is no kNN evaluation during the run: fastssl eval knn evaluates its checkpoints")
         return
+    method = trainer.method
     distributed.broadcast_buffers(method)
-    note_knn(run, method, epoch * steps_per_epoch, epoch, device)
+    note_knn(run, method, trainer.steps, epoch, device)
     if isinstance(method, Reconstructs) and distributed.rank() == 0:
         images = first_images(test, run.image_size).to(device)
-        save_snapshot(method, images, run.folder / "reconstructions" / f"step-{epoch * steps_per_epoch:06d}.npz")
+        save_snapshot(method, images, run.folder / "reconstructions" / f"step-{trainer.steps:06d}.npz")
 
 
 def _parts(accumulate: int) -> str:
@@ -365,9 +360,3 @@ def _parts(accumulate: int) -> str:
     world = distributed.world_size()
     parts = [f"{world} ranks"] * (world > 1) + [f"{accumulate} micro-batches"] * (accumulate > 1)
     return f" over {' and '.join(parts)}" if parts else ""
-
-
-def _print(text: str) -> None:
-    """Prints on the first rank."""
-    if distributed.rank() == 0:
-        print(text, flush=True)

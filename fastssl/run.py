@@ -7,6 +7,8 @@ evaluations.jsonl    one line per evaluation: kNN before, during and after train
 reconstructions/     reconstructed images at each evaluation, of methods that reconstruct
 tensorboard/         the metrics for TensorBoard
 profile/             time of each part of a step (--profile)
+data.npz             fingerprint of the training images (data/fingerprint.py)
+run.lock             held by the process that trains (train/lock.py)
 bad_files.txt        images that could not be decoded, if there are any
 skipped-RANK.jsonl   steps with a loss or gradient that was not finite, and their images
 report.html          the report that `fastssl report` writes
@@ -17,7 +19,6 @@ import importlib
 import inspect
 import json
 import pkgutil
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +33,11 @@ from fastssl.bounds import NOT_NEGATIVE
 from fastssl.data.augmentation import Augmentation, evaluation, multi_crop
 from fastssl.data.source import Source, expand_user, open_source
 from fastssl.files import write_atomically
+from fastssl.settings import from_json
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution
 from fastssl.train.log import read_metrics
+from fastssl.train.records import read_records, rewrite_records
 
 if TYPE_CHECKING:
     from fastssl.eval.labels import Accuracy
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 PATH_SOURCES = ("folder", "webdataset", "arrays", "idx", "cifar10", "cifar100")  # their argument is a path
 OBJECTS = "python"  # stands for the source's name where the sources were given as Python objects
 AUGMENTATIONS = {"multi_crop": multi_crop, "evaluation": evaluation}  # augmentations that belong to no method
+EVALUATIONS = {"evaluation": str, "step": int, "accuracy": float}  # fields of every line of evaluations.jsonl
 SMALL = 64  # largest side in pixels for which the preset `small` is the default
 Sources = tuple[Source, Source]  # training and held-out split
 
@@ -158,6 +162,7 @@ class Run:
         options: data, seed, execution.
         config: the method's `Config`.
         facts: versions and machine that the run was started on.
+        id: distinguishes the run from all others; "" for a run of a version without ids.
     """
 
     folder: Path
@@ -165,6 +170,7 @@ class Run:
     options: Options
     config: Any
     facts: dict = field(default_factory=dict)
+    id: str = ""
     _sources: dict[tuple[str, str], Source] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -176,6 +182,7 @@ class Run:
         """Writes config.json."""
         record = {
             "method": self.method_name,
+            "id": self.id,
             "options": dataclasses.asdict(self.options),
             "config": dataclasses.asdict(self.config),
             "facts": self.facts,
@@ -199,22 +206,27 @@ class Run:
         """Name of the backbone; "" for a method without that field."""
         return getattr(self.config, "backbone", "")
 
-    def state(self) -> dict:
-        """The newest checkpoint that is intact.
+    def state(self, needed: tuple[str, ...] = checkpoint.EVALUATED) -> dict:
+        """The newest checkpoint that is intact and this run's own; it holds at least what is `needed`.
 
         Raises:
-            ValueError: there is no intact checkpoint.
+            ValueError: there is none.
         """
-        return checkpoint.load(self.checkpoints, self.method_name)
+        return checkpoint.load(self.checkpoints, self.method_name, self.id, needed)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has made a step that is worth keeping: it has metrics or a checkpoint."""
+        has_checkpoint = self.checkpoints.is_dir() and any(self.checkpoints.glob("*.pt"))
+        return has_checkpoint or bool(self.metrics())
 
     def metrics(self) -> list[dict]:
-        """Records of metrics.jsonl, in the order of the steps."""
+        """Records of metrics.jsonl, in the order of the steps. Lines that hold none are named and passed over."""
         return read_metrics(self.folder / "metrics.jsonl")
 
     def evaluations(self) -> list[dict]:
-        """Records of evaluations.jsonl."""
-        path = self.folder / "evaluations.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        """Records of evaluations.jsonl. Lines that hold none are named and passed over."""
+        return read_records(self.folder / "evaluations.jsonl", EVALUATIONS)
 
     def note(self, evaluation: str, step: int, accuracy: float, **facts: Any) -> None:
         """Appends {"evaluation", "step", "accuracy" (0 … 1), facts} to evaluations.jsonl.
@@ -222,9 +234,8 @@ class Run:
         A record of the same evaluation with the same facts at the same step is replaced.
         """
         record = {"evaluation": evaluation, "step": step, **facts}
-        kept = [known for known in self.evaluations() if {**known, **record} != known]
-        with write_atomically(self.folder / "evaluations.jsonl") as file:
-            file.writelines(json.dumps(line) + "\n" for line in (*kept, {**record, "accuracy": accuracy}))
+        path, new = self.folder / "evaluations.jsonl", {**record, "accuracy": accuracy}
+        rewrite_records(path, lambda known: {**known, **record} != known, [new], EVALUATIONS)
 
     def source(self, split: Literal["train", "test"], data: str | Sources | None = None) -> Source:
         """A split of the run's data, or of other data; each is opened once.
@@ -262,8 +273,8 @@ class Run:
 
     def load(self) -> nn.Module:
         """The method with the weights of the newest checkpoint, in evaluation mode, on the CPU."""
-        method = self.build()
-        method.load_state_dict(self.state()["model"])
+        state, method = self.state(), self.build()
+        load_model(method, state)
         return method.eval()
 
     def encoder(self) -> nn.Module:
@@ -282,9 +293,17 @@ class Run:
                 reference checkpoint's layout, where the method defines `OFFICIAL`.
             to: file to write, RUN/METHOD-LAYOUT by default; its suffix is set.
         """
+        from safetensors import SafetensorError
+
         from fastssl.weights import export
 
-        return export(self.load(), layout, to or self.folder / f"{self.short_name}-{layout}", self.backbone)
+        path = Path(to or self.folder / f"{self.short_name}-{layout}")
+        method = self.load()
+        try:
+            return export(method, layout, path, self.backbone)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise ValueError(f"export: {path} cannot be written ({reason}): name a file by --to") from error
 
     @property
     def short_name(self) -> str:
@@ -293,17 +312,18 @@ class Run:
 
     # Actions. Their modules import this one, so they are imported when an action is called
 
-    def resume(self, data: str | Sources | None = None, **settings: Any) -> "Run":
+    def resume(self, data: str | Sources | None = None, *, allow_changed_data: bool = False, **settings: Any) -> "Run":
         """Continues the run from its newest checkpoint and returns it.
 
         Args:
             data: new location of the same images.
+            allow_changed_data: go on although images or labels have changed since the run was started.
             settings: options that may change when a run is resumed, such as epochs, workers, device or log_every; see
                 `fastssl.pretraining.CHANGEABLE`.
         """
         from fastssl.pretraining import resume_run
 
-        return resume_run(self, data, settings)
+        return resume_run(self, data, settings, allow_changed_data)
 
     def knn(
         self,
@@ -411,7 +431,8 @@ def open_run(folder: str | Path) -> Run:
     """Opens a run folder.
 
     Raises:
-        ValueError: the folder has no config.json, or it was written by another version of fastssl.
+        ValueError: the folder has no config.json, or it does not fit this version of fastssl: it is damaged, a value
+            has another type, or a field is unknown.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -419,30 +440,38 @@ def open_run(folder: str | Path) -> Run:
         raise ValueError(f"run: {folder} is not a run folder: it has no config.json")
     try:
         record = json.loads(path.read_text())
-        options = _from_json(Options, record["options"])
-        config = _from_json(method_module(record["method"]).Config, record["config"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        method_name, facts, run_id = record["method"], record.get("facts", {}), record.get("id", "")
+        if not (isinstance(method_name, str) and isinstance(facts, dict) and isinstance(run_id, str)):
+            raise TypeError("method, facts or id has another type")
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"run: {path} does not fit this version of fastssl ({error})") from error
-    return Run(folder, record["method"], options, config, record.get("facts", {}))
+    owner = f"run: {path} does not fit this version of fastssl"
+    options = from_json(Options, record.get("options"), owner)
+    config = from_json(method_module(method_name).Config, record.get("config"), owner)
+    return Run(folder, method_name, options, config, facts, run_id)
+
+
+def load_model(method: nn.Module, state: dict[str, Any]) -> None:
+    """Loads the weights of a checkpoint.
+
+    Raises:
+        ValueError: they do not fit the method, or a weight is not finite.
+    """
+    checkpoint.load_model(method, state)
+    check_finite(method, f"run: the checkpoint of step {state['step']}")
+
+
+def check_finite(method: nn.Module, owner: str) -> None:
+    """Checks that all weights and statistics are finite.
+
+    Raises:
+        ValueError: one is not; the sentence begins with `owner` and names it.
+    """
+    for name, x in (*method.named_parameters(), *method.named_buffers()):
+        if x.is_floating_point() and not x.isfinite().all():
+            raise ValueError(f"{owner}: {name} is not finite")
 
 
 def sources_name(data: Sources) -> str:
     """Name of sources that are given as objects."""
     return f"{OBJECTS}:{type(data[0]).__name__}"
-
-
-def _from_json(cls: type, values: dict) -> Any:
-    """A dataclass from its JSON form, where tuples are lists and paths are strings."""
-    hints = typing.get_type_hints(cls)
-    if unknown := set(values) - set(hints):
-        raise TypeError(f"unknown field {sorted(unknown)[0]!r}")
-    fields = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = _from_json(hints[name], value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif hints[name] == Path | None and value is not None:
-            value = Path(value)
-        fields[name] = value
-    return cls(**fields)

@@ -48,6 +48,34 @@ def update(parts: tuple, settings: dict[str, Any], owner: str) -> tuple:
     return tuple(_replace(part, values) for part in parts)
 
 
+def from_json(cls: type, values: Any, owner: str) -> Any:
+    """A dataclass from its JSON form, where tuples are lists and paths are text.
+
+    Args:
+        cls: the dataclass, whose fields may be dataclasses.
+        values: parsed JSON.
+        owner: file that errors name.
+
+    Raises:
+        ValueError: a field is unknown or missing, or a value is not of its type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{owner}: {cls.__name__} must be an object with a value for each option, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    if unknown := set(values) - set(hints):
+        raise ValueError(f"{owner}: unknown field {sorted(unknown)[0]!r}")
+    fields = {
+        name: from_json(hints[name], value, owner)
+        if dataclasses.is_dataclass(hints[name])
+        else _convert(value, hints[name], f"{owner}: {flag(name)}")
+        for name, value in values.items()
+    }
+    try:
+        return cls(**fields)
+    except TypeError as error:  # a field without a default is missing
+        raise ValueError(f"{owner}: {error}") from error
+
+
 def differences(before: tuple, after: tuple) -> dict[str, tuple[Any, Any]]:
     """{name: (value before, value after)} of the settings that differ between dataclasses of the same types."""
     old, new = flatten(*before), flatten(*after)

@@ -37,7 +37,16 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "preset `small`" in out
     assert "raw pixels" in out
-    written = {"config.json", "metrics.jsonl", "checkpoints", "evaluations.jsonl", "reconstructions", "tensorboard"}
+    written = {
+        "config.json",
+        "data.npz",
+        "run.lock",
+        "metrics.jsonl",
+        "checkpoints",
+        "evaluations.jsonl",
+        "reconstructions",
+        "tensorboard",
+    }
     assert set(os.listdir(folder)) == written
     record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert record.keys() == {
@@ -174,7 +183,14 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         (("moco_v1", "--bn-splits", "0"), "--bn-splits must be at least 1", "0"),
         (("moco_v3", "--hidden", "0"), "--hidden must be at least 1", "0"),
         (("moco_v1", "--image-size", "32", "0"), "--image-size must be at least 1", "32 0"),
-        (("moco_v1", "--preset", "paper", "--epochs", "100"), "--lr-drops must lie before --epochs 100", "120"),
+        (("moco_v1", "--epochs", "10", "--lr-drops", "6", "12"), "--lr-drops must lie before --epochs 10", "12"),
+        (("mae", "--epochs", "3", "--warmup-epochs", "3"), "--warmup-epochs must lie before --epochs 3", "3: lower it"),
+        (("mae", "--lr-drops", "-1"), "--lr-drops must be at least 0", "-1"),
+        (("mae", "--flip-p", "7"), "--flip-p must be at least 0 and at most 1", "7.0"),
+        (("mae", "--freeze", "encodre"), "--freeze must name parameters or modules", "'encodre'"),
+        (("moco_v3", "--batch-size", "1"), "--batch-size must give at least 2 images at once", "1"),
+        (("moco_v3", "--batch-size", "4", "--accumulate", "4"), "at least 2 images at once", "4 micro-batches"),
+        (("moco_v1", "--batch-size", "1"), "batch norms need two images on each rank", "1"),
         (("mae", "--lr", "nan"), "--lr must be at least 0", "nan"),
         (("mae", "--workers", "-2"), "--workers must be at least 0", "-2"),
         (("mae", "--accumulate", "3"), "--batch-size must be divisible by 1 ranks times --accumulate 3", "64"),
@@ -190,15 +206,16 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         assert argument in sentence, sentence
         assert value in sentence, sentence
         assert "\n" not in sentence
-        assert not (new / "config.json").exists()
+        assert not new.exists()
     refused(monkeypatch, f"run: {empty} is not a run folder: it has no config.json", "pretrain", "--resume", empty)
     refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got nothing", "eval")
 
 
 def test_a_run_folder_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"^fastssl: \[Errno 20\] Not a directory|^fastssl: \[Errno 17\] File exists"):
-        run(monkeypatch, "pretrain", "mae", "--data", "digits", "--folder", tmp_path / "file" / "run", *FAST)
+    folder = tmp_path / "file" / "run"
+    sentence = f"pretrain: {folder} cannot be created (Not a directory): choose another --folder"
+    refused(monkeypatch, sentence, "pretrain", "mae", "--data", "digits", "--folder", folder, *FAST)
 
 
 def test_help_and_env_read_well(monkeypatch, capsys):

@@ -179,12 +179,18 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
         ("linear", "--lrs", "0.1", "inf"): "--lrs must be above 0, got 0.1 inf",
         ("linear", "--protocol", "papers"): "--protocol must be features or official, got 'papers'",
         ("linear", "--protocol", "official"): "--batch-size must be at most the 1438 labelled images, got 16384",
-        ("linear", "--protocol", "official", "--epochs", "5"): "--warmup-epochs must lie before --epochs 5, got 10",
+        ("linear", "--protocol", "official", "--epochs", "5", "--warmup-epochs", "10"): (
+            "--warmup-epochs must lie before --epochs 5, got 10: lower it or raise --epochs (without --warmup-epochs "
+            "the preset's value follows --epochs in proportion)"
+        ),
         ("finetune", "--layer-decay", "1.5"): "--layer-decay must be above 0 and at most 1, got 1.5",
         ("finetune", "--erasing", "2"): "--erasing must be at least 0 and at most 1, got 2.0",
         ("finetune", "--batch-size", "64", "--accumulate", "3"): "--batch-size must be divisible by --accumulate 3, "
         "got 64",
-        ("finetune", "--lr-drops", "1", "30"): "--lr-drops must lie before --epochs 20, got 30",
+        ("finetune", "--lr-drops", "1", "30"): (
+            "--lr-drops must lie before --epochs 20, got 30: lower it or raise --epochs (without --lr-drops the "
+            "preset's value follows --epochs in proportion)"
+        ),
     }.items():
         refused(monkeypatch, f"eval: {sentence}", "eval", words[0], pretrained, *words[1:])
 

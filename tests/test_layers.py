@@ -10,7 +10,13 @@ PYTHON = sorted([*ROOT.glob("fastssl/**/*.py"), *ROOT.glob("kernels/*.py")])
 NATIVE = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*.cu*"), *ROOT.glob("csrc/*.h")])
 OTHERS = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/**/*.py"), ROOT / "setup.py"])
 
-VALUES = {"contract", "bounds", "files", "text"}  # what the parts agree on: no part of ours is imported there
+VALUES = {
+    "contract",
+    "bounds",
+    "files",
+    "milestones",
+    "text",
+}  # what the parts agree on: no part of ours is imported there
 RUN_ACTIONS = {"evaluation", "pretraining", "report", "weights"}
 # room: the rooms of ours that it may import (a module by its full name where only that one is allowed)
 MAY_IMPORT = {
@@ -19,6 +25,7 @@ MAY_IMPORT = {
     "contract": set(),  # what methods, loaders and trainers agree on
     "bounds": set(),
     "files": set(),
+    "milestones": set(),
     "text": set(),  # names from outside, made safe to show
     "launch": set(),  # how this process was started, from environment variables
     "distributed": {"launch"},
@@ -26,6 +33,7 @@ MAY_IMPORT = {
     "methods": {
         "contract",
         "bounds",
+        "milestones",
         "nn",
         "ops",
         "distributed",
@@ -39,10 +47,11 @@ MAY_IMPORT = {
     "eval": {*VALUES, "extras", "ops", "nn", "data", "distributed", "train.optim", "train.config", "train.schedule"},
     "extras": set(),  # what a missing optional dependency raises
     "settings": set(),  # dataclass fields by flat names
-    "report": {*VALUES, "extras", "run", "ops", "data", "train.log", "eval"},
+    "report": {*VALUES, "extras", "run", "ops", "data", "train.records", "eval"},
     # `Run` calls evaluation, pretraining, report and weights inside its methods; they import `Run`
-    "run": {*VALUES, "extras", "methods", "data", "eval.labels", "train", *RUN_ACTIONS},
+    "run": {*VALUES, "extras", "settings", "methods", "data", "eval.labels", "train", *RUN_ACTIONS},
     "evaluation": {*VALUES, "settings", "run", "data", "eval", "machine", "distributed"},
+    "preparation": {*VALUES, "extras", "run", "data", "machine", "train", "weights", "distributed"},
     "pretraining": {
         *VALUES,
         "extras",
@@ -51,6 +60,7 @@ MAY_IMPORT = {
         "data",
         "eval",
         "evaluation",
+        "preparation",
         "machine",
         "train",
         "weights",

@@ -199,7 +199,7 @@ def test_what_resuming_refuses(toy):
         (
             "data",
             "shapes:count=40",
-        ): r"was started with 48 images and shapes:count=40 has 40: a run is resumed with the",
+        ): r"the images of shapes:count=40 are not those that .*: none of the 40 images .* is one of the 48 before; ",
         ("folder", "x"): r"^pretrain: folder belongs to a new run, got x beside resume=",
         ("epoch", 3): r"^pretrain: unknown setting 'epoch'; the closest are .*epochs",
     }.items():

@@ -48,10 +48,11 @@ class KnnFlags(DataFlags):
 
 
 @dataclass
-class Protocol:
-    """The flag on which the other flags of `eval linear` depend."""
+class FirstFlags:
+    """The flags of `eval linear` and `eval finetune` on which the defaults of the others depend."""
 
     protocol: str = "features"
+    epochs: int | None = None
 
 
 def command(words: list[str]) -> None:
@@ -74,10 +75,11 @@ def _knn(words: list[str]) -> None:
 
 
 def _linear(words: list[str]) -> None:
-    chosen = first_pass(Protocol, words, "fastssl eval linear").protocol
+    first = first_pass(FirstFlags, words, "fastssl eval linear")
+    chosen = first.protocol
 
     def flags_of(run: Run | None) -> type:
-        default = evaluation.linear_defaults(run, chosen)
+        default = evaluation.linear_defaults(run, chosen, first.epochs)
 
         @dataclass
         class Flags(LabelFlags):
@@ -97,8 +99,10 @@ def _linear(words: list[str]) -> None:
 
 
 def _finetune(words: list[str]) -> None:
+    first = first_pass(FirstFlags, words, "fastssl eval finetune")
+
     def flags_of(run: Run | None) -> type:
-        default = evaluation.finetune_defaults(run)
+        default = evaluation.finetune_defaults(run, first.epochs)
 
         @dataclass
         class Flags(LabelFlags):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastssl.bounds import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, check_ranges
+from fastssl.milestones import MILESTONE, check_milestones
 from fastssl.train.config import Training
 
 
@@ -62,11 +63,11 @@ class Official:
     """learning rate for a batch of 256"""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """weight decay, added to the gradient"""
-    warmup_epochs: Annotated[float, NOT_NEGATIVE] = 10
+    warmup_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 10
     """epochs over which the learning rate rises from 0"""
     lr_by_epoch: bool = False
     """change the learning rate once per epoch instead of every step"""
-    lr_drops: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    lr_drops: Annotated[tuple[float, ...], NOT_NEGATIVE, MILESTONE] = ()
     """epochs at which the learning rate drops to a tenth, instead of a cosine schedule"""
     standardise: bool = True
     """batch norm without weights (eps 1e-6) before the linear layer"""
@@ -113,9 +114,9 @@ class Finetune:
     """learning rate at the end of the cosine schedule"""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
     """weight decay, decoupled for adamw, added to the gradient for sgd; not of biases, norms, positions, class token"""
-    warmup_epochs: Annotated[float, NOT_NEGATIVE] = 5
+    warmup_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 5
     """epochs over which the learning rate rises from 0"""
-    lr_drops: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    lr_drops: Annotated[tuple[float, ...], NOT_NEGATIVE, MILESTONE] = ()
     """epochs at which the learning rate drops to a tenth, instead of a cosine schedule"""
     layer_decay: Annotated[float, SHARE] = 0.65
     """learning rate of a ViT's block relative to that of the next block"""
@@ -215,10 +216,7 @@ def check_protocol(numbers: Sweep | Official | Finetune) -> None:
         if not numbers.optimizers:
             raise ValueError("eval: --optimizers must name at least one of lbfgs, sgd, lars, got none")
         return
-    for flag, epochs in (("--warmup-epochs", (numbers.warmup_epochs,)), ("--lr-drops", numbers.lr_drops)):
-        late = [epoch for epoch in epochs if epoch >= numbers.epochs]
-        if late:
-            raise ValueError(f"eval: {flag} must lie before --epochs {numbers.epochs}, got {late[0]:g}")
+    check_milestones(numbers, "eval")
     accumulate = getattr(numbers, "accumulate", 1)
     if numbers.batch_size % accumulate:
         raise ValueError(f"eval: --batch-size must be divisible by --accumulate {accumulate}, got {numbers.batch_size}")

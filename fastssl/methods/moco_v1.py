@@ -23,7 +23,7 @@ from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.ops import InfoNCE
-from fastssl.train.config import Training
+from fastssl.train.config import Training, check_images_at_once
 from fastssl.train.schedule import cosine_schedule
 
 OFFICIAL = "moco"  # layout of the reference checkpoint
@@ -121,6 +121,8 @@ def linear_probe(backbone: str) -> Official:
 
 
 def build(config: Config, mlp: bool = False) -> "MoCo":
+    reason = "batch norms need two images on each rank"
+    check_images_at_once(config.training, 2 * world_size(), "moco", reason)
     batch, parts = config.training.batch_size, world_size() * config.training.accumulate
     splits = max(1, config.bn_splits // parts)
     if config.bn_splits < 1 or batch % (splits * parts):

@@ -24,7 +24,7 @@ from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.nn.vit import MOCO_V3_SIZES, moco_v3_vit
 from fastssl.ops import batch_info_nce
-from fastssl.train.config import Training
+from fastssl.train.config import Training, check_images_at_once
 from fastssl.train.schedule import cosine_schedule
 
 OFFICIAL = "moco"  # layout of the reference checkpoint
@@ -125,6 +125,7 @@ def linear_probe(backbone: str) -> Official:
 
 
 def build(config: Config) -> "MoCoV3":
+    check_images_at_once(config.training, 2, "moco_v3", "an image is contrasted with the others of its batch")
     name, hidden, dim = config.backbone, config.hidden, config.dim
     if name.startswith("resnet"):
         encoder = build_resnet(name, dim, config.small_images, zero_init_residual=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -80,8 +81,9 @@ class RunData:
         return self.metrics[-1]
 
     def epoch_of(self, step: int) -> float:
-        """The epoch of a step."""
-        return step * self.last["epoch"] / self.last["step"] if self.last["step"] else 0.0
+        """The epoch of a step; between lines of the metrics their epochs are interpolated."""
+        lines = [{"step": 0, "epoch": 0.0}, *self.metrics]
+        return float(np.interp(step, [line["step"] for line in lines], [line["epoch"] for line in lines]))
 
     def knn(self) -> tuple[list[tuple[float, float]], float | None]:
         """([(epoch, accuracy)] of the encoder by epoch, accuracy of raw pixels or None) on the run's data.

@@ -4,7 +4,7 @@ import json
 import statistics
 from collections.abc import Callable
 
-from fastssl.train.log import read_metrics
+from fastssl.train.records import read_records
 
 from .parts import Table, Text, short
 from .run_data import RunData
@@ -128,7 +128,7 @@ def problems(run: RunData) -> list[Text]:
                 items=[short(line, 300) for line in bad[:NAMED_BAD]],
             )
         )
-    skipped = [line for path in sorted(run.run.folder.glob("skipped-*.jsonl")) for line in read_metrics(path)]
+    skipped = [line for path in sorted(run.run.folder.glob("skipped-*.jsonl")) for line in read_records(path)]
     if steps := {line["step"]: line for line in reversed(skipped)}:  # every rank writes them
         items = [
             f"step {step}: loss {line.get('loss')}, norm of the gradient {line.get('grad_norm')}"

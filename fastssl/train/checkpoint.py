@@ -2,23 +2,31 @@
 
 A file is named step-00001200.5891b5b522d5df08.pt: the step, and the first digits of the SHA-256 of its bytes. It is
 written under another name, synced to disk and renamed, so that a kill at any moment leaves it complete or absent.
-Changed bytes are detected when a file is loaded, and the previous file is loaded instead.
+When files are loaded, one with changed bytes, or whose content is not that of its name and run, is named and the
+previous one taken.
 """
 
+import contextlib
 import hashlib
 import os
+import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastssl.files import sync_folder
+from fastssl.text import printable
 
 DIGEST = 16  # hexadecimal digits of the SHA-256 in a name
+NAME = re.compile(rf"step-(\d{{8,18}})\.[0-9a-f]{{{DIGEST}}}\.pt")
+EVALUATED = ("method", "model", "step")  # what a checkpoint must hold to be evaluated
+RESUMED = (*EVALUATED, "optimizer", "scaler", "random")  # and to be resumed
 
 
 class Checkpoints:
@@ -27,13 +35,14 @@ class Checkpoints:
     Args:
         folder: created by the first `save`, in a folder that exists.
         keep_last: number of newest files to keep.
-        keep_steps: files whose step is a multiple of it are never deleted; 0 for none.
+        keep: whether the file of a step is never deleted; by default none is.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_steps: int = 0):
-        self.folder, self.keep_last, self.keep_steps = folder, keep_last, keep_steps
+    def __init__(self, folder: Path, keep_last: int = 2, keep: Callable[[int], bool] = lambda step: False):
+        self.folder, self.keep_last, self.keep = folder, keep_last, keep
         self._thread: threading.Thread | None = None
         self._error: ValueError | None = None
+        self._newest_written: Path | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -42,6 +51,10 @@ class Checkpoints:
         self._join()
         if kind is None:
             self._raise_error()
+            if self._newest_written is not None and not self._newest_written.exists():
+                raise ValueError(f"checkpoint: {self._newest_written} has been removed after it was written")
+        elif self._error is not None:
+            print(self._error, flush=True)
 
     def save(self, state: dict[str, Any], step: int) -> None:
         """Wait for an earlier write, copy `state` and return; a thread writes the copy.
@@ -78,23 +91,21 @@ class Checkpoints:
             path = self.folder / f"step-{step:08d}.{hashed.sha.hexdigest()[:DIGEST]}.pt"
             partial.replace(path)
             sync_folder(self.folder)
+            self._newest_written = path
             self._delete_old(path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer wraps the exception of the file
-            cause = hashed.error if hashed and hashed.error else error
-            reason = getattr(cause, "strerror", None) or cause
-            partial.unlink(missing_ok=True)
-            self._error = ValueError(
-                f"checkpoint: step {step} could not be written to {self.folder} ({reason}); {self._newest()}"
-            )
+        except BaseException as error:  # whatever ends this thread must end the run: nobody else would notice
+            cause = hashed.error if hashed and hashed.error else error  # torch's zip writer wraps the file's exception
+            reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+            self._error = ValueError(f"checkpoint: step {step} could not be written to {self.folder} ({reason})")
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._error = ValueError(f"{self._error}; {self._newest()}")
 
     def _delete_old(self, written: Path) -> None:
         """Delete files that are not to be kept, a damaged file of the same step, and partial files of killed runs."""
-        earlier = [path for path in files(self.folder) if _step_of(path) != _step_of(written)]
-        old = [
-            path
-            for path in earlier[: len(earlier) + 1 - self.keep_last]
-            if not (self.keep_steps and _step_of(path) % self.keep_steps == 0)
-        ]
+        earlier = [path for path in files(self.folder) if _step_of(path) < _step_of(written)]
+        old = [path for path in earlier[: len(earlier) + 1 - self.keep_last] if not self.keep(_step_of(path))]
         same_step = [path for path in self.folder.glob(f"{written.name.split('.')[0]}.*.pt") if path != written]
         for path in (*old, *same_step, *self.folder.glob("step-*.writing")):
             path.unlink(missing_ok=True)
@@ -136,39 +147,83 @@ class _HashedFile:
 
 def files(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*.pt") if path.name.count(".") == 2)
+    return sorted((path for path in folder.glob("step-*.pt") if NAME.fullmatch(path.name)), key=_step_of)
 
 
-def load(folder: Path, method_name: str) -> dict[str, Any]:
-    """The newest intact checkpoint, with tensors on the CPU. Damaged ones are reported and skipped.
+def load(folder: Path, method_name: str, run_id: str = "", needed: tuple[str, ...] = EVALUATED) -> dict[str, Any]:
+    """The newest checkpoint that is intact and the run's own, with tensors on the CPU; others are named.
+
+    Args:
+        folder: the checkpoints.
+        method_name: the run's method.
+        run_id: the run's id; "" for a run of a version without ids. Checkpoints of such a version have none either.
+        needed: what the checkpoint must hold: `EVALUATED` or `RESUMED`.
 
     Raises:
-        ValueError: there is no intact checkpoint, or it is of another method.
+        ValueError: there is no such checkpoint; the reason is that of the newest.
     """
-    paths = files(folder)
+    paths, reasons = files(folder), []
     if not paths:
         raise ValueError(f"checkpoint: no checkpoint in {folder}: was the run stopped before its first one?")
     for path in reversed(paths):
-        if (state := _load_intact(path)) is not None:
-            if state["method"] != method_name:
-                raise ValueError(f"checkpoint: {path} is of the method {state['method']}, not of {method_name}")
+        state, reason = _load_intact(path, needed)
+        reason = reason or _misfit(state, _step_of(path), method_name, run_id)
+        if not reason:
             return state
-        print(f"checkpoint: {path} is damaged: loading the previous one", flush=True)
-    raise ValueError(f"checkpoint: all {len(paths)} checkpoints in {folder} are damaged")
+        reasons.append(f"{path} {reason}")
+        if path != paths[0]:
+            print(f"checkpoint: {reasons[-1]}: loading the previous one", flush=True)
+    more = f", and {len(paths) - 1} earlier ones cannot be loaded either" if len(paths) > 1 else ""
+    raise ValueError(f"checkpoint: {reasons[0]}{more}")
 
 
-def _load_intact(path: Path) -> dict[str, Any] | None:
-    """The content of a checkpoint, or None if its bytes do not have the digest in its name."""
+def _load_intact(path: Path, needed: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """(content, ""), or ({}, reason) where the file is damaged or holds something else than a checkpoint."""
     sha = hashlib.sha256()
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return {}, "is no regular file"
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 sha.update(block)
         if sha.hexdigest()[:DIGEST] != path.name.split(".")[1]:
-            return None
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        return None
+            return {}, "is damaged"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        return {}, f"cannot be read ({error.strerror or error})"
+    except MemoryError:
+        raise
+    except Exception as error:  # zip, pickle and key errors of foreign content have no common base
+        return {}, f"holds something else than a checkpoint ({type(error).__name__})"
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        return {}, "holds something else than a checkpoint"
+    if missing := [name for name in needed if name not in state]:
+        return {}, f"is no checkpoint of a run: it lacks {missing[0]}"
+    return state, ""
+
+
+def _misfit(state: dict[str, Any], step: int, method_name: str, run_id: str) -> str:
+    """What makes an intact checkpoint not the run's own, or not that of its name; "" if nothing does."""
+    if state["method"] != method_name:
+        return f"is of the method {printable(state['method'])}, not of {method_name}"
+    if run_id and state.get("run", run_id) != run_id:
+        return f"is of the run {printable(state['run'])}, not of this one ({run_id})"
+    if state["step"] != step:
+        return f"is of step {printable(state['step'])}, not of the step in its name"
+    return ""
+
+
+def load_model(method: nn.Module, state: dict[str, Any]) -> None:
+    """Load the weights of a checkpoint.
+
+    Raises:
+        ValueError: names or shapes do not fit the method.
+    """
+    try:
+        method.load_state_dict(state["model"])
+    except (RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"checkpoint: that of step {state['step']} does not fit the method: {reason}") from error
 
 
 def _step_of(path: Path) -> int:

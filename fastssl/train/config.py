@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, check_ranges
+from fastssl.milestones import MILESTONE, check_milestones
 
 
 @dataclass
@@ -28,17 +29,17 @@ class Training:
     """momentum coefficient of SGD and LARS"""
     betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
     """decay rates β1 and β2 of AdamW's moment estimates"""
-    warmup_epochs: Annotated[float, NOT_NEGATIVE] = 0
+    warmup_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 0
     """epochs of linear learning-rate warm-up from 0"""
     lr_by_epoch: bool = False
     """change the learning rate once per epoch instead of every step"""
-    lr_drops: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    lr_drops: Annotated[tuple[float, ...], NOT_NEGATIVE, MILESTONE] = ()
     """epochs at which the learning rate is divided by 10, instead of a cosine schedule"""
     clip_parameter_norm: Annotated[float, NOT_NEGATIVE] = 0.0
     """largest gradient norm of each single parameter, 0 for no clipping (clip_grad of DINO)"""
     freeze: tuple[str, ...] = ()
     """names of parameters or modules that keep their initial weights during the first --freeze-epochs"""
-    freeze_epochs: Annotated[float, NOT_NEGATIVE] = 0
+    freeze_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 0
     """epochs during which the parameters of --freeze are not updated (freeze_last_layer of DINO)"""
     accumulate: Annotated[int, AT_LEAST_1] = 1
     """micro-batches per step, whose gradients are accumulated: less memory for the same step"""
@@ -50,17 +51,37 @@ class Training:
             owner: command or class that the error names.
 
         Raises:
-            ValueError: a value is out of range, a learning-rate drop lies after the last epoch, or --freeze-epochs is
-                given without --freeze.
+            ValueError: a value is out of range, a milestone (warm-up, learning-rate drop, end of freezing) lies at or
+                after the last epoch, or --freeze-epochs is given without --freeze.
         """
         check_ranges(self, owner)
-        if late := [epoch for epoch in self.lr_drops if epoch >= self.epochs]:
-            raise ValueError(f"{owner}: --lr-drops must lie before --epochs {self.epochs}, got {late[0]}")
+        check_milestones(self, owner)
         if self.freeze_epochs and not self.freeze:
             raise ValueError(
                 f"{owner}: --freeze-epochs must be 0 without --freeze, got {self.freeze_epochs:g}: name parameters or "
                 f"modules by --freeze"
             )
+
+
+def check_images_at_once(training: Training, least: int, owner: str, reason: str) -> None:
+    """Check how many images a method gets at once, over all ranks: ``batch_size / accumulate``.
+
+    Args:
+        training: batch size and number of micro-batches.
+        least: smallest number of images with which the method can learn.
+        owner: method that the error names.
+        reason: why there must be so many; a clause.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    images = training.batch_size // training.accumulate
+    if images < least:
+        parts = f" in {training.accumulate} micro-batches (--accumulate)" if training.accumulate > 1 else ""
+        raise ValueError(
+            f"{owner}: --batch-size must give at least {least} images at once, since {reason}, got "
+            f"{training.batch_size}{parts}"
+        )
 
 
 @dataclass

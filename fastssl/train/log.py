@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from fastssl.distributed import all_mean, rank, world_size
-from fastssl.files import write_atomically
 
 from .config import Execution
+from .records import read_records, rewrite_records
 
+METRICS: dict[str, type] = {"step": int, "epoch": float}  # fields that every line has
 LINE_EVERY = 60.0  # seconds between printed lines if the console is not a terminal
 
 
@@ -33,7 +34,15 @@ class Log:
     Rank 0 writes; every rank writes the images of its skipped steps to skipped-RANK.jsonl.
     """
 
-    def __init__(self, folder: Path, total_steps: int, first_step: int, execution: Execution, device: torch.device):
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        first_step: int,
+        execution: Execution,
+        device: torch.device,
+        run_id: str = "",
+    ):
         self.folder, self.max_skipped, self.device = folder, execution.max_skipped, device
         self._last_step = total_steps
         self._values: list[dict[str, Tensor]] = []
@@ -44,10 +53,10 @@ class Log:
         self._sinks: list[Callable[[dict], object]] = []
         self._closers: list[Callable[[], object]] = []
         self._skipped = folder / f"skipped-{rank()}.jsonl"
-        _drop_lines_after(self._skipped, first_step)
+        drop_lines_after(self._skipped, first_step)
         if rank() == 0:
             self._open_metrics(first_step)
-            self._open_dashboards(execution, first_step)
+            self._open_dashboards(execution, first_step, run_id)
             self._show_progress(total_steps, first_step)
 
     def __enter__(self) -> "Log":
@@ -154,12 +163,12 @@ class Log:
 
     def _open_metrics(self, first_step: int) -> None:
         path = self.folder / "metrics.jsonl"
-        _drop_lines_after(path, first_step)
+        drop_lines_after(path, first_step)
         file = path.open("a", buffering=1)  # by lines
         self._sinks.append(lambda record: file.write(json.dumps(record) + "\n"))
         self._closers.append(file.close)
 
-    def _open_dashboards(self, execution: Execution, first_step: int) -> None:
+    def _open_dashboards(self, execution: Execution, first_step: int, run_id: str) -> None:
         if execution.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -171,8 +180,10 @@ class Log:
                 import wandb
             except ImportError as error:
                 raise ValueError("train: --wandb needs a package: pip install 'fastssl-engine[wandb]'") from error
-            run = wandb.init(project=execution.wandb, name=self.folder.name, dir=str(self.folder), resume="allow")
-            self._sinks.append(lambda record: run.log(record, step=record["step"]))
+            place = {"project": execution.wandb, "name": self.folder.name, "dir": str(self.folder)}
+            run = wandb.init(**place, id=run_id or None, resume="allow")
+            logged = getattr(run, "starting_step", 0) or 0  # steps before it reached the server before the run stopped
+            self._sinks.append(lambda record: record["step"] >= logged and run.log(record, step=record["step"]))
             self._closers.append(run.finish)
 
     def _show_progress(self, total_steps: int, first_step: int) -> None:
@@ -200,14 +211,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, without an incomplete last line that a kill may have left."""
-    records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of a metrics.jsonl; lines that hold none are named and passed over."""
+    return read_records(path, METRICS)
 
 
 def _scalar_sink(add_scalar: Callable[[str, float, int], object]) -> Callable[[dict], None]:
@@ -219,9 +224,7 @@ def _scalar_sink(add_scalar: Callable[[str, float, int], object]) -> Callable[[d
     return sink
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Drop lines that a killed run wrote after its last checkpoint; the resumed run writes them again."""
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drop records that a killed run wrote after its last checkpoint; the resumed run writes them again."""
     if path.exists():
-        records = [record for record in read_metrics(path) if record["step"] <= step]
-        with write_atomically(path) as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        rewrite_records(path, lambda record: record["step"] <= step)

@@ -12,12 +12,13 @@ from fastssl.bounds import check_ranges
 from fastssl.contract import Batch, DefersUpdates, Method, SchedulesMomentum
 from fastssl.distributed import all_gather_object, rank, world_size
 
-from .checkpoint import random_state, set_random_state
+from .checkpoint import load_model, random_state, set_random_state
 from .clipping import clip_parameter_norms
 from .config import Execution, Training
+from .epochs import continue_count
 from .graph import Graph, check_graph
 from .optim import Groups, build_optimizer, parameters_to_freeze
-from .parallel import full_state, load_optimizer, sync_on_last_micro_batch, wrap_parallel
+from .parallel import check_sharding, full_state, load_optimizer, sync_on_last_micro_batch, wrap_parallel
 from .recompute import recompute_blocks
 from .schedule import learning_rate, weight_decay
 
@@ -44,13 +45,15 @@ class Trainer:
         method: a module that fulfils `fastssl.contract.Method`, on its device; trained in place.
         training: optimizer and schedules.
         execution: precision, sharding, compilation and clipping; options of logs and checkpoints are ignored.
-        steps_per_epoch: steps of an epoch, each of ``training.accumulate`` batches.
+        steps_per_epoch: steps of an epoch, each of ``training.accumulate`` batches. Another number than that of `state`
+            continues at the same share of the same epoch.
         parameter_groups: ``parameter_groups(method)`` returns groups for the optimizer, see `build_optimizer`.
         state: result of `state()` of an earlier trainer, to continue bit for bit.
 
     Raises:
         TypeError: the method lacks a member of the contract.
-        ValueError: settings are out of range or contradict each other, or ``training.freeze`` selects no parameter.
+        ValueError: settings are out of range or contradict each other, ``training.freeze`` selects no parameter, or
+            `state` is not that of such a method.
     """
 
     def __init__(
@@ -65,10 +68,11 @@ class Trainer:
     ):
         _check(method, training, execution)
         self.method, self.training, self.execution = method, training, execution
-        self.steps, self.steps_per_epoch, self.total_steps = 0, steps_per_epoch, training.epochs * steps_per_epoch
+        self.steps, self.count = 0, continue_count(state, steps_per_epoch)
+        self.total_steps = self.count.last_step(training.epochs)
         self.device, self.dtype = next(method.parameters()).device, PRECISIONS[execution.precision]
         if state:
-            method.load_state_dict(state["model"])
+            load_model(method, state)
         if execution.recompute:
             recompute_blocks(method)
         if execution.compile:
@@ -81,7 +85,7 @@ class Trainer:
         if execution.graph:
             self.use_graph()
         if state:
-            load_optimizer(self.optimizer, state["optimizer"])
+            _load_optimizer(self.optimizer, state)
             self.scaler.load_state_dict(state["scaler"])
             self.steps = state["step"]
             if len(state["random"]) == world_size():  # else each rank continues with a random state of its own
@@ -90,7 +94,7 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the run's steps that are done, 0 … 1."""
-        return self.steps / self.total_steps
+        return self._progress_after(self.steps)
 
     def step(self, batches: Iterator[Batch]) -> StepResult:
         """One optimizer step on the next ``training.accumulate`` batches. The host does not wait for the device.
@@ -130,9 +134,9 @@ class Trainer:
         "lr"; "weight_decay" where it has a schedule; "momentum" of a momentum encoder; "loss_scale" with fp16.
         """
         step = max(self.steps - 1, 0)
-        values = {"lr": learning_rate(self.training, step / self.steps_per_epoch)}
+        values = {"lr": learning_rate(self.training, self.count.epochs(step))}
         if self.training.weight_decay_end is not None:
-            values["weight_decay"] = weight_decay(self.training, step / self.total_steps)
+            values["weight_decay"] = weight_decay(self.training, self._progress_after(step))
         if isinstance(self.method, SchedulesMomentum):
             values["momentum"] = self.method.momentum_at(self.progress)
         if self.scaler.is_enabled():
@@ -146,6 +150,7 @@ class Trainer:
             "optimizer": full_state(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             "step": self.steps,
+            "epochs": list(self.count),
             "random": all_gather_object(random_state()),
         }
 
@@ -158,8 +163,11 @@ class Trainer:
         check_graph(self.device, self.training, self.execution.shard, self.execution.profile)
         self.compute_gradients = Graph(self._compute_gradients, self.method.parameters())
 
+    def _progress_after(self, step: int) -> float:
+        return (step + self.count.offset) / (self.training.epochs * self.count.steps_per_epoch)
+
     def _set_schedules(self) -> None:
-        lr = learning_rate(self.training, self.steps / self.steps_per_epoch)
+        lr = learning_rate(self.training, self.count.epochs(self.steps))
         decay = weight_decay(self.training, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -183,7 +191,7 @@ class Trainer:
 
     def _update(self) -> Tensor:
         """Make the optimizer's step, unless a gradient is not finite; return the norm of the whole gradient."""
-        if self.steps < self.training.freeze_epochs * self.steps_per_epoch:
+        if self.steps + self.count.offset < self.training.freeze_epochs * self.count.steps_per_epoch:
             for p in self.frozen:
                 p.grad = None  # no update, no weight decay, no momentum
         self.scaler.unscale_(self.optimizer)
@@ -201,8 +209,18 @@ class Trainer:
         return norm
 
 
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    try:
+        load_optimizer(optimizer, state["optimizer"])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"train: the optimizer of the checkpoint of step {state['step']} does not fit the method ({error})"
+        ) from error
+
+
 def _check(method: nn.Module, training: Training, execution: Execution) -> None:
     training.check("train")
+    check_sharding(training, execution)
     check_ranges(execution, "train")
     missing = [name for name in ("encoder", "before_step", "after_step", "features") if not hasattr(method, name)]
     if missing:

@@ -1,6 +1,8 @@
 """Checkpoint files: completeness, damage, disk errors."""
 
 import errno
+import hashlib
+import io
 import os
 import resource
 import shutil
@@ -55,7 +57,7 @@ def test_save_copies_the_state_and_returns_before_the_file_is_written(tmp_path, 
 
 
 def test_the_newest_and_every_fourth_step_are_kept(tmp_path):
-    saved(tmp_path, *range(1, 11), keep_last=2, keep_steps=4)
+    saved(tmp_path, *range(1, 11), keep_last=2, keep=lambda step: step % 4 == 0)
     assert steps_in(tmp_path) == [4, 8, 9, 10]
     saved(tmp_path / "other", *range(1, 6), keep_last=1)
     assert steps_in(tmp_path / "other") == [5]
@@ -85,7 +87,7 @@ def test_error_sentences(tmp_path):
         f"checkpoint: {path} is of the method mae, not of moco_v2", ValueError, checkpoint.load, tmp_path, "moco_v2"
     )
     path.write_bytes(b"no")
-    refused(f"checkpoint: all 1 checkpoints in {tmp_path} are damaged", ValueError, checkpoint.load, tmp_path, "mae")
+    refused(f"checkpoint: {path} is damaged", ValueError, checkpoint.load, tmp_path, "mae")
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
@@ -140,12 +142,112 @@ def test_partial_files_of_a_killed_run_are_deleted(tmp_path):
     assert not list(tmp_path.glob("*.writing"))
 
 
-def test_a_pickle_with_code_is_refused(tmp_path):
+def test_a_pickle_with_code_is_refused(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return (print, ("gotcha",))
 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save({**state(1), "extra": Evil()}, 1)
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"holds something else than a checkpoint \(UnpicklingError\)$"):
         checkpoint.load(tmp_path, "mae")
+    assert "gotcha" not in capsys.readouterr().out
+
+
+def put(folder, content, step):
+    """A file with the right digest in its name."""
+    data = io.BytesIO()
+    torch.save(content, data)
+    digest = hashlib.sha256(data.getvalue()).hexdigest()[: checkpoint.DIGEST]
+    path = folder / f"step-{step:08d}.{digest}.pt"
+    path.write_bytes(data.getvalue())
+    return path
+
+
+FOREIGN = {
+    "of another step": ({**state(3), "run": "a"}, "is of step 3, not of the step in its name"),
+    "of another run": ({**state(9), "run": "b"}, "is of the run b, not of this one (a)"),
+    "of another method": ({**state(9), "method": "dino"}, "is of the method dino, not of mae"),
+    "a tensor": (torch.zeros(3), "holds something else than a checkpoint"),
+    "a list": ([1, 2], "holds something else than a checkpoint"),
+    "weights alone": ({"model": {}}, "is no checkpoint of a run: it lacks method"),
+    "steps as text": ({**state(9), "step": "9\n"}, "is of step 9\\n, not of the step in its name"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_content_that_is_not_the_runs_own_is_named_and_the_previous_one_loaded(tmp_path, capsys, name):
+    content, reason = FOREIGN[name]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save({**state(2), "run": "a"}, 2)
+    path = put(tmp_path, content, 9)
+    assert checkpoint.load(tmp_path, "mae", "a")["step"] == 2
+    assert capsys.readouterr().out == f"checkpoint: {path} {reason}: loading the previous one\n"
+    assert checkpoint.files(tmp_path)[-1] == path
+    saved(tmp_path, 3, 4, keep_last=2)
+    assert steps_in(tmp_path) == [3, 4, 9]  # a foreign file does not count among the newest
+
+
+def test_what_is_no_file_is_not_opened(tmp_path, capsys):
+    saved(tmp_path, 1)
+    os.mkfifo(tmp_path / f"step-00000002.{'0' * checkpoint.DIGEST}.pt")
+    (tmp_path / "step-two.0.pt").write_bytes(b"")
+    assert checkpoint.load(tmp_path, "mae")["step"] == 1
+    assert "is no regular file: loading the previous one" in capsys.readouterr().out
+
+
+def test_what_a_run_needs_beyond_its_weights(tmp_path):
+    saved(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"is no checkpoint of a run: it lacks optimizer$"):
+        checkpoint.load(tmp_path, "mae", needed=checkpoint.RESUMED)
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "F").touch()
+    with pytest.raises(ValueError) as error, Checkpoints(tmp_path / "F") as checkpoints:
+        checkpoints.save({"model": {}}, 1)
+        checkpoints.wait()
+    assert str(error.value).startswith(f"checkpoint: step 1 could not be written to {tmp_path}/F (File exists)")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only file system"),
+        (MemoryError(), "MemoryError"),
+        (KeyError("w"), "'w'"),
+        (SystemExit("stop"), "stop"),
+    ],
+)
+def test_whatever_ends_the_writing_thread_reaches_the_run(tmp_path, monkeypatch, error, reason):
+    """Also where the partial file cannot be removed, as in a folder that has become read-only."""
+    saved(tmp_path, 1)
+
+    def fail(*_, **__):
+        raise error
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr("pathlib.Path.unlink", read_only)
+    with pytest.raises(ValueError) as raised, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(2), 2)
+    assert str(raised.value) == (
+        f"checkpoint: step 2 could not be written to {tmp_path} ({reason}); that of step 1 is intact"
+    )
+
+
+def test_a_failed_write_is_told_beside_another_error(tmp_path, capsys):
+    (tmp_path / "F").touch()
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path / "F") as checkpoints:
+        checkpoints.save(state(1), 1)
+        raise ZeroDivisionError
+    assert "checkpoint: step 1 could not be written" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_removed_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"has been removed after it was written$"), Checkpoints(tmp_path) as c:
+        c.save(state(1), 1)
+        c._thread.join()
+        shutil.rmtree(tmp_path)

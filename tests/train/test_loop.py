@@ -1,7 +1,9 @@
 """The training loop and its safeguards, with a model of a few numbers."""
 
 import json
+import shutil
 import sys
+import time
 import types
 
 import pytest
@@ -16,6 +18,8 @@ from fastssl.train import checkpoint
 from fastssl.train.config import Execution, Training
 from fastssl.train.log import read_metrics
 from fastssl.train.loop import train
+from fastssl.train.records import read_records
+from fastssl.train.trainer import Trainer
 from tests.support.trainers import constant_rate_trainer
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -69,10 +73,11 @@ def settings(optimizer="adamw", size=8, epochs=1, **changes):
     return Training(epochs, size, optimizer, **{"lr": lr, "weight_decay": 0.0, **changes})
 
 
-def run(tmp_path, epoch_of, training, steps=6, method=None, resume=None, **execution):
+def run(tmp_path, epoch_of, training, steps=6, method=None, resume=None, run_id="", **execution):
     torch.manual_seed(0)
     method = method or Line()
-    train(method, "line", epoch_of, steps, training, Execution(**{**QUIET, **execution}), tmp_path, resume=resume)
+    trainer = Trainer(method, training, Execution(**{**QUIET, **execution}), steps, state=resume)
+    train(trainer, "line", epoch_of, tmp_path, run_id=run_id)
     return method
 
 
@@ -97,7 +102,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, optimizer, bad):
     for number, values in states[0].items():
         for name, x in values.items():
             assert torch.equal(torch.as_tensor(x), torch.as_tensor(states[1][number][name])), name
-    (note,) = read_metrics(tmp_path / "with" / "skipped-0.jsonl")
+    (note,) = read_records(tmp_path / "with" / "skipped-0.jsonl")
     assert note["step"] == bad + 1
     assert note["loss"] == note["grad_norm"] == "nan"
     assert note["indices"] == list(range(100 * bad, 100 * bad + 8))
@@ -114,7 +119,7 @@ def test_too_many_consecutive_skipped_steps_stop_the_run(tmp_path):
         f"their images are listed in {tmp_path}/skipped-0.jsonl, and earlier checkpoints are intact"
     )
     assert checkpoint.load(tmp_path / "checkpoints", "line")["step"] == 5
-    assert [note["step"] for note in read_metrics(tmp_path / "skipped-0.jsonl")] == [2, 4, 5, 6]
+    assert [note["step"] for note in read_records(tmp_path / "skipped-0.jsonl")] == [2, 4, 5, 6]
 
 
 def test_a_gradient_that_is_not_finite_with_a_finite_loss(tmp_path):
@@ -127,7 +132,7 @@ def test_a_gradient_that_is_not_finite_with_a_finite_loss(tmp_path):
             return loss + root if batch.index[0] == 200 else loss, metrics
 
     run(tmp_path, batches(), settings(), method=Root())
-    (note,) = read_metrics(tmp_path / "skipped-0.jsonl")
+    (note,) = read_records(tmp_path / "skipped-0.jsonl")
     assert (note["step"], note["grad_norm"]) == (3, "nan")
     assert float(note["loss"]) > 0
 
@@ -277,6 +282,59 @@ def test_tensorboard_and_wandb_get_the_same_numbers(tmp_path, monkeypatch):
     events.Reload()
     values = [(event.step, event.value) for event in events.Scalars("loss")]
     assert values == [(line["step"], pytest.approx(line["loss"])) for line in lines]
+
+
+class FakeWandb:
+    """Runs by id at a server; like wandb, a resumed run begins at the step after its last one."""
+
+    def __init__(self):
+        self.runs = {}
+
+    def init(self, id, **_):
+        logged = self.runs.setdefault(id, [])
+        first = logged[-1][0] + 1 if logged else 0
+        return types.SimpleNamespace(
+            starting_step=first, log=lambda record, step: logged.append((step, record["loss"])), finish=lambda: None
+        )
+
+
+def test_a_resumed_run_continues_its_run_at_wandb(tmp_path, monkeypatch):
+    """Killed after step 5 with a checkpoint of step 3: steps 4 and 5 are logged once."""
+    server = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    options = {"wandb": "project", "checkpoint_every": 3, "run_id": "abc"}
+
+    def killed(epoch, start):
+        for i, batch in enumerate(batches()(epoch, start)):
+            if i == 5:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, killed, settings(), **options)
+    assert [step for step, _ in server.runs["abc"]] == [1, 2, 3, 4, 5]
+    state = checkpoint.load(tmp_path / "checkpoints", "line", "abc")
+    assert state["step"] == 3
+    run(tmp_path, batches(), settings(), resume=state, **options)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert server.runs == {"abc": [(line["step"], line["loss"]) for line in lines]}
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_does_not_end_without_its_last_checkpoint(tmp_path):
+    """The folder of the checkpoints becomes a file while the last epoch is trained."""
+
+    def epoch_of(epoch, start):
+        for i, batch in enumerate(batches()(epoch, start)):
+            if (epoch, i) == (1, 4):
+                while not list((tmp_path / "checkpoints").glob("*.pt")):  # step 6 is still being written
+                    time.sleep(0.01)
+                shutil.rmtree(tmp_path / "checkpoints")
+                (tmp_path / "checkpoints").touch()
+            yield batch
+
+    with pytest.raises(ValueError, match=r"^checkpoint: step 12 could not be written to .* \(File exists\); there "):
+        run(tmp_path, epoch_of, settings(epochs=2))
 
 
 def test_wandb_that_is_not_installed(tmp_path, monkeypatch):

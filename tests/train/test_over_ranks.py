@@ -14,12 +14,14 @@ import torch
 from fastssl import distributed
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
+from fastssl.preparation import on_all_ranks
 from fastssl.run import method_module
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution
 from fastssl.train.log import read_metrics
 from fastssl.train.loop import train
 from fastssl.train.signals import Interrupted
+from fastssl.train.trainer import Trainer
 from tests.support.ranks import run_ranks
 
 SMALL = {
@@ -62,7 +64,8 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
 
     execution = Execution(**{"log_every": 1, "tensorboard": False, **settings})
     try:
-        train(method, name, epoch_of, len(loader) // accumulate, training, execution, folder, resume=state)
+        trainer = Trainer(method, training, execution, len(loader) // accumulate, state=state)
+        train(trainer, name, epoch_of, folder)
     except Interrupted as interrupted:
         return interrupted.code, str(interrupted)
     distributed.all_gather_object(None)  # wait until rank 0 has written the checkpoint
@@ -225,6 +228,25 @@ def _rank_1_of(agent: int) -> int:
         except OSError:
             continue
     raise AssertionError("rank 1 is not running")
+
+
+def _refused_on(rank: int) -> str:
+    def check() -> int:
+        if distributed.rank() == rank:
+            raise ValueError(f"rank {rank} has no data")
+        return distributed.rank()
+
+    try:
+        return str(on_all_ranks(check))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_what_one_rank_refuses_is_refused_on_all():
+    """No rank goes on alone, or waits for one that has stopped."""
+    assert run_ranks(2, _refused_on, 1) == ["rank 1 has no data"] * 2
+    assert run_ranks(2, _refused_on, 7) == ["0", "1"]
 
 
 def test_setup_without_torchrun_keeps_one_process(monkeypatch):

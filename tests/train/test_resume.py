@@ -169,6 +169,20 @@ def test_a_signal_saves_and_exits(tmp_path, data, number, code):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_two_processes_in_one_folder_one_trains(tmp_path, data, resume):
+    """Started at the same moment, anew or to resume; nothing of the refused one is in the folder."""
+    options = [*RUNS["moco_v2"], *data, "--log-every", "1", "--workers", "0", "--folder", str(tmp_path / "run")]
+    if resume:
+        assert exit_code(start_run(*options)) == 0
+        options = ["--resume", str(tmp_path / "run"), "--epochs", "4"]
+    codes = [exit_code(process) for process in [start_run(*options), start_run(*options)]]
+    assert sorted(codes) == [0, 1]
+    steps_of_epochs = 8 * (4 if resume else 2)
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, steps_of_epochs + 1))
+
+
+@pytest.mark.slow
 def test_resume_auto_refuses_another_run(tmp_path, data, monkeypatch):
     def pretrain(*more: str) -> None:
         words = ["mae", *data, "--epochs", "1", "--batch-size", "128", "--decoder-depth", "1", "--no-tensorboard"]

@@ -273,7 +273,7 @@ def test_error_sentences():
         trainer.step(iter([toy_batch(0)]))
     with pytest.raises(ValueError, match=r"^train: --freeze-epochs must be 0 without --freeze, got 1: name"):
         Trainer(toy(), training_of("sgd", freeze_epochs=1), Execution(), STEPS)
-    with pytest.raises(ValueError, match=r"^train: --lr-drops must lie before --epochs 3, got 3$"):
+    with pytest.raises(ValueError, match=r"^train: --lr-drops must lie before --epochs 3, got 3: lower it or raise"):
         Trainer(toy(), training_of("sgd", lr_drops=(1, 3)), Execution(), STEPS)
     with pytest.raises(ValueError, match=r"^train: --optimizer must be adamw, sgd or lars, got 'adam'$"):
         Trainer(toy(), training_of("adam"), Execution(), STEPS)

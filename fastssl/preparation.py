@@ -1,0 +1,232 @@
+"""Preparation of a run: whatever may be refused is refused here, before anything is written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from fastssl import distributed
+from fastssl.data.fingerprint import Fingerprint, describe_changes, read_fingerprint, take_fingerprint
+from fastssl.data.loader import Loader
+from fastssl.data.source import Source
+from fastssl.extras import MissingExtra, need
+from fastssl.machine import available_engine, keep_freed_memory, select_engine, share_cores
+from fastssl.run import Run, open_run
+from fastssl.train import checkpoint
+from fastssl.train.epochs import continue_count
+from fastssl.train.lock import Lock
+from fastssl.train.parallel import check_sharding
+from fastssl.train.trainer import Trainer
+from fastssl.weights import load_initial_weights
+
+WRITTEN = ("metrics.jsonl", "evaluations.jsonl", "checkpoints")  # what a run folder without config.json may not hold
+T = TypeVar("T")
+
+
+class Prepared(NamedTuple):
+    """What a run trains with, made before anything is written."""
+
+    source: Source
+    test: Source
+    method: torch.nn.Module
+    loader: Loader
+    state: dict[str, Any] | None  # checkpoint to continue from
+    fingerprint: Fingerprint | None  # of the training images; on the first rank
+    data_changes: list[str]  # how they differ from those that the run was started with
+
+
+def on_all_ranks(check: Callable[[], T]) -> T:
+    """The result of `check`; if it fails on a rank, its error is raised on every rank, so that none goes on alone."""
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = check()
+    except (ValueError, OSError, MissingExtra) as caught:
+        error = caught
+    sentences = distributed.all_gather_object(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if failed := [sentence for sentence in sentences if sentence is not None]:
+        raise ValueError(failed[0])
+    return result
+
+
+def prepare(
+    run: Run, changes: dict[str, tuple[Any, Any]] | None, allow_changed_data: bool, device: torch.device
+) -> Prepared:
+    """Opens the data and builds the method and the loader. Writes nothing."""
+    options, training = run.options, run.config.training
+    check_sharding(training, options.execution)
+    if options.execution.tensorboard:
+        need("tensorboard", what="--tensorboard", extra="train")
+    if options.execution.wandb:
+        need("wandb", what="--wandb", extra="wandb")
+    workers = share_cores(options.workers, device, distributed.local_world_size())
+    if device.type == "cpu":
+        keep_freed_memory()
+    state = None if changes is None else _state_to_resume(run)
+    source = run.source("train")
+    fingerprint, data_changes = None, []
+    if distributed.rank() == 0:
+        fingerprint = take_fingerprint(source)
+        data_changes = _changes_of_data(run, changes, fingerprint, allow_changed_data)
+    method = _build_method(run, state, device)
+    chosen_now = changes is None or "engine" in changes
+    engine = (select_engine if chosen_now else available_engine)(options.engine, device)
+    loader = _loader(run, source, device, workers, engine)
+    test = run.source("test")
+    count = continue_count(state, len(loader) // training.accumulate)
+    if state and state["step"] > count.last_step(training.epochs):
+        done, begun = count.place(state["step"])
+        raise ValueError(
+            f"pretrain: --epochs must be at least {done + (begun > 0)}, which {run.folder} has begun, got "
+            f"{training.epochs}"
+        )
+    return Prepared(source, test, method, loader, state, fingerprint, data_changes)
+
+
+def claim_folder(run: Run, trainer: Trainer, lock: Lock, is_new: bool) -> None:
+    """Creates and locks the folder of a new run, and checks that there is space for the checkpoints."""
+    if distributed.rank() > 0:
+        return
+    folder = run.folder
+    _check_space(run, trainer)
+    if not is_new:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"pretrain: {folder} cannot be created ({reason}): choose another --folder") from error
+    lock.acquire()
+    stored = stored_run(folder)  # another process may have trained here since the first look
+    if stored is not None and stored.has_begun:
+        raise ValueError(taken(folder))
+    for name in ("evaluations.jsonl", "bad_files.txt"):  # of a start that made no step
+        (folder / name).unlink(missing_ok=True)
+
+
+def stored_run(folder: Path) -> Run | None:
+    """The run in a folder, None if the folder is free.
+
+    Raises:
+        ValueError: the folder holds what a run writes but no config.json, or one of something else than a run.
+    """
+    if (folder / "config.json").exists():
+        return open_run(folder)
+    if written := [name for name in WRITTEN if (folder / name).exists()]:
+        raise ValueError(
+            f"pretrain: {folder} holds {written[0]} but no config.json: a new run would overwrite it; choose another "
+            f"folder (--folder), or move it away"
+        )
+    return None
+
+
+def taken(folder: Path) -> str:
+    return (
+        f"pretrain: {folder} has a run already: continue it (--resume {folder}, or --resume auto beside its original "
+        f"options) or choose another folder (--folder)"
+    )
+
+
+def _state_to_resume(run: Run) -> dict[str, Any] | None:
+    """The newest checkpoint; None where the run was stopped before its first one."""
+    if checkpoint.files(run.checkpoints):
+        return run.state(checkpoint.RESUMED)
+    lines = run.metrics()
+    every = run.options.execution.checkpoint_every
+    has_had_one = lines and (lines[-1]["step"] > 2 * every if every else lines[-1]["epoch"] > 2)
+    if has_had_one:
+        raise ValueError(
+            f"pretrain: {run.folder} has metrics up to step {lines[-1]['step']} and no checkpoint in "
+            f"{run.checkpoints}: put its checkpoints back, or start a new run in another folder (--folder)"
+        )
+    return None
+
+
+def _changes_of_data(
+    run: Run, changes: dict[str, tuple[Any, Any]] | None, fingerprint: Fingerprint, allowed: bool
+) -> list[str]:
+    """How the training images differ from those that a resumed run was started with.
+
+    Raises:
+        ValueError: they differ, and that is not allowed.
+    """
+    if changes is None:
+        return []
+    before, images = read_fingerprint(run.folder / "data.npz"), len(fingerprint.hashes)
+    if before is not None:
+        found = describe_changes(before, fingerprint)
+    else:  # a run of a version without fingerprints
+        count = run.facts.get("images", images)
+        found = [f"{images} images instead of {count}"] if count != images else []
+    if found and not allowed:
+        raise ValueError(
+            f"pretrain: the images of {run.options.data} are not those that {run.folder} was started with: "
+            f"{'; '.join(found)}; name the folder or file of the original ones (--data), or go on with these "
+            f"(--allow-changed-data)"
+        )
+    return found
+
+
+def _build_method(run: Run, state: dict | None, device: torch.device) -> torch.nn.Module:
+    """The method on its device, with equal weights on all ranks; later random numbers differ between ranks."""
+    seed = run.options.seed
+    torch.manual_seed(seed)
+    method = run.build()
+    if run.options.weights and state is None:
+        for note in load_initial_weights(method, run.options.weights):
+            print_once(note)
+    if rank := distributed.rank():
+        torch.manual_seed((seed + 0x9E3779B97F4A7C15 * rank) % 2**63)
+    return method.to(device)
+
+
+def _loader(run: Run, source: Source, device: torch.device, workers: int, engine: str) -> Loader:
+    """Loader of this rank's micro-batches."""
+    options, training, world = run.options, run.config.training, distributed.world_size()
+    if training.batch_size > len(source):
+        raise ValueError(
+            f"data: the batch of {training.batch_size} is larger than the data, which has {len(source)} images"
+        )
+    if training.batch_size % (world * training.accumulate):
+        raise ValueError(
+            f"pretrain: --batch-size must be divisible by {world} ranks times --accumulate "
+            f"{training.accumulate}, got {training.batch_size}"
+        )
+    return Loader(
+        source,
+        run.config.augmentation,
+        training.batch_size // (world * training.accumulate),
+        seed=options.seed,
+        workers=workers,
+        device=device,
+        engine=engine,
+        rank=distributed.rank(),
+        world=world,
+        bad_files=run.folder / "bad_files.txt",
+        max_bad=options.max_bad,
+    )
+
+
+def _check_space(run: Run, trainer: Trainer) -> None:
+    """Checks that the checkpoints to keep, and the one that is being written, fit on the disk."""
+    slots = {"adamw": 2, "sgd": 1, "lars": 1}[run.config.training.optimizer]
+    model = sum(x.numel() * x.element_size() for x in (*trainer.method.parameters(), *trainer.method.buffers()))
+    size = model + slots * sum(p.numel() * p.element_size() for p in trainer.method.parameters() if p.requires_grad)
+    existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+    missing = max(1, run.options.execution.keep_last + 1 - len(checkpoint.files(run.checkpoints)))
+    free = shutil.disk_usage(existing).free
+    if free < missing * size:
+        raise ValueError(
+            f"pretrain: {run.folder} needs {missing * size / 1e9:.2f} GB for {missing} checkpoints and its disk has "
+            f"{free / 1e9:.2f} GB free: choose another --folder or a smaller --keep-last"
+        )
+
+
+def print_once(text: str) -> None:
+    """Prints on the first rank."""
+    if distributed.rank() == 0:
+        print(text, flush=True)
