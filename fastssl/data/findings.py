@@ -4,10 +4,11 @@ from collections import Counter
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .decoding import open_image
 from .source import BadImage, Source
+from .workers import Workers
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def scan(source: Source, workers: int = 0) -> Findings:
     sizes: list[tuple[int, int]] = []
     bad: list[str] = []
     total_bytes = 0
-    facts = DataLoader(_Facts(source), batch_size=None, num_workers=workers, collate_fn=_identity)
+    facts = Workers(_Facts(source), workers=workers, collate=_identity, batch_size=None)
     for index, fact in enumerate(facts):
         if isinstance(fact, str):
             bad.append(fact)

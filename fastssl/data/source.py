@@ -1,6 +1,7 @@
 """Sources of images, opened by name: `NAME:ARGUMENT` on the command line and in `open_source`.
 
     folder:PATH                  a source of this package: the module `fastssl/data/sources/folder.py`
+    folder:PATH::labels=none     the same with an option; several are divided by commas
     package.module:ARGUMENT      your own source: a name with a dot is imported as a Python module
 
 A source module has the function ``open_split(argument, split)``. It gets the text after the colon (empty without one)
@@ -177,6 +178,35 @@ def class_names(labels: np.ndarray, name: str) -> list[str]:
     if (largest := int(labels.max())) >= MAX_CLASSES:
         raise ValueError(f"data: {name}: labels must be class numbers below {MAX_CLASSES:,}, got {largest}")
     return [str(label) for label in range(largest + 1)]
+
+
+def split_options(argument: str, choices: dict[str, Sequence[str] | None], name: str) -> tuple[str, dict[str, str]]:
+    """Divides ``PATH::key=value,key=value`` into the path and {key: value}; the options may be missing.
+
+    A path that has ``::`` itself is written with ``::`` behind it.
+
+    Args:
+        argument: the text after the source's name and colon.
+        choices: the keys that the source knows, each with the values it takes, or None for any text.
+        name: the source in errors.
+
+    Raises:
+        ValueError: a key or a value is unknown, a key is given twice, or the text is no option.
+    """
+    path, separator, text = argument.rpartition("::")
+    if not separator:
+        return argument, {}
+    options: dict[str, str] = {}
+    for option in text.split(",") if text else ():
+        key, _, value = option.partition("=")
+        if key not in choices or not value or value not in (choices[key] or (value,)) or key in options:
+            known = " and ".join(f"{key}={'|'.join(values or ('VALUE',))}" for key, values in choices.items())
+            got = f"{key} twice" if key in options else repr(option)
+            raise ValueError(
+                f"data: {name} takes the options {known} after ::, got {got} (a path with :: in it ends with ::)"
+            )
+        options[key] = value
+    return path, options
 
 
 def open_source(spec: str, split: str = "train") -> Source:
