@@ -105,9 +105,8 @@ class ImageFile:
             elif any(";16" in layout for layout in layouts):
                 image = self._colours_to_bytes(image, layouts)
             elif (self._tag(BITS) or 0) > 8:
-                raise BadImage(
-                    f"{printable(self.name)}: a TIFF of {self._tag(BITS)} bits in planes, which Pillow lacks"
-                )
+                reason = f"Pillow can't decode a TIFF of {self._tag(BITS)} bits in planes"
+                raise BadImage(f"{printable(self.name)}: {reason}")
             if image.mode != "RGB":
                 image = image.convert("RGB")
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # decodes an image that is stored upright

@@ -182,7 +182,9 @@ def _local_path(name: str) -> Path:
     if not copy.is_file():
         try:
             _download(name, copy)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if str(error).startswith("data: "):  # it ended too early
+                raise
             reason = getattr(error, "reason", None) or error.args[-1:] or error
             reason = reason[0] if isinstance(reason, tuple) else reason
             raise ValueError(f"data: {printable(name)} can't be downloaded ({printable(reason)})") from error
