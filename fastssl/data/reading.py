@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_IMAGE_BYTES = 2**30  # of an image file: 179 million pixels take 1 GiB at 6 bytes each
+MAX_IMAGE_BYTES = 2**31  # of an image file: 179 million pixels take half of it at 6 bytes each
 CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")  # memory that a container may use, bytes
 
 

@@ -191,7 +191,7 @@ def test_only_regular_files_are_opened(tmp_path):
             open_regular(path)
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(HUGE)
-    with pytest.raises(OSError, match=r"68,719,476,736 bytes are more than 1,073,741,824, the most of an image"):
+    with pytest.raises(OSError, match=r"68,719,476,736 bytes are more than 2,147,483,648, the most of an image"):
         read_image_file(tmp_path / "sparse")
     assert read_image_file(tmp_path / "sparse", HUGE - 5, 100).tolist() == [0] * 5
     assert read_image_file(tmp_path / "sparse", HUGE + 5, 100).tolist() == []
