@@ -40,7 +40,7 @@ class Source(Protocol):
     `notes`, `identity` and `extras`; other classes with the same attributes are sources too, also without these three.
     """
 
-    classes: list[str] | None  # names of the labels; None: the images have no labels
+    classes: list[str] | None  # names of the labels; None: no image has a label
     size: tuple[int, int] | None  # (height, width) of every image; None: sizes differ
     shards: np.ndarray | None  # [S + 1] first image of each shard, and the number of images; None: no shards
     notes: tuple[str, ...] = ()  # optional: sentences on how the data was understood and what was passed over
@@ -62,7 +62,7 @@ class Source(Protocol):
         ...
 
     def label(self, index: int) -> int:
-        """Class of the image, −1 without a label."""
+        """Class of the image; −1 without a label: the image trains, and evaluations leave it out."""
         ...
 
     def identity(self, index: int) -> str:
@@ -165,19 +165,23 @@ def expand_user(path: str) -> Path:
         raise ValueError(f"data: {path}: {error}") from error
 
 
-def class_names(labels: np.ndarray, name: str) -> list[str]:
-    """Names "0", "1", … of classes that are given by numbers, up to the largest label.
+def class_names(labels: np.ndarray, name: str) -> list[str] | None:
+    """Names "0", "1", … of classes that are given by numbers, up to the largest label; None if all are −1.
 
     Args:
-        labels: [N] integers from 0 on, at least one.
+        labels: [N] integers, −1 for an image without a label; at least one.
         name: the source in the error.
 
     Raises:
-        ValueError: a label is `MAX_CLASSES` or larger.
+        ValueError: a label is below −1, or `MAX_CLASSES` or larger.
     """
-    if (largest := int(labels.max())) >= MAX_CLASSES:
-        raise ValueError(f"data: {name}: labels must be class numbers below {MAX_CLASSES:,}, got {largest}")
-    return [str(label) for label in range(largest + 1)]
+    smallest, largest = int(labels.min()), int(labels.max())
+    if smallest < -1 or largest >= MAX_CLASSES:
+        raise ValueError(
+            f"data: {name}: labels must be class numbers from 0 to {MAX_CLASSES - 1:,}, or -1 for no label, got "
+            f"{smallest if smallest < -1 else largest}"
+        )
+    return [str(label) for label in range(largest + 1)] or None
 
 
 def split_options(argument: str, choices: dict[str, Sequence[str] | None], name: str) -> tuple[str, dict[str, str]]:
