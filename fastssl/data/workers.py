@@ -99,8 +99,11 @@ class Workers:
             with _waits_for(self):
                 return wait_for_workers()
         except Exception as error:  # of the dataset, or of a connection to a process that is gone
-            if isinstance(error, OSError | EOFError | RuntimeError):  # a connection may break before its process ends
-                wait([process.sentinel for process in self._processes], timeout=2)
+            if isinstance(error, OSError | EOFError | RuntimeError):  # a connection breaks before its process has ended
+                ended = wait([process.sentinel for process in self._processes], timeout=2)
+                for process in self._processes:
+                    if process.sentinel in ended:
+                        process.join()
             self._check_all_alive(error)
             if isinstance(error, OSError) and not self._processes:  # no memory for a process or its semaphores
                 reason = error.strerror or error

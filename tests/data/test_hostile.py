@@ -38,7 +38,7 @@ def in_little_time_and_memory():
     yield
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60  # seconds even on a busy machine; a hang or a bomb takes minutes
     assert peak < 200e6
 
 

@@ -53,7 +53,7 @@ def in_seconds():
     """A hang would be a failure: torch looks for dead workers every five seconds."""
     started = time.monotonic()
     yield
-    assert time.monotonic() - started < 12
+    assert time.monotonic() - started < 30  # a second or two on a machine that is not busy
 
 
 @pytest.mark.parametrize("when", ["while it is waited for", "between two batches"])
