@@ -189,6 +189,7 @@ def _check_numbers(options: Options, config: Any) -> None:
     """Checks numbers and choices against their annotations; the method's `build` checks the rest."""
     check_ranges(options, "pretrain")
     check_ranges(config, "pretrain")
+    _ = config.augmentation  # its views check their sizes, of which the model is built
     config.training.check("pretrain")
 
 

@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 import pytest
 
+import fastssl
 from fastssl.data import reading
 from fastssl.data.augmentation import View
 from fastssl.data.decoding import open_image
@@ -431,3 +432,11 @@ def test_views_are_bounded():
     )
     with pytest.raises(ValueError, match="from 1 to 8,192 pixels, got 0 5"):
         View((0, 5))
+
+
+def test_a_run_with_views_beyond_all_bounds_is_refused_before_its_model_is_built(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^augmentation: height and width must be from 1 to 8,192 pixels, got 1000000"
+    ):
+        fastssl.pretrain("mae", data="shapes:count=64", folder=tmp_path / "run", image_size=(1_000_000, 1_000_000))
+    assert not (tmp_path / "run").exists()
