@@ -227,6 +227,7 @@ def _check_ranges(options: Options, config: Any) -> None:
 def _check_numbers(options: Options, config: Any) -> None:
     """Checks numbers and choices against their annotations; the method's `build` checks the rest."""
     _check_ranges(options, config)
+    _ = config.augmentation  # its views check their sizes, of which the model is built
     config.training.check("pretrain")
     check_milestones(config, "pretrain")
 

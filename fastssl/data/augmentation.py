@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+MAX_SIDE = 8192  # pixels: a view of that height and width takes 0.8 GB as floats
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -28,6 +29,9 @@ class View:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self):
+        if not (len(self.size) == 2 and all(1 <= side <= MAX_SIDE for side in self.size)):
+            got = " ".join(map(str, self.size))
+            raise ValueError(f"augmentation: height and width must be from 1 to {MAX_SIDE:,} pixels, got {got}")
         low, high = self.crop or (1, 1)
         if not 0 < low <= high <= 1:
             raise ValueError(f"augmentation: crop must be a range above 0 and at most 1, got {low} {high}")

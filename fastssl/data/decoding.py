@@ -1,20 +1,41 @@
-"""Decodes image files to pixels with Pillow.
+"""Decodes image files to pixels with Pillow, which opens the formats of `formats.py` alone.
 
-DALI has the same libjpeg-turbo and gives the same pixels. torchvision's decode_jpeg would save a copy of the pixels,
-about a tenth of the time, but torchvision plans to remove it.
+Values of more than 8 bits are scaled as `values.py` describes. DALI has the same libjpeg-turbo and gives the same
+pixels. torchvision's decode_jpeg would save a copy of the pixels, about a tenth of the time, but torchvision plans to
+remove it.
 """
 
 import io
+import sys
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile as ImageFormat
 from torch import Tensor
 
-from .source import BadImage, Source
+from fastssl.text import printable
+
+from .formats import READABLE
+from .source import BadImage, BadSource, Source
+from .values import Values, find_values, to_bytes
 
 MAX_PIXELS = 2 * 89_478_485  # Pillow's limit against decompression bombs: half a gigabyte
 ORIENTATION, TRANSPOSED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that exchange height and width
+# Pillow keeps the high byte of colours of 16 bits. Layout of their pixels: one that makes it keep the low byte.
+NATIVE = "L" if sys.byteorder == "little" else "B"
+LOW_BYTE = {
+    f"{bands};16{order}": f"{bands};16{swapped}"
+    for bands in ("RGB", "RGBA", "RGBX", "CMYK")
+    for order, swapped in {"B": "L", "L": "B", "N": "B" if NATIVE == "L" else "L"}.items()
+}
+FULL_RANGE = {"PPM", "JPEG2000"}  # these formats state the largest value, and Pillow scales it to 65,535
+
+
+# TIFF's tags, and values of theirs
+BITS, COLOURS, KIND = 258, 262, 339
+WHITE_IS_ZERO, UNSIGNED, SIGNED = 0, 1, 2
 
 
 class ImageFile:
@@ -30,7 +51,8 @@ class ImageFile:
         name: the image in errors.
 
     Raises:
-        BadImage: the data is no image, or has more than `MAX_PIXELS` pixels.
+        BadImage: the data is no image, or has no pixels or more than `MAX_PIXELS`.
+        BadSource: the data has another dtype or shape.
     """
 
     def __init__(self, data: np.ndarray, name: str):
@@ -38,27 +60,36 @@ class ImageFile:
         self.size: tuple[int, int]
         self.format: str | None
         self._image: Image.Image | None = None
+        self._values: Values | None = None  # of an image of more than 8 bits, once it is decoded
+        if data.dtype != np.uint8 or not (data.ndim == 1 or (data.ndim == 3 and data.shape[2] == 3)):
+            got = f"{data.dtype} {list(data.shape)} for {printable(name)}"
+            raise BadSource(f"data: read must give uint8, pixels [H, W, 3] or the bytes [N] of a file, got {got}")
         if data.ndim == 3:
             self.size, self.format, self.mode = (data.shape[0], data.shape[1]), "pixels", "RGB"
-            return
-        if not len(data):
-            raise BadImage(f"{name}: the file is empty")
+        elif not len(data):
+            raise BadImage(f"{printable(name)}: the file is empty")
+        else:
+            self._image = image = self._open()
+            self.orientation = _orientation(image)
+            transposed = self.orientation in TRANSPOSED and image.format != "TIFF"  # Pillow gives a TIFF's upright size
+            self.size = (image.width, image.height) if transposed else (image.height, image.width)
+            self.format, self.mode = image.format, image.mode
+        pixels = self.size[0] * self.size[1]
+        if not 0 < pixels <= MAX_PIXELS:
+            wrong = f"are more than {MAX_PIXELS:,} pixels" if pixels else "has no pixels"
+            raise BadImage(f"{printable(name)}: {self.size[1]}×{self.size[0]} {wrong}")
+
+    def _open(self) -> Image.Image:
         try:
-            self._image = image = Image.open(io.BytesIO(data.tobytes()))
+            return Image.open(io.BytesIO(self.data), formats=READABLE)  # copies the bytes
         except Exception as error:  # decoders raise anything from OSError to struct.error on broken files
             raise self._bad_image(error) from error
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"{name}: {image.width}×{image.height} are more than {MAX_PIXELS:,} pixels")
-        self.orientation = _orientation(image)
-        transposed = self.orientation in TRANSPOSED and image.format != "TIFF"  # Pillow gives a TIFF's upright size
-        self.size = (image.width, image.height) if transposed else (image.height, image.width)
-        self.format, self.mode = image.format, image.mode
 
     def pixels(self) -> Tensor:
         """Upright pixels [3, H, W] uint8, in memory [H, W, 3].
 
-        Grey images become RGB, 16-bit values keep their high byte, transparency is dropped, and of an animation the
-        first picture is taken.
+        Grey images become RGB, values of more than 8 bits are scaled as `values.py` describes, transparency is dropped,
+        and of an animation the first picture is taken.
 
         Raises:
             BadImage: the file can't be decoded or is truncated.
@@ -66,22 +97,90 @@ class ImageFile:
         if self._image is None:
             return torch.from_numpy(self.data).permute(2, 0, 1)
         try:
-            image = self._image
+            image, layouts = self._image, _layouts(self._image)  # decoding forgets the layouts
             if self.orientation != 1:
                 image = ImageOps.exif_transpose(image)  # decodes, and fails on a truncated file
-            if image.mode.startswith("I"):  # 16 bits of grey, as "I;16" or in 32 bits
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode.startswith(("I", "F")) or self._is_signed():
+                image = self._grey_to_bytes(np.asarray(image))
+            elif any(";16" in layout for layout in layouts):
+                image = self._colours_to_bytes(image, layouts)
+            elif (self._tag(BITS) or 0) > 8:
+                reason = f"Pillow can't decode a TIFF of {self._tag(BITS)} bits in planes"
+                raise BadImage(f"{printable(self.name)}: {reason}")
             if image.mode != "RGB":
                 image = image.convert("RGB")
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # decodes an image that is stored upright
+        except BadImage:
+            raise
         except Exception as error:
             raise self._bad_image(error) from error
 
+    def values(self, pixels: Tensor) -> Values:
+        """Smallest and largest stored value, and the rule by which they became bytes.
+
+        Args:
+            pixels: what ``pixels()`` returned. An image of 8 bits is searched for its values only here.
+
+        Colours of more than 12 bits are known to the high byte: their largest value is that of the last low byte.
+        """
+        if self._values is not None:
+            return self._values
+        low, high = pixels.aminmax()
+        return Values(low.item(), high.item(), "8 bits")
+
+    def _to_bytes(self, numbers: np.ndarray) -> Image.Image:
+        """Values [H, W] or [H, W, C] as an image of bytes, scaled by the range that they need."""
+        self._values = find_values(numbers)
+        if self._values is None:
+            raise BadImage(f"{printable(self.name)}: all its values are NaN or infinite")
+        if self.format in FULL_RANGE and self._values.rule.endswith("bits"):
+            self._values = self._values._replace(rule="16 bits")
+        return Image.fromarray(to_bytes(numbers, self._values))
+
+    def _grey_to_bytes(self, numbers: np.ndarray) -> Image.Image:
+        """Values [H, W] of more than 8 bits as bytes; of a TIFF they may be of a kind that Pillow has no mode for."""
+        if self._tag(KIND, UNSIGNED) == UNSIGNED and numbers.dtype == np.int32 and self._tag(BITS) == 32:
+            numbers = numbers.view(np.uint32)
+        if self._is_signed():
+            numbers = numbers.view(np.int8)
+        image = self._to_bytes(numbers)
+        return ImageOps.invert(image) if self._tag(COLOURS) == WHITE_IS_ZERO else image
+
+    def _is_signed(self) -> bool:
+        """True for a TIFF of signed bytes, which Pillow takes for unsigned ones."""
+        return self.mode == "L" and self._tag(KIND) == SIGNED
+
+    def _tag(self, tag: int, default: int | None = None) -> int | None:
+        """A tag of a TIFF, the first of its values; None for other formats."""
+        if self.format != "TIFF":
+            return None
+        value = getattr(self._image, "tag_v2", {}).get(tag, default)
+        return value[0] if isinstance(value, tuple) and value else value
+
+    def _colours_to_bytes(self, image: Image.Image, layouts: set[str]) -> Image.Image:
+        """Colours of 16 bits, of which Pillow has kept the high byte. If that is small, the low byte is read too."""
+        bands = 4 if image.mode == "CMYK" else 3  # transparency is dropped
+        low, high = (pick(ends) for pick, ends in zip((min, max), zip(*image.getextrema()[:bands])))
+        self._values = Values(256 * low, 256 * high + 255, "16 bits")
+        if self.format in FULL_RANGE or self._values.high > 4_095:
+            return image
+        if not layouts <= LOW_BYTE.keys():
+            reason = f"its values are at most 4,095 of 65,535 and stored as {', '.join(layouts)}, which can't be read"
+            raise BadImage(f"{printable(self.name)}: {reason} without loss: save it as RGB")
+        rest = self._open()
+        rest.tile = [tile._replace(args=_replace_layout(tile.args)) for tile in rest.tile]
+        if self.orientation != 1:
+            rest = ImageOps.exif_transpose(rest)
+        numbers = np.asarray(image).astype(np.uint16) << 8 | np.asarray(rest)
+        scaled = self._to_bytes(numbers[..., :bands])
+        return scaled if bands == 3 else Image.frombytes("CMYK", image.size, scaled.tobytes())
+
     def _bad_image(self, error: Exception) -> BadImage:
+        name = printable(self.name)
         if isinstance(error, UnidentifiedImageError):  # its text is the address of a buffer
-            return BadImage(f"{self.name}: no image format that Pillow supports")
+            return BadImage(f"{name}: no {', '.join(READABLE)}, or a variant of it that Pillow lacks")
         lines = str(error).splitlines()
-        return BadImage(f"{self.name}: {type(error).__name__}: {lines[0] if lines else ''}")
+        return BadImage(f"{name}: {type(error).__name__}: {printable(lines[0]) if lines else ''}")
 
 
 def open_image(source: Source, index: int) -> ImageFile:
@@ -102,3 +201,14 @@ def _orientation(image: Image.Image) -> int:
     except Exception:
         return 1
     return orientation if orientation in range(1, 9) else 1
+
+
+def _layouts(image: Image.Image) -> set[str]:
+    """Pillow's names of the layouts of an undecoded image's pixels, such as "RGB;16B"; one a tile."""
+    tiles = image.tile if isinstance(image, ImageFormat) else []
+    return {str(tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args) for tile in tiles}
+
+
+def _replace_layout(args: Any) -> Any:
+    """Arguments of a tile's decoder with the layout that keeps the low byte."""
+    return (LOW_BYTE[args[0]], *args[1:]) if isinstance(args, tuple) else LOW_BYTE[args]

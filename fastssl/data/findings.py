@@ -4,10 +4,11 @@ from collections import Counter
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .decoding import open_image
 from .source import BadImage, Source
+from .workers import Workers
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ def scan(source: Source, workers: int = 0) -> Findings:
     sizes: list[tuple[int, int]] = []
     bad: list[str] = []
     total_bytes = 0
-    facts = DataLoader(_Facts(source), batch_size=None, num_workers=workers, collate_fn=_identity)
+    facts = Workers(_Facts(source), workers=workers, collate=_identity, batch_size=None)
     for fact in facts:
         if isinstance(fact, str):
             bad.append(fact)
@@ -80,8 +81,8 @@ class _Facts(Dataset):
         except BadImage as error:
             return str(error)
         _, height, width = pixels.shape
-        low, high = (end.item() for end in pixels.aminmax())
-        stored = Range(low, high, Counter({"8 bits": 1}))
+        low, high, rule = image.values(pixels)
+        stored = Range(low, high, Counter({rule: 1}))
         return f"{image.format} {image.mode}", stored, (height, width), image.data.nbytes
 
 

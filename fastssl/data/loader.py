@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastssl.contract import Batch
+from fastssl.text import printable
 
 from .augmentation import Augmentation
 from .order import Order
@@ -41,7 +42,7 @@ class Loader:
 
     Raises:
         ValueError: the batch is larger than the source, or the engine is unknown or not installed; while iterating, too
-            many images are bad, or the source's extras differ between images.
+            many images are bad, the source's extras differ between images, or a worker process is lost (`LostWorker`).
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Loader:
             elif samples.bad and self._order.train:
                 raise ValueError(
                     f"data: none of the {len(samples.bad)} images of a batch can be decoded "
-                    f"(the last: {samples.bad[-1][1]})"
+                    f"(the last: {printable(samples.bad[-1][1])})"
                 )
 
     def _to_batch(self, samples: Samples) -> Batch:
@@ -163,14 +164,14 @@ class Loader:
         Raises:
             ValueError: there are more bad images than `max_bad` allows.
         """
-        new = [(index, reason) for index, reason in bad if index not in self._bad]
+        new = [(index, printable(reason)) for index, reason in bad if index not in self._bad]
         if not new:
             return
         self._bad.update(index for index, _ in new)
         if self.bad_files:
-            known = set(self.bad_files.read_text().splitlines()) if self.bad_files.exists() else set()
-            with self.bad_files.open("a") as file:
-                file.writelines(f"{reason}\n" for _, reason in new if reason not in known)
+            known = set(self.bad_files.read_bytes().splitlines()) if self.bad_files.exists() else set()
+            with self.bad_files.open("a", encoding="utf-8") as file:
+                file.writelines(f"{reason}\n" for _, reason in new if reason.encode() not in known)
         if len(self._bad) > self.max_bad * self.total / self._world:
             location = f", see {self.bad_files}" if self.bad_files else ""
             raise ValueError(
@@ -198,7 +199,9 @@ def _build_engine(
         from .torchvision import Engine as TorchvisionEngine
 
         pin = device.type == "cuda"
-        return TorchvisionEngine(source, augmentation, seed, workers=workers, pin=pin, fill_in=train)
+        return TorchvisionEngine(
+            source, augmentation, seed, workers=workers, pin=pin, fill_in=train, batch_size=batch_size
+        )
     if name != "dali":
         raise ValueError(f"data: unknown engine {name!r}, there are {', '.join(ENGINES)}")
     if not has_dali():

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastssl.text import printable
+
 from .source import BadSource, Source
 
 Layout = dict[str, tuple[np.dtype | torch.dtype, tuple[int, ...]]]  # dtype and shape of each array of an image
@@ -55,9 +57,10 @@ def stack_extras(source: Source, indices: np.ndarray, extras: Sequence[dict[str,
     layouts = [_layout(arrays, source, index) for index, arrays in zip(indices.tolist(), extras)]
     for index, layout in zip(indices.tolist(), layouts):
         if layout != layouts[0]:
+            name, first = (printable(source.name(number)) for number in (index, int(indices[0])))
             raise BadSource(
                 f"data: extras must have the same keys, shapes and dtypes for every image, got {describe(layout)} for "
-                f"{source.name(index)} and {describe(layouts[0])} for {source.name(int(indices[0]))}"
+                f"{name} and {describe(layouts[0])} for {first}"
             )
     stacked = {key: np.stack([arrays[key] for arrays in extras]) for key in (layouts[0] if layouts else ())}
     try:
@@ -68,11 +71,12 @@ def stack_extras(source: Source, indices: np.ndarray, extras: Sequence[dict[str,
 
 def _layout(arrays: dict[str, np.ndarray], source: Source, index: int) -> Layout:
     if not isinstance(arrays, dict):
-        raise BadSource(f"data: extras must be a dict of NumPy arrays, got {arrays!r:.80} for {source.name(index)}")
+        got = f"{arrays!r:.80} for {printable(source.name(index))}"
+        raise BadSource(f"data: extras must be a dict of NumPy arrays, got {got}")
     for key, array in arrays.items():
         if not isinstance(array, np.ndarray):
-            got = f"a {type(array).__name__} as {key!r}"
-            raise BadSource(f"data: extras must be a dict of NumPy arrays, got {got} for {source.name(index)}")
+            got = f"a {type(array).__name__} as {key!r} for {printable(source.name(index))}"
+            raise BadSource(f"data: extras must be a dict of NumPy arrays, got {got}")
     return {key: (array.dtype, array.shape) for key, array in arrays.items()}
 
 

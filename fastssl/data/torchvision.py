@@ -4,16 +4,14 @@ Worker processes decode each image once, torchvision resamples every view of it,
 whole batch.
 """
 
-import gc
 import itertools
 from collections.abc import Iterator
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from fastssl.ops import augment_
 
@@ -22,10 +20,9 @@ from .decoding import ImageFile, open_image
 from .draws import Draws, draw, mix, windows
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .source import BadImage, BadSource, Source, read_extras
+from .workers import WAYS_OUT, LostWorker, Workers
 
 FILES_IN_MEMORY = 16  # files of a batch that are in memory at a time
-
-T = TypeVar("T")
 
 
 class Engine:
@@ -38,31 +35,37 @@ class Engine:
         workers: processes that make batches; 0 makes them in this process, with torch's threads.
         pin: copy batches to page-locked memory, from which a GPU copies them asynchronously.
         fill_in: replace images that can't be decoded by others of the batch; else they are left out.
+        batch_size: images of the largest batch.
     """
 
     def __init__(
-        self, source: Source, augmentation: Augmentation, seed: int, *, workers: int, pin: bool, fill_in: bool
+        self,
+        source: Source,
+        augmentation: Augmentation,
+        seed: int,
+        *,
+        workers: int,
+        pin: bool,
+        fill_in: bool,
+        batch_size: int,
     ):
-        self._sampler, self._will_fork = _BatchSampler(), workers > 0
-        self._batches = DataLoader(
+        batch_bytes = batch_size * sum(3 * view.size[0] * view.size[1] for view in augmentation.views)
+        self._sampler = _BatchSampler()
+        self._batches = Workers(
             _Batches(source, augmentation, seed, fill_in),
+            workers=workers,
+            batch_bytes=batch_bytes,
             batch_size=None,
             sampler=self._sampler,
-            num_workers=workers,
-            collate_fn=_identity,
             persistent_workers=workers > 0,
             pin_memory=pin,
-            worker_init_fn=_freeze_garbage,
             generator=torch.Generator(),  # the global generator would advance in every epoch, and again after a resume
         )
 
     def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Samples]:
         """Makes the batches of these image numbers, in their order."""
         self._sampler.epoch, self._sampler.batches = epoch, batches
-        if self._will_fork:  # only before the first epoch: the workers are persistent
-            gc.collect()
-            self._will_fork = False
-        return map(_raise_error, iter(self._batches))
+        return iter(self._batches)
 
 
 def make_batch(
@@ -143,32 +146,16 @@ class _BatchSampler(Sampler):
 class _Batches(Dataset):
     """A dataset whose samples are whole batches.
 
-    An error of the source is returned, since a worker's exception would arrive with the worker's traceback as its text.
+    An error is returned, since a worker's exception would arrive with the worker's traceback as its text.
     """
 
     def __init__(self, source: Source, augmentation: Augmentation, seed: int, fill_in: bool):
         self.source, self.augmentation, self.seed, self.fill_in = source, augmentation, seed, fill_in
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> Samples | BadSource:
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Samples | ValueError:
         try:
             return make_batch(self.source, self.augmentation, self.seed, *key, self.fill_in)
-        except BadSource as error:
-            return error
-
-
-def _raise_error(samples: Samples | BadSource) -> Samples:
-    if isinstance(samples, BadSource):
-        raise samples
-    return samples
-
-
-def _freeze_garbage(worker: int) -> None:
-    """Keeps the garbage collector of a worker from objects that it inherited from its parent.
-
-    A DALI pipeline waits for its threads when it is collected; a forked process has no such threads and would hang.
-    """
-    gc.freeze()
-
-
-def _identity(samples: T) -> T:
-    return samples
+        except (ValueError, OSError) as error:
+            return error if type(error) is BadSource else ValueError(str(error))  # others may not be picklable
+        except MemoryError as error:
+            return LostWorker(f"data: no memory for a batch ({error}): {WAYS_OUT}")

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.decoding import open_image
 from fastssl.data.samples import fill_in_rows
 from fastssl.data.source import BadImage, Source
+from fastssl.data.workers import Workers
 from fastssl.extras import need
 from fastssl.nn import accelerate
 from fastssl.nn.block import Block, SwiGLU
@@ -180,13 +181,14 @@ def finetune(
         raise ValueError(f"eval: mixup and cutmix take pairs: --batch-size over --accumulate must be even, got {micro}")
     device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size))
     with _seed_generators(seed, device):
-        loader = DataLoader(
+        loader = Workers(
             pictures,
-            micro,
+            workers=loading.get("workers", 0),
+            collate=_collate,
+            batch_bytes=micro * 3 * size[0] * size[1] * 4,
+            batch_size=micro,
             shuffle=True,
             drop_last=True,
-            num_workers=loading.get("workers", 0),
-            collate_fn=_collate,
             persistent_workers=loading.get("workers", 0) > 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(seed),
@@ -198,7 +200,7 @@ def finetune(
     return accuracy(logits, labels)
 
 
-def _train(model: nn.Module, loader: DataLoader, config: Finetune, classes: int, device: torch.device) -> set[int]:
+def _train(model: nn.Module, loader: Workers, config: Finetune, classes: int, device: torch.device) -> set[int]:
     """Trains the model; returns the indices of the images that could not be decoded."""
     groups, steps = parameter_groups(model, config), len(loader) // config.accumulate
     if config.optimizer == "adamw":

@@ -341,7 +341,7 @@ def test_split_names_are_whole_words_of_a_shard_s_name(tmp_path):
 
 
 def test_members_of_all_kinds(tmp_path):
-    """Hard links, upper case, names without a folder; a second image of a sample is ignored with a warning."""
+    """Hard links, upper case, names without a folder; a second image of a sample is passed over and named."""
     one, two = jpeg(), jpeg()
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -363,8 +363,10 @@ def test_members_of_all_kinds(tmp_path):
         info = tarfile.TarInfo("./c.cls")
         info.size = 1
         tar.addfile(info, io.BytesIO(b"0"))
-    with pytest.warns(UserWarning, match=r"x\.tar: 1 images are ignored"):
+    for _ in range(2):  # also from the cached index
         source = open_source(f"webdataset:{path}")
+        (note,) = source.notes[:1]
+        assert note.startswith("images are the members .jpg (3); passed over: .seg.png (1)")
     assert [source.read(i).tobytes() for i in range(3)] == [one, two, one]
     assert [source.label(i) for i in range(3)] == [2, 1, 0]
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastssl.data import formats, listing
+from fastssl.data import formats, listing, reading
 from fastssl.data.source import BadImage, open_source
-from fastssl.data.sources import folder
 from tests.support.contract import refused
 
 NOTHING_HELD_OUT = "without labels no image is held out from training"
@@ -237,8 +236,9 @@ def test_only_regular_files_are_read(tmp_path, kind):
         path.symlink_to("/dev/zero")
     else:
         with path.open("wb") as file:
-            file.truncate(folder.LARGEST_FILE + 1)
-    reasons = {"sparse": "2,147,483,649 bytes are too many for an image", "became a folder": "Is a directory"}
+            file.truncate(reading.MAX_IMAGE_BYTES + 1)
+    most = "2,147,483,649 bytes are more than 2,147,483,648, the most of an image"
+    reasons = {"sparse": most, "became a folder": "Is a directory"}
     with pytest.raises(BadImage, match=f"^{path}: {reasons.get(kind, 'not a regular file')}$"):
         source.read(0)
 

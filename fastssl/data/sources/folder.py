@@ -13,7 +13,6 @@ What was passed over, and why, is in `notes`.
 
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +24,11 @@ from fastssl.text import listed, printable
 
 from ..formats import FORMATS, SUFFIXES
 from ..listing import RUNS, Listing, list_files
+from ..reading import read_image_file
 from ..source import BadImage, Source, Strings, expand_user, split_options
 from ..split import TEST_NAMES, TRAIN_NAMES, describe_labels, hold_out
 
 OPTIONS = {"labels": ("none", "folders")}
-LARGEST_FILE = 2**31  # bytes; an image of the largest size that is decoded, uncompressed, has about half of them
 LOOKALIKES = (r"(^|[^a-z])(train|trn)", r"(^|[^a-z])(test|val|eval|dev|hold)")  # starts of words in a folder's name
 
 
@@ -65,20 +64,9 @@ class Folder(Source):
     def read(self, index: int) -> np.ndarray:
         path = self.name(index)
         try:
-            with open(path, "rb", opener=_open_at_once) as file:
-                state = os.fstat(file.fileno())
-                if not stat.S_ISREG(state.st_mode):
-                    raise BadImage(f"{printable(path)}: not a regular file")
-                if state.st_size > LARGEST_FILE:
-                    raise BadImage(f"{printable(path)}: {state.st_size:,} bytes are too many for an image")
-                return np.fromfile(file, np.uint8)
+            return read_image_file(path)
         except OSError as error:
             raise BadImage(f"{printable(path)}: {error.strerror or error}") from error
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file without waiting for the writer of a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class _Part(NamedTuple):

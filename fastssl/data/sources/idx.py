@@ -5,11 +5,15 @@ package `dataset-fashion-mnist` installs Fashion-MNIST: idx:/usr/share/datasets/
 """
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from fastssl.text import printable
+
+from ..reading import open_regular, usable_memory
 from ..source import expand_user
 from .arrays import Arrays, make_source
 
@@ -34,11 +38,21 @@ def _read(root: Path, name: str, dims: int) -> np.ndarray:
     path = next((root / candidate for candidate in (name, f"{name}.gz") if (root / candidate).is_file()), None)
     if path is None:
         raise ValueError(f"data: {root} has no {name} or {name}.gz")
+    start = 4 + 4 * dims
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"data: {path} can't be read ({error})") from error
-    shape = np.frombuffer(data[4 : 4 + 4 * dims], ">i4").tolist() if len(data) >= 4 + 4 * dims else []
-    if data[:4] != bytes((0, 0, 8, dims)) or min(shape, default=-1) < 0 or len(data) != 4 + 4 * dims + np.prod(shape):
-        raise ValueError(f"data: {path} is no idx file of {dims} dims of bytes, or is truncated")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+        with open_regular(path) as opened, gzip.open(opened) if path.suffix == ".gz" else opened as file:
+            header = file.read(start)
+            shape = np.frombuffer(header[4:], ">i4").tolist() if len(header) == start else [-1]
+            if header[:4] != bytes((0, 0, 8, dims)) or min(shape) < 0:
+                raise ValueError(f"data: {printable(path)} is no idx file of {dims} dims of bytes, or is truncated")
+            size, memory = math.prod(shape), usable_memory()
+            if size > memory:
+                takes = f"{size / 1e9:,.1f} GB of memory, of which there are {memory / 1e9:,.1f}"
+                raise ValueError(f"data: {printable(path)} takes {takes}: save it as .npy, see the source arrays")
+            data = file.read(size + 1)  # no more, whatever it unpacks to
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"data: {printable(path)} can't be read ({printable(reason)})") from error
+    if len(data) != size:
+        raise ValueError(f"data: {printable(path)} is no idx file of {dims} dims of bytes, or is truncated")
+    return np.frombuffer(data, np.uint8).reshape(shape)

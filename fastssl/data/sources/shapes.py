@@ -21,11 +21,14 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
+from fastssl.text import printable
+
 from ..source import Source
 
 GREYS = (40, 215)  # the two backgrounds
 MAX_ROTATION = math.radians(25)
 SUPERSAMPLING = 3  # factor of the drawing's size, averaged down for smooth edges
+LIMITS = {"count": (1, 100_000_000), "size": (8, 2048), "seed": (0, 2**63 - 1)}  # a larger size takes a gigabyte
 TEST_OFFSET = 2**40  # the test split's random numbers start here, apart from all of the training split's
 
 Points = list[tuple[float, float]]
@@ -117,9 +120,11 @@ def open_split(argument: str, split: str) -> Shapes:
     for setting in filter(None, argument.split(",")):
         name, _, value = setting.partition("=")
         if name not in settings or not value.isdecimal():
-            raise ValueError(f"data: shapes takes count=N, size=N and seed=N, got {setting!r}")
+            raise ValueError(f"data: shapes takes count=N, size=N and seed=N, got {printable(setting)!r}")
+        low, high = LIMITS[name]
+        number = int(value[:20])  # more digits are too many in any case
+        if len(value) > 20 or not low <= number <= high:
+            raise ValueError(f"data: shapes takes a {name} from {low:,} to {high:,}, got {printable(setting[:60])!r}")
         if name != "count" or split == "train":  # the size of the test split is fixed
-            settings[name] = int(value)
-    if settings["count"] < 1 or settings["size"] < 8:
-        raise ValueError(f"data: shapes needs count ≥ 1 and size ≥ 8, got {argument!r}")
+            settings[name] = number
     return Shapes(split, **settings)
