@@ -226,7 +226,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_order
+    @first_order("attention")
     def backward(ctx, dout):
         return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None
 
@@ -240,7 +240,7 @@ class _AttentionPacked(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_order
+    @first_order("attention_packed")
     def backward(ctx, dout):
         return _attention_packed_bwd(dout, *ctx.saved_tensors, ctx.scale), None
 

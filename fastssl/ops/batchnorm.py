@@ -50,7 +50,8 @@ def batch_norm(
         from sums in float64.
 
     Raises:
-        ValueError: a shape or device does not fit. TypeError: not floating.
+        ValueError: a shape or device does not fit, or a running statistic shares memory with another argument.
+        TypeError: not floating.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015; He et al., 2020 (MoCo), section 3.3, "Shuffling BN".
     """
@@ -60,7 +61,7 @@ def batch_norm(
         out = out if residual is None else out.add_(residual)
         return F.relu_(out) if relu else out
     x, residual = _channels_last(x), None if residual is None else _channels_last(residual.to(x.dtype))
-    weight, bias = weight.to(acc_dtype(x)), bias.to(acc_dtype(x))
+    weight, bias = (vector.to(acc_dtype(x)).contiguous() for vector in (weight, bias))
     y, mean, var = _BatchNorm.apply(x, weight, bias, residual, eps, splits, relu)
     with torch.no_grad():
         for average, statistic in ((running.mean, mean), (running.var, var)):
@@ -81,6 +82,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, running: Running, splits: in
     for name, value in vectors.items():
         check.tensor("batch_norm", name, value, "C", C=x.shape[1])
     check.same_device("batch_norm", x=x, **vectors)
+    averages = {"running.mean": running.mean, "running.var": running.var}
+    check.floating("batch_norm", **averages)
+    check.separate("batch_norm", averages, {"x": x, "weight": weight, "bias": bias})
     if splits < 1 or x.shape[0] % splits:
         check.fail("batch_norm", f"x must have a batch divisible by splits={splits}, got B={x.shape[0]}")
     if x.numel() == splits * x.shape[1]:
@@ -112,7 +116,7 @@ def _batch_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, mean, 1/√(variance + eps), unbiased variance), the last three [splits, C] in the dtype of weight and bias.
 
-    x and residual are dense in channels_last order, as y is; weight and bias have the dtype of sums.
+    x and residual are dense in channels_last order, as y is; weight and bias are contiguous, in the dtype of sums.
     """
     values = _parts(x, splits)
     var, mean = torch.var_mean(values, (0, 2), correction=0)
@@ -163,7 +167,7 @@ class _BatchNorm(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @first_order
+    @first_order("batch_norm")
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 7

@@ -110,7 +110,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss, rank
 
     @staticmethod
-    @first_order
+    @first_order("info_nce")
     def backward(ctx, dloss, _):
         q, dq, tau = ctx.saved_tensors
         dq = dq * dloss[:, None]
@@ -208,7 +208,7 @@ class _BatchInfoNCE(torch.autograd.Function):
         return loss, rank
 
     @staticmethod
-    @first_order
+    @first_order("batch_info_nce")
     def backward(ctx, dloss, _):
         q, keys, tau, dq, lse = ctx.saved_tensors
         needs_q, needs_keys, needs_tau, _, _ = ctx.needs_input_grad
@@ -294,7 +294,7 @@ class _NTXent(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @first_order
+    @first_order("nt_xent")
     def backward(ctx, dloss):
         z, tau, lse = ctx.saved_tensors
         dz = _nt_xent_bwd(z, tau, lse, dloss)

@@ -109,7 +109,7 @@ class _Linear(torch.autograd.Function):
         return _linear_fwd(x, _rows(weight), bias, gelu)
 
     @staticmethod
-    @first_order
+    @first_order("linear")
     def backward(ctx, dy):
         (x, weight), dy = ctx.saved_tensors, _rows(dy)
         dx = dweight = dbias = None

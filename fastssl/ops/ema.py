@@ -26,7 +26,8 @@ def ema_update_(
             same pass, with which a momentum encoder can compute its keys without casting its weights again.
 
     Raises:
-        ValueError: counts, shapes or devices differ, or momentum is outside [0, 1].
+        ValueError: counts, shapes or devices differ, momentum is outside [0, 1], or a target or shadow shares memory
+            with itself or another tensor (a target may be its own source).
         TypeError: a target is bfloat16 or float16: 1.0 + 0.001·(2.0 − 1.0) rounds to 1.0 there, so the average would
             never move.
 
@@ -49,6 +50,7 @@ def ema_update_(
                 _ema_update_(targets, sources, float(momentum), shadows)
         except RuntimeError:  # a kernel raises before it writes where lists do not fit, and does not name the tensor
             _check_lists(targets, sources, shadows)
+            _check_memory(targets, sources, shadows)
             raise
         increment_version([*targets, *shadows])
 
@@ -71,11 +73,20 @@ def _check_lists(targets: Sequence[Tensor], sources: Sequence[Tensor], shadows: 
             check.same_device("ema_update_", **{f"targets[{i}]": target, f"{name}[{i}]": tensor})
 
 
+def _check_memory(targets: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor]) -> None:
+    """A tensor that is written may share no memory with another one, because all are updated in parallel."""
+    same = [t.data_ptr() == s.data_ptr() and t.stride() == s.stride() for t, s in zip(targets, sources)]
+    written = {f"targets[{i}]": t for i, t in enumerate(targets)} | {f"shadows[{i}]": t for i, t in enumerate(shadows)}
+    read = {f"sources[{i}]": s for i, s in enumerate(sources) if not (same[i] and s.dtype == targets[i].dtype)}
+    check.separate("ema_update_", written, read)
+
+
 @op("ema_update_", mutates_args=("targets", "shadows"))
 def _ema_update_(
     targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float, shadows: Sequence[Tensor]
 ) -> None:
     _check_lists(targets, sources, shadows)
+    _check_memory(targets, sources, shadows)
     torch._foreach_lerp_(list(targets), [s.to(t.dtype) for t, s in zip(targets, sources)], 1 - momentum)
     if shadows:
         torch._foreach_copy_(list(shadows), list(targets))
@@ -83,4 +94,4 @@ def _ema_update_(
 
 @fake(_ema_update_)
 def _(targets, sources, momentum, shadows):
-    pass
+    _check_lists(targets, sources, shadows)  # torch comes here where any tensor of the lists is on the meta device

@@ -86,7 +86,7 @@ def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tenso
 
     Args:
         x: [B, L, D] any floating dtype.
-        ids_keep: [B, M] int64 in 0..L−1, without duplicates in a row (the gradient requires it).
+        ids_keep: [B, M] int64 in 0..L−1. Where one is repeated, x's row gets the sum of its gradients.
         pos: [L, D] or [1, L, D], optional.
 
     Returns: [B, M, D] of dtype ``torch.result_type(x, pos)``. Gradient to x and pos, summed in float32 or wider.
@@ -122,9 +122,9 @@ register_triton(_keep_tokens_fwd, lambda: _kernels().keep_tokens_fwd)
 
 @op("keep_tokens_bwd")
 def _keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
-    """The gradient of x in dkept's dtype: rows of dkept at ids_keep, zeros elsewhere."""
+    """The gradient of x in dkept's dtype: rows of dkept at ids_keep, added where ids repeat, zeros elsewhere."""
     dx = dkept.new_zeros(dkept.shape[0], length, dkept.shape[2])
-    return dx.scatter_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
+    return dx.scatter_add_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
 
 
 @fake(_keep_tokens_bwd)
@@ -143,7 +143,7 @@ class _KeepTokens(torch.autograd.Function):
         return _keep_tokens_fwd(x, ids_keep, pos)
 
     @staticmethod
-    @first_order
+    @first_order("keep_tokens")
     def backward(ctx, dkept):
         (ids_keep,) = ctx.saved_tensors
         needs_x, _, needs_pos = ctx.needs_input_grad
@@ -217,8 +217,8 @@ register_triton(_restore_tokens_fwd, lambda: _kernels().restore_tokens_fwd)
 def _restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: int) -> tuple[Tensor, Tensor]:
     """(dx [B, prefix + kept, D], dmask_token [D] in float32 or wider)."""
     dpatches = dout[:, prefix:]
-    by_rank = torch.empty_like(dpatches, memory_format=torch.contiguous_format)
-    by_rank.scatter_(1, ids_restore.unsqueeze(-1).expand_as(dpatches), dpatches)
+    by_rank = torch.zeros_like(dpatches, memory_format=torch.contiguous_format)
+    by_rank.scatter_add_(1, ids_restore.unsqueeze(-1).expand_as(dpatches), dpatches)
     dx = torch.cat([dout[:, :prefix], by_rank[:, :kept]], dim=1)
     return dx, by_rank[:, kept:].sum(dim=(0, 1), dtype=acc_dtype(dout))
 
@@ -241,7 +241,7 @@ class _RestoreTokens(torch.autograd.Function):
         return _restore_tokens_fwd(x, mask_token, ids_restore, pos, prefix)
 
     @staticmethod
-    @first_order
+    @first_order("restore_tokens")
     def backward(ctx, dout):
         (ids_restore,) = ctx.saved_tensors
         needs_x, needs_mask_token, _, needs_pos, _ = ctx.needs_input_grad

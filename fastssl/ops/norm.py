@@ -120,7 +120,7 @@ class _ResidualNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
-    @first_order
+    @first_order("residual_norm")
     def backward(ctx, dsum, dnormed):
         total, mean, rstd, weight = ctx.saved_tensors
         delta_dtype = ctx.delta_dtype or total.dtype

@@ -121,7 +121,7 @@ def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
 
     Args:
         images: [B, C, H, W] any dtype and memory format; H and W divisible by `patch`.
-        ids_keep: [B, M] int64 patch numbers in row-major order, without duplicates in a row (the gradient requires it).
+        ids_keep: [B, M] int64 patch numbers in row-major order. Where one is repeated, its pixels get the sum of the gradients.
         patch: p, side of a patch in pixels.
 
     Returns: [B, M, P] of the images' dtype, P = p·p·C, channel last inside a patch. Gradient to images.
@@ -156,7 +156,7 @@ register_triton(_keep_patches_fwd, lambda: _kernels().keep_patches_fwd)
 @op("keep_patches_bwd")
 def _keep_patches_bwd(dkept: Tensor, ids_keep: Tensor, patch: int, height: int, width: int) -> Tensor:
     dpatches = dkept.new_zeros(dkept.shape[0], (height // patch) * (width // patch), dkept.shape[2])
-    dpatches.scatter_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
+    dpatches.scatter_add_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
     return _unpatchify(dpatches, patch, height, width)
 
 
@@ -176,7 +176,7 @@ class _KeepPatches(torch.autograd.Function):
         return _keep_patches_fwd(images, ids_keep, patch)
 
     @staticmethod
-    @first_order
+    @first_order("keep_patches")
     def backward(ctx, dkept):
         return _keep_patches_bwd(dkept, *ctx.saved_tensors, ctx.patch, *ctx.sides), None, None
 
@@ -253,7 +253,7 @@ class _MaskedPatchMSE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @first_order
+    @first_order("masked_patch_mse")
     def backward(ctx, dloss):
         (dpred,) = ctx.saved_tensors
         return (dpred * dloss).to(ctx.dtype), None, None, None, None, None
