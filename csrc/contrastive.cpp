@@ -26,10 +26,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_info_nce_fwd(Tensor q, Tensor k
     Tensor loss = empty({q.size(0)}, kDtype<T>), rank = empty({q.size(0)}, ScalarType::Long);
     Tensor dq = with_grad ? empty({q.size(0), q.size(1)}, kDtype<T>) : empty({0}, kDtype<T>);
     Tensor lse = empty({q.size(0)}, kDtype<T>);
-    std::vector<double> exact_lse(q.size(0));
+    std::vector<LogSum> log_sums(q.size(0));
     info_nce<T>(q, keys, {label_offset, keys.size(0), false}, keys, true, tau_value(tau),
-                {data<T>(loss), with_grad ? data<T>(dq) : nullptr, data<int64_t>(rank), exact_lse.data()});
-    std::copy(exact_lse.begin(), exact_lse.end(), data<T>(lse));
+                {data<T>(loss), with_grad ? data<T>(dq) : nullptr, data<int64_t>(rank), log_sums.data()});
+    store_lse(log_sums, tau_value(tau), data<T>(lse));
     return std::make_tuple(loss, rank, dq, lse);
   });
 }
@@ -42,13 +42,11 @@ struct SplitDouble {
   SplitDouble(double value) : high(T(value)), low(T(value - double(T(value)))) {}
 };
 
-// The log-sum-exp of a query's logits as a logit before the division by τ, rounded, and what the rounding left over,
-// in units of log 2.
+// A log-sum-exp in units of log 2.
 template <typename T>
 struct Shift {
   T logit, rest;
-  Shift(double lse, double tau)
-      : logit(T(lse * std::abs(tau))), rest(T((lse - double(logit) / std::abs(tau)) * kLog2E)) {}
+  Shift(const LogSum& lse) : logit(T(lse.logit)), rest(T(lse.rest * kLog2E)) {}
 };
 
 // The softmax of logits: 2^((logit − shift) · scale − rest). The difference comes before the product, as in
@@ -62,15 +60,16 @@ Vec<T> softmax_weight(Vec<T> logit, const SplitDouble<T>& scale, Vec<T> shift, V
 // The log-sum-exps of queries, as the forward pass stored them. A number in the thousands has lost its decimals in
 // float32, and with them the softmax: then `compute(Outputs)` computes them again.
 template <typename T, typename Compute>
-std::vector<double> exact_lse(const Tensor& stored, const Compute& compute) {
+std::vector<LogSum> exact_lse(const Tensor& stored, double tau, const Compute& compute) {
   const int64_t rows = stored.size(0);
-  std::vector<double> lse(rows);
+  std::vector<LogSum> lse(rows);
   double largest = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    lse[i] = double(data<T>(stored)[i * stored.stride(0)]);
-    if (std::isfinite(lse[i])) largest = std::max(largest, std::abs(lse[i]));
+    const double value = data<T>(stored)[i * stored.stride(0)], logit = T(value * std::abs(tau));
+    lse[i] = {logit, value - logit / std::abs(tau)};
+    if (std::isfinite(value)) largest = std::max(largest, std::abs(value));
   }
-  if (std::is_same_v<T, double> || largest < 4096) return lse;
+  if (largest < (std::is_same_v<T, double> ? 1e12 : 4096)) return lse;
   std::vector<T> loss(rows);
   std::vector<int64_t> rank(rows);
   compute(Outputs<T>{loss.data(), nullptr, rank.data(), lse.data()});
@@ -80,7 +79,7 @@ std::vector<double> exact_lse(const Tensor& stored, const Compute& compute) {
 // ∂loss/∂keys. The roles of queries and keys are swapped: keys are lanes, and queries are processed block by block, so
 // each row of the result is summed by one task.
 template <typename T>
-void batch_dkeys(const Matrix& q, const Matrix& keys, double tau, int64_t label_offset, const double* lse,
+void batch_dkeys(const Matrix& q, const Matrix& keys, double tau, int64_t label_offset, const LogSum* lse,
                  const T* dloss, T* dkeys) {
   const int64_t width = q.width, padded = panel_count<T>(width) * kPanelWidth<T>;
   const int64_t block = std::clamp<int64_t>(round_up<int64_t>(keys.rows / 8, kGroup<T>), kGroup<T>, kMaxQueries);
@@ -99,7 +98,7 @@ void batch_dkeys(const Matrix& q, const Matrix& keys, double tau, int64_t label_
            [&](T* logits, int64_t query, int64_t queries, int64_t key, int64_t key_panels) {
              for (int64_t i = 0; i < queries; ++i) {
                T* row = logits + i * kGroup<T>;
-               const Shift<T> shift(lse[query + i], tau);
+               const Shift<T> shift(lse[query + i]);
                const T upstream = dloss[query + i] * inverse;
                for (int64_t lane = 0; lane < key_panels * kPanelWidth<T>; lane += kLanes<T>)
                  store(row + lane,
@@ -122,8 +121,8 @@ Tensor batch_info_nce_dkeys(Tensor q, Tensor keys, Tensor tau, int64_t label_off
     const auto compute = [&](const Outputs<T>& out) {
       info_nce<T>(q, keys, {label_offset, keys.size(0), false}, keys, true, tau_value(tau), out);
     };
-    batch_dkeys<T>(q, keys, tau_value(tau), label_offset, exact_lse<T>(lse, compute).data(), upstream.data(),
-                   data<T>(dkeys));
+    batch_dkeys<T>(q, keys, tau_value(tau), label_offset, exact_lse<T>(lse, tau_value(tau), compute).data(),
+                   upstream.data(), data<T>(dkeys));
     return dkeys;
   });
 }
@@ -304,9 +303,9 @@ std::tuple<Tensor, Tensor> nt_xent_fwd(Tensor z_tensor, Tensor tau_tensor) {
     const double bound = largest_logit(views);
     if (!(bound <= 60)) {
       std::vector<int64_t> rank(z.rows);
-      std::vector<double> exact(z.rows);
-      nt_xent_of_any_length<T>(z, tau, {data<T>(loss), nullptr, rank.data(), exact.data()});
-      std::copy(exact.begin(), exact.end(), data<T>(lse));
+      std::vector<LogSum> log_sums(z.rows);
+      nt_xent_of_any_length<T>(z, tau, {data<T>(loss), nullptr, rank.data(), log_sums.data()});
+      store_lse(log_sums, tau, data<T>(lse));
       return std::make_tuple(loss, lse);
     }
     std::fill(sums, sums + z.rows, T(0));
@@ -339,10 +338,10 @@ Tensor nt_xent_bwd(Tensor z_tensor, Tensor tau_tensor, Tensor lse, Tensor dloss)
     T *tiles = memory + Views<T>::size(z.rows, z.width), *shift = tiles + tiles_size, *rest = shift + lanes;
     T *upstream = rest + lanes, *sums = in_place ? data<T>(dz) : upstream + lanes;
     std::fill(shift, shift + 3 * lanes, T(0));
-    const std::vector<double> sums_of_logits =
-        exact_lse<T>(lse, [&](const Outputs<T>& out) { nt_xent_of_any_length<T>(z, tau, out); });
+    const std::vector<LogSum> log_sums =
+        exact_lse<T>(lse, tau, [&](const Outputs<T>& out) { nt_xent_of_any_length<T>(z, tau, out); });
     for (int64_t i = 0; i < z.rows; ++i) {
-      const Shift<T> parts(sums_of_logits[i], tau);
+      const Shift<T> parts(log_sums[i]);
       shift[i] = parts.logit;
       rest[i] = parts.rest;
       upstream[i] = data<T>(dloss)[i * dloss.stride(0)] * T(1 / tau);

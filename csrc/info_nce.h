@@ -123,11 +123,22 @@ void pack_queries(const Matrix& q, const Matrix& positive_keys, const Positives&
   }
 }
 
+// A log-sum-exp of logits that are divided by τ, as logit / |τ| + rest: their sum would lose the rest beside 10^10.
+struct LogSum {
+  double logit, rest;
+};
+
+// The log-sum-exps as single numbers.
+template <typename T>
+void store_lse(const std::vector<LogSum>& lse, double tau, T* dst) {
+  for (const LogSum& value : lse) *dst++ = T(value.logit / std::abs(tau) + value.rest);
+}
+
 template <typename T>
 struct Outputs {
   T *loss, *dq;  // dq may be null
   int64_t* rank;
-  double* lse = nullptr;
+  LogSum* lse = nullptr;
 };
 
 // Computes loss, rank, lse and dq of query i from its partial softmaxes and its positive.
@@ -154,7 +165,7 @@ void merge_partials(int64_t i, const Partition& partition, const T* partials, in
       gap <= 0 ? std::log1p(negatives * std::exp2(gap)) : gap * kLn2 + std::log(negatives + std::exp2(-gap));
   out.loss[i] = T(loss);
   out.rank[i] = int64_t(rank);
-  if (out.lse) out.lse[i] = loss + positive * scale * kLn2;
+  if (out.lse) out.lse[i] = gap <= 0 ? LogSum{positive, loss} : LogSum{shift, loss - gap * kLn2};
   if (!out.dq) return;
   const double total = gap <= 0 ? 1 + negatives * std::exp2(gap) : negatives + std::exp2(-gap);
   const double unit = gap <= 0 ? std::exp2(gap) / total : 1 / total;  // softmax probability of a logit equal to `shift`

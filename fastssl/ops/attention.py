@@ -140,9 +140,9 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = _scores(q, k, scale)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp_()
-    return torch.einsum("bhlm,bmhe->blhe", weights, v.to(weights.dtype)).to(q.dtype).contiguous(), lse
+    weights = scores.softmax(-1)
+    out = torch.einsum("bhlm,bmhe->blhe", weights, v.to(weights.dtype)).to(q.dtype)
+    return out.contiguous(), scores.logsumexp(-1)
 
 
 @fake(_attention_fwd)
@@ -158,7 +158,7 @@ register_triton(_attention_fwd, lambda: _kernels().attention_fwd)
 def _attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in q's dtype; the softmax is recomputed from q, k and lse."""
+    """(dq, dk, dv) in q's dtype; the softmax is recomputed from q and k, on GPUs also from lse."""
     dq, dk, dv = _backward(dout, q, k, v, out, lse, scale)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -168,7 +168,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = lse.dtype
     dout = dout.to(dtype)
-    weights = (_scores(q, k, scale) - lse.unsqueeze(-1)).exp_()
+    weights = _scores(q, k, scale).softmax(-1)  # scores less a rounded lse of 10⁹ would be no weights
     dv = torch.einsum("bhlm,blhe->bmhe", weights, dout)
     dweights = torch.einsum("blhe,bmhe->bhlm", dout, v.to(dtype))
     row_dot = (dout * out.to(dtype)).sum(-1).transpose(1, 2).unsqueeze(-1)  # [B, H, L, 1]

@@ -100,7 +100,7 @@ def _extent(value: Tensor) -> tuple[int, int]:
     return begin, begin + (span if dense else 1) * value.element_size()
 
 
-TAU = (2.0**-126, 2.0**126)  # the smallest and the largest temperature of which tau and 1/tau are normal in float32
+TAU = (1e-30, 1e30)  # the smallest and the largest temperature; sums of many 1/tau stay finite in float32
 
 
 def temperature(op: str, tau: float | Tensor, like: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def temperature(op: str, tau: float | Tensor, like: Tensor) -> Tensor:
             fail(op, f"tau must be on {like.device} or have a value there, got meta")
         return tau.reshape(()).to(like.device)
     if not TAU[0] <= tau <= TAU[1]:
-        fail(op, f"tau must be > 0, and tau and 1/tau finite in float32 ({TAU[0]:.1e} to {TAU[1]:.1e}), got {tau}")
+        fail(op, f"tau must be > 0, from {TAU[0]} to {TAU[1]}, so that 1/tau is finite in float32, got {tau}")
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.full((), tau, dtype=dtype, device=like.device)
 
