@@ -160,7 +160,7 @@ void merge_partials(int64_t i, const Partition& partition, const T* partials, in
     rank += double(partial(range).rank[slot]);
   }
   // Computed relative to the larger of maximum and positive; log1p keeps a loss near zero accurate.
-  const double gap = (shift - positive) * scale;
+  const double gap = positive == INFINITY ? NAN : (shift - positive) * scale;  // as in plain torch, where ∞ − ∞ is NaN
   const double loss =
       gap <= 0 ? std::log1p(negatives * std::exp2(gap)) : gap * kLn2 + std::log(negatives + std::exp2(-gap));
   out.loss[i] = T(loss);

@@ -62,6 +62,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check.tensor("attention", "v", v, "B L H E", B=batch, L=k.shape[1], H=heads, E=width)
     check.floating("attention", q=q, k=k, v=v)
     check.same_device("attention", q=q, k=k, v=v)
+    if scale is not None:
+        check.number("attention", scale=scale)
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
@@ -103,6 +105,8 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     """
     check.tensor("attention_packed", "qkv", qkv, "B L 3 H E", **{"3": 3})
     check.floating("attention_packed", qkv=qkv)
+    if scale is not None:
+        check.number("attention_packed", scale=scale)
     if qkv.shape[1] == 0:
         check.fail("attention_packed", f"qkv must have at least one token, got {list(qkv.shape)}")
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)

@@ -104,6 +104,7 @@ def _augment_(
     flip: Tensor,
     grey_first: bool,
 ) -> None:
+    check.in_range("augment_", "order", order, 4)
     parameters = zip(*(column.tolist() for column in (jitter, order, grey, sigma, solarize, flip)))
     for image, (factors, steps, to_grey, blur_sigma, to_solarize, to_flip) in zip(images, parameters):
         if to_grey or blur_sigma > 0 or factors != [1, 1, 1, 0]:

@@ -34,9 +34,41 @@ def tensor(op: str, name: str, value: object, dims: str, **sizes: int) -> None:
     fail(op, f"{name} must be a tensor of shape [{', '.join(letters)}], got {type(value).__name__}", TypeError)
 
 
+def is_tensor(op: str, name: str, value: object) -> None:
+    """Checks that `value` is a tensor, of any shape."""
+    if not isinstance(value, Tensor):
+        fail(op, f"{name} must be a tensor, got {type(value).__name__}", TypeError)
+
+
+def integer(op: str, **values: object) -> None:
+    """Checks that each value is an integer, which `torch.compile` may trace as a symbol."""
+    for name, value in values.items():
+        if not isinstance(value, (int, torch.SymInt)):
+            fail(op, f"{name} must be an integer, got {_shown(value)}", TypeError)
+
+
+def number(op: str, **values: object) -> None:
+    """Checks that each value is a number, not a tensor."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+            fail(op, f"{name} must be a number, got {_shown(value)}", TypeError)
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def in_range(op: str, name: str, ids: Tensor, length: int) -> None:
+    """Checks the values of ids on a CPU, for plain-torch bodies; the C++ kernels check what they use by themselves."""
+    if ids.is_cpu and ids.numel() and not 0 <= (least := int(ids.min())) <= (most := int(ids.max())) < length:
+        got = least if least < 0 else most
+        fail(op, f"{name} must be between 0 and L-1={length - 1}, got {got}", RuntimeError)
+
+
 def floating(op: str, **tensors: Tensor) -> None:
     """Checks that each tensor has a floating dtype."""
     for name, value in tensors.items():
+        is_tensor(op, name, value)
         if value.dtype not in FLOATS:
             fail(op, f"{name} must be float32, float64, bfloat16 or float16, got {dtype_name(value.dtype)}", TypeError)
 
@@ -44,6 +76,7 @@ def floating(op: str, **tensors: Tensor) -> None:
 def index(op: str, **tensors: Tensor) -> None:
     """Checks that each tensor is int64."""
     for name, value in tensors.items():
+        is_tensor(op, name, value)
         if value.dtype != torch.int64:
             fail(op, f"{name} must be int64, got {dtype_name(value.dtype)}", TypeError)
 
@@ -112,6 +145,7 @@ def temperature(op: str, tau: float | Tensor, like: Tensor) -> Tensor:
         if tau.is_meta and not like.is_meta:
             fail(op, f"tau must be on {like.device} or have a value there, got meta")
         return tau.reshape(()).to(like.device)
+    number(op, tau=tau)
     if not TAU[0] <= tau <= TAU[1]:
         fail(op, f"tau must be > 0, from {TAU[0]} to {TAU[1]}, so that 1/tau is finite in float32, got {tau}")
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32

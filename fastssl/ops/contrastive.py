@@ -145,6 +145,7 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: i
     check.tensor("batch_info_nce", "keys", keys, "M D", D=q.shape[1])
     check.floating("batch_info_nce", q=q, keys=keys)
     check.same_device("batch_info_nce", q=q, keys=keys)
+    check.integer("batch_info_nce", label_offset=label_offset)
     if not 0 <= label_offset <= keys.shape[0] - q.shape[0]:
         largest = keys.shape[0] - q.shape[0]
         message = f"label_offset must be at least 0 and at most M − B = {largest}, got {label_offset}"

@@ -1,6 +1,6 @@
 """Exponential moving average of parameters: the update of a momentum encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,8 +37,12 @@ def ema_update_(
 
     Source: He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020, equation 2.
     """
+    for name, tensors in (("targets", targets), ("sources", sources), ("shadows", shadows)):
+        if not isinstance(tensors, Iterable) and not (tensors is None and name == "shadows"):
+            check.fail("ema_update_", f"{name} must be a list of tensors, got {type(tensors).__name__}", TypeError)
     targets, sources = list(targets), list(sources)
     shadows = [] if shadows is None else list(shadows)
+    check.number("ema_update_", momentum=momentum)
     for name, tensors in (("sources", sources), ("shadows", shadows)):
         if len(tensors) != len(targets) and (tensors or name == "sources"):
             check.fail("ema_update_", f"{name} must hold {len(targets)} tensors like targets, got {len(tensors)}")
@@ -57,6 +61,7 @@ def ema_update_(
 
 def _check_lists(targets: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor]) -> None:
     for i, target in enumerate(targets):
+        check.is_tensor("ema_update_", f"targets[{i}]", target)
         if target.dtype not in (torch.float32, torch.float64):
             expected = "float32 or float64 (an update vanishes in 16 bits: pass float32 targets, 16-bit shadows)"
             got = check.dtype_name(target.dtype)
@@ -66,6 +71,7 @@ def _check_lists(targets: Sequence[Tensor], sources: Sequence[Tensor], shadows: 
             message = f"targets[{i}] must be on {device} like targets[0], got {target.device}; call it once per device"
             check.fail("ema_update_", message)
         for name, tensor in (("sources", sources[i]), *([("shadows", shadows[i])] if shadows else [])):
+            check.is_tensor("ema_update_", f"{name}[{i}]", tensor)
             if tensor.shape != target.shape:
                 expected = f"{list(target.shape)} like targets[{i}]"
                 check.fail("ema_update_", f"{name}[{i}] must have shape {expected}, got {list(tensor.shape)}")

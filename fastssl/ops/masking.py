@@ -50,6 +50,7 @@ def random_masking(noise: Tensor, keep: int) -> Masking:
     check.tensor("random_masking", "noise", noise, "B L")
     check.floating("random_masking", noise=noise)
     length = noise.shape[1]
+    check.integer("random_masking", keep=keep)
     if not 1 <= keep <= length:
         check.fail("random_masking", f"keep must be between 1 and L={length}, got {keep}")
     return Masking(*_random_masking(noise.detach(), keep))
@@ -107,6 +108,7 @@ def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tenso
 
 @op("keep_tokens_fwd")
 def _keep_tokens_fwd(x: Tensor, ids_keep: Tensor, pos: Tensor | None) -> Tensor:
+    check.in_range("keep_tokens", "ids_keep", ids_keep, x.shape[1])
     kept = _gather(x, ids_keep)
     return kept if pos is None else kept + pos[ids_keep]
 
@@ -181,9 +183,11 @@ def restore_tokens(
     batch, tokens, width = x.shape
     check.tensor("restore_tokens", "ids_restore", ids_restore, "B L", B=batch)
     length = ids_restore.shape[1]
+    check.integer("restore_tokens", prefix=prefix)
+    check.is_tensor("restore_tokens", "mask_token", mask_token)
     if not 0 <= prefix <= tokens or tokens - prefix > length:
         check.fail("restore_tokens", f"x must have prefix={prefix} to prefix+L={prefix + length} tokens, got {tokens}")
-    if mask_token.numel() != width or mask_token.shape[-1] != width:
+    if mask_token.numel() != width or mask_token.ndim == 0 or mask_token.shape[-1] != width:
         check.fail("restore_tokens", f"mask_token must have shape [D={width}], got {list(mask_token.shape)}")
     check.floating("restore_tokens", x=x, mask_token=mask_token)
     check.index("restore_tokens", ids_restore=ids_restore)
@@ -195,6 +199,7 @@ def restore_tokens(
 @op("restore_tokens_fwd")
 def _restore_tokens_fwd(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor | None, prefix: int) -> Tensor:
     batch, tokens, width = x.shape
+    check.in_range("restore_tokens", "ids_restore", ids_restore, ids_restore.shape[1])
     dtype = torch.result_type(x, mask_token)
     mask_tokens = mask_token.to(dtype).expand(batch, prefix + ids_restore.shape[1] - tokens, width)
     patches = _gather(torch.cat([x[:, prefix:].to(dtype), mask_tokens], dim=1), ids_restore)
@@ -256,6 +261,7 @@ def _positions(op_name: str, pos: Tensor | None, x: Tensor, tokens: int, letters
     """pos as [tokens, D], after checks."""
     if pos is None:
         return None
+    check.is_tensor(op_name, "pos", pos)
     if pos.shape not in ((tokens, x.shape[2]), (1, tokens, x.shape[2])):
         expected = f"[{letters}={tokens}, D={x.shape[2]}] or [1, {letters}={tokens}, D={x.shape[2]}]"
         check.fail(op_name, f"pos must have shape {expected}, got {list(pos.shape)}")

@@ -140,6 +140,7 @@ def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
 def _keep_patches_fwd(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
     grid = _grid_view(images, patch)
     columns = grid.shape[2]
+    check.in_range("keep_patches", "ids_keep", ids_keep, grid.shape[1] * columns)
     samples = torch.arange(grid.shape[0], device=images.device).unsqueeze(1)
     kept = grid[samples, ids_keep // columns, ids_keep % columns]  # [B, M, p, p, C]: only these pixels are read
     return kept.reshape(*ids_keep.shape, patch * patch * images.shape[1]).contiguous()
@@ -272,5 +273,6 @@ def _check_images(op_name: str, images: Tensor, patch: int) -> None:
 
 
 def _check_sides(op_name: str, height: int, width: int, patch: int) -> None:
+    check.integer(op_name, patch=patch, height=height, width=width)
     if patch < 1 or height % patch or width % patch or not height or not width:
         check.fail(op_name, f"height and width must be divisible by patch={patch}, got {height}×{width}")
