@@ -168,19 +168,17 @@ class MaskedPatchLoss(nn.Module):
             if most == 0:
                 raise ValueError("MaskedPatchLoss: mask must remove at least one patch, got zeros alone")
             masked, is_ragged = most, fewest != most
-        # Kept patches come first, in image order. Of random_masking at least one must be kept, so a mask of ones has none.
-        if masked == mask.shape[1]:
+        if masked == mask.shape[1]:  # random_masking keeps at least one patch
             return torch.arange(masked, device=mask.device).expand(mask.shape), is_ragged
+        # Kept patches come first, in image order.
         return ops.random_masking(mask.float(), mask.shape[1] - masked).ids_masked, is_ragged
 
     def _ragged_loss(self, imgs: Tensor, pred: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The loss where the last patches in each row of ids [B, M] are removed, as many as the row of mask tells."""
         length = mask.shape[1]
         if pred.shape[1] != length:
-            got = f"pred [B, {pred.shape[1]}, P]"
-            raise ValueError(
-                f"MaskedPatchLoss: pred must be [B, L={length}, P] where rows of mask remove different numbers, got {got}"
-            )
+            expected = f"[B, L={length}, P] where rows of mask remove different numbers"
+            raise ValueError(f"MaskedPatchLoss: pred must be {expected}, got pred [B, {pred.shape[1]}, P]")
         dtype = acc_dtype(pred)
         target = ops.keep_patches(imgs.detach(), ids, self.patch_size).to(dtype)
         if self.norm_pix_loss:

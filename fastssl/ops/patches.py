@@ -121,7 +121,7 @@ def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
 
     Args:
         images: [B, C, H, W] any dtype and memory format; H and W divisible by `patch`.
-        ids_keep: [B, M] int64 patch numbers in row-major order. Where one is repeated, its pixels get the sum of the gradients.
+        ids_keep: [B, M] int64 patch numbers in row-major order; pixels of a repeated one get the sum of its gradients.
         patch: p, side of a patch in pixels.
 
     Returns: [B, M, P] of the images' dtype, P = p·p·C, channel last inside a patch. Gradient to images.

@@ -246,7 +246,9 @@ def copied(value: Any) -> Any:
         return value
     if not value.is_contiguous() and value.numel():  # a view: copy the memory it is in
         memory = value.detach().as_strided((value.untyped_storage().size() // value.element_size(),), (1,), 0).clone()
-        return memory.as_strided(value.shape, value.stride(), value.storage_offset()).requires_grad_(value.requires_grad)
+        return memory.as_strided(value.shape, value.stride(), value.storage_offset()).requires_grad_(
+            value.requires_grad
+        )
     return value.detach().clone().requires_grad_(value.requires_grad)
 
 

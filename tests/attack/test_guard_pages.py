@@ -39,8 +39,8 @@ def moved(value, at_end):
     return [moved(item, at_end) for item in value] if isinstance(value, list) else value
 
 def expanded(value):
-    # one element at the guard, read through a stride of 0
-    return value[:1].detach().expand_as(value) if isinstance(value, torch.Tensor) and value.ndim else value
+    # the last element, which lies at the guard, through a stride of 0
+    return value[-1:].detach().expand_as(value) if isinstance(value, torch.Tensor) and value.ndim else value
 
 seed, rounds = map(int, sys.argv[1:])
 torch.set_num_threads(1)

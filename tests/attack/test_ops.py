@@ -110,7 +110,9 @@ def single_mutations(arguments: Arguments) -> list[tuple[str, Arguments]]:
 
 
 def pairs_of_mutations(arguments: Arguments, n: random.Random, count: int) -> list[tuple[str, Arguments]]:
-    singles = [(argument, *mutation) for argument in arguments for mutation in mutations_of(arguments[argument]).items()]
+    singles = [
+        (argument, *mutation) for argument in arguments for mutation in mutations_of(arguments[argument]).items()
+    ]
     made = []
     for _ in range(count):
         (a, kind_a, value_a), (b, kind_b, value_b) = n.sample(singles, 2)
