@@ -68,8 +68,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         q, k, v = (x.to(dtype) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         check.fail("attention", f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}", TypeError)
-    if k.shape[1] == 0:
-        check.fail("attention", f"k must have at least one token, got {list(k.shape)}")
+    if k.shape[1] == 0 or width == 0:
+        check.fail("attention", f"k must have at least one token and E at least 1, got {list(k.shape)}")
     scale = width**-0.5 if scale is None else scale
     name = backend(q, k, v)
     if name == "kernel":
@@ -107,8 +107,8 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     check.floating("attention_packed", qkv=qkv)
     if scale is not None:
         check.number("attention_packed", scale=scale)
-    if qkv.shape[1] == 0:
-        check.fail("attention_packed", f"qkv must have at least one token, got {list(qkv.shape)}")
+    if qkv.shape[1] == 0 or qkv.shape[4] == 0:
+        check.fail("attention_packed", f"qkv must have at least one token and E at least 1, got {list(qkv.shape)}")
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     scale = qkv.shape[4] ** -0.5 if scale is None else scale
     q, k, v = qkv.unbind(2)

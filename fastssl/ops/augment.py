@@ -105,6 +105,8 @@ def _augment_(
     grey_first: bool,
 ) -> None:
     check.in_range("augment_", "order", order, 4)
+    if images.numel() == 0:
+        return
     parameters = zip(*(column.tolist() for column in (jitter, order, grey, sigma, solarize, flip)))
     for image, (factors, steps, to_grey, blur_sigma, to_solarize, to_flip) in zip(images, parameters):
         if to_grey or blur_sigma > 0 or factors != [1, 1, 1, 0]:
@@ -176,7 +178,7 @@ def blur_image(x: Tensor, sigma: float) -> Tensor:
 
 def _blur_along_width(x: Tensor, sigma: float) -> Tensor:
     width = x.shape[-1]
-    radius = min(math.ceil(3 * sigma), width - 1)
+    radius = math.ceil(min(3 * sigma, width - 1))  # sigma may be infinite
     weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     padded = F.pad(x, (radius, radius), mode="reflect")

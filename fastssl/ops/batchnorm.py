@@ -90,6 +90,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, running: Running, splits: in
     check.floating("batch_norm", **averages)
     check.separate("batch_norm", averages, {"x": x, "weight": weight, "bias": bias})
     check.integer("batch_norm", splits=splits)
+    for name, average in averages.items():
+        if average.requires_grad:
+            check.fail("batch_norm", f"{name} must not require a gradient, got requires_grad=True")
     if splits < 1 or x.shape[0] % splits:
         check.fail("batch_norm", f"x must have a batch divisible by splits={splits}, got B={x.shape[0]}")
     if x.numel() == splits * x.shape[1]:

@@ -54,7 +54,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
         whatever the input dtypes, and also under autocast; the gradient of q has q's dtype.
 
     Raises:
-        ValueError: a shape or device does not fit, tau ≤ 0, or k or queue requires a gradient.
+        ValueError: a shape or device does not fit, a number tau is not in 1e-30 … 1e30, or k or queue requires a
+            gradient.
         TypeError: an argument is not floating.
 
     Memory: a kernel needs O(B·D) whatever K: at B = 256, D = 128 under 4 MB on a CPU, and on a GPU 10 MB of partial
@@ -134,7 +135,8 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: i
         whatever the input dtypes, and also under autocast; gradients have the dtype of their tensor.
 
     Raises:
-        ValueError: a shape or device does not fit, tau ≤ 0, or a positive lies outside keys.
+        ValueError: a shape or device does not fit, a number tau is not in 1e-30 … 1e30, or a positive lies outside
+            keys.
         TypeError: an argument is not floating.
 
     Memory: a kernel needs O((B + M)·D). The plain-torch body makes logits [B, M], and again for the gradient of keys.
@@ -237,7 +239,7 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
         that dtype whatever the input dtypes, and also under autocast; gradients have the dtype of their tensor.
 
     Raises:
-        ValueError: shapes or devices differ, or tau ≤ 0. TypeError: an argument is not floating.
+        ValueError: shapes or devices differ, or a number tau is not in 1e-30 … 1e30. TypeError: one is not floating.
 
     Memory: a kernel needs O(B·D); the C++ kernel three copies of z, and it computes the logit of each pair once. The
         plain-torch body makes logits [2B, 2B], and again for the gradient.

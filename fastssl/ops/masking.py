@@ -87,7 +87,8 @@ def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tenso
 
     Args:
         x: [B, L, D] any floating dtype.
-        ids_keep: [B, M] int64 in 0..L−1. Where one is repeated, x's row gets the sum of its gradients.
+        ids_keep: [B, M] int64 in 0..L−1. Where one is repeated, its row of x gets the sum of the gradients, on CPUs; on
+            GPUs the gradient requires ids without duplicates in a row.
         pos: [L, D] or [1, L, D], optional.
 
     Returns: [B, M, D] of dtype ``torch.result_type(x, pos)``. Gradient to x and pos, summed in float32 or wider.
@@ -167,7 +168,8 @@ def restore_tokens(
         x: [B, prefix + M, D] any floating dtype: `prefix` tokens that stay in front, then the M kept tokens in the
             order of `Masking.ids_keep`.
         mask_token: D values, as [D] or [1, 1, D].
-        ids_restore: [B, L] int64, L ≥ M: the rank of each token, as `random_masking` returns it.
+        ids_restore: [B, L] int64, L ≥ M: the rank of each token, as `random_masking` returns it. On GPUs the gradient
+            requires that no rank is repeated.
         pos: [prefix + L, D] or [1, prefix + L, D], optional.
         prefix: number of tokens that are not patches: 1 for a class token, 0 for none.
 

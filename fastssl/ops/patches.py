@@ -121,7 +121,8 @@ def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
 
     Args:
         images: [B, C, H, W] any dtype and memory format; H and W divisible by `patch`.
-        ids_keep: [B, M] int64 patch numbers in row-major order; pixels of a repeated one get the sum of its gradients.
+        ids_keep: [B, M] int64 patch numbers in row-major order. Pixels of a repeated one get the sum of its gradients,
+            on CPUs; on GPUs the gradient requires ids without duplicates in a row.
         patch: p, side of a patch in pixels.
 
     Returns: [B, M, P] of the images' dtype, P = p·p·C, channel last inside a patch. Gradient to images.

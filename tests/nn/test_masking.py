@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastssl import ops
 from fastssl.contract import Batch
 from fastssl.data import draws
 from fastssl.distributed import rank
@@ -178,6 +179,28 @@ def test_masks_that_remove_different_numbers_are_the_official_loss(counts, norm_
         loss = MaskedPatchLoss(4, norm_pix)(images, pred, removed)
         torch.testing.assert_close(loss, official)
         torch.testing.assert_close(torch.autograd.grad(loss, pred)[0], expected)
+
+
+def test_the_rows_on_lightly_s_masked_autoencoder():
+    utils = pytest.importorskip("lightly.models.utils")
+    images, length, width = torch.rand(2, 3, 16, 16), 16, 8
+    masking = ops.random_masking(torch.rand(2, length), int(length * (1 - 0.75)))
+    lightly_keep, lightly_mask = utils.random_token_mask((2, 1 + length), 0.75)
+    assert masking.ids_keep.shape[1] == lightly_keep.shape[1] - 1
+    assert masking.ids_masked.shape == lightly_mask.shape
+    tokens, patches = torch.randn(2, length, width), utils.patchify(images, 4)
+    kept = ops.keep_tokens(tokens, masking.ids_keep)
+    assert torch.equal(kept, utils.get_at_index(tokens, masking.ids_keep))
+    assert torch.equal(ops.patchify(images, 4), patches)
+    assert torch.equal(ops.unpatchify(patches, 4, 16, 16), utils.unpatchify(patches, 4))
+    pred = torch.randn(2, 12, 48)
+    expected = torch.nn.MSELoss()(pred, utils.get_at_index(patches, masking.ids_masked))
+    torch.testing.assert_close(ops.masked_patch_mse(pred, images, masking.ids_masked, 4), expected)
+    class_token, mask_token, pos = torch.randn(2, 1, width), torch.randn(1, 1, width), torch.randn(1 + length, width)
+    x = torch.cat([class_token, kept], 1)
+    ids = torch.cat([torch.zeros(2, 1, dtype=torch.int64), masking.ids_keep + 1], 1)
+    expected = utils.set_at_index(utils.repeat_token(mask_token, (2, 1 + length)), ids, x) + pos
+    assert torch.equal(ops.restore_tokens(x, mask_token, masking.ids_restore, pos), expected)
 
 
 def test_masked_patch_loss_error_sentences():
