@@ -120,7 +120,7 @@ def _overlaps_itself(value: Tensor) -> bool:
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    if not torch._C._is_alias_of(one, other):
+    if not torch._C._is_alias_of(one, other):  # type: ignore[attr-defined]
         return False
     (begin, end), (other_begin, other_end) = _extent(one), _extent(other)
     return begin < other_end and other_begin < end
@@ -129,7 +129,7 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 def _extent(value: Tensor) -> tuple[int, int]:
     """First and last byte in its storage: of the whole tensor if it is dense, else of its first element."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
-    begin, dense = value.storage_offset() * value.element_size(), span == value.numel()
+    begin, dense = int(value.storage_offset()) * value.element_size(), span == value.numel()
     return begin, begin + (span if dense else 1) * value.element_size()
 
 

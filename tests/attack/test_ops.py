@@ -183,3 +183,18 @@ def test_layouts_change_nothing(name, seed):
             assert made.refusal is None, f"{name}, {argument} {kind}: {made.refusal}"
             for i, (x, y) in enumerate(zip(made.results, wanted.results, strict=True)):
                 torch.testing.assert_close(x, y, msg=lambda m, i=i: f"{name}, {argument} {kind}, tensor {i}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_meta_tensor_among_others_is_refused(name, seed):
+    """torch sends a call with any meta tensor to the shape inference, which would do nothing without a word."""
+    arguments = CALLS[name](random.Random(seed))
+    if len(tensors_in(arguments)) == 1:
+        return
+    for argument, value in arguments.items():
+        if (name, argument) == ("augment_", "images"):  # its parameters are on the CPU, whatever the device of images
+            continue
+        for kind, mutated in mutations_of(value).items():
+            if "meta" in kind:
+                outcome = Outcome(name, arguments | {argument: mutated})
+                assert str(outcome.refusal).startswith(f"{name}: "), f"{argument} {kind}: {outcome.refusal}"
