@@ -49,7 +49,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Returns: [B, L, H, E] contiguous, in that dtype. Scores and softmax in float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape or device does not fit. TypeError: dtypes differ or are not floating.
+        ValueError: a shape or device does not fit, or scale is not in −1e30 … 1e30. TypeError: dtypes differ or are not
+            floating.
 
     Memory: the C++ kernel holds the scores of 96 queries of one head at a time, for each thread, forward and backward;
         a GPU kernel holds no scores in global memory. Both keep one number a query for the gradient.
@@ -63,7 +64,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check.floating("attention", q=q, k=k, v=v)
     check.same_device("attention", q=q, k=k, v=v)
     if scale is not None:
-        check.number("attention", scale=scale)
+        _check_scale("attention", scale)
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
@@ -83,6 +84,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     else:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).contiguous()
+
+
+def _check_scale(op_name: str, scale: float) -> None:
+    check.number(op_name, scale=scale)
+    if not abs(scale) <= 1e30:
+        check.fail(op_name, f"scale must be between -1e30 and 1e30, got {scale}")
 
 
 def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -106,7 +113,7 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     check.tensor("attention_packed", "qkv", qkv, "B L 3 H E", **{"3": 3})
     check.floating("attention_packed", qkv=qkv)
     if scale is not None:
-        check.number("attention_packed", scale=scale)
+        _check_scale("attention_packed", scale)
     if qkv.shape[1] == 0 or qkv.shape[4] == 0:
         check.fail("attention_packed", f"qkv must have at least one token and E at least 1, got {list(qkv.shape)}")
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)

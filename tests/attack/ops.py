@@ -204,7 +204,7 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "complex": lambda x: x.to(torch.complex64),
     "meta": lambda x: x.to("meta"),
     "empty batch": lambda x: x[:0] if x.ndim else x,
-    "empty rows": lambda x: x[..., :0],
+    "empty rows": lambda x: x[..., :0] if x.ndim else x,
     "longer": lambda x: torch.cat([x, x]) if x.ndim else x[None],
     "wider": lambda x: torch.cat([x, x], -1) if x.ndim else x[None],
     "another dimension": lambda x: x[None],
