@@ -330,7 +330,7 @@ void augment_(Tensor images, Tensor jitter, Tensor order, Tensor grey, Tensor si
     for (int s = 0; s < 4; ++s) {
       const int64_t kind = parameter_at<int64_t>(order, b, s);
       if (kind < 0 || kind > 3)
-        throw std::runtime_error("augment_: order must be between 0 and L-1=3, got " + std::to_string(kind));
+        throw std::runtime_error("augment_: order must be between 0 and 3, got " + std::to_string(kind));
       const float factor = parameter_at<float>(jitter, b, kind);
       if (factor != (kind == kHue ? 0.0f : 1.0f)) image.steps[image.count++] = {kind, factor};
     }

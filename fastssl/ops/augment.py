@@ -104,7 +104,7 @@ def _augment_(
     flip: Tensor,
     grey_first: bool,
 ) -> None:
-    check.in_range("augment_", "order", order, 4)
+    check.in_range("augment_", "order", order, 4, "3")
     if images.numel() == 0:
         return
     parameters = zip(*(column.tolist() for column in (jitter, order, grey, sigma, solarize, flip)))

@@ -58,11 +58,11 @@ def _shown(value: object) -> str:
     return repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
 
 
-def in_range(op: str, name: str, ids: Tensor, length: int) -> None:
+def in_range(op: str, name: str, ids: Tensor, length: int, last: str = "") -> None:
     """Checks the values of ids on a CPU, for plain-torch bodies; the C++ kernels check what they use by themselves."""
     if ids.is_cpu and ids.numel() and not 0 <= (least := int(ids.min())) <= (most := int(ids.max())) < length:
         got = least if least < 0 else most
-        fail(op, f"{name} must be between 0 and L-1={length - 1}, got {got}", RuntimeError)
+        fail(op, f"{name} must be between 0 and {last or f'L-1={length - 1}'}, got {got}", RuntimeError)
 
 
 def floating(op: str, **tensors: Tensor) -> None:
