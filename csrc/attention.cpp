@@ -69,20 +69,22 @@ void compute_scores(HeadRows<T> keys, int64_t count, int64_t width, const T* que
   }
 }
 
-// Softmax over keys for `lanes` queries: replaces scores by weights that sum to 1, and writes log2 Σ 2^(score · scale)
-// to `log2_sums`.
+// Softmax over keys for `lanes` queries: replaces scores by weights that sum to 1, and writes log Σ e^(score · scale)
+// to `log_sums`; scale ≥ 0. The maximum is subtracted before the multiplication: beside products of 10^9 their rounding
+// error would be an exponent of tens.
 template <typename T>
-void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, T scale, T* log2_sums) {
+void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale, T* log_sums) {
+  const T factor = T(scale * kLog2E);
   for (int64_t lane = 0; lane < lanes; lane += kLanes<T>, scores += kLanes<T>) {
-    Vec<T> max = load(scores) * scale, sum{};
+    Vec<T> max = load(scores), sum{};
     for (int64_t j = 1; j < keys; ++j) {
-      const Vec<T> score = load(scores + j * group) * scale;
+      const Vec<T> score = load(scores + j * group);
       max = score > max ? score : max;  // a NaN does not reach the maximum, but it reaches the sum
     }
     for (int64_t begin = 0; begin < keys; begin += kSumChunk) {
       Vec<T> chunk{};
       for (int64_t j = begin; j < std::min(keys, begin + kSumChunk); ++j) {
-        const Vec<T> weight = exp2(load(scores + j * group) * scale - max);
+        const Vec<T> weight = exp2((load(scores + j * group) - max) * factor);
         chunk += weight;
         store(scores + j * group, weight);
       }
@@ -93,7 +95,7 @@ void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, T scale, T* 
       const Vec<T> weight = load(scores + j * group);
       store(scores + j * group, weight * inverse + weight * correction);
     }
-    for (int64_t i = 0; i < kLanes<T>; ++i) log2_sums[lane + i] = max[i] + std::log2(sum[i]);
+    for (int64_t i = 0; i < kLanes<T>; ++i) log_sums[lane + i] = T(double(max[i]) * scale + std::log(double(sum[i])));
   }
 }
 
@@ -136,21 +138,21 @@ void forward_head(const Heads& q, const Heads& k, const Heads& v, int64_t task, 
   const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, padded = padded_width<T>(width);
   const int64_t group = group_size<T>(q.length), stride = q.heads * width;
   T *scores = scratch, *panels = scores + k.length * group, *outputs = panels + group * width;
-  T *log2_sums = outputs + group * padded, *copies = log2_sums + group;
+  T *log_sums = outputs + group * padded, *copies = log_sums + group;
   const HeadRows<T> queries = head_rows<T, S>(q, sample, head, copies);
   const HeadRows<T> keys = head_rows<T, S>(k, sample, head, copies + q.length * padded);
   const HeadRows<T> values = head_rows<T, S>(v, sample, head, copies + (q.length + k.length) * padded);
   for (int64_t first = 0; first < q.length; first += group) {
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
-    pack_rows(queries.row(first), queries.stride, count, width, T(1), panels);
+    pack_rows(queries.row(first), queries.stride, count, width, T(scale < 0 ? -1 : 1), panels);
     compute_scores(keys, k.length, width, panels, lanes, scores, group);
-    softmax(scores, k.length, group, lanes, T(scale * kLog2E), log2_sums);
+    softmax(scores, k.length, group, lanes, std::abs(scale), log_sums);
     const OutputRows<T, S> output{out + ((sample * q.length + first) * q.heads + head) * width, outputs, stride, width};
     for (int64_t c = 0; c < padded; c += kPanelWidth<T>)
       multiply_chunked(false, count, k.length, Operand<T>{scores, 1, group}, values.data + c, values.stride,
                        output.data() + c, output.data_stride());
     output.store_converted(count);
-    for (int64_t i = 0; i < count; ++i) lse[task * q.length + first + i] = log2_sums[i] * T(kLn2);
+    for (int64_t i = 0; i < count; ++i) lse[task * q.length + first + i] = log_sums[i];
   }
 }
 
@@ -177,7 +179,7 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
   const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, padded = padded_width<T>(width);
   const int64_t group = group_size<T>(q.length);
   T *scores = scratch, *dweights = scores + k.length * group, *q_panels = dweights + k.length * group;
-  T *dout_panels = q_panels + group * width, *log2_sums = dout_panels + group * width, *row_dot = log2_sums + group;
+  T *dout_panels = q_panels + group * width, *log_sums = dout_panels + group * width, *row_dot = log_sums + group;
   T *sums_q = row_dot + group, *sums_k = sums_q + group * padded, *sums_v = sums_k + k.length * padded;
   T* copies = sums_v + k.length * padded;
   const auto rows = [&](const Heads& x) {
@@ -192,12 +194,12 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
   std::fill(row_dot, row_dot + group, T(0));  // including the lanes beyond the last query
   for (int64_t first = 0; first < q.length; first += group) {
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
-    pack_rows(queries.row(first), queries.stride, count, width, T(1), q_panels);
+    pack_rows(queries.row(first), queries.stride, count, width, T(scale < 0 ? -1 : 1), q_panels);
     pack_rows(upstream.row(first), upstream.stride, count, width, T(1), dout_panels);
     for (int64_t i = 0; i < count; ++i) row_dot[i] = T(dot(upstream.row(first + i), outputs.row(first + i), width));
     compute_scores(keys, k.length, width, q_panels, lanes, scores, group);
     compute_scores(values, k.length, width, dout_panels, lanes, dweights, group);
-    softmax(scores, k.length, group, lanes, T(scale * kLog2E), log2_sums);
+    softmax(scores, k.length, group, lanes, std::abs(scale), log_sums);
     softmax_backward(scores, dweights, k.length, group, lanes, T(scale), row_dot);
     const OutputRows<T, S> output_q{gradients.q + gradients.offset(q, sample, first, head), sums_q,
                                     gradients.token_stride, width};
@@ -263,8 +265,13 @@ void backward(const Heads& dout, const Heads& q, const Heads& k, const Heads& v,
   if constexpr (std::is_same_v<S, BFloat16>) {
     STD_TORCH_CHECK(lse.is_contiguous(), "attention: lse must be contiguous");
     const float* log_sums = static_cast<const float*>(lse.const_data_ptr());
-    return for_each_head(q, 10.0 * k.length, backward_bf16_bytes(q, k, v, out, dout), [&](int64_t task, char* scratch) {
-      backward_bf16(dout, q, k, v, out, log_sums, task, scale, gradients, scratch);
+    const int64_t bytes =
+        std::max(backward_bf16_bytes(q, k, v, out, dout), backward_scratch<T>(q, k) * int64_t(sizeof(T)));
+    return for_each_head(q, 10.0 * k.length, bytes, [&](int64_t task, char* scratch) {
+      if (are_exact(log_sums + task * q.length, q.length))
+        backward_bf16(dout, q, k, v, out, log_sums, task, scale, gradients, scratch);
+      else  // computes the softmax again, without them
+        backward_head<T, S>(dout, q, k, v, out, task, scale, gradients, reinterpret_cast<T*>(scratch));
     });
   }
 #endif

@@ -120,10 +120,10 @@ inline void store_rows(const float* src, int64_t padded, int64_t count, int64_t 
     }
 }
 
-// Scaled scores of R keys and N vectors of queries; updates the maximum of each query.
+// Scores of R keys and N vectors of queries times `sign`, that of the scale; updates the maximum of each query.
 template <int R, int N>
 __attribute__((noinline)) void score_tile(int64_t depth, const Bf16x2* keys, int64_t stride, const Bf16x2* queries,
-                                          float scale, float* scores, float* max) {
+                                          float sign, float* scores, float* max) {
   Vec<float> sums[R][N] = {};
   for (int64_t d = 0; d < depth; ++d) {
     Vec<Bf16x2> lanes[N];
@@ -140,7 +140,7 @@ __attribute__((noinline)) void score_tile(int64_t depth, const Bf16x2* keys, int
     __m512 updated = __m512(load(max + n * kVector));
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<float> score = sums[r][n] * scale;
+      const Vec<float> score = sums[r][n] * sign;
       updated = _mm512_max_ps(__m512(score), updated);  // a NaN does not reach the maximum, but it reaches the sum
       store(scores + r * kWidth + n * kVector, score);
     }
@@ -150,10 +150,10 @@ __attribute__((noinline)) void score_tile(int64_t depth, const Bf16x2* keys, int
 
 template <int R, int N>
 void dispatch_score_tile(int64_t rows, int64_t depth, const Bf16x2* keys, int64_t stride, const Bf16x2* queries,
-                         float scale, float* scores, float* max) {
+                         float sign, float* scores, float* max) {
   if constexpr (R > 0) {
-    if (rows == R) return score_tile<R, N>(depth, keys, stride, queries, scale, scores, max);
-    dispatch_score_tile<R - 1, N>(rows, depth, keys, stride, queries, scale, scores, max);
+    if (rows == R) return score_tile<R, N>(depth, keys, stride, queries, sign, scores, max);
+    dispatch_score_tile<R - 1, N>(rows, depth, keys, stride, queries, sign, scores, max);
   }
 }
 
@@ -164,20 +164,20 @@ inline int64_t next_tile_rows(int64_t remaining, int64_t max_rows) {
 }
 
 template <int N>
-void score_panel(int64_t count, int64_t depth, const Bf16x2* keys, int64_t stride, const Bf16x2* queries, float scale,
+void score_panel(int64_t count, int64_t depth, const Bf16x2* keys, int64_t stride, const Bf16x2* queries, float sign,
                  float* scores, float* max) {
   std::fill(max, max + N * kVector, -INFINITY);
   for (int64_t j = 0; j < count;) {
     const int64_t rows = next_tile_rows(count - j, kScoreTileKeys);
-    dispatch_score_tile<kScoreTileKeys, N>(rows, depth, keys + j * stride, stride, queries, scale, scores + j * kWidth,
+    dispatch_score_tile<kScoreTileKeys, N>(rows, depth, keys + j * stride, stride, queries, sign, scores + j * kWidth,
                                            max);
     j += rows;
   }
 }
 
-// Weights 2^(score − maximum) as pairs of two keys, [keys / 2 rounded up][32], and their sums over the keys.
+// Weights 2^((score − maximum) · scale) as pairs of two keys, [keys / 2 rounded up][32], and their sums over the keys.
 template <int N>
-void compute_weights(const float* scores, int64_t keys, const float* max, Bf16x2* weights, float* sums) {
+void compute_weights(const float* scores, int64_t keys, const float* max, float scale, Bf16x2* weights, float* sums) {
   const Vec<Bf16x2> lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Vec<Bf16x2> pair_order = lane + ((lane + 16) << 16);
   Vec<float> sum[N] = {}, maximum[N];
@@ -185,9 +185,9 @@ void compute_weights(const float* scores, int64_t keys, const float* max, Bf16x2
   for (int64_t j = 0; j < keys; j += 2, scores += 2 * kWidth, weights += kWidth)
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
-      const Vec<float> first = exp2_bf16(load(scores + n * kVector) - maximum[n]);
+      const Vec<float> first = exp2_bf16((load(scores + n * kVector) - maximum[n]) * scale);
       Vec<float> second{};
-      if (j + 1 < keys) second = exp2_bf16(load(scores + kWidth + n * kVector) - maximum[n]);
+      if (j + 1 < keys) second = exp2_bf16((load(scores + kWidth + n * kVector) - maximum[n]) * scale);
       sum[n] += first + second;
       store(weights + n * kVector,
             Vec<Bf16x2>(_mm512_permutexvar_epi16(__m512i(pair_order), __m512i(to_bf16(first, second)))));
@@ -237,11 +237,12 @@ inline void forward_bf16(const Heads& q, const Heads& k, const Heads& v, int64_t
     pack_queries(queries, first, s.queries);
     const bool one_vector = count <= kVector;
     (one_vector ? score_panel<1> : score_panel<2>)(k.length, depth, s.keys, padded / 2, s.queries,
-                                                   float(scale * kLog2E), s.scores, s.max);
-    (one_vector ? compute_weights<1> : compute_weights<2>)(s.scores, k.length, s.max, s.weights, s.sums);
+                                                   scale < 0 ? -1.0f : 1.0f, s.scores, s.max);
+    (one_vector ? compute_weights<1> : compute_weights<2>)(s.scores, k.length, s.max, float(std::abs(scale) * kLog2E),
+                                                           s.weights, s.sums);
     multiply_panels(false, count, (k.length + 1) / 2, {s.weights, 1, kWidth}, s.values, padded, s.outputs);
     for (int64_t i = 0; i < count; ++i) {
-      lse[task * q.length + first + i] = (s.max[i] + std::log2(s.sums[i])) * float(kLn2);
+      lse[task * q.length + first + i] = float(double(s.max[i]) * std::abs(scale) + std::log(double(s.sums[i])));
       s.sums[i] = 1.0f / s.sums[i];
     }
     BFloat16* dst = out + (sample * q.length + first) * stride + head * width;
@@ -259,6 +260,11 @@ inline int64_t forward_bf16_bytes(const Heads& q, const Heads& k, const Heads& v
 inline int64_t backward_group(int64_t length) {
   const int64_t groups = std::max<int64_t>(1, (length + kMaxGradientGroup - 1) / kMaxGradientGroup);
   return std::max<int64_t>(kWidth, round_up<int64_t>((length + groups - 1) / groups, kWidth));
+}
+
+// True where log-sum-exps in float32 have enough decimals for softmax weights in bfloat16.
+inline bool are_exact(const float* lse, int64_t count) {
+  return std::all_of(lse, lse + count, [](float x) { return !(std::abs(x) >= 4096.0f); });  // a NaN may propagate
 }
 
 struct BackwardScratch {

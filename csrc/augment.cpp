@@ -329,7 +329,8 @@ void augment_(Tensor images, Tensor jitter, Tensor order, Tensor grey, Tensor si
     Parameters& image = parameters[b];
     for (int s = 0; s < 4; ++s) {
       const int64_t kind = parameter_at<int64_t>(order, b, s);
-      STD_TORCH_CHECK(kind >= 0 && kind < 4, "augment_: order must be between 0 and 3, got ", kind);
+      if (kind < 0 || kind > 3)
+        throw std::runtime_error("augment_: order must be between 0 and 3, got " + std::to_string(kind));
       const float factor = parameter_at<float>(jitter, b, kind);
       if (factor != (kind == kHue ? 0.0f : 1.0f)) image.steps[image.count++] = {kind, factor};
     }

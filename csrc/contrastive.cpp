@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_fwd(Tensor q, Tensor k, Tensor queue
     Tensor loss = empty({q.size(0)}, kDtype<T>), rank = empty({q.size(0)}, ScalarType::Long);
     Tensor dq = with_grad ? empty({q.size(0), q.size(1)}, kDtype<T>) : empty({0}, kDtype<T>);
     info_nce<T>(q, k, {0, q.size(0), false}, queue, false, tau_value(tau),
-                {data<T>(loss), nullptr, with_grad ? data<T>(dq) : nullptr, data<int64_t>(rank)});
+                {data<T>(loss), with_grad ? data<T>(dq) : nullptr, data<int64_t>(rank)});
     return std::make_tuple(loss, rank, dq);
   });
 }
@@ -26,8 +26,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_info_nce_fwd(Tensor q, Tensor k
     Tensor loss = empty({q.size(0)}, kDtype<T>), rank = empty({q.size(0)}, ScalarType::Long);
     Tensor dq = with_grad ? empty({q.size(0), q.size(1)}, kDtype<T>) : empty({0}, kDtype<T>);
     Tensor lse = empty({q.size(0)}, kDtype<T>);
+    std::vector<LogSum> log_sums(q.size(0));
     info_nce<T>(q, keys, {label_offset, keys.size(0), false}, keys, true, tau_value(tau),
-                {data<T>(loss), data<T>(lse), with_grad ? data<T>(dq) : nullptr, data<int64_t>(rank)});
+                {data<T>(loss), with_grad ? data<T>(dq) : nullptr, data<int64_t>(rank), log_sums.data()});
+    store_lse(log_sums, tau_value(tau), data<T>(lse));
     return std::make_tuple(loss, rank, dq, lse);
   });
 }
@@ -40,17 +42,45 @@ struct SplitDouble {
   SplitDouble(double value) : high(T(value)), low(T(value - double(T(value)))) {}
 };
 
-// 2^(logit · scale − shift).
+// A log-sum-exp in units of log 2.
 template <typename T>
-Vec<T> softmax_weight(Vec<T> logit, const SplitDouble<T>& scale, Vec<T> shift, Vec<T> shift_low) {
-  return exp2((logit * scale.high - shift) + (logit * scale.low - shift_low));
+struct Shift {
+  T logit, rest;
+  Shift(const LogSum& lse) : logit(T(lse.logit)), rest(T(lse.rest * kLog2E)) {}
+};
+
+// The softmax of logits: 2^((logit − shift) · scale − rest). The difference comes before the product, as in
+// update_softmax.
+template <typename T>
+Vec<T> softmax_weight(Vec<T> logit, const SplitDouble<T>& scale, Vec<T> shift, Vec<T> rest) {
+  const Vec<T> difference = logit - shift;
+  return exp2(difference * scale.high + (difference * scale.low - rest));
+}
+
+// The log-sum-exps of queries, as the forward pass stored them. A number in the thousands has lost its decimals in
+// float32, and with them the softmax: then `compute(Outputs)` computes them again.
+template <typename T, typename Compute>
+std::vector<LogSum> exact_lse(const Tensor& stored, double tau, const Compute& compute) {
+  const int64_t rows = stored.size(0);
+  std::vector<LogSum> lse(rows);
+  double largest = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const double value = data<T>(stored)[i * stored.stride(0)], logit = T(value * std::abs(tau));
+    lse[i] = {logit, value - logit / std::abs(tau)};
+    if (std::isfinite(value)) largest = std::max(largest, std::abs(value));
+  }
+  if (largest < (std::is_same_v<T, double> ? 1e12 : 4096)) return lse;
+  std::vector<T> loss(rows);
+  std::vector<int64_t> rank(rows);
+  compute(Outputs<T>{loss.data(), nullptr, rank.data(), lse.data()});
+  return lse;
 }
 
 // ∂loss/∂keys. The roles of queries and keys are swapped: keys are lanes, and queries are processed block by block, so
 // each row of the result is summed by one task.
 template <typename T>
-void batch_dkeys(const Matrix& q, const Matrix& keys, double tau, int64_t label_offset, const T* lse, const T* dloss,
-                 T* dkeys) {
+void batch_dkeys(const Matrix& q, const Matrix& keys, double tau, int64_t label_offset, const LogSum* lse,
+                 const T* dloss, T* dkeys) {
   const int64_t width = q.width, padded = panel_count<T>(width) * kPanelWidth<T>;
   const int64_t block = std::clamp<int64_t>(round_up<int64_t>(keys.rows / 8, kGroup<T>), kGroup<T>, kMaxQueries);
   const int64_t scratch_size = Scratch<T>::size(width) + block * (2 * width + padded);
@@ -68,11 +98,11 @@ void batch_dkeys(const Matrix& q, const Matrix& keys, double tau, int64_t label_
            [&](T* logits, int64_t query, int64_t queries, int64_t key, int64_t key_panels) {
              for (int64_t i = 0; i < queries; ++i) {
                T* row = logits + i * kGroup<T>;
-               const SplitDouble<T> shift(double(lse[query + i]) * kLog2E);
+               const Shift<T> shift(lse[query + i]);
                const T upstream = dloss[query + i] * inverse;
                for (int64_t lane = 0; lane < key_panels * kPanelWidth<T>; lane += kLanes<T>)
                  store(row + lane,
-                       softmax_weight<T>(load(row + lane), scale, splat(shift.high), splat(shift.low)) * upstream);
+                       softmax_weight<T>(load(row + lane), scale, splat(shift.logit), splat(shift.rest)) * upstream);
                const int64_t positive = label_offset + query + i - first_key - key;
                if (0 <= positive && positive < key_panels * kPanelWidth<T>) row[positive] -= upstream;
              }
@@ -86,13 +116,13 @@ Tensor batch_info_nce_dkeys(Tensor q, Tensor keys, Tensor tau, int64_t label_off
   return with_compute_type(lse, [&](auto type) {
     using T = decltype(type);
     Tensor dkeys = empty({keys.size(0), keys.size(1)}, kDtype<T>);
-    const auto contiguous = [](const Tensor& vector) {  // the upstream gradient may be an expanded scalar
-      std::vector<T> values(vector.size(0));
-      for (int64_t i = 0; i < vector.size(0); ++i) values[i] = data<T>(vector)[i * vector.stride(0)];
-      return values;
+    std::vector<T> upstream(dloss.size(0));  // the upstream gradient may be an expanded scalar
+    for (int64_t i = 0; i < dloss.size(0); ++i) upstream[i] = data<T>(dloss)[i * dloss.stride(0)];
+    const auto compute = [&](const Outputs<T>& out) {
+      info_nce<T>(q, keys, {label_offset, keys.size(0), false}, keys, true, tau_value(tau), out);
     };
-    batch_dkeys<T>(q, keys, tau_value(tau), label_offset, contiguous(lse).data(), contiguous(dloss).data(),
-                   data<T>(dkeys));
+    batch_dkeys<T>(q, keys, tau_value(tau), label_offset, exact_lse<T>(lse, tau_value(tau), compute).data(),
+                   upstream.data(), data<T>(dkeys));
     return dkeys;
   });
 }
@@ -180,7 +210,7 @@ void sum_negatives(const Views<T>& z, T shift, T* tiles, T* sums) {
     z.for_each_tile(a, b, memory, [&](T* logits, int64_t key, int64_t keys, int64_t query, int64_t queries) {
       for (int64_t i = 0; i < queries; ++i)
         for (const int64_t excluded : {z.positive(query + i), query + i})
-          if (key <= excluded && excluded < key + keys) logits[(excluded - key) * z.group + i] = T(kMinLogit);
+          if (key <= excluded && excluded < key + keys) logits[(excluded - key) * z.group + i] = T(kExcluded);
       T query_sums[Views<T>::kMaxGroup] = {};
       const int64_t whole_vectors = queries / kLanes<T> * kLanes<T>;
       for (int64_t j = 0; j < keys; ++j) {
@@ -207,19 +237,19 @@ void sum_negatives(const Views<T>& z, T shift, T* tiles, T* sums) {
 // ∂loss/∂z. With p_ij the softmax of view i's logits, minus 1 at its positive, the coefficient of z_j in ∂loss/∂z_i is
 // (p_ij dloss_i + p_ji dloss_j) / τ, which is symmetric in i and j.
 template <typename T>
-void nt_xent_gradient(const Views<T>& z, const T* shift, const T* shift_low, const T* upstream, T* tiles, T* sums) {
+void nt_xent_gradient(const Views<T>& z, const T* shift, const T* rest, const T* upstream, T* tiles, T* sums) {
   const SplitDouble<T> scale(z.scale);
   z.for_each_pair(tiles, [&](int64_t a, int64_t b, T* memory) {
     z.for_each_tile(a, b, memory, [&](T* weights, int64_t key, int64_t keys, int64_t query, int64_t queries) {
       const int64_t lanes = round_up<int64_t>(queries, kLanes<T>);
       for (int64_t j = 0; j < keys; ++j) {
         T* row = weights + j * z.group;
-        const Vec<T> key_shift = splat(shift[key + j]), key_low = splat(shift_low[key + j]);
+        const Vec<T> key_shift = splat(shift[key + j]), key_rest = splat(rest[key + j]);
         const T key_upstream = upstream[key + j];
         for (int64_t i = 0; i < lanes; i += kLanes<T>) {
           const Vec<T> logit = load(row + i), query_shift = load(shift + query + i);
-          const Vec<T> query_weight = softmax_weight<T>(logit, scale, query_shift, load(shift_low + query + i));
-          const Vec<T> key_weight = softmax_weight<T>(logit, scale, key_shift, key_low);
+          const Vec<T> query_weight = softmax_weight<T>(logit, scale, query_shift, load(rest + query + i));
+          const Vec<T> key_weight = softmax_weight<T>(logit, scale, key_shift, key_rest);
           store(row + i, query_weight * load(upstream + query + i) + key_weight * key_upstream);
         }
       }
@@ -253,6 +283,12 @@ double largest_logit(const Views<T>& z) {
   return largest * z.scale;
 }
 
+// NT-Xent of vectors of any length, by the algorithm of InfoNCE.
+template <typename T>
+void nt_xent_of_any_length(const Matrix& z, double tau, const Outputs<T>& out) {
+  info_nce<T>(z, z, {z.rows / 2, z.rows, true}, z, true, tau, out);
+}
+
 std::tuple<Tensor, Tensor> nt_xent_fwd(Tensor z_tensor, Tensor tau_tensor) {
   return with_compute_type(z_tensor, [&](auto type) {
     using T = decltype(type);
@@ -266,9 +302,10 @@ std::tuple<Tensor, Tensor> nt_xent_fwd(Tensor z_tensor, Tensor tau_tensor) {
     T *tiles = memory + Views<T>::size(z.rows, z.width), *sums = tiles + tiles_size;
     const double bound = largest_logit(views);
     if (!(bound <= 60)) {
-      const Tensor rank = empty({z.rows}, ScalarType::Long);
-      info_nce<T>(z, z, {z.rows / 2, z.rows, true}, z, true, tau,
-                  {data<T>(loss), data<T>(lse), nullptr, data<int64_t>(rank)});
+      std::vector<int64_t> rank(z.rows);
+      std::vector<LogSum> log_sums(z.rows);
+      nt_xent_of_any_length<T>(z, tau, {data<T>(loss), nullptr, rank.data(), log_sums.data()});
+      store_lse(log_sums, tau, data<T>(lse));
       return std::make_tuple(loss, lse);
     }
     std::fill(sums, sums + z.rows, T(0));
@@ -298,17 +335,19 @@ Tensor nt_xent_bwd(Tensor z_tensor, Tensor tau_tensor, Tensor lse, Tensor dloss)
         empty({Views<T>::size(z.rows, z.width) + tiles_size + 3 * lanes + (in_place ? 0 : z.rows * padded)}, kDtype<T>);
     T* memory = data<T>(workspace);
     const Views<T> views(z, tau, memory);
-    T *tiles = memory + Views<T>::size(z.rows, z.width), *shift = tiles + tiles_size, *shift_low = shift + lanes;
-    T *upstream = shift_low + lanes, *sums = in_place ? data<T>(dz) : upstream + lanes;
+    T *tiles = memory + Views<T>::size(z.rows, z.width), *shift = tiles + tiles_size, *rest = shift + lanes;
+    T *upstream = rest + lanes, *sums = in_place ? data<T>(dz) : upstream + lanes;
     std::fill(shift, shift + 3 * lanes, T(0));
+    const std::vector<LogSum> log_sums =
+        exact_lse<T>(lse, tau, [&](const Outputs<T>& out) { nt_xent_of_any_length<T>(z, tau, out); });
     for (int64_t i = 0; i < z.rows; ++i) {
-      const SplitDouble<T> split(double(data<T>(lse)[i * lse.stride(0)]) * kLog2E);
-      shift[i] = split.high;
-      shift_low[i] = split.low;
+      const Shift<T> parts(log_sums[i]);
+      shift[i] = parts.logit;
+      rest[i] = parts.rest;
       upstream[i] = data<T>(dloss)[i * dloss.stride(0)] * T(1 / tau);
     }
     std::fill(sums, sums + z.rows * padded, T(0));
-    nt_xent_gradient(views, shift, shift_low, upstream, tiles, sums);
+    nt_xent_gradient(views, shift, rest, upstream, tiles, sums);
     for (int64_t i = 0; !in_place && i < z.rows; ++i)
       std::copy(sums + i * padded, sums + i * padded + z.width, data<T>(dz) + i * z.width);
     return dz;

@@ -71,6 +71,68 @@ Storage storage_of(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.strides(), Dtype(tensor.scalar_type())};
 }
 
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2; }
+
+// True where two elements may lie in one place of memory.
+inline bool overlaps_itself(Dims sizes, Dims strides) {
+  if (is_contiguous(sizes, strides)) return false;
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= extent) return true;
+    extent += (size - 1) * stride;
+  }
+  return false;
+}
+
+// Memory of a tensor: all of it where the tensor is dense, else its first element, since views such as the columns of
+// one matrix may interleave without sharing an element. torch's own ops draw the same line.
+struct Extent {
+  const char *begin, *end;
+  size_t entry;
+  bool written;
+};
+
+inline Extent extent_of(const Storage& storage, const Entry& entry, size_t index, bool written) {
+  const char* begin = static_cast<const char*>(storage.data);
+  const int64_t numel = is_dense(entry.sizes, storage.strides) ? entry.numel : 1;
+  return {begin, begin + numel * bytes_of(storage.dtype), index, written};
+}
+
+// Throws where a tensor that is written shares memory with itself or with another one: threads would race for it. Only
+// a target that is its own source is no race.
+inline void check_separate(const std::vector<Entry>& entries) {
+  const auto fail = [](size_t index) {
+    throw std::runtime_error("ema_update_: targets and shadows must not share memory, got others at index " +
+                             std::to_string(index));
+  };
+  std::vector<Extent> extents;
+  extents.reserve(3 * entries.size());
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const Entry& entry = entries[i];
+    if (entry.numel == 0) continue;
+    for (const Storage* storage : {&entry.target, &entry.source, &entry.shadow}) {
+      if (!storage->data) continue;
+      const bool written = storage != &entry.source;
+      if (written && overlaps_itself(entry.sizes, storage->strides)) fail(i);
+      const bool is_target = storage == &entry.source && storage->data == entry.target.data &&
+                             storage->dtype == entry.target.dtype &&
+                             have_same_strides(entry.sizes, storage->strides, entry.target.strides);
+      if (!is_target) extents.push_back(extent_of(*storage, entry, i, written));
+    }
+  }
+  std::ranges::sort(extents, {}, &Extent::begin);
+  const char *end = nullptr, *written_end = nullptr;  // of the extents so far
+  for (const Extent& extent : extents) {
+    if (extent.begin < (extent.written ? end : written_end)) fail(extent.entry);
+    end = std::max(end, extent.end);
+    if (extent.written) written_end = std::max(written_end, extent.end);
+  }
+}
+
 // One entry for each target. Throws, before anything is written, if shapes, dtypes or devices do not match; the error
 // is short, because the Python caller then checks the lists again and raises the sentence for the user (checking in
 // Python on each call would take longer than the kernel on short lists). `is_on_device(tensor)`
@@ -105,6 +167,7 @@ std::vector<Entry> entries_of(const std::vector<Tensor>& targets, const std::vec
                  (!shadowed || have_same_strides(sizes, entry.target.strides, entry.shadow.strides));
     entries.push_back(entry);
   }
+  check_separate(entries);
   return entries;
 }
 

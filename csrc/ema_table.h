@@ -44,8 +44,6 @@ struct Chunk {  // work of one block: elements [index * kEmaChunk, (index + 1) *
 // Elements of a pack: 16 bytes of the target.
 FASTSSL_HOST_DEVICE constexpr int pack_width(int64_t bytes_of_target) { return int(kWidestLoad / bytes_of_target); }
 
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::Double ? 8 : dtype == Dtype::Float ? 4 : 2; }
-
 // True where the address is aligned for loads of `width` elements by one instruction (two, for 32 bytes).
 inline bool is_aligned(const Storage& tensor, int width) {
   const int64_t bytes = std::min(kWidestLoad, width * bytes_of(tensor.dtype));

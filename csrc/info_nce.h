@@ -12,6 +12,7 @@
 #include "stream.h"
 
 #include <cmath>
+#include <limits>
 
 namespace fastssl {
 
@@ -19,7 +20,8 @@ constexpr int64_t kTargetTasks = 16;  // number of tasks, if the shapes allow it
 constexpr int64_t kMaxQueries = 256;  // queries of a task, at most: they share one reading and packing of the keys
 constexpr int64_t kMinKeys = 2 * kKeyBlock;  // keys of a task, at least
 constexpr int64_t kMaxKeys = 1 << 22;        // keys of a task, at most: ranks are counted in float32
-constexpr float kMinLogit = -1e30f;          // below every logit, but finite: a difference of infinities is NaN
+constexpr float kLowest = std::numeric_limits<float>::lowest();  // the maximum of no logits: finite, since ∞ − ∞ is NaN
+constexpr float kExcluded = -std::numeric_limits<float>::infinity();  // logit of a key that is no negative
 
 // The partition of B queries and K keys into tasks: blocks of queries times ranges of keys.
 struct Partition {
@@ -42,17 +44,19 @@ struct Partition {
 // Softmax of a block of queries over one range of keys.
 template <typename T>
 struct PartialSoftmax {
-  T* shift;          // [block] maximum of logit · log2 e / τ
-  T* sum;            // [block] Σ 2^(logit − shift)
+  T* shift;          // [block] maximum of the logits, not yet divided by τ
+  T* sum;            // [block] Σ 2^((logit − shift) · scale), with scale = log2 e / |τ|
   T* rank;           // [block] number of logits above the positive's
-  T* weighted_keys;  // [block, padded width] Σ 2^(logit − shift) key
+  T* weighted_keys;  // [block, padded width] Σ 2^((logit − shift) · scale) key
   static int64_t size(int64_t block, int64_t sums_width) { return block * (3 + sums_width); }
   PartialSoftmax(T* memory, int64_t block)
       : shift(memory), sum(memory + block), rank(memory + 2 * block), weighted_keys(memory + 3 * block) {}
 };
 
-// Updates the partial softmax with one block of keys for one panel of queries, and replaces the logits by weights. Two
-// vectors of queries are interleaved, because the maxima and sums of one form a dependency chain.
+// Updates the partial softmax with one block of keys for one panel of queries, and replaces the logits by weights. The
+// maximum is subtracted before the division by τ: beside logits of 10^10 the rounding error of a quotient would be an
+// exponent of hundreds. Two vectors of queries are interleaved, because the maxima and sums of one form a dependency
+// chain.
 template <typename T>
 void update_softmax(T* logits, int64_t count, int64_t query, T scale, const T* positive, PartialSoftmax<T> partial,
                     int64_t sums_width) {
@@ -63,20 +67,20 @@ void update_softmax(T* logits, int64_t count, int64_t query, T scale, const T* p
   Mask<T> rank[2] = {};
   for (int64_t j = 0; j < count; ++j)
     for (int v = 0; v < 2; ++v) {
-      const Vec<T> logit = load(logits + j * kGroup<T> + v * kVector), scaled = logit * scale;
-      shift[v] = scaled > shift[v] ? scaled : shift[v];  // a NaN does not reach the maximum, but it reaches the sum
+      const Vec<T> logit = load(logits + j * kGroup<T> + v * kVector);
+      shift[v] = logit > shift[v] ? logit : shift[v];  // a NaN does not reach the maximum, but it reaches the sum
       rank[v] -= logit > positives[v];
     }
   for (int64_t j = 0; j < count; ++j)
     for (int v = 0; v < 2; ++v) {
       T* logit = logits + j * kGroup<T> + v * kVector;
-      const Vec<T> weight = exp2(load(logit) * scale - shift[v]);
+      const Vec<T> weight = exp2((load(logit) - shift[v]) * scale);
       sum[v] += weight;
       store(logit, weight);
     }
   for (int v = 0; v < 2; ++v) {
     const int64_t first = query + v * kVector;
-    const Vec<T> decay = exp2(old_shift[v] - shift[v]);
+    const Vec<T> decay = exp2((old_shift[v] - shift[v]) * scale);
     store(partial.shift + first, shift[v]);
     store(partial.sum + first, load(partial.sum + first) * decay + sum[v]);
     store(partial.rank + first, load(partial.rank + first) + __builtin_convertvector(rank[v], Vec<T>));
@@ -119,10 +123,22 @@ void pack_queries(const Matrix& q, const Matrix& positive_keys, const Positives&
   }
 }
 
+// A log-sum-exp of logits that are divided by τ, as logit / |τ| + rest: their sum would lose the rest beside 10^10.
+struct LogSum {
+  double logit, rest;
+};
+
+// The log-sum-exps as single numbers.
+template <typename T>
+void store_lse(const std::vector<LogSum>& lse, double tau, T* dst) {
+  for (const LogSum& value : lse) *dst++ = T(value.logit / std::abs(tau) + value.rest);
+}
+
 template <typename T>
 struct Outputs {
-  T *loss, *lse, *dq;  // lse and dq may be null
+  T *loss, *dq;  // dq may be null
   int64_t* rank;
+  LogSum* lse = nullptr;
 };
 
 // Computes loss, rank, lse and dq of query i from its partial softmaxes and its positive.
@@ -135,21 +151,21 @@ void merge_partials(int64_t i, const Partition& partition, const T* partials, in
         const_cast<T*>(partials) + (i / partition.query_block * partition.key_ranges + range) * size,
         partition.query_block);
   };
-  const double positive = double(queries.positive[i]) * scale;
-  double shift = kMinLogit, negatives = 0, rank = 0;
+  const double positive = double(queries.positive[i]);
+  double shift = kLowest, negatives = 0, rank = 0;
   for (int64_t range = 0; range < partition.key_ranges; ++range)
     shift = std::max(shift, double(partial(range).shift[slot]));
   for (int64_t range = 0; range < partition.key_ranges; ++range) {
-    negatives += double(partial(range).sum[slot]) * std::exp2(double(partial(range).shift[slot]) - shift);
+    negatives += double(partial(range).sum[slot]) * std::exp2((double(partial(range).shift[slot]) - shift) * scale);
     rank += double(partial(range).rank[slot]);
   }
   // Computed relative to the larger of maximum and positive; log1p keeps a loss near zero accurate.
-  const double gap = shift - positive;
+  const double gap = positive == INFINITY ? NAN : (shift - positive) * scale;  // as in plain torch, where ∞ − ∞ is NaN
   const double loss =
       gap <= 0 ? std::log1p(negatives * std::exp2(gap)) : gap * kLn2 + std::log(negatives + std::exp2(-gap));
   out.loss[i] = T(loss);
   out.rank[i] = int64_t(rank);
-  if (out.lse) out.lse[i] = T(loss + positive * kLn2);
+  if (out.lse) out.lse[i] = gap <= 0 ? LogSum{positive, loss} : LogSum{shift, loss - gap * kLn2};
   if (!out.dq) return;
   const double total = gap <= 0 ? 1 + negatives * std::exp2(gap) : negatives + std::exp2(-gap);
   const double unit = gap <= 0 ? std::exp2(gap) / total : 1 / total;  // softmax probability of a logit equal to `shift`
@@ -157,20 +173,20 @@ void merge_partials(int64_t i, const Partition& partition, const T* partials, in
   const T positive_weight = T(negatives * unit / tau);
   for (int64_t d = 0; d < width; ++d) dq[d] = -positive_weight * queries.positive_keys[i * width + d];
   for (int64_t range = 0; range < partition.key_ranges; ++range) {
-    const T factor = T(std::exp2(double(partial(range).shift[slot]) - shift) * unit / tau);
+    const T factor = T(std::exp2((double(partial(range).shift[slot]) - shift) * scale) * unit / tau);
     const T* weighted_keys = partial(range).weighted_keys + slot * sums_width;
     for (int64_t d = 0; d < width; ++d) dq[d] += factor * weighted_keys[d];
   }
 }
 
-// Sets the logits of each query's positive, and of the query itself, to kMinLogit, so that they do not count as
+// Sets the logits of each query's positive, and of the query itself, to kExcluded, so that they do not count as
 // negatives.
 template <typename T>
 void mask_positives(T* logits, const Positives& positives, int64_t first_key, int64_t count, int64_t first_query,
                     int64_t panels) {
   for (int64_t i = 0; i < panels * kPanelWidth<T>; ++i)
     for (const int64_t key : {positives.key_of(first_query + i), positives.excludes_itself ? first_query + i : -1})
-      if (first_key <= key && key < first_key + count) logits[(key - first_key) * kGroup<T> + i] = T(kMinLogit);
+      if (first_key <= key && key < first_key + count) logits[(key - first_key) * kGroup<T> + i] = T(kExcluded);
 }
 
 // Computes loss and rank of queries against keys, and lse and dq unless they are null. With `keys_contain_positives`
@@ -201,7 +217,7 @@ void info_nce(const Matrix& q, const Matrix& positive_keys, const Positives& pos
     const int64_t first_query = task / partition.key_ranges * partition.query_block,
                   key_range = task % partition.key_ranges;
     PartialSoftmax<T> partial(partials + task * partial_size, partition.query_block);
-    std::fill(partial.shift, partial.shift + partition.query_block, T(kMinLogit));
+    std::fill(partial.shift, partial.shift + partition.query_block, T(kLowest));
     std::fill(partial.sum, partial.sum + partial_size - partition.query_block, T(0));
     stream(keys, key_range * partition.key_range, std::min(keys.rows, (key_range + 1) * partition.key_range),
            queries.q_panels + first_query * width, std::min(partition.query_block, q.rows - first_query),

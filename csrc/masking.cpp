@@ -212,19 +212,31 @@ Tensor keep_tokens_fwd(Tensor x, Tensor ids_keep, std::optional<Tensor> pos) {
   return out;
 }
 
-// place[token] = its position among the first `count` ids of sample b, or -1.
-void invert_ids(const Ids& ids, int64_t b, int64_t count, std::vector<int64_t>& place) {
-  std::fill(place.begin(), place.end(), -1);
-  for (int64_t m = 0; m < count; ++m) place[ids(b, m)] = m;
-}
+// The rows that were gathered from each place. A place has one row or none, unless ids are repeated.
+struct Sources {
+  std::vector<int64_t> first, next;  // first row of a place, and the row after another of the same place; -1 for none
 
-// Copies row `place` of sample b, or zeros if place is -1.
+  Sources(int64_t places, int64_t rows) : first(places), next(rows) {}
+  void clear() { std::fill(first.begin(), first.end(), -1); }
+  void add(int64_t place, int64_t row) { next[row] = std::exchange(first[place], row); }
+};
+
+// Sums the rows of sample b that were gathered from `place`: nearly always a copy of one row, or zeros.
 template <typename T>
-void copy_or_zero(T* dst, const Rows<T>& src, int64_t b, int64_t place, int64_t width) {
-  if (place < 0)
+void sum_sources(T* dst, const Rows<T>& src, int64_t b, const Sources& sources, int64_t place, int64_t width) {
+  const int64_t first = sources.first[place];
+  if (first < 0) {
     std::memset(static_cast<void*>(dst), 0, width * sizeof(T));
-  else
-    copy_row<T>(dst, src.row(b, place), src.column_stride, width);
+  } else if (sources.next[first] < 0) {
+    copy_row<T>(dst, src.row(b, first), src.column_stride, width);
+  } else {
+    for (int64_t d = 0; d < width; ++d) {
+      double sum = 0;
+      for (int64_t row = first; row >= 0; row = sources.next[row])
+        sum += to_float(src.row(b, row)[d * src.column_stride]);
+      dst[d] = from_float<T>(sum);
+    }
+  }
 }
 
 Tensor keep_tokens_bwd(Tensor dkept, Tensor ids_keep, int64_t length) {
@@ -232,16 +244,19 @@ Tensor keep_tokens_bwd(Tensor dkept, Tensor ids_keep, int64_t length) {
   const Ids ids(ids_keep, "keep_tokens: ids_keep", length);
   Tensor dx = empty({batch, length, width}, dkept.scalar_type());
   if (dx.numel() == 0) return dx;
-  with_element_size(dkept, [&](auto type) {
+  with_float_type(dkept.scalar_type(), "keep_tokens: the gradient", [&](auto type) {
     using T = decltype(type);
     const Rows<T> src(dkept), dst(dx);
     torch::stable::parallel_for(0, batch * length, grain(width), [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> place(length);
+      Sources sources(length, kept);
       std::vector<T> scratch(prefers_non_temporal(dx) ? width : 0);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / length, l = i % length;
-        if (i == begin || l == 0) invert_ids(ids, b, kept, place);
-        write_row(dst.row(b, l), width, scratch, [&](T* row) { copy_or_zero(row, src, b, place[l], width); });
+        if (i == begin || l == 0) {
+          sources.clear();
+          for (int64_t m = 0; m < kept; ++m) sources.add(ids(b, m), m);
+        }
+        write_row(dst.row(b, l), width, scratch, [&](T* row) { sum_sources(row, src, b, sources, l, width); });
       }
       fence_non_temporal();
     });
@@ -311,23 +326,23 @@ struct RestoreBackward {
   const Ids& ids;
   int64_t length, prefix, kept, width;
 
-  // `source` is scratch: the row of dout for each row of dx, or -1.
-  void sample(int64_t b, std::vector<int64_t>& source, double* sums) const {
+  // `sources` is scratch: the rows of dout for each row of dx.
+  void sample(int64_t b, Sources& sources, double* sums) const {
     const T* masked_rows[kRowsAtOnce];
     int pending = 0;
-    std::fill(source.begin(), source.end(), -1);
-    for (int64_t t = 0; t < prefix; ++t) source[t] = t;
+    sources.clear();
+    for (int64_t t = 0; t < prefix; ++t) sources.add(t, t);
     for (int64_t l = 0; l < length; ++l) {
       const int64_t place = ids(b, l);
       if (place < kept) {
-        source[prefix + place] = prefix + l;
+        sources.add(prefix + place, prefix + l);
       } else {
         masked_rows[pending++] = dout.row(b, prefix + l);
         if (pending == kRowsAtOnce) add_rows<kRowsAtOnce>(masked_rows, dout.column_stride, sums, width), pending = 0;
       }
     }
     for (int h = 0; h < pending; ++h) add_rows<1>(masked_rows + h, dout.column_stride, sums, width);
-    for (int64_t t = 0; t < prefix + kept; ++t) copy_or_zero(dx.row(b, t), dout, b, source[t], width);
+    for (int64_t t = 0; t < prefix + kept; ++t) sum_sources(dx.row(b, t), dout, b, sources, t, width);
   }
 };
 
@@ -345,10 +360,10 @@ std::tuple<Tensor, Tensor> restore_tokens_bwd(Tensor dout, Tensor ids_restore, i
     const RestoreBackward<T> restore_backward{Rows<T>(dout), Rows<T>(dx), ids, length, prefix, kept, width};
     std::vector<double> sums(std::max<int64_t>(groups, 1) * width);
     torch::stable::parallel_for(0, groups, grain(group_size * length * width), [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> source(prefix + kept);
+      Sources sources(prefix + kept, prefix + length);
       for (int64_t g = begin; g < end; ++g)
         for (int64_t b = g * group_size; b < std::min((g + 1) * group_size, batch); ++b)
-          restore_backward.sample(b, source, sums.data() + g * width);
+          restore_backward.sample(b, sources, sums.data() + g * width);
     });
     for (int64_t g = 1; g < groups; ++g)
       for (int64_t d = 0; d < width; ++d) sums[d] += sums[g * width + d];

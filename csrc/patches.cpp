@@ -5,6 +5,7 @@
 // plain copy. Bound by memory bandwidth: pixels are read once and results are written once.
 #include "rows.h"
 
+#include <atomic>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -122,6 +123,19 @@ void copy_patch(const Patch<T>& dst, const Patch<T>& src, const Grid& grid) {
   for (int64_t row = 0; row < grid.patch; ++row) copy_pixels(dst, src, row, grid.patch, grid.channels);
 }
 
+// Adds a patch, value by value: for patches that were taken twice.
+template <typename T>
+void add_patch(const Patch<T>& dst, const Patch<T>& src, const Grid& grid) {
+  for (int64_t row = 0; row < grid.patch; ++row)
+    for (int64_t column = 0; column < grid.patch; ++column)
+      for (int64_t c = 0; c < grid.channels; ++c) {
+        T& sum = dst.data[row * dst.row_stride + column * dst.column_stride + c * dst.channel_stride];
+        sum = from_float<T>(
+            to_float(sum) +
+            to_float(src.data[row * src.row_stride + column * src.column_stride + c * src.channel_stride]));
+      }
+}
+
 // Calls move(b, n) for `count` patches of each sample, in parallel.
 template <typename Move>
 void for_each_patch(const Grid& grid, int64_t count, const Move& move) {
@@ -186,6 +200,22 @@ Tensor keep_patches_fwd(Tensor images, Tensor ids_keep, int64_t patch) {
   return out;
 }
 
+// Adds the patches that were taken before: copying them would lose their first gradient.
+void add_repeated_patches(const Tensor& dkept, const Ids& ids, const Grid& grid, const Tensor& out) {
+  with_float_type(dkept.scalar_type(), "keep_patches: a gradient with repeated ids", [&](auto type) {
+    using T = decltype(type);
+    const Rows<T> src(dkept);
+    const Images<T> dst(out, grid);
+    std::vector<char> written(grid.length());
+    for (int64_t b = 0; b < grid.batch; ++b) {
+      std::fill(written.begin(), written.end(), 0);
+      for (int64_t m = 0; m < dkept.size(1); ++m)
+        if (std::exchange(written[ids(b, m)], 1))
+          add_patch(dst.patch(b, ids(b, m)), patch_in_row(src, b, m, grid), grid);
+    }
+  });
+}
+
 // Zeroes each image and then copies the kept patches: the rows of pixels in a patch are too short to be zeroed one by
 // one.
 Tensor keep_patches_bwd(Tensor dkept, Tensor ids_keep, int64_t patch, int64_t height, int64_t width) {
@@ -194,17 +224,25 @@ Tensor keep_patches_bwd(Tensor dkept, Tensor ids_keep, int64_t patch, int64_t he
   const int64_t kept = ids_keep.size(1), pixels = grid.channels * height * width;
   Tensor out = empty({grid.batch, grid.channels, height, width}, dkept.scalar_type());
   if (out.numel() == 0) return out;
+  std::atomic<bool> repeated = false;
   with_element_size(dkept, [&](auto type) {
     using T = decltype(type);
     const Rows<T> src(dkept);
     const Images<T> dst(out, grid);
     torch::stable::parallel_for(0, grid.batch, grain(pixels), [&](int64_t begin, int64_t end) {
+      std::vector<char> written(grid.length());
       for (int64_t b = begin; b < end; ++b) {
+        std::fill(written.begin(), written.end(), 0);
         std::memset(static_cast<void*>(dst.data + b * dst.batch_stride), 0, pixels * sizeof(T));
-        for (int64_t m = 0; m < kept; ++m) copy_patch(dst.patch(b, ids(b, m)), patch_in_row(src, b, m, grid), grid);
+        for (int64_t m = 0; m < kept; ++m)
+          if (std::exchange(written[ids(b, m)], 1))
+            repeated = true;
+          else
+            copy_patch(dst.patch(b, ids(b, m)), patch_in_row(src, b, m, grid), grid);
       }
     });
   });
+  if (repeated) add_repeated_patches(dkept, ids, grid, out);
   return out;
 }
 

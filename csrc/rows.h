@@ -63,25 +63,37 @@ struct Rows {
   T* row(int64_t b, int64_t n) const { return data + b * batch_stride + n * row_stride; }
 };
 
-// Indices [B, M] with any strides. The constructor checks that each is in 0..length-1, because kernels use them as
-// addresses.
-struct Ids {
-  const int64_t* data;
-  int64_t batch_stride, column_stride;
+// Copies a row with any column stride to a contiguous one.
+template <typename T>
+void copy_row(T* dst, const T* src, int64_t column_stride, int64_t width) {
+  if (width == 0) return;  // memcpy does not accept null pointers, not even for 0 bytes
+  if (column_stride == 1) {
+    std::memcpy(dst, src, width * sizeof(T));
+  } else {
+    for (int64_t d = 0; d < width; ++d) dst[d] = src[d * column_stride];
+  }
+}
 
-  Ids(const Tensor& ids, const char* argument, int64_t length)
-      : data(static_cast<const int64_t*>(ids.const_data_ptr())), batch_stride(ids.stride(0)),
-        column_stride(ids.stride(1)) {
-    const int64_t rows = ids.size(0), columns = ids.size(1);
+// A copy of indices [B, M], each of which was checked to be in 0..length-1, because kernels use them as addresses. A
+// copy, because another process or thread may change a tensor in shared memory after its check.
+struct Ids {
+  Ids(const Tensor& ids, const char* argument, int64_t length) : columns_(ids.size(1)), values_(ids.numel()) {
+    const auto* source = static_cast<const int64_t*>(ids.const_data_ptr());
+    const int64_t rows = ids.size(0), row_stride = ids.stride(0), column_stride = ids.stride(1);
     for (int64_t b = 0; b < rows; ++b) {
+      int64_t* row = values_.data() + b * columns_;
+      copy_row(row, source + b * row_stride, column_stride, columns_);
       uint64_t has_invalid = 0;  // no early exit, so that the loop is vectorised
-      for (int64_t m = 0; m < columns; ++m) has_invalid |= uint64_t((*this)(b, m)) >= uint64_t(length);
-      for (int64_t m = 0; has_invalid && m < columns; ++m) check((*this)(b, m), argument, length);
+      for (int64_t m = 0; m < columns_; ++m) has_invalid |= uint64_t(row[m]) >= uint64_t(length);
+      for (int64_t m = 0; has_invalid && m < columns_; ++m) check(row[m], argument, length);
     }
   }
-  int64_t operator()(int64_t b, int64_t m) const { return data[b * batch_stride + m * column_stride]; }
+  int64_t operator()(int64_t b, int64_t m) const { return values_[b * columns_ + m]; }
 
  private:
+  int64_t columns_;
+  std::vector<int64_t> values_;
+
   static void check(int64_t id, const char* argument, int64_t length) {
     if (uint64_t(id) < uint64_t(length)) return;
     throw std::runtime_error(std::string(argument) + " must be between 0 and L-1=" + std::to_string(length - 1) +
@@ -101,17 +113,6 @@ void with_element_size(const Tensor& x, const Body& body) {
     case 4: return body(uint32_t{});
     case 8: return body(uint64_t{});
     default: return body(Bytes16{});
-  }
-}
-
-// Copies a row with any column stride to a contiguous one.
-template <typename T>
-void copy_row(T* dst, const T* src, int64_t column_stride, int64_t width) {
-  if (width == 0) return;  // memcpy does not accept null pointers, not even for 0 bytes
-  if (column_stride == 1) {
-    std::memcpy(dst, src, width * sizeof(T));
-  } else {
-    for (int64_t d = 0; d < width; ++d) dst[d] = src[d * column_stride];
   }
 }
 

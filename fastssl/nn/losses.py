@@ -22,6 +22,9 @@ class InfoNCELoss(KeyQueue):
     Replaces MoCo's `_dequeue_and_enqueue` and logits, and lightly's `NTXentLoss` with a memory bank. The queue is not
     copied and no logits are kept. All ranks must have batches of the same size (drop the last, incomplete one).
 
+    The keys get no gradient: they come from the momentum encoder, and lightly's loss, which gives them one, differs
+    there. So keys that require a gradient are refused.
+
     Args:
         dim: D of queries and keys.
         queue_size: number of negative keys in the queue (K).
@@ -52,7 +55,11 @@ class InfoNCELoss(KeyQueue):
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """Mean loss of the queries q [B, D] with their keys k [B, D] and the queue, a float32 scalar (float64 for
-        float64). Gradient to q and to a trained tau, none to k. In training mode, with gradients on, k is enqueued."""
+        float64). Gradient to q and to a trained tau, none to k. In training mode, with gradients on, k is enqueued.
+
+        Raises:
+            ValueError: k requires a gradient, or a shape or device does not fit.
+        """
         q, k = self._prepare(q, k)
         loss = self._contrast(q, k).loss.mean()
         if self.training and torch.is_grad_enabled():
@@ -68,6 +75,11 @@ class InfoNCELoss(KeyQueue):
         super().enqueue(l2_normalize(keys) if self.normalize else keys)
 
     def _prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if k.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{type(self).__name__}: k must not require a gradient, since keys get none: pass k.detach(), or use "
+                "fastssl.ops.batch_info_nce, which gives a gradient to queries and keys"
+            )
         return (l2_normalize(q), l2_normalize(k.detach())) if self.normalize else (q, k.detach())
 
     def _contrast(self, q: Tensor, k: Tensor) -> InfoNCE:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import ops
+from fastssl.ops.dispatch import acc_dtype
 
 
 def random_masking(
@@ -112,13 +113,14 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 class MaskedPatchLoss(nn.Module):
     """MAE's loss on the masked patches: ``MaskedPatchLoss(p, norm)(imgs, pred, mask)`` equals the official
-    ``forward_loss(imgs, pred, mask)``. Neither patches nor a target are materialised.
+    ``forward_loss(imgs, pred, mask)``. Neither patches nor a target are materialised, except for a mask that removes
+    different numbers of patches from the images.
 
     Args:
         patch_size: p.
         norm_pix_loss: compare with pixels standardised by their patch's mean and variance (of n − 1, 1e-6 added).
         masked: number of patches removed from each image. If None, they are counted, and the host waits for a GPU;
-            torch.compile with fullgraph=True needs the number.
+            torch.compile with fullgraph=True needs the number. Without it the images may differ in their numbers.
 
     Source: He et al., 2021 (MAE), section 3, "Reconstruction target".
     """
@@ -133,15 +135,17 @@ class MaskedPatchLoss(nn.Module):
         Args:
             imgs: [B, C, H, W].
             pred: [B, L, P] predictions of all patches, or [B, M, P] of the masked ones. Gradient.
-            mask: [B, L] floating or bool, 0 kept, 1 removed, with the same number removed in each row; or the indices
-                of the removed patches [B, M] int64.
+            mask: [B, L] floating or bool, 0 kept, 1 removed; or the indices of the removed patches [B, M] int64. Where
+                rows remove different numbers of patches, pred must be [B, L, P]; every removed patch counts the same.
 
         Raises:
-            ValueError: a shape does not fit, or the rows of mask remove different numbers of patches.
+            ValueError: a shape does not fit, the mask removes nothing, or rows remove another number than `masked`.
         """
         ids = mask
         if mask.dtype != torch.int64:
-            ids = self._ids(mask)
+            ids, is_ragged = self._ids(mask)
+            if is_ragged:
+                return self._ragged_loss(imgs, pred, ids, mask)
         elif mask.shape[1] * self.patch_size**2 == imgs.shape[2] * imgs.shape[3]:
             raise ValueError(
                 f"MaskedPatchLoss: int64 numbers of removed patches must be fewer than all {mask.shape[1]} patches: a "
@@ -151,17 +155,35 @@ class MaskedPatchLoss(nn.Module):
             pred = ops.keep_tokens(pred, ids)
         return ops.masked_patch_mse(pred, imgs, ids, self.patch_size, self.norm_pix_loss)
 
-    def _ids(self, mask: Tensor) -> Tensor:
-        masked = self.masked
+    def _ids(self, mask: Tensor) -> tuple[Tensor, bool]:
+        """(patches [B, M] that any mask could remove: a row's own are last, whether rows remove different numbers)"""
+        masked, is_ragged = self.masked, False
         if masked is None or (mask.device.type == "cpu" and not torch.compiler.is_compiling()):
             if not ((mask == 0) | (mask == 1)).all():
                 raise ValueError("MaskedPatchLoss: mask must hold zeros and ones alone, 0 kept and 1 removed")
             fewest, most = map(int, torch.stack(mask.sum(1).aminmax()).tolist())
-            if fewest != most or masked not in (None, most):
-                expected = "the same number" if masked is None else f"masked={masked}"
+            if masked is not None and not fewest == most == masked:
                 got = f"from {fewest} to {most}"
-                raise ValueError(f"MaskedPatchLoss: mask must remove {expected} in each row, got {got}")
-            masked = most
-        return ops.random_masking(
-            mask.float(), mask.shape[1] - masked
-        ).ids_masked  # kept patches come first, in image order
+                raise ValueError(f"MaskedPatchLoss: mask must remove masked={masked} patches in each row, got {got}")
+            if most == 0:
+                raise ValueError("MaskedPatchLoss: mask must remove at least one patch, got zeros alone")
+            masked, is_ragged = most, fewest != most
+        if masked == mask.shape[1]:  # random_masking keeps at least one patch
+            return torch.arange(masked, device=mask.device).expand(mask.shape), is_ragged
+        # Kept patches come first, in image order.
+        return ops.random_masking(mask.float(), mask.shape[1] - masked).ids_masked, is_ragged
+
+    def _ragged_loss(self, imgs: Tensor, pred: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The loss where the last patches in each row of ids [B, M] are removed, as many as the row of mask tells."""
+        length = mask.shape[1]
+        if pred.shape[1] != length:
+            expected = f"[B, L={length}, P] where rows of mask remove different numbers"
+            raise ValueError(f"MaskedPatchLoss: pred must be {expected}, got pred [B, {pred.shape[1]}, P]")
+        dtype = acc_dtype(pred)
+        target = ops.keep_patches(imgs.detach(), ids, self.patch_size).to(dtype)
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        removed = mask.to(dtype).gather(1, ids)
+        errors = (ops.keep_tokens(pred, ids).to(dtype) - target).square().mean(-1)
+        return (errors * removed).sum() / removed.sum()

@@ -1,5 +1,7 @@
 """MoCo's queue of keys."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +51,10 @@ class KeyQueue(nn.Module):
             self.register_buffer("queue_ptr", ptr)
         self.register_state_dict_post_hook(_save)
         self.register_load_state_dict_pre_hook(_load)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises: a queue has two uses, writing and reading, and is not called."""
+        raise TypeError(f"{type(self).__name__}: write keys by enqueue(keys) and read them as .queue [K, D]: no call")
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

@@ -49,7 +49,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Returns: [B, L, H, E] contiguous, in that dtype. Scores and softmax in float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape or device does not fit. TypeError: dtypes differ or are not floating.
+        ValueError: a shape or device does not fit, or scale is not in −1e30 … 1e30. TypeError: dtypes differ or are not
+            floating.
 
     Memory: the C++ kernel holds the scores of 96 queries of one head at a time, for each thread, forward and backward;
         a GPU kernel holds no scores in global memory. Both keep one number a query for the gradient.
@@ -62,12 +63,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check.tensor("attention", "v", v, "B L H E", B=batch, L=k.shape[1], H=heads, E=width)
     check.floating("attention", q=q, k=k, v=v)
     check.same_device("attention", q=q, k=k, v=v)
+    if scale is not None:
+        _check_scale("attention", scale)
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         check.fail("attention", f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}", TypeError)
-    if k.shape[1] == 0:
-        check.fail("attention", f"k must have at least one token, got {list(k.shape)}")
+    if k.shape[1] == 0 or width == 0:
+        check.fail("attention", f"k must have at least one token and E at least 1, got {list(k.shape)}")
     scale = width**-0.5 if scale is None else scale
     name = backend(q, k, v)
     if name == "kernel":
@@ -81,6 +84,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     else:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).contiguous()
+
+
+def _check_scale(op_name: str, scale: float) -> None:
+    check.number(op_name, scale=scale)
+    if not abs(scale) <= 1e30:
+        check.fail(op_name, f"scale must be between -1e30 and 1e30, got {scale}")
 
 
 def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -103,8 +112,10 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     """
     check.tensor("attention_packed", "qkv", qkv, "B L 3 H E", **{"3": 3})
     check.floating("attention_packed", qkv=qkv)
-    if qkv.shape[1] == 0:
-        check.fail("attention_packed", f"qkv must have at least one token, got {list(qkv.shape)}")
+    if scale is not None:
+        _check_scale("attention_packed", scale)
+    if qkv.shape[1] == 0 or qkv.shape[4] == 0:
+        check.fail("attention_packed", f"qkv must have at least one token and E at least 1, got {list(qkv.shape)}")
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     scale = qkv.shape[4] ** -0.5 if scale is None else scale
     q, k, v = qkv.unbind(2)
@@ -140,9 +151,9 @@ def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = _scores(q, k, scale)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp_()
-    return torch.einsum("bhlm,bmhe->blhe", weights, v.to(weights.dtype)).to(q.dtype).contiguous(), lse
+    weights = scores.softmax(-1)
+    out = torch.einsum("bhlm,bmhe->blhe", weights, v.to(weights.dtype)).to(q.dtype)
+    return out.contiguous(), scores.logsumexp(-1)
 
 
 @fake(_attention_fwd)
@@ -158,7 +169,7 @@ register_triton(_attention_fwd, lambda: _kernels().attention_fwd)
 def _attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in q's dtype; the softmax is recomputed from q, k and lse."""
+    """(dq, dk, dv) in q's dtype; the softmax is recomputed from q and k, on GPUs also from lse."""
     dq, dk, dv = _backward(dout, q, k, v, out, lse, scale)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -168,7 +179,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = lse.dtype
     dout = dout.to(dtype)
-    weights = (_scores(q, k, scale) - lse.unsqueeze(-1)).exp_()
+    weights = _scores(q, k, scale).softmax(-1)  # scores less a rounded lse of 10⁹ would be no weights
     dv = torch.einsum("bhlm,blhe->bmhe", weights, dout)
     dweights = torch.einsum("blhe,bmhe->bhlm", dout, v.to(dtype))
     row_dot = (dout * out.to(dtype)).sum(-1).transpose(1, 2).unsqueeze(-1)  # [B, H, L, 1]
@@ -226,7 +237,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_order
+    @first_order("attention")
     def backward(ctx, dout):
         return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None
 
@@ -240,7 +251,7 @@ class _AttentionPacked(torch.autograd.Function):
         return out
 
     @staticmethod
-    @first_order
+    @first_order("attention_packed")
     def backward(ctx, dout):
         return _attention_packed_bwd(dout, *ctx.saved_tensors, ctx.scale), None
 

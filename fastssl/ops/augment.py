@@ -55,7 +55,7 @@ def augment_(
     torchvision's distributions.
 
     Raises:
-        ValueError: a shape or device does not fit.
+        ValueError: a shape or device does not fit, or two pixels of the images share memory.
         TypeError: a dtype does not fit.
         RuntimeError: an `order` is not in 0 … 3.
 
@@ -73,15 +73,17 @@ def augment_(
         ("solarize", solarize, "B", torch.bool),
         ("flip", flip, "B", torch.bool),
     ):
-        _check_parameter(name, parameter, dims, dtype, images.shape[0])
+        _check_parameter(name, parameter, dims, dtype, images)
+    check.separate("augment_", {"images": images}, {})
     _augment_(images, jitter, order, grey, sigma, solarize, flip, grey_first)
     return images
 
 
-def _check_parameter(name: str, parameter: Tensor, dims: str, dtype: torch.dtype, batch: int) -> None:
+def _check_parameter(name: str, parameter: Tensor, dims: str, dtype: torch.dtype, images: Tensor) -> None:
+    batch = images.shape[0]
     check.tensor("augment_", name, parameter, dims, **({"B": batch, "4": 4} if dims == "B 4" else {"B": batch}))
     _check_dtype(name, parameter, dtype)
-    if parameter.device.type not in ("cpu", "meta"):
+    if not parameter.is_cpu and not (parameter.is_meta and images.is_meta):
         check.fail("augment_", f"{name} must be on the cpu, whatever the device of images, got {parameter.device}")
 
 
@@ -102,6 +104,9 @@ def _augment_(
     flip: Tensor,
     grey_first: bool,
 ) -> None:
+    check.in_range("augment_", "order", order, 4, "3")
+    if images.numel() == 0:
+        return
     parameters = zip(*(column.tolist() for column in (jitter, order, grey, sigma, solarize, flip)))
     for image, (factors, steps, to_grey, blur_sigma, to_solarize, to_flip) in zip(images, parameters):
         if to_grey or blur_sigma > 0 or factors != [1, 1, 1, 0]:
@@ -173,7 +178,7 @@ def blur_image(x: Tensor, sigma: float) -> Tensor:
 
 def _blur_along_width(x: Tensor, sigma: float) -> Tensor:
     width = x.shape[-1]
-    radius = min(math.ceil(3 * sigma), width - 1)
+    radius = math.ceil(min(3 * sigma, width - 1))  # sigma may be infinite
     weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
     padded = F.pad(x, (radius, radius), mode="reflect")

@@ -50,17 +50,21 @@ def batch_norm(
         from sums in float64.
 
     Raises:
-        ValueError: a shape or device does not fit. TypeError: not floating.
+        ValueError: a shape or device does not fit, eps ≤ 0, or a running statistic shares memory with another argument.
+        TypeError: not floating.
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015; He et al., 2020 (MoCo), section 3.3, "Shuffling BN".
     """
     _check(x, weight, bias, running, splits, residual)
+    check.number("batch_norm", eps=eps, momentum=running.momentum)
+    if not eps > 0:
+        check.fail("batch_norm", f"eps must be > 0, got {eps}")
     if backend(x) == "torch":
         out = _batch_norm_in_torch(x, weight, bias, running, eps, splits)
         out = out if residual is None else out.add_(residual)
         return F.relu_(out) if relu else out
     x, residual = _channels_last(x), None if residual is None else _channels_last(residual.to(x.dtype))
-    weight, bias = weight.to(acc_dtype(x)), bias.to(acc_dtype(x))
+    weight, bias = (vector.to(acc_dtype(x)).contiguous() for vector in (weight, bias))
     y, mean, var = _BatchNorm.apply(x, weight, bias, residual, eps, splits, relu)
     with torch.no_grad():
         for average, statistic in ((running.mean, mean), (running.var, var)):
@@ -74,6 +78,7 @@ def backend(x: Tensor) -> str:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, running: Running, splits: int, residual: Tensor | None) -> None:
+    check.is_tensor("batch_norm", "x", x)
     if x.ndim not in (2, 4):
         check.fail("batch_norm", f"x must have shape [B, C] or [B, C, H, W], got {list(x.shape)}")
     check.floating("batch_norm", x=x, weight=weight, bias=bias)
@@ -81,12 +86,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, running: Running, splits: in
     for name, value in vectors.items():
         check.tensor("batch_norm", name, value, "C", C=x.shape[1])
     check.same_device("batch_norm", x=x, **vectors)
+    averages = {"running.mean": running.mean, "running.var": running.var}
+    check.floating("batch_norm", **averages)
+    check.separate("batch_norm", averages, {"x": x, "weight": weight, "bias": bias})
+    check.integer("batch_norm", splits=splits)
+    for name, average in averages.items():
+        if average.requires_grad:
+            check.fail("batch_norm", f"{name} must not require a gradient, got requires_grad=True")
     if splits < 1 or x.shape[0] % splits:
         check.fail("batch_norm", f"x must have a batch divisible by splits={splits}, got B={x.shape[0]}")
     if x.numel() == splits * x.shape[1]:
         parts = f" in each of {splits} parts" if splits > 1 else ""
         check.fail("batch_norm", f"x must have more than one value a channel{parts}, got {list(x.shape)}")
     if residual is not None:
+        check.is_tensor("batch_norm", "residual", residual)
         if residual.shape != x.shape:
             check.fail("batch_norm", f"residual must have x's shape {list(x.shape)}, got {list(residual.shape)}")
         check.floating("batch_norm", residual=residual)
@@ -94,11 +107,12 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, running: Running, splits: in
 
 
 def _batch_norm_in_torch(x: Tensor, weight: Tensor, bias: Tensor, running: Running, eps: float, splits: int) -> Tensor:
-    """Batch norm by torch, with the parts as channels."""
-    if splits == 1:
+    """Batch norm by torch, with the parts as channels; torch takes vectors in the dtype of sums alone."""
+    dtype = acc_dtype(x)
+    if splits == 1 and {vector.dtype for vector in (weight, bias, *running[:2])} == {dtype}:
         return F.batch_norm(x, running.mean, running.var, weight, bias, True, running.momentum, eps)
     parts = x.reshape(x.shape[0] // splits, splits * x.shape[1], *x.shape[2:])
-    mean, var, weight, bias = (t.repeat(splits) for t in (running.mean, running.var, weight, bias))
+    mean, var, weight, bias = (t.to(dtype).repeat(splits) for t in (running.mean, running.var, weight, bias))
     out = F.batch_norm(parts, mean, var, weight, bias, True, running.momentum, eps)
     with torch.no_grad():
         running.mean.copy_(mean.view(splits, -1).mean(0))
@@ -112,7 +126,7 @@ def _batch_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, mean, 1/√(variance + eps), unbiased variance), the last three [splits, C] in the dtype of weight and bias.
 
-    x and residual are dense in channels_last order, as y is; weight and bias have the dtype of sums.
+    x and residual are dense in channels_last order, as y is; weight and bias are contiguous, in the dtype of sums.
     """
     values = _parts(x, splits)
     var, mean = torch.var_mean(values, (0, 2), correction=0)
@@ -163,7 +177,7 @@ class _BatchNorm(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @first_order
+    @first_order("batch_norm")
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 7

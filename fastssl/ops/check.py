@@ -5,6 +5,7 @@
 Checks read shapes, dtypes and devices only, never values on a device: no op waits for the GPU to validate its input.
 """
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 import torch
@@ -33,9 +34,41 @@ def tensor(op: str, name: str, value: object, dims: str, **sizes: int) -> None:
     fail(op, f"{name} must be a tensor of shape [{', '.join(letters)}], got {type(value).__name__}", TypeError)
 
 
+def is_tensor(op: str, name: str, value: object) -> None:
+    """Checks that `value` is a tensor, of any shape."""
+    if not isinstance(value, Tensor):
+        fail(op, f"{name} must be a tensor, got {type(value).__name__}", TypeError)
+
+
+def integer(op: str, **values: object) -> None:
+    """Checks that each value is an integer, which `torch.compile` may trace as a symbol."""
+    for name, value in values.items():
+        if not isinstance(value, (int, torch.SymInt)):
+            fail(op, f"{name} must be an integer, got {_shown(value)}", TypeError)
+
+
+def number(op: str, **values: object) -> None:
+    """Checks that each value is a number, not a tensor."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+            fail(op, f"{name} must be a number, got {_shown(value)}", TypeError)
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def in_range(op: str, name: str, ids: Tensor, length: int, last: str = "") -> None:
+    """Checks the values of ids on a CPU, for plain-torch bodies; the C++ kernels check what they use by themselves."""
+    if ids.is_cpu and ids.numel() and not 0 <= (least := int(ids.min())) <= (most := int(ids.max())) < length:
+        got = least if least < 0 else most
+        fail(op, f"{name} must be between 0 and {last or f'L-1={length - 1}'}, got {got}", RuntimeError)
+
+
 def floating(op: str, **tensors: Tensor) -> None:
     """Checks that each tensor has a floating dtype."""
     for name, value in tensors.items():
+        is_tensor(op, name, value)
         if value.dtype not in FLOATS:
             fail(op, f"{name} must be float32, float64, bfloat16 or float16, got {dtype_name(value.dtype)}", TypeError)
 
@@ -43,6 +76,7 @@ def floating(op: str, **tensors: Tensor) -> None:
 def index(op: str, **tensors: Tensor) -> None:
     """Checks that each tensor is int64."""
     for name, value in tensors.items():
+        is_tensor(op, name, value)
         if value.dtype != torch.int64:
             fail(op, f"{name} must be int64, got {dtype_name(value.dtype)}", TypeError)
 
@@ -55,15 +89,65 @@ def same_device(op: str, **tensors: Tensor) -> None:
             fail(op, f"{name} must be on {first.device} like {first_name}, got {value.device}")
 
 
+def separate(op: str, written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+    """Checks that no tensor that is written shares memory with itself or with another, as torch's in-place ops do.
+
+    Where two views are not dense, only their first elements are compared: the columns of one matrix interleave without
+    sharing an element.
+    """
+    if torch.compiler.is_compiling():
+        return
+    tensors = [(name, value) for name, value in {**written, **read}.items() if value.numel()]
+    for name, value in tensors:
+        if name in written and _overlaps_itself(value):
+            strides = f"shape {list(value.shape)} and strides {list(value.stride())}"
+            fail(op, f"{name} must have no two elements in one place of memory, got {strides}: pass {name}.clone()")
+    for i, (name, value) in enumerate(tensors):
+        for other_name, other in tensors[:i]:
+            if (name in written or other_name in written) and _share_memory(value, other):
+                fail(op, f"{name} must not share memory with {other_name}, got views of the same: pass {name}.clone()")
+
+
+def _overlaps_itself(value: Tensor) -> bool:
+    if value.is_contiguous():
+        return False
+    extent = 0
+    for stride, size in sorted(zip(value.stride(), value.shape)):
+        if size > 1 and stride <= extent:
+            return True
+        extent += (size - 1) * stride
+    return False
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    if not torch._C._is_alias_of(one, other):  # type: ignore[attr-defined]
+        return False
+    (begin, end), (other_begin, other_end) = _extent(one), _extent(other)
+    return begin < other_end and other_begin < end
+
+
+def _extent(value: Tensor) -> tuple[int, int]:
+    """First and last byte in its storage: of the whole tensor if it is dense, else of its first element."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
+    begin, dense = int(value.storage_offset()) * value.element_size(), span == value.numel()
+    return begin, begin + (span if dense else 1) * value.element_size()
+
+
+TAU = (1e-30, 1e30)  # the smallest and the largest temperature; sums of many 1/tau stay finite in float32
+
+
 def temperature(op: str, tau: float | Tensor, like: Tensor) -> Tensor:
-    """tau as a 0-dim tensor on the device of `like`. A number must be positive; a tensor's value is not checked."""
+    """tau as a 0-dim tensor on the device of `like`. A number must be in the range `TAU`; a tensor's is not read."""
     if isinstance(tau, Tensor):
         if tau.numel() != 1:
             fail(op, f"tau must be a number or a tensor with one element, got shape {list(tau.shape)}")
         floating(op, tau=tau)
+        if tau.is_meta and not like.is_meta:
+            fail(op, f"tau must be on {like.device} or have a value there, got meta")
         return tau.reshape(()).to(like.device)
-    if not tau > 0:
-        fail(op, f"tau must be > 0, got {tau}")
+    number(op, tau=tau)
+    if not TAU[0] <= tau <= TAU[1]:
+        fail(op, f"tau must be > 0, from {TAU[0]} to {TAU[1]}, so that 1/tau is finite in float32, got {tau}")
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.full((), tau, dtype=dtype, device=like.device)
 

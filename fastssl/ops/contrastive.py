@@ -54,7 +54,8 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
         whatever the input dtypes, and also under autocast; the gradient of q has q's dtype.
 
     Raises:
-        ValueError: a shape or device does not fit, tau ≤ 0, or k or queue requires a gradient.
+        ValueError: a shape or device does not fit, a number tau is not in 1e-30 … 1e30, or k or queue requires a
+            gradient.
         TypeError: an argument is not floating.
 
     Memory: a kernel needs O(B·D) whatever K: at B = 256, D = 128 under 4 MB on a CPU, and on a GPU 10 MB of partial
@@ -110,7 +111,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss, rank
 
     @staticmethod
-    @first_order
+    @first_order("info_nce")
     def backward(ctx, dloss, _):
         q, dq, tau = ctx.saved_tensors
         dq = dq * dloss[:, None]
@@ -134,7 +135,8 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: i
         whatever the input dtypes, and also under autocast; gradients have the dtype of their tensor.
 
     Raises:
-        ValueError: a shape or device does not fit, tau ≤ 0, or a positive lies outside keys.
+        ValueError: a shape or device does not fit, a number tau is not in 1e-30 … 1e30, or a positive lies outside
+            keys.
         TypeError: an argument is not floating.
 
     Memory: a kernel needs O((B + M)·D). The plain-torch body makes logits [B, M], and again for the gradient of keys.
@@ -145,6 +147,7 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: i
     check.tensor("batch_info_nce", "keys", keys, "M D", D=q.shape[1])
     check.floating("batch_info_nce", q=q, keys=keys)
     check.same_device("batch_info_nce", q=q, keys=keys)
+    check.integer("batch_info_nce", label_offset=label_offset)
     if not 0 <= label_offset <= keys.shape[0] - q.shape[0]:
         largest = keys.shape[0] - q.shape[0]
         message = f"label_offset must be at least 0 and at most M − B = {largest}, got {label_offset}"
@@ -208,7 +211,7 @@ class _BatchInfoNCE(torch.autograd.Function):
         return loss, rank
 
     @staticmethod
-    @first_order
+    @first_order("batch_info_nce")
     def backward(ctx, dloss, _):
         q, keys, tau, dq, lse = ctx.saved_tensors
         needs_q, needs_keys, needs_tau, _, _ = ctx.needs_input_grad
@@ -236,7 +239,7 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
         that dtype whatever the input dtypes, and also under autocast; gradients have the dtype of their tensor.
 
     Raises:
-        ValueError: shapes or devices differ, or tau ≤ 0. TypeError: an argument is not floating.
+        ValueError: shapes or devices differ, or a number tau is not in 1e-30 … 1e30. TypeError: one is not floating.
 
     Memory: a kernel needs O(B·D); the C++ kernel three copies of z, and it computes the logit of each pair once. The
         plain-torch body makes logits [2B, 2B], and again for the gradient.
@@ -294,7 +297,7 @@ class _NTXent(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @first_order
+    @first_order("nt_xent")
     def backward(ctx, dloss):
         z, tau, lse = ctx.saved_tensors
         dz = _nt_xent_bwd(z, tau, lse, dloss)

@@ -34,12 +34,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
     """
     check.tensor("linear", "weight", weight, "N K")
+    check.is_tensor("linear", "x", x)
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         check.fail("linear", f"x must have shape [..., K={weight.shape[1]}], got {list(x.shape)}")
     check.floating("linear", x=x, weight=weight)
     check.same_device("linear", x=x, weight=weight)
     if bias is not None:
         check.tensor("linear", "bias", bias, "N", N=weight.shape[0])
+        check.floating("linear", bias=bias)
         check.same_device("linear", x=x, bias=bias)
     if dtype := autocast_dtype(x):
         x = x.to(dtype)
@@ -50,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
         return F.linear(F.gelu(x) if gelu else x, weight, bias)
     if weight.dtype != x.dtype and (x.dtype, weight.dtype) != (torch.bfloat16, torch.float32):
         weight = weight.to(x.dtype)
-    bias = None if bias is None else bias.to(weight.dtype)
+    bias = None if bias is None else bias.to(weight.dtype).contiguous()
     return _Linear.apply(_rows(x), weight, bias, gelu).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -67,7 +69,7 @@ def backend(x: Tensor, weight: Tensor) -> str:
 
 @op("linear_fwd")
 def _linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """[M, N] from x [M, K]; weight [N, K] and bias have x's dtype, or are float32 with a bfloat16 x."""
+    """[M, N] from x [M, K]; weight [N, K] and the contiguous bias have x's dtype, or are float32 beside bfloat16."""
     x = F.gelu(x) if gelu else x
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -109,7 +111,7 @@ class _Linear(torch.autograd.Function):
         return _linear_fwd(x, _rows(weight), bias, gelu)
 
     @staticmethod
-    @first_order
+    @first_order("linear")
     def backward(ctx, dy):
         (x, weight), dy = ctx.saved_tensors, _rows(dy)
         dx = dweight = dbias = None

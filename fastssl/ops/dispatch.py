@@ -60,9 +60,37 @@ def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(op, lib=_library)
 
 
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a gradient computed in the forward pass or by a kernel: differentiating it again raises."""
-    return torch.autograd.function.once_differentiable(backward)
+def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks a gradient computed in the forward pass or by a kernel: differentiating it again raises a sentence.
+
+    torch's `once_differentiable` raises only where the upstream gradient requires one. That of a loss is the constant
+    1, so the derivative of this gradient would be returned without its second-order terms: here every gradient made
+    with create_graph=True raises. In torch.compile, AOT autograd refuses second derivatives by itself.
+    """
+    sentence = (
+        f"{op}: its gradient cannot be differentiated again (create_graph=True): for a second derivative write the "
+        "formula of its docstring in plain torch"
+    )
+
+    def mark(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def once(ctx: Any, *upstream: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return backward(ctx, *upstream)
+            with torch.no_grad():
+                gradients = backward(ctx, *upstream)
+            if not torch.is_grad_enabled():
+                return gradients
+            several = gradients if isinstance(gradients, tuple) else (gradients,)
+            made = [gradient for gradient in several if gradient is not None]
+            node = torch._C._functions.DelayedError(sentence.encode(), len(made))
+            raising = node(*(gradient.detach().requires_grad_() for gradient in made)) if made else ()
+            marked = iter(raising if isinstance(raising, tuple) else (raising,))
+            return tuple(None if gradient is None else next(marked) for gradient in several)
+
+        return once
+
+    return mark
 
 
 def acc_dtype(x: torch.Tensor) -> torch.dtype:

@@ -50,6 +50,7 @@ def random_masking(noise: Tensor, keep: int) -> Masking:
     check.tensor("random_masking", "noise", noise, "B L")
     check.floating("random_masking", noise=noise)
     length = noise.shape[1]
+    check.integer("random_masking", keep=keep)
     if not 1 <= keep <= length:
         check.fail("random_masking", f"keep must be between 1 and L={length}, got {keep}")
     return Masking(*_random_masking(noise.detach(), keep))
@@ -86,7 +87,8 @@ def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tenso
 
     Args:
         x: [B, L, D] any floating dtype.
-        ids_keep: [B, M] int64 in 0..L−1, without duplicates in a row (the gradient requires it).
+        ids_keep: [B, M] int64 in 0..L−1. Where one is repeated, its row of x gets the sum of the gradients, on CPUs; on
+            GPUs the gradient requires ids without duplicates in a row.
         pos: [L, D] or [1, L, D], optional.
 
     Returns: [B, M, D] of dtype ``torch.result_type(x, pos)``. Gradient to x and pos, summed in float32 or wider.
@@ -107,6 +109,7 @@ def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tenso
 
 @op("keep_tokens_fwd")
 def _keep_tokens_fwd(x: Tensor, ids_keep: Tensor, pos: Tensor | None) -> Tensor:
+    check.in_range("keep_tokens", "ids_keep", ids_keep, x.shape[1])
     kept = _gather(x, ids_keep)
     return kept if pos is None else kept + pos[ids_keep]
 
@@ -122,9 +125,9 @@ register_triton(_keep_tokens_fwd, lambda: _kernels().keep_tokens_fwd)
 
 @op("keep_tokens_bwd")
 def _keep_tokens_bwd(dkept: Tensor, ids_keep: Tensor, length: int) -> Tensor:
-    """The gradient of x in dkept's dtype: rows of dkept at ids_keep, zeros elsewhere."""
+    """The gradient of x in dkept's dtype: rows of dkept at ids_keep, added where ids repeat, zeros elsewhere."""
     dx = dkept.new_zeros(dkept.shape[0], length, dkept.shape[2])
-    return dx.scatter_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
+    return dx.scatter_add_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
 
 
 @fake(_keep_tokens_bwd)
@@ -143,7 +146,7 @@ class _KeepTokens(torch.autograd.Function):
         return _keep_tokens_fwd(x, ids_keep, pos)
 
     @staticmethod
-    @first_order
+    @first_order("keep_tokens")
     def backward(ctx, dkept):
         (ids_keep,) = ctx.saved_tensors
         needs_x, _, needs_pos = ctx.needs_input_grad
@@ -165,7 +168,8 @@ def restore_tokens(
         x: [B, prefix + M, D] any floating dtype: `prefix` tokens that stay in front, then the M kept tokens in the
             order of `Masking.ids_keep`.
         mask_token: D values, as [D] or [1, 1, D].
-        ids_restore: [B, L] int64, L ≥ M: the rank of each token, as `random_masking` returns it.
+        ids_restore: [B, L] int64, L ≥ M: the rank of each token, as `random_masking` returns it. On GPUs the gradient
+            requires that no rank is repeated.
         pos: [prefix + L, D] or [1, prefix + L, D], optional.
         prefix: number of tokens that are not patches: 1 for a class token, 0 for none.
 
@@ -181,9 +185,11 @@ def restore_tokens(
     batch, tokens, width = x.shape
     check.tensor("restore_tokens", "ids_restore", ids_restore, "B L", B=batch)
     length = ids_restore.shape[1]
+    check.integer("restore_tokens", prefix=prefix)
+    check.is_tensor("restore_tokens", "mask_token", mask_token)
     if not 0 <= prefix <= tokens or tokens - prefix > length:
         check.fail("restore_tokens", f"x must have prefix={prefix} to prefix+L={prefix + length} tokens, got {tokens}")
-    if mask_token.numel() != width or mask_token.shape[-1] != width:
+    if mask_token.numel() != width or mask_token.ndim == 0 or mask_token.shape[-1] != width:
         check.fail("restore_tokens", f"mask_token must have shape [D={width}], got {list(mask_token.shape)}")
     check.floating("restore_tokens", x=x, mask_token=mask_token)
     check.index("restore_tokens", ids_restore=ids_restore)
@@ -195,6 +201,7 @@ def restore_tokens(
 @op("restore_tokens_fwd")
 def _restore_tokens_fwd(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor | None, prefix: int) -> Tensor:
     batch, tokens, width = x.shape
+    check.in_range("restore_tokens", "ids_restore", ids_restore, ids_restore.shape[1])
     dtype = torch.result_type(x, mask_token)
     mask_tokens = mask_token.to(dtype).expand(batch, prefix + ids_restore.shape[1] - tokens, width)
     patches = _gather(torch.cat([x[:, prefix:].to(dtype), mask_tokens], dim=1), ids_restore)
@@ -217,8 +224,8 @@ register_triton(_restore_tokens_fwd, lambda: _kernels().restore_tokens_fwd)
 def _restore_tokens_bwd(dout: Tensor, ids_restore: Tensor, prefix: int, kept: int) -> tuple[Tensor, Tensor]:
     """(dx [B, prefix + kept, D], dmask_token [D] in float32 or wider)."""
     dpatches = dout[:, prefix:]
-    by_rank = torch.empty_like(dpatches, memory_format=torch.contiguous_format)
-    by_rank.scatter_(1, ids_restore.unsqueeze(-1).expand_as(dpatches), dpatches)
+    by_rank = torch.zeros_like(dpatches, memory_format=torch.contiguous_format)
+    by_rank.scatter_add_(1, ids_restore.unsqueeze(-1).expand_as(dpatches), dpatches)
     dx = torch.cat([dout[:, :prefix], by_rank[:, :kept]], dim=1)
     return dx, by_rank[:, kept:].sum(dim=(0, 1), dtype=acc_dtype(dout))
 
@@ -241,7 +248,7 @@ class _RestoreTokens(torch.autograd.Function):
         return _restore_tokens_fwd(x, mask_token, ids_restore, pos, prefix)
 
     @staticmethod
-    @first_order
+    @first_order("restore_tokens")
     def backward(ctx, dout):
         (ids_restore,) = ctx.saved_tensors
         needs_x, needs_mask_token, _, needs_pos, _ = ctx.needs_input_grad
@@ -256,6 +263,7 @@ def _positions(op_name: str, pos: Tensor | None, x: Tensor, tokens: int, letters
     """pos as [tokens, D], after checks."""
     if pos is None:
         return None
+    check.is_tensor(op_name, "pos", pos)
     if pos.shape not in ((tokens, x.shape[2]), (1, tokens, x.shape[2])):
         expected = f"[{letters}={tokens}, D={x.shape[2]}] or [1, {letters}={tokens}, D={x.shape[2]}]"
         check.fail(op_name, f"pos must have shape {expected}, got {list(pos.shape)}")

@@ -41,6 +41,7 @@ def residual_norm(
     Normalization in the Transformer Architecture", 2020, table 1.
     """
     _check(x, delta, weight, bias, dtype)
+    check.number("residual_norm", eps=eps)
     dtype = dtype or autocast_dtype(x) or x.dtype
     if x.ndim != 3:
         x_rows = x.reshape(1, -1, x.shape[-1])
@@ -120,7 +121,7 @@ class _ResidualNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
-    @first_order
+    @first_order("residual_norm")
     def backward(ctx, dsum, dnormed):
         total, mean, rstd, weight = ctx.saved_tensors
         delta_dtype = ctx.delta_dtype or total.dtype

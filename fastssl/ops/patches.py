@@ -121,7 +121,8 @@ def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
 
     Args:
         images: [B, C, H, W] any dtype and memory format; H and W divisible by `patch`.
-        ids_keep: [B, M] int64 patch numbers in row-major order, without duplicates in a row (the gradient requires it).
+        ids_keep: [B, M] int64 patch numbers in row-major order. Pixels of a repeated one get the sum of its gradients,
+            on CPUs; on GPUs the gradient requires ids without duplicates in a row.
         patch: p, side of a patch in pixels.
 
     Returns: [B, M, P] of the images' dtype, P = p·p·C, channel last inside a patch. Gradient to images.
@@ -140,6 +141,7 @@ def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
 def _keep_patches_fwd(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
     grid = _grid_view(images, patch)
     columns = grid.shape[2]
+    check.in_range("keep_patches", "ids_keep", ids_keep, grid.shape[1] * columns)
     samples = torch.arange(grid.shape[0], device=images.device).unsqueeze(1)
     kept = grid[samples, ids_keep // columns, ids_keep % columns]  # [B, M, p, p, C]: only these pixels are read
     return kept.reshape(*ids_keep.shape, patch * patch * images.shape[1]).contiguous()
@@ -156,7 +158,7 @@ register_triton(_keep_patches_fwd, lambda: _kernels().keep_patches_fwd)
 @op("keep_patches_bwd")
 def _keep_patches_bwd(dkept: Tensor, ids_keep: Tensor, patch: int, height: int, width: int) -> Tensor:
     dpatches = dkept.new_zeros(dkept.shape[0], (height // patch) * (width // patch), dkept.shape[2])
-    dpatches.scatter_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
+    dpatches.scatter_add_(1, ids_keep.unsqueeze(-1).expand_as(dkept), dkept)
     return _unpatchify(dpatches, patch, height, width)
 
 
@@ -176,7 +178,7 @@ class _KeepPatches(torch.autograd.Function):
         return _keep_patches_fwd(images, ids_keep, patch)
 
     @staticmethod
-    @first_order
+    @first_order("keep_patches")
     def backward(ctx, dkept):
         return _keep_patches_bwd(dkept, *ctx.saved_tensors, ctx.patch, *ctx.sides), None, None
 
@@ -253,7 +255,7 @@ class _MaskedPatchMSE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @first_order
+    @first_order("masked_patch_mse")
     def backward(ctx, dloss):
         (dpred,) = ctx.saved_tensors
         return (dpred * dloss).to(ctx.dtype), None, None, None, None, None
@@ -272,5 +274,6 @@ def _check_images(op_name: str, images: Tensor, patch: int) -> None:
 
 
 def _check_sides(op_name: str, height: int, width: int, patch: int) -> None:
+    check.integer(op_name, patch=patch, height=height, width=width)
     if patch < 1 or height % patch or width % patch or not height or not width:
         check.fail(op_name, f"height and width must be divisible by patch={patch}, got {height}×{width}")

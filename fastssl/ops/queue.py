@@ -28,7 +28,8 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
         keys: [N, D] any floating dtype and strides, N ≥ 0.
 
     Raises:
-        ValueError: a shape or device does not fit, or the rows of the queue are not contiguous.
+        ValueError: a shape or device does not fit, the rows of the queue are not contiguous, or two of the arguments,
+            or two rows of the queue, share memory.
         TypeError: ptr is not int64, or queue or keys are not floating.
 
     Memory: none beyond the arguments.
@@ -47,6 +48,7 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
         check.fail("enqueue_", "queue must have at least one row, got shape " + str(list(queue.shape)))
     if queue.stride(1) != 1 and queue.shape[1] > 1:
         check.fail("enqueue_", f"queue must have contiguous rows [K, D], got strides {list(queue.stride())}")
+    check.separate("enqueue_", {"queue": queue, "ptr": ptr}, {"keys": keys})
     with torch.no_grad():
         _enqueue_(queue, ptr, keys)
     increment_version((queue, ptr))

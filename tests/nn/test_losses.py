@@ -29,11 +29,9 @@ def test_forward_is_the_formula_and_enqueues_in_training_alone():
     for step in range(6):  # the sixth batch of five wraps in the middle
         q, k = torch.randn(2, BATCH, D, dtype=torch.float64).unbind(0)
         q.requires_grad_()
-        k.requires_grad_()
         loss = criterion(q, k)
         torch.testing.assert_close(loss, official(q, k, queue, 0.2), rtol=1e-12, atol=0)
         loss.backward()
-        assert k.grad is None
         queue[(step * BATCH + torch.arange(BATCH)) % K] = F.normalize(k.detach(), dim=1)
         torch.testing.assert_close(criterion.queue, queue, rtol=1e-12, atol=0)
     with torch.no_grad():
@@ -41,6 +39,29 @@ def test_forward_is_the_formula_and_enqueues_in_training_alone():
     criterion.eval()(q, k)
     criterion.train().contrast(q, k)
     assert criterion.queue_ptr.item() == 6 * BATCH % K
+
+
+def test_keys_that_require_a_gradient_are_refused():
+    """lightly's loss with a memory bank gives its second argument a gradient, InfoNCELoss none."""
+    criterion, q = InfoNCELoss(D, K), torch.randn(BATCH, D, requires_grad=True)
+    queue = criterion.queue.clone()
+    for call in (criterion, criterion.contrast):
+        refused(
+            "InfoNCELoss: k must not require a gradient, since keys get none: pass k.detach(), or use "
+            "fastssl.ops.batch_info_nce, which gives a gradient to queries and keys",
+            ValueError,
+            call,
+            q,
+            torch.randn(BATCH, D, requires_grad=True),
+        )
+    assert torch.equal(criterion.queue, queue)
+    with torch.no_grad():
+        criterion(q, torch.randn(BATCH, D, requires_grad=True))
+
+
+def test_a_queue_that_is_called_names_enqueue():
+    sentence = "KeyQueue: write keys by enqueue(keys) and read them as .queue [K, D]: no call"
+    refused(sentence, TypeError, KeyQueue(D, K), torch.randn(BATCH, D))
 
 
 def test_a_trained_temperature_gets_its_gradient():

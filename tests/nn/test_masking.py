@@ -1,13 +1,14 @@
 import pytest
 import torch
 
+from fastssl import ops
 from fastssl.contract import Batch
 from fastssl.data import draws
 from fastssl.distributed import rank
 from fastssl.methods.mae import MAE
 from fastssl.nn import MaskedPatchLoss, random_masking, seeded_noise
 from fastssl.nn.masking import splitmix64
-from fastssl.ops import masked_patch_mse
+from fastssl.ops import masked_patch_mse, patchify
 from tests.support.contract import refused
 from tests.support.golden import read
 from tests.support.ranks import run_ranks
@@ -163,16 +164,57 @@ def test_masked_patch_loss_takes_ids_and_predictions_of_the_masked_alone():
     assert (pred.grad.abs().sum(2) > 0).sum(1).tolist() == [3, 3]
 
 
-def test_masked_patch_loss_refuses_uneven_masks():
+@pytest.mark.parametrize("norm_pix", [False, True])
+@pytest.mark.parametrize("counts", [(3, 4, 1), (0, 5, 2), (16, 2, 9), (16, 16, 16)], ids=str)
+def test_masks_that_remove_different_numbers_are_the_official_loss(counts, norm_pix):
+    images, pred = torch.randn(3, 3, 16, 16).double(), torch.randn(3, 16, 48).double().requires_grad_()
+    mask = torch.stack([(torch.rand(16).argsort() < count).double() for count in counts])
+    target = patchify(images, 4)
+    if norm_pix:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6) ** 0.5
+    official = (((pred - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+    (expected,) = torch.autograd.grad(official, pred)
+    for removed in (mask, mask.bool()):
+        loss = MaskedPatchLoss(4, norm_pix)(images, pred, removed)
+        torch.testing.assert_close(loss, official)
+        torch.testing.assert_close(torch.autograd.grad(loss, pred)[0], expected)
+
+
+def test_the_rows_on_lightly_s_masked_autoencoder():
+    utils = pytest.importorskip("lightly.models.utils")
+    images, length, width = torch.rand(2, 3, 16, 16), 16, 8
+    masking = ops.random_masking(torch.rand(2, length), int(length * (1 - 0.75)))
+    lightly_keep, lightly_mask = utils.random_token_mask((2, 1 + length), 0.75)
+    assert masking.ids_keep.shape[1] == lightly_keep.shape[1] - 1
+    assert masking.ids_masked.shape == lightly_mask.shape
+    tokens, patches = torch.randn(2, length, width), utils.patchify(images, 4)
+    kept = ops.keep_tokens(tokens, masking.ids_keep)
+    assert torch.equal(kept, utils.get_at_index(tokens, masking.ids_keep))
+    assert torch.equal(ops.patchify(images, 4), patches)
+    assert torch.equal(ops.unpatchify(patches, 4, 16, 16), utils.unpatchify(patches, 4))
+    pred = torch.randn(2, 12, 48)
+    expected = torch.nn.MSELoss()(pred, utils.get_at_index(patches, masking.ids_masked))
+    torch.testing.assert_close(ops.masked_patch_mse(pred, images, masking.ids_masked, 4), expected)
+    class_token, mask_token, pos = torch.randn(2, 1, width), torch.randn(1, 1, width), torch.randn(1 + length, width)
+    x = torch.cat([class_token, kept], 1)
+    ids = torch.cat([torch.zeros(2, 1, dtype=torch.int64), masking.ids_keep + 1], 1)
+    expected = utils.set_at_index(utils.repeat_token(mask_token, (2, 1 + length)), ids, x) + pos
+    assert torch.equal(ops.restore_tokens(x, mask_token, masking.ids_restore, pos), expected)
+
+
+def test_masked_patch_loss_error_sentences():
     images, pred = torch.randn(2, 3, 16, 16), torch.randn(2, 16, 48)
     mask = torch.zeros(2, 16)
+    sentence = "MaskedPatchLoss: mask must remove at least one patch, got zeros alone"
+    refused(sentence, ValueError, MaskedPatchLoss(4), images, pred, mask)
     mask[0, :3] = mask[1, :4] = 1
     refused(
-        "MaskedPatchLoss: mask must remove the same number in each row, got from 3 to 4",
+        "MaskedPatchLoss: pred must be [B, L=16, P] where rows of mask remove different numbers, got pred [B, 4, P]",
         ValueError,
         MaskedPatchLoss(4),
         images,
-        pred,
+        pred[:, :4],
         mask,
     )
     refused(
@@ -194,7 +236,7 @@ def test_masked_patch_loss_refuses_uneven_masks():
     )
     mask[0, 3] = 1
     refused(
-        "MaskedPatchLoss: mask must remove masked=12 in each row, got from 4 to 4",
+        "MaskedPatchLoss: mask must remove masked=12 patches in each row, got from 4 to 4",
         ValueError,
         MaskedPatchLoss(4, masked=12),
         images,

@@ -314,6 +314,21 @@ def test_packed_under_autocast():
     assert qkv.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1e9, -1e9])
+def test_huge_scores_choose_one_key(dtype, scale):
+    """Weights are 0 or 1: the result is a row of v, and its gradient the sum over the queries that chose it."""
+    q, k, v = (torch.randn(2, length, 3, 16).to(dtype) for length in (40, 37, 37))
+    v.requires_grad_()
+    chosen = (torch.einsum("blhe,bmhe->blhm", q.double(), k.double()) * scale).argmax(-1)
+    expected = v.double().gather(1, chosen[..., None].expand(-1, -1, -1, 16))
+    out = attention(q, k, v, scale)
+    assert torch.equal(out.double(), expected)
+    dout = torch.randn(out.shape).to(dtype)
+    (ours,), (wanted,) = torch.autograd.grad(out, v, dout), torch.autograd.grad(expected, v, dout.double())
+    torch.testing.assert_close(ours, wanted, rtol=0.02, atol=0.05)
+
+
 def test_error_sentences():
     qkv = joint(2, 9, 2, 8, torch.float32)
     refused(

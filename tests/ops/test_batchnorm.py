@@ -210,6 +210,33 @@ def test_compile(relu, with_residual):
     compiles(function, x, weight, bias, mean, var, *residual)
 
 
+def test_weight_and_bias_of_any_strides():
+    x, weight, bias, _, dy = layer((6, 5, 3, 3), torch.float32)
+    columns, expanded = torch.stack([weight, bias], 1), weight[:1].expand(5)
+    for view in (columns[:, 0], columns[:, 1], expanded, weight.flip(0)[::1], columns.flatten()[1:6]):
+        results = []
+        for vector in (view, view.clone()):
+            vector = vector.detach().requires_grad_()
+            y = batch_norm(x, vector, vector, running(weight), relu=True)
+            results.append((y.detach(), torch.autograd.grad(y, vector, dy)[0]))
+        for ours, same in zip(*results):
+            torch.testing.assert_close(ours, same, rtol=0, atol=0)
+
+
+def test_running_statistics_that_share_memory_are_refused():
+    x, weight, bias, _, _ = layer((6, 3, 2, 2), torch.float32)
+    both = torch.ones(3)
+    wanted = "batch_norm: running.var must not share memory with running.mean, got views of the same: "
+    wanted += "pass running.var.clone()"
+    refused(wanted, ValueError, batch_norm, x, weight, bias, Running(both, both, 0.1))
+    wanted = (
+        "batch_norm: running.mean must have no two elements in one place of memory, got shape [3] and strides [0]: "
+        "pass running.mean.clone()"
+    )
+    refused(wanted, ValueError, batch_norm, x, weight, bias, Running(both[:1].expand(3), torch.ones(3), 0.1))
+    assert (both == 1).all()
+
+
 def test_error_sentences():
     x, weight, bias, residual, _ = layer((6, 3, 2, 2), torch.float32)
     after = running(weight)

@@ -311,6 +311,50 @@ def test_contract():
     compiles(lambda q, z, t: nt_xent(q, z, t), q, unit(4, 8).float().requires_grad_(), tau)
 
 
+@pytest.mark.parametrize("tau", [1e-30, 1e-10, 1e-4, 1e10, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_temperatures_equal_plain_torch(tau, dtype):
+    """Logits of 10^30: the maximum must be subtracted before the division by tau, forward and backward."""
+    q, k, queue, z = (unit(n, 16, dtype=dtype) for n in (40, 40, 300, 40))
+
+    def results():
+        leaves = [x.clone().requires_grad_() for x in (q, k, z)]
+        losses = info_nce(leaves[0], k, queue, tau).loss, batch_info_nce(leaves[0], leaves[1], tau).loss
+        losses += (nt_xent(leaves[0], leaves[2], tau),)
+        return [
+            x
+            for loss in losses
+            for x in (loss, *torch.autograd.grad(loss.sum(), leaves, allow_unused=True))
+            if x is not None
+        ]
+
+    ours = results()
+    with dispatch.reference():
+        plain = results()
+    for result, wanted in zip(ours, plain, strict=True):
+        assert result.isfinite().all()
+        largest = wanted.double().abs().max().item()
+        torch.testing.assert_close(result, wanted, rtol=0, atol=(0.02 if dtype == torch.bfloat16 else 1e-4) * largest)
+
+
+def test_a_gradient_penalty_raises():
+    """The upstream gradient of a mean is a constant, where torch's once_differentiable lets the second pass."""
+    q, k, keys = unit(4, 8).requires_grad_(), unit(4, 8), unit(6, 8).requires_grad_()
+    losses = {
+        "info_nce": lambda: info_nce(q, k, keys.detach(), 0.2).loss.mean(),
+        "batch_info_nce": lambda: batch_info_nce(q, keys, 0.2).loss.mean(),
+        "nt_xent": lambda: nt_xent(q, k, 0.2).mean(),
+    }
+    for name, loss in losses.items():
+        (dq,) = torch.autograd.grad(loss(), q, create_graph=True)
+        sentence = (
+            f"{name}: its gradient cannot be differentiated again (create_graph=True): for a second derivative write "
+            "the formula of its docstring in plain torch"
+        )
+        refused(sentence, RuntimeError, dq.square().sum().backward)
+        assert torch.equal(dq, torch.autograd.grad(loss(), q)[0])  # the first derivative is right
+
+
 def test_error_sentences():
     q, k, queue = unit(4, 8), unit(4, 8), unit(9, 8)
     refused("info_nce: k must have shape [B=4, D=8], got [9, 8]", ValueError, info_nce, q, queue, queue, 0.1)

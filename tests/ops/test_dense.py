@@ -187,6 +187,12 @@ def test_compile():
     compiles(lambda *args: linear(*args, gelu=True), x, weight, bias)
 
 
+def test_a_bias_of_any_strides():
+    x, weight, pairs = torch.randn(97, 8), torch.randn(6, 8), torch.randn(6, 2)
+    for bias in (pairs[:, 1], pairs[:1, 0].expand(6)):
+        torch.testing.assert_close(linear(x, weight, bias), linear(x, weight, bias.clone()), rtol=0, atol=0)
+
+
 def test_error_sentences():
     x, weight, bias, _ = layer(6, 5, 4, torch.float32, torch.float32)
     refused("linear: weight must have shape [N, K], got [5]", ValueError, linear, x, weight[0])

@@ -1,3 +1,6 @@
+import contextlib
+import re
+
 import pytest
 import torch
 
@@ -109,6 +112,60 @@ def test_ema_compiles():
         results.append((function(*args), *args))
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "plain torch"])
+def test_targets_that_share_memory_are_refused(backend):
+    store, t, s = torch.randn(40), torch.randn(3, 4), torch.randn(3, 4)
+    shared = "must not share memory with"
+    cases = {
+        f"targets[1] {shared} targets[0]": ([t, t], [s, s.clone()], None),
+        f"targets[1] {shared} targets[0], of which it is a part": (
+            [store[:10], store[5:15]],
+            [store[20:30], store[30:]],
+            None,
+        ),
+        f"sources[0] {shared} targets[0]": ([store[:10]], [store[1:11]], None),
+        f"sources[1] {shared} targets[0]": ([t, s], [s.clone(), t], None),
+        f"shadows[0] {shared} targets[0]": ([t], [s], [t]),
+        "targets[0] must have no two elements in one place of memory": ([t[:1].expand(3, 4)], [s], None),
+        "shadows[0] must have no two elements in one place of memory": ([t], [s], [store[:1].expand(3, 4)]),
+        "targets[0] must have no two elements": ([store.as_strided((3, 4), (2, 1))], [s], None),
+    }
+    for sentence, (targets, sources, shadows) in cases.items():
+        before = [x.clone() for x in (store, t, s)]
+        with contextlib.ExitStack() as stack:
+            if backend == "plain torch":
+                stack.enter_context(dispatch.reference())
+            with pytest.raises(ValueError, match=re.escape("ema_update_: " + sentence.split(",")[0])):
+                ema_update_(targets, sources, 0.5, shadows)
+        for x, y in zip((store, t, s), before):
+            assert torch.equal(x, y)
+
+
+def test_views_that_share_no_element_are_updated():
+    store, source = torch.randn(6, 8), torch.randn(6, 8)
+    expected = torch.lerp(store, source, 0.5)
+    ema_update_([store[:, :3], store[:, 3:]], [source[:, :3], source[:, 3:]], 0.5)
+    torch.testing.assert_close(store, expected)
+    ema_update_([store], [store], 0.5)  # a target that is its own source
+    torch.testing.assert_close(store, expected)
+
+
+def test_a_meta_tensor_among_others_is_refused():
+    t, s = torch.zeros(3), torch.ones(3)
+    sentence = "ema_update_: targets[1] must be on cpu like targets[0], got meta; call it once per device"
+    refused(sentence, ValueError, ema_update_, [t, t.to("meta")], [s, s], 0.5)
+    refused(
+        "ema_update_: sources[0] must be on cpu like targets[0], got meta",
+        ValueError,
+        ema_update_,
+        [t],
+        [s.to("meta")],
+        0.5,
+    )
+    assert (t == 0).all()
+    ema_update_([t.to("meta")], [s.to("meta")], 0.5)
 
 
 def test_error_sentences():

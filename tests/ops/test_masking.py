@@ -1,4 +1,5 @@
 import itertools
+import threading
 
 import pytest
 import torch
@@ -262,6 +263,70 @@ def test_contract():
     compiles(lambda noise: random_masking(noise, 4), torch.rand(3, 16))
     compiles(lambda x, p: keep_tokens(x, masks.ids_keep, p[1:]), x, pos)
     compiles(lambda k, t, p: restore_tokens(k, t, masks.ids_restore, p), kept, token, pos)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_repeated_ids_get_the_sum_of_their_gradients(dtype):
+    x, pos = torch.randn(2, 5, 40).to(dtype).requires_grad_(), torch.randn(5, 40).to(dtype).requires_grad_()
+    ids = torch.tensor([[3, 1, 3, 3], [0, 0, 4, 2]])
+    dkept = torch.randn(2, 4, 40).to(dtype)
+    formula = (x + pos).gather(1, ids[..., None].expand(-1, -1, 40))
+    expected = torch.autograd.grad(formula.double(), (x, pos), dkept.double())
+    with dispatch.reference():
+        plain = torch.autograd.grad(keep_tokens(x, ids, pos), (x, pos), dkept)
+    for made in (torch.autograd.grad(keep_tokens(x, ids, pos), (x, pos), dkept), plain):
+        for ours, wanted in zip(made, expected):
+            torch.testing.assert_close(ours, wanted, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_ranks_that_are_no_permutation_get_their_gradients():
+    x, token = torch.randn(1, 4, 8).double().requires_grad_(), torch.randn(8).double().requires_grad_()
+    ids = torch.tensor([[0, 0, 4, 2, 0]])  # the first kept token three times, the second and a mask token nowhere
+    padded = torch.cat([x[:, 1:], token.expand(1, 2, 8)], 1).gather(1, ids[..., None].expand(-1, -1, 8))
+    formula, dout = torch.cat([x[:, :1], padded], 1), torch.randn(1, 6, 8).double()
+    expected = torch.autograd.grad(formula, (x, token), dout)
+    with dispatch.reference():
+        plain = torch.autograd.grad(restore_tokens(x, token, ids), (x, token), dout)
+    for made in (torch.autograd.grad(restore_tokens(x, token, ids), (x, token), dout), plain):
+        for ours, wanted in zip(made, expected):
+            torch.testing.assert_close(ours, wanted)
+
+
+def test_ids_are_checked_where_they_are_used():
+    """Another thread changes ids all the time: the call refuses them or reads inside of x, and never outside."""
+    x, good = torch.randn(64, 50, 16), torch.randint(50, (64, 40))
+    ids, stop = good.clone().share_memory_(), threading.Event()
+
+    def disturb():
+        while not stop.is_set():
+            ids.fill_(2**62)
+            ids.copy_(good)
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        outcomes = {_survives(x, ids) for _ in range(300)}
+    finally:
+        stop.set()
+        other.join()
+    assert outcomes <= {"result", "refused"}
+
+
+def _survives(x, ids):
+    try:
+        kept = keep_tokens(x, ids)
+    except RuntimeError as error:
+        assert "keep_tokens: ids_keep must be between 0 and L-1=49" in str(error)
+        return "refused"
+    assert kept.abs().max() <= x.abs().max()
+    return "result"
+
+
+def test_plain_torch_checks_ids_too():
+    for bad in (-1, 5):
+        with dispatch.reference():
+            sentence = f"keep_tokens: ids_keep must be between 0 and L-1=4, got {bad}"
+            refused(sentence, RuntimeError, keep_tokens, torch.randn(1, 5, 2), torch.tensor([[1, bad]]))
 
 
 def test_error_sentences():

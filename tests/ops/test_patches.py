@@ -273,6 +273,18 @@ def test_contract():
     compiles(lambda p, x: masked_patch_mse(p, x, ids, 4, True), pred, images.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_repeated_ids_get_the_sum_of_their_gradients(dtype):
+    images, ids = torch.randn(2, 3, 4, 6).to(dtype).requires_grad_(), torch.tensor([[3, 1, 3, 3], [0, 0, 4, 2]])
+    formula = patchify(images, 2).gather(1, ids[..., None].expand(-1, -1, 12))
+    dkept = torch.randn(2, 4, 12).to(dtype)
+    (expected,) = torch.autograd.grad(formula.double(), images, dkept.double())
+    with dispatch.reference():
+        (plain,) = torch.autograd.grad(keep_patches(images, ids, 2), images, dkept)
+    for ours in (torch.autograd.grad(keep_patches(images, ids, 2), images, dkept)[0], plain):
+        torch.testing.assert_close(ours, expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.02)
+
+
 def test_error_sentences():
     images, ids = images_of(2, 3, 8, 12, torch.float32), torch.tensor([[5, 0], [2, 3]])
     refused("patchify: height and width must be divisible by patch=5, got 8×12", ValueError, patchify, images, 5)

@@ -68,6 +68,23 @@ def test_enqueue_compiles():
         torch.testing.assert_close(compiled, eager)
 
 
+def test_arguments_that_share_memory_are_refused():
+    queue, ptr = torch.randn(6, 2), torch.tensor([0])
+    before = queue.clone()
+    sentence = "enqueue_: keys must not share memory with queue, got views of the same: pass keys.clone()"
+    refused(sentence, ValueError, enqueue_, queue, ptr, queue[2:5])
+    sentence = (
+        "enqueue_: queue must have no two elements in one place of memory, got shape [6, 2] and strides [0, 1]: pass "
+        "queue.clone()"
+    )
+    refused(sentence, ValueError, enqueue_, queue[:1].expand(6, 2), ptr, torch.zeros(2, 2))
+    assert torch.equal(queue, before) and ptr.item() == 0
+    halves = torch.zeros(6, 4)  # the columns of one matrix interleave, and share no element
+    enqueue_(halves[:, :2], ptr, halves[:3, 2:] + 1)
+    enqueue_(halves[:, :2], ptr, halves[:3, 2:])
+    assert halves[:3, :2].eq(1).all() and halves[3:, :2].eq(0).all()
+
+
 def test_error_sentences():
     queue, ptr = torch.zeros(6, 2), torch.tensor([0])
     refused("enqueue_: keys must have shape [N, D=2], got [3, 3]", ValueError, enqueue_, queue, ptr, torch.zeros(3, 3))
