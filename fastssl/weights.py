@@ -5,7 +5,9 @@
                  with heads = Identity()
     mae          the whole model, as MAE's official checkpoints: {"model": …}
     moco         the whole model, as MoCo's and MoCo v3's official checkpoints: {"arch": …, "state_dict":
-                 {"module.…": …}}
+                 {"module.…": …}}; simsiam is the same for SimSiam
+    barlow_twins the whole model, as Barlow Twins' official checkpoints: {"model": {"module.…": …}}; vicreg is the same
+                 for VICReg
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
 
 Files are .safetensors for timm and safetensors, and .pth for the others, readable by ``torch.load(weights_only=True)``.
@@ -22,7 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 GENERAL_FORMATS = ("timm", "torchvision", "safetensors")  # layouts that every method can be exported to
-FORMATS = (*GENERAL_FORMATS, "moco", "mae")  # the others are layouts of reference checkpoints
+REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict in the file, prefix of its names
+    "moco": ("state_dict", "module."),
+    "mae": ("model", ""),
+    "simsiam": ("state_dict", "module."),
+    "barlow_twins": ("model", "module."),
+    "vicreg": ("model", "module."),
+}
+FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS)
 HEADS = ("head.", "head_dist.", "fc.", "dino_head.", "ibot_head.")  # prefixes of the names of heads in checkpoints
 
 
@@ -53,10 +62,10 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
         save_file(state, path, {"format": "pt", "architecture": arch})
         return path
     path = path.with_name(f"{path.name}.pth")
-    if layout == "mae":
-        torch.save({"model": state}, path)
-    elif layout == "moco":
-        torch.save({"arch": arch, "state_dict": {f"module.{name}": x for name, x in state.items()}}, path)
+    if layout in REFERENCE_FORMATS:
+        key, prefix = REFERENCE_FORMATS[layout]
+        file = {"arch": arch} if key == "state_dict" else {}
+        torch.save({**file, key: {f"{prefix}{name}": x for name, x in state.items()}}, path)
     else:  # torchvision
         torch.save(state, path)
     return path
@@ -105,7 +114,8 @@ def load_weights(module: nn.Module, path: Path | str, encoder_only: bool = False
         ValueError: the file is damaged, needs more than weights_only allows, or its names or shapes do not fit. With
             encoder_only, also where it holds weights of an encoder that the module lacks, such as LayerScale's.
     """
-    state, expected = read_weights(path), module.state_dict()
+    expected = module.state_dict()
+    state = {name if name in expected else _named_in(name, expected): x for name, x in read_weights(path).items()}
     encoder = getattr(module, "encoder", module).state_dict()
     if encoder_only:
         if not set(encoder) <= set(expected):
@@ -176,6 +186,11 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
         raise ValueError(f"weights: {path} holds no state dict: a name with its tensor for each weight")
     return dinov2_to_timm({_without_prefixes(name): x for name, x in state.items()})
+
+
+def _named_in(name: str, expected: dict[str, Tensor]) -> str:
+    """The name with "backbone." where a method, such as Barlow Twins, has that prefix which `read_weights` removed."""
+    return f"backbone.{name}" if f"backbone.{name}" in expected else name
 
 
 def _without_prefixes(name: str) -> str:

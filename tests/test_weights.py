@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastssl.contract import Batch
-from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
+from fastssl.methods import mae, moco_v1, moco_v2, moco_v3, simsiam
 from fastssl.nn.vit import ViT
 from fastssl.weights import export, load_weights, read_weights
 from tests.support.contract import refused
@@ -39,6 +39,7 @@ METHODS = {
     "moco_v1": (lambda: moco_v1.build(moco_v1.Config("resnet_mini", queue_size=20)), "moco"),
     "moco_v2": (lambda: moco_v2.build(moco_v2.Config("resnet_mini", queue_size=20)), "moco"),
     "moco_v3 resnet": (lambda: moco_v3.build(moco_v3.Config("resnet_mini", (32, 32), 16, 32)), "moco"),
+    "simsiam": (lambda: simsiam.build(simsiam.Config("resnet_mini", (32, 32), 16, 8)), "simsiam"),
     "moco_v3 vit": (lambda: moco_v3.build(moco_v3.Config("vit_mini", (32, 32), 16, 32)), "moco"),
 }
 
