@@ -61,7 +61,8 @@ class Config:
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 64, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True)
-        return cls("resnet_mini", (32, 32), 256, 64, crop_min=0.25, jitter=(0.4, 0.4, 0.2, 0.5), blur_p=0.0, training=training)
+        views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
+        return cls("resnet_mini", (32, 32), 256, 64, **views, training=training)
 
     @property
     def augmentation(self) -> Augmentation:
@@ -79,7 +80,8 @@ class Config:
 
 def linear_probe(backbone: str) -> Official:
     """LARC, batch 4096. Source: Chen and He, 2021 (SimSiam), appendix A, and its code's README."""
-    return Official(90, 4096, "larc", 0.1, warmup_epochs=0, lr_by_epoch=True, standardise=False, interpolation="bilinear")
+    views = {"standardise": False, "interpolation": "bilinear"}
+    return Official(90, 4096, "larc", 0.1, warmup_epochs=0, lr_by_epoch=True, **views)
 
 
 def build(config: Config) -> "SimSiam":

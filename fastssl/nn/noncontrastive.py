@@ -54,7 +54,8 @@ class BarlowTwinsLoss(nn.Module):
         super().__init__()
         if gradient_ranks < 1:
             raise ValueError(f"BarlowTwinsLoss: gradient_ranks must be at least 1, got {gradient_ranks}")
-        self.redundancy_weight, self.gather, self.gradient_ranks, self.eps = redundancy_weight, gather, gradient_ranks, eps
+        self.redundancy_weight, self.gather = redundancy_weight, gather
+        self.gradient_ranks, self.eps = gradient_ranks, eps
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """A scalar, float32 (float64 for float64), of the views' embeddings [B, D], B ≥ 2; gradient to both."""
@@ -111,7 +112,10 @@ class VICRegLoss(nn.Module):
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """A scalar, float32 (float64 for float64), of the views' embeddings [B, D], B ≥ 2; gradient to both."""
-        sim, std, cov = self.terms(z1, z2)
+        return self.weighted(*self.terms(z1, z2))
+
+    def weighted(self, sim: Tensor, std: Tensor, cov: Tensor) -> Tensor:
+        """The loss of its three terms."""
         return self.sim_weight * sim + self.std_weight * std + self.cov_weight * cov
 
     def terms(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,4 +200,3 @@ class _SquaredCrossProduct(torch.autograd.Function):
                 return da().mul_(2 * dout), None, None, None
             needs = ctx.needs_input_grad
             return da().mul_(dout) if needs[0] else None, db().mul_(dout) if needs[1] else None, None, None
-

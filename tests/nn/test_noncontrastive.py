@@ -130,7 +130,7 @@ def test_memory_is_of_the_smaller_side():
 
 def through_projector(name, options, world=1, this_rank=0):
     """Losses, and the gradient that DistributedDataParallel leaves, of the golden file's rows of this rank."""
-    golden, meta = read(name)
+    golden, _ = read(name)
     projector = nn.Linear(5, 6, bias=False).double()
     projector.weight.data = golden["two_ranks.state.projector.weight"].double()
     model = DistributedDataParallel(projector) if world > 1 else projector
