@@ -112,6 +112,14 @@ def test_losses_are_one_graph(form):
         compiles(criterion, z1.requires_grad_(), z2.requires_grad_())
 
 
+def test_losses_work_on_the_meta_device(form):
+    z1, z2 = torch.randn(2, 6, 4, device="meta").unbind(0)
+    for criterion in (BarlowTwinsLoss(), VICRegLoss(), NegativeCosineSimilarity()):
+        loss = criterion(z1.requires_grad_(), z2)
+        loss.backward()
+        assert loss.device.type == "meta" and loss.shape == ()
+
+
 def test_memory_is_of_the_smaller_side():
     """Eight rows of 20,000 dimensions: a matrix of dimensions would take 1.6 GB."""
     z1, z2 = torch.randn(2, 8, 20000).unbind(0)
