@@ -6,7 +6,9 @@ DINOv2 and of Hugging Face's ViTMAE.
                  with heads = Identity()
     mae          the whole model, as MAE's official checkpoints: {"model": …}
     moco         the whole model, as MoCo's and MoCo v3's official checkpoints: {"arch": …, "state_dict":
-                 {"module.…": …}}
+                 {"module.…": …}}; simsiam is the same for SimSiam
+    barlow_twins the whole model, as Barlow Twins' official checkpoints: {"model": {"module.…": …}}; vicreg is the same
+                 for VICReg
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
 
 Files are .safetensors for timm and safetensors, and .pth for the others, readable by ``torch.load(weights_only=True)``.
@@ -34,11 +36,21 @@ from fastssl.weight_names import (
 )
 
 GENERAL_FORMATS = ("timm", "torchvision", "safetensors")  # layouts that every method can be exported to
-FORMATS = (*GENERAL_FORMATS, "moco", "mae")  # the others are layouts of reference checkpoints
+REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict in the file, prefix of its names
+    "moco": ("state_dict", "module."),
+    "mae": ("model", ""),
+    "simsiam": ("state_dict", "module."),
+    "barlow_twins": ("model", "module."),
+    "vicreg": ("model", "module."),
+}
+FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS)
 # Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
-HEADS = ("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head.")
-METHOD_PARTS = ("encoder_k.", "momentum_encoder.", "predictor.", "queue")
-ENCODERS = ("", "encoder_q.", "base_encoder.", "encoder.")
+HEADS = (
+    *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head."),
+    *("projector.", "bn."),  # Barlow Twins and VICReg, whose encoder has no prefix
+)
+METHOD_PARTS = ("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue")
+ENCODERS = ("", "encoder_q.", "base_encoder.", "online.", "encoder.")
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -68,10 +80,10 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
         save_file(state, path, {"format": "pt", "architecture": arch})
         return path
     path = path.with_name(f"{path.name}.pth")
-    if layout == "mae":
-        torch.save({"model": state}, path)
-    elif layout == "moco":
-        torch.save({"arch": arch, "state_dict": {f"module.{name}": x for name, x in state.items()}}, path)
+    if layout in REFERENCE_FORMATS:
+        key, prefix = REFERENCE_FORMATS[layout]
+        file = {"arch": arch} if key == "state_dict" else {}
+        torch.save({**file, key: {f"{prefix}{name}": x for name, x in state.items()}}, path)
     else:  # torchvision
         torch.save(state, path)
     return path

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 import pytest
 
 from fastssl.bounds import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
-from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
-from fastssl.run import Options
+from fastssl.run import Options, method_module, method_names
 from fastssl.train.config import Execution, Training
 from tests.support import toy_method
+
+METHODS = [method_module(name) for name in method_names()]
 
 
 @dataclass
@@ -58,16 +59,14 @@ def test_what_is_accepted():
     check_ranges(Settings(free=-1e9, rate=1, workers=0, betas=(0.0, 0.5), kind="b", kinds=()), "owner")
 
 
-@pytest.mark.parametrize("module", [mae, moco_v1, moco_v2, moco_v3, toy_method], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [*METHODS, toy_method], ids=lambda m: m.__name__)
 def test_presets_are_in_range(module):
     for config in (module.Config.small(), module.Config.paper()):
         check_ranges(config, "pretrain")
         config.training.check("pretrain")
 
 
-@pytest.mark.parametrize(
-    "cls", [Options, Execution, Training, mae.Config, moco_v1.Config, moco_v2.Config, moco_v3.Config]
-)
+@pytest.mark.parametrize("cls", [Options, Execution, Training, *(module.Config for module in METHODS)], ids=str)
 def test_every_number_declares_its_range(cls):
     """A field that may hold a number is Annotated with a Range, so that no number is left unchecked."""
     from typing import get_args, get_origin, get_type_hints

@@ -14,7 +14,7 @@ from fastssl.data.loader import has_dali
 from fastssl.data.source import open_source
 from fastssl.data.timing import measure_throughput
 from fastssl.methods import moco_v2, moco_v3
-from fastssl.run import find_augmentation
+from fastssl.run import find_augmentation, method_names
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison
 
@@ -234,7 +234,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     refused(monkeypatch, "data: name a command: check, show, got look", "data", "look")
     refused(
         monkeypatch,
-        "data: unknown augmentation 'x', there are mae, moco_v1, moco_v2, moco_v3, multi_crop, evaluation",
+        f"data: unknown augmentation 'x', there are {', '.join(method_names())}, multi_crop, evaluation",
         "data",
         "show",
         "shapes",

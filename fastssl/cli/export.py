@@ -19,12 +19,12 @@ class Flags:
     run: tyro.conf.Positional[Path]
     """folder of the run"""
     format: Literal[FORMATS]
-    """timm, torchvision: the encoder with their names; mae, moco: official checkpoint; safetensors: whole model"""
+    """timm, torchvision: the encoder with their names; safetensors: the whole model; others: official checkpoints"""
     to: Path | None = None
     """file to write, RUN/METHOD-FORMAT by default; its suffix is set"""
 
 
 def command(words: list[str]) -> None:
-    """fastssl export RUN --format timm|torchvision|safetensors|moco|mae"""
+    """fastssl export RUN --format timm|torchvision|safetensors|mae|moco|simsiam|barlow_twins|vicreg"""
     flags = parse(Flags, words, "fastssl export")
     print(open_run(flags.run).export(flags.format, flags.to))

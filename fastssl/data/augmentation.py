@@ -55,6 +55,14 @@ class Augmentation:
     views: tuple[View, ...]
 
 
+def asymmetric_views(view: View, blur_p: tuple[float, ...], solarize_p: tuple[float, ...]) -> Augmentation:
+    """Views that differ in the probabilities of blur and solarization alone, one of each per view.
+
+    Source: Grill et al., 2020 (BYOL), appendix B.
+    """
+    return Augmentation(tuple(replace(view, blur_p=blur, solarize_p=sun) for blur, sun in zip(blur_p, solarize_p)))
+
+
 def evaluation(size: tuple[int, int], centre: float = 0.875) -> Augmentation:
     """An undistorted centre crop, at any size; the papers' protocol takes 224 pixels of a side of 256."""
     return Augmentation((View(size=size, centre=centre, interpolation="bicubic"),))

@@ -57,8 +57,8 @@ class Official:
     """passes over the images"""
     batch_size: Annotated[int, AT_LEAST_1] = 16384
     """images per step"""
-    optimizer: Literal["sgd", "lars"] = "lars"
-    """optimizer: sgd or lars"""
+    optimizer: Literal["sgd", "lars", "larc"] = "lars"
+    """optimizer: sgd, lars or larc"""
     lr: Annotated[float, POSITIVE] = 0.1
     """learning rate for a batch of 256"""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0

@@ -16,7 +16,7 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.eval.protocols import Official
-from fastssl.nn.heads import moco_v3_head
+from fastssl.nn.heads import mlp_head
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.norm import sync_batch_norms
@@ -129,13 +129,13 @@ def build(config: Config) -> "MoCoV3":
     name, hidden, dim = config.backbone, config.hidden, config.dim
     if name.startswith("resnet"):
         encoder = build_resnet(name, dim, config.small_images, zero_init_residual=True)
-        encoder.fc = moco_v3_head(2, encoder.fc.in_features, hidden, dim)
+        encoder.fc = mlp_head(encoder.fc.in_features, hidden, dim, last_norm="plain")
     elif name in MOCO_V3_SIZES:
         encoder = moco_v3_vit(name, config.image_size, config.freeze_patch_embed)
-        encoder.head = moco_v3_head(3, encoder.norm.normalized_shape[0], hidden, dim)
+        encoder.head = mlp_head(encoder.norm.normalized_shape[0], hidden, hidden, dim, last_norm="plain")
     else:
         raise ValueError(f"moco_v3: unknown backbone {name!r}, there are {', '.join(MOCO_V3_SIZES)} and ResNets")
-    predictor = moco_v3_head(2, dim, hidden, dim, last_bn=not name.startswith("resnet"))
+    predictor = mlp_head(dim, hidden, dim, last_norm="none" if name.startswith("resnet") else "plain")
     return sync_batch_norms(MoCoV3(encoder, predictor, config.tau, config.ema_momentum, config.ema_momentum_end))
 
 

@@ -4,6 +4,7 @@ from .attention import Attention
 from .losses import InfoNCELoss, NTXentLoss, l2_normalize
 from .masking import MaskedPatchLoss, random_masking, seeded_noise
 from .momentum import MomentumEncoder
+from .noncontrastive import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
 from .queue import KeyQueue
 from .swap import accelerate
 from .vit import ViT

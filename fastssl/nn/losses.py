@@ -1,11 +1,13 @@
 """Contrastive losses as modules: with a queue of keys (MoCo) and within the batch (SimCLR)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.distributed import all_gather, all_gather_with_grad, all_to_all, rank, world_size
-from fastssl.ops import InfoNCE, info_nce, nt_xent
+from fastssl.ops import InfoNCE, batch_info_nce, info_nce, nt_xent
 from fastssl.ops.dispatch import acc_dtype
 
 from .queue import KeyQueue
@@ -93,14 +95,18 @@ class InfoNCELoss(KeyQueue):
         return InfoNCE(loss, all_to_all(query_ranks.unflatten(0, by_query)).sum(0))
 
 
-def _loss_over_shards(losses_WB: Tensor) -> Tensor:
+def _loss_over_shards(losses_WB: Tensor, signs: Sequence[int] | None = None) -> Tensor:
     """Loss over all negatives [B] from the losses over disjoint shards of them [W, B].
 
-    e^loss − 1 = Σ_r (e^loss_r − 1), since both are sums over negatives of e^(s_j − s_positive).
+    e^loss − 1 = Σ_r (e^loss_r − 1), since both are sums over negatives of e^(s_j − s_positive). A shard with sign −1 is
+    taken away, from others that count its negatives twice.
     """
     losses = losses_WB.double()
     largest = losses.detach().amax(0)
-    negatives = (-torch.expm1(-losses) * (losses - largest).exp()).sum(0)
+    negatives_WB = -torch.expm1(-losses) * (losses - largest).exp()
+    if signs is not None:
+        negatives_WB = torch.stack([sign * shard for sign, shard in zip(signs, negatives_WB)])
+    negatives = negatives_WB.sum(0)
     return (largest + torch.log((-largest).exp() + negatives)).to(losses_WB.dtype)
 
 
@@ -109,8 +115,8 @@ class NTXentLoss(nn.Module):
 
     Args:
         tau: temperature: a number, or an `nn.Parameter` with one element, which is trained.
-        gather: contrast with the views of all ranks, with gradient to them. Every rank then computes the losses of all
-            ranks, whose batches must have the same size.
+        gather: contrast with the views of all ranks, with gradient to them. Every rank computes the losses of its own
+            views. The batches of all ranks must have the same size.
 
     Raises:
         ValueError: tau is not positive.
@@ -130,6 +136,17 @@ class NTXentLoss(nn.Module):
         z1, z2 = l2_normalize(z1), l2_normalize(z2)
         if not self.gather or world_size() == 1:
             return nt_xent(z1, z2, self.tau).mean()
-        batch = z1.shape[0]
-        loss = nt_xent(all_gather_with_grad(z1), all_gather_with_grad(z2), self.tau).view(2, -1)
-        return loss[:, rank() * batch : (rank() + 1) * batch].mean()
+        local = nt_xent(z1, z2, self.tau).chunk(2)
+        remote = _of_other_ranks(torch.cat([z1, z2], 1)).view(-1, z1.shape[1])
+        losses = []
+        for q, keys, among_local in zip((z1, z2), (z2, z1), local):
+            among_keys = batch_info_nce(q, keys, self.tau).loss  # counted in both of the other two
+            among_remote = batch_info_nce(q, torch.cat([keys, remote]), self.tau).loss
+            losses.append(_loss_over_shards(torch.stack([among_local, among_remote, among_keys]), (1, 1, -1)))
+        return torch.cat(losses).mean()
+
+
+def _of_other_ranks(x: Tensor) -> Tensor:
+    """The rows [B, …] of all ranks but this one, with gradient: [(world − 1) · B, …]."""
+    parts = all_gather_with_grad(x).split(x.shape[0])
+    return torch.cat([part for r, part in enumerate(parts) if r != rank()])

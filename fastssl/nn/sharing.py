@@ -22,6 +22,17 @@ def shared_copy(module: nn.Module, cls: type[nn.Module] | None = None, without: 
     return copy
 
 
+def save_child_as(module: nn.Module, child: str, name: str) -> None:
+    """From now on state dicts of `module` name its child `child` `name`, as a reference checkpoint does."""
+
+    def rename(state: dict, prefix: str, old: str, new: str) -> None:
+        for key in [key for key in state if key.startswith(f"{prefix}{old}.")]:
+            state[f"{prefix}{new}.{key.removeprefix(f'{prefix}{old}.')}"] = state.pop(key)
+
+    module.register_state_dict_post_hook(lambda _, state, prefix, metadata: rename(state, prefix, child, name))
+    module.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: rename(state, prefix, name, child))
+
+
 def headless(module: nn.Module, head: str) -> nn.Module:
     """A copy that shares everything with `module` except the child named `head`, which is replaced by the identity."""
     copy = shared_copy(module, without=(head,))

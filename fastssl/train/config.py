@@ -15,22 +15,26 @@ class Training:
     """passes over the data"""
     batch_size: Annotated[int, AT_LEAST_1]
     """images per step, over all ranks and micro-batches"""
-    optimizer: Literal["adamw", "sgd", "lars"]
-    """adamw, sgd or lars"""
+    optimizer: Literal["adamw", "sgd", "lars", "lars_simclr", "larc"]
+    """adamw, sgd, or one of the three forms of LARS: lars (most papers), lars_simclr, larc (SwAV)"""
     lr: Annotated[float, NOT_NEGATIVE]
     """peak learning rate for a batch of 256 images"""
     weight_decay: Annotated[float, NOT_NEGATIVE]
-    """weight decay λ: decoupled for adamw, part of the gradient for sgd and lars"""
+    """weight decay λ: decoupled for adamw, part of the gradient for the others"""
     weight_decay_end: Annotated[float | None, NOT_NEGATIVE] = None
     """weight decay at the end of training, reached along a cosine; constant if not given"""
     decay_all: bool = False
-    """apply weight decay to biases and normalisation layers too"""
+    """apply weight decay, and the trust ratio of LARS, to biases and normalisation layers too"""
     momentum: Annotated[float, COEFFICIENT] = 0.9
     """momentum coefficient of SGD and LARS"""
     betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
     """decay rates β1 and β2 of AdamW's moment estimates"""
     warmup_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 0
     """epochs of linear learning-rate warm-up from 0"""
+    lr_end: Annotated[float, NOT_NEGATIVE] = 0.0
+    """learning rate at the end of the cosine schedule, for a batch of 256 images"""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """how learning rates grow with the batch: linear (by batch / 256) or sqrt (by its root)"""
     lr_by_epoch: bool = False
     """change the learning rate once per epoch instead of every step"""
     lr_drops: Annotated[tuple[float, ...], NOT_NEGATIVE, MILESTONE] = ()
@@ -52,10 +56,14 @@ class Training:
 
         Raises:
             ValueError: a value is out of range, a milestone (warm-up, learning-rate drop, end of freezing) lies at or
-                after the last epoch, or --freeze-epochs is given without --freeze.
+                after the last epoch, or --freeze-epochs is given without --freeze, or --lr-end with --lr-drops.
         """
         check_ranges(self, owner)
         check_milestones(self, owner)
+        if self.lr_end and self.lr_drops:
+            raise ValueError(
+                f"{owner}: --lr-end must be 0 with --lr-drops, got {self.lr_end:g}: it ends a cosine schedule"
+            )
         if self.freeze_epochs and not self.freeze:
             raise ValueError(
                 f"{owner}: --freeze-epochs must be 0 without --freeze, got {self.freeze_epochs:g}: name parameters or "

@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.sgd import sgd
 
 from .config import Training
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # modules whose weights have no weight decay
 
 Groups = Callable[[nn.Module], list[dict]]  # `parameter_groups` of a method's module
 
@@ -25,15 +29,16 @@ def build_optimizer(
         method: module whose parameters are optimized.
         training: optimizer, weight decay and momentum.
         parameter_groups: ``parameter_groups(method)`` returns the groups: dicts of "params" and, where they differ from
-            1, "lr_scale" (factor of the learning rate) and "weight_decay_scale" (factor of the weight decay). The
-            default has two groups: without weight decay all biases and parameters of one dimension, unless
-            ``decay_all``; with weight decay the rest.
+            1, "lr_scale" (factor of the learning rate) and "weight_decay_scale" (factor of the weight decay);
+            "constant_lr": True keeps the peak learning rate without warm-up and schedule; "adapt" is that of `LARS`.
+            The default has two groups: without weight decay, and for LARS without trust ratio, all biases, weights of
+            normalisation layers and parameters of one dimension, unless ``decay_all``; the rest with both.
 
     Raises:
         ValueError: the groups leave out a parameter that requires a gradient.
     """
     trained = {name: p for name, p in method.named_parameters() if p.requires_grad}
-    groups = parameter_groups(method) if parameter_groups else _default_groups(trained, training.decay_all)
+    groups = parameter_groups(method) if parameter_groups else _default_groups(method, training.decay_all)
     groups = [
         {"lr_scale": 1.0, "weight_decay_scale": 1.0, **group, "params": list(group["params"])} for group in groups
     ]
@@ -51,18 +56,21 @@ def build_optimizer(
     if training.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, fused=True)
     else:
-        optimizer = LARS(groups, lr=0.0, momentum=training.momentum)
+        form = {"lr_in_momentum": training.optimizer == "lars_simclr", "larc": training.optimizer == "larc"}
+        optimizer = LARS(groups, lr=0.0, momentum=training.momentum, **form)
     for p in trained.values():  # a skipped first step of torch's fused SGD would leave momentum buffers uninitialised
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
-def _default_groups(trained: dict[str, nn.Parameter], decay_all: bool) -> list[dict]:
-    decayed = {n: decay_all or (p.ndim > 1 and not n.endswith(".bias")) for n, p in trained.items()}
-    return [
-        {"params": [p for n, p in trained.items() if decayed[n]]},
-        {"params": [p for n, p in trained.items() if not decayed[n]], "weight_decay_scale": 0.0},
-    ]
+def _default_groups(method: nn.Module, decay_all: bool) -> list[dict]:
+    norms = {id(p) for m in method.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    groups: tuple[list, list] = [], []
+    for name, p in method.named_parameters():
+        if p.requires_grad:
+            exempt = p.ndim <= 1 or name.endswith(".bias") or id(p) in norms
+            groups[exempt and not decay_all].append(p)
+    return [{"params": groups[0], "adapt": True}, {"params": groups[1], "adapt": False, "weight_decay_scale": 0.0}]
 
 
 def parameters_to_freeze(method: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
@@ -89,19 +97,49 @@ def parameters_to_freeze(method: nn.Module, names: Iterable[str]) -> list[nn.Par
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose step on each matrix is scaled by ‖w‖ / ‖gradient + decay·w‖; vectors get neither decay nor scaling.
+    """SGD whose step on each tensor is scaled by ‖w‖ / ‖gradient + λ·w‖, in the three forms of published code.
 
-    v ← m·v + s·(g + λ·w), w ← w − lr·v, with s = trust·‖w‖ / ‖g + λ·w‖ (1 where a norm is zero).
+    With gradient g, weight decay λ, momentum coefficient m and trust coefficient η:
 
-    Source: You et al., "Large Batch Training of Convolutional Networks", 2017, in the form of MoCo v3's code.
+    - by default, as BYOL, Barlow Twins, VICReg, DINO and MoCo v3:
+      v ← m·v + s·(g + λ·w), w ← w − lr·v, with s = η·‖w‖ / ‖g + λ·w‖, or 1 where a norm is zero;
+    - with `lr_in_momentum`, as SimCLR: v ← m·v + lr·s·(g + λ·w), w ← w − v;
+    - with `larc`, as apex's LARC around SGD without clipping (SwAV, linear probes of SimSiam): the first form with
+      s = η·‖w‖ / (‖g‖ + λ·‖w‖ + 1e-8); where ‖w‖ or ‖g‖ is zero, neither scaling nor weight decay.
+
+    Args:
+        params: parameters or groups. The group's "adapt" says whether its tensors are scaled and decayed; others take
+            g as it is. Without it those of more than one dimension are, with `larc` all.
+        lr: learning rate.
+        weight_decay: λ.
+        momentum: m.
+        trust: η.
+        lr_in_momentum: form of SimCLR.
+        larc: form of LARC.
+
+    Raises:
+        ValueError: both forms are asked for.
+
+    Source: You et al., "Large Batch Training of Convolutional Networks", 2017, algorithm 1.
     """
 
     _step_supports_amp_scaling = True  # `found_inf` is respected: see the head of this file
 
     def __init__(
-        self, params: Iterable, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001
+        self,
+        params: Iterable,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust: float = 0.001,
+        *,
+        lr_in_momentum: bool = False,
+        larc: bool = False,
     ):
+        if lr_in_momentum and larc:
+            raise ValueError("LARS: lr_in_momentum must be False with larc, got True: choose one form")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+        self.lr_in_momentum, self.larc = lr_in_momentum, larc
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -109,25 +147,46 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
+            default, adapted, plain = group.get("adapt"), [], []
             for p in group["params"]:
                 if p.grad is not None:
-                    state = self.state[p]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                    v = state["momentum_buffer"]
-                    new_v = v * group["momentum"] + _lars_direction(p, p.grad, group)
-                    new_p = p - group["lr"] * new_v
-                    for x, new in ((v, new_v), (p, new_p)):
-                        x.copy_(new if skip is None else torch.where(skip > 0, x, new))
+                    adapt = (self.larc or p.ndim > 1) if default is None else default
+                    (adapted if adapt else plain).append(p)
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if adapted:
+                self._update(adapted, self._directions(adapted, group), group)
+            if plain:
+                self._update(plain, [p.grad for p in plain], group)
         return loss
 
+    def _directions(self, params: list[Tensor], group: dict) -> list[Tensor]:
+        """s·(g + λ·w) of each tensor, in its memory format, without a wait of the host."""
+        grads, decay, trust = [p.grad for p in params], group["weight_decay"], group["trust"]
+        p_norm = torch.stack(torch._foreach_norm(params))
+        if self.larc:
+            norm = torch.stack(torch._foreach_norm(grads))
+            applies = (p_norm > 0) & (norm > 0)
+            decays = torch.where(applies, decay, torch.zeros_like(norm))
+            directions = torch._foreach_mul(params, list(decays))
+            torch._foreach_add_(directions, grads)
+            scale = trust * p_norm / (norm + decay * p_norm + 1e-8)
+        else:
+            directions = torch._foreach_mul(params, decay)
+            torch._foreach_add_(directions, grads)
+            norm = torch.stack(torch._foreach_norm(directions))
+            applies = (p_norm > 0) & (norm > 0)
+            scale = trust * p_norm / norm
+        torch._foreach_mul_(directions, list(torch.where(applies, scale, 1.0)))
+        return directions
 
-def _lars_direction(p: Tensor, grad: Tensor, group: dict) -> Tensor:
-    if p.ndim <= 1:
-        return grad
-    direction = grad.add(p, alpha=group["weight_decay"])
-    p_norm, norm = p.norm(), direction.norm()
-    scale = torch.where((p_norm > 0) & (norm > 0), group["trust"] * p_norm / norm, 1.0)  # without a host sync
-    return direction * scale
+    def _update(self, params: list[Tensor], directions: list, group: dict) -> None:
+        """v ← m·v + direction, w ← w − lr·v, in one pass, which torch leaves out where `found_inf` is 1."""
+        lr = group["lr"]
+        if self.lr_in_momentum:
+            directions, lr = torch._foreach_mul(directions, lr), 1.0
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        found_inf = getattr(self, "found_inf", None)
+        settings = {"weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
+        sgd(params, directions, buffers, fused=True, found_inf=found_inf, lr=lr, momentum=group["momentum"], **settings)

@@ -17,21 +17,30 @@ def cosine_schedule(start: float, end: float, progress: float) -> float:
     return end - 0.5 * (1 + math.cos(math.pi * progress)) * (end - start)
 
 
+def peak_learning_rate(training: Training, lr: float | None = None) -> float:
+    """A learning rate per 256 images, by default the peak, for the batch size of `training`.
+
+    Source: Goyal et al., 2017, section 2.1 (linear); Chen et al., 2020 (SimCLR), appendix B.1 (square root).
+    """
+    ratio = training.batch_size / 256
+    return (training.lr if lr is None else lr) * (math.sqrt(ratio) if training.lr_scaling == "sqrt" else ratio)
+
+
 def learning_rate(training: Training, epoch: float) -> float:
     """Learning rate for the batch size of `training`, after `epoch` epochs, which may be a fraction.
 
-    Linear warm-up from 0, then half a cosine to 0, or a division by 10 at each of ``lr_drops``.
+    Linear warm-up from 0, then half a cosine to ``lr_end``, or a division by 10 at each of ``lr_drops``.
 
     Source: He et al., 2021 (MAE), appendix A.1, table 8; with ``lr_by_epoch`` the code of MoCo v2, which changes the
         learning rate once per epoch; with ``lr_drops`` He et al., 2020 (MoCo), section 4.
     """
-    peak = training.lr * training.batch_size / 256
+    peak, end = peak_learning_rate(training), peak_learning_rate(training, training.lr_end)
     epoch = math.floor(epoch) if training.lr_by_epoch else epoch
     if epoch < training.warmup_epochs:
         return peak * epoch / training.warmup_epochs
     if training.lr_drops:
         return peak * 0.1 ** sum(epoch >= drop for drop in training.lr_drops)
-    return cosine_schedule(peak, 0.0, (epoch - training.warmup_epochs) / (training.epochs - training.warmup_epochs))
+    return cosine_schedule(peak, end, (epoch - training.warmup_epochs) / (training.epochs - training.warmup_epochs))
 
 
 def weight_decay(training: Training, progress: float) -> float:

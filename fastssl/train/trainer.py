@@ -20,7 +20,7 @@ from .graph import Graph, check_graph
 from .optim import Groups, build_optimizer, parameters_to_freeze
 from .parallel import check_sharding, full_state, load_optimizer, sync_on_last_micro_batch, wrap_parallel
 from .recompute import recompute_blocks
-from .schedule import learning_rate, weight_decay
+from .schedule import learning_rate, peak_learning_rate, weight_decay
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's dtype
 
@@ -167,10 +167,10 @@ class Trainer:
         return (step + self.count.offset) / (self.training.epochs * self.count.steps_per_epoch)
 
     def _set_schedules(self) -> None:
-        lr = learning_rate(self.training, self.count.epochs(self.steps))
+        lr, peak = learning_rate(self.training, self.count.epochs(self.steps)), peak_learning_rate(self.training)
         decay = weight_decay(self.training, self.progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = (peak if group.get("constant_lr") else lr) * group["lr_scale"]
             group["weight_decay"] = decay * group["weight_decay_scale"]
 
     def _compute_gradients(self, batch: Batch) -> tuple[dict[str, Tensor], list]:

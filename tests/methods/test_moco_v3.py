@@ -8,7 +8,7 @@ from fastssl.contract import Batch
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.methods import moco_v3
 from fastssl.methods.moco_v3 import MoCoV3
-from fastssl.nn.heads import moco_v3_head
+from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import SyncBatchNorm
 from fastssl.nn.vit import ConvStem
 from tests.support.contract import refused
@@ -22,7 +22,7 @@ class Encoder(nn.Module):
     def __init__(self, mlp_dim, dim):
         super().__init__()
         self.body = nn.Linear(20, 32)
-        self.head = moco_v3_head(3, 32, mlp_dim, dim)
+        self.head = mlp_head(32, mlp_dim, mlp_dim, dim, last_norm="plain")
 
     def forward(self, x):
         return self.head(F.relu(self.body(x)))
@@ -32,7 +32,7 @@ class Encoder(nn.Module):
 def test_three_golden_steps(dtype):
     """Losses, gradients and momentum encoder, of the method itself."""
     golden, meta = read("moco_v3_vit")
-    predictor = moco_v3_head(2, meta["dim"], meta["mlp_dim"], meta["dim"])
+    predictor = mlp_head(meta["dim"], meta["mlp_dim"], meta["dim"], last_norm="plain")
     model = MoCoV3(Encoder(meta["mlp_dim"], meta["dim"]), predictor, meta["temperature"], meta["momentum"])
     model.load_state_dict(part(golden, "state."), strict=True)
     model.to(dtype)

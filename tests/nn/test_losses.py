@@ -185,7 +185,7 @@ class Contrasting(nn.Module):
         self.encoder, self.criterion = nn.Linear(4, D), InfoNCELoss(D, K, 0.2, shard=shard)
 
     def forward(self, one, two):
-        return self.criterion(self.encoder(one), self.encoder(two))
+        return self.criterion(self.encoder(one), self.encoder(two).detach())
 
 
 def under_ddp(shard):

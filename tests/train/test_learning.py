@@ -12,8 +12,14 @@ RUNS = {
     "moco_v1": "--epochs 14",
     "moco_v2": "--epochs 5",
     "moco_v3": "--epochs 3",
+    "simclr_v1": "--epochs 2",
+    "simclr_v2": "--epochs 2",
+    "byol": "--epochs 3",
+    "simsiam": "--epochs 3",
+    "barlow_twins": "--epochs 3",
+    "vicreg": "--epochs 3",
 }
-LONG = {"moco_v1", "moco_v2"}  # one method of each family stays in `make test`
+LONG = RUNS.keys() - {"mae", "moco_v3", "simclr_v1"}  # one method of each family stays in `make test`
 # docs/measurements.md has the accuracies: they rise by 12 points and more. A rise of 5 is far from what rounding and
 # the order of sums change, and from what batch statistics alone do at a learning rate of 0.
 RISE = 0.05

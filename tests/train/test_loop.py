@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.contract import Batch
-from fastssl.methods import mae, moco_v2, moco_v3
+from fastssl.methods import barlow_twins, mae, moco_v2, moco_v3, simclr_v1, vicreg
 from fastssl.nn import KeyQueue
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution, Training
@@ -230,7 +230,17 @@ def tiny(module, **changes):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("module", "changes"), [(mae, {}), (moco_v2, {"queue_size": 64}), (moco_v3, {"hidden": 32})])
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [
+        (mae, {}),
+        (moco_v2, {"queue_size": 64}),
+        (moco_v3, {"hidden": 32}),
+        (simclr_v1, {"hidden": 32, "training": Training(1, 8, "lars_simclr", 0.1, 1e-4)}),
+        (vicreg, {"dim": 16, "training": Training(1, 8, "larc", 0.1, 1e-4)}),
+        (barlow_twins, {"dim": 16, "training": Training(1, 8, "lars", 0.1, 1e-4)}),
+    ],
+)
 @pytest.mark.parametrize("clipping", [{}, {"clip_norm": 1.0}, {"clip_parameter_norm": 0.1}])
 def test_a_step_never_waits_for_the_device(module, changes, precision, clipping):
     config, method = tiny(module, **changes)

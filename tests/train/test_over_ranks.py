@@ -23,6 +23,7 @@ from fastssl.train.loop import train
 from fastssl.train.signals import Interrupted
 from fastssl.train.trainer import Trainer
 from tests.support.ranks import run_ranks
+from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY
 
 SMALL = {
     "mae": {"decoder_depth": 1},
@@ -30,6 +31,7 @@ SMALL = {
     "moco_v2": {"queue_size": 96, "bn_splits": 2},
     "moco_v3": {"backbone": "resnet_mini", "hidden": 32, "dim": 16},
     "moco_v3 vit": {"backbone": "vit_mini", "hidden": 32, "dim": 16},
+    **CONTRASTIVE_AND_REDUNDANCY,
 }
 
 
@@ -64,7 +66,9 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
 
     execution = Execution(**{"log_every": 1, "tensorboard": False, **settings})
     try:
-        trainer = Trainer(method, training, execution, len(loader) // accumulate, state=state)
+        groups = getattr(module, "parameter_groups", None)
+        steps = len(loader) // accumulate
+        trainer = Trainer(method, training, execution, steps, parameter_groups=groups, state=state)
         train(trainer, name, epoch_of, folder)
     except Interrupted as interrupted:
         return interrupted.code, str(interrupted)
@@ -100,10 +104,11 @@ def assert_close(expected, state, folders, bound):
         ("moco_v3", 1, {}),
         ("moco_v3 vit", 1, {}),
         ("moco_v3 vit", 1, {"shard": True}),
+        *((name, 1, {}) for name in CONTRASTIVE_AND_REDUNDANCY),
     ],
 )
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumulate, execution):
-    """MAE, and MoCo v3 with batch norms over all ranks: losses, gradients and weights of three steps in float64."""
+    """MAE, and methods with batch norms and losses over all ranks: three steps in float64."""
     unsharded = {key: value for key, value in execution.items() if key != "shard"}
     one = trained(tmp_path / "one", name, double=True, **unsharded)
     two, _ = in_ranks(2, tmp_path / "two", name, double=True, accumulate=accumulate, **execution)
@@ -119,7 +124,8 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumu
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "execution", "changes"),
-    [("mae", {"shard": True}, {}), ("moco_v1", {}, {"shard_queue": True}), ("moco_v2", {}, {}), ("moco_v3", {}, {})],
+    [("mae", {"shard": True}, {}), ("moco_v1", {}, {"shard_queue": True}), ("moco_v2", {}, {}), ("moco_v3", {}, {})]
+    + [(name, {}, {}) for name in CONTRASTIVE_AND_REDUNDANCY if name != "simclr_v2"],
 )
 def test_interrupted_ranks_stop_together_and_resume_bit_for_bit(tmp_path, name, execution, changes):
     """SIGTERM reaches only rank 1, in the middle of an epoch: both ranks save at the same step, and the resumed run

@@ -30,6 +30,25 @@ def test_golden_weight_decay_and_momentum_of_other_methods():
         assert cosine_schedule(0.996, 1.0, step / 100) == pytest.approx(momentum, rel=1e-13)
 
 
+LEARNING_RATES = {  # by the golden file's name: settings, steps per epoch, accuracy of the file
+    "byol.lr": (Training(100, 4096, "lars", 0.2, 0.0, warmup_epochs=10), 1, 1e-6),
+    "vicreg.lr": (Training(20, 2048, "lars", 0.2, 0.0, warmup_epochs=10, lr_end=0.0002), 7, 1e-12),
+    "barlow.lr": (Training(20, 2048, "lars", 0.2, 0.0, warmup_epochs=10, lr_end=0.0002), 7, 1e-12),
+    "simsiam.lr": (Training(100, 512, "sgd", 0.05, 0.0, lr_by_epoch=True), 1, 1e-12),
+    "simclr.lr": (Training(313, 64, "lars_simclr", 1.2, 0.0, warmup_epochs=78, lr_scaling="sqrt"), 1, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", LEARNING_RATES)
+def test_golden_learning_rates_of_other_methods(name):
+    """A cosine to 0, to a thousandth of the peak, by epoch, and a peak by the root of the batch, whose warm-up the
+    reference rounds to 78 steps. BYOL's and SimCLR's files hold float32."""
+    training, steps_per_epoch, accuracy = LEARNING_RATES[name]
+    golden = read("schedules_family")[0][name]
+    for step, expected in enumerate(golden.view(len(golden), -1)[:, 0].tolist()):
+        assert learning_rate(training, step / steps_per_epoch) == pytest.approx(expected, rel=accuracy, abs=accuracy)
+
+
 def test_weight_decay_is_constant_without_an_end():
     training = Training(10, 256, "adamw", 0.0, weight_decay=0.05)
     assert [weight_decay(training, progress) for progress in (0, 0.3, 1)] == [0.05] * 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastssl.contract import Batch, DefersUpdates, Method, RanksNegatives, Reconstructs, SchedulesMomentum
-from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
+from fastssl.methods import barlow_twins, byol, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simsiam, vicreg
 from fastssl.nn import MomentumEncoder
 from fastssl.train.config import Execution, Training
 from fastssl.train.optim import parameters_to_freeze
@@ -212,6 +212,32 @@ def test_momentum_schedule(module, monkeypatch):
     assert coefficients == [cosine_schedule(0.5, 0.9, progress) for progress in (0.25, 0.5, 0.75, 1.0)]
 
 
+def test_byols_target_moves_by_the_momentum_of_the_step_itself(monkeypatch):
+    """As in the official code: the first update has the initial coefficient."""
+    config, coefficients = byol.Config.small(), []
+    config.ema_momentum, config.ema_momentum_end = 0.5, 0.9
+    monkeypatch.setattr(MomentumEncoder, "update", lambda encoder, module, momentum: coefficients.append(momentum))
+    trainer = Trainer(byol.build(config), dataclasses.replace(config.training, epochs=2), Execution(), 2)
+    images = torch.randn(8, 3, 32, 32)
+    for _ in range(4):
+        trainer.step(iter([Batch((images, images), torch.arange(8), torch.arange(8))]))
+    assert coefficients == [cosine_schedule(0.5, 0.9, progress) for progress in (0, 0.25, 0.5, 0.75)]
+
+
+def test_a_group_with_a_constant_learning_rate_has_no_schedule():
+    """SimSiam's predictor keeps the peak, also with a warm-up and a schedule by epoch."""
+    config = simsiam.Config.small()
+    config.training = Training(4, 512, "sgd", lr=0.05, weight_decay=1e-4, warmup_epochs=1, lr_by_epoch=True)
+    groups = simsiam.parameter_groups
+    trainer = Trainer(simsiam.build(config), config.training, Execution(), 1, parameter_groups=groups)
+    rates, images = [], torch.randn(8, 3, 32, 32)
+    for _ in range(4):
+        trainer.step(iter([Batch((images, images), torch.arange(8), torch.arange(8))]))
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+    assert [rate for _, rate in rates] == [0.1] * 4
+    assert [rate for rate, _ in rates] == pytest.approx([0.0, 0.1, 0.075, 0.025])
+
+
 def test_momentum_is_constant_by_default_for_moco_and_rises_to_1_for_moco_v3():
     for module, end in ((moco_v1, 0.99), (moco_v2, 0.99), (moco_v3, 1.0)):
         method = module.build(module.Config.small())
@@ -225,6 +251,11 @@ def test_methods_fulfil_the_contract():
         moco_v1: {RanksNegatives, SchedulesMomentum, DefersUpdates},
         moco_v2: {RanksNegatives, SchedulesMomentum, DefersUpdates},
         moco_v3: {RanksNegatives, SchedulesMomentum},
+        simclr_v1: {RanksNegatives},
+        byol: {SchedulesMomentum},
+        simsiam: set(),
+        barlow_twins: set(),
+        vicreg: set(),
         toy_method: {DefersUpdates},
     }
     for module, expected in abilities.items():
@@ -275,7 +306,9 @@ def test_error_sentences():
         Trainer(toy(), training_of("sgd", freeze_epochs=1), Execution(), STEPS)
     with pytest.raises(ValueError, match=r"^train: --lr-drops must lie before --epochs 3, got 3: lower it or raise"):
         Trainer(toy(), training_of("sgd", lr_drops=(1, 3)), Execution(), STEPS)
-    with pytest.raises(ValueError, match=r"^train: --optimizer must be adamw, sgd or lars, got 'adam'$"):
+    with pytest.raises(
+        ValueError, match=r"^train: --optimizer must be adamw, sgd, lars, lars_simclr or larc, got 'adam'$"
+    ):
         Trainer(toy(), training_of("adam"), Execution(), STEPS)
     with pytest.raises(ValueError, match=r"^train: --precision must be fp32, bf16 or fp16, got 'int4'$"):
         Trainer(toy(), training_of("sgd"), Execution(precision="int4"), STEPS)
