@@ -81,7 +81,7 @@ class ImageFile:
 
     def _open(self) -> Image.Image:
         try:
-            return Image.open(io.BytesIO(self.data), formats=READABLE)  # copies the bytes
+            return Image.open(io.BytesIO(self.data.data), formats=READABLE)  # copies the bytes
         except Exception as error:  # decoders raise anything from OSError to struct.error on broken files
             raise self._bad_image(error) from error
 
@@ -154,7 +154,7 @@ class ImageFile:
         """A tag of a TIFF, the first of its values; None for other formats."""
         if self.format != "TIFF":
             return None
-        value = getattr(self._image, "tag_v2", {}).get(tag, default)
+        value: Any = getattr(self._image, "tag_v2", {}).get(tag, default)
         return value[0] if isinstance(value, tuple) and value else value
 
     def _colours_to_bytes(self, image: Image.Image, layouts: set[str]) -> Image.Image:
@@ -167,7 +167,7 @@ class ImageFile:
         if not layouts <= LOW_BYTE.keys():
             reason = f"its values are at most 4,095 of 65,535 and stored as {', '.join(layouts)}, which can't be read"
             raise BadImage(f"{printable(self.name)}: {reason} without loss: save it as RGB")
-        rest = self._open()
+        rest: Any = self._open()
         rest.tile = [tile._replace(args=_replace_layout(tile.args)) for tile in rest.tile]
         if self.orientation != 1:
             rest = ImageOps.exif_transpose(rest)

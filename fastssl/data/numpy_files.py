@@ -86,11 +86,11 @@ class Npz:
 
 def _read_header(file: IO[bytes] | io.FileIO, length: int) -> _Header:
     """Header of a .npy file of `length` bytes; the file is left at the first byte of the array."""
-    version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+    version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"version {version[0]}.{version[1]} of the format, which plain numbers don't need")
-    header = _Header(*readers[version](file))  # type: ignore[arg-type]
+    header = _Header(*readers[version](file))
     if header.dtype.hasobject or header.dtype.names:
         raise ValueError(f"it holds {'objects' if header.dtype.hasobject else 'records'}")
     if any(side < 0 for side in header.shape):

@@ -45,7 +45,7 @@ def read_image_file(path: str | Path, offset: int = 0, size: int | None = None) 
         data = np.empty(size, np.uint8)
         file.seek(offset)
         filled = 0
-        while filled < size and (count := file.readinto(data[filled:])):  # Linux reads at most 2 GiB at a time
+        while filled < size and (count := file.readinto(data[filled:].data)):  # Linux reads at most 2 GiB at a time
             filled += count
     return data[:filled]
 

@@ -13,7 +13,7 @@ import importlib
 import os
 import pkgutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -184,7 +184,7 @@ def class_names(labels: np.ndarray, name: str) -> list[str] | None:
     return [str(label) for label in range(largest + 1)] or None
 
 
-def split_options(argument: str, choices: dict[str, Sequence[str] | None], name: str) -> tuple[str, dict[str, str]]:
+def split_options(argument: str, choices: Mapping[str, Sequence[str] | None], name: str) -> tuple[str, dict[str, str]]:
     """Divides ``PATH::key=value,key=value`` into the path and {key: value}; the options may be missing.
 
     A path that has ``::`` itself is written with ``::`` behind it.

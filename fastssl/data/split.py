@@ -80,7 +80,7 @@ def describe_labels(labels: np.ndarray | None, classes: Sequence[str] | None, he
     if missing := int((labels < 0).sum()):
         told.append(f"{missing:,} of {len(labels):,} images have no label: they train, and evaluations leave them out")
     counts = np.bincount(labels[labels >= 0].astype(np.int64), minlength=len(classes))
-    lone = [classes[label] for label in np.flatnonzero(counts == 1)]
+    lone = [classes[label] for label in np.flatnonzero(counts == 1).tolist()]
     if held_out and lone:
         told.append(f"no image is held out of classes that have only one: {listed(lone)}")
     return tuple(told)

@@ -7,6 +7,7 @@ torch's GradScaler uses for fused optimizers.
 
 import difflib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,9 @@ class LARS(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            default, adapted, plain = group.get("adapt"), [], []
+            default = group.get("adapt")
+            adapted: list[Tensor] = []
+            plain: list[Tensor] = []
             for p in group["params"]:
                 if p.grad is not None:
                     adapt = (self.larc or p.ndim > 1) if default is None else default
@@ -158,22 +161,22 @@ class LARS(torch.optim.Optimizer):
             if adapted:
                 self._update(adapted, self._directions(adapted, group), group)
             if plain:
-                self._update(plain, [p.grad for p in plain], group)
+                self._update(plain, _gradients(plain), group)
         return loss
 
     def _directions(self, params: list[Tensor], group: dict) -> list[Tensor]:
         """s·(g + λ·w) of each tensor, in its memory format, without a wait of the host."""
-        grads, decay, trust = [p.grad for p in params], group["weight_decay"], group["trust"]
+        grads, decay, trust = _gradients(params), group["weight_decay"], group["trust"]
         p_norm = torch.stack(torch._foreach_norm(params))
         if self.larc:
             norm = torch.stack(torch._foreach_norm(grads))
             applies = (p_norm > 0) & (norm > 0)
             decays = torch.where(applies, decay, torch.zeros_like(norm))
-            directions = torch._foreach_mul(params, list(decays))
+            directions = list(torch._foreach_mul(params, list(decays)))
             torch._foreach_add_(directions, grads)
             scale = trust * p_norm / (norm + decay * p_norm + 1e-8)
         else:
-            directions = torch._foreach_mul(params, decay)
+            directions = list(torch._foreach_mul(params, decay))
             torch._foreach_add_(directions, grads)
             norm = torch.stack(torch._foreach_norm(directions))
             applies = (p_norm > 0) & (norm > 0)
@@ -181,12 +184,17 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_mul_(directions, list(torch.where(applies, scale, 1.0)))
         return directions
 
-    def _update(self, params: list[Tensor], directions: list, group: dict) -> None:
+    def _update(self, params: list[Tensor], directions: list[Tensor], group: dict) -> None:
         """v ← m·v + direction, w ← w − lr·v, in one pass, which torch leaves out where `found_inf` is 1."""
         lr = group["lr"]
         if self.lr_in_momentum:
-            directions, lr = torch._foreach_mul(directions, lr), 1.0
+            directions, lr = list(torch._foreach_mul(directions, lr)), 1.0
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         found_inf = getattr(self, "found_inf", None)
-        settings = {"weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
+        settings: dict[str, Any] = {"weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
         sgd(params, directions, buffers, fused=True, found_inf=found_inf, lr=lr, momentum=group["momentum"], **settings)
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    """The gradients of those parameters that have one."""
+    return [p.grad for p in params if p.grad is not None]

@@ -86,6 +86,7 @@ class ScaledPixels:
 def open_split(argument: str, split: str) -> Arrays:
     paths, options = split_options(argument, {"value_range": None}, "arrays")
     images_path, _, labels_path = paths.partition(",")
+    pixels: Any
     if not paths or Path(images_path).suffix not in (".npy", ".npz") or Path(labels_path).suffix not in ("", ".npy"):
         raise ValueError(f"data: arrays needs a file: arrays:FILE.npy, arrays:FILE.npz or two .npy, got {argument!r}")
     if images_path.endswith(".npz"):
@@ -93,7 +94,8 @@ def open_split(argument: str, split: str) -> Arrays:
     else:
         pixels, is_split = map_npy(expand_user(images_path)), False
         labels, searched = map_npy(expand_user(labels_path)) if labels_path else None, pixels
-    pixels, notes = _channels_last(pixels, images_path), ()
+    pixels = _channels_last(pixels, images_path)
+    notes: tuple[str, ...] = ()
     if pixels.dtype != np.uint8 and len(pixels):
         values, note = _choose_values(searched, options.get("value_range"), images_path)
         pixels, notes = ScaledPixels(pixels, values), (note,)

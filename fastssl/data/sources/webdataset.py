@@ -27,7 +27,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -223,7 +223,10 @@ def _index(path: Path, image_key: str) -> _Shard:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(cache, "wb") as file:
-            np.savez(file, **{field: _as_bytes(x) if x.dtype == object else x for field, x in shard._asdict().items()})
+            arrays: dict[str, Any] = {
+                field: _as_bytes(x) if x.dtype == object else x for field, x in shard._asdict().items()
+            }
+            np.savez(file, **arrays)
     except OSError:  # no space or no permission: the next call scans again
         pass
     return shard
