@@ -277,6 +277,7 @@ def _train(
         _announce_resume(run, trainer, state, changes, data_changes)
     for note in dict.fromkeys(note for split in (source, test) for note in getattr(split, "notes", ())):
         print_once(note)
+    run.id = distributed.all_gather_object(run.id)[0]  # the first rank's, which is in config.json
     evaluate = functools.partial(_evaluate, run, trainer, device, test)
     if state is None:
         evaluate(0)

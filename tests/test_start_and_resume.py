@@ -83,7 +83,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     torch.save({"model": method.state_dict()}, tmp_path / "nan.pth")
     with pytest.raises(ValueError) as error:
         fastssl.pretrain("mae", "shapes:count=80", folder=tmp_path / "run", weights=tmp_path / "nan.pth")
-    assert str(error.value) == f"weights: {tmp_path}/nan.pth: norm.bias is not finite"
+    assert str(error.value) == f"weights: {tmp_path}/nan.pth has NaN or infinity in norm.bias"
     assert not (tmp_path / "run").exists()
 
 
@@ -229,7 +229,7 @@ CONFIGS = [
     (("config", "training", "epochs"), 2.5, r"--epochs must be an integer, got 2\.5$"),
     (("config", "training", "lr"), float("nan"), r"^pretrain: --lr must be at least 0, got nan$"),
     (("config", "training", "betas"), [0.9, 2], r"^pretrain: --betas must be at least 0 and below 1, got 0\.9 2\.0$"),
-    (("config", "training", "optimizer"), "adam", r"--optimizer must be adamw or sgd or lars, got 'adam'$"),
+    (("config", "training", "optimizer"), "adam", r"--optimizer must be adamw or sgd or lars or lars_simclr or larc, got 'adam'$"),
     (("config", "training"), [], r"Training must be an object with a value for each option, got \[\]$"),
     (("facts",), [], r"\(method, facts or id has another type\)$"),
     (("method",), 3, r"\(method, facts or id has another type\)$"),

@@ -22,14 +22,18 @@ linux = pytest.mark.skipif(
 
 
 def memory() -> float:
-    """MB of this process and its children; shared memory is counted once."""
+    """MB of this process and its children, without what lies in files too; shared memory is counted once.
+
+    Pages of files, such as the code of libraries, come and go with the memory that the machine has free.
+    """
     children = [
         int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
     ]
     kilobytes = 0
     for pid in (os.getpid(), *children):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        own = ("Pss_Anon:", "Pss_Shmem:", "SwapPss:")
+        kilobytes += sum(int(line.split()[1]) for line in lines if line.startswith(own))
     return kilobytes / 1e3
 
 
