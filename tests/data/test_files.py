@@ -390,15 +390,15 @@ def test_error_sentences_of_shards(tmp_path):
     with pytest.raises(ValueError, match=r"^data: .*z\.tar is no tar file, or is compressed or truncated"):
         open_source(f"webdataset:{tmp_path}/z.tar")
     shard(tmp_path / "text.tar", {"a.txt": b"x"})
-    with pytest.raises(ValueError, match=r"^data: no image in .*text\.tar"):
+    with pytest.raises(ValueError, match=r"^data: .*text\.tar must have members with the suffix of an image"):
         open_source(f"webdataset:{tmp_path}/text.tar")
     shard(tmp_path / "label.tar", {"a.jpg": jpeg(), "a.cls": b"cat"})
-    with pytest.raises(ValueError, match=r"^data: .*label\.tar: a\.cls must hold the number of a class"):
+    with pytest.raises(ValueError, match=r"^data: .*label\.tar: a\.cls must hold .* or -1 for no label, got 'cat'$"):
         open_source(f"webdataset:{tmp_path}/label.tar")
     for label in (b"-2", b"1000000", b"99999999999999999999"):
         shard(tmp_path / "label.tar", {"a.jpg": jpeg(), "a.cls": label})
         with pytest.raises(
-            ValueError, match=r"a\.cls must hold the number of a class below 1,000,000, or -1 for no label, got"
+            ValueError, match=r"a\.cls must hold the number of a class from 0 to 999,999, or -1 for no label, got"
         ):
             open_source(f"webdataset:{tmp_path}/label.tar")
 

@@ -344,7 +344,12 @@ def test_a_refusal_names_the_extensions_found(tmp_path):
     for _ in range(2):
         text = sentence_of(f"webdataset:{tmp_path}/x.tar")
         assert text.endswith("its members are .txt (2), .jpg.enc (1), .json (1)")
-    assert sentence_of(f"webdataset:{tmp_path}/x.tar::image_key=png").endswith(".txt (2), .jpg.enc (1), .json (1)")
+    assert sentence_of(f"webdataset:{tmp_path}/x.tar::image_key=png") == (
+        f"data: {tmp_path}/x.tar must have members with the extension png, which image_key names; its members are "
+        ".txt (2), .jpg.enc (1), .json (1)"
+    )
+    shard(tmp_path / "empty.tar", {})
+    assert sentence_of(f"webdataset:{tmp_path}/empty.tar").endswith("; there are no members")
 
 
 def test_an_unreadable_shard_is_named(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from ..source import BadImage, Source, Strings, expand_user, split_options
 from ..split import TEST_NAMES, TRAIN_NAMES, describe_labels, hold_out
 
 OPTIONS = {"labels": ("none", "folders")}
-LOOKALIKES = (r"(^|[^a-z])(train|trn)", r"(^|[^a-z])(test|val|eval|dev|hold)")  # starts of words in a folder's name
+LOOKALIKES = (r"(^|[^a-z])(train|trn)", r"(^|[^a-z])(test|tst|val|eval|dev|hold)")  # starts of words in a folder's name
 
 
 class Folder(Source):
@@ -98,7 +98,7 @@ def open_split(argument: str, split: str) -> Folder:
     test = next((part for part in tests if part.classes), tests[0])
     if split == "train":
         return Folder(*train)
-    others = sorted({*names} - {train_name, test.root.name})
+    others = sorted(name for name in {*os.listdir(root)} - {train_name, test.root.name} if not name.startswith("."))
     unused = (
         [f"beside the splits {train_name} and {test.root.name} these are passed over: {listed(others)}"]
         if others
@@ -197,7 +197,9 @@ def _find_classes(
             raise ValueError(f"data: labels=folders needs folders with images, got none in {printable(folder)}")
         return names, ""
     if 2 * strays >= total:
-        return None, f"there are no labels, as most images are in no folder: {strays:,} of {total:,}" if names else ""
+        most = "most" if names else "the"
+        reason = f"there are no labels, as {most} images are in no folder: {strays:,} of {total:,}"
+        return None, reason if names or train else ""
     if train is not None and train.classes is not None:
         unknown = [name for name in names if name not in train.classes]
         if len(unknown) == len(names):
@@ -211,21 +213,19 @@ def _find_classes(
 
 
 def _compare(train: _Part, test: _Part) -> list[str]:
-    """Sentences on what the test split lacks."""
-    if train.classes is None:
+    """Sentences on classes that the held-out split lacks."""
+    if train.classes is None or test.classes is None:
         return []
-    name = printable(test.root.name)
-    if test.classes is None:
-        return [f"the test split {name} has no labels, unlike the training split: nothing can be evaluated"]
     present = {*test.labels.tolist()}
     missing = [train.classes[label] for label in range(len(train.classes)) if label not in present]
-    return [f"the test split {name} has no image of the classes {listed(missing)}"] if missing else []
+    name = printable(test.root.name)
+    return [f"the held-out split {name} has no image of the classes {listed(missing)}"] if missing else []
 
 
 def _describe_others(listing: Listing) -> list[str]:
     """Sentences on the files and folders that were passed over."""
     kinds: Counter[str] = sum((Counter(kinds) for kinds in listing.others.values()), Counter())
-    notes = [f"files passed over, by suffix: {_kinds(kinds)}"] if kinds else []
+    notes = [f"files passed over: {_kinds(kinds)}"] if kinds else []
     if lacking := [name for name, suffixes in FORMATS.items() if any(suffix in kinds for suffix in suffixes)]:
         remedy = "the package pillow-heif decodes it" if lacking == ["HEIF"] else "install a Pillow with decoders of it"
         notes[0] += f" ({' and '.join(lacking)}: {remedy})"
