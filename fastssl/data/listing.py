@@ -66,6 +66,14 @@ def is_ours(name: str, entries: Iterable[str]) -> bool:
     return name == RUNS or ("config.json" in entries and ("metrics.jsonl" in entries or "checkpoints" in entries))
 
 
+def is_folder(entry: os.DirEntry) -> bool:
+    """True for a folder or a link to one; False for a link that cannot be followed, such as one to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _read_cache(cache: Path, root: Path) -> Listing | None:
     """The cached listing; None if there is none, a folder or the readable formats changed, or the cache is damaged."""
     try:
@@ -122,7 +130,7 @@ def _walk(root: Path) -> tuple[dict[str, list[int]], Listing]:
         others: Counter[str] = Counter()
         for entry in entries:
             path = os.path.join(folder, entry.name)
-            if entry.is_dir():
+            if is_folder(entry):
                 pending.append((path, parents))
             elif kind := _other_kind(entry):
                 others[kind] += 1
@@ -145,7 +153,7 @@ def _other_kind(entry: os.DirEntry) -> str:
     A link that leads nowhere or to a pipe counts as an image, which is then named among the images that are bad.
     """
     name = entry.name.lower()
-    if not (entry.is_file() or entry.is_symlink()):
+    if not (entry.is_symlink() or entry.is_file()):
         return "pipe or device"
     if name.endswith(SUFFIXES):
         return f"{PREVIEW}*" if name.startswith(PREVIEW) else ""

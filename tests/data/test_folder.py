@@ -328,3 +328,22 @@ def test_identities_do_not_depend_on_the_place(tmp_path):
     source = open_source(f"folder:{tmp_path}/b/c")
     assert all((tmp_path / "b" / "c" / name).is_file() for name in identities(source))
     assert not any(Path(name).is_absolute() for name in identities(source))
+
+
+def test_a_link_to_itself_is_a_bad_image(tmp_path):
+    write(tmp_path, *images("cat", "dog"))
+    for path in ("cat/loop.png", "loop", "loop.txt"):
+        (tmp_path / path).symlink_to(tmp_path / path)
+    everything, _ = opened(tmp_path, "::labels=none")
+    loop = f"{tmp_path}/cat/loop.png"
+    number = [everything.name(number) for number in range(len(everything))].index(loop)
+    refused(f"{loop}: Too many levels of symbolic links", BadImage, everything.read, number)
+    source = open_source(f"folder:{tmp_path}")
+    assert source.classes == ["cat", "dog"]
+    assert source.notes == ("files passed over: 1 .txt, 1 without a suffix",)
+
+
+def test_splits_without_an_image_get_a_sentence(tmp_path):
+    write(tmp_path, "train2017/a.txt", "val2017/b.txt")
+    with pytest.raises(ValueError, match=r"^data: .* holds no image \(.* nor do its subfolders; files passed over: 2"):
+        open_source(f"folder:{tmp_path}")

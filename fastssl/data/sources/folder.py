@@ -23,7 +23,7 @@ import numpy as np
 from fastssl.text import listed, printable
 
 from ..formats import FORMATS, SUFFIXES
-from ..listing import RUNS, Listing, list_files
+from ..listing import RUNS, Listing, is_folder, list_files
 from ..reading import read_image_file
 from ..source import BadImage, Source, Strings, expand_user, split_options
 from ..split import TEST_NAMES, TRAIN_NAMES, describe_labels, hold_out
@@ -110,7 +110,7 @@ def open_split(argument: str, split: str) -> Folder:
 def _folders(root: Path) -> list[str]:
     """Names of the folders in a folder, in sorted order; hidden ones and that of runs are left out."""
     with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if entry.is_dir()]
+        names = [entry.name for entry in entries if is_folder(entry)]
     return sorted(name for name in names if not name.startswith(".") and name != RUNS)
 
 
@@ -130,7 +130,7 @@ def _find_splits(root: Path, names: list[str], option: str) -> tuple[str, list[s
     listing = list_files(root)
     names = sorted({path.partition(os.sep)[0] for path in listing.paths if os.sep in path})  # those with images
     train, test = _split_names(names)
-    if train == names:  # no test split, and no other folder either
+    if train and train == names:  # no test split, and no other folder either
         return train[0], []
     if len(names) > 1 and (train or test or _look_alike(names)):
         shown = printable(root)
