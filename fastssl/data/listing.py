@@ -16,10 +16,12 @@ from typing import NamedTuple
 from fastssl.files import write_atomically
 
 from .formats import SUFFIXES
+from .reading import open_regular
 from .source import cache_folder
 
 PREVIEW = "fastssl-"  # start of the names of the pictures that fastssl writes of a folder
 RUNS = "runs"  # folder in which a run's own folder is by default
+MAX_CACHE = 2**31  # bytes of a cached list, which somebody may have made larger: paths of ten million images
 LONGEST_SUFFIX = 12  # a longer one is a part of a name with a dot
 SETTLED = 2 * 10**9  # nanoseconds after which a change is safe to cache: two changes in one clock tick look like one
 
@@ -77,9 +79,10 @@ def is_folder(entry: os.DirEntry) -> bool:
 def _read_cache(cache: Path, root: Path) -> Listing | None:
     """The cached listing; None if there is none, a folder or the readable formats changed, or the cache is damaged."""
     try:
-        if not cache.is_file():  # a pipe would wait for its writer
-            return None
-        content = json.loads(cache.read_text())
+        with open_regular(cache) as file:
+            if os.fstat(file.fileno()).st_size > MAX_CACHE:
+                return None
+            content = json.loads(file.readall())
         listing = Listing(*(content[field] for field in Listing._fields))
         if content["suffixes"] != list(SUFFIXES) or not _is_below(listing.paths) or not _is_below(content["folders"]):
             return None

@@ -442,6 +442,7 @@ def limit_sizes() -> None:
     decoding.MAX_PIXELS = arrays.MAX_PIXELS = PIXELS
     reading.MAX_IMAGE_BYTES = 2**24
     numpy_files.usable_memory = idx.usable_memory = lambda: MEMORY
+    listing.MAX_CACHE = 2**24
     listing.SETTLED = -(10**15)  # a folder that has just changed is cached too
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESS_SPACE, used + ADDRESS_SPACE))

@@ -281,9 +281,9 @@ def test_a_cache_that_was_edited_is_not_used(tmp_path, monkeypatch, change):
     assert identities(open_source(f"folder:{tmp_path}/data")) == expected
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, None])
+@pytest.mark.parametrize("content", ["[" * 100_000, None, "{}"])
 def test_a_cache_that_cannot_be_read(tmp_path, monkeypatch, content):
-    """Nested without end, or a pipe."""
+    """Nested without end, a pipe, or 64 GB of nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     write(tmp_path, *images("data/cat", "data/dog"))
     settle(tmp_path / "data")
@@ -291,6 +291,8 @@ def test_a_cache_that_cannot_be_read(tmp_path, monkeypatch, content):
     (cache,) = (tmp_path / "home" / "fastssl").iterdir()
     cache.unlink()
     cache.write_text(content) if content else os.mkfifo(cache)
+    if content == "{}":
+        os.truncate(cache, 64 * 2**30)
     assert identities(open_source(f"folder:{tmp_path}/data")) == expected
 
 
