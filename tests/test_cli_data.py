@@ -64,6 +64,17 @@ def test_check_of_pixels_and_labels():
     assert set(found.heights.tolist()) | set(found.widths.tolist()) == {16}
 
 
+def test_a_check_that_is_refused_empties_no_file(monkeypatch, tmp_path):
+    kept = tmp_path / "bad.txt"
+    kept.write_text("precious\n")
+    refused(
+        monkeypatch, "data: /nonexistent is not a folder", "data", "check", "folder:/nonexistent", "--bad-files", kept
+    )
+    assert kept.read_text() == "precious\n"
+    sentence = f"data: --bad-files {tmp_path} can't be written (Is a directory)"
+    refused(monkeypatch, sentence, "data", "check", "shapes:count=8,size=8", "--bad-files", tmp_path)
+
+
 def test_check_of_nothing_but_bad_files(monkeypatch, capsys, tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"")
     run(monkeypatch, "data", "check", f"folder:{tmp_path}", "--workers", 0)

@@ -150,7 +150,9 @@ def from_torchvision(dataset: Any, root: str, split: str) -> Arrays:
     try:
         data = dataset(expand_user(root), train=split == "train", download=False)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"data: {root}: {name} is missing or damaged ({error})") from error
+        stored = f"it must hold the folder {dataset.base_folder} as torchvision stores it"
+        reason = f" ({printable(error.strerror or error)})" if isinstance(error, OSError) else ""
+        raise ValueError(f"data: {printable(root)}: {name} is missing or damaged: {stored}{reason}") from error
     source = make_source(data.data, np.asarray(data.targets), split, is_split=True, name=root)
     source.classes = data.classes
     return source
