@@ -7,6 +7,7 @@ import time
 import numpy as np
 from PIL import Image
 
+import fastssl
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.contact_sheet import GAP, make_contact_sheet
 from fastssl.data.findings import scan
@@ -16,6 +17,7 @@ from fastssl.data.split import NOTHING_HELD_OUT
 from fastssl.data.timing import measure_throughput
 from fastssl.methods import moco_v2, moco_v3
 from fastssl.run import find_augmentation
+from tests.support import toy_method
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison
 
@@ -144,6 +146,15 @@ def test_check_of_a_split_without_labels(monkeypatch, capsys, tmp_path):
         "val: there are no labels, as the images are in no folder: 1 of 1",
         "the held-out split has no labels, unlike the training split: nothing can be evaluated",
     ]
+
+
+def test_a_run_names_the_split_without_labels(capsys, tmp_path):
+    pixels = np.zeros((32, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=pixels, y_train=np.arange(32) % 2, x_test=pixels)
+    fast = {"epochs": 1, "batch_size": 16, "workers": 0, "tensorboard": False}
+    fastssl.pretrain(toy_method, f"arrays:{tmp_path / 'x.npz'}", folder=tmp_path / "run", **fast)
+    sentence = "the held-out split has no labels, unlike the training split: nothing can be evaluated\n"
+    assert capsys.readouterr().out.count(sentence) == 1
 
 
 def test_check_goes_on_without_a_test_split(monkeypatch, capsys, tmp_path):
