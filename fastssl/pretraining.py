@@ -13,6 +13,7 @@ from fastssl import distributed
 from fastssl.bounds import check_ranges
 from fastssl.contract import Reconstructs
 from fastssl.data.source import Source
+from fastssl.data.split import describe_sides
 from fastssl.eval.labels import labelled
 from fastssl.eval.reconstruction import first_images, save_snapshot
 from fastssl.evaluation import note_knn
@@ -275,7 +276,9 @@ def _train(
         _announce_start(run, source, test)
     else:
         _announce_resume(run, trainer, state, changes, data_changes)
-    for note in dict.fromkeys(note for split in (source, test) for note in getattr(split, "notes", ())):
+    notes = dict.fromkeys(note for split in (source, test) for note in getattr(split, "notes", ()))
+    sides = describe_sides({"training": source.classes is not None, "held-out": test.classes is not None})
+    for note in (*notes, *sides):
         print_once(note)
     run.id = distributed.all_gather_object(run.id)[0]  # the first rank's, which is in config.json
     evaluate = functools.partial(_evaluate, run, trainer, device, test)

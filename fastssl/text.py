@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+LONGEST = 5_000  # characters; a path has at most 4,096 bytes
+
 
 def printable(text: Any) -> str:
     r"""The text with everything escaped that a terminal, a JSON file or a web page could stumble over.
@@ -13,11 +15,14 @@ def printable(text: Any) -> str:
     Bytes that are not UTF-8 (surrogates, as Python reads them from file names) become ``\xff``, line breaks, escape
     sequences and invisible characters that change the direction of text become ``\n``, ``\x1b`` or ``\u202e``.
 
+    What is longer than any path, such as a name of a megabyte in a tar file, is cut off.
+
     Args:
         text: text, a path, or anything with ``str()``.
     """
     text = os.fspath(text) if isinstance(text, os.PathLike) else str(text)
-    return "".join(character if _is_shown(character) else _escaped(character) for character in text)
+    shown = "".join(character if _is_shown(character) else _escaped(character) for character in text[:LONGEST])
+    return shown + ("…" if len(text) > LONGEST else "")
 
 
 def _is_shown(character: str) -> bool:

@@ -7,14 +7,17 @@ import time
 import numpy as np
 from PIL import Image
 
+import fastssl
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.contact_sheet import GAP, make_contact_sheet
 from fastssl.data.findings import scan
 from fastssl.data.loader import has_dali
 from fastssl.data.source import open_source
+from fastssl.data.split import NOTHING_HELD_OUT
 from fastssl.data.timing import measure_throughput
 from fastssl.methods import moco_v2, moco_v3
 from fastssl.run import find_augmentation, method_names
+from tests.support import toy_method
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison
 
@@ -47,7 +50,7 @@ def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp
     formats = {kind: re.search(rf"^{kind} +(\d+)", said, re.MULTILINE)[1] for kind in ("JPEG RGB", "JPEG L", "GIF P")}
     assert formats == {"JPEG RGB": "42", "JPEG L": "1", "GIF P": "1"}
     assert all(kind in said for kind in ("JPEG CMYK", "PNG I;16", "WEBP RGB"))
-    assert "note  without labels no image is held out from training\n" in said
+    assert f"note  {NOTHING_HELD_OUT}\n" in said
     named = [line.partition(": ")[0].rpartition("/")[2] for line in (tmp_path / "bad.txt").read_text().splitlines()]
     assert sorted(named) == bad
     assert said.count("\nbad   ") == len(bad)
@@ -61,6 +64,17 @@ def test_check_of_pixels_and_labels():
     assert (found.good, found.bad, found.formats) == (23, [], {"pixels RGB": 23})
     assert found.labels == {label: 3 if label < 3 else 2 for label in range(10)}
     assert set(found.heights.tolist()) | set(found.widths.tolist()) == {16}
+
+
+def test_a_check_that_is_refused_empties_no_file(monkeypatch, tmp_path):
+    kept = tmp_path / "bad.txt"
+    kept.write_text("precious\n")
+    refused(
+        monkeypatch, "data: /nonexistent is not a folder", "data", "check", "folder:/nonexistent", "--bad-files", kept
+    )
+    assert kept.read_text() == "precious\n"
+    sentence = f"data: --bad-files {tmp_path} can't be written (Is a directory)"
+    refused(monkeypatch, sentence, "data", "check", "shapes:count=8,size=8", "--bad-files", tmp_path)
 
 
 def test_check_of_nothing_but_bad_files(monkeypatch, capsys, tmp_path):
@@ -115,7 +129,7 @@ def test_check_says_what_was_passed_over(monkeypatch, capsys, tmp_path):
     assert notes == [
         "images in no class folder are passed over, 1: thumb.png",
         "folders without an image that can be read here are no classes: owl (1 .xcf)",
-        "files passed over, by suffix: 1 .xcf",
+        "files passed over: 1 .xcf",
         "folders that fastssl wrote are passed over: runs",
     ]
     assert rows["bad"] == [rf"{tmp_path}/cat/bad\x1b.jpg: the file is empty"]
@@ -128,7 +142,19 @@ def test_check_of_a_split_without_labels(monkeypatch, capsys, tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / path)
     rows, notes = checked(monkeypatch, capsys, f"folder:{tmp_path}")
     assert (rows["without a label"], rows["classes"]) == (["0", "1"], ["2", "0"])
-    assert notes[-1] == "the held-out split has no labels: nothing can be evaluated"
+    assert notes == [
+        "val: there are no labels, as the images are in no folder: 1 of 1",
+        "the held-out split has no labels, unlike the training split: nothing can be evaluated",
+    ]
+
+
+def test_a_run_names_the_split_without_labels(capsys, tmp_path):
+    pixels = np.zeros((32, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=pixels, y_train=np.arange(32) % 2, x_test=pixels)
+    fast = {"epochs": 1, "batch_size": 16, "workers": 0, "tensorboard": False}
+    fastssl.pretrain(toy_method, f"arrays:{tmp_path / 'x.npz'}", folder=tmp_path / "run", **fast)
+    sentence = "the held-out split has no labels, unlike the training split: nothing can be evaluated\n"
+    assert capsys.readouterr().out.count(sentence) == 1
 
 
 def test_check_goes_on_without_a_test_split(monkeypatch, capsys, tmp_path):
@@ -147,7 +173,7 @@ def test_show_does_not_change_the_folder_that_it_shows(monkeypatch, tmp_path):
     run(monkeypatch, "data", "show", "folder:.", "--image-size", 8, 8)
     assert (tmp_path / "fastssl-views.png").is_file()
     source = open_source("folder:.")
-    assert (source.classes, source.notes) == (["cat", "dog"], ("files passed over, by suffix: 1 fastssl-*",))
+    assert (source.classes, source.notes) == (["cat", "dog"], ("files passed over: 1 fastssl-*",))
     for path in ("views.png", "cat/views.JPG"):
         sentence = (
             "data: --to must be outside of the folder that is looked at, or its name must start with fastssl-, as it "

@@ -17,6 +17,7 @@ from fastssl.text import printable
         ("\u202egpj.exe", r"\u202egpj.exe"),  # right-to-left override
         ("a\u00a0b\u2028", r"a\xa0b\u2028"),
         ("lone \ud800", r"lone \ud800"),
+        ("x" * 1_000_000, "x" * 5_000 + "…"),
     ],
 )
 def test_printable(text, shown):

@@ -80,10 +80,10 @@ def command(words: list[str]) -> None:
 def _check(words: list[str]) -> None:
     flags = parse(CheckFlags, words, "fastssl data check")
     check_ranges(flags, "data")
-    if flags.bad_files:
-        flags.bad_files.write_text("")  # raises now rather than after the whole scan
     console = Console(highlight=False)
     sources, notes = _open_splits(flags.source, SPLITS if flags.split == "both" else (flags.split,))
+    if flags.bad_files:
+        _write_bad_files(flags.bad_files, [])  # raises now rather than after the whole scan
     start = time.perf_counter()
     sides = {SIDES[split]: Side(source, scan(source, flags.workers)) for split, source in sources.items()}
     seconds = time.perf_counter() - start
@@ -93,7 +93,7 @@ def _check(words: list[str]) -> None:
         console.print()
         console.print(block, soft_wrap=isinstance(block, Text))
     if flags.bad_files:
-        flags.bad_files.write_text("".join(f"{line}\n" for line in bad_images(sides)))
+        _write_bad_files(flags.bad_files, bad_images(sides))
     source, engines = next(iter(sources.values())), installed_engines()
     if flags.seconds and next(iter(sides.values())).findings.good:
         console.print(f"\naugmentation of MoCo v2, {flags.workers} workers")
@@ -101,6 +101,13 @@ def _check(words: list[str]) -> None:
         for engine in engines:
             measured = loader_speed(source, augmentation, engine, batch_size, flags.workers, flags.seconds)
             console.print(f"  {engine:<12} {_speed_text(measured)}", soft_wrap=True)
+
+
+def _write_bad_files(path: Path, lines: Sequence[str]) -> None:
+    try:
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"data: --bad-files {printable(path)} can't be written ({error.strerror})") from error
 
 
 def _open_splits(spec: str, splits: Sequence[str]) -> tuple[dict[str, Source], list[str]]:

@@ -9,9 +9,11 @@ from rich.text import Text
 
 from fastssl.data.findings import Findings, Range
 from fastssl.data.source import Source
+from fastssl.data.split import describe_sides
 from fastssl.text import listed, printable
 
 NAMED_BAD = 20  # bad files that are printed; --bad-files FILE names all
+NAMED_CLASSES = 20  # classes whose names are printed
 NAMED_KINDS = 10  # formats and modes that are printed
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -40,13 +42,10 @@ def page(sides: dict[str, Side], notes: Sequence[str]) -> Iterator[Table | Text]
     """
     yield _facts(sides)
     if names := list(dict.fromkeys(name for side in sides.values() for name in side.source.classes or ())):
-        yield Text(f"names of the classes: {listed(names)}")
+        yield Text(f"names of the classes: {listed(names, NAMED_CLASSES)}")
     if any(side.findings.good for side in sides.values()):
         yield _kinds(sides)
-    with_labels = {name: bool(side.classes()) for name, side in sides.items()}
-    if any(with_labels.values()) and not all(with_labels.values()):
-        lacking = next(name for name, labelled in with_labels.items() if not labelled)
-        notes = [*notes, f"the {lacking} split has no labels: nothing can be evaluated"]
+    notes = [*notes, *describe_sides({name: bool(side.classes()) for name, side in sides.items()})]
     if notes:
         yield Text("\n".join(f"note  {note}" for note in notes))
     if bad := bad_images(sides):

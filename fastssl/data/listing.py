@@ -16,10 +16,12 @@ from typing import NamedTuple
 from fastssl.files import write_atomically
 
 from .formats import SUFFIXES
+from .reading import open_regular
 from .source import cache_folder
 
 PREVIEW = "fastssl-"  # start of the names of the pictures that fastssl writes of a folder
 RUNS = "runs"  # folder in which a run's own folder is by default
+MAX_CACHE = 2**31  # bytes of a cached list, which somebody may have made larger: paths of ten million images
 LONGEST_SUFFIX = 12  # a longer one is a part of a name with a dot
 SETTLED = 2 * 10**9  # nanoseconds after which a change is safe to cache: two changes in one clock tick look like one
 
@@ -66,12 +68,21 @@ def is_ours(name: str, entries: Iterable[str]) -> bool:
     return name == RUNS or ("config.json" in entries and ("metrics.jsonl" in entries or "checkpoints" in entries))
 
 
+def is_folder(entry: os.DirEntry) -> bool:
+    """True for a folder or a link to one; False for a link that cannot be followed, such as one to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _read_cache(cache: Path, root: Path) -> Listing | None:
     """The cached listing; None if there is none, a folder or the readable formats changed, or the cache is damaged."""
     try:
-        if not cache.is_file():  # a pipe would wait for its writer
-            return None
-        content = json.loads(cache.read_text())
+        with open_regular(cache) as file:
+            if os.fstat(file.fileno()).st_size > MAX_CACHE:
+                return None
+            content = json.loads(file.readall())
         listing = Listing(*(content[field] for field in Listing._fields))
         if content["suffixes"] != list(SUFFIXES) or not _is_below(listing.paths) or not _is_below(content["folders"]):
             return None
@@ -122,7 +133,7 @@ def _walk(root: Path) -> tuple[dict[str, list[int]], Listing]:
         others: Counter[str] = Counter()
         for entry in entries:
             path = os.path.join(folder, entry.name)
-            if entry.is_dir():
+            if is_folder(entry):
                 pending.append((path, parents))
             elif kind := _other_kind(entry):
                 others[kind] += 1
@@ -145,7 +156,7 @@ def _other_kind(entry: os.DirEntry) -> str:
     A link that leads nowhere or to a pipe counts as an image, which is then named among the images that are bad.
     """
     name = entry.name.lower()
-    if not (entry.is_file() or entry.is_symlink()):
+    if not (entry.is_symlink() or entry.is_file()):
         return "pipe or device"
     if name.endswith(SUFFIXES):
         return f"{PREVIEW}*" if name.startswith(PREVIEW) else ""

@@ -18,6 +18,9 @@ from fastssl.text import printable
 
 from .reading import open_regular, usable_memory
 
+LONGEST_HEADER = 1_000  # bytes, that of plain numbers has 118; NumPy takes seconds to see that a long one is damaged
+LONGEST_REASON = 300  # characters of a reader's message, which may quote the file
+
 
 class _Header(NamedTuple):
     shape: tuple[int, ...]
@@ -90,7 +93,7 @@ def _read_header(file: IO[bytes] | io.FileIO, length: int) -> _Header:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"version {version[0]}.{version[1]} of the format, which plain numbers don't need")
-    header = _Header(*readers[version](file))
+    header = _Header(*readers[version](file, max_header_size=LONGEST_HEADER))
     if header.dtype.hasobject or header.dtype.names:
         raise ValueError(f"it holds {'objects' if header.dtype.hasobject else 'records'}")
     if any(side < 0 for side in header.shape):
@@ -112,6 +115,7 @@ def _errors_of(path: str | Path, name: str = "") -> Iterator[None]:
         raise ValueError(f"data: {printable(path)} does not exist") from error
     except Exception as error:  # zipfile, zlib and NumPy raise anything from EOFError to NotImplementedError
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = reason[:LONGEST_REASON]
         array = f", array {printable(name)}," if name else ""
         raise ValueError(
             f"data: {printable(path)}{array} is no NumPy file of plain numbers ({printable(reason)})"

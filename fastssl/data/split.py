@@ -12,6 +12,7 @@ import numpy as np
 
 from fastssl.text import listed
 
+NOTHING_HELD_OUT = "without labels no image is held out: the held-out split shows a fifth of the training split again"
 PARTS = 5  # a fifth of each class is held out
 TRAIN_NAMES = ("train", "training")  # names of folders and shards that hold a training split, in lower case
 TEST_NAMES = ("test", "testing", "val", "valid", "validation", "eval", "evaluation")  # a test split; the best first
@@ -75,12 +76,27 @@ def describe_labels(labels: np.ndarray | None, classes: Sequence[str] | None, he
         held_out: True if `hold_out` divides these images, False if they are a split already.
     """
     if classes is None or labels is None:
-        return ("without labels no image is held out from training",) if held_out else ()
+        return (NOTHING_HELD_OUT,) if held_out else ()
     told = []
     if missing := int((labels < 0).sum()):
-        told.append(f"{missing:,} of {len(labels):,} images have no label: they train, and evaluations leave them out")
+        rest = "has no label: it trains, and evaluations leave it out"
+        if missing > 1:
+            rest = "have no label: they train, and evaluations leave them out"
+        told.append(f"{missing:,} of {len(labels):,} images {rest}")
     counts = np.bincount(labels[labels >= 0].astype(np.int64), minlength=len(classes))
     lone = [classes[label] for label in np.flatnonzero(counts == 1).tolist()]
     if held_out and lone:
         told.append(f"no image is held out of classes that have only one: {listed(lone)}")
     return tuple(told)
+
+
+def describe_sides(has_labels: dict[str, bool]) -> tuple[str, ...]:
+    """A sentence if one split has labels and the other one has none.
+
+    Args:
+        has_labels: {"training" and "held-out", or one of them: True if an image of it has a label}.
+    """
+    if len({*has_labels.values()}) < 2:
+        return ()
+    with_labels, without = (next(side for side, has in has_labels.items() if has == value) for value in (True, False))
+    return (f"the {without} split has no labels, unlike the {with_labels} split: nothing can be evaluated",)

@@ -64,7 +64,7 @@ def to_bytes(values: np.ndarray, scale: Values) -> np.ndarray:
     """
     if values.dtype.kind == "b":
         return values.astype(np.uint8) * np.uint8(255)
-    low, high = (scale.low, scale.high) if scale.rule == "own range" else (0, _largest(scale.rule))
+    low, high = find_ends(scale)
     if values.dtype.kind in "iu" and scale.rule.endswith("bits"):
         return (np.clip(values, 0, high) >> (int(high).bit_length() - 8)).astype(np.uint8)
     if not high > low:
@@ -74,5 +74,8 @@ def to_bytes(values: np.ndarray, scale: Values) -> np.ndarray:
     return np.rint((halves - low / 2) / (high / 2 - low / 2) * 255).astype(np.uint8)
 
 
-def _largest(rule: str) -> int:
-    return 1 if rule == "0 to 1" else next(largest for largest, bits in BITS.items() if rule == f"{bits} bits")
+def find_ends(scale: Values) -> tuple[float, float]:
+    """The values that become black and white."""
+    if scale.rule == "own range":
+        return scale.low, scale.high
+    return 0, 1 if scale.rule == "0 to 1" else next(high for high, bits in BITS.items() if scale.rule == f"{bits} bits")

@@ -4,9 +4,13 @@
                           nothing has changed
     test_guard_pages.py   every tensor at the very end and the very start of its memory, between pages that must not be
                           touched
+    test_files.py         mutated images, tars, arrays, folders and caches: images, bad images or one sentence, soon and
+                          in little memory
     ops.py                one valid call of every public op, of random sizes, and the mutations
+    files.py              valid files of every kind, their mutations, and the process that opens them
 
 Random choices follow FASTSSL_TEST_SEED, which pytest prints with every failure. `make test` runs a short share; the
 tests marked exhaustive run every mutation of every argument, and many pairs of them. A new op joins by a line in
-`ops.CALLS`: a test fails as long as that lacks one of `fastssl.ops`.
+`ops.CALLS`: a test fails as long as that lacks one of `fastssl.ops`. A new kind of file joins by a line in
+`files.KINDS`; image formats join by themselves.
 """

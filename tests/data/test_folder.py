@@ -10,9 +10,8 @@ from PIL import Image
 
 from fastssl.data import formats, listing, reading
 from fastssl.data.source import BadImage, open_source
+from fastssl.data.split import NOTHING_HELD_OUT
 from tests.support.contract import refused
-
-NOTHING_HELD_OUT = "without labels no image is held out from training"
 
 
 def write(root, *paths):
@@ -57,7 +56,7 @@ def test_names_of_splits(tmp_path, train_name, test_name):
     assert (train.classes, test.classes, len(train), len(test)) == (["cat", "dog"], ["cat", "dog"], 10, 2)
     assert [test.label(i) for i in range(2)] == [1, 1]
     assert train.notes == ()
-    assert test.notes == (f"the test split {test_name} has no image of the classes cat",)
+    assert test.notes == (f"the held-out split {test_name} has no image of the classes cat",)
 
 
 LOOK_ALIKE = {
@@ -68,6 +67,7 @@ LOOK_ALIKE = {
     "two training splits": ["train", "training", "test"],
     "years": ["train2017", "val2017"],
     "words": ["training_set", "test_set"],
+    "abbreviations": ["trn", "tst"],
 }
 
 
@@ -105,7 +105,7 @@ def test_a_test_split_without_class_folders_is_named(tmp_path):
     write(tmp_path, *images("train/cat", "train/dog"), *images("val", count=6))
     train, test = opened(tmp_path)
     assert (train.classes, test.classes, len(test), test.label(0)) == (["cat", "dog"], None, 6, -1)
-    assert test.notes == ("the test split val has no labels, unlike the training split: nothing can be evaluated",)
+    assert test.notes == ("val: there are no labels, as the images are in no folder: 6 of 6",)
 
 
 def test_a_test_split_with_other_folders_has_no_labels(tmp_path):
@@ -120,6 +120,9 @@ def test_of_several_test_splits_one_with_labels_is_taken(tmp_path):
     train, test = opened(tmp_path)
     assert (train.classes, test.classes, len(test)) == (["cat", "dog"], ["cat", "dog"], 10)
     assert test.notes == ("beside the splits train and val these are passed over: extra, test",)
+    write(tmp_path, "a\n.png", "notes.txt", "runs/x.png", ".hidden.png")
+    note = r"beside the splits train and val these are passed over: a\n.png, extra, notes.txt, runs, test"
+    assert open_source(f"folder:{tmp_path}", "test").notes == (note,)
 
 
 def test_an_unknown_class_of_the_test_split_is_refused(tmp_path):
@@ -133,7 +136,7 @@ def test_stray_images_beside_class_folders_are_passed_over(tmp_path):
     train, test = opened(tmp_path)
     assert (train.classes, len(train), len(test)) == (["cat", "dog"], 8, 2)
     assert train.notes[0] == r"images in no class folder are passed over, 2: a\n.png, thumb.png"
-    assert train.notes[1].startswith("files passed over, by suffix: 2 .txt, 1 .heic")
+    assert train.notes[1].startswith("files passed over: 2 .txt, 1 .heic")
 
 
 def test_images_mostly_in_the_folder_itself_have_no_labels(tmp_path):
@@ -177,7 +180,7 @@ def test_folders_and_pictures_that_fastssl_wrote_are_no_classes(tmp_path):
     train, test = opened(tmp_path)
     assert (train.classes, len(train) + len(test)) == (["cat", "dog"], 10)
     assert train.notes == (
-        "files passed over, by suffix: 1 fastssl-*",
+        "files passed over: 1 fastssl-*",
         "folders that fastssl wrote are passed over: cat/run, moco, runs",
     )
 
@@ -188,7 +191,7 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
     assert train.classes == ["cat", "dog"]
     assert train.notes[0] == "folders without an image that can be read here are no classes: cow (empty), owl (2 .xcf)"
     write(tmp_path / "none", "a/x.xcf")
-    with pytest.raises(ValueError, match=r"nor do its subfolders; files passed over, by suffix: 1 \.xcf$"):
+    with pytest.raises(ValueError, match=r"nor do its subfolders; files passed over: 1 \.xcf$"):
         open_source(f"folder:{tmp_path / 'none'}")
 
 
@@ -213,7 +216,7 @@ def test_formats_are_those_that_pillow_decodes(monkeypatch):
 def test_what_a_missing_decoder_would_read_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "SUFFIXES", (".png",))
     write(tmp_path, *images("cat", "dog"), "cat/a.heic")
-    passed = "files passed over, by suffix: 1 .heic (HEIF: the package pillow-heif decodes it)"
+    passed = "files passed over: 1 .heic (HEIF: the package pillow-heif decodes it)"
     assert open_source(f"folder:{tmp_path}").notes == (passed,)
 
 
@@ -278,9 +281,9 @@ def test_a_cache_that_was_edited_is_not_used(tmp_path, monkeypatch, change):
     assert identities(open_source(f"folder:{tmp_path}/data")) == expected
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, None])
+@pytest.mark.parametrize("content", ["[" * 100_000, None, "{}"])
 def test_a_cache_that_cannot_be_read(tmp_path, monkeypatch, content):
-    """Nested without end, or a pipe."""
+    """Nested without end, a pipe, or 64 GB of nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     write(tmp_path, *images("data/cat", "data/dog"))
     settle(tmp_path / "data")
@@ -288,6 +291,8 @@ def test_a_cache_that_cannot_be_read(tmp_path, monkeypatch, content):
     (cache,) = (tmp_path / "home" / "fastssl").iterdir()
     cache.unlink()
     cache.write_text(content) if content else os.mkfifo(cache)
+    if content == "{}":
+        os.truncate(cache, 64 * 2**30)
     assert identities(open_source(f"folder:{tmp_path}/data")) == expected
 
 
@@ -325,3 +330,22 @@ def test_identities_do_not_depend_on_the_place(tmp_path):
     source = open_source(f"folder:{tmp_path}/b/c")
     assert all((tmp_path / "b" / "c" / name).is_file() for name in identities(source))
     assert not any(Path(name).is_absolute() for name in identities(source))
+
+
+def test_a_link_to_itself_is_a_bad_image(tmp_path):
+    write(tmp_path, *images("cat", "dog"))
+    for path in ("cat/loop.png", "loop", "loop.txt"):
+        (tmp_path / path).symlink_to(tmp_path / path)
+    everything, _ = opened(tmp_path, "::labels=none")
+    loop = f"{tmp_path}/cat/loop.png"
+    number = [everything.name(number) for number in range(len(everything))].index(loop)
+    refused(f"{loop}: Too many levels of symbolic links", BadImage, everything.read, number)
+    source = open_source(f"folder:{tmp_path}")
+    assert source.classes == ["cat", "dog"]
+    assert source.notes == ("files passed over: 1 .txt, 1 without a suffix",)
+
+
+def test_splits_without_an_image_get_a_sentence(tmp_path):
+    write(tmp_path, "train2017/a.txt", "val2017/b.txt")
+    with pytest.raises(ValueError, match=r"^data: .* holds no image \(.* nor do its subfolders; files passed over: 2"):
+        open_source(f"folder:{tmp_path}")

@@ -68,6 +68,7 @@ NPY = {  # name: (content, what the sentence says)
     "records": (npy("(4, 4, 4)", [("a", "<i4")], bytes(256)), "records"),
     "code": (npy("(__import__('os').abort(),)"), "no NumPy file"),
     "nested": (npy("(" * 100 + ")" * 100), "no NumPy file"),
+    "a long header": (npy("(1, 4, 4)", data=bytes(16), extra=" " * 2_000), "Header info length .* is large"),
     "another version": (npy("(1, 4, 4)", data=bytes(16), version=(3, 0)), "version 3"),
     "text": (b"hello", "no NumPy file"),
     "empty": (b"", "no NumPy file"),
@@ -155,6 +156,25 @@ def test_gzipped_idx_is_unpacked_as_far_as_its_header_says(tmp_path, monkeypatch
     assert "takes 16.8 GB of memory, of which there are 0.1: save it as .npy" in sentence_of(f"idx:{tmp_path}")
     path.write_bytes(gzip.compress(idx_header(10, 4, 4)) + packed)
     assert "is no idx file of 3 dims of bytes, or is truncated" in sentence_of(f"idx:{tmp_path}")
+
+
+def test_zeros_behind_a_gzip_file_are_not_read(tmp_path):
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_header(2, 4, 4) + bytes(range(32))))
+        labels = bytes((0, 0, 8, 1)) + struct.pack(">i", 2) + b"\0\1"
+        members = gzip.compress(labels[:5]) + gzip.compress(labels[5:])  # several members are one stream
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(members)
+    for path in tmp_path.iterdir():
+        os.truncate(path, HUGE)
+    source = open_source(f"idx:{tmp_path}")
+    assert [source.read(1)[..., 0].ravel().tolist(), source.label(1)] == [list(range(16, 32)), 1]
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    content = bytearray(gzip.compress(idx_header(2, 4, 4) + bytes(32)))
+    content[-6] ^= 1  # the checksum
+    path.write_bytes(content)
+    assert f"{path} can't be read (Error -3 while decompressing data: incorrect data check)" in sentence_of(
+        f"idx:{tmp_path}"
+    )
 
 
 @pytest.mark.parametrize("shape", [(2**31 - 1,) * 3, (-1, 4, 4), (5, 0, 0)])
@@ -344,7 +364,12 @@ def test_a_refusal_names_the_extensions_found(tmp_path):
     for _ in range(2):
         text = sentence_of(f"webdataset:{tmp_path}/x.tar")
         assert text.endswith("its members are .txt (2), .jpg.enc (1), .json (1)")
-    assert sentence_of(f"webdataset:{tmp_path}/x.tar::image_key=png").endswith(".txt (2), .jpg.enc (1), .json (1)")
+    assert sentence_of(f"webdataset:{tmp_path}/x.tar::image_key=png") == (
+        f"data: {tmp_path}/x.tar must have members with the extension png, which image_key names; its members are "
+        ".txt (2), .jpg.enc (1), .json (1)"
+    )
+    shard(tmp_path / "empty.tar", {})
+    assert sentence_of(f"webdataset:{tmp_path}/empty.tar").endswith("; there are no members")
 
 
 def test_an_unreadable_shard_is_named(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from fastssl.data.decoding import open_image
 from fastssl.data.formats import SUFFIXES
 from fastssl.data.source import BadImage, open_source, source_names
 from fastssl.data.sources import shapes
-from fastssl.data.split import hold_out
+from fastssl.data.split import NOTHING_HELD_OUT, hold_out
 from tests.support.contract import refused
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -238,7 +238,7 @@ def test_arrays_without_some_labels(tmp_path, dtype):
     np.save(tmp_path / "y.npy", np.full(30, -1))
     source = open_source(spec)
     assert (source.classes, len(source)) == (None, 30)
-    assert source.notes == ("without labels no image is held out from training",)
+    assert source.notes == (NOTHING_HELD_OUT,)
     np.save(tmp_path / "y.npy", labels - 1)
     sentence = f"data: {spec[7:]}: labels must be class numbers from 0 to 999,999, or -1 for no label, got -2"
     refused(sentence, ValueError, open_source, spec)

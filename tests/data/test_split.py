@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastssl.data.split import describe_labels, hold_out
+from fastssl.data.split import NOTHING_HELD_OUT, describe_labels, describe_sides, hold_out
 from tests.support.contract import refused
 
 
@@ -89,7 +89,19 @@ def test_images_without_labels_and_lone_images_are_named():
     lone = r"no image is held out of classes that have only one: dog\x1b"
     assert describe_labels(labels, classes) == (unlabelled, lone)
     assert describe_labels(labels, classes, held_out=False) == (unlabelled,)
+    one = "1 of 3 images has no label: it trains, and evaluations leave it out"
+    assert describe_labels(np.array([0, 0, -1]), ["cat"]) == (one,)
     assert describe_labels(labels.astype(np.uint64)[labels >= 0], classes) == (lone,)
     for missing in (None, np.array([-1])):
-        assert describe_labels(missing, None) == ("without labels no image is held out from training",)
+        assert describe_labels(missing, None) == (NOTHING_HELD_OUT,)
         assert describe_labels(missing, None, held_out=False) == ()
+
+
+def test_labels_on_one_side_alone_are_named():
+    sentence = "the held-out split has no labels, unlike the training split: nothing can be evaluated"
+    assert describe_sides({"training": True, "held-out": False}) == (sentence,)
+    assert describe_sides({"training": False, "held-out": True})[0].startswith(
+        "the training split has no labels, unlike"
+    )
+    for sides in ({"training": True, "held-out": True}, {"training": False, "held-out": False}, {"training": False}):
+        assert describe_sides(sides) == ()

@@ -24,7 +24,7 @@ from ..decoding import MAX_PIXELS
 from ..numpy_files import Npz, map_npy
 from ..source import Source, class_names, expand_user, split_options
 from ..split import describe_labels, hold_out
-from ..values import Values, find_values, to_bytes
+from ..values import Values, find_ends, find_values, to_bytes
 
 SAMPLE = 2**26  # bytes of images that are searched for their values
 KEYS = {"train": (("images", "labels"), ("x_train", "y_train")), "test": (("images", "labels"), ("x_test", "y_test"))}
@@ -152,7 +152,9 @@ def from_torchvision(dataset: Any, root: str, split: str) -> Arrays:
     try:
         data = dataset(expand_user(root), train=split == "train", download=False)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"data: {root}: {name} is missing or damaged ({error})") from error
+        stored = f"it must hold the folder {dataset.base_folder} as torchvision stores it"
+        reason = f" ({printable(error.strerror or error)})" if isinstance(error, OSError) else ""
+        raise ValueError(f"data: {printable(root)}: {name} is missing or damaged: {stored}{reason}") from error
     source = make_source(data.data, np.asarray(data.targets), split, is_split=True, name=root)
     source.classes = data.classes
     return source
@@ -209,4 +211,5 @@ def _choose_values(pixels: np.ndarray, value_range: str | None, name: str) -> tu
         raise ValueError(f"data: {printable(name)}: images must have finite values, got NaN and infinities alone")
     looked = "" if count == len(pixels) else f" in {count:,} of {len(pixels):,} images; values beyond are cut off"
     found = f"{pixels.dtype} values from {values.low:,.6g} to {values.high:,.6g}{looked}"
-    return values, f"{found}: scaled to bytes as {values.rule} (::value_range=LOW..HIGH for another range)"
+    black, white = find_ends(values)
+    return values, f"{found}: {black:,.6g} becomes black, {white:,.6g} white (::value_range=LOW..HIGH for other values)"

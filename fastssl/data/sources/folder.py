@@ -23,13 +23,13 @@ import numpy as np
 from fastssl.text import listed, printable
 
 from ..formats import FORMATS, SUFFIXES
-from ..listing import RUNS, Listing, list_files
+from ..listing import RUNS, Listing, is_folder, list_files
 from ..reading import read_image_file
 from ..source import BadImage, Source, Strings, expand_user, split_options
 from ..split import TEST_NAMES, TRAIN_NAMES, describe_labels, hold_out
 
 OPTIONS = {"labels": ("none", "folders")}
-LOOKALIKES = (r"(^|[^a-z])(train|trn)", r"(^|[^a-z])(test|val|eval|dev|hold)")  # starts of words in a folder's name
+LOOKALIKES = (r"(^|[^a-z])(train|trn)", r"(^|[^a-z])(test|tst|val|eval|dev|hold)")  # starts of words in a folder's name
 
 
 class Folder(Source):
@@ -98,7 +98,7 @@ def open_split(argument: str, split: str) -> Folder:
     test = next((part for part in tests if part.classes), tests[0])
     if split == "train":
         return Folder(*train)
-    others = sorted({*names} - {train_name, test.root.name})
+    others = sorted(name for name in {*os.listdir(root)} - {train_name, test.root.name} if not name.startswith("."))
     unused = (
         [f"beside the splits {train_name} and {test.root.name} these are passed over: {listed(others)}"]
         if others
@@ -110,7 +110,7 @@ def open_split(argument: str, split: str) -> Folder:
 def _folders(root: Path) -> list[str]:
     """Names of the folders in a folder, in sorted order; hidden ones and that of runs are left out."""
     with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if entry.is_dir()]
+        names = [entry.name for entry in entries if is_folder(entry)]
     return sorted(name for name in names if not name.startswith(".") and name != RUNS)
 
 
@@ -130,7 +130,7 @@ def _find_splits(root: Path, names: list[str], option: str) -> tuple[str, list[s
     listing = list_files(root)
     names = sorted({path.partition(os.sep)[0] for path in listing.paths if os.sep in path})  # those with images
     train, test = _split_names(names)
-    if train == names:  # no test split, and no other folder either
+    if train and train == names:  # no test split, and no other folder either
         return train[0], []
     if len(names) > 1 and (train or test or _look_alike(names)):
         shown = printable(root)
@@ -197,7 +197,9 @@ def _find_classes(
             raise ValueError(f"data: labels=folders needs folders with images, got none in {printable(folder)}")
         return names, ""
     if 2 * strays >= total:
-        return None, f"there are no labels, as most images are in no folder: {strays:,} of {total:,}" if names else ""
+        most = "most" if names else "the"
+        reason = f"there are no labels, as {most} images are in no folder: {strays:,} of {total:,}"
+        return None, reason if names or train else ""
     if train is not None and train.classes is not None:
         unknown = [name for name in names if name not in train.classes]
         if len(unknown) == len(names):
@@ -211,21 +213,19 @@ def _find_classes(
 
 
 def _compare(train: _Part, test: _Part) -> list[str]:
-    """Sentences on what the test split lacks."""
-    if train.classes is None:
+    """Sentences on classes that the held-out split lacks."""
+    if train.classes is None or test.classes is None:
         return []
-    name = printable(test.root.name)
-    if test.classes is None:
-        return [f"the test split {name} has no labels, unlike the training split: nothing can be evaluated"]
     present = {*test.labels.tolist()}
     missing = [train.classes[label] for label in range(len(train.classes)) if label not in present]
-    return [f"the test split {name} has no image of the classes {listed(missing)}"] if missing else []
+    name = printable(test.root.name)
+    return [f"the held-out split {name} has no image of the classes {listed(missing)}"] if missing else []
 
 
 def _describe_others(listing: Listing) -> list[str]:
     """Sentences on the files and folders that were passed over."""
     kinds: Counter[str] = sum((Counter(kinds) for kinds in listing.others.values()), Counter())
-    notes = [f"files passed over, by suffix: {_kinds(kinds)}"] if kinds else []
+    notes = [f"files passed over: {_kinds(kinds)}"] if kinds else []
     if lacking := [name for name, suffixes in FORMATS.items() if any(suffix in kinds for suffix in suffixes)]:
         remedy = "the package pillow-heif decodes it" if lacking == ["HEIF"] else "install a Pillow with decoders of it"
         notes[0] += f" ({' and '.join(lacking)}: {remedy})"

@@ -108,11 +108,7 @@ def open_split(argument: str, split: str) -> WebDataset:
     shards = [_index(path, options.get("image_key", "").lower()) for path in paths]
     files = np.repeat(np.arange(len(shards)), [len(shard.offsets) for shard in shards])
     if not len(files):
-        found = _count(np.concatenate([shard.passed for shard in shards])) if shards else {}
-        raise ValueError(
-            f"data: no image in {printable(argument)} ({', '.join(SUFFIXES)}); its members are "
-            f"{_list_counts(found) or 'none'}"
-        )
+        raise ValueError(_describe_lack(pattern, options.get("image_key"), shards))
     images = _Shard(*(np.concatenate(column) for column in zip(*shards)))
     identities = (_identity(paths[file], name) for file, name in zip(files.tolist(), images.names.tolist()))
     rows = np.arange(len(files)) if is_split else hold_out(identities, images.labels, split, argument)
@@ -349,16 +345,29 @@ def _describe_members(shard: _Shard) -> tuple[str, ...]:
     return (f"images are the members {taken}; passed over: {passed} (::image_key=EXTENSION for another image)",)
 
 
+def _describe_lack(pattern: str, image_key: str | None, shards: list[_Shard]) -> str:
+    """The refusal of shards without an image."""
+    wanted = (
+        f"the extension {printable(image_key)}, which image_key names"
+        if image_key
+        else f"the suffix of an image ({', '.join(SUFFIXES)})"
+    )
+    found = _list_counts(_count(np.concatenate([shard.passed for shard in shards])))
+    has = f"its members are {found}" if found else "there are no members"
+    return f"data: {printable(pattern)} must have members with {wanted}; {has}"
+
+
 def _parse_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> int:
     content = tar.extractfile(member)
     text = b"" if content is None else content.read(MAX_LABEL)
     try:
-        label = int(text)
-    except ValueError as error:
-        raise ValueError(f"data: {path}: {member.name} must hold the number of a class ({error})") from error
-    if not -1 <= label < MAX_CLASSES:
+        label: int | None = int(text)
+    except ValueError:
+        label = None
+    if label is None or not -1 <= label < MAX_CLASSES:
+        got = repr(text.decode(errors="replace")) if label is None else f"{label:,}"
         raise ValueError(
-            f"data: {path}: {member.name} must hold the number of a class below {MAX_CLASSES:,}, or -1 for no label, "
-            f"got {label}"
+            f"data: {path}: {member.name} must hold the number of a class from 0 to {MAX_CLASSES - 1:,}, or -1 for no "
+            f"label, got {got}"
         )
     return label
