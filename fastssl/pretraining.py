@@ -259,7 +259,7 @@ def _train(
     if not is_new:
         on_all_ranks(lambda: distributed.rank() == 0 and lock.acquire())
     prepared = on_all_ranks(lambda: prepare(run, changes, allow_changed_data, device))
-    source, test, method, loader, state, fingerprint, data_changes = prepared
+    source, test, method, loader, state, fingerprints, data_changes = prepared
     trainer = Trainer(
         method,
         training,
@@ -269,8 +269,9 @@ def _train(
         state=state,
     )
     on_all_ranks(lambda: claim_folder(run, trainer, lock, is_new))
-    if distributed.rank() == 0 and (is_new or data_changes or not (run.folder / "data.npz").exists()):
-        fingerprint.write(run.folder / "data.npz")
+    for name, fingerprint in fingerprints.items():
+        if is_new or data_changes or not (run.folder / name).exists():
+            fingerprint.write(run.folder / name)
     if changes is None:
         _announce_start(run, source, test)
     else:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastssl.files import write_atomically
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.text import printable
 from fastssl.weight_names import (
@@ -68,12 +69,13 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
         save_file(state, path, {"format": "pt", "architecture": arch})
         return path
     path = path.with_name(f"{path.name}.pth")
+    content: dict[str, Any] = state  # torchvision
     if layout == "mae":
-        torch.save({"model": state}, path)
+        content = {"model": state}
     elif layout == "moco":
-        torch.save({"arch": arch, "state_dict": {f"module.{name}": x for name, x in state.items()}}, path)
-    else:  # torchvision
-        torch.save(state, path)
+        content = {"arch": arch, "state_dict": {f"module.{name}": x for name, x in state.items()}}
+    with write_atomically(path, "wb") as file:  # an earlier file stays whole when the disk is full
+        torch.save(content, file)
     return path
 
 

@@ -83,7 +83,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     torch.save({"model": method.state_dict()}, tmp_path / "nan.pth")
     with pytest.raises(ValueError) as error:
         fastssl.pretrain("mae", "shapes:count=80", folder=tmp_path / "run", weights=tmp_path / "nan.pth")
-    assert str(error.value) == f"weights: {tmp_path}/nan.pth: norm.bias is not finite"
+    assert str(error.value) == f"weights: {tmp_path}/nan.pth has NaN or infinity in norm.bias"
     assert not (tmp_path / "run").exists()
 
 
@@ -219,18 +219,22 @@ def test_milestones_of_a_run_bound_its_epochs(tmp_path):
 
 
 CONFIGS = [
-    (("options", "seed"), -1, r"^pretrain: --seed must be at least 0, got -1$"),
+    (("options", "seed"), -1, r"config\.json does not fit this version of fastssl: --seed must be at least 0, got -1$"),
     (("options", "seed"), "0", r"--seed must be an integer, got '0'$"),
     (("options", "execution"), None, r"Execution must be an object with a value for each option, got None$"),
-    (("options", "execution", "log_every"), 0, r"^pretrain: --log-every must be at least 1, got 0$"),
+    (("options", "execution", "log_every"), 0, r": --log-every must be at least 1, got 0$"),
     (("options", "workers"), 1.5, r"--workers must be an integer or None, got 1\.5$"),
     (("config", "dim"), [4], r"--dim must be an integer, got \[4\]$"),
     (("config", "image_size"), [32], r"--image-size must be a tuple of int, int, got \[32\]$"),
     (("config", "training", "epochs"), 2.5, r"--epochs must be an integer, got 2\.5$"),
-    (("config", "training", "lr"), float("nan"), r"^pretrain: --lr must be at least 0, got nan$"),
-    (("config", "training", "betas"), [0.9, 2], r"^pretrain: --betas must be at least 0 and below 1, got 0\.9 2\.0$"),
+    (("config", "training", "lr"), float("nan"), r": --lr must be at least 0, got nan$"),
+    (("config", "training", "betas"), [0.9, 2], r": --betas must be at least 0 and below 1, got 0\.9 2\.0$"),
     (("config", "training", "optimizer"), "adam", r"--optimizer must be adamw or sgd or lars, got 'adam'$"),
     (("config", "training"), [], r"Training must be an object with a value for each option, got \[\]$"),
+    (("config", "training", "lr"), 10**400, r"--lr must be a number, got 1000"),
+    (("options", "workers"), 10**18, r"--workers must be at least 0 and at most 1024, got 1000000000000000000$"),
+    (("options", "keep_every"), 3, r"config\.json does not fit this version of fastssl: unknown field 'keep_every'$"),
+    (("comment",), "", r"config\.json does not fit this version of fastssl: unknown field 'comment'$"),
     (("facts",), [], r"\(method, facts or id has another type\)$"),
     (("method",), 3, r"\(method, facts or id has another type\)$"),
     (("id",), None, r"\(method, facts or id has another type\)$"),

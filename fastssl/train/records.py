@@ -6,6 +6,7 @@ beginning of a record that a kill left at the end of a file is dropped without a
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ def read_records(path: Path, needed: dict[str, type] = STEPS) -> list[dict]:
     Args:
         path: the file.
         needed: fields that a record must have, and their types; a float is finite, and may be written as an integer.
+
+    Raises:
+        ValueError: something else than a regular file has this name.
     """
     lines = _lines(path)
     records = [_record(line, needed) for line in lines]
@@ -50,8 +54,10 @@ def rewrite_records(
 
 
 def _lines(path: Path) -> list[bytes]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
+    if not path.is_file():  # a folder, or a pipe, which would be waited for
+        raise ValueError(f"{path} is no regular file: put the run's own back, or move it away")
     with path.open("rb") as file:
         return file.readlines()
 

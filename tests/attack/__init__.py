@@ -1,0 +1,12 @@
+"""Attacks: inputs that nobody should give, against the rule that nothing goes wrong in silence.
+
+    test_ops.py           mutated arguments of every public op: one sentence, or the plain body's result; on a refusal
+                          nothing has changed
+    test_guard_pages.py   every tensor at the very end and the very start of its memory, between pages that must not be
+                          touched
+    ops.py                one valid call of every public op, of random sizes, and the mutations
+
+Random choices follow FASTSSL_TEST_SEED, which pytest prints with every failure. `make test` runs a short share; the
+tests marked exhaustive run every mutation of every argument, and many pairs of them. A new op joins by a line in
+`ops.CALLS`: a test fails as long as that lacks one of `fastssl.ops`.
+"""
