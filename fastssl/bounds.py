@@ -78,7 +78,7 @@ def _out_of_range(elements: list, hint: Any) -> str | None:
             if not isinstance(x, int | float) or (whole and not isinstance(x, int)):
                 return f"a {'whole ' * whole}number, got {x!r}"
             if x not in bounds:
-                return f"{bounds}{' and below 2**63' * (x >= LARGEST == bounds.high)}, got {got}"
+                return f"{bounds}{' and below 2**63' * (math.inf > x >= LARGEST == bounds.high)}, got {got}"
     return None
 
 

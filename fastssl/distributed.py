@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastssl.launch import Launch, read_launch
-from fastssl.text import printable
 
 if hasattr(dist, "all_gather_single"):  # names from torch 2.14 on, where the older ones warn
     _all_gather_single: Any = dist.all_gather_single
@@ -133,7 +132,7 @@ def _check_address(launch: Launch) -> None:
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a part of the name is too long
         if getattr(error, "errno", socket.EAI_NONAME) == socket.EAI_NONAME:
             raise ValueError(
-                f"distributed: rank {launch.rank} of {launch.world_size} knows no machine {printable(launch.address)}: "
+                f"distributed: rank {launch.rank} of {launch.world_size} knows no machine {launch.address!r}: "
                 "set MASTER_ADDR to the name or number of the machine of rank 0"
             ) from error
 

@@ -221,7 +221,8 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
     if pixels is not None:
         run.note("knn of raw pixels", 0, pixels[ONLINE_K], **facts)
     run.note("knn", step, encoder[ONLINE_K], **facts)
-    curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn") and line.get("data") == data]
+    curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn")]
+    curve = [line for line in curve if run.is_own(line.get("data", data))]
     print("kNN accuracy: " + " · ".join(_phrase(line, run) for line in curve if line.get("k") == ONLINE_K))
 
 

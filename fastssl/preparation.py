@@ -97,6 +97,9 @@ def claim_folder(run: Run, trainer: Trainer, lock: Lock, is_new: bool) -> None:
     if distributed.rank() > 0:
         return
     folder = run.folder
+    checkpoints = run.checkpoints
+    if os.path.lexists(checkpoints) and not (checkpoints.is_dir() and os.access(checkpoints, os.W_OK)):
+        raise ValueError(f"pretrain: {run.checkpoints} is no folder that can be written: move it away")
     _check_space(run, trainer)
     if not is_new:
         return

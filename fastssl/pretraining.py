@@ -326,6 +326,8 @@ def _announce_resume(
         if lines:
             history = [run.facts["changed"]] if "changed" in run.facts else []
             run.facts["changed"] = "; ".join([*history, f"after step {step}: {', '.join(lines)}"])
+        if "data" in changes and not data_changes:  # evaluations before and after are on the same images
+            run.facts["moved_from"] = [*run.facts.get("moved_from", []), changes["data"][0]]
         run.id = run.id or secrets.token_hex(8)
         run.facts["images"] = len(run.source("train"))
         run.save()

@@ -269,6 +269,11 @@ class Run:
             return self.options.data
         return absolute_data(data) if isinstance(data, str) else sources_name(data)
 
+    def is_own(self, data: str) -> bool:
+        """Whether this names the run's data, or the same images where they lay before they were moved."""
+        moved = self.facts.get("moved_from", [])
+        return data == self.options.data or (isinstance(moved, list) and data in moved)
+
     # The method
 
     def build(self) -> nn.Module:
@@ -463,11 +468,13 @@ def open_run(folder: str | Path) -> Run:
         raise ValueError(f"{owner} (it must be an object, got {reprlib.repr(record)})")
     if unknown := set(record) - {"method", "id", "options", "config", "facts"}:
         raise ValueError(f"{owner}: unknown field {reprlib.repr(min(unknown))}")
-    method_name, facts, run_id = record.get("method"), record.get("facts", {}), record.get("id", "")
+    if missing := [name for name in ("method", "options", "config") if name not in record]:
+        raise ValueError(f"{owner}: it lacks {missing[0]}")
+    method_name, facts, run_id = record["method"], record.get("facts", {}), record.get("id", "")
     if not (isinstance(method_name, str) and isinstance(facts, dict) and isinstance(run_id, str)):
         raise ValueError(f"{owner} (method, facts or id has another type)")
-    options = from_json(Options, record.get("options"), owner)
-    config = from_json(method_module(method_name).Config, record.get("config"), owner)
+    options = from_json(Options, record["options"], owner)
+    config = from_json(method_module(method_name).Config, record["config"], owner)
     for part in (options, config):
         check_ranges(part, owner)
     return Run(folder, method_name, options, config, facts, run_id)

@@ -249,8 +249,8 @@ def test_a_machine_that_there_is_not_is_named_at_once(monkeypatch):
     with pytest.raises(ValueError) as error:
         distributed._meet(Launch(BY_HAND, 1, 2, 1, 2, "no.such\nhost", 29500))
     assert str(error.value) == (
-        "distributed: rank 1 of 2 knows no machine no.such\\nhost: set MASTER_ADDR to the name or number of the machine "
-        "of rank 0"
+        r"distributed: rank 1 of 2 knows no machine 'no.such\nhost': set MASTER_ADDR to the name or number of the "
+        "machine of rank 0"
     )
 
 

@@ -95,6 +95,41 @@ def test_a_file_that_was_changed(whole, tmp_path, seed, count):
         shutil.rmtree(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "mutate"),
+    [
+        ("metrics.jsonl", runs.empty),
+        ("metrics.jsonl", runs.remove),
+        ("data.npz", runs.remove),
+        ("step-00000006", runs.become_folder),
+    ],
+)
+def test_what_was_lost_is_named(folder, seed, name, mutate):
+    path = files(folder)[name]
+    mutate(path, random.Random(seed))
+    printed, refusal = check("resume", folder, name)
+    assert not refusal
+    check_named(name, mutate, path, printed, name)
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("mutate", [runs.become_folder, runs.become_pipe, runs.become_link_to_nothing])
+@pytest.mark.parametrize("action", ["resume", "knn"])
+def test_what_takes_the_place_of_a_file_of_lines_is_refused_before_the_work(folder, seed, name, mutate, action):
+    mutate(folder / name, random.Random(seed))
+    _, refusal = check(action, folder, name)
+    assert refusal == f"{folder / name} is no regular file: put the run's own back, or move it away"
+
+
+def test_a_folder_in_the_place_of_an_old_checkpoint_does_not_end_the_run(folder, seed):
+    path = files(folder)["step-00000003"]
+    runs.become_folder(path, random.Random(seed))
+    printed, refusal = check("resume", folder, "folder")
+    assert not refusal
+    assert f"checkpoint: {path} could not be deleted (Is a directory)" in printed
+    assert steps(folder)[-1] == 9
+
+
 def check_named(name, mutate, path, printed, what):
     """A run that goes on without a file, or without its end, has said so."""
     if name == "step-00000006":
