@@ -10,7 +10,7 @@ from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
 from fastssl.methods.mae import MAE
 from fastssl.nn import MomentumEncoder
 from fastssl.nn.vit import ViT
-from fastssl.pretraining import _build_method
+from fastssl.preparation import _build_method
 from fastssl.weights import load_initial_weights, load_weights
 from tests.support.contract import refused
 from tests.support.runs import make_run
