@@ -236,9 +236,13 @@ def _check_space(run: Run, trainer: Trainer) -> None:
     free = shutil.disk_usage(existing).free
     if free < missing * size:
         raise ValueError(
-            f"pretrain: {run.folder} needs {missing * size / 1e9:.2f} GB for {missing} checkpoints and its disk has "
-            f"{free / 1e9:.2f} GB free: choose another --folder or a smaller --keep-last"
+            f"pretrain: {run.folder} needs {_bytes(missing * size)} for {missing} checkpoints and its disk has "
+            f"{_bytes(free)} free: choose another --folder or a smaller --keep-last"
         )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 or not count else f"{count / 1e6:,.2f} MB"
 
 
 def print_once(text: str) -> None:

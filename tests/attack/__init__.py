@@ -5,8 +5,8 @@
     test_guard_pages.py   every tensor at the very end and the very start of its memory, between pages that must not be
                           touched
     ops.py                one valid call of every public op, of random sizes, and the mutations
-    test_runs.py          a run folder whose files, config.json and checkpoints are mutated, two processes in one folder,
-                          kills: the run goes on and names what was lost, or one sentence says why it cannot
+    test_runs.py          a run folder whose files, config.json and checkpoints are mutated, two processes in it, kills:
+                          the run goes on and names what was lost, or one sentence says why it cannot
     runs.py               the mutations of a run folder, and what may be done with it
 
 Random choices follow FASTSSL_TEST_SEED, which pytest prints with every failure. `make test` runs a short share; the
