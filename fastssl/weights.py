@@ -36,6 +36,7 @@ from fastssl.weight_names import (
 
 GENERAL_FORMATS = ("timm", "torchvision", "safetensors")  # layouts that every method can be exported to
 FORMATS = (*GENERAL_FORMATS, "moco", "mae")  # the others are layouts of reference checkpoints
+LONGEST_NAME = 200  # characters of a name that an error shows
 # Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
 HEADS = ("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head.")
 METHOD_PARTS = ("encoder_k.", "momentum_encoder.", "predictor.", "queue")
@@ -367,7 +368,9 @@ def _is_optional(name: str) -> bool:
 
 def _first(names: set[str] | list[str]) -> str:
     """The first name in alphabetical order, and the number of others."""
-    return printable(min(names)) + (f" and {len(names) - 1} more names" if len(names) > 1 else "")
+    first = min(names)
+    first = first if len(first) <= LONGEST_NAME else f"{first[:LONGEST_NAME]}…"
+    return printable(first) + (f" and {len(names) - 1} more names" if len(names) > 1 else "")
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:

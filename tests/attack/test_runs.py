@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import fastssl
 from fastssl.train import checkpoint, records
 from tests.attack import runs
 from tests.attack.runs import ACTIONS, ANY_FILE, attempt, content
@@ -236,6 +237,18 @@ def test_of_two_processes_one_trains(folder, action):
     assert sorted(codes) == [0, 1] or (codes == [0, 0] and action == "repeat")  # the second found the first one's end
     assert steps(folder) == list(range(1, 10))
     assert not attempt("knn", folder)[1]
+
+
+def _note(folder, name):
+    for number in range(40):
+        fastssl.open_run(folder).note(name, 6, number / 40, number=number)
+
+
+@pytest.mark.slow
+def test_evaluations_that_end_together_are_all_noted(folder):
+    before = len(fastssl.open_run(folder).evaluations())
+    assert [outcome(process) for process in [start_process(_note, folder, name) for name in ("a", "b")]] == [0, 0]
+    assert len(fastssl.open_run(folder).evaluations()) == before + 80
 
 
 @pytest.mark.slow
