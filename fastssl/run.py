@@ -65,7 +65,7 @@ def method_module(name: str) -> ModuleType:
     Raises:
         ValueError: the method is unknown, cannot be imported, or has no `Config` and `build(config)` (see contract.py).
     """
-    if "." not in name:
+    if "." not in name or not all(part.isidentifier() for part in name.split(".")):
         if name not in method_names():
             raise ValueError(
                 f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}, or your own module: "

@@ -306,6 +306,7 @@ CONFIGS = [
     (("config", "training", "lr"), 10**400, r"--lr must be a number, got 1000"),
     (("options", "workers"), 10**18, r"--workers must be at least 0 and at most 1024, got 1000000000000000000$"),
     (("options", "keep_every"), 3, r"config\.json does not fit this version of fastssl: unknown field 'keep_every'$"),
+    (("method",), "../mae", r"^pretrain: unknown method '\.\./mae', there are "),
     (("comment",), "", r"config\.json does not fit this version of fastssl: unknown field 'comment'$"),
     (("facts",), [], r"\(method, facts or id has another type\)$"),
     (("method",), 3, r"\(method, facts or id has another type\)$"),
