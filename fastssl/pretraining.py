@@ -32,6 +32,7 @@ from fastssl.run import (
     sources_name,
 )
 from fastssl.settings import differences, flag, update
+from fastssl.text import printable
 from fastssl.train.lock import Lock
 from fastssl.train.loop import train
 from fastssl.train.trainer import Trainer
@@ -197,8 +198,8 @@ def _resume(run: Run, options: Options, config: Any, remedy: str, allow_changed_
     for name, (old, new) in changes.items():
         if name not in CHANGEABLE:
             raise ValueError(
-                f"pretrain: {run.folder} is a run with {flag(name)} {old}, which cannot change to {new} when it is "
-                f"resumed: {remedy}"
+                f"pretrain: {run.folder} is a run with {flag(name)} {printable(old)}, which cannot change to "
+                f"{printable(new)} when it is resumed: {remedy}"
             )
     latest = max((max(values, default=0) for values in milestone_epochs(config).values()), default=0)
     if "epochs" in changes and 0 < config.training.epochs <= latest:
