@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-LARGEST = 2.0**63  # smallest number too large for an int64; errors do not mention this bound
+LARGEST = 2.0**63  # smallest number too large for an int64; only an error about such a number mentions it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _out_of_range(elements: list, hint: Any) -> str | None:
             if not isinstance(x, int | float) or (whole and not isinstance(x, int)):
                 return f"a {'whole ' * whole}number, got {x!r}"
             if x not in bounds:
-                return f"{bounds}, got {got}"
+                return f"{bounds}{' and below 2**63' * (math.inf > x >= LARGEST == bounds.high)}, got {got}"
     return None
 
 

@@ -8,6 +8,7 @@ DistributedDataParallel then averages, which gives the gradient of the mean loss
 import contextlib
 import datetime
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,6 +98,7 @@ def _meet(launch: Launch) -> Any:
     where, me = f"{launch.address}:{launch.port}", f"rank {launch.rank} of {launch.world_size}"
     remedy = f"start all {launch.world_size} alike, or a process alone without {launch.launcher}"
     if _store is None:
+        _check_address(launch)
         try:
             _store = _open_store(launch, datetime.timedelta(seconds=seconds))
         except RuntimeError as error:
@@ -121,6 +123,18 @@ def _meet(launch: Launch) -> Any:
         ) from error
     _joined += 1
     return store
+
+
+def _check_address(launch: Launch) -> None:
+    """Refuses at once a name that no machine has, which torch would try for minutes."""
+    try:
+        socket.getaddrinfo(launch.address, launch.port)
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a part of the name is too long
+        if getattr(error, "errno", socket.EAI_NONAME) == socket.EAI_NONAME:
+            raise ValueError(
+                f"distributed: rank {launch.rank} of {launch.world_size} knows no machine {launch.address!r}: "
+                "set MASTER_ADDR to the name or number of the machine of rank 0"
+            ) from error
 
 
 def _open_store(launch: Launch, timeout: datetime.timedelta) -> Any:

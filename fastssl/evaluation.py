@@ -16,9 +16,10 @@ from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
 from fastssl.machine import available_engine, select_device, share_cores
 from fastssl.milestones import shorten
-from fastssl.run import SMALL, Run, Sources, load_model, method_module
+from fastssl.run import SMALL, Run, Sources, method_module
 from fastssl.settings import differences, update
 from fastssl.text import printable
+from fastssl.train.checkpoint import load_model
 
 TAU = 0.07  # temperature of kNN votes
 ONLINE_K = 20  # neighbours of the kNN evaluation during a run
@@ -39,6 +40,7 @@ def load_frozen(run: Run, device: str = "auto") -> Frozen:
     Raises:
         ValueError: the run has no intact checkpoint, or the device is not available.
     """
+    run.metrics(), run.evaluations()  # raises before the work where the result could not be noted
     state = run.state()
     method = run.build()  # before `setup`: in one process `build` does not divide the training batch among ranks
     load_model(method, state)
@@ -219,7 +221,8 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
     if pixels is not None:
         run.note("knn of raw pixels", 0, pixels[ONLINE_K], **facts)
     run.note("knn", step, encoder[ONLINE_K], **facts)
-    curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn") and line.get("data") == data]
+    curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn")]
+    curve = [line for line in curve if run.is_own(line.get("data", data))]
     print("kNN accuracy: " + " · ".join(_phrase(line, run) for line in curve if line.get("k") == ONLINE_K))
 
 

@@ -56,6 +56,8 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
         rank, world_size = (_number(environment, name) for name in names[:2])
         if world_size == 1:
             return None
+        if world_size < 1:
+            raise ValueError(f"distributed: {names[1]} must be at least 1, got {world_size}")
         if not 0 <= rank < world_size:
             raise ValueError(
                 f"distributed: {names[0]} must be at least 0 and below {names[1]}={world_size}, got {rank}"
@@ -107,7 +109,10 @@ def _meeting(
             f"or start with torchrun --nproc-per-node {world_size} -m fastssl …"
         )
     address = environment.get("MASTER_ADDR") or _address(launcher, world_size, local_world_size, environment)
-    return address, _number(environment, "MASTER_PORT") if "MASTER_PORT" in given else _port(environment)
+    port = _number(environment, "MASTER_PORT") if "MASTER_PORT" in given else _port(environment)
+    if not 1 <= port <= 65535:
+        raise ValueError(f"distributed: MASTER_PORT must be from 1 to 65535, got {port}")
+    return address, port
 
 
 def _address(launcher: str, world_size: int, local_world_size: int | None, environment: Mapping[str, str]) -> str:

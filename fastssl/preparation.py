@@ -1,5 +1,6 @@
 """Preparation of a run: whatever may be refused is refused here, before anything is written."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastssl.data.source import Source
 from fastssl.extras import MissingExtra, need
 from fastssl.machine import available_engine, keep_freed_memory, select_engine, share_cores
 from fastssl.run import Run, open_run
+from fastssl.text import printable
 from fastssl.train import checkpoint
 from fastssl.train.epochs import continue_count
 from fastssl.train.lock import Lock
@@ -22,6 +24,7 @@ from fastssl.train.trainer import Trainer
 from fastssl.weights import load_initial_weights
 
 WRITTEN = ("metrics.jsonl", "evaluations.jsonl", "checkpoints")  # what a run folder without config.json may not hold
+TRAINING, HELD_OUT = "data.npz", "held-out.npz"  # files with the fingerprints of the two splits
 T = TypeVar("T")
 
 
@@ -33,8 +36,8 @@ class Prepared(NamedTuple):
     method: torch.nn.Module
     loader: Loader
     state: dict[str, Any] | None  # checkpoint to continue from
-    fingerprint: Fingerprint | None  # of the training images; on the first rank
-    data_changes: list[str]  # how they differ from those that the run was started with
+    fingerprints: dict[str, Fingerprint]  # by the names of their files; on the first rank
+    data_changes: list[str]  # how the images differ from those that the run was started with
 
 
 def on_all_ranks(check: Callable[[], T]) -> T:
@@ -66,17 +69,19 @@ def prepare(
     workers = share_cores(options.workers, device, distributed.local_world_size())
     if device.type == "cpu":
         keep_freed_memory()
-    state = None if changes is None else _state_to_resume(run)
-    source = run.source("train")
-    fingerprint, data_changes = None, []
+    state = None
+    if changes is not None:
+        run.metrics(), run.evaluations()  # names lines without a record; raises where these are no files
+        state = _state_to_resume(run)
+    source, test = run.source("train"), run.source("test")
+    fingerprints, data_changes = {}, []
     if distributed.rank() == 0:
-        fingerprint = take_fingerprint(source)
-        data_changes = _changes_of_data(run, changes, fingerprint, allow_changed_data)
+        fingerprints = {TRAINING: take_fingerprint(source), HELD_OUT: take_fingerprint(test)}
+        data_changes = _changes_of_data(run, changes, fingerprints, allow_changed_data)
     method = _build_method(run, state, device)
     chosen_now = changes is None or "engine" in changes
     engine = (select_engine if chosen_now else available_engine)(options.engine, device)
     loader = _loader(run, source, device, workers, engine)
-    test = run.source("test")
     count = continue_count(state, len(loader) // training.accumulate)
     if state and state["step"] > count.last_step(training.epochs):
         done, begun = count.place(state["step"])
@@ -84,7 +89,7 @@ def prepare(
             f"pretrain: --epochs must be at least {done + (begun > 0)}, which {run.folder} has begun, got "
             f"{training.epochs}"
         )
-    return Prepared(source, test, method, loader, state, fingerprint, data_changes)
+    return Prepared(source, test, method, loader, state, fingerprints, data_changes)
 
 
 def claim_folder(run: Run, trainer: Trainer, lock: Lock, is_new: bool) -> None:
@@ -92,6 +97,9 @@ def claim_folder(run: Run, trainer: Trainer, lock: Lock, is_new: bool) -> None:
     if distributed.rank() > 0:
         return
     folder = run.folder
+    checkpoints = run.checkpoints
+    if os.path.lexists(checkpoints) and not (checkpoints.is_dir() and os.access(checkpoints, os.W_OK)):
+        raise ValueError(f"pretrain: {run.checkpoints} is no folder that can be written: move it away")
     _check_space(run, trainer)
     if not is_new:
         return
@@ -116,7 +124,7 @@ def stored_run(folder: Path) -> Run | None:
     """
     if (folder / "config.json").exists():
         return open_run(folder)
-    if written := [name for name in WRITTEN if (folder / name).exists()]:
+    if written := [name for name in WRITTEN if os.path.lexists(folder / name)]:
         raise ValueError(
             f"pretrain: {folder} holds {written[0]} but no config.json: a new run would overwrite it; choose another "
             f"folder (--folder), or move it away"
@@ -147,20 +155,25 @@ def _state_to_resume(run: Run) -> dict[str, Any] | None:
 
 
 def _changes_of_data(
-    run: Run, changes: dict[str, tuple[Any, Any]] | None, fingerprint: Fingerprint, allowed: bool
+    run: Run, changes: dict[str, tuple[Any, Any]] | None, fingerprints: dict[str, Fingerprint], allowed: bool
 ) -> list[str]:
-    """How the training images differ from those that a resumed run was started with.
+    """How the images differ from those that a resumed run was started with.
+
+    Other held-out images change nothing that is learned: they are named only, because accuracies before and after
+    cannot be compared.
 
     Raises:
-        ValueError: they differ, and that is not allowed.
+        ValueError: the training images differ, and that is not allowed.
     """
     if changes is None:
         return []
-    before, images = read_fingerprint(run.folder / "data.npz"), len(fingerprint.hashes)
+    fingerprint = fingerprints[TRAINING]
+    before, images = read_fingerprint(run.folder / TRAINING), len(fingerprint.hashes)
     if before is not None:
         found = describe_changes(before, fingerprint)
-    else:  # a run of a version without fingerprints
+    else:  # a run of a version without fingerprints, or somebody removed it
         count = run.facts.get("images", images)
+        print_once(f"{run.folder} has no data.npz: of its images only the number is compared with that at its start")
         found = [f"{images} images instead of {count}"] if count != images else []
     if found and not allowed:
         raise ValueError(
@@ -168,7 +181,9 @@ def _changes_of_data(
             f"{'; '.join(found)}; name the folder or file of the original ones (--data), or go on with these "
             f"(--allow-changed-data)"
         )
-    return found
+    held_out = read_fingerprint(run.folder / HELD_OUT)
+    others = [] if held_out is None else describe_changes(held_out, fingerprints[HELD_OUT])
+    return found + [f"held-out images: {change}" for change in others]
 
 
 def _build_method(run: Run, state: dict | None, device: torch.device) -> torch.nn.Module:
@@ -221,12 +236,16 @@ def _check_space(run: Run, trainer: Trainer) -> None:
     free = shutil.disk_usage(existing).free
     if free < missing * size:
         raise ValueError(
-            f"pretrain: {run.folder} needs {missing * size / 1e9:.2f} GB for {missing} checkpoints and its disk has "
-            f"{free / 1e9:.2f} GB free: choose another --folder or a smaller --keep-last"
+            f"pretrain: {run.folder} needs {_bytes(missing * size)} for {missing} checkpoints and its disk has "
+            f"{_bytes(free)} free: choose another --folder or a smaller --keep-last"
         )
 
 
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 or not count else f"{count / 1e6:,.2f} MB"
+
+
 def print_once(text: str) -> None:
-    """Prints on the first rank."""
+    """Prints a line on the first rank."""
     if distributed.rank() == 0:
-        print(text, flush=True)
+        print(printable(text), flush=True)

@@ -33,6 +33,7 @@ from fastssl.run import (
     sources_name,
 )
 from fastssl.settings import differences, flag, update
+from fastssl.text import printable
 from fastssl.train.lock import Lock
 from fastssl.train.loop import train
 from fastssl.train.trainer import Trainer
@@ -198,8 +199,8 @@ def _resume(run: Run, options: Options, config: Any, remedy: str, allow_changed_
     for name, (old, new) in changes.items():
         if name not in CHANGEABLE:
             raise ValueError(
-                f"pretrain: {run.folder} is a run with {flag(name)} {old}, which cannot change to {new} when it is "
-                f"resumed: {remedy}"
+                f"pretrain: {run.folder} is a run with {flag(name)} {printable(old)}, which cannot change to "
+                f"{printable(new)} when it is resumed: {remedy}"
             )
     latest = max((max(values, default=0) for values in milestone_epochs(config).values()), default=0)
     if "epochs" in changes and 0 < config.training.epochs <= latest:
@@ -260,7 +261,7 @@ def _train(
     if not is_new:
         on_all_ranks(lambda: distributed.rank() == 0 and lock.acquire())
     prepared = on_all_ranks(lambda: prepare(run, changes, allow_changed_data, device))
-    source, test, method, loader, state, fingerprint, data_changes = prepared
+    source, test, method, loader, state, fingerprints, data_changes = prepared
     trainer = Trainer(
         method,
         training,
@@ -270,8 +271,9 @@ def _train(
         state=state,
     )
     on_all_ranks(lambda: claim_folder(run, trainer, lock, is_new))
-    if distributed.rank() == 0 and (is_new or data_changes or not (run.folder / "data.npz").exists()):
-        fingerprint.write(run.folder / "data.npz")
+    for name, fingerprint in fingerprints.items():
+        if is_new or data_changes or not (run.folder / name).exists():
+            fingerprint.write(run.folder / name)
     if changes is None:
         _announce_start(run, source, test)
     else:
@@ -329,6 +331,8 @@ def _announce_resume(
         if lines:
             history = [run.facts["changed"]] if "changed" in run.facts else []
             run.facts["changed"] = "; ".join([*history, f"after step {step}: {', '.join(lines)}"])
+        if "data" in changes and not data_changes:  # evaluations before and after are on the same images
+            run.facts["moved_from"] = [*run.facts.get("moved_from", []), changes["data"][0]]
         run.id = run.id or secrets.token_hex(8)
         run.facts["images"] = len(run.source("train"))
         run.save()

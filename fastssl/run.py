@@ -8,6 +8,7 @@ reconstructions/     reconstructed images at each evaluation, of methods that re
 tensorboard/         the metrics for TensorBoard
 profile/             time of each part of a step (--profile)
 data.npz             fingerprint of the training images (data/fingerprint.py)
+held-out.npz         that of the held-out images
 run.lock             held by the process that trains (train/lock.py)
 bad_files.txt        images that could not be decoded, if there are any
 skipped-RANK.jsonl   steps with a loss or gradient that was not finite, and their images
@@ -19,6 +20,8 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import fastssl.methods
-from fastssl.bounds import NOT_NEGATIVE
+from fastssl.bounds import NOT_NEGATIVE, Range, check_ranges
 from fastssl.data.augmentation import Augmentation, evaluation, multi_crop
 from fastssl.data.source import Source, expand_user, open_source
 from fastssl.files import write_atomically
@@ -46,6 +49,7 @@ PATH_SOURCES = ("folder", "webdataset", "arrays", "idx", "cifar10", "cifar100") 
 OBJECTS = "python"  # stands for the source's name where the sources were given as Python objects
 AUGMENTATIONS = {"multi_crop": multi_crop, "evaluation": evaluation}  # augmentations that belong to no method
 EVALUATIONS = {"evaluation": str, "step": int, "accuracy": float}  # fields of every line of evaluations.jsonl
+WORKERS = Range(0, 1024)  # more processes than any machine has cores for would only fill its memory
 SMALL = 64  # largest side in pixels for which the preset `small` is the default
 Sources = tuple[Source, Source]  # training and held-out split
 
@@ -61,7 +65,7 @@ def method_module(name: str) -> ModuleType:
     Raises:
         ValueError: the method is unknown, cannot be imported, or has no `Config` and `build(config)` (see contract.py).
     """
-    if "." not in name:
+    if "." not in name or not all(part.isidentifier() for part in name.split(".")):
         if name not in method_names():
             raise ValueError(
                 f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}, or your own module: "
@@ -133,7 +137,7 @@ class Options:
     """folder of the run; runs/METHOD-DATA by default"""
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """random seed of initial weights, order, augmentations and masks"""
-    workers: Annotated[int | None, NOT_NEGATIVE] = None
+    workers: Annotated[int | None, WORKERS] = None
     """processes (dali: threads) that load data; by default a quarter of the cores, or up to 8 with a GPU"""
     engine: str = "auto"
     """loader engine: torchvision, dali, or auto (dali on a GPU if it is installed)"""
@@ -265,16 +269,33 @@ class Run:
             return self.options.data
         return absolute_data(data) if isinstance(data, str) else sources_name(data)
 
+    def is_own(self, data: str) -> bool:
+        """Whether this names the run's data, or the same images where they lay before they were moved."""
+        moved = self.facts.get("moved_from", [])
+        return data == self.options.data or (isinstance(moved, list) and data in moved)
+
     # The method
 
     def build(self) -> nn.Module:
-        """The method with fresh weights."""
-        return method_module(self.method_name).build(self.config)
+        """The method with fresh weights.
+
+        Raises:
+            ValueError: an option does not fit the method, or the model is too large for the memory.
+        """
+        try:
+            return method_module(self.method_name).build(self.config)
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if isinstance(error, RuntimeError) and not re.search("alloc|overflow", reason, re.IGNORECASE):
+                raise
+            raise ValueError(
+                f"{self.short_name}: a model of these sizes cannot be built, it is too large ({reason})"
+            ) from error
 
     def load(self) -> nn.Module:
         """The method with the weights of the newest checkpoint, in evaluation mode, on the CPU."""
         state, method = self.state(), self.build()
-        load_model(method, state)
+        checkpoint.load_model(method, state)
         return method.eval()
 
     def encoder(self) -> nn.Module:
@@ -432,44 +453,31 @@ def open_run(folder: str | Path) -> Run:
 
     Raises:
         ValueError: the folder has no config.json, or it does not fit this version of fastssl: it is damaged, a value
-            has another type, or a field is unknown.
+            has another type or is out of range, or a field is unknown.
     """
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"run: {folder} is not a run folder: it has no config.json")
+    owner = f"run: {path} does not fit this version of fastssl"
     try:
         record = json.loads(path.read_text())
-        method_name, facts, run_id = record["method"], record.get("facts", {}), record.get("id", "")
-        if not (isinstance(method_name, str) and isinstance(facts, dict) and isinstance(run_id, str)):
-            raise TypeError("method, facts or id has another type")
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"run: {path} does not fit this version of fastssl ({error})") from error
-    owner = f"run: {path} does not fit this version of fastssl"
-    options = from_json(Options, record.get("options"), owner)
-    config = from_json(method_module(method_name).Config, record.get("config"), owner)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{owner} ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{owner} (it must be an object, got {reprlib.repr(record)})")
+    if unknown := set(record) - {"method", "id", "options", "config", "facts"}:
+        raise ValueError(f"{owner}: unknown field {reprlib.repr(min(unknown))}")
+    if missing := [name for name in ("method", "options", "config") if name not in record]:
+        raise ValueError(f"{owner}: it lacks {missing[0]}")
+    method_name, facts, run_id = record["method"], record.get("facts", {}), record.get("id", "")
+    if not (isinstance(method_name, str) and isinstance(facts, dict) and isinstance(run_id, str)):
+        raise ValueError(f"{owner} (method, facts or id has another type)")
+    options = from_json(Options, record["options"], owner)
+    config = from_json(method_module(method_name).Config, record["config"], owner)
+    for part in (options, config):
+        check_ranges(part, owner)
     return Run(folder, method_name, options, config, facts, run_id)
-
-
-def load_model(method: nn.Module, state: dict[str, Any]) -> None:
-    """Loads the weights of a checkpoint.
-
-    Raises:
-        ValueError: they do not fit the method, or a weight is not finite.
-    """
-    checkpoint.load_model(method, state)
-    check_finite(method, f"run: the checkpoint of step {state['step']}")
-
-
-def check_finite(method: nn.Module, owner: str) -> None:
-    """Checks that all weights and statistics are finite.
-
-    Raises:
-        ValueError: one is not; the sentence begins with `owner` and names it.
-    """
-    for name, x in (*method.named_parameters(), *method.named_buffers()):
-        if x.is_floating_point() and not x.isfinite().all():
-            raise ValueError(f"{owner}: {name} is not finite")
 
 
 def sources_name(data: Sources) -> str:

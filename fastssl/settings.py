@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Iterator
@@ -60,10 +61,12 @@ def from_json(cls: type, values: Any, owner: str) -> Any:
         ValueError: a field is unknown or missing, or a value is not of its type.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{owner}: {cls.__name__} must be an object with a value for each option, got {values!r}")
+        raise ValueError(
+            f"{owner}: {cls.__name__} must be an object with a value for each option, got {reprlib.repr(values)}"
+        )
     hints = typing.get_type_hints(cls)
     if unknown := set(values) - set(hints):
-        raise ValueError(f"{owner}: unknown field {sorted(unknown)[0]!r}")
+        raise ValueError(f"{owner}: unknown field {reprlib.repr(min(unknown))}")
     fields = {
         name: from_json(hints[name], value, owner)
         if dataclasses.is_dataclass(hints[name])
@@ -108,8 +111,8 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
     """The value in the type of a field."""
     try:
         return _as_type(value, hint)
-    except TypeError:
-        raise ValueError(f"{what} must be {_describe(hint)}, got {value!r}") from None
+    except (TypeError, OverflowError):
+        raise ValueError(f"{what} must be {_describe(hint)}, got {reprlib.repr(value)}") from None
 
 
 def _as_type(value: Any, hint: Any) -> Any:

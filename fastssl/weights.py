@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastssl.files import write_atomically
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.text import printable
 from fastssl.weight_names import (
@@ -44,6 +45,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "vicreg": ("model", "module."),
 }
 FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS)
+LONGEST_NAME = 200  # characters of a name that an error shows
 # Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
 HEADS = (
     *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head."),
@@ -80,12 +82,13 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
         save_file(state, path, {"format": "pt", "architecture": arch})
         return path
     path = path.with_name(f"{path.name}.pth")
+    content: dict[str, Any] = state  # torchvision
     if layout in REFERENCE_FORMATS:
         key, prefix = REFERENCE_FORMATS[layout]
-        file = {"arch": arch} if key == "state_dict" else {}
-        torch.save({**file, key: {f"{prefix}{name}": x for name, x in state.items()}}, path)
-    else:  # torchvision
-        torch.save(state, path)
+        content = {key: {f"{prefix}{name}": x for name, x in state.items()}}
+        content |= {"arch": arch} if key == "state_dict" else {}
+    with write_atomically(path, "wb") as file:  # an earlier file stays whole when the disk is full
+        torch.save(content, file)
     return path
 
 
@@ -377,7 +380,9 @@ def _is_optional(name: str) -> bool:
 
 def _first(names: set[str] | list[str]) -> str:
     """The first name in alphabetical order, and the number of others."""
-    return printable(min(names)) + (f" and {len(names) - 1} more names" if len(names) > 1 else "")
+    first = min(names)
+    first = first if len(first) <= LONGEST_NAME else f"{first[:LONGEST_NAME]}…"
+    return printable(first) + (f" and {len(names) - 1} more names" if len(names) > 1 else "")
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:

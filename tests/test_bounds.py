@@ -42,7 +42,7 @@ class Settings:
         ({"betas": (0.9, 1.0)}, "--betas must be at least 0 and below 1, got 0.9 1.0"),
         ({"workers": -2}, "--workers must be at least 0, got -2"),
         ({"workers": 1.5}, "--workers must be a whole number, got 1.5"),
-        ({"workers": 2**63}, f"--workers must be at least 0, got {2**63}"),
+        ({"workers": 2**63}, f"--workers must be at least 0 and below 2**63, got {2**63}"),
         ({"kind": "c"}, "--kind must be a or b, got 'c'"),
         ({"kinds": ("a", "c")}, "--kinds must be a or b, got 'c'"),
         ({"inner": Inner(0)}, "--count must be at least 1, got 0"),

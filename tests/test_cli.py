@@ -40,6 +40,7 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
     written = {
         "config.json",
         "data.npz",
+        "held-out.npz",
         "run.lock",
         "metrics.jsonl",
         "checkpoints",
@@ -136,7 +137,7 @@ def test_a_folder_with_a_bad_image_trains_to_the_end(monkeypatch, capsys, tmp_pa
     data, folder = pictures(tmp_path / "data", 200, bad=1), tmp_path / "run"
     run(monkeypatch, "pretrain", "mae", "--preset", "small", "--data", data, "--folder", folder, *FAST)
     assert "1 of 160 images could not be decoded" in capsys.readouterr().out
-    assert "000.png: no image format that Pillow supports" in (folder / "bad_files.txt").read_text()
+    assert "000.png: no JPEG, PNG, WEBP" in (folder / "bad_files.txt").read_text()
 
 
 def test_too_many_bad_images_stop_the_run(monkeypatch, tmp_path):

@@ -241,6 +241,19 @@ def test_a_missing_rank_0_and_a_port_in_use(monkeypatch):
         distributed._meet(launch)
 
 
+def test_a_machine_that_there_is_not_is_named_at_once(monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ValueError) as error:
+        distributed._meet(Launch(BY_HAND, 1, 2, 1, 2, "no.such\nhost", 29500))
+    assert str(error.value) == (
+        r"distributed: rank 1 of 2 knows no machine 'no.such\nhost': set MASTER_ADDR to the name or number of the "
+        "machine of rank 0"
+    )
+
+
 def test_the_gpu_of_a_process():
     def index(local_rank, count, restricted=False, launcher="srun"):
         return distributed.gpu_index(Launch(launcher, 5, 8, local_rank, 4, "a", 1), count, restricted)

@@ -141,6 +141,11 @@ REFUSED = {
         {**HAND, **MASTER, "MASTER_PORT": "tcp"},
         "distributed: MASTER_PORT must be a number, got 'tcp'",
     ),
+    "a port that there is not": (
+        {**HAND, **MASTER, "MASTER_PORT": "99999"},
+        "distributed: MASTER_PORT must be from 1 to 65535, got 99999",
+    ),
+    "a world of none": ({**HAND, "WORLD_SIZE": "0"}, "distributed: WORLD_SIZE must be at least 1, got 0"),
     "mpirun on several machines": (
         {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"},
         "distributed: mpirun started 8 processes on several machines: set MASTER_ADDR to the machine of rank 0 (mpirun "

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "report": {*VALUES, "extras", "run", "ops", "data", "train.records", "eval"},
     # `Run` calls evaluation, pretraining, report and weights inside its methods; they import `Run`
     "run": {*VALUES, "extras", "settings", "methods", "data", "eval.labels", "train", *RUN_ACTIONS},
-    "evaluation": {*VALUES, "settings", "run", "data", "eval", "machine", "distributed"},
+    "evaluation": {*VALUES, "settings", "run", "data", "eval", "machine", "distributed", "train.checkpoint"},
     "preparation": {*VALUES, "extras", "run", "data", "machine", "train", "weights", "distributed"},
     "pretraining": {
         *VALUES,

@@ -6,10 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastssl
 from fastssl.evaluation import finetune_defaults, linear_defaults
 from fastssl.methods import mae
+from fastssl.report.run_data import RunData
 from fastssl.train import checkpoint
 from fastssl.train.lock import Lock
 from tests.support import toy_method
@@ -115,6 +117,24 @@ def test_a_folder_that_holds_somebodys_files_is_refused(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_checkpoints_that_could_not_be_written_are_refused_before_the_first_step(tmp_path, resume):
+    folder = tmp_path / "run"
+    fastssl.pretrain(METHOD, DATA, folder=folder, epochs=1, **FAST)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").touch()
+    (folder / "metrics.jsonl").unlink()
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(
+        ValueError, match=r"^pretrain: .*run/checkpoints is no folder that can be written: move it away$"
+    ):
+        if resume:
+            fastssl.pretrain(resume=folder, epochs=2)
+        else:
+            fastssl.pretrain(METHOD, DATA, folder=folder, epochs=1, **FAST)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 # Resumed runs
 
 
@@ -148,6 +168,58 @@ def test_a_shrunk_folder_is_not_done(tmp_path):
     assert lines(folder)[9:] == [(10, 2.0), (11, 2.5), (12, 3.0)]
     steps = [checkpoint._step_of(path) for path in checkpoint.files(folder / "checkpoints")]
     assert steps == [5, 10, 12]  # those that were kept for good stay
+
+
+def test_other_held_out_images_are_named_and_do_not_stop_a_run(tmp_path, capsys):
+    folder, train = tmp_path / "run", images(48)[0]
+    fastssl.pretrain(toy_method, (train, Images(16)), folder=folder, epochs=1, **FAST)
+    resumed = fastssl.pretrain(resume=folder, data=(train, Images(20)), epochs=2)
+    said = 'data: held-out images: 4 added ("train 16", "train 17", "train 18", …)'
+    assert said in capsys.readouterr().out and said in resumed.facts["changed"]
+    fastssl.pretrain(resume=folder, data=(train, Images(20)), epochs=3)
+    assert "held-out images" not in capsys.readouterr().out
+
+
+def test_a_moved_folder_is_named_anew(tmp_path, monkeypatch, capsys):
+    """The path is relative when the run starts, and stored absolute: another working directory changes nothing."""
+    for number in range(32):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(Brightness("train").read(number)).save(path)
+    monkeypatch.chdir(tmp_path)
+    run_folder = fastssl.pretrain(METHOD, "folder:photos", folder="run", epochs=1, **FAST).folder.absolute()
+    assert fastssl.open_run(run_folder).options.data == f"folder:{tmp_path}/photos"
+    monkeypatch.chdir("/")
+    fastssl.pretrain(resume=run_folder, epochs=2)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=rf"^data: .*{tmp_path}/photos"):
+        fastssl.pretrain(resume=run_folder, epochs=3)
+    monkeypatch.chdir(tmp_path)
+    moved = fastssl.pretrain(resume=run_folder, data="folder:moved", epochs=3)
+    assert moved.options.data == f"folder:{tmp_path}/moved"
+    assert [line["epoch"] for line in moved.metrics()] == [1, 2, 3]
+    assert "untrained encoder" in capsys.readouterr().out.splitlines()[-2]  # the curve goes on from before
+    assert [epoch for epoch, _ in RunData(moved, "run", "red").knn()[0]] == [0, 1, 2, 3]
+
+
+def test_a_model_too_large_for_any_memory(tmp_path):
+    for dim in (10**13, 2**62):
+        with pytest.raises(
+            ValueError, match=r"^toy_method: a model of these sizes cannot be built, it is too large \("
+        ):
+            fastssl.pretrain(METHOD, DATA, folder=tmp_path / "run", **{**FAST, "dim": dim})
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_a_run_folder_are_escaped(trained, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(trained.folder, tmp_path / "a\n\x1b[2J")
+    run(monkeypatch, "pretrain", "--resume", folder, "--epochs", 2)
+    run(monkeypatch, "eval", "knn", folder, "--k", 3)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "pretrain", "--resume", folder / "none")
+    shown = capsys.readouterr().out
+    assert r"a\n\x1b[2J" in shown and "\x1b" not in shown
+    assert str(stopped.value).isprintable()
 
 
 def test_lost_checkpoints_do_not_erase_the_metrics(tmp_path):
@@ -219,18 +291,27 @@ def test_milestones_of_a_run_bound_its_epochs(tmp_path):
 
 
 CONFIGS = [
-    (("options", "seed"), -1, r"^pretrain: --seed must be at least 0, got -1$"),
+    (("options", "seed"), -1, r"config\.json does not fit this version of fastssl: --seed must be at least 0, got -1$"),
     (("options", "seed"), "0", r"--seed must be an integer, got '0'$"),
     (("options", "execution"), None, r"Execution must be an object with a value for each option, got None$"),
-    (("options", "execution", "log_every"), 0, r"^pretrain: --log-every must be at least 1, got 0$"),
+    (("options", "execution", "log_every"), 0, r": --log-every must be at least 1, got 0$"),
     (("options", "workers"), 1.5, r"--workers must be an integer or None, got 1\.5$"),
     (("config", "dim"), [4], r"--dim must be an integer, got \[4\]$"),
     (("config", "image_size"), [32], r"--image-size must be a tuple of int, int, got \[32\]$"),
     (("config", "training", "epochs"), 2.5, r"--epochs must be an integer, got 2\.5$"),
-    (("config", "training", "lr"), float("nan"), r"^pretrain: --lr must be at least 0, got nan$"),
-    (("config", "training", "betas"), [0.9, 2], r"^pretrain: --betas must be at least 0 and below 1, got 0\.9 2\.0$"),
-    (("config", "training", "optimizer"), "adam", r"--optimizer must be adamw or sgd or lars or lars_simclr or larc, got 'adam'$"),
+    (("config", "training", "lr"), float("nan"), r": --lr must be at least 0, got nan$"),
+    (("config", "training", "betas"), [0.9, 2], r": --betas must be at least 0 and below 1, got 0\.9 2\.0$"),
+    (
+        ("config", "training", "optimizer"),
+        "adam",
+        r"--optimizer must be adamw or sgd or lars or lars_simclr or larc, got 'adam'$",
+    ),
     (("config", "training"), [], r"Training must be an object with a value for each option, got \[\]$"),
+    (("config", "training", "lr"), 10**400, r"--lr must be a number, got 1000"),
+    (("options", "workers"), 10**18, r"--workers must be at least 0 and at most 1024, got 1000000000000000000$"),
+    (("options", "keep_every"), 3, r"config\.json does not fit this version of fastssl: unknown field 'keep_every'$"),
+    (("method",), "../mae", r"^pretrain: unknown method '\.\./mae', there are "),
+    (("comment",), "", r"config\.json does not fit this version of fastssl: unknown field 'comment'$"),
     (("facts",), [], r"\(method, facts or id has another type\)$"),
     (("method",), 3, r"\(method, facts or id has another type\)$"),
     (("id",), None, r"\(method, facts or id has another type\)$"),
@@ -290,6 +371,20 @@ def test_where_an_export_cannot_be_written(trained, monkeypatch, tmp_path):
             SystemExit, match=r"^fastssl: export: /proc/self/weights cannot be written \(.*\): name a f"
         ):
             run(monkeypatch, "export", trained.folder, "--format", layout, "--to", "/proc/self/weights")
+
+
+def test_an_export_that_fails_keeps_the_file_before_it(trained, tmp_path, monkeypatch):
+    path = trained.export("torchvision", tmp_path / "weights")
+    before = path.read_bytes()
+
+    def fail(content, file):
+        file.write(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(ValueError, match=r"^export: .*weights cannot be written \(No space left on device\): name a"):
+        trained.export("torchvision", tmp_path / "weights")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_ids_tell_runs_apart(trained, tmp_path):

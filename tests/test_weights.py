@@ -461,3 +461,10 @@ def test_counts_must_be_whole_numbers_and_may_be_missing(tmp_path):
     old = {name: x for name, x in state.items() if not name.endswith("num_batches_tracked")}
     torch.save(old, path)  # as files of torch before 0.4.1
     load_weights(method, path)
+
+
+def test_a_name_of_a_weight_is_shown_in_part(tmp_path):
+    torch.save({"x" * 100_000: torch.ones(1)}, tmp_path / "long.pth")
+    with pytest.raises(ValueError) as error:
+        load_weights(mae.build(mae.Config.small()), tmp_path / "long.pth", encoder_only=True)
+    assert str(error.value) == f"weights: {tmp_path}/long.pth has no weights of a ViT, but {'x' * 200}…"

@@ -5,7 +5,7 @@ import sys
 
 import fastssl
 from fastssl.extras import MissingExtra, need, need_train
-from fastssl.text import escape_what_cannot_be_encoded
+from fastssl.text import escape_what_cannot_be_encoded, printable
 
 COMMANDS = {  # command: module of fastssl.cli, imported when the command runs
     "pretrain": "pretrain",
@@ -22,7 +22,7 @@ HELP = """fastssl {version} · fast self-supervised visual pretraining
 
   fastssl pretrain METHOD --data SOURCE    pretrain on unlabelled images
   fastssl pretrain --resume RUN            continue a run; some options can change, such as --epochs 200
-  torchrun --nproc-per-node N -m fastssl pretrain METHOD …    pretrain on several GPUs or processes
+  torchrun --nproc-per-node N -m fastssl pretrain METHOD …    on several GPUs or processes; srun and mpirun work, too
   fastssl eval knn RUN                     accuracy of the features by nearest neighbours; also linear, finetune
   fastssl embed RUN SOURCE --out FILE      features of images, as .npz or .parquet
   fastssl report RUN [RUN ...]             self-contained report.html of a run, or of several side by side
@@ -55,7 +55,7 @@ def main() -> None:
     except (ValueError, OSError, MissingExtra) as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(f"fastssl: {error}")
+        sys.exit(f"fastssl: {printable(error)}")
 
 
 def _run(words: list[str]) -> None:

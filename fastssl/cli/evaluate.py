@@ -7,6 +7,7 @@ from fastssl import distributed, evaluation
 from fastssl.eval.labels import Accuracy
 from fastssl.run import SMALL, Run
 from fastssl.settings import flatten
+from fastssl.text import printable
 
 from .flags import first_pass, parse_for_run
 
@@ -71,7 +72,7 @@ def _knn(words: list[str]) -> None:
     accuracies = run.knn(flags.k, flags.tau, flags.data, flags.device)
     results = " · ".join(f"k={k} {accuracy:.1%}" for k, accuracy in accuracies.items())
     if distributed.rank() == 0:
-        print(f"kNN accuracy of {run.folder} on {run.data_name(flags.data)}: {results}")
+        print(printable(f"kNN accuracy of {run.folder} on {run.data_name(flags.data)}: {results}"))
 
 
 def _linear(words: list[str]) -> None:
@@ -129,4 +130,5 @@ def _print_accuracy(name: str, run: Run, accuracy: Accuracy | None, flags: Any, 
     details += [f"{flags.labels:.3g} of the labels"] if flags.labels < 1 else []
     detail_text = f" ({', '.join(details)})" if details else ""
     data = run.data_name(flags.data)
-    print(f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{detail_text}", flush=True)
+    text = f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{detail_text}"
+    print(printable(text), flush=True)

@@ -7,6 +7,7 @@ not depend on where the data lies. A file holds 16 bytes for each image, the nam
 
 import hashlib
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -87,9 +88,11 @@ def read_fingerprint(path: Path) -> Fingerprint | None:
     Raises:
         ValueError: the file is damaged.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
+        if not path.is_file() or not zipfile.is_zipfile(path):  # opening a pipe would wait for ever
+            raise ValueError("it is no file of that kind")
         with np.load(path, allow_pickle=False) as arrays:
             columns = {name: arrays[name] for name in ("hashes", "labels", "shards", "examined", "content")}
             classes = json.loads(zlib.decompress(arrays["classes"].tobytes()))

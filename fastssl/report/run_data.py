@@ -90,7 +90,7 @@ class RunData:
 
         Of several k and τ the most frequent pair is taken.
         """
-        lines = [e for e in self.evaluations if e.get("data", self.run.options.data) == self.run.options.data]
+        lines = [e for e in self.evaluations if self.run.is_own(e.get("data", self.run.options.data))]
         curve, raw = ([e for e in lines if e["evaluation"] == kind] for kind in ("knn", "knn of raw pixels"))
         if curve:
             most_frequent = Counter((e.get("k"), e.get("tau")) for e in curve).most_common(1)[0][0]

@@ -108,7 +108,10 @@ class Checkpoints:
         old = [path for path in earlier[: len(earlier) + 1 - self.keep_last] if not self.keep(_step_of(path))]
         same_step = [path for path in self.folder.glob(f"{written.name.split('.')[0]}.*.pt") if path != written]
         for path in (*old, *same_step, *self.folder.glob("step-*.writing")):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # the new file is on disk: that an old one stays must not end the run
+                print(f"checkpoint: {path} could not be deleted ({error.strerror or error})", flush=True)
 
     def _newest(self) -> str:
         """End of an error sentence: the checkpoint to return to."""
@@ -199,7 +202,52 @@ def _load_intact(path: Path, needed: tuple[str, ...]) -> tuple[dict[str, Any], s
         return {}, "holds something else than a checkpoint"
     if missing := [name for name in needed if name not in state]:
         return {}, f"is no checkpoint of a run: it lacks {missing[0]}"
+    if wrong := [name for name, is_right in PARTS.items() if name in state and not is_right(state[name])]:
+        return {}, f"is no checkpoint of a run: its {wrong[0]} is something else"
     return state, ""
+
+
+def _is_optimizer(part: Any) -> bool:
+    """Whether this has the form of an optimizer's state; whether it fits is known when it is loaded."""
+    if not (isinstance(part, dict) and isinstance(part.get("state"), dict)):
+        return False
+    groups, states = part.get("param_groups"), part["state"].values()
+    return (
+        isinstance(groups, list)
+        and all(isinstance(group, dict) and _are(int, group.get("params")) for group in groups)
+        and _are(int, list(part["state"]))
+        and all(isinstance(values, dict) and _are(Tensor, list(values.values())) for values in states)
+    )
+
+
+def _are_random(part: Any) -> bool:
+    """Whether this holds the result of `random_state` for each rank."""
+    size = torch.get_rng_state().shape
+    return (
+        _are(dict, part)
+        and len(part) > 0
+        and all({"cpu", "cuda"} <= set(rank) for rank in part)
+        and all(_is_bytes(rank["cpu"]) and rank["cpu"].shape == size for rank in part)
+        and all(rank["cuda"] is None or _is_bytes(rank["cuda"]) for rank in part)
+    )
+
+
+def _is_bytes(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.dtype == torch.uint8
+
+
+def _are(kind: type, part: Any) -> bool:
+    return isinstance(part, list) and all(isinstance(x, kind) and not isinstance(x, bool) for x in part)
+
+
+PARTS: dict[str, Callable[[Any], bool]] = {  # parts of a checkpoint, and what they must be
+    "method": lambda part: isinstance(part, str),
+    "step": lambda part: _are(int, [part]),
+    "epochs": lambda part: _are(int, part) and len(part) == 3 and part[0] > 0,
+    "random": _are_random,
+    "scaler": lambda part: isinstance(part, dict) and all(isinstance(x, int | float) for x in part.values()),
+    "optimizer": _is_optimizer,
+}
 
 
 def _misfit(state: dict[str, Any], step: int, method_name: str, run_id: str) -> str:
@@ -217,13 +265,23 @@ def load_model(method: nn.Module, state: dict[str, Any]) -> None:
     """Load the weights of a checkpoint.
 
     Raises:
-        ValueError: names or shapes do not fit the method.
+        ValueError: names, shapes or kinds of numbers do not fit the method, or a weight is not finite.
     """
+    checkpoint, own = f"checkpoint: that of step {state['step']}", method.state_dict()
+    for name, x in state["model"].items():
+        expected = own.get(name)
+        if not (isinstance(x, Tensor) and isinstance(expected, Tensor)):
+            continue
+        if x.dtype != expected.dtype:  # torch would convert them without a word, complex numbers too
+            kinds = f"{name} has numbers of {x.dtype}, not of {expected.dtype}"
+            raise ValueError(f"{checkpoint} does not fit the method: {printable(kinds)}")
+        if x.is_floating_point() and not x.isfinite().all():
+            raise ValueError(f"{checkpoint} cannot be used: {printable(name)} is not finite")
     try:
         method.load_state_dict(state["model"])
     except (RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"checkpoint: that of step {state['step']} does not fit the method: {reason}") from error
+        reason = printable(str(error).splitlines()[-1].strip())
+        raise ValueError(f"{checkpoint} does not fit the method: {reason}") from error
 
 
 def _step_of(path: Path) -> int:

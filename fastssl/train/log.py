@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -164,6 +165,9 @@ class Log:
     def _open_metrics(self, first_step: int) -> None:
         path = self.folder / "metrics.jsonl"
         drop_lines_after(path, first_step)
+        last = max((record["step"] for record in read_metrics(path)), default=0)
+        if last < first_step:  # a checkpoint is written after the line of its step
+            print(f"{path} has no lines of the steps {last + 1} to {first_step}: they have been lost", flush=True)
         file = path.open("a", buffering=1)  # by lines
         self._sinks.append(lambda record: file.write(json.dumps(record) + "\n"))
         self._closers.append(file.close)
@@ -226,5 +230,5 @@ def _scalar_sink(add_scalar: Callable[[str, float, int], object]) -> Callable[[d
 
 def drop_lines_after(path: Path, step: int) -> None:
     """Drop records that a killed run wrote after its last checkpoint; the resumed run writes them again."""
-    if path.exists():
+    if os.path.lexists(path):
         rewrite_records(path, lambda record: record["step"] <= step)

@@ -73,13 +73,39 @@ def full_state(state: Any) -> Any:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the whole state of an optimizer; state of sharded parameters is sharded like them."""
+    """Load the whole state of an optimizer; state of sharded parameters is sharded like them.
+
+    Hyperparameters are those of `optimizer`, which the run's configuration has made, not those in `state`.
+
+    Raises:
+        ValueError: the state does not fit the parameters.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in own] != [group["params"] for group in state["param_groups"]]:
+        raise ValueError("its groups of parameters are others")
+    _check_moments(optimizer, parameters, state["state"])
     sharded = {
         number: tree_map_only(Tensor, functools.partial(_shard_like, parameters[number]), values)
         for number, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": sharded})
+    optimizer.load_state_dict({"param_groups": own, "state": sharded})
+
+
+def _check_moments(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], state: dict[int, dict[str, Tensor]]
+) -> None:
+    """Check that what the optimizer keeps of each parameter has its shape."""
+    if not state:
+        raise ValueError("it holds no state of any parameter")
+    needed = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("momentum_buffer",)
+    for number, values in state.items():
+        if not 0 <= number < len(parameters):
+            raise ValueError(f"it holds state of parameter {number} of {len(parameters)}")
+        for name in needed:
+            x, shape = values.get(name), torch.Size() if name == "step" else parameters[number].shape
+            if x is None or x.shape != shape or not x.is_floating_point():
+                raise ValueError(f"{name} of parameter {number} is missing or of another shape")
 
 
 def _shard_like(parameter: Tensor, x: Tensor) -> Tensor:

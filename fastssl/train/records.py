@@ -4,9 +4,12 @@ A line that holds no record (blank, garbage, other JSON) is passed over, named, 
 beginning of a record that a kill left at the end of a file is dropped without a word: a resumed run writes it again.
 """
 
+import contextlib
+import fcntl
 import json
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,9 @@ def read_records(path: Path, needed: dict[str, type] = STEPS) -> list[dict]:
     Args:
         path: the file.
         needed: fields that a record must have, and their types; a float is finite, and may be written as an integer.
+
+    Raises:
+        ValueError: something else than a regular file has this name.
     """
     lines = _lines(path)
     records = [_record(line, needed) for line in lines]
@@ -38,20 +44,38 @@ def read_records(path: Path, needed: dict[str, type] = STEPS) -> list[dict]:
 def rewrite_records(
     path: Path, keep: Callable[[dict], bool], new: Iterable[dict] = (), needed: dict[str, type] = STEPS
 ) -> None:
-    """Replace the records for which `keep` is false by `new` ones at the end; other lines stay where they are."""
-    read_records(path, needed)  # names the lines without a record
-    kept = []
-    for line in _lines(path):
-        record = _record(line, needed)
-        if keep(record) if record is not None else not _is_torn(line):
-            kept.append(line.removesuffix(b"\n") + b"\n")
-    with write_atomically(path, "wb") as file:
-        file.writelines((*kept, *(json.dumps(record).encode() + b"\n" for record in new)))
+    """Replace the records for which `keep` is false by `new` ones at the end; other lines stay where they are.
+
+    Processes that rewrite files of one folder, such as two evaluations of a run, wait for each other.
+    """
+    with _exclusive(path.parent):
+        read_records(path, needed)  # names the lines without a record
+        kept = []
+        for line in _lines(path):
+            record = _record(line, needed)
+            if keep(record) if record is not None else not _is_torn(line):
+                kept.append(line.removesuffix(b"\n") + b"\n")
+        with write_atomically(path, "wb") as file:
+            file.writelines((*kept, *(json.dumps(record).encode() + b"\n" for record in new)))
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Context that one process at a time is in; the lock of the folder itself needs no other file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _lines(path: Path) -> list[bytes]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
+    if not path.is_file():  # a folder, or a pipe, which would be waited for
+        raise ValueError(f"{path} is no regular file: put the run's own back, or move it away")
     with path.open("rb") as file:
         return file.readlines()
 

@@ -11,6 +11,7 @@ from torch.profiler import record_function
 from fastssl.bounds import check_ranges
 from fastssl.contract import Batch, DefersUpdates, Method, SchedulesMomentum
 from fastssl.distributed import all_gather_object, rank, world_size
+from fastssl.text import printable
 
 from .checkpoint import load_model, random_state, set_random_state
 from .clipping import clip_parameter_norms
@@ -85,11 +86,8 @@ class Trainer:
         if execution.graph:
             self.use_graph()
         if state:
-            _load_optimizer(self.optimizer, state)
-            self.scaler.load_state_dict(state["scaler"])
+            _load_state(self.optimizer, self.scaler, state)
             self.steps = state["step"]
-            if len(state["random"]) == world_size():  # else each rank continues with a random state of its own
-                set_random_state(state["random"][rank()])
 
     @property
     def progress(self) -> float:
@@ -209,12 +207,20 @@ class Trainer:
         return norm
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _load_state(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, state: dict[str, Any]) -> None:
+    """Load what a checkpoint holds beside the weights."""
     try:
+        part = "optimizer"
         load_optimizer(optimizer, state["optimizer"])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        part = "loss scale"
+        scaler.load_state_dict(state["scaler"])
+        part = "random state"
+        if len(state["random"]) == world_size():  # else each rank continues with a random state of its own
+            set_random_state(state["random"][rank()])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        reason = printable(str(error).splitlines()[0])
         raise ValueError(
-            f"train: the optimizer of the checkpoint of step {state['step']} does not fit the method ({error})"
+            f"train: the {part} of the checkpoint of step {state['step']} does not fit the method ({reason})"
         ) from error
 
 

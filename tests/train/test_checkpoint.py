@@ -171,7 +171,8 @@ FOREIGN = {
     "a tensor": (torch.zeros(3), "holds something else than a checkpoint"),
     "a list": ([1, 2], "holds something else than a checkpoint"),
     "weights alone": ({"model": {}}, "is no checkpoint of a run: it lacks method"),
-    "steps as text": ({**state(9), "step": "9\n"}, "is of step 9\\n, not of the step in its name"),
+    "steps as text": ({**state(9), "step": "9\n"}, "is no checkpoint of a run: its step is something else"),
+    "another step": (state(8), "is of step 8, not of the step in its name"),
 }
 
 
