@@ -270,7 +270,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     refused(monkeypatch, "data: --rows must be at least 1, got 0", "data", "show", "shapes", "--rows", "0")
     show, bench = ("data", "show", "shapes"), ("bench", "--data", "shapes")
     refused(monkeypatch, "data: --image-size must be at least 1, got -4 8", *show, "--image-size", "-4", "8")
-    refused(monkeypatch, f"data: --seed must be at least 0, got {10**23}", *show, "--seed", 10**23)
+    refused(monkeypatch, f"data: --seed must be at least 0 and below 2**63, got {10**23}", *show, "--seed", 10**23)
     refused(monkeypatch, "bench: --batch-size must be at least 1, got 0", *bench, "--batch-size", 0)
     refused(monkeypatch, "bench: --workers must be at least 0, got -1", *bench, "--workers", -1)
     refused(monkeypatch, "bench: --seconds must be at least 0, got nan", *bench, "--seconds", "nan")
