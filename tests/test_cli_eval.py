@@ -298,8 +298,8 @@ def test_a_split_without_labels_is_named(monkeypatch, tmp_path, pretrained, caps
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / path)
     sentence = (
-        f"eval: the held-out split of folder:{tmp_path} has no labels to compare with, the other one has; the test "
-        "split val has no labels, unlike the training split: nothing can be evaluated"
+        f"eval: the held-out split of folder:{tmp_path} has no labels to compare with, the other one has; val: there "
+        "are no labels, as the images are in no folder: 2 of 2"
     )
     for command in ("knn", "linear", "finetune"):
         refused(monkeypatch, sentence, "eval", command, pretrained, "--data", f"folder:{tmp_path}")
