@@ -253,9 +253,9 @@ PARTS: dict[str, Callable[[Any], bool]] = {  # parts of a checkpoint, and what t
 def _misfit(state: dict[str, Any], step: int, method_name: str, run_id: str) -> str:
     """What makes an intact checkpoint not the run's own, or not that of its name; "" if nothing does."""
     if state["method"] != method_name:
-        return f"is of the method {printable(state['method'])}, not of {method_name}"
+        return f"is of the method {printable(state['method'])}, not of {printable(method_name)}"
     if run_id and state.get("run", run_id) != run_id:
-        return f"is of the run {printable(state['run'])}, not of this one ({run_id})"
+        return f"is of the run {printable(state['run'])}, not of this one ({printable(run_id)})"
     if state["step"] != step:
         return f"is of step {printable(state['step'])}, not of the step in its name"
     return ""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fastssl
+from fastssl.extras import MissingExtra
 from fastssl.run import Run
 from fastssl.train import checkpoint
 from tests.support import toy_method
@@ -252,13 +253,13 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def attempt(name: str, folder: Path) -> tuple[str, str]:
-    """(what was printed, the sentence of a refusal or ""). Any other exception than ValueError and OSError, and a
+    """(what was printed, the sentence of a refusal or ""). Any other exception than ValueError and MissingExtra, and a
     sentence of several lines or with control characters, is an error of fastssl."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), time_limit(LIMIT):
         try:
             ACTIONS[name](folder)
-        except ValueError as error:
+        except (ValueError, MissingExtra) as error:
             assert str(error).isprintable(), f"not one line: {error!r}"
             return printed.getvalue(), str(error)
     return printed.getvalue(), ""
