@@ -323,7 +323,6 @@ class Augmenter {
 void augment_(Tensor images, Tensor jitter, Tensor order, Tensor grey, Tensor sigma, Tensor solarize, Tensor flip,
               bool grey_first) {
   const int64_t batch = images.size(0), height = images.size(2), width = images.size(3);
-  if (images.numel() == 0) return;
   std::vector<Parameters> parameters(batch);
   for (int64_t b = 0; b < batch; ++b) {
     Parameters& image = parameters[b];
@@ -340,6 +339,7 @@ void augment_(Tensor images, Tensor jitter, Tensor order, Tensor grey, Tensor si
     image.solarize = parameter_at<bool>(solarize, b);
     image.flip = parameter_at<bool>(flip, b);
   }
+  if (images.numel() == 0) return;
   const Image first{data<uint8_t>(images), images.stride(1), images.stride(2), images.stride(3)};
   torch::stable::parallel_for(0, batch, grain(8 * 3 * height * width), [&](int64_t begin, int64_t end) {
     Augmenter augmenter(height, width);

@@ -45,6 +45,10 @@ def copied_all(arguments: Arguments) -> Arguments:
     return {name: copied(value) for name, value in arguments.items()}
 
 
+# Ops that document that values of their parameters are not checked: a hue of 1e30 turns means nothing.
+WITHOUT_CHECK_OF_VALUES = ("augment_",)
+
+
 def check(name: str, attack: str, arguments: Arguments, ours: Outcome, plain: Outcome) -> None:
     what = f"{name}, {attack}"
     if ours.refusal is not None:
@@ -57,9 +61,10 @@ def check(name: str, attack: str, arguments: Arguments, ours: Outcome, plain: Ou
     assert plain.refusal is None, f"{what}: accepted, but plain torch says {plain.refusal}"
     finite = all(x.is_meta or x.isfinite().all() for x in tensors_in(arguments))
     has_nan = any(x.isnan().any() for x in tensors_in(arguments) if not x.is_meta)
-    count = (
-        ours.forward if is_extreme(arguments) else len(ours.results)
-    )  # there gradients are differences of huge numbers
+    extreme = is_extreme(arguments)
+    if extreme and name in WITHOUT_CHECK_OF_VALUES:
+        return
+    count = ours.forward if extreme else len(ours.results)  # there gradients are differences of huge numbers
     for made, wanted in ((ours.results[:count], plain.results[:count]), (ours.written(), plain.written())):
         for i, (x, y) in enumerate(zip(made, wanted, strict=True)):
             if finite:
