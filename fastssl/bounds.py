@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fastssl.settings import flag
+
 LARGEST = 2.0**63  # smallest number too large for an int64; only an error about such a number mentions it
 
 
@@ -62,8 +64,7 @@ def check_ranges(values: Any, owner: str) -> None:
         elements = [x for x in (value if isinstance(value, tuple) else (value,)) if x is not None]
         problem = _out_of_range(elements, hint) or _no_choice(elements, hint)
         if problem:
-            flag = "--" + field.name.replace("_", "-")
-            raise ValueError(f"{owner}: {flag} must be {problem}")
+            raise ValueError(f"{owner}: {flag(field.name)} must be {problem}")
 
 
 def _out_of_range(elements: list, hint: Any) -> str | None:

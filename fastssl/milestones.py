@@ -9,6 +9,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from fastssl.settings import flag, flatten, replace_fields
+
 T = TypeVar("T")
 
 
@@ -34,7 +36,11 @@ def shorten(preset: T, epochs: Any) -> T:
     """
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         return preset
-    return _replace(preset, epochs, min(1.0, epochs / epochs_of(preset)))
+    scale = epochs / epochs_of(preset)
+    values: dict[str, Any] = {"epochs": epochs}
+    if scale < 1:
+        values |= {name: _scaled(value, scale) for name, value, is_milestone in _walk(preset) if is_milestone}
+    return replace_fields(preset, values)
 
 
 def adopt(config: T, preset: Any, stored: Any) -> T:
@@ -44,7 +50,7 @@ def adopt(config: T, preset: Any, stored: Any) -> T:
     """
     default = milestone_epochs(shorten(preset, epochs_of(config)))
     kept = {name for name, value in milestone_epochs(config).items() if value == default.get(name)}
-    return _take(config, stored, kept)
+    return replace_fields(config, {name: value for name, value in flatten(stored).items() if name in kept})
 
 
 def describe_scaled(preset: Any, config: Any) -> str:
@@ -52,7 +58,7 @@ def describe_scaled(preset: Any, config: Any) -> str:
     before, now = milestone_epochs(preset), milestone_epochs(config)
     default = milestone_epochs(shorten(preset, epochs_of(config)))
     scaled = [
-        f"{_flag(name)} {_text(before[name])} → {_text(value)}"
+        f"{flag(name)} {_text(before[name])} → {_text(value)}"
         for name, value in now.items()
         if name in before and value == default[name] != before[name]
     ]
@@ -72,8 +78,8 @@ def check_milestones(config: Any, owner: str) -> None:
     for name, values in milestone_epochs(config).items():
         if late := [value for value in values if value >= epochs]:
             raise ValueError(
-                f"{owner}: {_flag(name)} must lie before --epochs {epochs}, got {late[0]:g}: lower it or raise "
-                f"--epochs (without {_flag(name)} the preset's value follows --epochs in proportion)"
+                f"{owner}: {flag(name)} must lie before --epochs {epochs}, got {late[0]:g}: lower it or raise "
+                f"--epochs (without {flag(name)} the preset's value follows --epochs in proportion)"
             )
 
 
@@ -93,28 +99,8 @@ def _walk(part: Any) -> Iterator[tuple[str, Any, bool]]:
             yield field.name, value, MILESTONE in getattr(hints[field.name], "__metadata__", ())
 
 
-def _replace(part: Any, epochs: int, scale: float) -> Any:
-    hints, changes = typing.get_type_hints(type(part), include_extras=True), {}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if dataclasses.is_dataclass(value):
-            changes[field.name] = _replace(value, epochs, scale)
-        elif field.name == "epochs":
-            changes[field.name] = epochs
-        elif MILESTONE in getattr(hints[field.name], "__metadata__", ()) and scale < 1:
-            changes[field.name] = tuple(x * scale for x in value) if isinstance(value, tuple) else value * scale
-    return dataclasses.replace(part, **changes)
-
-
-def _take(part: Any, stored: Any, names: set[str]) -> Any:
-    changes = {}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if dataclasses.is_dataclass(value):
-            changes[field.name] = _take(value, getattr(stored, field.name), names)
-        elif field.name in names:
-            changes[field.name] = getattr(stored, field.name)
-    return dataclasses.replace(part, **changes)
+def _scaled(value: Any, scale: float) -> Any:
+    return tuple(x * scale for x in value) if isinstance(value, tuple) else value * scale
 
 
 def _as_tuple(value: Any) -> tuple[float, ...]:
@@ -123,7 +109,3 @@ def _as_tuple(value: Any) -> tuple[float, ...]:
 
 def _text(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:.4g}" for value in values)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -46,7 +46,7 @@ def update(parts: tuple, settings: dict[str, Any], owner: str) -> tuple:
                 f"{owner}: setting {name!r} is ambiguous: {len(hints[name])} dataclasses have such a field"
             )
         values[name] = _convert(value, hints[name][0], f"{owner}: {flag(name)}")
-    return tuple(_replace(part, values) for part in parts)
+    return tuple(replace_fields(part, values) for part in parts)
 
 
 def from_json(cls: type, values: Any, owner: str) -> Any:
@@ -96,12 +96,13 @@ def _walk(part: Any) -> Iterator[tuple[str, Any, Any]]:
             yield field.name, value, hints[field.name]
 
 
-def _replace(part: Any, values: dict[str, Any]) -> Any:
+def replace_fields(part: Any, values: dict[str, Any]) -> Any:
+    """A copy of a dataclass with new values by field name, in the dataclasses in its fields too; nothing is checked."""
     changes = {}
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):
-            changes[field.name] = _replace(value, values)
+            changes[field.name] = replace_fields(value, values)
         elif field.name in values:
             changes[field.name] = values[field.name]
     return dataclasses.replace(part, **changes)

@@ -23,9 +23,9 @@ MAY_IMPORT = {
     "ops": {"kernels", "_C"},  # the kernels of the same stem, and _C through dispatch.py alone
     "kernels": set(),
     "contract": set(),  # what methods, loaders and trainers agree on
-    "bounds": set(),
+    "bounds": {"settings"},  # names of flags
     "files": set(),
-    "milestones": set(),
+    "milestones": {"settings"},
     "text": set(),  # names from outside, made safe to show
     "launch": set(),  # how this process was started, from environment variables
     "distributed": {"launch"},
