@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
+from fastssl.kernels import attention, contrastive, gelu, masking, norm, patches, queue, tile
 from tests.support import kernel_model as model
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -36,7 +36,7 @@ def ids(*shape: int) -> torch.Tensor:
 
 def recipes() -> list[Case]:
     """The sizes of the papers' recipes."""
-    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_norms(), *_attention()]
+    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_norms(), *_gelus(), *_attention()]
 
 
 def variants() -> list[Case]:
@@ -183,6 +183,31 @@ def _norms() -> list[Case]:
     return cases
 
 
+def _gelus() -> list[Case]:
+    """Between the linear layers of the MLPs, 4·D wide."""
+    cases = []
+    for name, length, width in (("encoder", 50, 3072), ("decoder", 197, 2048)):
+        x, bias, rows = meta(256 * length, width), meta(width, dtype=FP32), 256 * length
+        size_name = f"{name}: B=256, L={length}, K={width:,}, bf16"
+        cases += [
+            Case(
+                "bias_gelu",
+                size_name,
+                gelu.bias_gelu_fwd,
+                (x, bias),
+                lambda arch, rows=rows, width=width: model.bias_gelu_fwd(rows, width, 2, arch=arch),
+            ),
+            Case(
+                "bias_gelu, backward",
+                size_name,
+                gelu.bias_gelu_bwd,
+                (x, x, bias),
+                lambda arch, rows=rows, width=width: model.bias_gelu_bwd(rows, width, 2, arch=arch),
+            ),
+        ]
+    return cases
+
+
 def _attention() -> list[Case]:
     cases = []
     for name, length, heads, width in (("encoder", 50, 12, 64), ("decoder", 197, 16, 32), ("ViT-B", 197, 12, 64)):
@@ -261,6 +286,8 @@ def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
             ("keep_patches, backward", patches.keep_patches_bwd, (kept, keep, 16, 224, 224)),
             ("masked_patch_mse", patches.masked_patch_mse_fwd, (pred, images, rest, 16, False, True)),
             ("masked_patch_mse, norm_pix", patches.masked_patch_mse_fwd, (pred, images, rest, 16, True, True)),
+            ("bias_gelu", gelu.bias_gelu_fwd, (x[0], row)),
+            ("bias_gelu, backward", gelu.bias_gelu_bwd, (x[0], x[0], row)),
             ("enqueue_", queue.enqueue_, (meta(99, 128, dtype=dtype), ids(1), meta(9, 128))),
         ):
             cases.append(Case(op, NAMES[dtype], launcher, args))
@@ -289,6 +316,8 @@ def _ones() -> list[Case]:
         "keep_patches, backward": (patches.keep_patches_bwd, (meta(1, 1, 1), ids(1, 1), 1, 1, 1)),
         "masked_patch_mse": (patches.masked_patch_mse_fwd, (meta(1, 1, 1), meta(1, 1, 1, 1), ids(1, 1), 1, True, True)),
         "enqueue_": (queue.enqueue_, (q, ids(1), q)),
+        "bias_gelu": (gelu.bias_gelu_fwd, (q, row)),
+        "bias_gelu, backward": (gelu.bias_gelu_bwd, (q, q, row)),
     }
     cases = [Case(op, "sizes of 1, bf16", launcher, args) for op, (launcher, args) in launches.items()]
     for dtype in (BF16, FP32):

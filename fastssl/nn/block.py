@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.ops import keep_tokens
+from fastssl.ops import bias_gelu, gelu, keep_tokens
 from fastssl.ops.dispatch import acc_dtype
 
 from .attention import Attention
@@ -16,7 +16,11 @@ from .norm import ResidualNorm
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
+    """Linear, GELU, Linear.
+
+    On a GPU the first bias is added by the GELU, whose backward pass sums its gradient (`ops.bias_gelu`); on a CPU the
+    second product computes the GELU as it reads its input (`ops.linear`).
+    """
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -24,6 +28,8 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if gelu.backend(x) == "kernel":
+            return self.fc2(bias_gelu(self.fc1(x, add_bias=False), self.fc1.bias))
         return self.fc2(self.fc1(x), gelu=True)
 
 

@@ -12,6 +12,7 @@ from .batchnorm import Running, batch_norm
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .dense import linear
 from .ema import ema_update_
+from .gelu import bias_gelu
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
 from .norm import residual_norm
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify

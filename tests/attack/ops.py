@@ -113,6 +113,11 @@ def _linear(n: random.Random) -> Arguments:
     return {"x": torch.randn(rows, depth), "weight": weight, "bias": bias, "gelu": n.random() < 0.5}
 
 
+def _bias_gelu(n: random.Random) -> Arguments:
+    width = n.randint(1, 40)
+    return {"x": torch.randn(n.randint(1, 3), n.randint(1, 9), width), "bias": torch.randn(width)}
+
+
 def _residual_norm(n: random.Random) -> Arguments:
     shape = (n.randint(1, 3), n.randint(1, 9), n.randint(2, 40))
     weight, bias = torch.rand(shape[2]), torch.randn(shape[2])
@@ -145,6 +150,7 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "augment_": _augment,
     "batch_info_nce": _batch_info_nce,
     "batch_norm": _batch_norm,
+    "bias_gelu": _bias_gelu,
     "ema_update_": _ema,
     "enqueue_": _enqueue,
     "info_nce": _info_nce,

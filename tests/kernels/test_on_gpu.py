@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fastssl.ops import (
     attention,
     batch_info_nce,
+    bias_gelu,
     dispatch,
     ema_update_,
     enqueue_,
@@ -103,6 +104,12 @@ def test_residual_norm(L, D, dtype):
         *(t.detach().to(dtype).requires_grad_() for t in (x, delta, weight, bias)),
     )
     agrees(lambda x, w, b: residual_norm(x, None, w, b)[1], x, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M, K", [(256 * 50, 3072), (197, 2048), (3, 5), (1000, 100)])
+def test_bias_gelu(M, K, dtype):
+    agrees(lambda x, b: bias_gelu(x, b), noise(M, K, dtype=dtype).requires_grad_(), noise(K).requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,7 @@ programs, the plan comes from the kernel's file. `acc` is the bytes of a number 
 import math
 from typing import NamedTuple
 
-from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
+from fastssl.kernels import attention, contrastive, gelu, masking, norm, patches, queue, tile
 from fastssl.kernels.tile import CARDS
 
 
@@ -137,6 +137,24 @@ def residual_norm_bwd(
     least, partial = values + 2 * N * acc + D * (weight_bytes + 2 * acc), programs * 2 * D * acc
     requested = values + 2 * N * acc + programs * D * weight_bytes + partial
     return Moved(requested, least + 2 * partial, least)
+
+
+def bias_gelu_fwd(M: int, K: int, size: int, bias_bytes: int = 4, arch: str = "sm_90") -> Moved:
+    """Reads x and the bias, writes the result."""
+    rows, _ = gelu.gelu_tile(K, size, gelu.GELU[arch])
+    values, bias = 2 * M * K * size, K * bias_bytes
+    return Moved(values + math.ceil(M / rows) * bias, values + bias, values + bias)
+
+
+def bias_gelu_bwd(
+    M: int, K: int, size: int, bias_bytes: int = 4, arch: str = "sm_90", multiprocessors: int | None = None
+) -> Moved:
+    """Reads the gradient of the result, x and the bias; writes the gradient of x and partial sums of the bias's."""
+    tile, acc = gelu.gelu_tile(K, size, gelu.GELU[arch]), max(4, size)
+    programs = gelu.gelu_programs(M, K, tile, multiprocessors or CARDS[arch].multiprocessors)
+    values, bias, partial = 3 * M * K * size, K * bias_bytes, programs * K * acc
+    least = values + bias + K * acc
+    return Moved(values + programs * bias + partial, least + 2 * partial, least)
 
 
 def info_nce_fwd(B: int, K: int, D: int, size: int, grad: bool = True, arch: str = "sm_90") -> Moved:
