@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .tile import ARCHITECTURES, TRITON_DTYPES, Launch, acc_dtype, card, cast_via, power_of_2
 
-GELU = dict.fromkeys(ARCHITECTURES, Launch(2, 4096))  # {architecture: warps of a program, bytes of float32 in its tile}
+GELU = dict.fromkeys(ARCHITECTURES, Launch(2, 4096))  # {architecture: warps of a program, bytes of sums in its tile}
 PROGRAMS = 16  # programs of the backward pass per multiprocessor
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -87,7 +87,7 @@ def bias_gelu_bwd_kernel(
 def gelu_tile(K: int, size: int, launch: Launch) -> tuple[int, int]:
     """(rows, columns) of a program's tile, for elements of `size` bytes."""
     columns = min(power_of_2(K), max(16, 512 // size))
-    return max(1, launch.bytes // (4 * columns)), columns
+    return max(1, launch.bytes // (max(4, size) * columns)), columns
 
 
 def gelu_programs(M: int, K: int, tile: tuple[int, int], multiprocessors: int) -> int:
