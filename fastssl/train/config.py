@@ -105,7 +105,7 @@ class Execution:
     compile: bool = False
     """compile the method with torch.compile"""
     graph: bool = False
-    """capture forward and backward as a CUDA graph, which avoids kernel-launch overhead; one GPU only"""
+    """capture forward and backward as a CUDA graph, which avoids kernel-launch overhead; on GPUs, without --shard"""
     clip_norm: Annotated[float, NOT_NEGATIVE] = 0.0
     """largest norm of the whole gradient, 0 for no clipping"""
     max_skipped: Annotated[int, NOT_NEGATIVE] = 10

@@ -10,8 +10,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fastssl.contract import Batch
 from fastssl.distributed import world_size
 
-from .config import Training
-
 WARM_UP = 3  # steps without a graph: they compile kernels, choose algorithms and allocate
 
 
@@ -25,27 +23,35 @@ class Graph:
     Args:
         run: works on a GPU, never waits for it, and reads only the batch and tensors whose addresses do not change.
             Python code in it has no effect in a replay.
-        parameters: receive gradients; none may have one when the graph is called.
+        parameters: receive gradients.
+        accumulate: add the gradients to those that the parameters have, of earlier micro-batches. A replay overwrites
+            the captured gradients, so they are added to other tensors: one more pass over the gradients for each
+            micro-batch. Without it no parameter may have a gradient when the graph is called.
 
     Source: CUDA Programming Guide, "CUDA Graphs".
     """
 
-    def __init__(self, run: Callable[[Batch], Any], parameters: Iterable[nn.Parameter]):
-        self.run, self.parameters, self.steps = run, list(parameters), 0
+    def __init__(self, run: Callable[[Batch], Any], parameters: Iterable[nn.Parameter], accumulate: bool = False):
+        self.run, self.parameters, self.accumulate, self.steps = run, list(parameters), accumulate, 0
         self.stream = torch.cuda.Stream()
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch) -> Any:
-        if self.graph is None and self.steps >= WARM_UP:
+        first = all(parameter.grad is None for parameter in self.parameters)  # micro-batch of a step
+        if self.graph is None and self.steps >= WARM_UP and first:
             self._capture(batch)
         if self.graph is None or _shapes(batch) != _shapes(self.batch):
             self.steps += 1
             return self._run_on_capture_stream(batch)
         for captured, new in zip(_tensors(self.batch), _tensors(batch)):
             captured.copy_(new, non_blocking=True)
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
+        if first:
+            for parameter, gradient in self.sums:
+                parameter.grad = gradient
         self.graph.replay()
+        if self.accumulate:
+            add = torch._foreach_copy_ if first else torch._foreach_add_
+            add([parameter.grad for parameter, _ in self.sums], self.gradients)
         return tree_map_only(Tensor, Tensor.clone, self.results)  # the next replay overwrites them
 
     def _run_on_capture_stream(self, batch: Batch) -> Any:
@@ -59,25 +65,30 @@ class Graph:
     def _capture(self, batch: Batch) -> None:
         self.batch = tree_map_only(Tensor, Tensor.clone, batch)  # input tensors of the graph
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        # with NCCL a thread asks for the state of collectives, which a capture of all threads would forbid
+        mode = "thread_local" if world_size() > 1 else "global"
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
             self.results = self.run(self.batch)
-        self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        self._keep_gradients()
         self.graph = graph
 
+    def _keep_gradients(self) -> None:
+        """Keeps the captured gradients, and the tensors that become the gradients of the parameters."""
+        captured = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        self.gradients = [gradient for _, gradient in captured]
+        self.sums = [(p, torch.empty_like(g)) for p, g in captured] if self.accumulate else captured
 
-def check_graph(device: torch.device, training: Training, shard: bool, profile: int) -> None:
+
+def check_graph(device: torch.device, shard: bool, profile: int) -> None:
     """Refuse --graph where a CUDA graph cannot be captured.
 
     Raises:
-        ValueError: no GPU, several processes or shards, micro-batches, or a profile of `profile` steps.
+        ValueError: no GPU, shards, or a profile of `profile` steps.
     """
     if device.type != "cuda":
         raise ValueError(f"train: --graph needs a GPU, got {device}: leave it out")
-    if world_size() > 1 or shard:
-        processes = f"{world_size()} processes" + " and --shard" * shard
-        raise ValueError(f"train: --graph is for one process without --shard, got {processes}: leave it out")
-    if training.accumulate > 1:
-        raise ValueError(f"train: --graph needs accumulate 1, got {training.accumulate}: a replay overwrites gradients")
+    if shard:
+        raise ValueError("train: --graph must be given without --shard, got both: leave out one of them")
     if profile:
         raise ValueError("train: --profile cannot see inside a CUDA graph: leave out --profile or --graph")
 

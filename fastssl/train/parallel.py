@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -32,8 +34,15 @@ def check_sharding(training: Training, execution: Execution) -> None:
         raise ValueError(f"train: --shard works with --optimizer adamw, not with {training.optimizer}")
 
 
-def wrap_parallel(method: nn.Module, shard: bool) -> nn.Module:
+BUCKET = 2**25  # bytes of gradients that are averaged at once: the sum of one runs while the next is copied
+
+
+def wrap_parallel(method: nn.Module, shard: bool, graph: bool = False) -> nn.Module:
     """The module to call instead of `method`, so that gradients are means over the ranks; `method` itself on one rank.
+
+    With `graph` it is `method` itself too, with the weights and buffers of rank 0 on all ranks, and the gradients of a
+    step must be averaged by `average_gradients`: a CUDA graph cannot hold the hooks of DistributedDataParallel, which
+    run in Python.
 
     With `shard` its parameters are replaced by shards, in place. Each element of a ModuleList (a transformer block) is
     gathered when it runs, and all other parameters are gathered together.
@@ -48,11 +57,38 @@ def wrap_parallel(method: nn.Module, shard: bool) -> nn.Module:
         return method
     if world_size() == 1:
         return method
+    if graph:
+        with torch.no_grad():
+            for x in itertools.chain(method.parameters(), method.buffers()):
+                dist.broadcast(x, 0)
+        return method
     arguments = inspect.signature(DistributedDataParallel.__init__).parameters
     # the argument's name from torch 2.14 on, and before
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
     options: dict[str, Any] = {"gradient_as_bucket_view": True, sync_buffers: False}
     return DistributedDataParallel(method, **options)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradients by their means over the ranks, in place. All ranks must call together.
+
+    Equals DistributedDataParallel's average, after the backward pass instead of during it.
+    """
+    buckets: list[list[Tensor]] = []
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        size = sum(g.nbytes for g in buckets[-1]) if buckets else BUCKET
+        if size + gradient.nbytes > BUCKET or buckets[-1][0].dtype != gradient.dtype:
+            buckets.append([])
+        buckets[-1].append(gradient)
+    sums = []
+    for bucket in buckets:
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(world_size())
+        sums.append((flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, (flat, work) in zip(buckets, sums):
+        work.wait()
+        means = [x.view_as(gradient) for x, gradient in zip(flat.split([g.numel() for g in bucket]), bucket)]
+        torch._foreach_copy_(bucket, means)
 
 
 @contextlib.contextmanager

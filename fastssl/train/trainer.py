@@ -19,7 +19,14 @@ from .config import Execution, Training
 from .epochs import continue_count
 from .graph import Graph, check_graph
 from .optim import Groups, build_optimizer, parameters_to_freeze
-from .parallel import check_sharding, full_state, load_optimizer, sync_on_last_micro_batch, wrap_parallel
+from .parallel import (
+    average_gradients,
+    check_sharding,
+    full_state,
+    load_optimizer,
+    sync_on_last_micro_batch,
+    wrap_parallel,
+)
 from .recompute import recompute_blocks
 from .schedule import learning_rate, peak_learning_rate, weight_decay
 
@@ -78,11 +85,12 @@ class Trainer:
             recompute_blocks(method)
         if execution.compile:
             method.compile()
-        self.parallel = wrap_parallel(method.train(), execution.shard)
+        self.parallel = wrap_parallel(method.train(), execution.shard, execution.graph)
         self.optimizer = build_optimizer(method, training, parameter_groups)
         self.frozen = parameters_to_freeze(method, training.freeze)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=execution.precision == "fp16")
         self.compute_gradients: Callable[[Batch], tuple[dict[str, Tensor], list]] = self._compute_gradients
+        self.graph_of_rank = execution.graph and world_size() > 1  # whose gradients are not means over the ranks yet
         if execution.graph:
             self.use_graph()
         if state:
@@ -116,6 +124,8 @@ class Trainer:
             results.append(values)
             pending += deferred
             indices.append(batch.index)
+        if self.graph_of_rank:
+            average_gradients(self.method.parameters())
         with record_function("optimizer"):
             grad_norm = self._update()
         with record_function("EMA and queue"):
@@ -156,10 +166,14 @@ class Trainer:
         """Capture forward and backward as a CUDA graph in one of the next steps, and replay it from then on.
 
         Raises:
-            ValueError: not on one GPU, or together with micro-batches or a profile.
+            ValueError: not on a GPU, or together with shards or a profile, or for several ranks after a start without
+                ``execution.graph``, whose gradients DistributedDataParallel averages.
         """
-        check_graph(self.device, self.training, self.execution.shard, self.execution.profile)
-        self.compute_gradients = Graph(self._compute_gradients, self.method.parameters())
+        check_graph(self.device, self.execution.shard, self.execution.profile)
+        if world_size() > 1 and not self.graph_of_rank:
+            raise ValueError("train: a graph on several ranks must be asked for by Execution(graph=True), got it later")
+        parameters, accumulate = self.method.parameters(), self.training.accumulate > 1
+        self.compute_gradients = Graph(self._compute_gradients, parameters, accumulate)
 
     def _progress_after(self, step: int) -> float:
         return (step + self.count.offset) / (self.training.epochs * self.count.steps_per_epoch)

@@ -25,13 +25,14 @@ METHODS = {
 }
 
 
-def begin(name, device="cuda", **execution):
+def begin(name, device="cuda", accumulate=1, **execution):
     """Trainer of a small method, and a batch; the same on any device."""
     torch.manual_seed(0)
     module, changes = METHODS[name]
     config = module.Config.small()
     for key, value in changes.items():
         setattr(config, key, value)
+    config.training.accumulate = accumulate
     method = module.build(config)
     views = tuple(torch.randn(16, 3, *config.image_size).to(device) for _ in config.augmentation.views)
     trainer = constant_rate_trainer(method.to(device), config.training, 0.001, **execution)
@@ -122,6 +123,24 @@ def test_steps_with_a_graph_equal_steps_without(name, precision):
     assert expected.unique().numel() == 7
     for key in {"queue", "queue_ptr", "centre"} & set(state):  # what after_step writes, also after replays
         torch.testing.assert_close(state[key], expected_state[key], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["mae", "moco_v3, ViT"])
+def test_micro_batches_with_a_graph_equal_those_without(name):
+    """Gradients of three micro-batches are added up between the replays."""
+
+    def run(**execution):
+        trainer, batch = begin(name, accumulate=3, **execution)
+        noise = torch.Generator("cuda").manual_seed(0)
+        results = []
+        for _ in range(5):
+            views = [tuple(torch.randn(x.shape, generator=noise, device="cuda") for x in batch.views) for _ in range(3)]
+            results.append(trainer.step(iter([batch._replace(views=parts) for parts in views])).loss)
+        return torch.stack(results).cpu()
+
+    expected = run()
+    assert expected.unique().numel() == 5
+    torch.testing.assert_close(run(graph=True), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_profile_counts_the_kernels_of_the_backward_pass():
