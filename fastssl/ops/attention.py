@@ -26,6 +26,12 @@ LONGEST = 512  # largest number of tokens for which our kernels run
 # ATEN_CPU_CAPABILITY limits torch to a lower level, it raises "pack_vnni2 is only supported when avx512 is supported":
 # there torch's unfused formula runs instead.
 FUSED_16_BIT = "AVX512" in torch.backends.cpu.get_cpu_capability() or not torch.cpu._is_amx_tile_supported()
+CUDNN_FIRST = [  # torch takes the first that supports a call
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 WIDEST = {2: 128, 4: 64, 8: 64}  # {bytes of an element: widest head of the GPU kernels}; the C++ kernel takes any
 
 
@@ -35,7 +41,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     Equals ``F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)``,
     computed by our kernels for sequences of up to 512 tokens. Longer sequences, and heads too wide for a GPU kernel
     (over 128, over 64 in float32 and float64), go to xformers where it is installed and supports the call, else to
-    torch; `backend` returns which of the three runs.
+    torch. cuDNN's forward pass runs in place of our kernel where it was measured to be faster and there is no gradient
+    (`cudnn_is_faster`). `backend` returns which one runs.
     The kernels take all four dtypes and any strides, and give the same bits every time, on any number of threads.
     Where ATEN_CPU_CAPABILITY keeps torch below AVX-512 on a processor with AMX, torch's fused kernel for 16-bit tensors
     raises, and its unfused formula (with all scores in memory) runs in its place.
@@ -78,7 +85,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if name == "xformers":
         return _fmha().memory_efficient_attention(q, k, v, scale=scale).contiguous()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if q.device.type == "cpu" and q.element_size() == 2 and not FUSED_16_BIT:
+    if name == "cudnn":
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    elif q.device.type == "cpu" and q.element_size() == 2 and not FUSED_16_BIT:
         with sdpa_kernel(SDPBackend.MATH):
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     else:
@@ -125,7 +135,11 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The implementation that `attention` uses for these tensors: "kernel", "xformers" or "torch"."""
+    """The implementation that `attention` uses for these tensors: "kernel", "cudnn", "xformers" or "torch"."""
+    if q.is_cuda and has_kernel("attention_fwd", "cuda"):
+        with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if not with_grad and cudnn_is_faster(_capability(q.device.index or 0), q, k):
+            return "cudnn"
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
     if has_kernel("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
         return "kernel"
@@ -135,6 +149,23 @@ def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
         if all(any(operator.supports(call) for operator in operators) for operators in directions):
             return "xformers"
     return "torch"
+
+
+def cudnn_is_faster(capability: tuple[int, int], q: Tensor, k: Tensor) -> bool:
+    """Whether cuDNN's forward pass is faster than our kernel on a GPU of this compute capability.
+
+    Measured on an H200 (9.0) in bf16, µs, cuDNN beside ours (docs/measurements.md): 171 beside 219 with 197 tokens and
+    heads of 64, but 57 beside 38 with 50 tokens, and 222 beside 210 with heads of 32. With the backward pass, which
+    joins three gradients, ours is as fast in the first case and faster in the others.
+    """
+    long = min(q.shape[1], k.shape[1]) >= 128
+    return capability == (9, 0) and q.dtype.itemsize == 2 and q.shape[3] == 64 and long
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) for a build of torch for AMD's GPUs."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
 
 
 @functools.cache

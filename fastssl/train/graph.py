@@ -50,8 +50,11 @@ class Graph:
                 parameter.grad = gradient
         self.graph.replay()
         if self.accumulate:
-            add = torch._foreach_copy_ if first else torch._foreach_add_
-            add([parameter.grad for parameter, _ in self.sums], self.gradients)
+            sums = [parameter.grad for parameter, _ in self.sums if parameter.grad is not None]
+            if first:
+                torch._foreach_copy_(sums, self.gradients)
+            else:
+                torch._foreach_add_(sums, self.gradients)
         return tree_map_only(Tensor, Tensor.clone, self.results)  # the next replay overwrites them
 
     def _run_on_capture_stream(self, batch: Batch) -> Any:

@@ -95,6 +95,13 @@ def test_attention(L, H, E, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("L, E", [(197, 64), (50, 64), (197, 32)])
+def test_attention_without_gradient(L, E, dtype):
+    """Where cuDNN's forward pass runs on some cards."""
+    agrees(lambda qkv: attention(*qkv.unbind(2)), noise(4, L, 3, 12, E, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("L, D", [(50, 768), (197, 512), (3, 5), (7, 100), (2, 16384)])
 def test_residual_norm(L, D, dtype):
     x, delta = noise(16, L, D).requires_grad_(), noise(16, L, D).requires_grad_()

@@ -13,6 +13,7 @@ from fastssl.ops.attention import (
     _attention_fwd,
     _attention_packed_bwd,
     _attention_packed_fwd,
+    cudnn_is_faster,
 )
 from tests.support.close import assert_as_exact_on_average, assert_exact, assert_same
 from tests.support.contract import (
@@ -351,4 +352,17 @@ def test_error_sentences():
         q,
         k.double(),
         v,
+    )
+
+
+def test_where_cudnn_is_faster():
+    """The sizes at which it was measured to be."""
+
+    def faster(length, width, dtype=torch.bfloat16, capability=(9, 0)):
+        q = torch.empty(1, length, 1, width, dtype=dtype)
+        return cudnn_is_faster(capability, q, q)
+
+    assert faster(197, 64) and faster(257, 64, torch.float16)
+    assert not any(
+        (faster(50, 64), faster(197, 32), faster(197, 64, torch.float32), faster(197, 64, capability=(8, 0)))
     )
