@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastssl.kernels import attention, contrastive, gelu, masking, norm, patches, queue, tile
+from fastssl.kernels import attention, batchnorm, contrastive, gelu, masking, norm, patches, queue, tile
 from tests.support import kernel_model as model
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -30,13 +30,17 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def feature_maps(batch: int, channels: int, side: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return meta(batch, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+
+
 def ids(*shape: int) -> torch.Tensor:
     return meta(*shape, dtype=torch.int64)
 
 
 def recipes() -> list[Case]:
     """The sizes of the papers' recipes."""
-    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_norms(), *_gelus(), *_attention()]
+    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_norms(), *_gelus(), *_batch_norms(), *_attention()]
 
 
 def variants() -> list[Case]:
@@ -208,6 +212,35 @@ def _gelus() -> list[Case]:
     return cases
 
 
+def _batch_norms() -> list[Case]:
+    """The stem of a ResNet-50 and the end of a block of its last stage, with MoCo's split statistics and without."""
+    cases = []
+    for channels, side, splits, residual in ((64, 112, 8, False), (256, 56, 1, True), (2048, 7, 1, True)):
+        x = feature_maps(64, channels, side)
+        weight, moments, rows = meta(channels, dtype=FP32), meta(splits, channels, dtype=FP32), 64 * side**2
+        size_name = f"B=64, C={channels:,}, {side}², bf16, splits={splits}" + ", residual" * residual
+        shape = (rows, channels, 2, splits, residual)
+        forward = (x, weight, weight, x if residual else None, 1e-5, splits, True)
+        backward = (x, x, x if residual else None, weight, weight, moments, moments, True)
+        cases += [
+            Case(
+                "batch_norm",
+                size_name,
+                batchnorm.batch_norm_fwd,
+                forward,
+                lambda arch, shape=shape: model.batch_norm_fwd(*shape, arch),
+            ),
+            Case(
+                "batch_norm, backward",
+                size_name,
+                batchnorm.batch_norm_bwd,
+                backward,
+                lambda arch, shape=shape: model.batch_norm_bwd(*shape, arch),
+            ),
+        ]
+    return cases
+
+
 def _attention() -> list[Case]:
     cases = []
     for name, length, heads, width in (("encoder", 50, 12, 64), ("decoder", 197, 16, 32), ("ViT-B", 197, 12, 64)):
@@ -273,6 +306,8 @@ def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
     cases, keep, places, rest = [], ids(8, 49), ids(8, 196), ids(8, 147)
     for dtype in (FP32, FP64, FP16):
         images, x, kept = (meta(8, *shape, dtype=dtype) for shape in ((3, 224, 224), (196, 768), (49, 768)))
+        maps, row_sums = feature_maps(8, 768, 14, dtype), meta(768, dtype=tile.acc_dtype(dtype))
+        moments = [meta(2, 768, dtype=tile.acc_dtype(dtype)) for _ in range(2)]
         pred, pos, row = (meta(*shape, dtype=dtype) for shape in ((8, 147, 768), (196, 768), (768,)))
         for op, launcher, args in (
             ("random_masking, L=196", masking.random_masking, (meta(8, 196, dtype=dtype), 49)),
@@ -286,6 +321,8 @@ def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
             ("keep_patches, backward", patches.keep_patches_bwd, (kept, keep, 16, 224, 224)),
             ("masked_patch_mse", patches.masked_patch_mse_fwd, (pred, images, rest, 16, False, True)),
             ("masked_patch_mse, norm_pix", patches.masked_patch_mse_fwd, (pred, images, rest, 16, True, True)),
+            ("batch_norm", batchnorm.batch_norm_fwd, (maps, row_sums, row_sums, None, 1e-5, 2, False)),
+            ("batch_norm, backward", batchnorm.batch_norm_bwd, (maps, maps, maps, row_sums, row_sums, *moments, True)),
             ("bias_gelu", gelu.bias_gelu_fwd, (x[0], row)),
             ("bias_gelu, backward", gelu.bias_gelu_bwd, (x[0], x[0], row)),
             ("enqueue_", queue.enqueue_, (meta(99, 128, dtype=dtype), ids(1), meta(9, 128))),
@@ -297,6 +334,7 @@ def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
 def _ones() -> list[Case]:
     """Sizes and strides of 1, which Triton compiles as constants: a kernel must compile with any of them constant."""
     tau, q, row, lse = meta(dtype=FP32), meta(1, 1), meta(1), meta(1, dtype=FP32)
+    pixel = feature_maps(2, 1, 1)
     launches = {
         "info_nce": (contrastive.info_nce_fwd, (q, q, q, tau, True)),
         "batch_info_nce": (contrastive.batch_info_nce_fwd, (q, meta(2, 1), tau, 1, True)),
@@ -316,6 +354,8 @@ def _ones() -> list[Case]:
         "keep_patches, backward": (patches.keep_patches_bwd, (meta(1, 1, 1), ids(1, 1), 1, 1, 1)),
         "masked_patch_mse": (patches.masked_patch_mse_fwd, (meta(1, 1, 1), meta(1, 1, 1, 1), ids(1, 1), 1, True, True)),
         "enqueue_": (queue.enqueue_, (q, ids(1), q)),
+        "batch_norm": (batchnorm.batch_norm_fwd, (pixel, lse, lse, None, 1e-5, 1, True)),
+        "batch_norm, backward": (batchnorm.batch_norm_bwd, (pixel, pixel, None, lse, lse, q.float(), q.float(), True)),
         "bias_gelu": (gelu.bias_gelu_fwd, (q, row)),
         "bias_gelu, backward": (gelu.bias_gelu_bwd, (q, q, row)),
     }

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import acc_dtype, fake, first_order, has_kernel, op
+from .dispatch import acc_dtype, fake, first_order, has_kernel, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import batchnorm
+
+    return batchnorm
 
 
 class Running(NamedTuple):
@@ -73,7 +80,7 @@ def batch_norm(
 
 
 def backend(x: Tensor) -> str:
-    """The implementation that `batch_norm` uses for x: "kernel", on CPUs, or "torch"."""
+    """The implementation that `batch_norm` uses for x: "kernel", on CPUs and GPUs, or "torch"."""
     return "kernel" if has_kernel("batch_norm_fwd", x.device.type) and x.numel() else "torch"
 
 
@@ -143,6 +150,9 @@ def _(x, weight, bias, residual, eps, splits, relu):
     return torch.empty_like(x), *statistics
 
 
+register_triton(_batch_norm_fwd, lambda: _kernels().batch_norm_fwd)
+
+
 @op("batch_norm_bwd")
 def _batch_norm_bwd(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, relu: bool
@@ -164,6 +174,9 @@ def _batch_norm_bwd(
 def _(dy, x, y, weight, bias, mean, invstd, relu):
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias), dresidual
+
+
+register_triton(_batch_norm_bwd, lambda: _kernels().batch_norm_bwd)
 
 
 class _BatchNorm(torch.autograd.Function):

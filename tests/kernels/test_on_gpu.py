@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from fastssl.ops import (
+    Running,
     attention,
     batch_info_nce,
+    batch_norm,
     bias_gelu,
     dispatch,
     ema_update_,
@@ -117,6 +119,20 @@ def test_residual_norm(L, D, dtype):
 @pytest.mark.parametrize("M, K", [(256 * 50, 3072), (197, 2048), (3, 5), (1000, 100)])
 def test_bias_gelu(M, K, dtype):
     agrees(lambda x, b: bias_gelu(x, b), noise(M, K, dtype=dtype).requires_grad_(), noise(K).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, splits", [((16, 64, 56, 56), 4), ((8, 70, 13, 13), 1), ((64, 2048, 7, 7), 1)], ids=str)
+def test_batch_norm(shape, splits, dtype):
+    """Without the ReLU, whose gradient depends on rounding where the result is close to 0."""
+
+    def function(x, weight, bias, residual):
+        running = Running(torch.zeros_like(weight), torch.ones_like(weight), 0.1)
+        return batch_norm(x, weight, bias, running, 1e-5, splits, False, residual)
+
+    x, residual = (noise(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = noise(shape[1]).requires_grad_(), noise(shape[1]).requires_grad_()
+    agrees(function, x.requires_grad_(), weight, bias, residual.requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,7 @@ programs, the plan comes from the kernel's file. `acc` is the bytes of a number 
 import math
 from typing import NamedTuple
 
-from fastssl.kernels import attention, contrastive, gelu, masking, norm, patches, queue, tile
+from fastssl.kernels import attention, batchnorm, contrastive, gelu, masking, norm, patches, queue, tile
 from fastssl.kernels.tile import CARDS
 
 
@@ -155,6 +155,55 @@ def bias_gelu_bwd(
     values, bias, partial = 3 * M * K * size, K * bias_bytes, programs * K * acc
     least = values + bias + K * acc
     return Moved(values + programs * bias + partial, least + 2 * partial, least)
+
+
+def _batch_norm(R: int, C: int, size: int, splits: int, arch: str, multiprocessors: int | None):
+    """(bytes of the values, of a vector for each program of a first pass, of a vector for each block of rows)"""
+    acc = max(4, size)
+    tile = batchnorm.batch_norm_tile(C, acc, batchnorm.BATCH_NORM[arch])
+    programs = batchnorm.batch_norm_programs(
+        R // splits, C, splits, tile, multiprocessors or CARDS[arch].multiprocessors
+    )
+    return R * C * size, splits * programs * C * acc, splits * math.ceil(R / splits / tile[0]) * C * acc
+
+
+def batch_norm_fwd(
+    R: int,
+    C: int,
+    size: int,
+    splits: int = 1,
+    residual: bool = False,
+    arch: str = "sm_90",
+    multiprocessors: int | None = None,
+) -> Moved:
+    """Reads x twice and the residual, writes the result, and partial moments, which are read again and merged."""
+    values, partial, per_block = _batch_norm(R, C, size, splits, arch, multiprocessors)
+    moments, affine = 3 * splits * C * max(4, size), 2 * C * max(4, size)
+    whole = (3 + residual) * values
+    first = (partial // max(4, size) + splits * C) * size  # rows from which differences are taken
+    return Moved(
+        whole + first + 4 * partial + moments + 4 * per_block,
+        whole + 4 * partial + moments + affine,
+        (2 + residual) * values + moments + affine,
+    )
+
+
+def batch_norm_bwd(
+    R: int,
+    C: int,
+    size: int,
+    splits: int = 1,
+    residual: bool = False,
+    arch: str = "sm_90",
+    multiprocessors: int | None = None,
+) -> Moved:
+    """Reads the gradient and x twice, with a residual also the result; writes the gradients and partial sums."""
+    values, partial, per_block = _batch_norm(R, C, size, splits, arch, multiprocessors)
+    vectors = 4 * splits * C * max(4, size)
+    whole = (5 + 3 * residual) * values
+    return Moved(
+        whole + (2 + 4) * partial + 6 * per_block, whole + 4 * partial + vectors, (3 + 2 * residual) * values + vectors
+    )
 
 
 def info_nce_fwd(B: int, K: int, D: int, size: int, grad: bool = True, arch: str = "sm_90") -> Moved:
