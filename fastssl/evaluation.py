@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from fastssl import distributed
 from fastssl.data.source import Source
 from fastssl.eval.embedding import Embedding
-from fastssl.eval.features import extract, extract_on_all_ranks, features_of
+from fastssl.eval.features import block_features, extract, extract_on_all_ranks, features_of
 from fastssl.eval.knn import knn_accuracy
 from fastssl.eval.labels import Accuracy, labelled, labelled_subset
-from fastssl.eval.linear import sweep, train_official
+from fastssl.eval.linear import sweep_kinds, train_official
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
+from fastssl.eval.spectrum import measure_spectrum
 from fastssl.machine import available_engine, select_device, share_cores
 from fastssl.milestones import shorten
 from fastssl.run import SMALL, Run, Sources, method_module
@@ -61,9 +62,10 @@ def knn(
     check_evaluation(k=ks, tau=tau)
     splits = _labelled_splits(run, data)
     frozen = load_frozen(run, device)
-    accuracies = _knn_accuracy(frozen.method.features, splits, run, frozen.loading, ks, tau)
+    tables = _tables(frozen.method.features, splits, run, frozen.loading)
+    accuracies, results = knn_accuracy(*tables, ks, tau), measure_spectrum(tables[0]).results()
     for k, accuracy in accuracies.items():
-        _note(run, frozen.step, "knn", accuracy, data, k=k, tau=None if tau == TAU else tau)
+        _note(run, frozen.step, "knn", accuracy, data, results, k=k, tau=None if tau == TAU else tau)
     return accuracies
 
 
@@ -88,17 +90,23 @@ def linear(
     train, test = _labelled_splits(run, data)
     train = labelled_subset(train, labels, seed)
     frozen = load_frozen(run, device)
+    if isinstance(numbers, Sweep) and numbers.blocks and pool:
+        raise ValueError(f"eval: --blocks and --pool choose the features of a ViT, got both: leave out --pool {pool}")
     features, size = features_of(frozen.method, pool), run.image_size
     facts: dict[str, Any] = {"protocol": protocol, "pool": pool, **_label_facts(labels, seed)}
     if isinstance(numbers, Official):
         accuracy = train_official(features, train, test, numbers, size, seed, **frozen.loading)
         facts |= {"epochs": numbers.epochs, **_changes(default, numbers)}
     else:
+        kinds: dict[str, int] = {}
+        if numbers.blocks:
+            kinds, features = block_features(frozen.method, numbers.blocks)
         tables = [extract_on_all_ranks(features, split, size, **frozen.loading) for split in (train, test)]
         if distributed.rank() > 0:  # the other ranks extract features only
             return None
-        accuracy, setting = sweep(*tables, len(train.classes), numbers, seed)
-        facts |= {"setting": str(setting)}
+        kinds = kinds or {"": tables[0][0].shape[1]}
+        accuracy, setting, kind = sweep_kinds(*tables, len(train.classes), numbers, kinds, seed)
+        facts |= {"setting": str(setting), "features": kind or None}
     _note(run, frozen.step, "linear", accuracy.top1, data, **facts, top5=_rounded(accuracy.top5))
     return accuracy
 
@@ -200,7 +208,8 @@ def embed(
 
 
 def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch.device) -> None:
-    """Notes and prints the kNN accuracy (k = 20) of a method during its run, if both splits have labels.
+    """Notes and prints the kNN accuracy (k = 20) of a method during its run, if both splits have labels, and how many
+    dimensions its features use.
 
     Before the first step it also notes that of raw pixels. The method is left in evaluation mode and torch's random
     state unchanged. All ranks call it together, and the first one notes and prints.
@@ -211,19 +220,24 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
         return
     loading, pixels = _loading(run, device), None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        encoder = _knn_accuracy(method.features, splits, run, loading, (ONLINE_K,))
+        tables = _tables(method.features, splits, run, loading)
+        encoder, spread = knn_accuracy(*tables, (ONLINE_K,), TAU), measure_spectrum(tables[0])
         if step == 0 and max(run.image_size) <= SMALL:  # the pixels of larger images need too much memory
-            pixels = _knn_accuracy(lambda images: images.flatten(1), splits, run, loading, (ONLINE_K,))
+            tables = _tables(lambda images: images.flatten(1), splits, run, loading)
+            pixels = knn_accuracy(*tables, (ONLINE_K,), TAU)
     if distributed.rank() > 0:
         return
     data = run.options.data
     facts = {"data": data, "epoch": epoch, "k": ONLINE_K}
     if pixels is not None:
         run.note("knn of raw pixels", 0, pixels[ONLINE_K], **facts)
-    run.note("knn", step, encoder[ONLINE_K], **facts)
+    run.note("knn", step, encoder[ONLINE_K], spread.results(), **facts)
     curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn")]
     curve = [line for line in curve if run.is_own(line.get("data", data))]
     print("kNN accuracy: " + " · ".join(_phrase(line, run) for line in curve if line.get("k") == ONLINE_K))
+    print(f"features: {spread.text()}")
+    if step and (sentence := spread.warning()):
+        print(f"warning: {sentence[0].lower()}{sentence[1:]}")
 
 
 def _phrase(line: dict, run: Run) -> str:
@@ -235,20 +249,15 @@ def _phrase(line: dict, run: Run) -> str:
     return f"{moment} {line['accuracy']:.1%}"
 
 
-def _knn_accuracy(
-    features: Callable[[Tensor], Tensor],
-    splits: tuple[Source, Source],
-    run: Run,
-    loading: dict[str, Any],
-    ks: tuple[int, ...],
-    tau: float = TAU,
-) -> dict[int, float]:
-    """Accuracy for each k; each rank extracts its part of the images."""
+def _tables(
+    features: Callable[[Tensor], Tensor], splits: tuple[Source, Source], run: Run, loading: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(features, labels) of the training and of the held-out images; each rank extracts its part of the images."""
     part = (distributed.rank(), distributed.world_size())
     (bank, bank_labels, _), (queries, labels, _) = (
         extract(features, split, run.image_size, part=part, **loading) for split in splits
     )
-    return knn_accuracy(bank, bank_labels, queries, labels, ks, tau)
+    return bank, bank_labels, queries, labels
 
 
 def _labelled_splits(run: Run, data: str | Sources | None) -> tuple[Source, Source]:
@@ -273,13 +282,21 @@ def _labelled_splits(run: Run, data: str | Sources | None) -> tuple[Source, Sour
     return parts
 
 
-def _note(run: Run, step: int, evaluation: str, accuracy: float, data: str | Sources | None, **facts: Any) -> None:
+def _note(
+    run: Run,
+    step: int,
+    evaluation: str,
+    accuracy: float,
+    data: str | Sources | None,
+    results: dict[str, float] | None = None,
+    **facts: Any,
+) -> None:
     """Appends a record to evaluations.jsonl on the first rank; facts that are None are left out."""
     if distributed.rank() > 0:
         return
     epochs = [line["epoch"] for line in run.metrics() if line["step"] == step]
     facts = {"data": run.data_name(data), "epoch": epochs[-1] if epochs else None, **facts}
-    run.note(evaluation, step, accuracy, **{name: value for name, value in facts.items() if value is not None})
+    run.note(evaluation, step, accuracy, results, **{name: value for name, value in facts.items() if value is not None})
 
 
 def _rounded(share: float | None) -> float | None:

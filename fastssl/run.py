@@ -232,13 +232,15 @@ class Run:
         """Records of evaluations.jsonl. Lines that hold none are named and passed over."""
         return read_records(self.folder / "evaluations.jsonl", EVALUATIONS)
 
-    def note(self, evaluation: str, step: int, accuracy: float, **facts: Any) -> None:
-        """Appends {"evaluation", "step", "accuracy" (0 … 1), facts} to evaluations.jsonl.
+    def note(
+        self, evaluation: str, step: int, accuracy: float, results: dict[str, float] | None = None, **facts: Any
+    ) -> None:
+        """Appends {"evaluation", "step", "accuracy" (0 … 1), results, facts} to evaluations.jsonl.
 
-        A record of the same evaluation with the same facts at the same step is replaced.
+        A record of the same evaluation with the same facts at the same step is replaced, whatever its results.
         """
         record = {"evaluation": evaluation, "step": step, **facts}
-        path, new = self.folder / "evaluations.jsonl", {**record, "accuracy": accuracy}
+        path, new = self.folder / "evaluations.jsonl", {**record, "accuracy": accuracy, **(results or {})}
         rewrite_records(path, lambda known: {**known, **record} != known, [new], EVALUATIONS)
 
     def source(self, split: Literal["train", "test"], data: str | Sources | None = None) -> Source:

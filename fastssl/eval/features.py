@@ -91,6 +91,58 @@ def all_gather_uneven(x: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(all_gather(padded).chunk(len(sizes)), sizes)])
 
 
+def vit_of(module: nn.Module) -> ViT | None:
+    """The `ViT` that a method's encoder is, or the module itself; None for another encoder."""
+    encoder = getattr(module, "encoder", module)
+    return encoder if isinstance(encoder, ViT) else None
+
+
+def block_features(method: nn.Module, blocks: tuple[int, ...]) -> tuple[dict[str, int], Callable[[Tensor], Tensor]]:
+    """Kinds of features of a ViT's last blocks, as DINO's and DINOv2's linear evaluations compare them.
+
+    For each number n of `blocks`: the class tokens of the last n blocks, and these with the mean of the last block's
+    patch tokens; for a ViT without class token the means of the patch tokens of the last n blocks.
+
+    Args:
+        method: its encoder is a `ViT`.
+        blocks: numbers of blocks, each 1 to the depth.
+
+    Returns: ({name of a kind: its width F}, function images [B, 3, H, W] → all kinds side by side [B, Σ F]).
+
+    Raises:
+        ValueError: the encoder is not a `ViT`, or has fewer blocks.
+
+    Source: Caron et al., 2021 (DINO), `eval_linear.py`; Oquab et al., 2024 (DINOv2), section B.3.
+    """
+    encoder = vit_of(method)
+    if encoder is None:
+        raise ValueError(f"eval: --blocks is for ViTs, and the encoder of {type(method).__name__} is not one")
+    depth, width = len(encoder.blocks), encoder.embed_dim
+    if max(blocks) > depth:
+        raise ValueError(f"eval: --blocks must be at most the {depth} blocks of the encoder, got {max(blocks)}")
+    with_token, prefix = encoder.cls_token is not None, encoder.num_prefix_tokens
+    kinds = {}
+    for n in blocks:
+        last = "last block" if n == 1 else f"last {n} blocks"
+        if with_token:
+            kinds |= {f"class token of {last}": n * width, f"class token of {last}, patch mean": (n + 1) * width}
+        else:
+            kinds[f"patch mean of {last}"] = n * width
+
+    def features(images: Tensor) -> Tensor:
+        tokens = encoder.last_tokens(images, max(blocks))
+        mean, parts = tokens[-1][:, prefix:].mean(1), []
+        for n in blocks:
+            if with_token:
+                token = torch.cat([x[:, 0] for x in tokens[-n:]], 1)
+                parts += [token, token, mean]
+            else:
+                parts += [x[:, prefix:].mean(1) for x in tokens[-n:]]
+        return torch.cat(parts, 1)
+
+    return kinds, features
+
+
 def features_of(method: nn.Module, pool: str | None = None) -> Callable[[Tensor], Tensor]:
     """The function that computes features: the method's own, or with `pool` that of its ViT encoder with this pooling.
 
@@ -99,7 +151,7 @@ def features_of(method: nn.Module, pool: str | None = None) -> Callable[[Tensor]
     """
     if pool is None:
         return method.features
-    encoder = method.encoder
-    if not isinstance(encoder, ViT):
+    encoder = vit_of(method)
+    if encoder is None:
         raise ValueError(f"eval: --pool is for ViTs, and the encoder of {type(method).__name__} is not one")
     return functools.partial(encoder.features, pool=pool)

@@ -41,6 +41,37 @@ class Affine(NamedTuple):
         return F.linear((x - self.mean) * self.scale, self.weight, self.bias)
 
 
+def sweep_kinds(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    classes: int,
+    numbers: Sweep,
+    widths: dict[str, int],
+    seed: int = 0,
+) -> tuple[Accuracy, Setting, str]:
+    """(accuracy on `test`, setting, kind of features) of the best setting on several kinds of features.
+
+    Kind and setting are chosen together on the validation images of `sweep`.
+
+    Args:
+        train, test: as for `sweep`, with the features of all kinds side by side.
+        classes, numbers, seed: as for `sweep`.
+        widths: {name of a kind: number of its columns}, in their order.
+
+    Raises:
+        ValueError: as `sweep`.
+    """
+    splits = zip(train[0].split(list(widths.values()), 1), test[0].split(list(widths.values()), 1))
+    kinds = dict(zip(widths, splits))
+    chosen = {name: _choose(x, train[1], classes, numbers, seed) for name, (x, _) in kinds.items()}
+    kind = max(chosen, key=lambda name: chosen[name][1])
+    x, held_out = kinds[kind]
+    setting = chosen[kind][0]
+    (classifier,) = _fit(x, train[1], classes, [setting], numbers, seed)
+    _check_finite(held_out)
+    return accuracy(classifier(held_out), test[1]), setting, kind
+
+
 def sweep(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, numbers: Sweep, seed: int = 0
 ) -> tuple[Accuracy, Setting]:
@@ -60,21 +91,30 @@ def sweep(
     Raises:
         ValueError: fewer than two images, or features that are not finite.
     """
-    x, y = train
+    accuracy_of_best, setting, _ = sweep_kinds(train, test, classes, numbers, {"": train[0].shape[1]}, seed)
+    return accuracy_of_best, setting
+
+
+def _check_finite(x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise ValueError("eval: some of the encoder's features are not finite")
+
+
+def _choose(x: Tensor, y: Tensor, classes: int, numbers: Sweep, seed: int) -> tuple[Setting, tuple[float, float]]:
+    """(best setting on validation images, its score), see `sweep`."""
     if len(x) < 2:
         raise ValueError(f"eval: a linear classifier needs two labelled images or more, got {len(x)}")
-    if not x.isfinite().all() or not test[0].isfinite().all():
-        raise ValueError("eval: some of the encoder's features are not finite")
+    _check_finite(x)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     held, rest = order.tensor_split([max(1, len(x) // 10)])
     held = held[torch.isin(y[held], y[rest])]  # a class that is held out whole has no training images
-    settings, best = numbers.settings, numbers.settings[0]
-    if len(held) and len(settings) > 1:
-        tried = _fit(x[rest], y[rest], classes, settings, numbers, seed)
-        scores = [_score(classifier(x[held]), y[held]) for classifier in tried]
-        best = settings[max(range(len(settings)), key=scores.__getitem__)]
-    (classifier,) = _fit(x, y, classes, [best], numbers, seed)
-    return accuracy(classifier(test[0]), test[1]), best
+    settings = numbers.settings
+    if not len(held):
+        return settings[0], (0.0, 0.0)
+    tried = _fit(x[rest], y[rest], classes, settings, numbers, seed)
+    scores = [_score(classifier(x[held]), y[held]) for classifier in tried]
+    best = max(range(len(settings)), key=scores.__getitem__)
+    return settings[best], scores[best]
 
 
 def _score(logits: Tensor, labels: Tensor) -> tuple[float, float]:

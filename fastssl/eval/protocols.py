@@ -41,6 +41,9 @@ class Sweep:
     """passes over the features; lbfgs takes at most twice as many iterations"""
     batch_size: Annotated[int, AT_LEAST_1] = 256
     """features per step of sgd and lars"""
+    blocks: Annotated[tuple[int, ...], AT_LEAST_1] = ()
+    """numbers of a ViT's last blocks whose class tokens are tried as features, with and without the mean of the patch
+    tokens: 1 4 as in DINOv2; by default the method's own features"""
 
     @property
     def settings(self) -> list[Setting]:

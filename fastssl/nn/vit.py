@@ -229,6 +229,33 @@ class ViT(nn.Module):
         tokens = tokens.to(images.dtype) if positions is None else tokens + positions
         return self.encode(tokens, tokens.dtype)  # not in autocast's dtype: losses and metrics read the features, too
 
+    def last_tokens(self, images: Tensor, count: int = 1) -> list[Tensor]:
+        """Tokens after each of the last `count` blocks, all normalised by `norm`: [B, prefix + L, D] each, in the order
+        of the blocks. Equals `get_intermediate_layers` of DINO.
+
+        Args:
+            images: [B, C, H, W].
+            count: number of blocks, 1 to the depth.
+
+        Raises:
+            ValueError: `count` is out of range.
+        """
+        if not 1 <= count <= len(self.blocks):
+            raise ValueError(f"ViT: count must be 1 to the depth {len(self.blocks)}, got {count}")
+        outputs: list[tuple[Tensor, Tensor]] = []
+        handles = [
+            block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+            for block in self.blocks[-count:]
+        ]
+        try:
+            self.forward_features(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.norm is None:
+            return [x + delta for x, delta in outputs]
+        return [self.norm(x, delta, x.dtype)[1] for x, delta in outputs]
+
     def features(self, images: Tensor, pool: str | None = None) -> Tensor:
         """[B, C, H, W] → features [B, D], the input of `head`; `pool` replaces `global_pool` if given."""
         pool = self.global_pool if pool is None else _check_pool("features", "pool", pool, self.cls_token is not None)

@@ -7,10 +7,11 @@ from typing import Any
 import jinja2
 
 from fastssl.contract import RanksNegatives
+from fastssl.eval.spectrum import measure_spectrum
 from fastssl.files import write_atomically
 from fastssl.run import Run
 
-from . import command, curves, feature_map, images, ranks, tables
+from . import attention_maps, command, curves, feature_map, images, ranks, tables
 from .feature_map import Projection
 from .parts import Section, Text, short
 from .pictures import COLOURS
@@ -18,6 +19,8 @@ from .run_data import MAPPED, RunData, names_of
 
 TEXTS = {
     "reconstructions": "Held-out images. The model gets the patches that are not grey and predicts the others.",
+    "attention": "Held-out images, and the places that the last block of the ViT attends to.",
+    "patches": "Held-out images, and the features of their places: places with similar features have similar colours.",
     "neighbours": "A held-out image at the left, then the training images with the nearest features by cosine. "
     "Images of another class are framed.",
     "map": "Features of held-out images, projected to two dimensions. Distances between far groups mean little.",
@@ -26,6 +29,8 @@ TEXTS = {
 }
 TITLES = {
     "reconstructions": "Reconstructions",
+    "attention": "Attention of the last block",
+    "patches": "Features of places as colours",
     "neighbours": "Nearest neighbours",
     "map": "Map of the features",
     "ranks": "Ranks of the positives",
@@ -86,6 +91,8 @@ def _picture_parts(run: RunData, projection: Projection) -> dict[str, list[Any]]
     run.load()
     parts = {"reconstructions": run.attempt(lambda: images.reconstructions(run))}
     if run.method is not None and run.test_source is not None:
+        parts["attention"] = run.attempt(lambda: attention_maps.attention(run))
+        parts["patches"] = run.attempt(lambda: attention_maps.patch_colours(run))
         table = run.attempt(lambda: run.features(run.test_source, MAPPED))
         if table:
             parts["neighbours"] = run.attempt(lambda: _neighbours(run, *table))
@@ -105,9 +112,11 @@ def _map(run: RunData, features, labels, numbers, projection: Projection) -> lis
     if len(features) < feature_map.FEWEST:
         return []
     places, text = feature_map.project(features, projection)
+    spread = measure_spectrum(features)
+    sentences = [f"{len(places):,} images.", text, f"RankMe {spread.rankme:.3g} of {spread.width}."]
     return [
         feature_map.scatter(places, labels.tolist(), run.test_source.classes),
-        Text(f"{len(places):,} images. {text}"),
+        Text(" ".join([*sentences, spread.warning() or ""]).strip()),
     ]
 
 

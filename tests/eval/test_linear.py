@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,10 +7,12 @@ from PIL import Image
 
 from fastssl.data.source import Subset, open_source
 from fastssl.eval import linear
+from fastssl.eval.features import block_features
 from fastssl.eval.linear import sweep as sweep_settings
-from fastssl.eval.linear import train_official
+from fastssl.eval.linear import sweep_kinds, train_official
 from fastssl.eval.protocols import Official, Setting, Sweep
 from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
+from fastssl.nn import ViT
 
 
 def clusters(count=300, classes=6, width=12, spread=0.3, seed=0):
@@ -152,3 +156,44 @@ def test_undecodable_images_do_not_stop_the_probe(tmp_path):
     train, test = (open_source(f"folder:{tmp_path}", split) for split in ("train", "test"))
     found = train_official(lambda images: images.flatten(1), train, test, small(batch_size=8), (16, 16))
     assert found == (1.0, None)  # red or not; two classes have no top-5
+
+
+def test_kinds_of_features():
+    """The kind and the setting with the best validation accuracy are chosen together, and named."""
+    torch.manual_seed(0)
+    y = torch.arange(400) % 4
+    noise, signal = torch.randn(400, 6), F.one_hot(y, 4) + 0.3 * torch.randn(400, 4)
+    x = torch.cat([noise, signal, noise], 1)
+    numbers = Sweep(("lbfgs",), epochs=20)
+    widths = {"first": 6, "second": 4, "third": 6}
+    best, setting, kind = sweep_kinds((x[:300], y[:300]), (x[300:], y[300:]), 4, numbers, widths)
+    alone = sweep_settings((signal[:300], y[:300]), (signal[300:], y[300:]), 4, numbers)
+    assert kind == "second" and (best, setting) == alone and best.top1 > 0.9
+
+
+def test_features_of_blocks():
+    vit = ViT(16, 4, embed_dim=16, depth=3, num_heads=2, reg_tokens=2).eval()
+    method = SimpleNamespace(encoder=vit)
+    images = torch.randn(2, 3, 16, 16)
+    kinds, features = block_features(method, (1, 3))
+    assert kinds == {
+        "class token of last block": 16,
+        "class token of last block, patch mean": 32,
+        "class token of last 3 blocks": 48,
+        "class token of last 3 blocks, patch mean": 64,
+    }
+    with torch.no_grad():
+        table, tokens = features(images), vit.forward_features(images)
+    one, one_mean, three, _ = table.split(list(kinds.values()), 1)
+    torch.testing.assert_close(one, tokens[:, 0])
+    torch.testing.assert_close(one_mean, torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], 1))
+    torch.testing.assert_close(three[:, 32:], tokens[:, 0])
+    vit.blocks = vit.blocks[:2]  # the first two blocks alone give the second of the three
+    with torch.no_grad():
+        torch.testing.assert_close(three[:, 16:32], vit.forward_features(images)[:, 0])
+    without = ViT(16, 4, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="avg", fc_norm=False)
+    assert block_features(SimpleNamespace(encoder=without), (2,))[0] == {"patch mean of last 2 blocks": 32}
+    with pytest.raises(ValueError, match="--blocks must be at most the 2 blocks of the encoder, got 4"):
+        block_features(SimpleNamespace(encoder=without), (1, 4))
+    with pytest.raises(ValueError, match="--blocks is for ViTs"):
+        block_features(SimpleNamespace(encoder=torch.nn.Linear(1, 1)), (1,))

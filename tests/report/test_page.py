@@ -57,7 +57,9 @@ def test_report_is_self_contained_and_shows_everything(tmp_path, module, data):
             save_snapshot(run.load(), torch.randn(4, 3, 24, 24), run.folder / "reconstructions" / f"step-{step}.npz")
     page = Page(write_report([run]))
     check_self_contained(page)
-    pictured = ["reconstructions", "neighbours", "map"] if module is mae else ["neighbours", "map", "ranks"]
+    pictured = ["neighbours", "map", "ranks"]
+    if module is mae:
+        pictured = ["reconstructions", "attention", "patches", "neighbours", "map"]
     assert page.sections == ["curves", "evaluations", *pictured, "speed", "environment", "again"]
     for text in (
         "50.0% at epoch 3",

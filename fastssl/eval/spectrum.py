@@ -1,0 +1,76 @@
+"""How many dimensions the features use: RankMe, and signs of a collapse."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl.distributed import all_sum
+
+MOST = 4096  # largest number of features of a rank to look at
+EQUAL = 1e-4  # share of the squared length that varies between images, below which all features count as equal
+LINE = 0.9  # share of the variance in two directions, from which the features count as collapsed
+
+
+class Spectrum(NamedTuple):
+    """How the features of many images are spread."""
+
+    rankme: float  # effective number of dimensions, 1 to `width`
+    width: int  # F
+    varying: float  # share of the squared length of unit features that varies between images, 0 to 1
+    two_directions: float  # share of the variance of unit features that lies in two directions, 0 to 1
+
+    def text(self) -> str:
+        """The numbers as a phrase."""
+        return (
+            f"RankMe {self.rankme:.3g} of {self.width}; two directions have {self.two_directions:.0%} of the variance"
+        )
+
+    def results(self) -> dict[str, float]:
+        """Fields of evaluations.jsonl."""
+        return {"rankme": round(self.rankme, 2), "two_directions": round(self.two_directions, 4)}
+
+    def warning(self) -> str | None:
+        """One sentence if the features look collapsed."""
+        if self.varying < EQUAL:
+            return "The features look collapsed: those of all images are nearly equal."
+        if self.width > 2 and self.two_directions > LINE:
+            return (
+                f"The features look collapsed: {self.two_directions:.0%} of their variance lies in two of "
+                f"{self.width} directions."
+            )
+        return None
+
+
+@torch.no_grad()
+def measure_spectrum(features: Tensor) -> Spectrum:
+    """The spectrum of the features of all ranks together; all ranks must call it.
+
+    RankMe is ``exp(−Σ p·log p)``, p = σ / Σ σ, of the singular values σ of the matrix of features.
+
+    Args:
+        features: [N, F] floating; of more than `MOST` rows evenly spaced ones are taken. N may differ between ranks.
+
+    Raises:
+        ValueError: there are no features, or some are not finite.
+
+    Source: Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised Representations
+    by Their Rank", 2023, equation 1.
+    """
+    x = features[:: max(1, -(-len(features) // MOST))].double()
+    unit = F.normalize(x, dim=1)
+    count = all_sum(torch.tensor(float(len(x)), dtype=torch.float64, device=x.device))
+    gram, second, mean = all_sum(x.T @ x), all_sum(unit.T @ unit), all_sum(unit.sum(0)) / count
+    if not count or not gram.isfinite().all():
+        raise ValueError(f"spectrum: features must be finite and at least one, got {list(features.shape)}")
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    p = singular / singular.sum().clamp_min(1e-300)
+    variances = torch.linalg.eigvalsh(second / count - mean.outer(mean)).clamp_min(0)
+    total = variances.sum().clamp_min(1e-300)
+    return Spectrum(
+        rankme=float(torch.exp(-torch.xlogy(p, p).sum())),
+        width=x.shape[1],
+        varying=float(variances.sum()),
+        two_directions=float(variances[-2:].sum() / total),
+    )

@@ -1,0 +1,54 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl import distributed
+from fastssl.eval import spectrum
+from fastssl.eval.spectrum import measure_spectrum
+from tests.support.ranks import run_ranks
+
+
+def test_rankme_is_the_formula():
+    x = torch.randn(200, 20) @ torch.randn(20, 20)
+    sigma = torch.linalg.svdvals(x.double())
+    p = sigma / sigma.sum()
+    assert measure_spectrum(x).rankme == pytest.approx(float((-p * p.log()).sum().exp()), rel=1e-6)
+
+
+def test_known_spectra():
+    everywhere = measure_spectrum(torch.cat([torch.eye(16), -torch.eye(16)]))
+    assert everywhere.rankme == pytest.approx(16)
+    assert everywhere.two_directions == pytest.approx(2 / 16)
+    assert everywhere.varying == pytest.approx(1)
+    assert everywhere.warning() is None
+    assert everywhere.text() == "RankMe 16 of 16; two directions have 12% of the variance"
+    equal = measure_spectrum(torch.ones(50, 16) + 1e-4 * torch.randn(50, 16))
+    assert "those of all images are nearly equal" in equal.warning()
+    line = measure_spectrum(torch.randn(50, 1) @ torch.randn(1, 16) + 0.01 * torch.randn(50, 16))
+    assert "of their variance lies in two of 16 directions" in line.warning()
+    assert measure_spectrum(torch.randn(9, 2)).warning() is None  # two dimensions have all of the variance
+
+
+def test_scale_and_number_of_rows(monkeypatch):
+    x = torch.randn(100, 8)
+    assert measure_spectrum(x).rankme == pytest.approx(measure_spectrum(1000 * x).rankme)
+    monkeypatch.setattr(spectrum, "MOST", 50)
+    assert measure_spectrum(x) == measure_spectrum(x[::2])
+
+
+def test_refusals():
+    for x in (torch.randn(0, 4), torch.full((3, 4), float("nan"))):
+        with pytest.raises(ValueError, match="spectrum: features must be finite and at least one"):
+            measure_spectrum(x)
+
+
+def measured(x):
+    part = x[:13] if distributed.rank() == 0 else x[13:]
+    return tuple(measure_spectrum(part))
+
+
+@pytest.mark.slow
+def test_ranks_measure_all_features():
+    x = F.normalize(torch.randn(40, 12), dim=1)
+    for result in run_ranks(2, measured, x):
+        assert result == pytest.approx(tuple(measure_spectrum(x)))
