@@ -76,8 +76,8 @@ class SoftTargets {
                             const T* offset = column_offset_.data() + first + block * kColumns;
                             for (int64_t i = 0; i < count; ++i, tile += kColumns)
                               for (int64_t c = 0; c < columns; c += kLanes<T>) {
-                                const Vec<T> logit =
-                                    load(tile + c) / tau_ + load_part<T>(offset + c, columns - c) + row_offset_[row + i];
+                                const Vec<T> logit = load(tile + c) / tau_ + load_part<T>(offset + c, columns - c) +
+                                                     row_offset_[row + i];
                                 store(tile + c, exp(logit));
                               }
                           });
@@ -223,8 +223,8 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(Tensor x, Tensor weight, Ten
 // column, columns, gradients)` is called for each row of each tile; `mass` may be null, for a mass of 1.
 template <typename S, typename Targets, typename Change>
 void compute_gradients(const Tensor& x, const Tensor& weight, double tau, const Tensor& lse, const Tensor* mass,
-                       const typename Logits<S>::T* factors, Targets& targets, int64_t chunk,
-                       typename Logits<S>::T* dx, typename Logits<S>::T* dweight, const Change& change) {
+                       const typename Logits<S>::T* factors, Targets& targets, int64_t chunk, typename Logits<S>::T* dx,
+                       typename Logits<S>::T* dweight, const Change& change) {
   using T = typename Logits<S>::T;
   Logits<S> logits(x, weight, chunk);
   const LogitGradients<S> gradients(logits, chunk, dx, dweight);
@@ -285,8 +285,8 @@ std::tuple<Tensor, Tensor> soft_cross_entropy_bwd(Tensor dloss, Tensor student, 
     const int64_t chunk = chunk_size<T>(student.size(0) + teacher.size(0), weight.size(0));
     SoftTargets<S> targets(teacher, teacher_weight, teacher_tau, row_offset, column_offset, rows, chunk);
     compute_gradients<S>(student, weight, tau_value(tau), lse, &mass, upstream_factors<T>(dloss, tau).data(), targets,
-                         chunk, needs_student ? data<T>(dstudent) : nullptr,
-                         needs_weight ? data<T>(dweight) : nullptr, [](auto...) {});
+                         chunk, needs_student ? data<T>(dstudent) : nullptr, needs_weight ? data<T>(dweight) : nullptr,
+                         [](auto...) {});
   });
   return {dstudent, dweight};
 }

@@ -1,7 +1,7 @@
 // Logits of features against prototypes, in tiles: the parts of the kernels in prototypes.cpp.
 //
-// Prototypes are processed in chunks, and a chunk in blocks of kColumns. A tile of logits, kBlockRows features times one
-// block of prototypes, stays in the L2 cache. Logits lie with the prototypes as lanes, so that what is added to a
+// Prototypes are processed in chunks, and a chunk in blocks of kColumns. A tile of logits, kBlockRows features times
+// one block of prototypes, stays in the L2 cache. Logits lie with the prototypes as lanes, so that what is added to a
 // feature's logits is a row of another matrix: the targets of any of the teachers.
 #pragma once
 
@@ -12,9 +12,9 @@
 
 namespace fastssl {
 
-constexpr int64_t kColumns = 192;           // prototypes of a block: a multiple of all panel widths and tile heights
-constexpr int64_t kChunkBytes = 8 << 20;    // size of what a chunk stores for each feature and prototype, if possible
-constexpr int64_t kRowTasks = 24;           // number of tasks that a chunk is divided into, if possible
+constexpr int64_t kColumns = 192;         // prototypes of a block: a multiple of all panel widths and tile heights
+constexpr int64_t kChunkBytes = 8 << 20;  // size of what a chunk stores for each feature and prototype, if possible
+constexpr int64_t kRowTasks = 24;         // number of tasks that a chunk is divided into, if possible
 
 inline int64_t block_count(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
 inline int64_t row_block_count(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
@@ -113,8 +113,7 @@ struct ShiftAndRest {
 template <typename T>
 class RowSums {
  public:
-  RowSums(int64_t rows, int64_t slots)
-      : slots_(slots), memory_(empty({rows * slots * 4 * kLanes<T>}, kDtype<T>)) {
+  RowSums(int64_t rows, int64_t slots) : slots_(slots), memory_(empty({rows * slots * 4 * kLanes<T>}, kDtype<T>)) {
     T* values = data<T>(memory_);
     for (int64_t i = 0; i < rows * slots; ++i, values += 4 * kLanes<T>) {
       std::fill(values, values + kLanes<T>, std::numeric_limits<T>::lowest());  // finite, since ∞ − ∞ is NaN
@@ -222,7 +221,8 @@ class LogitGradients {
           if (!dweight_ || i % 2) continue;
           const T* below = tile + kColumns + c;
           store(by_column + i / 2 * kColumns + c, to_bf16_pairs(first, load(below)));
-          if (whole) store(by_column + i / 2 * kColumns + c + kLanes<T>, to_bf16_pairs(second, load(below + kLanes<T>)));
+          if (whole)
+            store(by_column + i / 2 * kColumns + c + kLanes<T>, to_bf16_pairs(second, load(below + kLanes<T>)));
         }
     }
 #endif
@@ -278,8 +278,7 @@ class LogitGradients {
     T *result = dweight_ + (first + block * kColumns) * width_, *dst = padded_ == width_ ? result : memory;
     multiply_block<P>(columns, panel_count<T>(width_), row_steps_, {gradients, kTileRows, 1, kColumns},
                       data<P>(feature_panels_), row_steps_ * kPanelWidth<T>, false, dst, padded_);
-    for (int64_t j = 0; dst != result && j < columns; ++j)
-      std::copy_n(dst + j * padded_, width_, result + j * width_);
+    for (int64_t j = 0; dst != result && j < columns; ++j) std::copy_n(dst + j * padded_, width_, result + j * width_);
   }
 };
 

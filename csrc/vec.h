@@ -218,7 +218,8 @@ double sum_over(int64_t n, Term term) {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// 2^f · 2^n for f in [-1/2, 1/2]; `shifted` is n + kRoundingShift. Minimax polynomial of degree 6: relative error 1.6e-8.
+// 2^f · 2^n for f in [-1/2, 1/2]; `shifted` is n + kRoundingShift. Minimax polynomial of degree 6: relative
+// error 1.6e-8.
 constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
 inline Vec<float> scaled_exp2(Vec<float> f, Vec<float> shifted) {
   Vec<float> p = splat(1.534581243e-4f);
