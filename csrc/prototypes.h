@@ -103,6 +103,28 @@ inline Vec<T> keep_part(Vec<T> x, int64_t n, T other) {
   return x;
 }
 
+// Calls step(c, n) for each vector of `columns` values, of which the first n count: all but in the last one.
+template <typename T, typename Step>
+inline void for_each_vector(int64_t columns, const Step& step) {
+  int64_t c = 0;
+  for (; c + kLanes<T> <= columns; c += kLanes<T>) step(c, int64_t(kLanes<T>));
+  if (c < columns) step(c, columns - c);
+}
+
+// Division by a temperature, rounded as x / tau is.
+template <typename T>
+class Divisor {
+ public:
+  explicit Divisor(double tau) : tau_(T(tau)), inverse_(T(1) / T(tau)) {}
+  Vec<T> operator()(Vec<T> x) const {
+    const Vec<T> quotient = x * inverse_;
+    return (x - quotient * tau_) * inverse_ + quotient;
+  }
+
+ private:
+  T tau_, inverse_;
+};
+
 // A log-sum-exp as two numbers, their sum: the largest logit, and the rest.
 struct ShiftAndRest {
   double shift, rest;
@@ -122,25 +144,25 @@ class RowSums {
   }
 
   // Adds one block of products, which are replaced by logits; `offset` and `targets` may be null.
-  void add(int64_t row, int64_t slot, T* products, int64_t columns, T tau, const T* offset, const T* targets) const {
+  void add(int64_t row, int64_t slot, T* products, int64_t columns, Divisor<T> tau, const T* offset, const T* targets) const {
     T* values = data<T>(memory_) + (row * slots_ + slot) * 4 * kLanes<T>;
     const Vec<T> old_shift = load(values);
     Vec<T> shift = old_shift, sum{}, cross{}, mass{};
-    for (int64_t c = 0; c < columns; c += kLanes<T>) {
-      Vec<T> logit = load(products + c) / tau;
-      if (offset) logit += load_part<T>(offset + c, columns - c);
+    for_each_vector<T>(columns, [&](int64_t c, int64_t n) {
+      Vec<T> logit = tau(load(products + c));
+      if (offset) logit += load_part<T>(offset + c, n);
       store(products + c, logit);
-      logit = keep_part(logit, columns - c, -std::numeric_limits<T>::infinity());
+      logit = keep_part(logit, n, -std::numeric_limits<T>::infinity());
       shift = logit > shift ? logit : shift;  // a NaN does not reach the maximum, but it reaches the sum
-    }
-    for (int64_t c = 0; c < columns; c += kLanes<T>) {
-      const Vec<T> logit = keep_part(load(products + c), columns - c, T(0));
-      sum += keep_part(exp(logit - shift), columns - c, T(0));
-      if (!targets) continue;
-      const Vec<T> target = keep_part(load(targets + c), columns - c, T(0));
+    });
+    for_each_vector<T>(columns, [&](int64_t c, int64_t n) {
+      const Vec<T> logit = keep_part(load(products + c), n, T(0));
+      sum += keep_part(exp(logit - shift), n, T(0));
+      if (!targets) return;
+      const Vec<T> target = keep_part(load(targets + c), n, T(0));
       cross += target * logit;
       mass += target;
-    }
+    });
     store(values, shift);
     store(values + kLanes<T>, load(values + kLanes<T>) * exp(old_shift - shift) + sum);
     store(values + 2 * kLanes<T>, load(values + 2 * kLanes<T>) + cross);
