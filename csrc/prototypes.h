@@ -23,8 +23,7 @@ inline int64_t row_block_count(int64_t rows) { return (rows + kBlockRows - 1) / 
 template <typename T>
 int64_t chunk_size(int64_t values, int64_t prototypes) {
   const int64_t blocks = kChunkBytes / (std::max<int64_t>(1, values) * kColumns * int64_t(sizeof(T)));
-  return std::clamp<int64_t>(blocks, 1, std::max<int64_t>(1, std::min<int64_t>(block_count(prototypes), 16))) *
-         kColumns;
+  return std::min(std::clamp<int64_t>(blocks, 2, 16), std::max<int64_t>(1, block_count(prototypes))) * kColumns;
 }
 
 inline Tensor with_contiguous_rows(const Tensor& x) {
@@ -144,7 +143,8 @@ class RowSums {
   }
 
   // Adds one block of products, which are replaced by logits; `offset` and `targets` may be null.
-  void add(int64_t row, int64_t slot, T* products, int64_t columns, Divisor<T> tau, const T* offset, const T* targets) const {
+  void add(int64_t row, int64_t slot, T* products, int64_t columns, Divisor<T> tau, const T* offset,
+           const T* targets) const {
     T* values = data<T>(memory_) + (row * slots_ + slot) * 4 * kLanes<T>;
     const Vec<T> old_shift = load(values);
     Vec<T> shift = old_shift, sum{}, cross{}, mass{};
@@ -253,17 +253,19 @@ class LogitGradients {
   // Adds the products of the chunk of `size` prototypes from `first` on, whose tiles are all stored.
   void multiply_chunk(int64_t first, int64_t size) const {
     const int64_t steps = steps_of<P>(size), dx_tasks = dx_ ? row_block_count(rows_) : 0;
+    // A task of few blocks takes a part of one, so that there are enough tasks for many threads.
+    const int64_t part = block_count(size) < 8 ? kColumns / 4 : kColumns;
     if (dx_)
       pack_contiguous_lanes<kPanelWidth<T>, P>(logits_.prototype(first), logits_.prototype_stride(), width_, size, {},
                                                data<P>(prototype_panels_));
     const int64_t scratch_size = dweight_ && padded_ != width_ ? kColumns * padded_ : 0;
     const Tensor scratch = empty({torch::stable::get_num_threads() * scratch_size}, kDtype<T>);
-    for_tasks(dx_tasks + (dweight_ ? block_count(size) : 0), 4.0 * rows_ * size * width_, data<T>(scratch),
+    for_tasks(dx_tasks + (dweight_ ? (size + part - 1) / part : 0), 4.0 * rows_ * size * width_, data<T>(scratch),
               scratch_size, [&](int64_t task, T* memory) {
                 if (task < dx_tasks)
                   multiply_prototypes(task * kBlockRows, first, size, steps);
                 else
-                  multiply_features(task - dx_tasks, first, size, memory);
+                  multiply_features((task - dx_tasks) * part, part, first, size, memory);
               });
   }
 
@@ -294,10 +296,12 @@ class LogitGradients {
     }
   }
 
-  void multiply_features(int64_t block, int64_t first, int64_t size, T* memory) const {
-    const P* gradients = kPairs ? data<P>(by_column_) + block * column_size() : data<P>(by_row_) + block * row_size();
-    const int64_t columns = std::min(kColumns, size - block * kColumns);
-    T *result = dweight_ + (first + block * kColumns) * width_, *dst = padded_ == width_ ? result : memory;
+  void multiply_features(int64_t column, int64_t part, int64_t first, int64_t size, T* memory) const {
+    const int64_t block = column / kColumns, columns = std::min(part, size - column);
+    const P* gradients =
+        (kPairs ? data<P>(by_column_) + block * column_size() : data<P>(by_row_) + block * row_size()) +
+        column % kColumns;
+    T *result = dweight_ + (first + column) * width_, *dst = padded_ == width_ ? result : memory;
     multiply_block<P>(columns, panel_count<T>(width_), row_steps_, {gradients, kTileRows, 1, kColumns},
                       data<P>(feature_panels_), row_steps_ * kPanelWidth<T>, false, dst, padded_);
     for (int64_t j = 0; dst != result && j < columns; ++j) std::copy_n(dst + j * padded_, width_, result + j * width_);
