@@ -1,27 +1,27 @@
 """Log-sum-exps over prototypes, and the cross entropy against soft or hard targets, without stored logits.
 
-`prototype_lse_fwd_kernel` serves all forward ops. A program holds BLOCK_B rows and streams prototypes past them; for each
-row it keeps the running maximum of its logits, the sum of exp(logit − maximum) and, with targets, their sum, the mass,
-and Σ target·(logit − maximum), the cross term, all in float32. The target of a student and a prototype is made from the
-teacher's tile of logits in the same program, at the same place of the registers. The loss is mass·log(sum) − cross, in
-which no large logits cancel. There are few blocks of rows, so the prototypes are cut into parts that fill the card, as in
-contrastive.py; a few numbers of each row and part are combined in plain torch, in a fixed order.
+`prototype_lse_fwd_kernel` serves all forward ops. A program holds BLOCK_B rows and streams prototypes past them; for
+each row it keeps the running maximum of its logits, the sum of exp(logit − maximum) and, with targets, their sum, the
+mass, and Σ target·(logit − maximum), the cross term, all in float32. The target of a student and a prototype is made
+from the teacher's tile of logits in the same program, at the same place of the registers. The loss is mass·log(sum) −
+cross, in which no large logits cancel. There are few blocks of rows, so the prototypes are cut into parts that fill the
+card, as in contrastive.py; a few numbers of each row and part are combined in plain torch, in a fixed order.
 
-`soft_cross_entropy_bwd_kernel` makes both tiles again, subtracts the targets from mass·softmax in float32, multiplies by the
-loss's gradient, rounds once and multiplies by the prototypes (gradient of the students) or by the students (gradient of
-the prototypes, a second launch with the roles exchanged). No atomics: a call always gives the same bits.
+`soft_cross_entropy_bwd_kernel` makes both tiles again, subtracts the targets from mass·softmax in float32, multiplies
+by the loss's gradient, rounds once and multiplies by the prototypes (gradient of the students) or by the students
+(gradient of the prototypes: a second launch with the roles exchanged). No atomics: the same bits at every call.
 
-A student with G teachers is G pairs of rows, which are independent: the loss is the sum over its pairs. A pair without a
-teacher, −1, has mass 0. In units of 2·N·P·D operations, with E = D:
+A student with G teachers is G pairs of rows, which are independent: the loss is the sum over its pairs. A pair without
+a teacher, −1, has mass 0. In units of 2·N·P·D operations, with E = D:
 
-    forward      1 log-sum-exp; 2·G soft targets; 1 hard targets
-    backward     3·G each for the students and the prototypes; 2 with hard targets
-    bytes        forward: students and teachers once, prototypes once for each block of rows from the L2 cache;
-                 backward besides, parts·N·G·D·4 of partial results, written and read once
+    forward      1 for a log-sum-exp, 2·G with soft targets, 1 with hard ones
+    backward     3·G for the students and 3·G for the prototypes; 2 and 2 with hard targets
+    bytes        forward: students and teachers once, prototypes once for each block of rows from the L2 cache; backward
+                 besides parts·N·G·D·4 of partial results, written and read once
     limit        N = 3,771, P = 65,536, D = 256 in 16 bits: tensor cores, 0.25 TFLOP forward and 0.76 backward
 
-Students are multiplied again for each of their teachers, which for two teachers is 16 units where a tile of several
-teachers would take 11. Those pairs are few beside the patches of iBOT and DINOv2, which have one teacher each.
+Students are multiplied again for each of their teachers: for two teachers 16 units, where one tile of students with
+several of teachers would take 11. Those pairs are few beside the patches of iBOT and DINOv2, which have one teacher.
 """
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .contrastive_plan import plan
 from .prototypes_plan import BACKWARD, FORWARD
-from .tile import LOG2E, LOWEST, acc_dtype, card, contiguous_rows, dot_in_chunks, load_tile
+from .tile import LOWEST, acc_dtype, card, contiguous_rows, dot_in_chunks, load_tile
 
 # The kind of targets: none (a log-sum-exp alone), soft or hard.
 NONE, SOFT, HARD = (tl.constexpr(i) for i in range(3))
@@ -112,8 +112,8 @@ def prototype_lse_fwd_kernel(
             logits += tl.load(column_offset_ptr + key, mask=in_p, other=0.0)[None, :]
         new_max = tl.maximum(running_max, tl.max(tl.where(in_p[None, :], logits, float("-inf")), 1))
         above = logits - new_max[:, None]
-        weights = tl.where(in_p[None, :], tl.exp2(above * LOG2E), 0.0)
-        total = total * tl.exp2((running_max - new_max) * LOG2E) + tl.sum(weights, 1)
+        weights = tl.where(in_p[None, :], tl.exp(above), 0.0)
+        total = total * tl.exp(running_max - new_max) + tl.sum(weights, 1)
         if KIND == SOFT:
             if CHUNK == 0:
                 keys = load_tile(teacher_weight_ptr, key, in_p, column, stride_teacher_weight_p, E).to(OPERAND)
@@ -126,7 +126,7 @@ def prototype_lse_fwd_kernel(
                 )  # fmt: skip
             column_offset = tl.load(column_offset_ptr + key, mask=in_p, other=float("-inf"))
             exponents = (exponents * teacher_scale + column_offset[None, :]) + row_offset[:, None]
-            targets = tl.exp2(exponents * LOG2E)
+            targets = tl.exp(exponents)
         if KIND == HARD:
             targets = tl.where(key[None, :] == target_row[:, None], 1.0, 0.0).to(ACC_DTYPE)
         if KIND != NONE:
@@ -261,7 +261,7 @@ def soft_cross_entropy_bwd_kernel(
                 softmax_factor[:, None],
                 target_factor[:, None],
             )
-        weights = tl.exp2(exponents * LOG2E) * factor
+        weights = tl.exp(exponents) * factor
         if KIND == SOFT:
             in_keys = in_stream & (teacher_key >= 0)
             if CHUNK == 0:
@@ -275,8 +275,12 @@ def soft_cross_entropy_bwd_kernel(
                     stream_teacher_ptr, teacher_key, in_keys, stride_stream_teacher, E,
                     OPERAND, ACC_DTYPE, PRECISION, CHUNK,
                 )  # fmt: skip
-            exponents = exponents * teacher_scale + offset[:, None] + key_offset[None, :]
-            weights -= tl.exp2(exponents * LOG2E) * subtracted
+            # In the order of the forward kernel, so that a target is the same number in its mass.
+            if OF_WEIGHT:
+                exponents = (exponents * teacher_scale + offset[:, None]) + key_offset[None, :]
+            else:
+                exponents = (exponents * teacher_scale + key_offset[None, :]) + offset[:, None]
+            weights -= tl.exp(exponents) * subtracted
         else:
             weights -= tl.where(teacher_row[:, None] == teacher_key[None, :], subtracted, 0.0)
         weights = tl.where(in_stream[None, :], weights, 0.0)
@@ -333,7 +337,8 @@ def soft_cross_entropy_bwd(
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     pairs = _pairs(student, rows)
-    has_teacher = (pairs >= 0).view(student.shape[0], -1).to(lse.dtype)
+    N = student.shape[0]
+    has_teacher = (pairs >= 0).view(N, pairs.numel() // max(1, N)).to(lse.dtype)
     # A student's softmax is shared among its pairs, so that each subtracts its targets from about its own part.
     mass = (mass / has_teacher.sum(1).clamp(min=1))[:, None] * has_teacher
     targets = teacher, teacher_weight, teacher_tau, row_offset, column_offset
@@ -443,8 +448,8 @@ def _launch_backward(
     x, weight, kind = contiguous_rows(x), contiguous_rows(weight), SOFT if targets else HARD
     teacher, teacher_weight, teacher_tau, row_offset, column_offset = targets or (x, weight, tau, tau, tau)
     teacher, teacher_weight = contiguous_rows(teacher), contiguous_rows(teacher_weight)
-    E, G = teacher.shape[1], max(1, R // max(1, N))
-    target_factor = dloss.to(lse.dtype).repeat_interleave(G) if G > 1 else dloss.to(lse.dtype).contiguous()
+    E, G = teacher.shape[1], R // max(1, N)
+    target_factor = dloss.to(lse.dtype).repeat_interleave(G) if G != 1 else dloss.to(lse.dtype).contiguous()
     target_factor = target_factor * (mass > 0) if kind.value == HARD.value else target_factor
     softmax_factor = mass * target_factor
     # A gradient may lie outside float16's range: there `unit` brings the largest to 256.
@@ -478,7 +483,7 @@ def _launch_backward(
                 P,
                 D,
                 E,
-                G,
+                max(1, G),
                 launch_plan.tiles_per_part,
                 block.stride(0),
                 stream.stride(0),
@@ -492,7 +497,7 @@ def _launch_backward(
 
     dx = dweight = lse.new_empty(0)
     if needs[0]:
-        dx = gradient(x, weight, teacher, teacher_weight, False).view(N, -1, D).sum(1) if R else lse.new_zeros(N, D)
+        dx = gradient(x, weight, teacher, teacher_weight, False).view(N, G, D).sum(1) if R else lse.new_zeros(N, D)
     if needs[1]:
         dweight = gradient(weight, x, teacher_weight, teacher, True)
     return dx, dweight

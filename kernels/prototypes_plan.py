@@ -1,8 +1,8 @@
 """Tile sizes of the kernels of prototypes for each card. The form of a table is that of contrastive_plan.TILES.
 
-Forward, a program holds BLOCK_B students, and as many teachers, of full width, and streams prototypes past them: the more
-rows, the less often the prototypes are read from the L2 cache. Backward it also holds the sum of BLOCK_B gradients in
-float32, 256 wide, so rows are fewer. Wider rows, and float32, are multiplied CHUNK columns at a time.
+Forward, a program holds BLOCK_B students, and as many teachers, of full width, and streams prototypes past them: the
+more rows, the less often the prototypes are read from the L2 cache. Backward it also holds the sum of BLOCK_B gradients
+in float32, so rows are fewer. Wider rows, and float32, are multiplied CHUNK columns at a time.
 """
 
 from .contrastive_plan import Tiles
