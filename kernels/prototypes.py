@@ -29,8 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contrastive_plan import plan
-from .prototypes_plan import BACKWARD, FORWARD
+from .prototypes_plan import backward_plan, forward_plan
 from .tile import LOWEST, acc_dtype, card, contiguous_rows, dot_in_chunks, load_tile
 
 # The kind of targets: none (a log-sum-exp alone), soft or hard.
@@ -386,7 +385,7 @@ def _launch_forward(
     teacher, teacher_weight, teacher_tau, row_offset = targets or (x, weight, tau, tau)
     teacher, teacher_weight = contiguous_rows(teacher), contiguous_rows(teacher_weight)
     E = teacher.shape[1]
-    launch_plan = plan(R, P, max(D, E), x.element_size(), card(x), FORWARD)
+    launch_plan = forward_plan(R, P, max(D, E), x.element_size(), card(x))
     blocks, parts, _ = launch_plan.grid
     largest, total = x.new_empty(parts, R, dtype=dtype), x.new_empty(parts, R, dtype=dtype)
     mass, cross = (x.new_empty((parts, R) if kind.value else 0, dtype=dtype) for _ in range(2))
@@ -460,7 +459,7 @@ def _launch_backward(
         block: Tensor, stream: Tensor, block_teacher: Tensor, stream_teacher: Tensor, of_weight: bool
     ) -> Tensor:
         rows, others = (P, R) if of_weight else (R, P)
-        launch_plan = plan(rows, others, max(D, E), x.element_size(), card(x), BACKWARD)
+        launch_plan = backward_plan(rows, others, max(D, E), x.element_size(), card(x))
         blocks, parts, _ = launch_plan.grid
         partial = x.new_empty(parts, rows, D, dtype=lse.dtype)
         if rows and D:

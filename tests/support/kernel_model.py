@@ -234,7 +234,7 @@ def soft_cross_entropy_fwd(
 ) -> Moved:
     """The same for each pair of a student and one of its teachers, whose row and prototypes are read too."""
     pairs, M = N * teachers, M or N
-    acc, blocks, parts, _, tiles, plan = _prototypes_plan(pairs, P, max(D, E), D, size, prototypes.FORWARD, arch)
+    acc, blocks, parts, _, tiles, plan = _prototypes_plan(pairs, P, max(D, E), D, size, prototypes.forward_plan, arch)
     student = _prototypes_fwd(pairs, P, D, E, size, True, True, arch)
     per_row, per_key = (tiles if plan.chunk else parts) * pairs, blocks * P
     requested = student.requested + (per_row + per_key) * E * size + parts * pairs * acc + blocks * parts * acc
@@ -257,8 +257,8 @@ def linear_cross_entropy_bwd(N: int, P: int, D: int, size: int, of_weight: bool,
     return _prototypes_bwd(N, N, P, (D, 0), size, of_weight, 0, arch)
 
 
-def _prototypes_plan(rows, others, width, D, size, tiles, arch):
-    acc, plan = max(4, size), contrastive.plan(rows, others, width, size, CARDS[arch], tiles)
+def _prototypes_plan(rows, others, width, D, size, planned, arch):
+    acc, plan = max(4, size), planned(rows, others, width, size, CARDS[arch])
     columns = math.ceil(D / plan.block_d)
     return acc, plan.grid[0], plan.grid[1], columns, math.ceil(others / plan.block_k), plan
 
@@ -269,7 +269,7 @@ def _depth(width: int, plan) -> int:
 
 
 def _prototypes_fwd(pairs: int, P: int, D: int, E: int, size: int, targets: bool, offset: bool, arch: str) -> Moved:
-    acc, blocks, parts, _, tiles, plan = _prototypes_plan(pairs, P, max(D, E), D, size, prototypes.FORWARD, arch)
+    acc, blocks, parts, _, tiles, plan = _prototypes_plan(pairs, P, max(D, E), D, size, prototypes.forward_plan, arch)
     requested = ((tiles if plan.chunk else parts) * pairs + blocks * P) * D * size + blocks * parts * acc
     requested += blocks * P * acc * offset + parts * pairs * ((4 * acc + 8) if targets else 2 * acc)
     least = (pairs + P) * D * size + P * acc * offset + pairs * (acc + targets * (8 + acc))
@@ -283,7 +283,7 @@ def _prototypes_bwd(
     (D, E), soft = widths, M > 0
     rows, others = (P, pairs) if of_weight else (pairs, P)
     acc, blocks, parts, columns, tiles, plan = _prototypes_plan(
-        rows, others, max(D, E), D, size, prototypes.BACKWARD, arch
+        rows, others, max(D, E), D, size, prototypes.backward_plan, arch
     )
     passes = {"row": parts * columns, "key": blocks * columns}  # how often the numbers of a row are read
     pair, key = ("key", "row") if of_weight else ("row", "key")
