@@ -208,6 +208,7 @@ def soft_cross_entropy_bwd_kernel(
     """Gradient of BLOCK_B rows through one part of the other matrix."""
     part = tl.program_id(1)
     index = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    pair_axis: tl.constexpr = 0 if OF_WEIGHT else 1
     rows = P if OF_WEIGHT else R
     others = R if OF_WEIGHT else P
     in_block = index < rows
@@ -248,19 +249,9 @@ def soft_cross_entropy_bwd_kernel(
                 OPERAND, ACC_DTYPE, PRECISION, CHUNK,
             )  # fmt: skip
         logits *= scale  # [BLOCK_B, BLOCK_K]
-        if OF_WEIGHT:
-            exponents, factor, subtracted = (
-                (logits - shift[None, :]) - rest[None, :],
-                softmax_factor[None, :],
-                target_factor[None, :],
-            )
-        else:
-            exponents, factor, subtracted = (
-                (logits - shift[:, None]) - rest[:, None],
-                softmax_factor[:, None],
-                target_factor[:, None],
-            )
-        weights = tl.exp(exponents) * factor
+        weights = tl.exp((logits - tl.expand_dims(shift, pair_axis)) - tl.expand_dims(rest, pair_axis))
+        weights *= tl.expand_dims(softmax_factor, pair_axis)
+        subtracted = tl.expand_dims(target_factor, pair_axis)
         if KIND == SOFT:
             in_keys = in_stream & (teacher_key >= 0)
             if CHUNK == 0:
