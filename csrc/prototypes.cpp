@@ -60,7 +60,7 @@ class SoftTargets {
 
   SoftTargets(const Tensor& teacher, const Tensor& weight, const Tensor& tau, const Tensor& row_offset,
               const Tensor& column_offset, const std::optional<Tensor>& rows, int64_t chunk)
-      : logits_(teacher, weight, chunk), tau_(T(tau_value(tau))), row_offset_(values_of<T>(row_offset)),
+      : logits_(teacher, weight, chunk), tau_(tau_value(tau)), row_offset_(values_of<T>(row_offset)),
         column_offset_(values_of<T>(column_offset)),
         targets_(empty({block_count(chunk) * logits_.rows() * kColumns}, kDtype<T>)),
         scratch_(empty({torch::stable::get_num_threads() * Logits<S>::kScratch}, kDtype<T>)),
@@ -71,16 +71,14 @@ class SoftTargets {
   void load_chunk(int64_t first, int64_t size) {
     logits_.load_chunk(first, size);
     const auto place = [&](int64_t row, int64_t block, T*) { return block_row(row, block); };
-    logits_.for_each_tile(size, block_count(size), data<T>(scratch_), place,
-                          [&](int64_t row, int64_t count, int64_t block, int64_t columns, int64_t, T* tile) {
-                            const T* offset = column_offset_.data() + first + block * kColumns;
-                            for (int64_t i = 0; i < count; ++i, tile += kColumns)
-                              for (int64_t c = 0; c < columns; c += kLanes<T>) {
-                                const Vec<T> logit =
-                                    load(tile + c) / tau_ + load_part<T>(offset + c, columns - c) + row_offset_[row + i];
-                                store(tile + c, exp(logit));
-                              }
-                          });
+    const auto exponentiate = [&](int64_t row, int64_t count, int64_t block, int64_t columns, int64_t, T* tile) {
+      const T* offset = column_offset_.data() + first + block * kColumns;
+      for (int64_t i = 0; i < count; ++i, tile += kColumns)
+        for_each_vector<T>(columns, [&](int64_t c, int64_t n) {
+          store(tile + c, exp(tau_(load(tile + c)) + load_part<T>(offset + c, n) + row_offset_[row + i]));
+        });
+    };
+    logits_.for_each_tile(size, block_count(size), data<T>(scratch_), place, exponentiate);
   }
 
   // The targets of student i in one block, summed over its teachers; `sums` is scratch of kColumns values.
@@ -105,7 +103,7 @@ class SoftTargets {
 
  private:
   Logits<S> logits_;
-  T tau_;
+  Divisor<T> tau_;
   std::vector<T> row_offset_, column_offset_;
   Tensor targets_, scratch_;
   int64_t group_;
@@ -127,6 +125,7 @@ RowSums<typename Logits<S>::T> sum_rows(const Tensor& x, const Tensor& weight, d
   const int64_t prototypes = weight.size(0), slots = slots_for(logits.rows(), chunk);
   const Tensor scratch = empty({torch::stable::get_num_threads() * Logits<S>::kScratch}, kDtype<T>);
   RowSums<T> sums(logits.rows(), slots);
+  const Divisor<T> divisor(tau);
   for (int64_t first = 0; first < prototypes; first += chunk) {
     const int64_t size = std::min(chunk, prototypes - first);
     logits.load_chunk(first, size);
@@ -137,7 +136,7 @@ RowSums<typename Logits<S>::T> sum_rows(const Tensor& x, const Tensor& weight, d
           T target_sums[kColumns];
           const int64_t column = first + block * kColumns;
           for (int64_t i = 0; i < count; ++i, tile += kColumns) {
-            sums.add(row + i, slot, tile, columns, T(tau), offset ? offset + column : nullptr,
+            sums.add(row + i, slot, tile, columns, divisor, offset ? offset + column : nullptr,
                      targets.row(row + i, block, target_sums));
             body(row + i, column, columns, tile);
           }
@@ -223,14 +222,15 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(Tensor x, Tensor weight, Ten
 // column, columns, gradients)` is called for each row of each tile; `mass` may be null, for a mass of 1.
 template <typename S, typename Targets, typename Change>
 void compute_gradients(const Tensor& x, const Tensor& weight, double tau, const Tensor& lse, const Tensor* mass,
-                       const typename Logits<S>::T* factors, Targets& targets, int64_t chunk,
-                       typename Logits<S>::T* dx, typename Logits<S>::T* dweight, const Change& change) {
+                       const typename Logits<S>::T* factors, Targets& targets, int64_t chunk, typename Logits<S>::T* dx,
+                       typename Logits<S>::T* dweight, const Change& change) {
   using T = typename Logits<S>::T;
   Logits<S> logits(x, weight, chunk);
   const LogitGradients<S> gradients(logits, chunk, dx, dweight);
   const int64_t prototypes = weight.size(0), slots = slots_for(logits.rows(), chunk);
   const Tensor scratch = empty({torch::stable::get_num_threads() * Logits<S>::kScratch}, kDtype<T>);
   const T* lse_values = data<T>(lse);
+  const Divisor<T> divisor(tau);
   for (int64_t first = 0; first < prototypes; first += chunk) {
     const int64_t size = std::min(chunk, prototypes - first);
     logits.load_chunk(first, size);
@@ -246,11 +246,11 @@ void compute_gradients(const Tensor& x, const Tensor& weight, double tau, const 
             const T shift = lse_values[(row + i) * lse.stride(1)], factor = factors[row + i];
             const T rest = lse_values[lse.stride(0) + (row + i) * lse.stride(1)];
             const T mass_i = mass ? data<T>(*mass)[(row + i) * mass->stride(0)] : T(1);
-            for (int64_t c = 0; c < columns; c += kLanes<T>) {
-              Vec<T> gradient = exp(load(values + c) / T(tau) - shift - rest) * mass_i;
+            for_each_vector<T>(columns, [&](int64_t c, int64_t n) {
+              Vec<T> gradient = exp(divisor(load(values + c)) - shift - rest) * mass_i;
               if (target) gradient -= load(target + c);
-              store(values + c, keep_part(gradient * factor, columns - c, T(0)));
-            }
+              store(values + c, keep_part(gradient * factor, n, T(0)));
+            });
             change(row + i, first + block * kColumns, columns, values);
           }
           gradients.store_tile(row, count, block, columns, tile);
@@ -285,8 +285,8 @@ std::tuple<Tensor, Tensor> soft_cross_entropy_bwd(Tensor dloss, Tensor student, 
     const int64_t chunk = chunk_size<T>(student.size(0) + teacher.size(0), weight.size(0));
     SoftTargets<S> targets(teacher, teacher_weight, teacher_tau, row_offset, column_offset, rows, chunk);
     compute_gradients<S>(student, weight, tau_value(tau), lse, &mass, upstream_factors<T>(dloss, tau).data(), targets,
-                         chunk, needs_student ? data<T>(dstudent) : nullptr,
-                         needs_weight ? data<T>(dweight) : nullptr, [](auto...) {});
+                         chunk, needs_student ? data<T>(dstudent) : nullptr, needs_weight ? data<T>(dweight) : nullptr,
+                         [](auto...) {});
   });
   return {dstudent, dweight};
 }

@@ -1,7 +1,7 @@
 // Logits of features against prototypes, in tiles: the parts of the kernels in prototypes.cpp.
 //
-// Prototypes are processed in chunks, and a chunk in blocks of kColumns. A tile of logits, kBlockRows features times one
-// block of prototypes, stays in the L2 cache. Logits lie with the prototypes as lanes, so that what is added to a
+// Prototypes are processed in chunks, and a chunk in blocks of kColumns. A tile of logits, kBlockRows features times
+// one block of prototypes, stays in the L2 cache. Logits lie with the prototypes as lanes, so that what is added to a
 // feature's logits is a row of another matrix: the targets of any of the teachers.
 #pragma once
 
@@ -12,9 +12,9 @@
 
 namespace fastssl {
 
-constexpr int64_t kColumns = 192;           // prototypes of a block: a multiple of all panel widths and tile heights
-constexpr int64_t kChunkBytes = 8 << 20;    // size of what a chunk stores for each feature and prototype, if possible
-constexpr int64_t kRowTasks = 24;           // number of tasks that a chunk is divided into, if possible
+constexpr int64_t kColumns = 192;         // prototypes of a block: a multiple of all panel widths and tile heights
+constexpr int64_t kChunkBytes = 8 << 20;  // size of what a chunk stores for each feature and prototype, if possible
+constexpr int64_t kRowTasks = 24;         // number of tasks that a chunk is divided into, if possible
 
 inline int64_t block_count(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
 inline int64_t row_block_count(int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
@@ -23,8 +23,7 @@ inline int64_t row_block_count(int64_t rows) { return (rows + kBlockRows - 1) / 
 template <typename T>
 int64_t chunk_size(int64_t values, int64_t prototypes) {
   const int64_t blocks = kChunkBytes / (std::max<int64_t>(1, values) * kColumns * int64_t(sizeof(T)));
-  return std::clamp<int64_t>(blocks, 1, std::max<int64_t>(1, std::min<int64_t>(block_count(prototypes), 16))) *
-         kColumns;
+  return std::min(std::clamp<int64_t>(blocks, 2, 16), std::max<int64_t>(1, block_count(prototypes))) * kColumns;
 }
 
 inline Tensor with_contiguous_rows(const Tensor& x) {
@@ -103,6 +102,28 @@ inline Vec<T> keep_part(Vec<T> x, int64_t n, T other) {
   return x;
 }
 
+// Calls step(c, n) for each vector of `columns` values, of which the first n count: all but in the last one.
+template <typename T, typename Step>
+inline void for_each_vector(int64_t columns, const Step& step) {
+  int64_t c = 0;
+  for (; c + kLanes<T> <= columns; c += kLanes<T>) step(c, int64_t(kLanes<T>));
+  if (c < columns) step(c, columns - c);
+}
+
+// Division by a temperature, rounded as x / tau is.
+template <typename T>
+class Divisor {
+ public:
+  explicit Divisor(double tau) : tau_(T(tau)), inverse_(T(1) / T(tau)) {}
+  Vec<T> operator()(Vec<T> x) const {
+    const Vec<T> quotient = x * inverse_;
+    return (x - quotient * tau_) * inverse_ + quotient;
+  }
+
+ private:
+  T tau_, inverse_;
+};
+
 // A log-sum-exp as two numbers, their sum: the largest logit, and the rest.
 struct ShiftAndRest {
   double shift, rest;
@@ -113,8 +134,7 @@ struct ShiftAndRest {
 template <typename T>
 class RowSums {
  public:
-  RowSums(int64_t rows, int64_t slots)
-      : slots_(slots), memory_(empty({rows * slots * 4 * kLanes<T>}, kDtype<T>)) {
+  RowSums(int64_t rows, int64_t slots) : slots_(slots), memory_(empty({rows * slots * 4 * kLanes<T>}, kDtype<T>)) {
     T* values = data<T>(memory_);
     for (int64_t i = 0; i < rows * slots; ++i, values += 4 * kLanes<T>) {
       std::fill(values, values + kLanes<T>, std::numeric_limits<T>::lowest());  // finite, since ∞ − ∞ is NaN
@@ -123,25 +143,26 @@ class RowSums {
   }
 
   // Adds one block of products, which are replaced by logits; `offset` and `targets` may be null.
-  void add(int64_t row, int64_t slot, T* products, int64_t columns, T tau, const T* offset, const T* targets) const {
+  void add(int64_t row, int64_t slot, T* products, int64_t columns, Divisor<T> tau, const T* offset,
+           const T* targets) const {
     T* values = data<T>(memory_) + (row * slots_ + slot) * 4 * kLanes<T>;
     const Vec<T> old_shift = load(values);
     Vec<T> shift = old_shift, sum{}, cross{}, mass{};
-    for (int64_t c = 0; c < columns; c += kLanes<T>) {
-      Vec<T> logit = load(products + c) / tau;
-      if (offset) logit += load_part<T>(offset + c, columns - c);
+    for_each_vector<T>(columns, [&](int64_t c, int64_t n) {
+      Vec<T> logit = tau(load(products + c));
+      if (offset) logit += load_part<T>(offset + c, n);
       store(products + c, logit);
-      logit = keep_part(logit, columns - c, -std::numeric_limits<T>::infinity());
+      logit = keep_part(logit, n, -std::numeric_limits<T>::infinity());
       shift = logit > shift ? logit : shift;  // a NaN does not reach the maximum, but it reaches the sum
-    }
-    for (int64_t c = 0; c < columns; c += kLanes<T>) {
-      const Vec<T> logit = keep_part(load(products + c), columns - c, T(0));
-      sum += keep_part(exp(logit - shift), columns - c, T(0));
-      if (!targets) continue;
-      const Vec<T> target = keep_part(load(targets + c), columns - c, T(0));
+    });
+    for_each_vector<T>(columns, [&](int64_t c, int64_t n) {
+      const Vec<T> logit = keep_part(load(products + c), n, T(0));
+      sum += keep_part(exp(logit - shift), n, T(0));
+      if (!targets) return;
+      const Vec<T> target = keep_part(load(targets + c), n, T(0));
       cross += target * logit;
       mass += target;
-    }
+    });
     store(values, shift);
     store(values + kLanes<T>, load(values + kLanes<T>) * exp(old_shift - shift) + sum);
     store(values + 2 * kLanes<T>, load(values + 2 * kLanes<T>) + cross);
@@ -222,7 +243,8 @@ class LogitGradients {
           if (!dweight_ || i % 2) continue;
           const T* below = tile + kColumns + c;
           store(by_column + i / 2 * kColumns + c, to_bf16_pairs(first, load(below)));
-          if (whole) store(by_column + i / 2 * kColumns + c + kLanes<T>, to_bf16_pairs(second, load(below + kLanes<T>)));
+          if (whole)
+            store(by_column + i / 2 * kColumns + c + kLanes<T>, to_bf16_pairs(second, load(below + kLanes<T>)));
         }
     }
 #endif
@@ -231,17 +253,19 @@ class LogitGradients {
   // Adds the products of the chunk of `size` prototypes from `first` on, whose tiles are all stored.
   void multiply_chunk(int64_t first, int64_t size) const {
     const int64_t steps = steps_of<P>(size), dx_tasks = dx_ ? row_block_count(rows_) : 0;
+    // A task of few blocks takes a part of one, so that there are enough tasks for many threads.
+    const int64_t part = block_count(size) < 8 ? kColumns / 4 : kColumns;
     if (dx_)
       pack_contiguous_lanes<kPanelWidth<T>, P>(logits_.prototype(first), logits_.prototype_stride(), width_, size, {},
                                                data<P>(prototype_panels_));
     const int64_t scratch_size = dweight_ && padded_ != width_ ? kColumns * padded_ : 0;
     const Tensor scratch = empty({torch::stable::get_num_threads() * scratch_size}, kDtype<T>);
-    for_tasks(dx_tasks + (dweight_ ? block_count(size) : 0), 4.0 * rows_ * size * width_, data<T>(scratch),
+    for_tasks(dx_tasks + (dweight_ ? (size + part - 1) / part : 0), 4.0 * rows_ * size * width_, data<T>(scratch),
               scratch_size, [&](int64_t task, T* memory) {
                 if (task < dx_tasks)
                   multiply_prototypes(task * kBlockRows, first, size, steps);
                 else
-                  multiply_features(task - dx_tasks, first, size, memory);
+                  multiply_features((task - dx_tasks) * part, part, first, size, memory);
               });
   }
 
@@ -272,14 +296,15 @@ class LogitGradients {
     }
   }
 
-  void multiply_features(int64_t block, int64_t first, int64_t size, T* memory) const {
-    const P* gradients = kPairs ? data<P>(by_column_) + block * column_size() : data<P>(by_row_) + block * row_size();
-    const int64_t columns = std::min(kColumns, size - block * kColumns);
-    T *result = dweight_ + (first + block * kColumns) * width_, *dst = padded_ == width_ ? result : memory;
+  void multiply_features(int64_t column, int64_t part, int64_t first, int64_t size, T* memory) const {
+    const int64_t block = column / kColumns, columns = std::min(part, size - column);
+    const P* gradients =
+        (kPairs ? data<P>(by_column_) + block * column_size() : data<P>(by_row_) + block * row_size()) +
+        column % kColumns;
+    T *result = dweight_ + (first + column) * width_, *dst = padded_ == width_ ? result : memory;
     multiply_block<P>(columns, panel_count<T>(width_), row_steps_, {gradients, kTileRows, 1, kColumns},
                       data<P>(feature_panels_), row_steps_ * kPanelWidth<T>, false, dst, padded_);
-    for (int64_t j = 0; dst != result && j < columns; ++j)
-      std::copy_n(dst + j * padded_, width_, result + j * width_);
+    for (int64_t j = 0; dst != result && j < columns; ++j) std::copy_n(dst + j * padded_, width_, result + j * width_);
   }
 };
 
