@@ -7,7 +7,19 @@ from typing import Any
 
 import torch
 
-from fastssl.kernels import attention, batchnorm, contrastive, gelu, masking, norm, patches, queue, tile
+from fastssl.kernels import (
+    attention,
+    batchnorm,
+    block_masks,
+    contrastive,
+    gelu,
+    masking,
+    norm,
+    patches,
+    prototypes,
+    queue,
+    tile,
+)
 from tests.support import kernel_model as model
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -40,12 +52,28 @@ def ids(*shape: int) -> torch.Tensor:
 
 def recipes() -> list[Case]:
     """The sizes of the papers' recipes."""
-    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_norms(), *_gelus(), *_batch_norms(), *_attention()]
+    return [
+        *_moco(),
+        *_in_batch(),
+        *_prototypes(),
+        *_tokens(),
+        *_pixels(),
+        *_norms(),
+        *_gelus(),
+        *_batch_norms(),
+        *_attention(),
+    ]
 
 
 def variants() -> list[Case]:
     """The other rows of the tables, the other dtypes, and the branches that the recipes do not take."""
-    return [*_contrastive_tables(), *_attention_tables(), *_tokens_and_pixels_in_other_dtypes(), *_ones()]
+    return [
+        *_contrastive_tables(),
+        *_prototype_tables(),
+        *_attention_tables(),
+        *_tokens_and_pixels_in_other_dtypes(),
+        *_ones(),
+    ]
 
 
 def _moco() -> list[Case]:
@@ -93,9 +121,67 @@ def _in_batch() -> list[Case]:
     ]
 
 
+def _prototypes() -> list[Case]:
+    """DINO's crops (2 + 8 of 64 images, two teachers each) and DINOv2's masked patches, D = 256, in bfloat16."""
+    cases = []
+    for rows, teachers, counts in ((640, 2, (65_536,)), (3771, 1, (4096, 65_536, 131_072))):
+        for count in counts:
+            cases += _prototype_cases(rows, teachers, count, 256, BF16, f"N={rows:,}, P={count:,}, D=256, bf16", True)
+    return cases
+
+
+def _prototype_cases(N, G, P, D, dtype, size_name, counted=False) -> list[Case]:
+    acc, M, size = tile.acc_dtype(dtype), N if G == 1 else 128, dtype.itemsize
+    student, weight, teacher, teacher_weight = (meta(rows, D, dtype=dtype) for rows in (N, P, M, P))
+    tau, per_row, per_key, lse = (meta(*shape, dtype=acc) for shape in ((), (M,), (P,), (2, N)))
+    dloss, pairs, target = meta(N, dtype=acc), None if G == 1 else ids(N, G), ids(N)
+    args = student, weight, tau, teacher, teacher_weight, tau, per_row, per_key, pairs
+    hard = student, weight, tau, target
+
+    def backward(launcher, arguments, *numbers):
+        return [(launcher, (dloss, *arguments, *numbers, not prototype, prototype)) for prototype in (False, True)]
+
+    soft_backward = backward(prototypes.soft_cross_entropy_bwd, args, lse, dloss)
+    hard_backward = backward(prototypes.linear_cross_entropy_bwd, hard, lse)
+    soft = (N, P, D, D, size)
+    rows = [
+        ("prototype_lse", prototypes.prototype_lse, (teacher, weight, tau, per_key, 1),
+         lambda arch: model.prototype_lse(M, P, D, size, True, arch)),
+        ("prototype_lse, over rows", prototypes.prototype_lse, (teacher, weight, tau, per_row, 0),
+         lambda arch: model.prototype_lse(P, M, D, size, True, arch)),
+        ("soft_cross_entropy", prototypes.soft_cross_entropy_fwd, args,
+         lambda arch: model.soft_cross_entropy_fwd(*soft, G, M, arch)),
+        ("soft_cross_entropy, students", *soft_backward[0],
+         lambda arch: model.soft_cross_entropy_bwd(*soft, False, G, M, arch)),
+        ("soft_cross_entropy, prototypes", *soft_backward[1],
+         lambda arch: model.soft_cross_entropy_bwd(*soft, True, G, M, arch)),
+        ("linear_cross_entropy", prototypes.linear_cross_entropy_fwd, hard, None),
+        ("linear_cross_entropy, rows", *hard_backward[0], None),
+        ("linear_cross_entropy, prototypes", *hard_backward[1], None),
+    ]  # fmt: skip
+    rows = [row for row in rows if row[3]] if counted else rows
+    return [
+        Case(op, size_name, launcher, given, moved if counted else None, size) for op, launcher, given, moved in rows
+    ]
+
+
+def _prototype_tables() -> list[Case]:
+    """Every row of the tables, and a width beyond the last."""
+    widths = {BF16: (64, 128, 256, 384), FP16: (256,), FP32: (128, 256, 384), FP64: (64, 128, 256)}
+    shapes = [(dtype, width) for dtype, several in widths.items() for width in several]
+    return list(itertools.chain(*(_prototype_cases(512, 1, 8192, D, d, f"D={D}, {NAMES[d]}") for d, D in shapes)))
+
+
 def _tokens() -> list[Case]:
     keep, restore = "B=256, 49 of 196, D=768, bf16", "B=256, 50 to 197, D=512, bf16"
     return [
+        Case(
+            "block_mask",
+            "B=256, 14 × 14",
+            block_masks.block_mask,
+            (ids(256), ids(256), 14, 14, [4 * 256, 98 * 256], 2**28, 10, 0),
+            lambda _: model.block_mask(256, 196),
+        ),
         Case(
             "random_masking",
             "B=256, L=196",
@@ -358,8 +444,10 @@ def _ones() -> list[Case]:
         "batch_norm, backward": (batchnorm.batch_norm_bwd, (pixel, pixel, None, lse, lse, q.float(), q.float(), True)),
         "bias_gelu": (gelu.bias_gelu_fwd, (q, row)),
         "bias_gelu, backward": (gelu.bias_gelu_bwd, (q, q, row)),
+        "block_mask": (block_masks.block_mask, (ids(1), ids(1), 1, 1, [1, 1], 1, 1, 1)),
     }
     cases = [Case(op, "sizes of 1, bf16", launcher, args) for op, (launcher, args) in launches.items()]
     for dtype in (BF16, FP32):
+        cases += _prototype_cases(1, 1, 1, 1, dtype, f"sizes of 1, {NAMES[dtype]}")
         cases += _both_directions(1, 1, 1, 1, dtype, f"sizes of 1, {NAMES[dtype]}")
     return cases

@@ -31,7 +31,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .contrastive_plan import plan
-from .tile import LN2, LOG2E, LOWEST, TRITON_DTYPES, acc_dtype, card, contiguous_rows, operand_dtype
+from .tile import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    TRITON_DTYPES,
+    acc_dtype,
+    card,
+    contiguous_rows,
+    dot_in_chunks,
+    load_tile,
+    operand_dtype,
+)
 
 # The kind of loss: InfoNCE over a queue, InfoNCE in the batch, or NT-Xent. It decides which key is a query's positive,
 # and which keys do not count as negatives.
@@ -47,39 +58,6 @@ def _positive_of(row, B, label_offset, KIND: tl.constexpr):
         return row + label_offset
     else:
         return (row + B // 2) % B
-
-
-@triton.jit
-def _load_tile(x_ptr, row, in_row, column, stride, D):
-    """[rows, columns] of a matrix, zeros outside."""
-    offset = row.to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(x_ptr + offset, mask=in_row[:, None] & (column < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _dot_in_chunks(
-    a_ptr,  # [·, D]
-    a_row,
-    in_a,
-    stride_a,
-    b_ptr,  # [·, D]
-    b_row,
-    in_b,
-    stride_b,
-    D,
-    OPERAND: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """a · bᵀ of rows that are too wide for the registers: CHUNK columns at a time."""
-    dots = tl.zeros([a_row.shape[0], b_row.shape[0]], ACC_DTYPE)
-    for start in range(0, D, CHUNK):
-        column = start + tl.arange(0, CHUNK)
-        a = _load_tile(a_ptr, a_row, in_a, column, stride_a, D).to(OPERAND)
-        b = _load_tile(b_ptr, b_row, in_b, column, stride_b, D).to(OPERAND)
-        dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION, out_dtype=ACC_DTYPE)
-    return dots
 
 
 @triton.jit
@@ -121,13 +99,13 @@ def info_nce_fwd_kernel(
     positive_logit = tl.zeros([BLOCK_B], ACC_DTYPE)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        q_d = _load_tile(q_ptr, row, in_b, d, stride_qb, D).to(ACC_DTYPE)
-        k_d = _load_tile(positives_ptr, positive, in_b, d, stride_positives_b, D).to(ACC_DTYPE)
+        q_d = load_tile(q_ptr, row, in_b, d, stride_qb, D).to(ACC_DTYPE)
+        k_d = load_tile(positives_ptr, positive, in_b, d, stride_positives_b, D).to(ACC_DTYPE)
         positive_logit += tl.sum(q_d * k_d, 1)
     positive_logit *= scale
 
     if CHUNK == 0:
-        q = _load_tile(q_ptr, row, in_b, column, stride_qb, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
+        q = load_tile(q_ptr, row, in_b, column, stride_qb, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
     running_max = tl.full([BLOCK_B], LOWEST, ACC_DTYPE)
     total = tl.zeros([BLOCK_B], ACC_DTYPE)
     part_rank = tl.zeros([BLOCK_B], tl.int32)
@@ -136,14 +114,14 @@ def info_nce_fwd_kernel(
         key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         in_k = key < K
         if CHUNK == 0:
-            keys = _load_tile(keys_ptr, key, in_k, column, stride_keys_k, D).to(OPERAND)  # [BLOCK_K, BLOCK_D]
+            keys = load_tile(keys_ptr, key, in_k, column, stride_keys_k, D).to(OPERAND)  # [BLOCK_K, BLOCK_D]
             logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION, out_dtype=ACC_DTYPE)
         else:
-            logits = _dot_in_chunks(
+            logits = dot_in_chunks(
                 q_ptr, row, in_b, stride_qb, keys_ptr, key, in_k, stride_keys_k, D, OPERAND, ACC_DTYPE, PRECISION, CHUNK
             )
             if WITH_GRAD:
-                keys = _load_tile(keys_ptr, key, in_k, column, stride_keys_k, D).to(OPERAND)
+                keys = load_tile(keys_ptr, key, in_k, column, stride_keys_k, D).to(OPERAND)
         is_negative = in_k[None, :]
         if KIND != QUEUE:
             is_negative = is_negative & (key[None, :] != positive[:, None])
@@ -238,7 +216,7 @@ def info_nce_combine_kernel(
                 part = part_start + tl.arange(0, BLOCK_PARTS)
                 partial = part.to(tl.int64) * B + row
                 rescale = tl.exp2(tl.load(max_ptr + partial, mask=part < parts, other=LOWEST) - max_logit)
-                dq += rescale[:, None] * _load_tile(weighted_ptr, partial, part < parts, column, D, D)
+                dq += rescale[:, None] * load_tile(weighted_ptr, partial, part < parts, column, D, D)
             k = tl.load(k_row_ptr + column, mask=column < D, other=0.0).to(ACC_DTYPE)
             dq = (tl.sum(dq, 0) - negatives_sum * k) / sum_of_all / tau
             tl.store(dq_ptr + row.to(tl.int64) * D + column, dq, mask=column < D)
@@ -282,7 +260,7 @@ def info_nce_bwd_kernel(
     unit = tl.load(unit_ptr).to(ACC_DTYPE)
     per_unit = 1 / unit
     if CHUNK == 0:
-        keys = _load_tile(keys_ptr, row, in_r, column, stride_keys_r, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
+        keys = load_tile(keys_ptr, row, in_r, column, stride_keys_r, D).to(OPERAND)  # [BLOCK_B, BLOCK_D]
     if KIND == VIEWS:
         row_lse = tl.load(lse_ptr + row, mask=in_r, other=0.0)
         row_dloss = tl.load(dloss_ptr + row, mask=in_r, other=0.0).to(ACC_DTYPE) * per_unit
@@ -291,10 +269,10 @@ def info_nce_bwd_kernel(
         query = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         in_c = query < C
         if CHUNK == 0:
-            queries = _load_tile(queries_ptr, query, in_c, column, stride_queries_c, D).to(OPERAND)
+            queries = load_tile(queries_ptr, query, in_c, column, stride_queries_c, D).to(OPERAND)
             logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION, out_dtype=ACC_DTYPE)
         else:
-            logits = _dot_in_chunks(
+            logits = dot_in_chunks(
                 keys_ptr,
                 row,
                 in_r,
@@ -309,7 +287,7 @@ def info_nce_bwd_kernel(
                 PRECISION,
                 CHUNK,
             )
-            queries = _load_tile(queries_ptr, query, in_c, column, stride_queries_c, D).to(OPERAND)
+            queries = load_tile(queries_ptr, query, in_c, column, stride_queries_c, D).to(OPERAND)
         logits = logits * (1 / tau)  # [BLOCK_B, BLOCK_K]
         lse = tl.load(lse_ptr + query, mask=in_c, other=float("inf"))
         dloss = tl.load(dloss_ptr + query, mask=in_c, other=0.0).to(ACC_DTYPE) * per_unit

@@ -7,11 +7,13 @@ import triton
 
 from .tile import TRITON_DTYPES, Card, choose, dot_precision, power_of_2, split_loop
 
+Tiles = dict[str, dict[int, dict[int, tuple[int, int, int, int, int, int]]]]
+
 # {architecture: {bytes of an operand: {widest D: (BLOCK_B, BLOCK_K, CHUNK, warps, stages, programs)}}}
 # with the number of programs per multiprocessor. A wider D is cut into parts as wide as the last row; each part has its
 # own program, and all of these compute the same logits. CHUNK is how much of D a product of logits takes at a time, 0
 # for all of D: then the queries stay in registers from the first tile to the last.
-TILES = {
+TILES: Tiles = {
     "sm_80": {
         2: {
             64: (128, 64, 0, 8, 3, 2),
@@ -45,7 +47,7 @@ TILES["gfx942"] = TILES["sm_80"] | {
 
 
 class Plan(NamedTuple):
-    """How a launch of `info_nce_fwd_kernel` or `info_nce_bwd_kernel` is cut into programs."""
+    """How a launch of a kernel that passes keys along blocks of rows is cut into programs."""
 
     grid: tuple[int, int, int]  # blocks of rows, parts of the keys, blocks of columns
     tiles_per_part: int
@@ -71,9 +73,9 @@ class Plan(NamedTuple):
         }
 
 
-def plan(B: int, K: int, D: int, size: int, gpu: Card) -> Plan:
-    """The plan for B rows against K keys of D values, with operands of `size` bytes."""
-    table = TILES[gpu.arch][size]
+def plan(B: int, K: int, D: int, size: int, gpu: Card, tiles: Tiles | None = None) -> Plan:
+    """The plan for B rows against K keys of D values, with operands of `size` bytes; `tiles` is a table like TILES."""
+    table = (tiles or TILES)[gpu.arch][size]
     block_d = min(power_of_2(D, 32), max(table))
     block_b, block_k, chunk, warps, stages, programs = choose(table, block_d)
     chunk = min(chunk or block_d, block_d) if chunk or block_d < D else 0

@@ -177,3 +177,36 @@ def positions_in_row(
         matches = tl.where(ids[None, :] == numbers[:, None], m[None, :], -1)
         position = tl.maximum(position, tl.max(matches, 1))
     return position
+
+
+@triton.jit
+def load_tile(x_ptr, row, in_row, column, stride, D):
+    """[rows, columns] of a matrix, zeros outside."""
+    offset = row.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(x_ptr + offset, mask=in_row[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def dot_in_chunks(
+    a_ptr,  # [·, D]
+    a_row,
+    in_a,
+    stride_a,
+    b_ptr,  # [·, D]
+    b_row,
+    in_b,
+    stride_b,
+    D,
+    OPERAND: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """a · bᵀ of rows that are too wide for the registers: CHUNK columns at a time."""
+    dots = tl.zeros([a_row.shape[0], b_row.shape[0]], ACC_DTYPE)
+    for start in range(0, D, CHUNK):
+        column = start + tl.arange(0, CHUNK)
+        a = load_tile(a_ptr, a_row, in_a, column, stride_a, D).to(OPERAND)
+        b = load_tile(b_ptr, b_row, in_b, column, stride_b, D).to(OPERAND)
+        dots = tl.dot(a, tl.trans(b), dots, input_precision=PRECISION, out_dtype=ACC_DTYPE)
+    return dots

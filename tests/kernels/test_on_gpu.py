@@ -13,20 +13,25 @@ from fastssl.ops import (
     batch_info_nce,
     batch_norm,
     bias_gelu,
+    block_mask,
     dispatch,
     ema_update_,
     enqueue_,
     info_nce,
     keep_patches,
     keep_tokens,
+    linear_cross_entropy,
     masked_patch_mse,
     nt_xent,
     patchify,
+    prototype_lse,
     random_masking,
     residual_norm,
     restore_tokens,
+    soft_cross_entropy,
     unpatchify,
 )
+from fastssl.ops.prototypes import PrototypeTargets
 from tests.support.close import assert_as_exact_on_average, assert_same
 from tests.support.contract import compiles, tensors_of
 
@@ -83,6 +88,48 @@ def test_in_batch(B, M, D, dtype):
     q, keys = unit(B, D, dtype=dtype).requires_grad_(), unit(M, D, dtype=dtype).requires_grad_()
     agrees(lambda q, keys: batch_info_nce(q, keys, 0.2, 7).loss, q, keys)
     agrees(lambda z1, z2: nt_xent(z1, z2, 0.5), q, unit(B, D, dtype=dtype).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "N, P, D, E, G",
+    [(640, 4096, 256, 256, 2), (3771, 2048, 256, 384, None), (37, 4099, 100, 40, 3), (64, 300, 600, 64, None)],
+)
+def test_prototypes(N, P, D, E, G, dtype):
+    student, weight = unit(N, D, dtype=dtype).requires_grad_(), unit(P, D, dtype=dtype).requires_grad_()
+    M = N if G is None else 128
+    teacher, teacher_weight = unit(M, E, dtype=dtype), unit(P, E, dtype=dtype)
+    rows = None if G is None else torch.randint(-1, M, (N, G), device=DEVICE)
+    centre = noise(P) / 10
+    with dispatch.reference():
+        row_offset = -prototype_lse(teacher, teacher_weight, 0.07, centre)
+
+    def loss(student, weight, teacher, teacher_weight, row_offset, centre):
+        return soft_cross_entropy(
+            student, weight, 0.1, PrototypeTargets(teacher, teacher_weight, 0.07, row_offset, centre), rows
+        )
+
+    agrees(loss, student, weight, teacher, teacher_weight, row_offset, centre)
+    for dim, offset in ((1, centre), (0, row_offset)):
+        agrees(lambda x, w, o, dim=dim: prototype_lse(x, w, 0.07, o, dim), teacher, teacher_weight, offset)
+    target = torch.randint(P, (N,), device=DEVICE)
+    target[::5] = -100
+    agrees(lambda x, w: linear_cross_entropy(x, w, 0.1, target), student, weight)
+
+
+def test_memory_of_prototypes():
+    """O((N + P)·D) and partial results by the size of the card; a matrix of logits alone is 0.99 GB in float32."""
+    student, weight = unit(3771, 256, dtype=torch.bfloat16), unit(65_536, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        targets = PrototypeTargets(
+            student, weight, 0.07, -prototype_lse(student, weight, 0.07), torch.zeros_like(weight[:, 0])
+        )
+    leaves = student.clone().requires_grad_(), weight.clone().requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    soft_cross_entropy(*leaves, 0.1, targets).mean().backward()
+    assert torch.cuda.max_memory_allocated() - before < 250e6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -166,6 +213,16 @@ def test_patches(dtype):
                 layout.detach(),
                 masking.ids_masked,
             )
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (37, 37), (64, 64), (3, 5)], ids=str)
+def test_block_mask(grid):
+    """The masks of the CPU, bit for bit: the exponential and the root of another library make no difference."""
+    length = grid[0] * grid[1]
+    seed, count = torch.randint(2**62, (2048,)), (torch.rand(2048, dtype=torch.float64) * length).floor()
+    for options in ({"min_patches": 4, "max_patches": length / 2}, {"min_patches": max(1, length // 9), "stream": 3}):
+        masks = block_mask(seed.to(DEVICE), count.to(DEVICE), grid, **options)
+        assert torch.equal(masks.cpu(), block_mask(seed, count, grid, **options))
 
 
 def test_queue():

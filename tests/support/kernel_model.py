@@ -7,7 +7,7 @@ programs, the plan comes from the kernel's file. `acc` is the bytes of a number 
 import math
 from typing import NamedTuple
 
-from fastssl.kernels import attention, batchnorm, contrastive, gelu, masking, norm, patches, queue, tile
+from fastssl.kernels import attention, batchnorm, contrastive, gelu, masking, norm, patches, prototypes, queue, tile
 from fastssl.kernels.tile import CARDS
 
 
@@ -101,6 +101,11 @@ def enqueue_(K: int, D: int, N: int, queue_bytes: int, key_bytes: int, arch: str
     count, _ = tile.move_tile(kept, D, key_bytes, queue.ENQUEUE[arch].bytes)
     rows = kept * D * (queue_bytes + key_bytes)
     return Moved(rows + 8 * math.ceil(kept / count) + 16, rows + 24, rows + 16)
+
+
+def block_mask(B: int, L: int) -> Moved:
+    """Reads a seed and a count for each sample, writes a byte for each patch."""
+    return Moved(*[B * (16 + L)] * 3)
 
 
 def ema_update_(parameters: int, source_bytes: int, shadow_bytes: int = 0) -> Moved:
@@ -279,3 +284,83 @@ def attention_bwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90"
     blocks = math.ceil(L / block_l)
     requested = B * H * (blocks * (3 * tensor + L * acc) + 3 * tensor + L * acc + blocks * 2 * tensor + 5 * tensor)
     return Moved(requested, least, least, 14 * B * H * (blocks * block_l) ** 2 * width)
+
+
+def prototype_lse(N: int, P: int, D: int, size: int, offset: bool, arch: str = "sm_90") -> Moved:
+    """Reads features and prototypes; writes the largest logit and a sum for each row and part of the prototypes."""
+    return _prototypes_fwd(N, P, D, 0, size, False, offset, arch)
+
+
+def linear_cross_entropy_fwd(N: int, P: int, D: int, size: int, arch: str = "sm_90") -> Moved:
+    """`prototype_lse` with a target for each row, and two more numbers."""
+    return _prototypes_fwd(N, P, D, 0, size, True, False, arch)
+
+
+def soft_cross_entropy_fwd(
+    N: int, P: int, D: int, E: int, size: int, teachers: int = 1, M: int | None = None, arch: str = "sm_90"
+) -> Moved:
+    """The same for each pair of a student and one of its teachers, whose row and prototypes are read too."""
+    pairs, M = N * teachers, M or N
+    acc, blocks, parts, _, tiles, plan = _prototypes_plan(pairs, P, max(D, E), D, size, prototypes.forward_plan, arch)
+    student = _prototypes_fwd(pairs, P, D, E, size, True, True, arch)
+    per_row, per_key = (tiles if plan.chunk else parts) * pairs, blocks * P
+    requested = student.requested + (per_row + per_key) * E * size + parts * pairs * acc + blocks * parts * acc
+    depth = _depth(E, plan)
+    operations = student.operations + 2 * tiles * blocks * plan.block_b * plan.block_k * depth
+    least = ((N + P) * D + (M + P) * E) * size + (M + P) * acc + 8 * pairs + 4 * N * acc
+    return Moved(requested, least + 2 * parts * pairs * 4 * acc, least, operations)
+
+
+def soft_cross_entropy_bwd(
+    N: int, P: int, D: int, E: int, size: int, of_weight: bool, teachers: int = 1, M: int | None = None,
+    arch: str = "sm_90",
+) -> Moved:  # fmt: skip
+    """Reads all matrices, and numbers of each pair; writes one gradient, as partial sums where the loop is cut."""
+    return _prototypes_bwd(N * teachers, N, P, (D, E), size, of_weight, M or N, arch)
+
+
+def linear_cross_entropy_bwd(N: int, P: int, D: int, size: int, of_weight: bool, arch: str = "sm_90") -> Moved:
+    """The same with a target for each row."""
+    return _prototypes_bwd(N, N, P, (D, 0), size, of_weight, 0, arch)
+
+
+def _prototypes_plan(rows, others, width, D, size, planned, arch):
+    acc, plan = max(4, size), planned(rows, others, width, size, CARDS[arch])
+    columns = math.ceil(D / plan.block_d)
+    return acc, plan.grid[0], plan.grid[1], columns, math.ceil(others / plan.block_k), plan
+
+
+def _depth(width: int, plan) -> int:
+    chunk = plan.chunk or plan.block_d
+    return math.ceil(width / chunk) * chunk
+
+
+def _prototypes_fwd(pairs: int, P: int, D: int, E: int, size: int, targets: bool, offset: bool, arch: str) -> Moved:
+    acc, blocks, parts, _, tiles, plan = _prototypes_plan(pairs, P, max(D, E), D, size, prototypes.forward_plan, arch)
+    requested = ((tiles if plan.chunk else parts) * pairs + blocks * P) * D * size + blocks * parts * acc
+    requested += blocks * P * acc * offset + parts * pairs * ((4 * acc + 8) if targets else 2 * acc)
+    least = (pairs + P) * D * size + P * acc * offset + pairs * (acc + targets * (8 + acc))
+    operations = 2 * tiles * blocks * plan.block_b * plan.block_k * _depth(D, plan)
+    return Moved(requested, least + 2 * parts * pairs * (4 if targets else 2) * acc, least, operations)
+
+
+def _prototypes_bwd(
+    pairs: int, N: int, P: int, widths: tuple[int, int], size: int, of_weight: bool, M: int, arch: str
+) -> Moved:
+    (D, E), soft = widths, M > 0
+    rows, others = (P, pairs) if of_weight else (pairs, P)
+    acc, blocks, parts, columns, tiles, plan = _prototypes_plan(
+        rows, others, max(D, E), D, size, prototypes.backward_plan, arch
+    )
+    passes = {"row": parts * columns, "key": blocks * columns}  # how often the numbers of a row are read
+    pair, key = ("key", "row") if of_weight else ("row", "key")
+    requested = blocks * parts * columns * (2 + soft) * acc
+    requested += passes[pair] * pairs * (8 + (4 + soft) * acc) + passes[key] * P * acc * soft
+    per_row, per_key = (tiles * columns, blocks * columns) if plan.chunk else (parts, blocks)
+    requested += (per_row * rows + per_key * others) * (D + E) * size + bool(plan.chunk) * blocks * others * D * size
+    partial = parts * rows * D * acc
+    least = ((N + P) * D + (M + P) * E) * size + (M + P) * acc * soft + pairs * (8 + 2 * acc) + 2 * N * acc
+    least += (P if of_weight else N) * D * acc
+    depth = _depth(D, plan) + _depth(E, plan) * soft + plan.block_d
+    operations = 2 * tiles * columns * blocks * plan.block_b * plan.block_k * depth
+    return Moved(requested + partial, least + (2 * partial if parts > 1 else 0), least, operations)
