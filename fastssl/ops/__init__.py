@@ -15,6 +15,7 @@ from .ema import ema_update_
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
 from .norm import residual_norm
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
+from .prototypes import PrototypeTargets, linear_cross_entropy, prototype_lse, soft_cross_entropy
 from .queue import enqueue_
 
 dispatch.load_native()
