@@ -30,7 +30,11 @@ class Training:
     betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
     """decay rates β1 and β2 of AdamW's moment estimates"""
     warmup_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 0
-    """epochs of linear learning-rate warm-up from 0"""
+    """epochs of linear learning-rate warm-up"""
+    warmup_lr: Annotated[float, NOT_NEGATIVE] = 0.0
+    """learning rate at the start of the warm-up, for a batch of 256 images"""
+    warmup_includes_peak: bool = False
+    """reach the peak learning rate in the last step of the warm-up (SwAV, DINO), not in the step after it"""
     lr_end: Annotated[float, NOT_NEGATIVE] = 0.0
     """learning rate at the end of the cosine schedule, for a batch of 256 images"""
     lr_scaling: Literal["linear", "sqrt"] = "linear"

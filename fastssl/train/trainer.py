@@ -132,7 +132,7 @@ class Trainer:
         "lr"; "weight_decay" where it has a schedule; "momentum" of a momentum encoder; "loss_scale" with fp16.
         """
         step = max(self.steps - 1, 0)
-        values = {"lr": learning_rate(self.training, self.count.epochs(step))}
+        values = {"lr": self._learning_rate(step)}
         if self.training.weight_decay_end is not None:
             values["weight_decay"] = weight_decay(self.training, self._progress_after(step))
         if isinstance(self.method, SchedulesMomentum):
@@ -164,8 +164,11 @@ class Trainer:
     def _progress_after(self, step: int) -> float:
         return (step + self.count.offset) / (self.training.epochs * self.count.steps_per_epoch)
 
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.training, self.count.epochs(step), self.count.steps_per_epoch)
+
     def _set_schedules(self) -> None:
-        lr, peak = learning_rate(self.training, self.count.epochs(self.steps)), peak_learning_rate(self.training)
+        lr, peak = self._learning_rate(self.steps), peak_learning_rate(self.training)
         decay = weight_decay(self.training, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = (peak if group.get("constant_lr") else lr) * group["lr_scale"]
