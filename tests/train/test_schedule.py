@@ -53,7 +53,9 @@ def test_golden_learning_rates_of_other_methods(name):
     training, steps_per_epoch, accuracy = LEARNING_RATES[name]
     golden = read("schedules_family")[0][name]
     for step, expected in enumerate(golden.view(len(golden), -1)[:, 0].tolist()):
-        assert learning_rate(training, step / steps_per_epoch, steps_per_epoch) == pytest.approx(expected, rel=accuracy, abs=accuracy)
+        assert learning_rate(training, step / steps_per_epoch, steps_per_epoch) == pytest.approx(
+            expected, rel=accuracy, abs=accuracy
+        )
 
 
 def test_a_warmup_that_includes_the_peak_may_have_one_step():
