@@ -1,7 +1,7 @@
 """SwAV: predict the assignment of one crop to prototypes from other crops; assignments use all prototypes equally.
 
-Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020, arXiv:2006.09882. Names
-in the state dict are those of the official code.
+Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020, arXiv:2006.09882.
+Names in the state dict are those of the official code.
 """
 
 from dataclasses import dataclass, field

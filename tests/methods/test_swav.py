@@ -1,13 +1,9 @@
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastssl.contract import Batch, DefersUpdates, Method
-from fastssl.distributed import all_gather, rank, world_size
-from fastssl.methods import swav
+from fastssl.contract import Batch
 from fastssl.methods.swav import SwAV
 from fastssl.nn.heads import mlp_head
 from fastssl.train.config import Training
@@ -15,7 +11,6 @@ from fastssl.train.optim import build_optimizer
 from tests.methods import transcription_family as family
 from tests.methods import transcription_swav as t
 from tests.support.golden import part, read
-from tests.support.ranks import run_ranks
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
