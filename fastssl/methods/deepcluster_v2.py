@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE
 from fastssl.contract import Batch, TrainingImages
 from fastssl.data.augmentation import Augmentation, multi_crop
-from fastssl.distributed import all_gather, world_size
+from fastssl.distributed import all_gather, all_mean, world_size
 from fastssl.nn import l2_normalize
 from fastssl.nn.crops import encode_crops
 from fastssl.nn.embedding_memory import EmbeddingMemory
@@ -144,10 +144,11 @@ class DeepClusterV2(nn.Module):
         z = self.embed(batch.views)
         clusters = self.clusters_of(batch.index)
         with record_function("loss"):
+            known = all_mean((clusters[0] >= 0).sum().float()).clamp(min=1 / world_size())  # of the mean rank
             losses = []
             for head, own in zip(self.prototypes.values(), clusters):
                 loss = linear_cross_entropy(z, head.weight, self.tau, own.repeat(len(batch.views)))
-                losses.append(loss.sum() / (len(batch.views) * (own >= 0).sum()).clamp(min=1))
+                losses.append(loss.sum() / (len(batch.views) * known))
         large = z.detach()[: ASSIGNED * len(batch.index)]
         if self.training:
             self.pending.append((large.unflatten(0, (ASSIGNED, -1)), batch.index))
