@@ -1,5 +1,6 @@
 """Projection and prediction heads."""
 
+import itertools
 from typing import Literal, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ class DINOHead(nn.Module):
             raise ValueError(f"DINOHead: nlayers must be at least 1, got {nlayers}")
         dims = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
         layers: list[nn.Module] = []
-        for dim, width in zip(dims, dims[1:-1]):
+        for dim, width in itertools.pairwise(dims[:-1]):
             layers += [Linear(dim, width), *[nn.BatchNorm1d(width)] * use_bn, nn.GELU()]
         last = Linear(dims[-2], bottleneck_dim)
         self.mlp: nn.Module = nn.Sequential(*layers, last) if layers else last

@@ -332,6 +332,25 @@ def moco_v3_vit(name: str, img_size: int | tuple[int, int] = 224, freeze_patch_e
     return vit
 
 
+def dino_vit(
+    name: str, img_size: int | tuple[int, int], patch_size: int, drop_path_rate: float = 0.0, **options
+) -> ViT:
+    """A ViT of `SIZES` with the positions and initial weights of DINO's and iBOT's code; `options` are those of `ViT`.
+
+    Source: Caron et al., 2021 (DINO), section 3.2, and its code.
+    """
+    options = {"pos_embed": "learn", "dynamic_img_size": True, "pos_offset": 0.1, "pos_antialias": False} | options
+    vit = ViT(img_size, patch_size, 3, *SIZES[name][:3], drop_path_rate=drop_path_rate, **options)
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(vit.patch_embed, PatchEmbed):
+        vit.patch_embed.proj.reset_parameters()  # torch's default
+    if vit.cls_token is not None:
+        nn.init.trunc_normal_(vit.cls_token, std=0.02)
+    return vit
+
+
 def _check_pool(name: str, argument: str, pool: str, class_token: bool) -> str:
     pools = POOLS if class_token else POOLS[1:]
     if pool not in pools:

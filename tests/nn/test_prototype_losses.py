@@ -45,7 +45,7 @@ def test_golden_steps_of_dino(form):
 
 @pytest.mark.parametrize("form", ["factored", "rows"])
 def test_golden_patches_of_dinov2(form):
-    """Losses and gradients of masked patches, with rows of padding, and the centre, which DINOv2 applies a step later."""
+    """Losses and gradients of masked patches, with padding, and the centre, which DINOv2 applies a step later."""
     tensors, meta = golden("dinov2_losses")
     criterion = IBOTPatchLoss(9, meta["patch"]["teacher_temp"], meta["patch"]["student_temp"]).double()
     for step in range(3):
