@@ -6,7 +6,8 @@ DINOv2 and of Hugging Face's ViTMAE.
                  with heads = Identity()
     mae          the whole model, as MAE's official checkpoints: {"model": …}
     moco         the whole model, as MoCo's and MoCo v3's official checkpoints: {"arch": …, "state_dict":
-                 {"module.…": …}}; simsiam is the same for SimSiam
+                 {"module.…": …}}; simsiam is the same for SimSiam,
+                 swav for SwAV and DeepCluster-v2
     barlow_twins the whole model, as Barlow Twins' official checkpoints: {"model": {"module.…": …}}; vicreg is the same
                  for VICReg
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
@@ -43,6 +44,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "simsiam": ("state_dict", "module."),
     "barlow_twins": ("model", "module."),
     "vicreg": ("model", "module."),
+    "swav": ("state_dict", "module."),
 }
 FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS)
 LONGEST_NAME = 200  # characters of a name that an error shows
@@ -50,8 +52,10 @@ LONGEST_NAME = 200  # characters of a name that an error shows
 HEADS = (
     *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head."),
     *("projector.", "bn."),  # Barlow Twins and VICReg, whose encoder has no prefix
+    *("projection_head.", "prototypes."),  # SwAV and DeepCluster-v2, likewise
 )
-METHOD_PARTS = ("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue")
+METHOD_PARTS = ("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments")
+STARTED_ANEW = ("queue", "memory.", "assignments")  # what a run fills by itself
 ENCODERS = ("", "encoder_q.", "base_encoder.", "online.", "encoder.")
 
 
@@ -180,7 +184,7 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     names, given = set(_real_names(method)), set(file.state)
     followers = [path for path, part in method.named_modules() if isinstance(part, MomentumEncoder)]
     momentum_names = {name for name in names if name.startswith(tuple(f"{plain_name(path)}." for path in followers))}
-    remade = momentum_names | ({"queue", "queue_ptr"} & names)
+    remade = momentum_names | {name for name in names if name.startswith(STARTED_ANEW)}
     missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
     has_decoder = any(name.startswith("decoder_") for name in given & names)
     notes: list[str] = []

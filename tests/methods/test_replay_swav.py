@@ -96,7 +96,7 @@ def transcribed(module, state, seed=1, **changes):
         return BATCH / 256 * (32 * q + 1 - q)
 
     options = {"backbone": trunk(""), "projector": PROJECTOR, "optimizer": family.Optimizer(family.lars_c, lr, 0.01)}
-    state = {name: x for name, x in state.items() if not name.startswith(("queues", "memory", "assignments"))}
+    state = {name: x for name, x in state.items() if not name.startswith(("queue", "memory", "assignments"))}
     steps = images_of_steps()
     torch.manual_seed(seed)
     if module is swav:
@@ -170,5 +170,5 @@ def test_two_ranks_equal_one_process(name):
     assert distance(means, losses) <= 100 * ruler + LEAST < 1e-7
     for _, other in results:
         assert other.keys() == state.keys()
-        for key in [key for key in state if key.startswith(("queues", "memory", "assignments", "prototypes"))]:
+        for key in [key for key in state if key.startswith(("queue", "memory", "assignments", "prototypes"))]:
             torch.testing.assert_close(other[key], state[key], rtol=1e-6, atol=1e-7)

@@ -9,5 +9,8 @@ CONTRASTIVE_AND_REDUNDANCY = {
     "vicreg": {"dim": 16},
 }
 PROTOTYPES = {  # methods that compare views with prototypes
-    "dino": {"prototypes": 48, "hidden": 16, "bottleneck": 8}
+    "dino": {"prototypes": 48, "hidden": 16, "bottleneck": 8},
+    "swav": {"prototypes": 12, "hidden": 16, "dim": 8, "queue_size": 64, "queue_start": 0},
+    "deepcluster": {"clusters": 6, "components": 8},
+    "deepcluster_v2": {"prototypes": (6, 5), "hidden": 16, "dim": 8},
 }

@@ -25,6 +25,9 @@ RUNS = {
     "moco_v1": ["moco_v1", *SMALL, "--queue-size", "100", "--bn-splits", "4", "--accumulate", "2"],
     "moco_v2": ["moco_v2", *SMALL, "--queue-size", "100"],
     "moco_v3": ["moco_v3", *SMALL, "--hidden", "64"],
+    "swav": ["swav", *SMALL, "--prototypes", "20", "--queue-size", "64", "--queue-start", "0"],
+    "deepcluster": ["deepcluster", *SMALL, "--clusters", "10"],
+    "deepcluster_v2": ["deepcluster_v2", *SMALL, "--prototypes", "10", "8"],
 }
 
 

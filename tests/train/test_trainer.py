@@ -5,8 +5,30 @@ import dataclasses
 import pytest
 import torch
 
-from fastssl.contract import Batch, DefersUpdates, Method, RanksNegatives, Reconstructs, SchedulesMomentum
-from fastssl.methods import barlow_twins, byol, dino, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simsiam, vicreg
+from fastssl.contract import (
+    Batch,
+    DefersUpdates,
+    Method,
+    PreparesEpochs,
+    RanksNegatives,
+    Reconstructs,
+    SchedulesMomentum,
+)
+from fastssl.methods import (
+    barlow_twins,
+    byol,
+    deepcluster,
+    deepcluster_v2,
+    dino,
+    mae,
+    moco_v1,
+    moco_v2,
+    moco_v3,
+    simclr_v1,
+    simsiam,
+    swav,
+    vicreg,
+)
 from fastssl.nn import MomentumEncoder
 from fastssl.train.config import Execution, Training
 from fastssl.train.optim import parameters_to_freeze
@@ -257,12 +279,15 @@ def test_methods_fulfil_the_contract():
         barlow_twins: set(),
         vicreg: set(),
         dino: {SchedulesMomentum, DefersUpdates},
+        swav: {DefersUpdates},
+        deepcluster: {PreparesEpochs},
+        deepcluster_v2: {DefersUpdates, PreparesEpochs},
         toy_method: {DefersUpdates},
     }
     for module, expected in abilities.items():
         method = module.build(module.Config.small())
         assert isinstance(method, Method)
-        optional = (Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates)
+        optional = (Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates, PreparesEpochs)
         assert {ability for ability in optional if isinstance(method, ability)} == expected
 
 
