@@ -7,5 +7,7 @@ from .masking import MaskedPatchLoss, random_masking, seeded_noise
 from .momentum import MomentumEncoder
 from .noncontrastive import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
 from .queue import KeyQueue
+from .sinkhorn import SinkhornKnopp, sinkhorn_potentials
 from .swap import accelerate
+from .swav_loss import SwaVLoss
 from .vit import ViT
