@@ -1,5 +1,6 @@
 """Vision transformer on the engine's attention. Parameter names are those of timm and of the official MAE."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -129,6 +130,7 @@ class ViT(nn.Module):
         # rows of pos_embed for prefix tokens, which are the first of them
         self.pos_prefix = 0 if no_embed_class else int(class_token) + reg_tokens * (not no_embed_reg)
         self.global_pool = _check_pool(name, "global_pool", global_pool, class_token)
+        self.no_embed_reg = no_embed_reg and reg_tokens > 0 and not no_embed_class
         self.dynamic_img_size, self.pos_offset, self.pos_antialias = dynamic_img_size, pos_offset, pos_antialias
         self.drop_path_rate, self.drop_path_subset = drop_path_rate, drop_path_subset
         if conv_stem:
@@ -271,6 +273,15 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
+    def timm_state(self) -> dict[str, Tensor]:
+        """State dict for timm's model: without `mask_token`, and with `no_embed_reg` the class token's position in the
+        class token, for ``no_embed_class=True``."""
+        state = {name: x for name, x in self.state_dict().items() if name != "mask_token"}
+        if self.no_embed_reg and "pos_embed" in state:
+            positions = state["pos_embed"]
+            state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
+        return state
+
     def _apply(self, fn, recurse: bool = True) -> "ViT":
         self._cache = {}  # `to` replaces the data of the parameters
         return super()._apply(fn, recurse)
@@ -347,5 +358,7 @@ def _fit_tables(vit: ViT, state: dict[str, Tensor], prefix: str, *_) -> None:
         if table is None or parameter is None or table.is_meta:
             continue
         prefix_tokens = parameter.shape[1] - vit.grid[0] * vit.grid[1]
+        if vit.no_embed_reg and math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # timm's, without a class token's
+            table = state[prefix + name] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         if table.ndim == 3 and table.shape[2] == parameter.shape[2] and table.shape[1] > prefix_tokens:
             state[prefix + name] = fit_positions(table, vit.grid, prefix_tokens)
