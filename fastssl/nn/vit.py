@@ -23,6 +23,8 @@ SIZES = {
     "vit_large": (1024, 24, 16, 16),
     "vit_huge": (1280, 32, 16, 14),
 }
+# The same for DINO, iBOT and DINOv2, which have another largest model than MAE, with SwiGLU in its MLPs.
+DINO_SIZES = {name: size for name, size in SIZES.items() if name != "vit_huge"} | {"vit_giant": (1536, 40, 24, 14)}
 # The same for MoCo v3 (section 5 and code): ViT-S has 12 heads, and a ViT with a convolutional stem one block fewer.
 MOCO_V3_SIZES = {
     "vit_mini": (128, 4, 4, 4),
@@ -340,6 +342,48 @@ def moco_v3_vit(name: str, img_size: int | tuple[int, int] = 224, freeze_patch_e
         if vit.patch_embed.proj.bias is not None:
             nn.init.zeros_(vit.patch_embed.proj.bias)
         vit.patch_embed.requires_grad_(not freeze_patch_embed)
+    return vit
+
+
+def dino_vit(
+    name: str,
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int | None = None,
+    drop_path_rate: float = 0.0,
+    *,
+    token_std: float | None = None,
+    **options: Any,
+) -> ViT:
+    """A ViT of `DINO_SIZES` for images of any size, with the initial weights of DINO's, iBOT's and DINOv2's code.
+
+    Positions are trained, and interpolated with DINO's offset, without antialias.
+
+    Args:
+        name: size.
+        img_size: size of the large crops, for whose grid the positional table is.
+        patch_size: that of `DINO_SIZES` if None.
+        drop_path_rate: see `ViT`.
+        token_std: standard deviation of the class token: DINOv2's 1e-6; that of positions, 0.02, as in DINO, if None.
+        options: further arguments of `ViT`.
+
+    Source: Caron et al., 2021 (DINO), and Oquab et al., 2024 (DINOv2), their code.
+    """
+    if name not in DINO_SIZES:
+        raise ValueError(f"dino_vit: name must be one of {', '.join(DINO_SIZES)}, got {name!r}")
+    dim, depth, heads, patch = DINO_SIZES[name]
+    if name == "vit_giant":  # two thirds of 4 · D, rounded up to a multiple of 8, for each half
+        options = {"mlp": "swiglu", "mlp_ratio": 2 * ((int(4 * dim * 2 / 3) + 7) // 8 * 8) / dim, **options}
+    how: dict[str, Any] = {"pos_embed": "learn", "dynamic_img_size": True, "pos_offset": 0.1, "pos_antialias": False}
+    how |= {"drop_path_rate": drop_path_rate, **options}
+    vit = ViT(img_size, patch_size or patch, 3, dim, depth, heads, **how)
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    vit.patch_embed.proj.reset_parameters()
+    if vit.cls_token is not None:
+        (nn.init.trunc_normal_ if token_std is None else nn.init.normal_)(vit.cls_token, std=token_std or 0.02)
     return vit
 
 

@@ -149,9 +149,7 @@ class Moments(NamedTuple):
     second: Tensor
 
 
-def adamw(
-    x: Tensor, gradient: Tensor, moments: Moments | None, lr: float, decay: float
-) -> tuple[Tensor, Moments]:
+def adamw(x: Tensor, gradient: Tensor, moments: Moments | None, lr: float, decay: float) -> tuple[Tensor, Moments]:
     """The tensor after a step with betas .9, .999 and eps 1e-8, and its moments."""
     steps, first, second = moments or Moments(0, torch.zeros_like(x), torch.zeros_like(x))
     steps, first, second = steps + 1, 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
@@ -206,9 +204,7 @@ def run_dino(tensors: Tensors, batches: Sequence[Sequence[Tensor]], options: Opt
                 continue
             decay = 0.0 if name in exempt else options.decay(step)
             gradient = clipped(gradient, options.clip) if options.clip else gradient
-            student[name], moments[name] = adamw(
-                student[name], gradient, moments.get(name), options.lr(step), decay
-            )
+            student[name], moments[name] = adamw(student[name], gradient, moments.get(name), options.lr(step), decay)
         m = options.momentum(step)
         teacher = {name: m * x + (1 - m) * student[name] for name, x in teacher.items()}
         losses.append(loss.detach())
