@@ -85,3 +85,27 @@ def multi_crop(
     )
     small_view = replace(large_view, size=small_size, crop=(0.05, 0.14))
     return Augmentation((large_view,) * 2 + (small_view,) * small)
+
+
+def global_and_local_views(
+    view: View,
+    local_size: tuple[int, int],
+    local_crop: tuple[float, float],
+    count: int,
+    blur_p: tuple[float, float, float],
+    solarize_p: tuple[float, float],
+) -> Augmentation:
+    """Two large views, and small ones of small parts of the image, which are never solarized.
+
+    Args:
+        view: what all views have in common, with the size and the crop of the large ones.
+        local_size, local_crop: those of the small views.
+        count: number of small views.
+        blur_p: probability of blur of the first and the second large view, and of the small ones.
+        solarize_p: probability of solarization of the large views.
+
+    Source: Caron et al., 2021 (DINO), section 3.1 and its code.
+    """
+    large = asymmetric_views(view, blur_p[:2], solarize_p).views
+    small = replace(view, size=local_size, crop=local_crop, blur_p=blur_p[2])
+    return Augmentation((*large, *[small] * count))
