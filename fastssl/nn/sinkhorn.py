@@ -62,9 +62,9 @@ def sinkhorn_potentials(
 def _add_ranks(lse: Tensor, earlier: Tensor | None) -> Tensor:
     """The column potential −log Σ_r exp(lse_r) [P], from the log-sums over each rank's samples.
 
-    The sum over ranks needs a shift of which no rank knows the best. In the first round it is the largest log-sum. Later
-    it is the `earlier` potential: under it column sums were 1, and since rows then held at most P, the sums after rows
-    were made 1 are between 1/P and the number of samples.
+    The sum over ranks needs a shift on which they agree. In the first round it is the largest log-sum. Later it is the
+    `earlier` potential: under it column sums were 1 and so rows held at most P, which leaves sums between 1/P and the
+    number of samples after the rows were divided.
     """
     if world_size() == 1:
         return -lse

@@ -15,8 +15,8 @@ class SwaVLoss(nn.Module):
     """``loss = criterion(high_resolution_outputs, low_resolution_outputs, queue_outputs)``. Replaces lightly's of the
     same name.
 
-    The samples of each large crop are assigned to prototypes by Sinkhorn–Knopp, with those of its queue, if there is one;
-    the softmax of every other crop's scores predicts the assignments. The targets of a crop are added before the cross
+    The samples of each large crop, and of its queue if there is one, are assigned to prototypes by Sinkhorn–Knopp; the
+    softmax of every other crop's scores predicts the assignments. The targets of a crop are added before the cross
     entropy, so that each crop's softmax is computed once, not once for each large crop.
 
     Args:
@@ -80,7 +80,8 @@ class SwaVLoss(nn.Module):
 def _check(large: int, crops: list[Tensor], queue_outputs: Sequence[Tensor] | None) -> None:
     if not large or len(crops) < 2:
         raise ValueError(
-            f"SwaVLoss: there must be a large crop and two crops in all, got {large} large and {len(crops) - large} small"
+            f"SwaVLoss: there must be a large crop and two crops in all, got {large} large and {len(crops) - large} "
+            "small"
         )
     if queue_outputs is not None and len(queue_outputs) != large:
         raise ValueError(
