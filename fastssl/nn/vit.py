@@ -13,6 +13,7 @@ from .linear import Linear
 from .norm import ResidualNorm
 from .patch_embed import ConvStem, PatchEmbed
 from .positions import fit_positions, interpolate_positions, sincos_positions
+from .sharing import shared_copy
 
 # name: (embed_dim, depth, num_heads, patch_size). B, L, H: Dosovitskiy et al., 2021, table 1; H with MAE's patch 14.
 SIZES = {
@@ -385,6 +386,13 @@ def dino_vit(
     if vit.cls_token is not None:
         (nn.init.trunc_normal_ if token_std is None else nn.init.normal_)(vit.cls_token, std=token_std or 0.02)
     return vit
+
+
+def without_mask_token(vit: ViT) -> ViT:
+    """A ViT that shares everything with `vit` but its mask token: its names are timm's."""
+    copy = shared_copy(vit, without=("mask_token",))
+    copy.mask_token = None
+    return copy
 
 
 def _check_pool(name: str, argument: str, pool: str, class_token: bool) -> str:
