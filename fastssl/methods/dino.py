@@ -21,7 +21,7 @@ from fastssl.nn.crops import MultiCropNetwork
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.prototype_losses import centred_targets, mean_logits, teacher_entropy, view_cross_entropy
 from fastssl.nn.resnet import build_resnet
-from fastssl.nn.vit import SIZES, dino_vit
+from fastssl.nn.vit import DINO_SIZES, dino_vit
 from fastssl.train.config import Training
 from fastssl.train.schedule import cosine_schedule
 
@@ -137,21 +137,21 @@ def linear_probe(backbone: str) -> Official:
     return Official(100, 1024, "sgd", 0.001, warmup_epochs=0, standardise=False, interpolation="bilinear")
 
 
-def build_backbone(config: Config, owner: str = "dino") -> tuple[nn.Module, int]:
-    """The encoder with the official code's initial weights, and the width of its features."""
+def build_backbone(config: Config, owner: str = "dino", **options: Any) -> tuple[nn.Module, int]:
+    """The encoder with the official code's initial weights, and the width of its features; `options` of `dino_vit`."""
     name = config.backbone
     if name.startswith("resnet"):
         encoder = build_resnet(name, 1, config.small_images)
         width, encoder.fc = encoder.fc.in_features, nn.Identity()
         return encoder, width
-    if name not in SIZES:
-        raise ValueError(f"{owner}: unknown backbone {name!r}, there are {', '.join(SIZES)} and ResNets")
-    patch = config.patch_size or SIZES[name][-1]
+    if name not in DINO_SIZES:
+        raise ValueError(f"{owner}: unknown backbone {name!r}, there are {', '.join(DINO_SIZES)} and ResNets")
+    patch = config.patch_size or DINO_SIZES[name][-1]
     for flag, size in (("--image-size", config.image_size), ("--local-size", config.local_size)):
         if size[0] % patch or size[1] % patch:
             got = f"got {size[0]} {size[1]}"
             raise ValueError(f"{owner}: {flag} must be divisible by the patch size {patch} of {name}, {got}")
-    vit = dino_vit(name, config.image_size, patch, config.drop_path)
+    vit = dino_vit(name, config.image_size, patch, config.drop_path, **options)
     return vit, vit.embed_dim
 
 

@@ -9,5 +9,7 @@ from .momentum import MomentumEncoder
 from .noncontrastive import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
 from .prototype_losses import DINOLoss, IBOTPatchLoss, cross_entropy
 from .queue import KeyQueue
+from .sinkhorn import SinkhornKnopp, sinkhorn_potentials
 from .swap import accelerate
+from .swav_loss import SwaVLoss
 from .vit import ViT
