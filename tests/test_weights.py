@@ -14,6 +14,7 @@ from fastssl.methods import (
     barlow_twins,
     byol,
     deepcluster_v2,
+    dino,
     mae,
     moco_v1,
     moco_v2,
@@ -53,6 +54,12 @@ def small_swav():
     return config
 
 
+def small_dino(backbone):
+    config = dino.Config(backbone, norm_last_layer=False, prototypes=24, hidden=16, bottleneck=8)
+    config.image_size, config.local_size = (32, 32), (16, 16)
+    return config
+
+
 METHODS = {
     "mae": (small_mae, "mae"),
     "moco_v1": (lambda: moco_v1.build(moco_v1.Config("resnet_mini", queue_size=20)), "moco"),
@@ -63,6 +70,8 @@ METHODS = {
     "simclr_v1": (lambda: simclr_v1.build(simclr_v1.Config("resnet_mini", (32, 32), 16, 8)), None),
     "barlow_twins": (lambda: barlow_twins.build(barlow_twins.Config("resnet_mini", (32, 32), 16)), "barlow_twins"),
     "vicreg": (lambda: vicreg.build(vicreg.Config("resnet_mini", (32, 32), 16)), "vicreg"),
+    "dino": (lambda: dino.build(small_dino("resnet_mini")), "dino"),
+    "dino vit": (lambda: dino.build(small_dino("vit_mini")), "dino"),
     "swav": (lambda: swav.build(small_swav()), "swav"),
     "deepcluster_v2": (lambda: deepcluster_v2.build(deepcluster_v2.Config("resnet_mini", (32, 32), dim=16)), "swav"),
     "moco_v3 vit": (lambda: moco_v3.build(moco_v3.Config("vit_mini", (32, 32), 16, 32)), "moco"),

@@ -21,7 +21,7 @@ from fastssl.nn.crops import MultiCropNetwork
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.prototype_losses import centred_targets, mean_logits, teacher_entropy, view_cross_entropy
 from fastssl.nn.resnet import build_resnet
-from fastssl.nn.vit import SIZES, dino_vit
+from fastssl.nn.vit import DINO_SIZES, dino_vit
 from fastssl.train.config import Training
 from fastssl.train.schedule import cosine_schedule
 
@@ -91,6 +91,7 @@ class Config:
             weight_decay=0.04,
             weight_decay_end=0.4,
             warmup_epochs=10,
+            warmup_includes_peak=True,
             lr_end=2.5e-7,  # 1e-6 for 1024 images
             **CLIPPED_AND_FROZEN,
         )
@@ -101,7 +102,8 @@ class Config:
         """ViT: the README's full command. ResNet: its command for ResNet-50, 100 epochs of SGD."""
         if not backbone.startswith("resnet"):
             return cls(backbone, norm_last_layer=backbone not in ("vit_small", "vit_tiny", "vit_mini"))
-        training = Training(100, 512, "sgd", 0.03, 1e-4, lr_end=5e-7, warmup_epochs=10, **CLIPPED_AND_FROZEN)
+        schedule = {"warmup_epochs": 10, "warmup_includes_peak": True, "lr_end": 5e-7}
+        training = Training(100, 512, "sgd", 0.03, 1e-4, **schedule, **CLIPPED_AND_FROZEN)
         temperature = {"teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0}
         crops = {"crop": (0.14, 1.0), "local_crop": (0.05, 0.14)}
         return cls(backbone, norm_last_layer=True, training=training, **temperature, **crops)
@@ -137,21 +139,21 @@ def linear_probe(backbone: str) -> Official:
     return Official(100, 1024, "sgd", 0.001, warmup_epochs=0, standardise=False, interpolation="bilinear")
 
 
-def build_backbone(config: Config, owner: str = "dino") -> tuple[nn.Module, int]:
-    """The encoder with the official code's initial weights, and the width of its features."""
+def build_backbone(config: Config, owner: str = "dino", **options: Any) -> tuple[nn.Module, int]:
+    """The encoder with the official code's initial weights, and the width of its features; `options` of `dino_vit`."""
     name = config.backbone
     if name.startswith("resnet"):
         encoder = build_resnet(name, 1, config.small_images)
         width, encoder.fc = encoder.fc.in_features, nn.Identity()
         return encoder, width
-    if name not in SIZES:
-        raise ValueError(f"{owner}: unknown backbone {name!r}, there are {', '.join(SIZES)} and ResNets")
-    patch = config.patch_size or SIZES[name][-1]
+    if name not in DINO_SIZES:
+        raise ValueError(f"{owner}: unknown backbone {name!r}, there are {', '.join(DINO_SIZES)} and ResNets")
+    patch = config.patch_size or DINO_SIZES[name][-1]
     for flag, size in (("--image-size", config.image_size), ("--local-size", config.local_size)):
         if size[0] % patch or size[1] % patch:
             got = f"got {size[0]} {size[1]}"
             raise ValueError(f"{owner}: {flag} must be divisible by the patch size {patch} of {name}, {got}")
-    vit = dino_vit(name, config.image_size, patch, config.drop_path)
+    vit = dino_vit(name, config.image_size, patch, config.drop_path, **options)
     return vit, vit.embed_dim
 
 

@@ -1,5 +1,6 @@
 """Vision transformer on the engine's attention. Parameter names are those of timm and of the official MAE."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from .linear import Linear
 from .norm import ResidualNorm
 from .patch_embed import ConvStem, PatchEmbed
 from .positions import fit_positions, interpolate_positions, sincos_positions
+from .sharing import shared_copy
 
 # name: (embed_dim, depth, num_heads, patch_size). B, L, H: Dosovitskiy et al., 2021, table 1; H with MAE's patch 14.
 SIZES = {
@@ -22,6 +24,8 @@ SIZES = {
     "vit_large": (1024, 24, 16, 16),
     "vit_huge": (1280, 32, 16, 14),
 }
+# The same for DINO, iBOT and DINOv2, which have another largest model than MAE, with SwiGLU in its MLPs.
+DINO_SIZES = {name: size for name, size in SIZES.items() if name != "vit_huge"} | {"vit_giant": (1536, 40, 24, 14)}
 # The same for MoCo v3 (section 5 and code): ViT-S has 12 heads, and a ViT with a convolutional stem one block fewer.
 MOCO_V3_SIZES = {
     "vit_mini": (128, 4, 4, 4),
@@ -129,6 +133,7 @@ class ViT(nn.Module):
         # rows of pos_embed for prefix tokens, which are the first of them
         self.pos_prefix = 0 if no_embed_class else int(class_token) + reg_tokens * (not no_embed_reg)
         self.global_pool = _check_pool(name, "global_pool", global_pool, class_token)
+        self.no_embed_reg = no_embed_reg and reg_tokens > 0 and not no_embed_class
         self.dynamic_img_size, self.pos_offset, self.pos_antialias = dynamic_img_size, pos_offset, pos_antialias
         self.drop_path_rate, self.drop_path_subset = drop_path_rate, drop_path_subset
         if conv_stem:
@@ -271,6 +276,15 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
+    def timm_state(self) -> dict[str, Tensor]:
+        """State dict for timm's model: without `mask_token`, and with `no_embed_reg` the class token's position in the
+        class token, for ``no_embed_class=True``."""
+        state = {name: x for name, x in self.state_dict().items() if name != "mask_token"}
+        if self.no_embed_reg and "pos_embed" in state:
+            positions = state["pos_embed"]
+            state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
+        return state
+
     def _apply(self, fn, recurse: bool = True) -> "ViT":
         self._cache = {}  # `to` replaces the data of the parameters
         return super()._apply(fn, recurse)
@@ -333,22 +347,52 @@ def moco_v3_vit(name: str, img_size: int | tuple[int, int] = 224, freeze_patch_e
 
 
 def dino_vit(
-    name: str, img_size: int | tuple[int, int], patch_size: int, drop_path_rate: float = 0.0, **options
+    name: str,
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int | None = None,
+    drop_path_rate: float = 0.0,
+    *,
+    token_std: float | None = None,
+    **options: Any,
 ) -> ViT:
-    """A ViT of `SIZES` with the positions and initial weights of DINO's and iBOT's code; `options` are those of `ViT`.
+    """A ViT of `DINO_SIZES` for images of any size, with the initial weights of DINO's, iBOT's and DINOv2's code.
 
-    Source: Caron et al., 2021 (DINO), section 3.2, and its code.
+    Positions are trained, and interpolated with DINO's offset, without antialias.
+
+    Args:
+        name: size.
+        img_size: size of the large crops, for whose grid the positional table is.
+        patch_size: that of `DINO_SIZES` if None.
+        drop_path_rate: see `ViT`.
+        token_std: standard deviation of the class token: DINOv2's 1e-6; that of positions, 0.02, as in DINO, if None.
+        options: further arguments of `ViT`.
+
+    Source: Caron et al., 2021 (DINO), and Oquab et al., 2024 (DINOv2), their code.
     """
-    options = {"pos_embed": "learn", "dynamic_img_size": True, "pos_offset": 0.1, "pos_antialias": False} | options
-    vit = ViT(img_size, patch_size, 3, *SIZES[name][:3], drop_path_rate=drop_path_rate, **options)
+    if name not in DINO_SIZES:
+        raise ValueError(f"dino_vit: name must be one of {', '.join(DINO_SIZES)}, got {name!r}")
+    dim, depth, heads, patch = DINO_SIZES[name]
+    if name == "vit_giant":  # two thirds of 4 · D, rounded up to a multiple of 8, for each half
+        options = {"mlp": "swiglu", "mlp_ratio": 2 * ((int(4 * dim * 2 / 3) + 7) // 8 * 8) / dim, **options}
+    how: dict[str, Any] = {"pos_embed": "learn", "dynamic_img_size": True, "pos_offset": 0.1, "pos_antialias": False}
+    how |= {"drop_path_rate": drop_path_rate, **options}
+    vit = ViT(img_size, patch_size or patch, 3, dim, depth, heads, **how)
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(vit.patch_embed, PatchEmbed):
-        vit.patch_embed.proj.reset_parameters()  # torch's default
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    vit.patch_embed.proj.reset_parameters()
     if vit.cls_token is not None:
-        nn.init.trunc_normal_(vit.cls_token, std=0.02)
+        (nn.init.trunc_normal_ if token_std is None else nn.init.normal_)(vit.cls_token, std=token_std or 0.02)
     return vit
+
+
+def without_mask_token(vit: ViT) -> ViT:
+    """A ViT that shares everything with `vit` but its mask token: its names are timm's."""
+    copy = shared_copy(vit, without=("mask_token",))
+    copy.mask_token = None
+    return copy
 
 
 def _check_pool(name: str, argument: str, pool: str, class_token: bool) -> str:
@@ -366,5 +410,7 @@ def _fit_tables(vit: ViT, state: dict[str, Tensor], prefix: str, *_) -> None:
         if table is None or parameter is None or table.is_meta:
             continue
         prefix_tokens = parameter.shape[1] - vit.grid[0] * vit.grid[1]
+        if vit.no_embed_reg and math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # timm's, without a class token's
+            table = state[prefix + name] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         if table.ndim == 3 and table.shape[2] == parameter.shape[2] and table.shape[1] > prefix_tokens:
             state[prefix + name] = fit_positions(table, vit.grid, prefix_tokens)

@@ -9,6 +9,7 @@ from . import dispatch
 from .attention import attention, attention_packed
 from .augment import augment_
 from .batchnorm import Running, batch_norm
+from .block_masks import block_mask
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .dense import linear
 from .ema import ema_update_

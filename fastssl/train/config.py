@@ -44,7 +44,7 @@ class Training:
     lr_drops: Annotated[tuple[float, ...], NOT_NEGATIVE, MILESTONE] = ()
     """epochs at which the learning rate is divided by 10, instead of a cosine schedule"""
     clip_parameter_norm: Annotated[float, NOT_NEGATIVE] = 0.0
-    """largest gradient norm of each single parameter, 0 for no clipping (clip_grad of DINO)"""
+    """largest gradient norm of each single parameter, in dinov2 of backbone and heads; 0 for no clipping (clip_grad)"""
     freeze: tuple[str, ...] = ()
     """names of parameters or modules that keep their initial weights during the first --freeze-epochs"""
     freeze_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 0

@@ -8,6 +8,7 @@ from torch import nn
 from fastssl.nn import ViT
 from fastssl.nn.block import Block, _add_subset_branch, drop_path_subsets
 from fastssl.nn.positions import interpolate_positions
+from fastssl.nn.vit import dino_vit
 from fastssl.train.recompute import recompute_blocks
 from tests.support.contract import refused
 from tests.support.golden import read
@@ -116,3 +117,23 @@ def test_registers_without_a_position_equal_timms_layout():
     timms.load_state_dict(state)
     images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     torch.testing.assert_close(vit.forward_features(images), timms.forward_features(images))
+
+
+def test_initial_weights_and_sizes_of_dino_and_dinov2():
+    vit = dino_vit("vit_mini", 32)
+    assert vit.grid == (8, 8) and vit.pos_embed.requires_grad
+    assert (vit.pos_offset, vit.pos_antialias, vit.dynamic_img_size) == (0.1, False, True)
+    weights = [block.attn.qkv.weight for block in vit.blocks]
+    assert torch.stack(weights).std().item() == pytest.approx(0.02, rel=0.02)
+    assert vit.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    bound = (3 * 4 * 4) ** -0.5  # torch's default of a convolution
+    assert bound * 0.95 < vit.patch_embed.proj.weight.abs().max() <= bound
+    small = dino_vit("vit_mini", 32, 8, token_std=1e-6, reg_tokens=2, no_embed_reg=True)
+    assert small.patch_size == 8 and small.cls_token.abs().max() < 1e-5 and small.pos_embed.shape[1] == 17
+    with torch.device("meta"):
+        giant = dino_vit("vit_giant", 28)
+    assert giant.blocks[0].mlp.fc1.out_features == 2 * 4096  # as in the table of the golden file
+    sentence = (
+        "dino_vit: name must be one of vit_mini, vit_tiny, vit_small, vit_base, vit_large, vit_giant, got 'vit_huge'"
+    )
+    refused(sentence, ValueError, dino_vit, "vit_huge")
