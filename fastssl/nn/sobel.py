@@ -60,13 +60,14 @@ class SobelNet(nn.Module):
 
 def _sobel() -> nn.Sequential:
     """Mean of the colours, then horizontal and vertical gradient; fixed."""
-    grey, gradients = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1)
+    layers = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1))
     horizontal = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     with torch.no_grad():
-        grey.weight.fill_(1 / 3)
-        gradients.weight.copy_(torch.stack([horizontal, horizontal.T])[:, None])
-        grey.bias.zero_(), gradients.bias.zero_()
-    return nn.Sequential(grey, gradients).requires_grad_(False)
+        for parameter in layers.parameters():
+            parameter.zero_()
+        layers[0].weight.fill_(1 / 3)
+        layers[1].weight.copy_(torch.stack([horizontal, horizontal.T])[:, None])
+    return layers.requires_grad_(False)
 
 
 def _alexnet(channels: int) -> nn.Sequential:
@@ -103,6 +104,6 @@ def _vgg16_classifier(width: int) -> nn.Sequential:
 def _initialise(module: nn.Module) -> None:
     """Convolutions from normal(0, √(2 / (kernel area · output channels))), biases 0."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)

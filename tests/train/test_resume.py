@@ -99,6 +99,9 @@ def assert_same_run(broken: Path, whole: Path, name: str) -> None:
         ("moco_v2", 1, "torchvision"),
         pytest.param("moco_v2", 1, "dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI")),
         ("moco_v3", 0, "auto"),
+        ("deepcluster_v2", 0, "torchvision"),
+        pytest.param("swav", 0, "torchvision", marks=pytest.mark.exhaustive),
+        pytest.param("deepcluster", 0, "torchvision", marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):
