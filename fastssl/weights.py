@@ -6,8 +6,7 @@ DINOv2 and of Hugging Face's ViTMAE.
                  with heads = Identity()
     mae          the whole model, as MAE's official checkpoints: {"model": …}
     moco         the whole model, as MoCo's and MoCo v3's official checkpoints: {"arch": …, "state_dict":
-                 {"module.…": …}}; simsiam is the same for SimSiam,
-                 swav for SwAV and DeepCluster-v2
+                 {"module.…": …}}; simsiam is the same for SimSiam, swav for SwAV and DeepCluster-v2
     barlow_twins the whole model, as Barlow Twins' official checkpoints: {"model": {"module.…": …}}; vicreg is the same
                  for VICReg
     dino         the whole model, as DINO's official checkpoints: {"student": {"module.…": …}, "teacher": {…},
@@ -57,8 +56,7 @@ LONGEST_NAME = 200  # characters of a name that an error shows
 # Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
 HEADS = (
     *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head."),
-    *("projector.", "bn."),  # Barlow Twins and VICReg, whose encoder has no prefix
-    *("projection_head.", "prototypes."),  # SwAV and DeepCluster-v2, likewise
+    *("projector.", "bn.", "projection_head.", "prototypes."),  # Barlow Twins, VICReg, SwAV: encoders without a prefix
 )
 METHOD_PARTS = (
     *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments"),
@@ -196,8 +194,7 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     names, given = set(_real_names(method)), set(file.state)
     followers = [path for path, part in method.named_modules() if isinstance(part, MomentumEncoder)]
     momentum_names = {name for name in names if name.startswith(tuple(f"{plain_name(path)}." for path in followers))}
-    fresh = {name for name in names if name.startswith(STARTED_ANEW) or _is_centre(name)}
-    remade = momentum_names | fresh
+    remade = momentum_names | {name for name in names if name.startswith(STARTED_ANEW) or _is_centre(name)}
     missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
     has_decoder = any(name.startswith("decoder_") for name in given & names)
     notes: list[str] = []

@@ -48,12 +48,6 @@ def small_mae(size=32):
     return mae.MAE(size, 8, 3, 48, 2, 4, 32, 1, 4)
 
 
-def small_swav():
-    config = swav.Config("resnet_mini", (32, 32), dim=16, prototypes=20, queue_size=64)
-    config.training.batch_size = 32
-    return config
-
-
 def small_dino(backbone):
     config = dino.Config(backbone, norm_last_layer=False, prototypes=24, hidden=16, bottleneck=8)
     config.image_size, config.local_size = (32, 32), (16, 16)
@@ -72,7 +66,7 @@ METHODS = {
     "vicreg": (lambda: vicreg.build(vicreg.Config("resnet_mini", (32, 32), 16)), "vicreg"),
     "dino": (lambda: dino.build(small_dino("resnet_mini")), "dino"),
     "dino vit": (lambda: dino.build(small_dino("vit_mini")), "dino"),
-    "swav": (lambda: swav.build(small_swav()), "swav"),
+    "swav": (lambda: swav.build(swav.Config("resnet_mini", (32, 32), dim=16, queue_size=4096)), "swav"),
     "deepcluster_v2": (lambda: deepcluster_v2.build(deepcluster_v2.Config("resnet_mini", (32, 32), dim=16)), "swav"),
     "moco_v3 vit": (lambda: moco_v3.build(moco_v3.Config("vit_mini", (32, 32), 16, 32)), "moco"),
 }

@@ -60,13 +60,14 @@ class SobelNet(nn.Module):
 
 def _sobel() -> nn.Sequential:
     """Mean of the colours, then horizontal and vertical gradient; fixed."""
-    layers = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1))
+    grey, gradients = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1)
+    layers = nn.Sequential(grey, gradients)
     horizontal = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     with torch.no_grad():
         for parameter in layers.parameters():
             parameter.zero_()
-        layers[0].weight.fill_(1 / 3)
-        layers[1].weight.copy_(torch.stack([horizontal, horizontal.T])[:, None])
+        grey.weight.fill_(1 / 3)
+        gradients.weight.copy_(torch.stack([horizontal, horizontal.T])[:, None])
     return layers.requires_grad_(False)
 
 
