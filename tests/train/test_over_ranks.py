@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from fastssl import distributed
+from fastssl.contract import PreparesEpochs, TrainingImages
+from fastssl.data.augmentation import evaluation
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 from fastssl.preparation import on_all_ranks
@@ -23,7 +25,7 @@ from fastssl.train.loop import train
 from fastssl.train.signals import Interrupted
 from fastssl.train.trainer import Trainer
 from tests.support.ranks import run_ranks
-from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY
+from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY, PROTOTYPES
 
 SMALL = {
     "mae": {"decoder_depth": 1},
@@ -32,6 +34,8 @@ SMALL = {
     "moco_v3": {"backbone": "resnet_mini", "hidden": 32, "dim": 16},
     "moco_v3 vit": {"backbone": "vit_mini", "hidden": 32, "dim": 16},
     **CONTRASTIVE_AND_REDUNDANCY,
+    **PROTOTYPES,
+    "dino vit": {"backbone": "vit_mini", "drop_path": 0.0, **PROTOTYPES["dino"]},
 }
 
 
@@ -58,18 +62,29 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
     folder.mkdir(exist_ok=True)
     state = checkpoint.load(folder / "checkpoints", name) if resume else None
 
-    def epoch_of(epoch, start):
-        for i, batch in enumerate(loader.epoch(epoch, start)):
-            if kill is not None and (rank, i + start) == kill:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def cast(batches):
+        for batch in batches:
             yield batch._replace(views=tuple(view.double() for view in batch.views)) if double else batch
+
+    def epoch_of(epoch, start):
+        for i, batch in enumerate(cast(loader.epoch(epoch, start or 0))):
+            if kill is not None and start is not None and (rank, i + start) == kill:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
     execution = Execution(**{"log_every": 1, "tensorboard": False, **settings})
     try:
         groups = getattr(module, "parameter_groups", None)
         steps = len(loader) // accumulate
         trainer = Trainer(method, training, execution, steps, parameter_groups=groups, state=state)
-        train(trainer, name, epoch_of, folder)
+
+        def before_epoch(epoch):
+            if isinstance(method, PreparesEpochs):
+                plain = Loader(source, evaluation((32, 32), 1.0), 16, train=False, rank=rank, world=world)
+                passes = [lambda: epoch_of(epoch, None), lambda: cast(plain.epoch(0))]
+                method.before_epoch(TrainingImages(len(source), len(loader), *passes))
+
+        train(trainer, name, epoch_of, folder, before_epoch=before_epoch)
     except Interrupted as interrupted:
         return interrupted.code, str(interrupted)
     distributed.all_gather_object(None)  # wait until rank 0 has written the checkpoint
@@ -104,7 +119,9 @@ def assert_close(expected, state, folders, bound):
         ("moco_v3", 1, {}),
         ("moco_v3 vit", 1, {}),
         ("moco_v3 vit", 1, {"shard": True}),
-        *((name, 1, {}) for name in CONTRASTIVE_AND_REDUNDANCY),
+        *((name, 1, {}) for name in (*CONTRASTIVE_AND_REDUNDANCY, *PROTOTYPES)),
+        ("dino vit", 2, {}),
+        ("dino vit", 1, {"shard": True}),
     ],
 )
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumulate, execution):
@@ -125,7 +142,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumu
 @pytest.mark.parametrize(
     ("name", "execution", "changes"),
     [("mae", {"shard": True}, {}), ("moco_v1", {}, {"shard_queue": True}), ("moco_v2", {}, {}), ("moco_v3", {}, {})]
-    + [(name, {}, {}) for name in CONTRASTIVE_AND_REDUNDANCY if name != "simclr_v2"],
+    + [(name, {}, {}) for name in (*CONTRASTIVE_AND_REDUNDANCY, *PROTOTYPES) if name != "simclr_v2"],
 )
 def test_interrupted_ranks_stop_together_and_resume_bit_for_bit(tmp_path, name, execution, changes):
     """SIGTERM reaches only rank 1, in the middle of an epoch: both ranks save at the same step, and the resumed run
