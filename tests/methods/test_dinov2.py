@@ -45,7 +45,7 @@ def golden_method(mode):
 @pytest.mark.parametrize("mode", ["centering", "sinkhorn_knopp"])
 def test_golden_step(mode, padded, monkeypatch):
     """Loss, its terms and all recorded gradients; also with rows that only fill up, as on a GPU."""
-    tensors, meta = read("dinov2_step")
+    tensors, _ = read("dinov2_step")
     expected, model, mask = part(tensors, f"{mode}."), golden_method(mode), tensors["input.masks"]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: padded)
     rows = masked_rows(mask, torch.float64, most=11)
@@ -105,7 +105,7 @@ def test_golden_parameter_groups():
 
 def test_golden_schedules():
     """The warm-ups of the code reach their end a step earlier: its lines include both ends."""
-    golden, meta = read("dinov2_misc")
+    golden, _ = read("dinov2_misc")
     model = tiny(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=3, epochs=10)
     steps, warmup = 50, 15
     for step in range(steps):
@@ -186,8 +186,8 @@ def test_backbone_and_heads_are_clipped_apart(monkeypatch):
     norms = []
 
     def measured(*args):
-        for part in (model.student.backbone, model.student.dino_head, model.student.ibot_head):
-            norms.append(nn.utils.get_total_norm([p.grad for p in part.parameters()]).item())
+        for module in (model.student.backbone, model.student.dino_head, model.student.ibot_head):
+            norms.append(nn.utils.get_total_norm([p.grad for p in module.parameters()]).item())
 
     monkeypatch.setattr(trainer.optimizer, "step", measured)
     trainer.step(iter([batch_of()]))

@@ -16,7 +16,7 @@ from fastssl.nn.vit import DINO_SIZES
 from fastssl.train.config import Execution, Training
 from fastssl.train.trainer import Trainer
 from tests.methods import transcription_dinov2 as t
-from tests.methods.test_replay_family import disturbed, distance
+from tests.methods.test_replay_family import distance, disturbed
 
 STEPS, EPOCHS, BATCH = 12, 4, 4
 TIMES, LEAST = 20, 1e-13  # as in test_replay_family.py
@@ -113,7 +113,7 @@ def both(name, seed=0):
 
 @pytest.mark.parametrize("name", CASES)
 def test_twelve_steps(name):
-    module, model, config, initial, steps, losses, replay, ruler = both(name)
+    _, model, config, initial, steps, losses, replay, ruler = both(name)
     assert sum(step.mask.any() for step in steps) == STEPS
     allowed = TIMES * distance(replay.losses, ruler.losses) + LEAST
     assert distance(losses, replay.losses) <= allowed < 1e-8
