@@ -101,9 +101,7 @@ class Config:
         """ViT: the README's full command. ResNet: its command for ResNet-50, 100 epochs of SGD."""
         if not backbone.startswith("resnet"):
             return cls(backbone, norm_last_layer=backbone not in ("vit_small", "vit_tiny", "vit_mini"))
-        training = Training(
-            100, 512, "sgd", 0.03, 1e-4, warmup_epochs=10, lr_end=5e-7, clip_parameter_norm=3.0, **FROZEN
-        )
+        training = Training(100, 512, "sgd", 0.03, 1e-4, lr_end=5e-7, warmup_epochs=10, **CLIPPED_AND_FROZEN)
         temperature = {"teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0}
         crops = {"crop": (0.14, 1.0), "local_crop": (0.05, 0.14)}
         return cls(backbone, norm_last_layer=True, training=training, **temperature, **crops)
@@ -111,7 +109,7 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(14, 32, "sgd", 0.4, 5e-4, warmup_epochs=1, **CLIPPED_AND_FROZEN)
+        training = Training(14, 32, "sgd", 0.4, 5e-4, warmup_epochs=0.5, **CLIPPED_AND_FROZEN | {"freeze_epochs": 0.5})
         views = {"jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": (0.0, 0.0, 0.0), "solarize_p": (0.0, 0.0)}
         sizes = {"image_size": (32, 32), "local_size": (16, 16), "local_crops": 4}
         head = {"prototypes": 1024, "hidden": 512, "bottleneck": 64}
