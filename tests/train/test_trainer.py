@@ -6,7 +6,20 @@ import pytest
 import torch
 
 from fastssl.contract import Batch, DefersUpdates, Method, RanksNegatives, Reconstructs, SchedulesMomentum
-from fastssl.methods import barlow_twins, byol, dino, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simsiam, vicreg
+from fastssl.methods import (
+    barlow_twins,
+    byol,
+    dino,
+    dinov2,
+    ibot,
+    mae,
+    moco_v1,
+    moco_v2,
+    moco_v3,
+    simclr_v1,
+    simsiam,
+    vicreg,
+)
 from fastssl.nn import MomentumEncoder
 from fastssl.train.config import Execution, Training
 from fastssl.train.optim import parameters_to_freeze
@@ -257,6 +270,8 @@ def test_methods_fulfil_the_contract():
         barlow_twins: set(),
         vicreg: set(),
         dino: {SchedulesMomentum, DefersUpdates},
+        ibot: {SchedulesMomentum, DefersUpdates},
+        dinov2: {SchedulesMomentum, DefersUpdates},
         toy_method: {DefersUpdates},
     }
     for module, expected in abilities.items():
@@ -266,7 +281,7 @@ def test_methods_fulfil_the_contract():
         assert {ability for ability in optional if isinstance(method, ability)} == expected
 
 
-@pytest.mark.parametrize("module", [moco_v2, dino, toy_method])
+@pytest.mark.parametrize("module", [moco_v2, dino, ibot, dinov2, toy_method])
 def test_deferred_updates_do_not_depend_on_assignments_in_forward(module):
     """The replay of a CUDA graph returns tensors but executes no Python: queue and centre must change all the same."""
     config = module.Config.small()
