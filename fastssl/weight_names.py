@@ -7,6 +7,10 @@ from torch import Tensor
 
 # What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names, at any depth.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PARAMETRIZED = (  # names of torch.nn.utils.parametrizations.weight_norm → those of torch.nn.utils.weight_norm
+    (r"\.parametrizations\.weight\.original0$", ".weight_g"),
+    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
+)
 HUGGING_FACE_EPS = 1e-12  # default `layer_norm_eps` of Hugging Face's ViT and ViTMAE
 
 
@@ -28,7 +32,8 @@ def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def plain_name(name: str) -> str:
     """One name for `plain_names`."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("backbone.")
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("backbone.")
+    return rename(name, _PARAMETRIZED)
 
 
 def to_timm(state: dict[str, Tensor], fold: bool = True) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ DINOv2 and of Hugging Face's ViTMAE.
                  {"module.…": …}}; simsiam is the same for SimSiam
     barlow_twins the whole model, as Barlow Twins' official checkpoints: {"model": {"module.…": …}}; vicreg is the same
                  for VICReg
+    dino         the whole model, as DINO's official checkpoints: {"student": {"module.…": …}, "teacher": {…},
+                 "dino_loss": {…}}
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
 
 Files are .safetensors for timm and safetensors, and .pth for the others, readable by ``torch.load(weights_only=True)``.
@@ -45,7 +47,10 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "barlow_twins": ("model", "module."),
     "vicreg": ("model", "module."),
 }
-FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS)
+PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
+    "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
+}
+FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS, *PARTED_FORMATS)
 LONGEST_NAME = 200  # characters of a name that an error shows
 # Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
 HEADS = (
@@ -91,6 +96,9 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
         key, prefix = REFERENCE_FORMATS[layout]
         content = {key: {f"{prefix}{name}": x for name, x in state.items()}}
         content |= {"arch": arch} if key == "state_dict" else {}
+    for part, prefix in PARTED_FORMATS.get(layout, {}).items():
+        names = [name for name in state if name.startswith(f"{part}.")]
+        content[part] = {prefix + name.removeprefix(f"{part}."): content.pop(name) for name in names}
     with write_atomically(path, "wb") as file:  # an earlier file stays whole when the disk is full
         torch.save(content, file)
     return path

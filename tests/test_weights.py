@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastssl.contract import Batch
-from fastssl.methods import barlow_twins, byol, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simsiam, vicreg
+from fastssl.methods import barlow_twins, byol, dino, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simsiam, vicreg
 from fastssl.nn.vit import ViT
 from fastssl.run import method_module
 from fastssl.weights import FORMATS, export, load_weights, read_weights
@@ -35,6 +35,12 @@ def small_mae(size=32):
     return mae.MAE(size, 8, 3, 48, 2, 4, 32, 1, 4)
 
 
+def small_dino(backbone):
+    config = dino.Config(backbone, norm_last_layer=False, prototypes=24, hidden=16, bottleneck=8)
+    config.image_size, config.local_size = (32, 32), (16, 16)
+    return config
+
+
 METHODS = {
     "mae": (small_mae, "mae"),
     "moco_v1": (lambda: moco_v1.build(moco_v1.Config("resnet_mini", queue_size=20)), "moco"),
@@ -45,6 +51,8 @@ METHODS = {
     "simclr_v1": (lambda: simclr_v1.build(simclr_v1.Config("resnet_mini", (32, 32), 16, 8)), None),
     "barlow_twins": (lambda: barlow_twins.build(barlow_twins.Config("resnet_mini", (32, 32), 16)), "barlow_twins"),
     "vicreg": (lambda: vicreg.build(vicreg.Config("resnet_mini", (32, 32), 16)), "vicreg"),
+    "dino": (lambda: dino.build(small_dino("resnet_mini")), "dino"),
+    "dino vit": (lambda: dino.build(small_dino("vit_mini")), "dino"),
     "moco_v3 vit": (lambda: moco_v3.build(moco_v3.Config("vit_mini", (32, 32), 16, 32)), "moco"),
 }
 

@@ -91,6 +91,7 @@ class Config:
             weight_decay=0.04,
             weight_decay_end=0.4,
             warmup_epochs=10,
+            warmup_includes_peak=True,
             lr_end=2.5e-7,  # 1e-6 for 1024 images
             **CLIPPED_AND_FROZEN,
         )
@@ -101,7 +102,8 @@ class Config:
         """ViT: the README's full command. ResNet: its command for ResNet-50, 100 epochs of SGD."""
         if not backbone.startswith("resnet"):
             return cls(backbone, norm_last_layer=backbone not in ("vit_small", "vit_tiny", "vit_mini"))
-        training = Training(100, 512, "sgd", 0.03, 1e-4, lr_end=5e-7, warmup_epochs=10, **CLIPPED_AND_FROZEN)
+        schedule = {"warmup_epochs": 10, "warmup_includes_peak": True, "lr_end": 5e-7}
+        training = Training(100, 512, "sgd", 0.03, 1e-4, **schedule, **CLIPPED_AND_FROZEN)
         temperature = {"teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0}
         crops = {"crop": (0.14, 1.0), "local_crop": (0.05, 0.14)}
         return cls(backbone, norm_last_layer=True, training=training, **temperature, **crops)

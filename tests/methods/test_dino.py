@@ -112,7 +112,8 @@ def small(**changes):
 def trained(norm_last_layer):
     """Batches, the student's initial state, and losses, student, teacher and centre of our run."""
     training = Training(EPOCHS, BATCH, "adamw", lr=0.512, weight_decay=0.04, weight_decay_end=0.4, warmup_epochs=1)
-    training.clip_parameter_norm, training.freeze, training.freeze_epochs = 0.05, ("student.head.last_layer",), 1
+    training.warmup_includes_peak, training.clip_parameter_norm = True, 0.05
+    training.freeze, training.freeze_epochs = ("student.head.last_layer",), 1
     schedule = {"ema_momentum": 0.9, "warmup_teacher_temp": 0.04, "teacher_temp": 0.07, "warmup_teacher_temp_epochs": 3}
     config = small(norm_last_layer=norm_last_layer, training=training, **schedule)
     torch.manual_seed(0)
@@ -142,7 +143,7 @@ def replayed(norm_last_layer, **wrong):
     per_epoch = STEPS // EPOCHS
     options = t.Options(
         backbone=lambda p, images: t.vit(p, images, heads=4),
-        lr=lambda step: t.warmup_cosine(step, 0.004, 0.0, STEPS, per_epoch, last_included=False),
+        lr=lambda step: t.warmup_cosine(step, 0.004, 0.0, STEPS, per_epoch),
         decay=lambda step: t.warmup_cosine(step, 0.04, 0.4, STEPS),
         momentum=lambda step: t.warmup_cosine(step, 0.9, 1.0, STEPS),
         teacher_temp=lambda step: t.teacher_temperature(step // per_epoch, 0.04, 0.07, 3),

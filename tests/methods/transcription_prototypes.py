@@ -113,13 +113,10 @@ def moved_centre(centre: Tensor, teacher: Tensor, momentum: float = 0.9) -> Tens
 # Schedules, clipping, optimizer
 
 
-def warmup_cosine(step: int, base: float, end: float, total: int, warmup: int = 0, last_included: bool = True) -> float:
-    """A line from 0 to `base` over `warmup` steps, then half a cosine to `end`.
-
-    The official line has both ends, so that its last step has `base`; without `last_included` the step after it has.
-    """
+def warmup_cosine(step: int, base: float, end: float, total: int, warmup: int = 0) -> float:
+    """A line from 0 to `base`, both included, over `warmup` steps, then half a cosine from `base` to `end`."""
     if step < warmup:
-        return base * step / max(warmup - last_included, 1)
+        return base * step / max(warmup - 1, 1)
     return end + (base - end) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
