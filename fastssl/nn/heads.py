@@ -98,7 +98,7 @@ class DINOHead(nn.Module):
         self.last_layer = PrototypeLayer(bottleneck_dim, out_dim, norm_last_layer)
 
     def factored(self, x: Tensor) -> FactoredLogits:
-        """Features [N, in_dim] → unit vectors [N, D] and prototypes [K, D], float32 (float64 for float64)."""
+        """Features [N, in_dim] → unit vectors [N, D], float32 (float64 for float64), and prototypes [K, D]."""
         gelu = False
         for layer in self.mlp if isinstance(self.mlp, nn.Sequential) else [self.mlp]:
             if isinstance(layer, nn.GELU):
@@ -109,7 +109,8 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [N, in_dim] → logits [N, K]."""
-        return F.linear(*self.factored(x))
+        features, prototypes = self.factored(x)
+        return F.linear(features.to(prototypes.dtype), prototypes)
 
 
 class PrototypeLayer(nn.Module):

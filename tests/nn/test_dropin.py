@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.distributed import all_gather, rank
 from fastssl.nn import (
     Attention,
+    DINOHead,
+    DINOLoss,
     InfoNCELoss,
     KeyQueue,
     MaskedPatchLoss,
@@ -55,6 +57,25 @@ class WithQueue(nn.Module):
         return y
 
 
+class WithDINOLoss(nn.Module):
+    """A head whose logits are not multiplied out, or are, for two views of a student; the teacher's views are given."""
+
+    def __init__(self, factored):
+        super().__init__()
+        self.factored = factored
+        self.student = DINOHead(16, 9, norm_last_layer=False, hidden_dim=8, bottleneck_dim=6)
+        self.criterion = DINOLoss(9)
+
+    def forward(self, student, teacher):
+        if self.factored:
+            with torch.no_grad():
+                teacher = self.student.factored(teacher)
+            return self.criterion(teacher, self.student.factored(student))
+        with torch.no_grad():
+            teacher = self.student(teacher).chunk(2)
+        return self.criterion(teacher, self.student(student).chunk(3))
+
+
 class Case(NamedTuple):
     build: type
     arguments: tuple
@@ -74,6 +95,8 @@ CASES = {
     "Attention": Case(lambda: Attention(16, 2, qkv_bias=True, qk_norm=True), (), ((2, 7, 16),), 1),
     "MaskedPatchLoss": Case(lambda: MaskedPatchLoss(4, True, masked=3), (), ((2, 3, 48), (2, 3, 8, 12)), 1),
     "random_masking": Case(Masker, (), ((2, 8, 16), (2, 8)), 1),
+    "DINOLoss": Case(WithDINOLoss, (True,), ((6, 16), (4, 16)), 1),
+    "DINOLoss of logits": Case(WithDINOLoss, (False,), ((6, 16), (4, 16)), 1),
     "ViT": Case(lambda: ViT((8, 12), 4, embed_dim=16, depth=1, num_heads=2), (), ((2, 3, 8, 12),), 1),
 }
 
@@ -150,7 +173,7 @@ def test_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         result = outputs_and_gradients(name, module, inputs)
     losses = name.startswith(("InfoNCE", "NTXent", "MaskedPatch"))
-    wide = losses or name in ("random_masking", "ViT")  # which ends in a LayerNorm
+    wide = losses or name.startswith(("random_masking", "ViT", "DINOLoss"))  # which ends in a LayerNorm
     assert result[0].dtype == (torch.float32 if wide else torch.bfloat16)
     for tensor, reference in zip(result, expected):
         exact = {"rtol": 1e-6, "atol": 1e-7} if losses else {"rtol": 0.1, "atol": 0.15}  # losses stay in float32
