@@ -103,7 +103,7 @@ def test_a_backbone_gives_student_and_teacher_their_encoder(tmp_path):
     source, method = randomise(small(dinov2)), small(dinov2)
     state = {rename(name, DINOV2): x for name, x in part(source.state_dict(), "teacher.backbone").items()}
     torch.save(state, path := tmp_path / "dinov2_vitl14_pretrain.pth")
-    note, *others = load_initial_weights(method, path)
+    note, *_ = load_initial_weights(method, path)
     assert "gives the encoder alone" in note and "student is a copy of teacher" in note
     assert "student.dino_head and student.ibot_head" in note and "start at random" in note
     for network in (method.student, method.teacher.module):

@@ -17,7 +17,7 @@ from fastssl.milestones import MILESTONE
 from fastssl.nn import DINOHead, DINOLoss, KoLeoLoss
 from fastssl.nn.heads import FactoredLogits
 from fastssl.nn.patch_masks import MaskedRows, dinov2_masks, masked_rows, most_masked
-from fastssl.nn.patch_network import PatchNetwork, patch_cross_entropy
+from fastssl.nn.patch_network import DINOv2Network, patch_cross_entropy
 from fastssl.nn.prototype_losses import centred_targets, mean_logits, teacher_entropy, view_cross_entropy
 from fastssl.nn.sinkhorn import sinkhorn_potentials
 from fastssl.ops import PrototypeTargets
@@ -121,7 +121,7 @@ def build(config: Config) -> "DINOv2":
 
     patch_head = head(config.patch_prototypes, config.patch_bottleneck) if config.separate_head else None
     cls_head = head(config.prototypes, config.bottleneck)
-    return DINOv2(PatchNetwork(backbone, dino_head=cls_head, ibot_head=patch_head), config)
+    return DINOv2(DINOv2Network(backbone, cls_head, patch_head), config)
 
 
 def parameter_groups(method: "DINOv2") -> list[dict]:
@@ -146,9 +146,9 @@ class DINOv2(ibot.IBOT):
         config: temperatures, weights, masks and schedules.
     """
 
-    def __init__(self, student: PatchNetwork, config: Config):
+    def __init__(self, student: DINOv2Network, config: Config):
         temps = config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs, config.tau
-        losses = [DINOLoss(count, *temps, config.center_momentum) for count in student.prototypes]
+        losses = [DINOLoss(len(layer.weight_v), *temps, config.center_momentum) for layer in student.layers]
         super().__init__(student, config, *losses)
         self.koleo = KoLeoLoss(groups=2)
 

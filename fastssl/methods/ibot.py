@@ -117,7 +117,7 @@ def build(config: Config) -> "IBOT":
         config.prototypes, config.warmup_teacher_temp, config.teacher_temp, warmup, tau, config.center_momentum
     )
     temps = config.warmup_teacher_patch_temp, config.teacher_patch_temp
-    patch = DINOLoss(student.prototypes[1], *temps, warmup, tau, config.patch_center_momentum)
+    patch = DINOLoss(len(student.layers[1].weight_v), *temps, warmup, tau, config.patch_center_momentum)
     method = IBOT(student, config, cls, patch)
     if not config.shared_head and config.shared_head_teacher:  # as loading the student into the code's teacher does
         head = method.teacher.module.head

@@ -6,7 +6,7 @@ from fastssl.contract import Batch, Method
 from fastssl.methods import dinov2
 from fastssl.methods.dinov2 import DINOv2
 from fastssl.nn import DINOHead, patch_masks
-from fastssl.nn.patch_network import PatchNetwork
+from fastssl.nn.patch_network import DINOv2Network
 from fastssl.nn.vit import ViT
 from fastssl.train.config import Execution, Training
 from fastssl.train.optim import build_optimizer
@@ -29,7 +29,7 @@ def golden_method(mode):
     sizes = {"hidden_dim": heads["hidden"], "bottleneck_dim": heads["bottleneck"], "norm_last_layer": False}
     is_separate = mode == "sinkhorn_knopp"
     ibot_head = DINOHead(16, heads["ibot_out"], **sizes) if is_separate else None
-    student = PatchNetwork(backbone, dino_head=DINOHead(16, heads["dino_out"], **sizes), ibot_head=ibot_head)
+    student = DINOv2Network(backbone, DINOHead(16, heads["dino_out"], **sizes), ibot_head)
     config = dinov2.Config(centering=mode, warmup_teacher_temp=meta["teacher_temp"], teacher_temp=meta["teacher_temp"])
     model = DINOv2(student, config)
     state = part(tensors, "centering.state.")  # the backbone is the same in both cases
