@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, PROBABILITY, SHARE
 from fastssl.contract import Batch
+from fastssl.distributed import world_size
 from fastssl.milestones import MILESTONE
 from fastssl.nn import DINOHead, DINOLoss, KoLeoLoss
 from fastssl.nn.heads import FactoredLogits
@@ -21,7 +22,7 @@ from fastssl.nn.patch_network import DINOv2Network, patch_cross_entropy
 from fastssl.nn.prototype_losses import centred_targets, mean_logits, teacher_entropy, view_cross_entropy
 from fastssl.nn.sinkhorn import sinkhorn_potentials
 from fastssl.ops import PrototypeTargets
-from fastssl.train.config import Training
+from fastssl.train.config import Training, check_images_at_once
 
 from . import dino, ibot
 
@@ -111,6 +112,9 @@ def build(config: Config) -> "DINOv2":
     low, high = config.mask_ratio
     if not low <= high < 1:
         raise ValueError(f"dinov2: --mask-ratio must be a range below 1, got {low:g} {high:g}")
+    if config.koleo_weight:
+        reason = "KoLeo takes the nearest other image of a rank's part of the batch"
+        check_images_at_once(config.training, 2 * world_size(), "dinov2", reason)
     options = {"token_std": 1e-6, "drop_path_subset": True, "reg_tokens": config.registers, "no_embed_reg": True}
     options |= {"pos_offset": 0.0, "pos_antialias": True} if config.registers else {}
     backbone = ibot.build_vit(config, "dinov2", init_values=config.layer_scale or None, **options)
