@@ -3,6 +3,7 @@
 Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer", 2022, arXiv:2111.07832.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -72,6 +73,13 @@ class Config(dino.Config):
             **dino.CLIPPED_AND_FROZEN,
         )
     )
+
+    def __post_init__(self):
+        """The code leaves out the gradient of both layers of prototypes in the first epoch."""
+        first, second = "student.head.last_layer", "student.head.last_layer2"
+        names = self.training.freeze
+        if not self.shared_head and first in names and second not in names:
+            self.training = dataclasses.replace(self.training, freeze=(*names, second))
 
     @classmethod
     def paper(cls, backbone: str = "vit_small") -> "Config":

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from fastssl.methods import ibot
 from fastssl.nn.heads import FactoredLogits
 from fastssl.nn.patch_masks import masked_rows
 from fastssl.nn.patch_network import IBOTHead, PatchOutput
+from fastssl.train.optim import parameters_to_freeze
 from tests.support.contract import refused
 from tests.support.golden import part, read
 
@@ -115,6 +118,15 @@ def test_a_shared_teacher_starts_at_the_patch_layer_of_its_student():
     model.momentum_of_step = 0.5
     model.after_step(0.1)
     torch.testing.assert_close(teacher.last_layer.weight_v, expected)
+
+
+def test_both_layers_of_prototypes_are_frozen_at_first():
+    config = dataclasses.replace(ibot.Config.paper(), shared_head=False)
+    assert config.training.freeze == ("student.head.last_layer", "student.head.last_layer2")
+    assert ibot.Config.paper().training.freeze == ("student.head.last_layer",)
+    model = tiny(shared_head=False, patch_prototypes=16)
+    frozen = {id(p) for p in parameters_to_freeze(model, config.training.freeze)}
+    assert frozen == {id(p) for name, p in model.student.named_parameters() if "last_layer" in name}
 
 
 def test_ratios_of_masks():
