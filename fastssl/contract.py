@@ -20,6 +20,7 @@ and optionally
 A command that needs an optional name which the module does not define raises an error.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -77,6 +78,27 @@ class DefersUpdates(Protocol):
     """
 
     pending: list[Any]  # `forward` appends one entry per micro-batch; `after_step` reads all and clears the list
+
+
+class TrainingImages(NamedTuple):
+    """The training images of a rank, for a method that `PreparesEpochs`. All ranks must start a pass together."""
+
+    count: int  # type: ignore[assignment]  # images of the source
+    batches: int  # batches of an epoch on this rank
+    augmented: Callable[[], Iterator[Batch]]  # the batches that the coming epoch will train with
+    plain: Callable[[], Iterator[Batch]]  # this rank's share of all images in the source's order, one centre crop each
+
+
+@runtime_checkable
+class PreparesEpochs(Protocol):
+    """A method that needs the training images between epochs, for instance to cluster them.
+
+    What `before_epoch` computes must be in the state dict: a run that resumes within an epoch does not call it again.
+    """
+
+    def before_epoch(self, images: TrainingImages) -> None:
+        """Prepare the next epoch, before its first step. Called in training mode; it must end each pass it starts."""
+        ...
 
 
 @runtime_checkable

@@ -1,14 +1,17 @@
 """Preparation of a run: whatever may be refused is refused here, before anything is written."""
 
+import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from fastssl import distributed
+from fastssl.contract import Batch, TrainingImages
+from fastssl.data.augmentation import evaluation
 from fastssl.data.fingerprint import Fingerprint, describe_changes, read_fingerprint, take_fingerprint
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source
@@ -224,6 +227,21 @@ def _loader(run: Run, source: Source, device: torch.device, workers: int, engine
         bad_files=run.folder / "bad_files.txt",
         max_bad=options.max_bad,
     )
+
+
+def training_images(run: Run, source: Source, loader: Loader, epoch: int) -> TrainingImages:
+    """The images of an epoch for a method that prepares it."""
+    rank, world = distributed.rank(), distributed.world_size()
+    workers = share_cores(run.options.workers, loader.device, distributed.local_world_size())
+    engine = available_engine(run.options.engine, loader.device)
+    centre = 1.0 if source.size is not None and max(source.size) <= max(run.image_size) else 0.875
+
+    def plain() -> Iterator[Batch]:
+        options: dict[str, Any] = {"workers": workers, "engine": engine, "rank": rank, "world": world}
+        views = evaluation(run.image_size, centre)
+        return Loader(source, views, 256, device=loader.device, train=False, max_bad=world, **options).epoch(0)
+
+    return TrainingImages(len(source), len(loader), functools.partial(loader.epoch, epoch), plain)
 
 
 def _check_space(run: Run, trainer: Trainer) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fastssl import distributed
 from fastssl.bounds import check_ranges
-from fastssl.contract import Reconstructs
+from fastssl.contract import PreparesEpochs, Reconstructs, TrainingImages
 from fastssl.data.source import Source
 from fastssl.data.split import describe_sides
 from fastssl.eval.labels import labelled
@@ -19,7 +19,7 @@ from fastssl.eval.reconstruction import first_images, save_snapshot
 from fastssl.evaluation import note_knn
 from fastssl.machine import facts, select_device
 from fastssl.milestones import adopt, check_milestones, describe_scaled, milestone_epochs, shorten
-from fastssl.preparation import claim_folder, on_all_ranks, prepare, print_once, stored_run, taken
+from fastssl.preparation import claim_folder, on_all_ranks, prepare, print_once, stored_run, taken, training_images
 from fastssl.run import (
     Options,
     Run,
@@ -292,6 +292,7 @@ def _train(
         loader.epoch,
         run.folder,
         run_id=run.id,
+        before_epoch=lambda epoch: _prepare_epoch(trainer, training_images(run, source, loader, epoch)),
         after_epoch=lambda epoch: _is_due(run.options, training, epoch) and evaluate(epoch),
     )
     if loader.bad_count:
@@ -349,6 +350,13 @@ def _announce_resume(
 def _is_due(options: Options, training, epoch: int) -> bool:
     """True if this epoch is followed by an evaluation; the last epoch is not counted, as it always has one."""
     return bool(options.knn_every) and epoch % options.knn_every == 0 and epoch < training.epochs
+
+
+def _prepare_epoch(trainer: Trainer, images: TrainingImages) -> None:
+    """Calls the method's hook between epochs, if it has one, with the precision of its training."""
+    if isinstance(trainer.method, PreparesEpochs):
+        with torch.autocast(trainer.device.type, trainer.dtype, trainer.dtype is not None):
+            trainer.method.before_epoch(images)
 
 
 def _evaluate(run: Run, trainer: Trainer, device: torch.device, test: Source, epoch: int) -> None:

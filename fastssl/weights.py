@@ -6,7 +6,7 @@ DINOv2 and of Hugging Face's ViTMAE.
                  with heads = Identity()
     mae          the whole model, as MAE's official checkpoints: {"model": …}
     moco         the whole model, as MoCo's and MoCo v3's official checkpoints: {"arch": …, "state_dict":
-                 {"module.…": …}}; simsiam is the same for SimSiam
+                 {"module.…": …}}; simsiam is the same for SimSiam, swav for SwAV and DeepCluster-v2
     barlow_twins the whole model, as Barlow Twins' official checkpoints: {"model": {"module.…": …}}; vicreg is the same
                  for VICReg
     dino         the whole model, as DINO's official checkpoints: {"student": {"module.…": …}, "teacher": {…},
@@ -46,6 +46,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "simsiam": ("state_dict", "module."),
     "barlow_twins": ("model", "module."),
     "vicreg": ("model", "module."),
+    "swav": ("state_dict", "module."),
 }
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
     "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
@@ -55,13 +56,14 @@ LONGEST_NAME = 200  # characters of a name that an error shows
 # Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
 HEADS = (
     *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head."),
-    *("projector.", "bn."),  # Barlow Twins and VICReg, whose encoder has no prefix
+    *("projector.", "bn.", "projection_head.", "prototypes."),  # Barlow Twins, VICReg, SwAV: encoders without a prefix
 )
 METHOD_PARTS = (
-    *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue"),
+    *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments"),
     *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
 )
 ENCODERS = ("", "encoder_q.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
+STARTED_ANEW = ("queue", "memory.", "assignments")  # what a run fills by itself
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -192,7 +194,7 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     names, given = set(_real_names(method)), set(file.state)
     followers = [path for path, part in method.named_modules() if isinstance(part, MomentumEncoder)]
     momentum_names = {name for name in names if name.startswith(tuple(f"{plain_name(path)}." for path in followers))}
-    remade = momentum_names | ({"queue", "queue_ptr"} & names) | {name for name in names if _is_centre(name)}
+    remade = momentum_names | {name for name in names if name.startswith(STARTED_ANEW) or _is_centre(name)}
     missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
     has_decoder = any(name.startswith("decoder_") for name in given & names)
     notes: list[str] = []

@@ -10,7 +10,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastssl.contract import Batch
-from fastssl.methods import barlow_twins, byol, dino, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simsiam, vicreg
+from fastssl.methods import (
+    barlow_twins,
+    byol,
+    deepcluster_v2,
+    dino,
+    mae,
+    moco_v1,
+    moco_v2,
+    moco_v3,
+    simclr_v1,
+    simsiam,
+    swav,
+    vicreg,
+)
 from fastssl.nn.vit import ViT
 from fastssl.run import method_module
 from fastssl.weights import FORMATS, export, load_weights, read_weights
@@ -53,6 +66,8 @@ METHODS = {
     "vicreg": (lambda: vicreg.build(vicreg.Config("resnet_mini", (32, 32), 16)), "vicreg"),
     "dino": (lambda: dino.build(small_dino("resnet_mini")), "dino"),
     "dino vit": (lambda: dino.build(small_dino("vit_mini")), "dino"),
+    "swav": (lambda: swav.build(swav.Config("resnet_mini", (32, 32), dim=16, queue_size=4096)), "swav"),
+    "deepcluster_v2": (lambda: deepcluster_v2.build(deepcluster_v2.Config("resnet_mini", (32, 32), dim=16)), "swav"),
     "moco_v3 vit": (lambda: moco_v3.build(moco_v3.Config("vit_mini", (32, 32), 16, 32)), "moco"),
 }
 
@@ -135,7 +150,9 @@ def test_timm_and_torchvision_take_moco_v3s_vit(tmp_path):
         torch.testing.assert_close(tv(images[..., :32]), square.features(images[..., :32]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["moco_v2", "moco_v3", "simclr_v1", "byol", "simsiam", "barlow_twins", "vicreg"])
+@pytest.mark.parametrize(
+    "name", ["moco_v2", "moco_v3", "simclr_v1", "byol", "simsiam", "barlow_twins", "vicreg", "swav"]
+)
 def test_torchvision_and_timm_take_our_resnet(name, tmp_path):
     module = method_module(name)
     config = module.Config("resnet18", dim=16)

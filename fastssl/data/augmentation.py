@@ -91,8 +91,9 @@ def multi_crop(
     section 3.3 and its code: areas 0.14 to 1 and 0.05 to 0.14, and a standard deviation of red of 0.228.
     """
     smallest, limit = areas
-    colours = {"jitter": jitter, "jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": blur_p}
-    large_view = View(size, crop=(limit, 1.0), **colours, flip_p=0.5, std=SWAV_STD)
+    large_view = View(
+        size, crop=(limit, 1.0), jitter=jitter, jitter_p=0.8, grayscale_p=0.2, blur_p=blur_p, flip_p=0.5, std=SWAV_STD
+    )
     small_view = replace(large_view, size=small_size, crop=(smallest, limit))
     return Augmentation((large_view,) * 2 + (small_view,) * small)
 

@@ -1,7 +1,7 @@
 """SwAV: predict the assignment of one crop to prototypes from other crops; assignments use all prototypes equally.
 
-Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020, arXiv:2006.09882. Names
-in the state dict are those of the official code.
+Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020, arXiv:2006.09882.
+Names in the state dict are those of the official code.
 """
 
 from dataclasses import dataclass, field
@@ -170,10 +170,10 @@ class SwAV(nn.Module):
         self.backbone, self.projection_head, self.prototypes = backbone, projector, prototypes
         (self.tau, self.epsilon), self.rounds = temperatures, rounds
         size, self.queue_start = queue
-        self.queues = nn.ModuleList(
+        self.queue = nn.ModuleList(
             KeyQueue(prototypes.in_features, size, shard=True) for _ in range(ASSIGNED if size else 0)
         )
-        for one in self.queues:
+        for one in self.queue:
             one.queue.zero_()  # a row of zeros has not been filled
         self.register_buffer("queue_is_full", torch.zeros((), dtype=torch.bool), persistent=False)
         self.queue_fills = False
@@ -185,7 +185,7 @@ class SwAV(nn.Module):
         with record_function("loss"):
             loss = self.swapped_prediction(z.unflatten(0, (len(batch.views), -1)))
         large = z.detach()[: ASSIGNED * len(batch.views[0])]
-        if self.training and self.queues:
+        if self.training and self.queue:
             self.pending.append(large.unflatten(0, (ASSIGNED, -1)))
         return loss, {"std": large.std(0).mean()}  # near 0: all images have one embedding
 
@@ -202,8 +202,8 @@ class SwAV(nn.Module):
     def targets(self, i: int, z: Tensor) -> PrototypeTargets:
         """Assignments of large crop i, embeddings [B, D] without gradient, over all ranks and with its queue."""
         weight, teacher, counted = self.prototypes.weight.detach(), z, None
-        if self.queues:
-            queue = self.queues[i].queue
+        if self.queue:
+            queue = self.queue[i].queue
             teacher = torch.cat([queue.to(z.dtype), z])
             counted = torch.cat([self.queue_is_full.expand(len(queue)), self.queue_is_full.new_ones(len(z))])
         row, column = sinkhorn_potentials(teacher, weight, self.epsilon, self.rounds, counted)
@@ -213,15 +213,15 @@ class SwAV(nn.Module):
     def before_step(self, progress: float) -> None:
         weight = self.prototypes.weight
         weight.copy_(F.normalize(weight, dim=1))
-        self.queue_fills = bool(self.queues) and progress >= self.queue_start - 1e-9
-        if self.queues:  # its last row is filled last; the host does not wait for the answer
-            self.queue_is_full.copy_(self.queues[0].queue[-1].any())
+        self.queue_fills = bool(self.queue) and progress >= self.queue_start - 1e-9
+        if self.queue:  # its last row is filled last; the host does not wait for the answer
+            self.queue_is_full.copy_(self.queue[0].queue[-1].any())
 
     def after_step(self, progress: float) -> None:
         """Enter the embeddings of the large crops into their queues."""
         pending, self.pending = self.pending, []
         if self.queue_fills:
-            for queue, z in zip(self.queues, torch.cat(pending, 1)):
+            for queue, z in zip(self.queue, torch.cat(pending, 1)):
                 queue.enqueue(z)
 
     @property

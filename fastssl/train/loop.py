@@ -21,6 +21,7 @@ def train(
     folder: Path,
     *,
     run_id: str = "",
+    before_epoch: Callable[[int], object] = lambda epoch: None,
     after_epoch: Callable[[int], object] = lambda epoch: None,
 ) -> None:
     """Train to the last epoch; write checkpoints and metrics.jsonl to `folder`. All ranks must call together.
@@ -32,6 +33,7 @@ def train(
         epoch_of: ``epoch_of(epoch, first_batch)`` yields the batches of an epoch from `first_batch` on.
         folder: run folder, which exists.
         run_id: id of the run, stored in the checkpoints, and the id of its run at Weights & Biases.
+        before_epoch: called with the number of each epoch, from 0 on, before its first step.
         after_epoch: called with the number of finished epochs, after the checkpoint of that step if there is one.
 
     Raises:
@@ -55,6 +57,9 @@ def train(
         while trainer.steps < total:
             trainer.method.train()
             epoch, steps_done = count.place(trainer.steps)
+            if steps_done == 0:
+                with log.paused():
+                    before_epoch(epoch)
             batches = iter(epoch_of(epoch, steps_done * training.accumulate))
             for _ in range(count.steps_per_epoch - steps_done):
                 log.step(*trainer.step(batches))

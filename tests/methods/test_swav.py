@@ -6,16 +6,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastssl.contract import Batch, DefersUpdates, Method
-from fastssl.distributed import all_gather, rank, world_size
 from fastssl.methods import swav
 from fastssl.methods.swav import SwAV
 from fastssl.nn.heads import mlp_head
 from fastssl.train.config import Training
 from fastssl.train.optim import build_optimizer
+from fastssl.train.schedule import learning_rate
+from fastssl.weights import load_initial_weights, load_weights
 from tests.methods import transcription_family as family
 from tests.methods import transcription_swav as t
 from tests.support.golden import part, read
-from tests.support.ranks import run_ranks
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -79,7 +79,7 @@ def test_five_golden_steps(dtype):
         torch.testing.assert_close(model.prototypes.weight.detach(), expected["prototypes"].to(dtype), **exact)
         torch.testing.assert_close(model.backbone.body.weight.detach(), expected["body.weight"].to(dtype), **exact)
         if "queue" in expected:
-            for ours, theirs in zip(model.queues, expected["queue"].to(dtype)):
+            for ours, theirs in zip(model.queue, expected["queue"].to(dtype)):
                 blocks = theirs.split(batch)  # the newest in front; ours is written in turn
                 newest = (step - 1) % 2
                 torch.testing.assert_close(ours.queue, torch.cat(blocks if newest == 0 else blocks[::-1]), **exact)
@@ -108,3 +108,78 @@ def test_the_transcription_meets_the_golden_steps():
             torch.testing.assert_close(replay.gradients[step][name], gradient, **EXACT)
     for name, x in part(golden, "step4.state.").items():
         torch.testing.assert_close(replay.tensors[name].detach(), x, **EXACT)
+
+
+def tiny(**changes):
+    config = swav.Config.small()
+    for name, value in {"dim": 8, "hidden": 16, "prototypes": 7, **changes}.items():
+        setattr(config, name, value)
+    return swav.build(config)
+
+
+def crops(batch=4):
+    return tuple(torch.randn(batch, 3, *size) for size in ((32, 32), (32, 32), (16, 16), (16, 16)))
+
+
+def test_it_fulfils_the_contract_and_its_names_are_the_official_ones():
+    model = tiny()
+    assert isinstance(model, Method) and isinstance(model, DefersUpdates)
+    assert model.features(torch.randn(2, 3, 32, 32)).shape == (2, 256)
+    names = set(model.state_dict())
+    assert {"conv1.weight", "layer4.0.bn2.running_var", "prototypes.weight"} <= names
+    assert {f"projection_head.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")} <= names
+    assert not any(name.startswith(("backbone", "fc", "queue")) for name in names)
+
+
+def test_released_checkpoints_load(tmp_path):
+    """The files have a plain state dict with DataParallel's prefix, those of training runs one beside other things."""
+    model = tiny()
+    state = model.state_dict()
+    state = {f"module.{name}": x + torch.rand_like(x) if x.is_floating_point() else x for name, x in state.items()}
+    for i, content in enumerate((state, {"epoch": 800, "state_dict": state})):
+        path = tmp_path / f"swav_{i}.pth.tar"
+        torch.save(content, path)
+        continued, encoder, with_queue = tiny(), tiny(), tiny(queue_size=64)
+        assert load_initial_weights(continued, path) == []
+        load_weights(encoder, path, encoder_only=True)
+        (note,) = load_initial_weights(with_queue, path)
+        assert note.endswith("has no queue: queue starts at random")
+        for name, x in continued.state_dict().items():
+            assert torch.equal(x, state[f"module.{name}"]) and torch.equal(with_queue.state_dict()[name], x)
+        assert torch.equal(encoder.backbone.conv1.weight, continued.backbone.conv1.weight)
+        assert not torch.equal(encoder.prototypes.weight, continued.prototypes.weight)
+
+
+def test_prototypes_are_unit_vectors_in_a_step_and_the_queue_is_used_when_it_is_full():
+    config = swav.Config.small()
+    config.prototypes, config.dim, config.hidden, config.queue_size, config.queue_start = 7, 8, 16, 13, 7
+    config.training = dataclasses.replace(config.training, batch_size=4)
+    model = swav.build(config)  # of 14 epochs: the queue fills from progress 0.5 on
+    assert [len(queue.queue) for queue in model.queue] == [12, 12]  # a multiple of the batch
+    for step in range(8):
+        model.before_step(step / 8)
+        torch.testing.assert_close(model.prototypes.weight.norm(dim=1), torch.ones(7))
+        assert model.queue_is_full == (step >= 7)
+        model(Batch(crops(), None, None))
+        model.after_step((step + 1) / 8)
+        assert model.pending == [] and model.queue[0].queue.any(1).sum() == 4 * min(max(step - 3, 0), 3)
+    with pytest.raises(ValueError, match=r"^swav: --queue-size must be 0 or at least the batch of 64, got 63$"):
+        tiny(queue_size=63)
+
+
+def test_defaults_are_those_of_the_paper():
+    config = swav.Config.paper()
+    t = config.training
+    assert (t.optimizer, t.weight_decay, t.decay_all, t.momentum) == ("larc", 1e-6, True, 0.9)
+    assert (t.epochs, t.batch_size, t.warmup_epochs, t.freeze) == (800, 4096, 10, ("prototypes",))
+    rates = [learning_rate(t, epoch, 312) for epoch in (0, 10 - 1 / 312, 10, 800)]
+    assert rates == pytest.approx([0.3, 4.8, 4.8, 0.0048])
+    assert sum(step < t.freeze_epochs * 312 for step in range(1000)) == 313
+    assert (config.dim, config.hidden, config.prototypes, config.tau, config.epsilon) == (128, 2048, 3000, 0.1, 0.05)
+    first, second, *small = config.augmentation.views
+    assert first == second and len(small) == 6 and (first.size, small[0].size) == ((224, 224), (96, 96))
+    assert (first.crop, small[0].crop, first.interpolation) == ((0.14, 1.0), (0.05, 0.14), "bilinear")
+    assert (first.jitter, first.jitter_p, first.grayscale_p) == ((0.8, 0.8, 0.8, 0.2), 0.8, 0.2)
+    assert (first.blur_p, small[0].blur_p, first.flip_p, first.std) == (0.5, 0.5, 0.5, (0.228, 0.224, 0.225))
+    probe = swav.linear_probe("resnet50")
+    assert (probe.optimizer, probe.lr, probe.batch_size, probe.weight_decay) == ("sgd", 0.3, 256, 1e-6)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.contract import Batch
-from fastssl.methods import barlow_twins, dino, dinov2, mae, moco_v2, moco_v3, simclr_v1, vicreg
+from fastssl.methods import barlow_twins, deepcluster_v2, dino, dinov2, mae, moco_v2, moco_v3, simclr_v1, swav, vicreg
 from fastssl.nn import KeyQueue, patch_masks
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution, Training
@@ -240,6 +240,8 @@ def tiny(module, **changes):
         (vicreg, {"dim": 16, "training": Training(1, 8, "larc", 0.1, 1e-4)}),
         (dino, {"prototypes": 48}),
         (dinov2, {"prototypes": 48}),
+        (swav, {"queue_size": 64, "queue_start": 0}),
+        (deepcluster_v2, {}),
         (barlow_twins, {"dim": 16, "training": Training(1, 8, "lars", 0.1, 1e-4)}),
     ],
 )

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from fastssl import distributed
+from fastssl.contract import PreparesEpochs, TrainingImages
+from fastssl.data.augmentation import evaluation
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 from fastssl.preparation import on_all_ranks
@@ -60,18 +62,29 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
     folder.mkdir(exist_ok=True)
     state = checkpoint.load(folder / "checkpoints", name) if resume else None
 
-    def epoch_of(epoch, start):
-        for i, batch in enumerate(loader.epoch(epoch, start)):
-            if kill is not None and (rank, i + start) == kill:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def cast(batches):
+        for batch in batches:
             yield batch._replace(views=tuple(view.double() for view in batch.views)) if double else batch
+
+    def epoch_of(epoch, start):
+        for i, batch in enumerate(cast(loader.epoch(epoch, start or 0))):
+            if kill is not None and start is not None and (rank, i + start) == kill:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
 
     execution = Execution(**{"log_every": 1, "tensorboard": False, **settings})
     try:
         groups = getattr(module, "parameter_groups", None)
         steps = len(loader) // accumulate
         trainer = Trainer(method, training, execution, steps, parameter_groups=groups, state=state)
-        train(trainer, name, epoch_of, folder)
+
+        def before_epoch(epoch):
+            if isinstance(method, PreparesEpochs):
+                plain = Loader(source, evaluation((32, 32), 1.0), 16, train=False, rank=rank, world=world)
+                passes = [lambda: epoch_of(epoch, None), lambda: cast(plain.epoch(0))]
+                method.before_epoch(TrainingImages(len(source), len(loader), *passes))
+
+        train(trainer, name, epoch_of, folder, before_epoch=before_epoch)
     except Interrupted as interrupted:
         return interrupted.code, str(interrupted)
     distributed.all_gather_object(None)  # wait until rank 0 has written the checkpoint

@@ -25,6 +25,9 @@ RUNS = {
     "moco_v1": ["moco_v1", *SMALL, "--queue-size", "100", "--bn-splits", "4", "--accumulate", "2"],
     "moco_v2": ["moco_v2", *SMALL, "--queue-size", "100"],
     "moco_v3": ["moco_v3", *SMALL, "--hidden", "64"],
+    "swav": ["swav", *SMALL, "--prototypes", "20", "--queue-size", "64", "--queue-start", "0"],
+    "deepcluster": ["deepcluster", *SMALL, "--clusters", "10"],
+    "deepcluster_v2": ["deepcluster_v2", *SMALL, "--prototypes", "10", "8"],
 }
 
 
@@ -96,6 +99,9 @@ def assert_same_run(broken: Path, whole: Path, name: str) -> None:
         ("moco_v2", 1, "torchvision"),
         pytest.param("moco_v2", 1, "dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI")),
         ("moco_v3", 0, "auto"),
+        ("deepcluster_v2", 0, "torchvision"),
+        pytest.param("swav", 0, "torchvision", marks=pytest.mark.exhaustive),
+        pytest.param("deepcluster", 0, "torchvision", marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):

@@ -5,10 +5,20 @@ import dataclasses
 import pytest
 import torch
 
-from fastssl.contract import Batch, DefersUpdates, Method, RanksNegatives, Reconstructs, SchedulesMomentum
+from fastssl.contract import (
+    Batch,
+    DefersUpdates,
+    Method,
+    PreparesEpochs,
+    RanksNegatives,
+    Reconstructs,
+    SchedulesMomentum,
+)
 from fastssl.methods import (
     barlow_twins,
     byol,
+    deepcluster,
+    deepcluster_v2,
     dino,
     dinov2,
     ibot,
@@ -18,6 +28,7 @@ from fastssl.methods import (
     moco_v3,
     simclr_v1,
     simsiam,
+    swav,
     vicreg,
 )
 from fastssl.nn import MomentumEncoder
@@ -272,12 +283,15 @@ def test_methods_fulfil_the_contract():
         dino: {SchedulesMomentum, DefersUpdates},
         ibot: {SchedulesMomentum, DefersUpdates},
         dinov2: {SchedulesMomentum, DefersUpdates},
+        swav: {DefersUpdates},
+        deepcluster: {PreparesEpochs},
+        deepcluster_v2: {DefersUpdates, PreparesEpochs},
         toy_method: {DefersUpdates},
     }
     for module, expected in abilities.items():
         method = module.build(module.Config.small())
         assert isinstance(method, Method)
-        optional = (Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates)
+        optional = (Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates, PreparesEpochs)
         assert {ability for ability in optional if isinstance(method, ability)} == expected
 
 
