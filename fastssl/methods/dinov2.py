@@ -13,15 +13,16 @@ from torch.profiler import record_function
 
 from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, PROBABILITY, SHARE
 from fastssl.contract import Batch
+from fastssl.distributed import world_size
 from fastssl.milestones import MILESTONE
 from fastssl.nn import DINOHead, DINOLoss, KoLeoLoss
 from fastssl.nn.heads import FactoredLogits
 from fastssl.nn.patch_masks import MaskedRows, dinov2_masks, masked_rows, most_masked
-from fastssl.nn.patch_network import PatchNetwork, patch_cross_entropy
+from fastssl.nn.patch_network import DINOv2Network, patch_cross_entropy
 from fastssl.nn.prototype_losses import centred_targets, mean_logits, teacher_entropy, view_cross_entropy
 from fastssl.nn.sinkhorn import sinkhorn_potentials
 from fastssl.ops import PrototypeTargets
-from fastssl.train.config import Training
+from fastssl.train.config import Training, check_images_at_once
 
 from . import dino, ibot
 
@@ -111,6 +112,9 @@ def build(config: Config) -> "DINOv2":
     low, high = config.mask_ratio
     if not low <= high < 1:
         raise ValueError(f"dinov2: --mask-ratio must be a range below 1, got {low:g} {high:g}")
+    if config.koleo_weight:
+        reason = "KoLeo takes the nearest other image of a rank's part of the batch"
+        check_images_at_once(config.training, 2 * world_size(), "dinov2", reason)
     options = {"token_std": 1e-6, "drop_path_subset": True, "reg_tokens": config.registers, "no_embed_reg": True}
     options |= {"pos_offset": 0.0, "pos_antialias": True} if config.registers else {}
     backbone = ibot.build_vit(config, "dinov2", init_values=config.layer_scale or None, **options)
@@ -121,7 +125,7 @@ def build(config: Config) -> "DINOv2":
 
     patch_head = head(config.patch_prototypes, config.patch_bottleneck) if config.separate_head else None
     cls_head = head(config.prototypes, config.bottleneck)
-    return DINOv2(PatchNetwork(backbone, dino_head=cls_head, ibot_head=patch_head), config)
+    return DINOv2(DINOv2Network(backbone, cls_head, patch_head), config)
 
 
 def parameter_groups(method: "DINOv2") -> list[dict]:
@@ -146,9 +150,9 @@ class DINOv2(ibot.IBOT):
         config: temperatures, weights, masks and schedules.
     """
 
-    def __init__(self, student: PatchNetwork, config: Config):
+    def __init__(self, student: DINOv2Network, config: Config):
         temps = config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs, config.tau
-        losses = [DINOLoss(count, *temps, config.center_momentum) for count in student.prototypes]
+        losses = [DINOLoss(len(layer.weight_v), *temps, config.center_momentum) for layer in student.layers]
         super().__init__(student, config, *losses)
         self.koleo = KoLeoLoss(groups=2)
 

@@ -3,6 +3,7 @@
 Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer", 2022, arXiv:2111.07832.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -73,6 +74,13 @@ class Config(dino.Config):
         )
     )
 
+    def __post_init__(self):
+        """The code leaves out the gradient of both layers of prototypes in the first epoch."""
+        first, second = "student.head.last_layer", "student.head.last_layer2"
+        names = self.training.freeze
+        if not self.shared_head and first in names and second not in names:
+            self.training = dataclasses.replace(self.training, freeze=(*names, second))
+
     @classmethod
     def paper(cls, backbone: str = "vit_small") -> "Config":
         return cls(backbone, norm_last_layer=backbone not in ("vit_small", "vit_tiny", "vit_mini"))
@@ -117,7 +125,7 @@ def build(config: Config) -> "IBOT":
         config.prototypes, config.warmup_teacher_temp, config.teacher_temp, warmup, tau, config.center_momentum
     )
     temps = config.warmup_teacher_patch_temp, config.teacher_patch_temp
-    patch = DINOLoss(student.prototypes[1], *temps, warmup, tau, config.patch_center_momentum)
+    patch = DINOLoss(len(student.layers[1].weight_v), *temps, warmup, tau, config.patch_center_momentum)
     method = IBOT(student, config, cls, patch)
     if not config.shared_head and config.shared_head_teacher:  # as loading the student into the code's teacher does
         head = method.teacher.module.head

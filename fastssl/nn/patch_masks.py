@@ -93,8 +93,13 @@ def masked_rows(mask: Tensor, dtype: torch.dtype, most: int) -> MaskedRows:
         most: at least as many patches as can be masked.
     """
     flat = mask.flatten()
-    exact = mask.is_cpu and not torch.compiler.is_compiling()
+    exact = reads_are_free(mask)
     rows = flat.nonzero()[:, 0] if exact else (~flat).to(torch.uint8).argsort(stable=True)[:most]
     counted = None if exact else flat[rows]
     weights = mask.sum(1).clamp(min=1).to(dtype).reciprocal()[rows // mask.shape[1]]
     return MaskedRows(rows, weights if counted is None else weights * counted, counted)
+
+
+def reads_are_free(x: Tensor) -> bool:
+    """Whether the host may read values of x without a wait for a device, and outside of a compiled graph."""
+    return x.is_cpu and not torch.compiler.is_compiling()

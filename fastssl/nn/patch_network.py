@@ -38,41 +38,38 @@ class IBOTHead(DINOHead):
         self.last_layer2 = None if patch_out_dim is None else PrototypeLayer(bottleneck, patch_out_dim, fixed)
         self.shared = patch_out_dim is None  # settable: a teacher may have one layer where its student has two
 
+    @property
+    def patch_layer(self) -> PrototypeLayer:
+        """The layer of prototypes of patches."""
+        return self.last_layer if self.last_layer2 is None or self.shared else self.last_layer2
+
     def factored_pair(self, cls: Tensor, patches: Tensor) -> tuple[FactoredLogits, FactoredLogits]:
-        """Class tokens [N, in_dim] and patches [M, in_dim], in one pass."""
-        features, prototypes = self.factored(torch.cat([cls, patches.to(cls.dtype)]))
-        cls_features, patch_features = features.split([cls.shape[0], patches.shape[0]])
-        patch_prototypes = prototypes if self.shared else self.last_layer2.prototypes()
-        return FactoredLogits(cls_features, prototypes), FactoredLogits(patch_features, patch_prototypes)
+        """Of class tokens [N, in_dim] and patches [M, in_dim], in one pass."""
+        cls_logits, patch_logits = _both(self, cls, patches)
+        layer = self.patch_layer
+        if layer is self.last_layer:
+            return cls_logits, patch_logits
+        return cls_logits, FactoredLogits(patch_logits.features, layer.prototypes())
 
 
 class PatchNetwork(nn.Module):
-    """ViT and heads: crops → `PatchOutput`. Names in the state dict are those of the official checkpoints.
+    """iBOT's ViT and head: crops → `PatchOutput`. Names in the state dict are those of the official checkpoints.
 
     Args:
         backbone: ViT with a mask token.
-        head: `IBOTHead` of iBOT, saved as "head".
-        dino_head: instead of it the head of DINOv2, saved as "dino_head".
-        ibot_head: with it a head for patches, saved as "ibot_head"; None if `dino_head` serves both.
+        head: the head of class tokens and patches.
     """
 
-    def __init__(
-        self,
-        backbone: ViT,
-        head: IBOTHead | None = None,
-        dino_head: DINOHead | None = None,
-        ibot_head: DINOHead | None = None,
-    ):
+    def __init__(self, backbone: ViT, head: IBOTHead | None = None):
         super().__init__()
-        self.backbone, self.head, self.dino_head, self.ibot_head = backbone, head, dino_head, ibot_head
+        self.backbone = backbone
+        if head is not None:
+            self.head = head
 
     @property
-    def prototypes(self) -> tuple[int, int]:
-        """Numbers of prototypes of class tokens and of patches."""
-        head = self.dino_head if self.head is None else self.head
-        patches = head if self.ibot_head is None else self.ibot_head
-        layer = patches.last_layer if self.head is None or self.head.last_layer2 is None else self.head.last_layer2
-        return head.last_layer.weight_v.shape[0], layer.weight_v.shape[0]
+    def layers(self) -> tuple[PrototypeLayer, PrototypeLayer]:
+        """The prototypes of class tokens and of patches."""
+        return self.head.last_layer, self.head.patch_layer
 
     def forward(
         self, large: Tensor, small: Tensor | None = None, mask: Tensor | None = None, rows: Tensor | None = None
@@ -91,13 +88,38 @@ class PatchNetwork(nn.Module):
         return PatchOutput(cls, *self._project(all_cls, patches))
 
     def _project(self, cls: Tensor, patches: Tensor) -> tuple[FactoredLogits, FactoredLogits]:
-        if self.head is not None:
-            return self.head.factored_pair(cls, patches)
-        if self.ibot_head is not None:
-            return self.dino_head.factored(cls), self.ibot_head.factored(patches)
-        features, prototypes = self.dino_head.factored(torch.cat([cls, patches.to(cls.dtype)]))
-        parts = features.split([cls.shape[0], patches.shape[0]])
-        return FactoredLogits(parts[0], prototypes), FactoredLogits(parts[1], prototypes)
+        return self.head.factored_pair(cls, patches)
+
+
+class DINOv2Network(PatchNetwork):
+    """The same with DINOv2's heads.
+
+    Args:
+        backbone: ViT with a mask token.
+        dino_head: head of class tokens.
+        ibot_head: head of patches; None if `dino_head` serves both.
+    """
+
+    def __init__(self, backbone: ViT, dino_head: DINOHead, ibot_head: DINOHead | None = None):
+        super().__init__(backbone)
+        self.dino_head, self.ibot_head = dino_head, ibot_head
+
+    @property
+    def layers(self) -> tuple[PrototypeLayer, PrototypeLayer]:
+        """The prototypes of class tokens and of patches."""
+        return self.dino_head.last_layer, (self.ibot_head or self.dino_head).last_layer
+
+    def _project(self, cls: Tensor, patches: Tensor) -> tuple[FactoredLogits, FactoredLogits]:
+        if self.ibot_head is None:
+            return _both(self.dino_head, cls, patches)
+        return self.dino_head.factored(cls), self.ibot_head.factored(patches)
+
+
+def _both(head: DINOHead, cls: Tensor, patches: Tensor) -> tuple[FactoredLogits, FactoredLogits]:
+    """Logits of class tokens and patches by one head, which computes its prototypes once."""
+    features, prototypes = head.factored(torch.cat([cls, patches.to(cls.dtype)]))
+    of_cls, of_patches = features.split([cls.shape[0], patches.shape[0]])
+    return FactoredLogits(of_cls, prototypes), FactoredLogits(of_patches, prototypes)
 
 
 def patch_cross_entropy(

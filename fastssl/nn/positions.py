@@ -60,10 +60,9 @@ def interpolate_positions(
     if tuple(grid) == tuple(new_grid):
         return table
     image = table[:, prefix_tokens:].to(acc_dtype(table)).transpose(1, 2).unflatten(2, tuple(grid))
-    size = {"size": tuple(new_grid)}
-    if offset:
-        size = {"scale_factor": tuple((new + offset) / old for old, new in zip(grid, new_grid))}
-    image = F.interpolate(image, **size, mode="bicubic", align_corners=False, antialias=antialias)
+    scale = [(new + offset) / old for old, new in zip(grid, new_grid)] if offset else None
+    size = None if offset else tuple(new_grid)
+    image = F.interpolate(image, size, scale, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([table[:, :prefix_tokens], image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 

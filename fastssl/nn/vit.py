@@ -201,8 +201,8 @@ class ViT(nn.Module):
         return cached[2]
 
     def _interpolated(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        how = {"antialias": self.pos_antialias, "offset": self.pos_offset}
-        return interpolate_positions(table, self.grid, grid, self.pos_prefix, **how)[:, self.pos_prefix :]
+        how = self.pos_antialias, self.pos_offset
+        return interpolate_positions(table, self.grid, grid, self.pos_prefix, *how)[:, self.pos_prefix :]
 
     def encode(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Patch tokens with their positions added [B, M, D] → normalised tokens [B, prefix + M, D].
@@ -409,7 +409,8 @@ def dino_vit(
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    vit.patch_embed.proj.reset_parameters()
+    if isinstance(vit.patch_embed, PatchEmbed):
+        vit.patch_embed.proj.reset_parameters()  # torch's default
     if vit.cls_token is not None:
         (nn.init.trunc_normal_ if token_std is None else nn.init.normal_)(vit.cls_token, std=token_std or 0.02)
     return vit
@@ -417,7 +418,7 @@ def dino_vit(
 
 def without_mask_token(vit: ViT) -> ViT:
     """A ViT that shares everything with `vit` but its mask token: its names are timm's."""
-    copy = shared_copy(vit, without=("mask_token",))
+    copy: Any = shared_copy(vit, without=("mask_token",))
     copy.mask_token = None
     return copy
 

@@ -3,12 +3,15 @@ import torch
 from torch import nn
 
 from fastssl.contract import Batch, Method
+from fastssl.eval.finetuning import build_classifier
 from fastssl.methods import dinov2
-from fastssl.methods.dinov2 import DINOv2
-from fastssl.nn import DINOHead
-from fastssl.nn.patch_masks import masked_rows
-from fastssl.nn.patch_network import PatchNetwork
+from fastssl.methods.dinov2 import DINOv2, counted_mean
+from fastssl.nn import DINOHead, patch_masks
+from fastssl.nn.heads import FactoredLogits
+from fastssl.nn.patch_network import DINOv2Network, patch_cross_entropy
+from fastssl.nn.prototype_losses import mean_logits
 from fastssl.nn.vit import ViT
+from fastssl.ops import soft_cross_entropy
 from fastssl.train.config import Execution, Training
 from fastssl.train.optim import build_optimizer
 from fastssl.train.trainer import Trainer
@@ -30,7 +33,7 @@ def golden_method(mode):
     sizes = {"hidden_dim": heads["hidden"], "bottleneck_dim": heads["bottleneck"], "norm_last_layer": False}
     is_separate = mode == "sinkhorn_knopp"
     ibot_head = DINOHead(16, heads["ibot_out"], **sizes) if is_separate else None
-    student = PatchNetwork(backbone, dino_head=DINOHead(16, heads["dino_out"], **sizes), ibot_head=ibot_head)
+    student = DINOv2Network(backbone, DINOHead(16, heads["dino_out"], **sizes), ibot_head)
     config = dinov2.Config(centering=mode, warmup_teacher_temp=meta["teacher_temp"], teacher_temp=meta["teacher_temp"])
     model = DINOv2(student, config)
     state = part(tensors, "centering.state.")  # the backbone is the same in both cases
@@ -45,11 +48,10 @@ def golden_method(mode):
 @pytest.mark.parametrize("mode", ["centering", "sinkhorn_knopp"])
 def test_golden_step(mode, padded, monkeypatch):
     """Loss, its terms and all recorded gradients; also with rows that only fill up, as on a GPU."""
-    tensors, meta = read("dinov2_step")
+    tensors, _ = read("dinov2_step")
     expected, model, mask = part(tensors, f"{mode}."), golden_method(mode), tensors["input.masks"]
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: padded)
-    rows = masked_rows(mask, torch.float64, most=11)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    monkeypatch.setattr(patch_masks, "reads_are_free", lambda x: not padded)
+    rows = patch_masks.masked_rows(mask, torch.float64, most=11)
     assert len(rows.rows) == (11 if padded else 8)
     torch.testing.assert_close(rows.weights[:8], tensors["input.masks_weight"], rtol=1e-12, atol=0)
     monkeypatch.setattr(model, "masked_rows", lambda batch: (rows, mask))
@@ -67,18 +69,78 @@ def test_golden_step(mode, padded, monkeypatch):
         torch.testing.assert_close(ours.grad, gradient, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_golden_centres_are_means_over_masked_patches_alone(monkeypatch):
+def given_logits(x):
+    """Logits as features, with unit vectors as prototypes."""
+    return FactoredLogits(x, torch.eye(x.shape[1], dtype=x.dtype))
+
+
+def probabilities(targets):
+    logits = targets.teacher @ targets.weight.T / targets.tau
+    return (logits + targets.row_offset[:, None] + targets.column_offset).exp()
+
+
+@pytest.mark.parametrize("mode", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize("step", range(3))
+def test_golden_patch_losses(step, mode):
+    """Targets, loss and gradient for varying numbers of masked patches, with rows that only fill up."""
+    golden, meta = read("dinov2_losses")
+    case = part(golden, f"patch.step{step}.")
+    expected = part(case, f"{mode.removesuffix('_knopp')}.")
+    model = tiny(centering=mode, prototypes=9)
+    model.teacher_temp = torch.tensor(meta["patch"]["teacher_temp"], dtype=torch.float64)
+    model.ibot_patch_loss.center = case["center_used"]
+    student = case["input.student"].double().requires_grad_()
+    teacher = torch.cat([case["input.teacher"].double(), torch.ones(3, 9, dtype=torch.float64)])
+    count = len(case["masks_weight"])
+    counted, weights = torch.arange(count + 3) < count, torch.zeros(count + 3, dtype=torch.float64)
+    weights[:count] = case["masks_weight"]
+    targets = model.targets(given_logits(teacher), model.ibot_patch_loss, counted)
+    torch.testing.assert_close(probabilities(targets)[:count], expected["probabilities"], **EXACT)
+    rows = patch_masks.MaskedRows(None, weights, counted)
+    loss = patch_cross_entropy(given_logits(student), targets, 0.1, rows, len(case["mask"]))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected["loss"], **EXACT)
+    torch.testing.assert_close(student.grad, expected["grad.student"], **EXACT)
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_golden_class_token_losses(step):
+    """The code's loss takes all pairs that it is given: here six students with both halves of the teacher."""
+    golden, meta = read("dinov2_losses")
+    case = part(golden, f"cls.step{step}.")
+    model = tiny(prototypes=9)
+    model.teacher_temp = torch.tensor(meta["cls"]["teacher_temp"], dtype=torch.float64)
+    model.dino_loss.center = case["center_used"]
+    targets = model.targets(given_logits(case["input.teacher"].double()), model.dino_loss, None)
+    torch.testing.assert_close(probabilities(targets), case["probabilities"], **EXACT)
+    student = case["input.student"].double().requires_grad_()
+    teachers = torch.tensor([[i, 4 + i] for i in range(4)] * 6)
+    loss = soft_cross_entropy(*given_logits(student.flatten(0, 1)), 0.1, targets, teachers).sum() / 4
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), case["loss"], **EXACT)
+    torch.testing.assert_close(student.grad, case["grad.student"], **EXACT)
+
+
+@pytest.mark.parametrize("rows", [4, 12, 40])
+def test_golden_sinkhorn_targets(rows):
+    golden, _ = read("dinov2_losses")
+    model = tiny(centering="sinkhorn_knopp", prototypes=9)
+    model.teacher_temp = torch.tensor(0.07, dtype=torch.float64)
+    targets = model.targets(given_logits(golden[f"sinkhorn.n{rows}.input"].double()), model.dino_loss, None)
+    torch.testing.assert_close(probabilities(targets), golden[f"sinkhorn.n{rows}.output"], **EXACT)
+
+
+def test_golden_centres_are_means_over_masked_patches_alone():
     """Three steps of DINOv2's centre, from logits: the first rows of a padded batch count."""
     golden, _ = read("dinov2_losses")
     model = tiny(centering="centering")
-    eye = torch.eye(9, dtype=torch.float64)
     centre = torch.zeros(1, 9, dtype=torch.float64)
     for step in range(3):
         teacher = golden[f"patch.step{step}.input.teacher"].double()
         torch.testing.assert_close(centre, golden[f"patch.step{step}.center_used"][0], **EXACT)
         padded = torch.cat([teacher, torch.randn(3, 9, dtype=torch.float64)])
         counted = torch.arange(len(padded)) < len(teacher)
-        mean = dinov2.mean_logits(dinov2.counted_mean(dinov2.FactoredLogits(padded, eye), counted))
+        mean = mean_logits(counted_mean(given_logits(padded), counted))
         model.ibot_patch_loss.center = centre
         model.ibot_patch_loss.update_center(mean[None])
         centre = model.ibot_patch_loss.center
@@ -105,7 +167,7 @@ def test_golden_parameter_groups():
 
 def test_golden_schedules():
     """The warm-ups of the code reach their end a step earlier: its lines include both ends."""
-    golden, meta = read("dinov2_misc")
+    golden, _ = read("dinov2_misc")
     model = tiny(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=3, epochs=10)
     steps, warmup = 50, 15
     for step in range(steps):
@@ -186,8 +248,8 @@ def test_backbone_and_heads_are_clipped_apart(monkeypatch):
     norms = []
 
     def measured(*args):
-        for part in (model.student.backbone, model.student.dino_head, model.student.ibot_head):
-            norms.append(nn.utils.get_total_norm([p.grad for p in part.parameters()]).item())
+        for module in (model.student.backbone, model.student.dino_head, model.student.ibot_head):
+            norms.append(nn.utils.get_total_norm([p.grad for p in module.parameters()]).item())
 
     monkeypatch.setattr(trainer.optimizer, "step", measured)
     trainer.step(iter([batch_of()]))
@@ -203,7 +265,23 @@ def test_without_masked_patches_their_loss_is_0():
     assert model.ibot_patch_loss.center.isfinite().all()
 
 
+def test_a_classifier_takes_the_teacher_with_registers():
+    model, images = tiny(registers=2).eval(), torch.randn(2, 3, 32, 32)
+    classifier = build_classifier(model, "vit_mini", 5).eval()
+    tokens = model.encoder.encode(
+        model.encoder.embed(images) + model.encoder.positions((8, 8)), torch.float32
+    )  # normalised, where the classifier normalises the mean
+    assert classifier(images).shape == (2, 5) and tokens.shape == (2, 3 + 64, 128)
+    model.encoder.norm.weight.data.fill_(1.0)
+    expected = model.encoder.norm(classifier.forward_features(images))[1]
+    torch.testing.assert_close(expected, tokens, rtol=1e-4, atol=1e-4)
+
+
 def test_bad_settings_get_a_sentence():
+    config = dinov2.Config.small()
+    config.training.batch_size = 1
+    with pytest.raises(ValueError, match="dinov2: --batch-size must give at least 2 images at once, since KoLeo"):
+        dinov2.build(config)
     refused("dinov2: --mask-ratio must be a range below 1, got 0.5 0.1", ValueError, tiny, mask_ratio=(0.5, 0.1))
     sentence = "dinov2: backbone must be a ViT, which has patches to mask, got 'resnet_mini'"
     refused(sentence, ValueError, tiny, backbone="resnet_mini")

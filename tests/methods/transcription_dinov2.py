@@ -268,9 +268,17 @@ def run_ibot(
 
 
 def run_dinov2(
-    student: Tensors, teacher: Tensors, steps: Sequence[Step], vit: Vit, *, clip_norm: float, centering: bool
+    student: Tensors,
+    teacher: Tensors,
+    steps: Sequence[Step],
+    vit: Vit,
+    *,
+    clip_norm: float,
+    centering: bool,
+    scales: dict[str, float],
 ) -> Replay:
-    """DINOv2, by centring or Sinkhorn; patches have a head of their own if there is one in the tensors."""
+    """DINOv2, by centring or Sinkhorn; patches have a head of their own if there is one in the tensors. `scales` are
+    further arguments of `dinov2_scales`."""
     p, teacher = trained(student), {name: x.clone() for name, x in teacher.items()}
     depth = sum(name.endswith("norm1.weight") for name in p)
     patch_head = "ibot_head" if "ibot_head.mlp.0.weight" in p else "dino_head"
@@ -301,7 +309,7 @@ def run_dinov2(
         clip(grads, clip_norm, [names for names in parts if names])
         with torch.no_grad():
             for name, grad in grads.items():
-                lr_scale, decay_scale = dinov2_scales(name, depth)
+                lr_scale, decay_scale = dinov2_scales(name, depth, **scales)
                 lr = step.lr if step.last_layer_lr is None or "last_layer" not in name else step.last_layer_lr
                 adamw(p[name], grad, states[name], lr * lr_scale, step.weight_decay * decay_scale)
             follow(teacher, p, step.momentum)

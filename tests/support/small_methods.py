@@ -10,6 +10,12 @@ CONTRASTIVE_AND_REDUNDANCY = {
 }
 PROTOTYPES = {  # methods that compare views with prototypes
     "dino": {"prototypes": 48, "hidden": 16, "bottleneck": 8},
+    "ibot": {"prototypes": 48, "hidden": 16, "bottleneck": 8},
+    # without what a rank does with its part of the batch alone: KoLeo, the choice of masked crops, the patches' centre
+    "dinov2": {
+        **{"prototypes": 48, "hidden": 16, "bottleneck": 8, "separate_head": True, "patch_prototypes": 24},
+        **{"koleo_weight": 0.0, "mask_probability": 1.0, "mask_ratio": (0.3, 0.3), "centering": "sinkhorn_knopp"},
+    },
     "swav": {"prototypes": 12, "hidden": 16, "dim": 8, "queue_size": 64, "queue_start": 0},
     "deepcluster": {"clusters": 6, "components": 8},
     "deepcluster_v2": {"prototypes": (6, 5), "hidden": 16, "dim": 8},

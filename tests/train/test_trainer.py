@@ -20,6 +20,8 @@ from fastssl.methods import (
     deepcluster,
     deepcluster_v2,
     dino,
+    dinov2,
+    ibot,
     mae,
     moco_v1,
     moco_v2,
@@ -279,6 +281,8 @@ def test_methods_fulfil_the_contract():
         barlow_twins: set(),
         vicreg: set(),
         dino: {SchedulesMomentum, DefersUpdates},
+        ibot: {SchedulesMomentum, DefersUpdates},
+        dinov2: {SchedulesMomentum, DefersUpdates},
         swav: {DefersUpdates},
         deepcluster: {PreparesEpochs},
         deepcluster_v2: {DefersUpdates, PreparesEpochs},
@@ -291,7 +295,7 @@ def test_methods_fulfil_the_contract():
         assert {ability for ability in optional if isinstance(method, ability)} == expected
 
 
-@pytest.mark.parametrize("module", [moco_v2, dino, toy_method])
+@pytest.mark.parametrize("module", [moco_v2, dino, ibot, dinov2, toy_method])
 def test_deferred_updates_do_not_depend_on_assignments_in_forward(module):
     """The replay of a CUDA graph returns tensors but executes no Python: queue and centre must change all the same."""
     config = module.Config.small()
