@@ -52,7 +52,7 @@ INDICES = 256  # that update_bank_kernel compares at a time
 
 @triton.jit
 def _load_row(bank_ptr, index, column, stride, N, D, ACC_DTYPE: tl.constexpr):
-    """One row of the bank, zeros outside."""
+    """The row of an index [1] of the bank, zeros outside."""
     mask = (column < D) & (index >= 0) & (index < N)
     return tl.load(bank_ptr + index * stride + column, mask=mask, other=0.0).to(ACC_DTYPE)
 
@@ -98,7 +98,7 @@ def sampled_fwd_kernel(
     scale = 1 / tl.load(tau_ptr).to(ACC_DTYPE) * LOG2E
     q = tl.load(q_ptr + query * stride_qb + column, mask=column < D, other=0.0).to(ACC_DTYPE)
     row_ptr = indices_ptr + query * stride_indices_b
-    first = tl.load(row_ptr)
+    first = tl.load(row_ptr + tl.arange(0, 1))  # the positive
     positive = tl.sum(_load_row(bank_ptr, first, column, stride_bank_n, N, D, ACC_DTYPE) * q, 0) * scale
     if NCE:
         shift = tl.load(shift_ptr).to(ACC_DTYPE) * LOG2E
@@ -175,14 +175,14 @@ def sampled_combine_kernel(
     tau = tl.load(tau_ptr).to(ACC_DTYPE)
     scale = 1 / tau * LOG2E
     q = tl.load(q_ptr + query * stride_qb + column, mask=column < D, other=0.0).to(ACC_DTYPE)
-    first = tl.load(indices_ptr + query * stride_indices_b)
+    first = tl.load(indices_ptr + query * stride_indices_b + tl.arange(0, 1))
     positive_row = _load_row(bank_ptr, first, column, stride_bank_n, N, D, ACC_DTYPE)
     positive = tl.sum(q * positive_row, 0) * scale
 
     largest = positive
     for part in range(parts):
         largest = tl.maximum(largest, tl.load(max_ptr + part * B + query))
-    negatives, log_sum, rank = positive * 0, positive * 0, first * 0
+    negatives, log_sum, rank = positive * 0, positive * 0, query * 0
     for part in range(parts):
         partial = part * B + query
         negatives += tl.load(sum_ptr + partial) * tl.exp2(tl.load(max_ptr + partial) - largest)
@@ -234,22 +234,22 @@ def update_bank_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Moves the row of one index, unless the index occurs again later."""
-    position = tl.program_id(0).to(tl.int64)
-    index = tl.load(indices_ptr + position * stride_indices_b)
-    later = position * 0
+    position = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    index = tl.load(indices_ptr + position * stride_indices_b)  # [1]
+    later = tl.zeros([1], tl.int32)
     for start in range(0, B, CHUNK):
         other = start + tl.arange(0, CHUNK).to(tl.int64)
         indices = tl.load(indices_ptr + other * stride_indices_b, mask=other < B, other=-1)
-        later += tl.sum(((indices == index) & (other > position)).to(tl.int64), 0)
+        later += tl.sum(((indices == index) & (other > position)).to(tl.int32), 0)
     is_moved = (later == 0) & (index >= 0) & (index < N)
     column = tl.arange(0, BLOCK_D)
     mask = (column < D) & is_moved
     row_ptr = bank_ptr + index * stride_bank_n + column
     old = tl.load(row_ptr, mask=mask, other=0.0).to(ACC_DTYPE)
     new = tl.load(features_ptr + position * stride_features_b + column, mask=mask, other=0.0).to(ACC_DTYPE)
-    share = tl.full([BLOCK_D], 0, ACC_DTYPE) + momentum + momentum_rest
+    share = tl.zeros([BLOCK_D], ACC_DTYPE) + momentum + momentum_rest
     row = old * share + new * (1 - share)
-    norm = tl.sqrt(tl.sum(row * row, 0))
+    norm = tl.sqrt(tl.zeros([BLOCK_D], ACC_DTYPE) + tl.sum(row * row, 0))
     is_written = mask & (norm > 0) & (norm < float("inf"))
     value = row / tl.where(norm > 0, norm, 1.0)
     tl.store(row_ptr, value.to(CAST_VIA).to(bank_ptr.dtype.element_ty), mask=is_written)

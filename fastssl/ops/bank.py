@@ -5,8 +5,8 @@ With logits s_ij = q_i·row_ij / τ of the sampled rows and weights w_ij = ∂lo
     ∂loss_i/∂q_i = Σ_j w_ij row_ij / τ,
 
 so one pass over the rows computes loss, rank and the gradient of the queries, while a row is still in a cache. The
-gathered rows [B, 1+m, D] are never stored: at B = 256, m = 4,096, D = 128 they are 0.5 GB, and to read them once is most
-of the time. The plain-torch bodies below gather them.
+gathered rows [B, 1+m, D] are never stored: at B = 256, m = 4,096, D = 128 they are 0.5 GB, and reading them once takes
+most of the time. The plain-torch bodies below gather them.
 
 The kernels take all four dtypes, also mixed, and give the same bits every time, the C++ ones on any number of threads.
 """
