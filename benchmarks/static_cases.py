@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
+from fastssl.kernels import attention, bank, contrastive, masking, norm, patches, queue, tile
 from tests.support import kernel_model as model
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -36,12 +36,13 @@ def ids(*shape: int) -> torch.Tensor:
 
 def recipes() -> list[Case]:
     """The sizes of the papers' recipes."""
-    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_norms(), *_attention()]
+    return [*_moco(), *_in_batch(), *_tokens(), *_pixels(), *_norms(), *_attention(), *_banks()]
 
 
 def variants() -> list[Case]:
     """The other rows of the tables, the other dtypes, and the branches that the recipes do not take."""
-    return [*_contrastive_tables(), *_attention_tables(), *_tokens_and_pixels_in_other_dtypes(), *_ones()]
+    tables = (*_contrastive_tables(), *_attention_tables(), *_bank_dtypes())
+    return [*tables, *_tokens_and_pixels_in_other_dtypes(), *_ones()]
 
 
 def _moco() -> list[Case]:
@@ -207,6 +208,40 @@ def _both_directions(B, L, H, E, dtype, size_name, forward=None, backward=None) 
     ]
 
 
+def _banks() -> list[Case]:
+    """InstDisc: 4,096 negatives for each of 256 images, from ImageNet's 1.28 M; queries in float32."""
+    cases, q, tau, drawn = [], meta(256, 128, dtype=FP32), meta(dtype=FP32), ids(256, 4097)
+    for dtype in (FP32, BF16):
+        memory, size = meta(1_281_167, 128, dtype=dtype), f"B=256, m=4,096, D=128, {NAMES[dtype]} bank"
+        for op, launcher, args in (
+            ("sampled_info_nce", bank.sampled_info_nce_fwd, (q, memory, drawn, tau, True)),
+            ("sampled_nce", bank.sampled_nce_fwd, (q, memory, drawn, tau, tau, True)),
+        ):
+
+            def moved(arch, nce=op == "sampled_nce", size=dtype.itemsize):
+                return model.sampled_fwd(256, 4096, 128, 4, size, True, nce, arch)
+
+            cases.append(Case(op, size, launcher, args, moved, 4))
+        args, update = (memory, ids(256), q, 0.5), f"B=256, D=128, {NAMES[dtype]} bank"
+        moved = lambda _, size=dtype.itemsize: model.update_bank_(256, 128, size, 4)  # noqa: E731
+        cases.append(Case("update_bank_", update, bank.update_bank_, args, moved, 4))
+    return cases
+
+
+def _bank_dtypes() -> list[Case]:
+    cases, drawn = [], ids(8, 100)
+    for q_dtype, bank_dtype, width in ((FP64, FP64, 64), (BF16, FP16, 300), (FP32, FP64, 2048), (FP16, FP32, 17)):
+        q, memory, tau = meta(8, width, dtype=q_dtype), meta(50, width, dtype=bank_dtype), meta(dtype=FP32)
+        size = f"D={width}, {NAMES[q_dtype]} with {NAMES[bank_dtype]}"
+        shift = meta(dtype=FP64)
+        cases += [
+            Case("sampled_info_nce", size, bank.sampled_info_nce_fwd, (q, memory, drawn, tau, False)),
+            Case("sampled_nce", size, bank.sampled_nce_fwd, (q, memory, drawn, tau, shift, True)),
+            Case("update_bank_", size, bank.update_bank_, (memory, ids(8), q, 0.3)),
+        ]
+    return cases
+
+
 def _contrastive_tables() -> list[Case]:
     cases, tau = [], meta(dtype=FP32)
     for dtype, width in itertools.product((BF16, FP32, FP64), (16, 64, 128, 256, 512, 1024)):
@@ -289,6 +324,9 @@ def _ones() -> list[Case]:
         "keep_patches, backward": (patches.keep_patches_bwd, (meta(1, 1, 1), ids(1, 1), 1, 1, 1)),
         "masked_patch_mse": (patches.masked_patch_mse_fwd, (meta(1, 1, 1), meta(1, 1, 1, 1), ids(1, 1), 1, True, True)),
         "enqueue_": (queue.enqueue_, (q, ids(1), q)),
+        "sampled_info_nce": (bank.sampled_info_nce_fwd, (q, q, ids(1, 2), tau, True)),
+        "sampled_nce": (bank.sampled_nce_fwd, (q, q, ids(1, 1), tau, tau, True)),
+        "update_bank_": (bank.update_bank_, (q, ids(1), q, 1.0)),
     }
     cases = [Case(op, "sizes of 1, bf16", launcher, args) for op, (launcher, args) in launches.items()]
     for dtype in (BF16, FP32):

@@ -23,6 +23,9 @@ ONLY_MOVE = {
     "masked_patch_mse",
     "enqueue_",
     "ema_update_",
+    "sampled_info_nce",
+    "sampled_nce",
+    "update_bank_",
 }
 ROW = {
     "arch": "sm_80",

@@ -10,6 +10,8 @@ from fastssl.nn.bank import BankNCE, MemoryBank, bank_cross_entropy, draw_rows
 from fastssl.weights import load_initial_weights
 from tests.support.contract import rejects
 from tests.support.golden import part, read
+from tests.support.trainers import constant_rate_trainer
+from tests.train.test_loop import Syncs
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -125,6 +127,16 @@ def test_z_is_that_of_the_first_step_and_survives_a_state_dict():
         model.eval(), loaded.eval()
         batch = batch_of()
         assert torch.equal(model(batch)[0], loaded(batch)[0])
+
+
+def test_only_the_first_step_waits_for_the_device():
+    config = instdisc.Config.small()
+    config.images, config.nce_k = 50, 20
+    trainer = constant_rate_trainer(instdisc.build(config), config.training, 0.1)
+    trainer.step(iter([batch_of()]))
+    with Syncs() as syncs:
+        trainer.step(iter([batch_of()]))
+    assert syncs.seen == []
 
 
 def test_z_that_is_not_finite_is_not_kept():
