@@ -7,8 +7,9 @@ from fastssl.contract import Batch, Method, RanksNegatives
 from fastssl.methods import instdisc
 from fastssl.methods.instdisc import InstDisc
 from fastssl.nn.bank import BankNCE, MemoryBank, bank_cross_entropy, draw_rows
+from fastssl.pretraining import new_run, pretrain
 from fastssl.weights import load_initial_weights
-from tests.support.contract import rejects
+from tests.support.contract import refused, rejects
 from tests.support.golden import part, read
 from tests.support.trainers import constant_rate_trainer
 from tests.train.test_loop import Syncs
@@ -159,6 +160,18 @@ def test_released_weights_load(tmp_path):
     assert [note.partition(" has ")[2] for note in notes] == [
         "no bank and criterion: bank and criterion start at random"
     ]
+
+
+def test_the_bank_has_a_row_for_each_training_image(tmp_path):
+    run = new_run("instdisc", "digits")
+    images = len(run.source("train"))
+    assert run.config.images == images and run.build().bank.memory.shape == (images, 128)
+    sentence = (
+        f"pretrain: --images must be at least the number of training images, {images}, got 50: the method keeps a "
+        "feature of each; start a new run (--folder)"
+    )
+    refused(sentence, ValueError, pretrain, "instdisc", "digits", images=50, folder=tmp_path / "run", tensorboard=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_refusals():
