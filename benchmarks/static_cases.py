@@ -9,6 +9,7 @@ import torch
 
 from fastssl.kernels import (
     attention,
+    bank,
     batchnorm,
     block_masks,
     contrastive,
@@ -62,6 +63,7 @@ def recipes() -> list[Case]:
         *_gelus(),
         *_batch_norms(),
         *_attention(),
+        *_banks(),
     ]
 
 
@@ -71,6 +73,7 @@ def variants() -> list[Case]:
         *_contrastive_tables(),
         *_prototype_tables(),
         *_attention_tables(),
+        *_bank_dtypes(),
         *_tokens_and_pixels_in_other_dtypes(),
         *_ones(),
     ]
@@ -351,6 +354,40 @@ def _both_directions(B, L, H, E, dtype, size_name, forward=None, backward=None) 
     ]
 
 
+def _banks() -> list[Case]:
+    """InstDisc: 4,096 negatives for each of 256 images, from ImageNet's 1.28 M; queries in float32."""
+    cases, q, tau, drawn = [], meta(256, 128, dtype=FP32), meta(dtype=FP32), ids(256, 4097)
+    for dtype in (FP32, BF16):
+        memory, size = meta(1_281_167, 128, dtype=dtype), f"B=256, m=4,096, D=128, {NAMES[dtype]} bank"
+        for op, launcher, args in (
+            ("sampled_info_nce", bank.sampled_info_nce_fwd, (q, memory, drawn, tau, True)),
+            ("sampled_nce", bank.sampled_nce_fwd, (q, memory, drawn, tau, tau, True)),
+        ):
+
+            def moved(arch, nce=op == "sampled_nce", size=dtype.itemsize):
+                return model.sampled_fwd(256, 4096, 128, 4, size, True, nce, arch)
+
+            cases.append(Case(op, size, launcher, args, moved, 4))
+        args, update = (memory, ids(256), q, 0.5), f"B=256, D=128, {NAMES[dtype]} bank"
+        moved = lambda _, size=dtype.itemsize: model.update_bank_(256, 128, size, 4)  # noqa: E731
+        cases.append(Case("update_bank_", update, bank.update_bank_, args, moved, 4))
+    return cases
+
+
+def _bank_dtypes() -> list[Case]:
+    cases, drawn = [], ids(8, 100)
+    for q_dtype, bank_dtype, width in ((FP64, FP64, 64), (BF16, FP16, 300), (FP32, FP64, 2048), (FP16, FP32, 17)):
+        q, memory, tau = meta(8, width, dtype=q_dtype), meta(50, width, dtype=bank_dtype), meta(dtype=FP32)
+        size = f"D={width}, {NAMES[q_dtype]} with {NAMES[bank_dtype]}"
+        shift = meta(dtype=FP64)
+        cases += [
+            Case("sampled_info_nce", size, bank.sampled_info_nce_fwd, (q, memory, drawn, tau, False)),
+            Case("sampled_nce", size, bank.sampled_nce_fwd, (q, memory, drawn, tau, shift, True)),
+            Case("update_bank_", size, bank.update_bank_, (memory, ids(8), q, 0.3)),
+        ]
+    return cases
+
+
 def _contrastive_tables() -> list[Case]:
     cases, tau = [], meta(dtype=FP32)
     for dtype, width in itertools.product((BF16, FP32, FP64), (16, 64, 128, 256, 512, 1024)):
@@ -445,6 +482,9 @@ def _ones() -> list[Case]:
         "bias_gelu": (gelu.bias_gelu_fwd, (q, row)),
         "bias_gelu, backward": (gelu.bias_gelu_bwd, (q, q, row)),
         "block_mask": (block_masks.block_mask, (ids(1), ids(1), 1, 1, [1, 1], 1, 1, 1)),
+        "sampled_info_nce": (bank.sampled_info_nce_fwd, (q, q, ids(1, 2), tau, True)),
+        "sampled_nce": (bank.sampled_nce_fwd, (q, q, ids(1, 1), tau, tau, True)),
+        "update_bank_": (bank.update_bank_, (q, ids(1), q, 1.0)),
     }
     cases = [Case(op, "sizes of 1, bf16", launcher, args) for op, (launcher, args) in launches.items()]
     for dtype in (BF16, FP32):

@@ -63,7 +63,7 @@ METHOD_PARTS = (
     *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
 )
 ENCODERS = ("", "encoder_q.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
-STARTED_ANEW = ("queue", "memory.", "assignments")  # what a run fills by itself
+STARTED_ANEW = ("queue", "memory.", "assignments", "bank", "criterion")  # what a run fills by itself
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -110,6 +110,9 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
     """State dict of the method's encoder with the names of timm or torchvision."""
     encoder: Any = method.encoder
     state = encoder.timm_state() if hasattr(encoder, "timm_state") else encoder.state_dict()
+    if any(name.startswith("l_to_ab.") for name in state):
+        reason = "neither timm nor torchvision has CMC's two encoders"
+        raise ValueError(f"export: {reason}: use --format safetensors")
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")

@@ -24,6 +24,9 @@ ONLY_MOVE = {
     "enqueue_",
     "block_mask",
     "ema_update_",
+    "sampled_info_nce",
+    "sampled_nce",
+    "update_bank_",
 }
 ROW = {
     "arch": "sm_80",

@@ -1,6 +1,7 @@
 """Drop-in modules for your own models and training loops. docs/drop-in.md lists what each of them replaces."""
 
 from .attention import Attention
+from .bank import BankNCE, MemoryBank, draw_rows
 from .heads import DINOHead, FactoredLogits
 from .koleo import KoLeoLoss
 from .losses import InfoNCELoss, NTXentLoss, l2_normalize

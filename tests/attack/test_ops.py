@@ -144,7 +144,7 @@ def pairs_of_mutations(arguments: Arguments, n: random.Random, count: int) -> li
 
 def needing_gradients(arguments: Arguments) -> Arguments:
     """The arguments, of which those that are floating tensors require a gradient, in half of the ops' calls."""
-    constant = ("k", "queue", "images", "noise", "jitter", "sigma", "keys_of_queue", "ptr")
+    constant = ("k", "queue", "images", "noise", "jitter", "sigma", "keys_of_queue", "ptr", "bank")
     return {
         name: value.clone().requires_grad_()
         if isinstance(value, Tensor) and value.is_floating_point() and name not in constant
@@ -155,7 +155,7 @@ def needing_gradients(arguments: Arguments) -> Arguments:
 
 def arguments_of(name: str, n: random.Random) -> Arguments:
     arguments = CALLS[name](n)
-    constant = name in ("augment_", "enqueue_", "ema_update_", "prototype_lse")
+    constant = name in ("augment_", "enqueue_", "ema_update_", "prototype_lse", "update_bank_")
     return arguments if constant or n.random() < 0.5 else needing_gradients(arguments)
 
 
@@ -183,7 +183,7 @@ def test_layouts_change_nothing(name, seed):
     arguments = CALLS[name](random.Random(seed))
     if name != "prototype_lse":
         arguments = needing_gradients(arguments)
-    if name in ("augment_", "enqueue_", "ema_update_"):
+    if name in ("augment_", "enqueue_", "ema_update_", "update_bank_"):
         pytest.skip("an op in place: the mutations cover its layouts")
     for argument, value in arguments.items():
         if not isinstance(value, Tensor):

@@ -7,7 +7,19 @@ programs, the plan comes from the kernel's file. `acc` is the bytes of a number 
 import math
 from typing import NamedTuple
 
-from fastssl.kernels import attention, batchnorm, contrastive, gelu, masking, norm, patches, prototypes, queue, tile
+from fastssl.kernels import (
+    attention,
+    bank,
+    batchnorm,
+    contrastive,
+    gelu,
+    masking,
+    norm,
+    patches,
+    prototypes,
+    queue,
+    tile,
+)
 from fastssl.kernels.tile import CARDS
 
 
@@ -364,3 +376,27 @@ def _prototypes_bwd(
     depth = _depth(D, plan) + _depth(E, plan) * soft + plan.block_d
     operations = 2 * tiles * columns * blocks * plan.block_b * plan.block_k * depth
     return Moved(requested + partial, least + (2 * partial if parts > 1 else 0), least, operations)
+
+
+def sampled_fwd(
+    B: int, m: int, D: int, q_size: int, size: int, grad: bool = True, nce: bool = False, arch: str = "sm_90"
+) -> Moved:
+    """Reads queries, sampled rows and their indices; writes loss, rank and gradient. The partial results of each
+    query's parts are written and read once. Rows are counted as if each was drawn once."""
+    acc, parts = max(4, q_size), bank.plan(B, 1 + m, D, size, CARDS[arch])[0]
+    numbers = 2 * acc + 4 + nce * acc  # maximum, sum, rank, and the sum of logarithms
+    partial = parts * B * (numbers + grad * D * acc)
+    scalars = (1 + nce) * acc  # tau and shift
+    least = B * ((1 + m) * (D * size + 8) + D * q_size + (1 + nce) * acc + 8 + grad * D * acc)
+    # Every program reads the query and the positive, and the combination reads them again; maxima are read twice, and
+    # for the softmax's gradient three times.
+    again = parts * B * (D * (q_size + size) + 8)
+    maxima = parts * B * acc * (1 + (grad and not nce))
+    requested = least + 2 * partial + maxima + again + (parts + 1) * B * scalars
+    return Moved(requested, least + 2 * partial, least, 0)
+
+
+def update_bank_(B: int, D: int, bank_size: int, features_size: int) -> Moved:
+    """Reads and writes B rows of the bank, and reads their features. Every program compares all indices."""
+    least = B * (D * (2 * bank_size + features_size) + 8)
+    return Moved(least + 8 * B * B, least, least)
