@@ -10,11 +10,13 @@ from .attention import attention, attention_packed
 from .augment import augment_
 from .batchnorm import Running, batch_norm
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
+from .correspondence import dense_match
 from .dense import linear
 from .ema import ema_update_
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
 from .norm import residual_norm
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
 from .queue import enqueue_
+from .scores import sampled_scores
 
 dispatch.load_native()

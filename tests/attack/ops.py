@@ -136,6 +136,17 @@ def _nt_xent(n: random.Random) -> Arguments:
     return {"z1": unit(batch, width), "z2": unit(batch, width), "tau": 0.5}
 
 
+def _dense_match(n: random.Random) -> Arguments:
+    batch, width = n.randint(1, 40), n.choice([1, 5, 16, 33])
+    return {"q": torch.randn(batch, width, n.randint(1, 20)), "k": torch.randn(batch, width, n.randint(1, 20))}
+
+
+def _sampled_scores(n: random.Random) -> Arguments:
+    batch, width, length = n.randint(1, 20), n.choice([1, 5, 16, 33]), n.randint(1, 60)
+    index = torch.randint(length, (batch, n.randint(1, 30)))
+    return {"q": torch.randn(batch, width), "rows": torch.randn(length, width), "index": index}
+
+
 CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "attention": _attention,
     "attention_packed": lambda n: {
@@ -145,6 +156,7 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "augment_": _augment,
     "batch_info_nce": _batch_info_nce,
     "batch_norm": _batch_norm,
+    "dense_match": _dense_match,
     "ema_update_": _ema,
     "enqueue_": _enqueue,
     "info_nce": _info_nce,
@@ -157,6 +169,7 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "random_masking": lambda n: {"noise": torch.rand(n.randint(1, 3), n.randint(5, 40)), "keep": n.randint(1, 5)},
     "residual_norm": _residual_norm,
     "restore_tokens": _restore_tokens,
+    "sampled_scores": _sampled_scores,
     "unpatchify": _unpatchify,
 }
 
