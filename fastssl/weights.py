@@ -9,6 +9,8 @@ DINOv2 and of Hugging Face's ViTMAE.
                  {"module.…": …}}; simsiam is the same for SimSiam
     barlow_twins the whole model, as Barlow Twins' official checkpoints: {"model": {"module.…": …}}; vicreg is the same
                  for VICReg
+    densecl      the whole model, as DenseCL's official checkpoints: {"state_dict": …}, without their second copy of the
+                 backbone, which is left out of a file too
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
 
 Files are .safetensors for timm and safetensors, and .pth for the others, readable by ``torch.load(weights_only=True)``.
@@ -43,6 +45,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "simsiam": ("state_dict", "module."),
     "barlow_twins": ("model", "module."),
     "vicreg": ("model", "module."),
+    "densecl": ("state_dict", ""),
 }
 FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS)
 LONGEST_NAME = 200  # characters of a name that an error shows
@@ -51,8 +54,11 @@ HEADS = (
     *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head."),
     *("projector.", "bn."),  # Barlow Twins and VICReg, whose encoder has no prefix
 )
-METHOD_PARTS = ("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue")
-ENCODERS = ("", "encoder_q.", "base_encoder.", "online.", "encoder.")
+METHOD_PARTS = (
+    *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue"),
+    *("encoder_q.1.", "contexts.", "losses."),  # DenseCL, CPC
+)
+ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.")
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -180,7 +186,7 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     names, given = set(_real_names(method)), set(file.state)
     followers = [path for path, part in method.named_modules() if isinstance(part, MomentumEncoder)]
     momentum_names = {name for name in names if name.startswith(tuple(f"{plain_name(path)}." for path in followers))}
-    remade = momentum_names | ({"queue", "queue_ptr"} & names)
+    remade = momentum_names | ({"queue", "queue_ptr", "queue2", "queue2_ptr"} & names)
     missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
     has_decoder = any(name.startswith("decoder_") for name in given & names)
     notes: list[str] = []

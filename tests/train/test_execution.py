@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fastssl.contract import Batch
-from fastssl.methods import mae, moco_v2, moco_v3
+from fastssl.methods import densecl, mae, moco_v2, moco_v3
 from fastssl.nn import MomentumEncoder
 from fastssl.run import method_module
 from fastssl.train.graph import check_graph
@@ -19,6 +19,7 @@ from tests.support.trainers import constant_rate_trainer
 METHODS = {
     "mae": (mae, {}),
     "moco_v2": (moco_v2, {"queue_size": 64}),
+    "densecl": (densecl, {"queue_size": 64}),
     "moco_v3": (moco_v3, {"hidden": 32}),
     "moco_v3, ViT": (moco_v3, {"hidden": 32, "backbone": "vit_mini"}),
     "toy": (toy_method, {}),

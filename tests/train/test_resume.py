@@ -25,6 +25,8 @@ RUNS = {
     "moco_v1": ["moco_v1", *SMALL, "--queue-size", "100", "--bn-splits", "4", "--accumulate", "2"],
     "moco_v2": ["moco_v2", *SMALL, "--queue-size", "100"],
     "moco_v3": ["moco_v3", *SMALL, "--hidden", "64"],
+    "cpc": ["cpc", *SMALL, "--candidates", "drawn", "--hidden", "16"],
+    "densecl": ["densecl", *SMALL, "--queue-size", "100"],
 }
 
 
@@ -96,6 +98,8 @@ def assert_same_run(broken: Path, whole: Path, name: str) -> None:
         ("moco_v2", 1, "torchvision"),
         pytest.param("moco_v2", 1, "dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI")),
         ("moco_v3", 0, "auto"),
+        pytest.param("cpc", 0, "auto", marks=pytest.mark.exhaustive),
+        pytest.param("densecl", 0, "auto", marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastssl.contract import Batch, DefersUpdates, Method, RanksNegatives, Reconstructs, SchedulesMomentum
-from fastssl.methods import barlow_twins, byol, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simsiam, vicreg
+from fastssl.methods import barlow_twins, byol, cpc, densecl, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simsiam, vicreg
 from fastssl.nn import MomentumEncoder
 from fastssl.train.config import Execution, Training
 from fastssl.train.optim import parameters_to_freeze
@@ -239,7 +239,7 @@ def test_a_group_with_a_constant_learning_rate_has_no_schedule():
 
 
 def test_momentum_is_constant_by_default_for_moco_and_rises_to_1_for_moco_v3():
-    for module, end in ((moco_v1, 0.99), (moco_v2, 0.99), (moco_v3, 1.0)):
+    for module, end in ((moco_v1, 0.99), (moco_v2, 0.99), (densecl, 0.99), (moco_v3, 1.0)):
         method = module.build(module.Config.small())
         assert method.momentum_at(1.0) == end
         assert method.momentum_at(0.0) == module.Config.small().ema_momentum
@@ -256,6 +256,8 @@ def test_methods_fulfil_the_contract():
         simsiam: set(),
         barlow_twins: set(),
         vicreg: set(),
+        densecl: {RanksNegatives, SchedulesMomentum, DefersUpdates},
+        cpc: {RanksNegatives},
         toy_method: {DefersUpdates},
     }
     for module, expected in abilities.items():
