@@ -129,7 +129,7 @@ def cpc_all_reference(images: int, side: int, width: int) -> Callable:
     def loss():
         targets, total = latents.flatten(0, 2) @ target, 0.0
         for offset, head in zip((3, 4, 5), heads):
-            predictions = context[:, :-offset].flatten(0, 2) @ head * 0.1
+            predictions = (context @ head)[:, :-offset].flatten(0, 2) * 0.1
             total = total + F.cross_entropy(predictions @ targets.T, place[:, offset:].flatten())
         return total
 

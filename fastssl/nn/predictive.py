@@ -123,9 +123,12 @@ class CPCLoss(nn.Module):
         """Loss and rank of each prediction for each offset [B · (H − offset) · W]."""
         _check_rows("CPCLoss", latents, self.offsets)
         targets = all_gather_with_grad(self.target(latents.permute(0, 2, 3, 1)))  # [B, H, W, target_dim]
-        context, results = context.permute(0, 2, 3, 1), []
-        for offset, predict in zip(self.offsets, self.predict):
-            predictions = predict(context[:, :-offset]).flatten(0, 2)
+        # all layers in one product, of all rows: so contexts are not copied, and their gradient is made once
+        weights = torch.cat([predict.weight for predict in self.predict])
+        together = F.linear(context.permute(0, 2, 3, 1), weights).chunk(len(self.offsets), 3)
+        results = []
+        for offset, predicted in zip(self.offsets, together):
+            predictions = predicted[:, :-offset].flatten(0, 2)
             positives, others = targets[:, offset:].flatten(0, 2), targets[:, :offset].flatten(0, 2)
             keys, first = torch.cat([positives, others]), rank() * len(predictions)
             results.append(batch_info_nce(predictions, keys, 1 / self.scale, label_offset=first))
