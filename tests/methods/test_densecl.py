@@ -3,13 +3,16 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.contract import Batch, Method
+from fastssl.distributed import all_gather, rank, world_size
 from fastssl.methods import densecl
 from fastssl.methods.densecl import DenseCL, DenseEncoder, DenseNeck
 from fastssl.ops import dense_match
 from tests.support.golden import part, read
 from tests.support.memory import peak_memory
+from tests.support.ranks import run_ranks
 
 
 class OneConvolution(nn.Module):
@@ -21,12 +24,18 @@ class OneConvolution(nn.Module):
         return self.conv(x).relu()
 
 
-def golden_model(meta):
+def golden_model(meta, **choices):
     neck = DenseNeck(8, 6)
     neck.mlp = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 6))
     neck.mlp2 = nn.Sequential(nn.Conv2d(8, 10, 1), nn.ReLU(), nn.Conv2d(10, 6, 1))
-    queue = {"dim": 6, "queue_size": meta["queue_len"], "tau": meta["temperature"]}
-    return DenseCL(DenseEncoder(OneConvolution(), neck), queue, (meta["momentum"],) * 2, meta["loss_lambda"])
+    queue = {
+        "dim": 6,
+        "queue_size": meta["queue_len"],
+        "tau": meta["temperature"],
+        "shard": choices.pop("shard", False),
+    }
+    encoder = DenseEncoder(OneConvolution(), neck)
+    return DenseCL(encoder, queue, (meta["momentum"],) * 2, meta["loss_lambda"], **choices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -138,3 +147,32 @@ def test_defaults_are_those_of_the_paper():
     view = config.augmentation.views[0]
     assert (view.crop, view.jitter, view.jitter_p) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.1), 0.8)
     assert (view.blur_p, view.grayscale_p, view.flip_p) == (0.5, 0.2, 0.5)
+
+
+def four_steps(shard=False):
+    """Mean losses and state of four SGD steps; with several ranks under DDP, on this rank's part of the batch."""
+    golden, meta = read("densecl")
+    model = golden_model(meta, shard=shard, shuffled=True, symmetric=True).double()
+    model.load_state_dict(part(golden, "state."), strict=True)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world_size() > 1 else model
+    optimizer, losses = torch.optim.SGD(model.encoder_q.parameters(), lr=0.1), []
+    for step in range(4):
+        images = golden[f"step{step}.input.img"].double().chunk(world_size())[rank()]
+        loss, metrics = wrapped(Batch(images.unbind(1), None, None))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step(0.0)
+        values = (loss.detach(), metrics["loss_global"], metrics["loss_dense"])
+        losses.append(torch.stack([all_gather(x.view(1)).mean() for x in values]))
+    return torch.stack(losses), model.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_equal_one_process_with_the_whole_batch(shard):
+    """Shuffled keys, features and places; order of both queues; mean of gradients by DDP; whole or sharded queues."""
+    losses, state = four_steps()
+    for rank_losses, rank_state in run_ranks(2, four_steps, shard):
+        torch.testing.assert_close(rank_losses, losses, rtol=1e-11, atol=0)
+        torch.testing.assert_close(rank_state, state, rtol=1e-10, atol=1e-12)
