@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -134,13 +135,15 @@ def add_runs(folders: list[Path]) -> None:
         accuracies = [line["accuracy"] for line in lines if line["evaluation"] == "knn"]
         if len(accuracies) < 2:
             raise ValueError(f"{folder} must have kNN evaluations before and after training, got {len(accuracies)}")
-        row = {"method": config["method"], "data": config["data"], "epochs": config["settings"]["training"]["epochs"]}
+        row = {"method": config["method"], "data": config["options"]["data"]}
+        row["epochs"] = config["config"]["training"]["epochs"]
         row |= {"untrained": short(accuracies[0]), "trained": short(accuracies[-1])}
         _add([row], lambda old, method=row["method"]: old.get("method") == method)
 
 
 def _add(rows: list[dict], replaces: Callable[[dict], bool]) -> None:
-    path = store.add(RESULTS, machine(), environment(), rows, replaces)
+    about = machine(cpuinfo.get_cpu_info()["brand_raw"])
+    path = store.add(RESULTS, about, environment(), rows, replaces)
     print(f"wrote {path}")
 
 

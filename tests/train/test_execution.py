@@ -140,7 +140,7 @@ def test_addresses_do_not_change_from_step_to_step(name, precision):
     assert addresses() == before
     assert [x.shape for x in tensors_of(first)] == [x.shape for x in tensors_of(second)]
     copied = sum(isinstance(m, MomentumEncoder) and m._low_precision is not None for m in trainer.method.modules())
-    assert copied == (precision == "bf16" and name.startswith(("moco", "byol")))
+    assert copied == (precision == "bf16" and name.startswith(("moco", "byol", "densecl")))
 
 
 def test_graph_error_sentences():
