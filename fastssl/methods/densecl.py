@@ -19,7 +19,7 @@ from fastssl.nn.losses import InfoNCELoss, l2_normalize
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.resnet import build_resnet
 from fastssl.ops import InfoNCE, dense_match
-from fastssl.train.config import Training
+from fastssl.train.config import Training, check_batch_norm_parts
 from fastssl.train.schedule import cosine_schedule
 
 from . import moco_v1, moco_v2
@@ -44,7 +44,7 @@ linear_probe = moco_v1.linear_probe
 
 
 def build(config: Config) -> "DenseCL":
-    splits = moco_v1.check_splits(config, "densecl")
+    splits = check_batch_norm_parts(config.training, config.bn_splits, world_size(), "densecl")
     backbone = build_resnet(config.backbone, 1, config.small_images, splits)
     width, backbone.fc = backbone.fc.in_features, nn.Identity()
     return DenseCL(

@@ -23,7 +23,7 @@ from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.ops import InfoNCE
-from fastssl.train.config import Training, check_images_at_once
+from fastssl.train.config import Training, check_batch_norm_parts
 from fastssl.train.schedule import cosine_schedule
 
 OFFICIAL = "moco"  # layout of the reference checkpoint
@@ -121,28 +121,11 @@ def linear_probe(backbone: str) -> Official:
 
 
 def build(config: Config, mlp: bool = False) -> "MoCo":
-    splits = check_splits(config, "moco")
+    splits = check_batch_norm_parts(config.training, config.bn_splits, world_size(), "moco")
     encoder = build_resnet(config.backbone, config.dim, config.small_images, splits)
     choices = {"shuffled": max(config.bn_splits, world_size()) > 1, "shard_queue": config.shard_queue}
     momenta = {"momentum": config.ema_momentum, "momentum_end": config.ema_momentum_end}
     return MoCo(encoder, config.queue_size, config.tau, mlp=mlp, symmetric=config.symmetric, **choices, **momenta)
-
-
-def check_splits(config: Config, method: str) -> int:
-    """The parts into which a rank splits a micro-batch for its batch norms, after a check of the batch size.
-
-    Raises:
-        ValueError: the batch does not divide into `bn_splits` parts of two images or more.
-    """
-    reason = "batch norms need two images on each rank"
-    check_images_at_once(config.training, 2 * world_size(), method, reason)
-    batch, parts = config.training.batch_size, world_size() * config.training.accumulate
-    splits, wanted = max(1, config.bn_splits // parts), max(config.bn_splits, parts)
-    if config.bn_splits < 1 or batch % (splits * parts):
-        raise ValueError(f"{method}: batch_size must be divisible by bn_splits={wanted}, got {batch}")
-    if splits > 1 and batch < 2 * splits * parts:
-        raise ValueError(f"{method}: batch_size must be at least twice bn_splits={config.bn_splits}, got {batch}")
-    return splits
 
 
 class MoCo(nn.Module):

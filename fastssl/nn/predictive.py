@@ -124,7 +124,7 @@ class CPCLoss(nn.Module):
         _check_rows("CPCLoss", latents, self.offsets)
         targets = all_gather_with_grad(self.target(latents.permute(0, 2, 3, 1)))  # [B, H, W, target_dim]
         # all layers in one product, of all rows: so contexts are not copied, and their gradient is made once
-        weights = torch.cat([predict.weight for predict in self.predict])
+        weights = torch.cat([predict.get_parameter("weight") for predict in self.predict])
         together = F.linear(context.permute(0, 2, 3, 1), weights).chunk(len(self.offsets), 3)
         results = []
         for offset, predicted in zip(self.offsets, together):
