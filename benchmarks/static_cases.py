@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
+from fastssl.kernels import attention, block_masks, contrastive, masking, norm, patches, queue, tile
 from tests.support import kernel_model as model
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -92,6 +92,13 @@ def _in_batch() -> list[Case]:
 def _tokens() -> list[Case]:
     keep, restore = "B=256, 49 of 196, D=768, bf16", "B=256, 50 to 197, D=512, bf16"
     return [
+        Case(
+            "block_mask",
+            "B=256, 14 × 14",
+            block_masks.block_mask,
+            (ids(256), ids(256), 14, 14, [4 * 256, 98 * 256], 2**28, 10, 0),
+            lambda _: model.block_mask(256, 196),
+        ),
         Case(
             "random_masking",
             "B=256, L=196",
@@ -289,6 +296,7 @@ def _ones() -> list[Case]:
         "keep_patches, backward": (patches.keep_patches_bwd, (meta(1, 1, 1), ids(1, 1), 1, 1, 1)),
         "masked_patch_mse": (patches.masked_patch_mse_fwd, (meta(1, 1, 1), meta(1, 1, 1, 1), ids(1, 1), 1, True, True)),
         "enqueue_": (queue.enqueue_, (q, ids(1), q)),
+        "block_mask": (block_masks.block_mask, (ids(1), ids(1), 1, 1, [1, 1], 1, 1, 1)),
     }
     cases = [Case(op, "sizes of 1, bf16", launcher, args) for op, (launcher, args) in launches.items()]
     for dtype in (BF16, FP32):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.contract import Batch
-from fastssl.methods import mae, moco_v2, moco_v3
+from fastssl.methods import dino, mae, moco_v2, moco_v3
 from fastssl.nn import NTXentLoss
 from fastssl.nn.masking import seeded_noise
 from fastssl.nn.resnet import ResNetMini
@@ -24,7 +24,7 @@ from fastssl.nn.vit import MOCO_V3_SIZES, SIZES
 from fastssl.train.config import Execution, Training
 from fastssl.train.trainer import Trainer
 
-from . import official
+from . import official, official_dino
 from .machine import DEVICE
 
 TOTAL = 100_000  # steps of the run of which the first ones are measured
@@ -48,6 +48,7 @@ class Case:
     backbone: str = "vit"  # vit, resnet or none: selects the variants in torch
     norm: bool = False  # the official loop computes the gradient norm
     compiled: tuple[str, ...] = ("",)  # modules to compile with torch.compile, "" for the whole model
+    loop: type[official.Loop] = official.Loop
 
     @property
     def lr(self) -> float:
@@ -114,7 +115,7 @@ def _loop(case: Case, state: dict, autocast, dtype: torch.dtype, tuned: bool) ->
     else:
         optimizer = official.LARS(model.parameters(), lr, training.weight_decay, training.momentum, tuned)
     norm = case.norm and not tuned  # it is only logged, so the tuned step leaves it out
-    return official.Loop(model, case.inputs, optimizer, autocast, zero_first=not case.norm, norm=norm)
+    return case.loop(model, case.inputs, optimizer, autocast, zero_first=not case.norm, norm=norm)
 
 
 def contestants(case: Case, precision: str, modes: tuple[str, ...] = COMPILED) -> Iterator[tuple[str, Any]]:
@@ -215,6 +216,34 @@ def moco_v3_case(backbone: str, image_size: tuple[int, int], batch: int, **chang
     return Case(size, batch, training, ours, transcription, inputs, make_batch, kind, compiled=compiled)
 
 
+def dino_case(backbone: str, image_size: tuple[int, int], local_size: tuple[int, int], batch: int, **changes) -> Case:
+    """Case of DINO with two large views and small ones, without drop path, whose random numbers differ, and behind the
+    first epoch, in which the last layer is frozen."""
+    training = dataclasses.replace(dino.Config().training, batch_size=batch, freeze=(), freeze_epochs=0)
+    training.weight_decay_end = None  # a constant for the official loop, whose schedule costs nothing
+    fixed = {"drop_path": 0.0, "norm_last_layer": True, "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0}
+    changes |= {"image_size": image_size, "local_size": local_size, "training": training}
+    config = dino.Config(backbone, **fixed, **changes)
+    *vit, patch = SIZES[backbone]
+
+    def transcription(tuned: bool) -> nn.Module:
+        def network() -> nn.Module:
+            head = official_dino.Head(vit[0], config.hidden, config.bottleneck, config.prototypes)
+            return official_dino.Network(official_dino.ViT(image_size, patch, tuple(vit)), head)
+
+        loss = official_dino.Loss(config.prototypes, config.tau, config.center_momentum, tuned)
+        return official_dino.DINO(network(), network(), loss, config.teacher_temp, tuned)
+
+    def make_batch() -> Batch:
+        large = images(batch, image_size, 2)
+        return large._replace(views=large.views + images(batch, local_size, config.local_crops, seed=2).views)
+
+    views = f"2 × {_pixels(image_size)} + {config.local_crops} × {_pixels(local_size)}"
+    size = f"DINO, {_name(backbone)}, {views}, B={batch}, K={config.prototypes:,}"
+    ours = functools.partial(dino.build, config)
+    return Case(size, batch, training, ours, transcription, _views, make_batch, loop=official_dino.Loop)
+
+
 class Contrast(nn.Module):
     """A method that trains the projection head of SimCLR on given features."""
 
@@ -272,6 +301,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "moco_v2-resnet50": lambda: moco_v2_case("resnet50", (224, 224), _batch_size(32, 256), 65536),
     "moco_v3-vit-small": lambda: moco_v3_case("vit_small", (224, 224), _batch_size(16, 128)),
     "moco_v3-resnet50": lambda: moco_v3_case("resnet50", (224, 224), _batch_size(16, 128)),
+    "dino-vit-small": lambda: dino_case("vit_small", (224, 224), (96, 96), _batch_size(8, 64)),
     "simclr-loss": lambda: simclr_case(_batch_size(1024, 4096), 512, 512, 256),
 }
 if DEVICE.type == "cuda":

@@ -14,8 +14,8 @@ and optionally
     linear_probe(backbone)     the paper's linear evaluation, an `eval.protocols.Official`
     OFFICIAL                   layout of the reference checkpoint, a format of `fastssl export`
     parameter_groups(method)   groups for the optimizer, where the paper treats some parameters differently: dicts of
-                               "params" and optional factors "lr_scale" and "weight_decay_scale", or "constant_lr"
-                               (`train.optim.build_optimizer`)
+                               "params" and optional factors "lr_scale" and "weight_decay_scale", "constant_lr" and
+                               others (`train.optim.build_optimizer`)
 
 A command that needs an optional name which the module does not define raises an error.
 """

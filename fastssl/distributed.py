@@ -231,6 +231,16 @@ def all_mean(x: Tensor) -> Tensor:
     return _AllSum.apply(x) / world_size() if world_size() > 1 else x.detach()
 
 
+@torch.no_grad()
+def all_max(x: Tensor) -> Tensor:
+    """The largest of every rank's x, element by element; no gradient."""
+    if world_size() == 1:
+        return x.detach()
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, dist.ReduceOp.MAX)
+    return out
+
+
 def all_gather_object(x: object) -> list:
     """Every rank's x in rank order, pickled: for small objects and rare calls."""
     if world_size() == 1:

@@ -228,7 +228,7 @@ def _loader(run: Run, source: Source, device: torch.device, workers: int, engine
 
 def _check_space(run: Run, trainer: Trainer) -> None:
     """Checks that the checkpoints to keep, and the one that is being written, fit on the disk."""
-    slots = {"adamw": 2, "sgd": 1, "lars": 1}[run.config.training.optimizer]
+    slots = 2 if run.config.training.optimizer == "adamw" else 1  # tensors beside each parameter
     model = sum(x.numel() * x.element_size() for x in (*trainer.method.parameters(), *trainer.method.buffers()))
     size = model + slots * sum(p.numel() * p.element_size() for p in trainer.method.parameters() if p.requires_grad)
     existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())

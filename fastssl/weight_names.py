@@ -35,36 +35,84 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("backbone.")
 
 
-def to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_timm(state: dict[str, Tensor], fold: bool = True) -> dict[str, Tensor]:
     """A state dict of DINOv2's ViT, torchvision's ViT or Hugging Face's ViT or ViTMAE in timm's names (the decoder of
-    ViTMAE in those of the official MAE); any other stays as it is."""
+    ViTMAE in those of the official MAE); any other stays as it is. `fold`: see `dinov2_to_timm`."""
     if is_hugging_face(state):
         return _hugging_face_to_timm(state)
     if {"class_token", "conv_proj.weight", "encoder.pos_embedding"} <= set(state):
         return {rename(name, _FROM_TORCHVISION): x for name, x in state.items()}
-    return dinov2_to_timm(state)
+    return dinov2_to_timm(state, fold)
 
 
 _DINOV2 = (  # names of DINOv2's code → timm's
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # chunks of blocks for FSDP; the second number counts all blocks
     (r"^(blocks\.\d+\.mlp)\.w12\.", r"\1.fc1."),
     (r"^(blocks\.\d+\.mlp)\.w3\.", r"\1.fc2."),
+    (r"^register_tokens$", "reg_token"),
+    (r"^masked_embed$", "mask_token"),  # iBOT's
 )
 
 
-def dinov2_to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of DINOv2's ViT in timm's names; one that has timm's names already stays as it is.
+def dinov2_to_timm(state: dict[str, Tensor], fold: bool = True) -> dict[str, Tensor]:
+    """A state dict of DINOv2's or iBOT's ViT in timm's names; one that has timm's names already stays as it is.
 
-    With registers the positional table has no row for the class token in timm (``no_embed_class=True``): that row is
-    added to the class token.
+    With registers the positional table has no row for the class token in timm (``no_embed_class=True``): with `fold`
+    that row is added to the class token.
     """
+    registers = "register_tokens" in state
     state = {rename(name, _DINOV2): x for name, x in state.items()}
-    if {"register_tokens", "cls_token", "pos_embed"} <= set(state):
-        positions = state["pos_embed"]
-        state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"] + positions[:, :1]
-        state["pos_embed"] = positions[:, 1:]
+    return fold_class_position(state) if fold and registers and {"cls_token", "pos_embed"} <= set(state) else state
+
+
+def fold_class_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's state dict with the class token's position added to the class token."""
+    positions = state["pos_embed"]
+    return {**state, "cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
+
+
+_NETWORKS, _HEADS = ("student", "teacher"), ("head.", "dino_head.", "ibot_head.")
+_CENTRES = {  # names of a centre in checkpoints of DINO, iBOT and DINOv2 → ours
+    "dino_loss.center": "dino_loss.center",
+    "ibot_loss.center": "dino_loss.center",
+    "ibot_loss.center2": "ibot_patch_loss.center",
+    "ibot_patch_loss.center": "ibot_patch_loss.center",
+}
+
+
+def student_and_teacher(content: dict, fold: bool) -> dict[str, Tensor]:
+    """State dict of a training checkpoint of DINO, iBOT or DINOv2 in our names: `student.backbone.…`, `student.head.…`,
+    `teacher.…`, `dino_loss.center`, `ibot_patch_loss.center`. It is empty for a file of another kind.
+
+    Args:
+        content: the file's content: a dict for each part ({"student": …, "teacher": …, "dino_loss": …}), or one state
+            dict, maybe behind "model", with the parts' names in front. Of a teacher alone the student becomes a copy.
+        fold: see `dinov2_to_timm`.
+    """
+    content = content["model"] if isinstance(content.get("model"), dict) else content
+    flat: dict[str, Tensor] = {}
+    for name, x in content.items():
+        for inner, tensor in x.items() if isinstance(x, dict) else ((None, x),):
+            flat[name if inner is None else f"{name}.{inner}"] = tensor
+    state: dict[str, Tensor] = {}
+    for network in _NETWORKS:
+        part = {name.removeprefix(f"{network}."): x for name, x in flat.items() if name.startswith(f"{network}.")}
+        part = plain_names({name: x for name, x in part.items() if isinstance(x, Tensor)})
+        heads = {name: x for name, x in part.items() if name.startswith(_HEADS)}
+        backbone = to_timm({name: x for name, x in part.items() if name not in heads}, fold)
+        state |= {f"{network}.backbone.{name}": x for name, x in backbone.items()}
+        state |= {f"{network}.{name}": x for name, x in heads.items() if not _repeats_last_layer(name, heads)}
+    if state and not any(name.startswith("student.") for name in state):
+        state |= {name.replace("teacher.", "student.", 1): x for name, x in state.items()}
+    if state:
+        state |= {_CENTRES[name]: x.reshape(1, -1) for name, x in flat.items() if name in _CENTRES}
     return state
+
+
+def _repeats_last_layer(name: str, state: dict[str, Tensor]) -> bool:
+    """True for what iBOT's shared head saves twice, as last_layer and last_layer2."""
+    first = state.get(name.replace("last_layer2.", "last_layer."))
+    return "last_layer2." in name and first is not None and torch.equal(first, state[name])
 
 
 _HUGGING_FACE = (  # names of transformers' ViT and ViTMAE, to version 4 and from version 5 on → timm's and MAE's

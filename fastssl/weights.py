@@ -34,6 +34,7 @@ from fastssl.weight_names import (
     is_hugging_face,
     plain_name,
     plain_names,
+    student_and_teacher,
     timm_to_torchvision,
     to_timm,
 )
@@ -57,8 +58,9 @@ HEADS = (
 METHOD_PARTS = (
     *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue"),
     *("encoder_q.1.", "contexts.", "losses."),  # DenseCL, CPC
+    *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
 )
-ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.")
+ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -101,7 +103,7 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
 def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
     """State dict of the method's encoder with the names of timm or torchvision."""
     encoder: Any = method.encoder
-    state = encoder.state_dict()
+    state = encoder.timm_state() if hasattr(encoder, "timm_state") else encoder.state_dict()
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")
@@ -186,14 +188,15 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     names, given = set(_real_names(method)), set(file.state)
     followers = [path for path, part in method.named_modules() if isinstance(part, MomentumEncoder)]
     momentum_names = {name for name in names if name.startswith(tuple(f"{plain_name(path)}." for path in followers))}
-    remade = momentum_names | ({"queue", "queue_ptr", "queue2", "queue2_ptr"} & names)
+    queues = {"queue", "queue_ptr", "queue2", "queue2_ptr"} & names
+    remade = momentum_names | queues | {name for name in names if _is_centre(name)}
     missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
     has_decoder = any(name.startswith("decoder_") for name in given & names)
     notes: list[str] = []
     if given <= names and missing <= remade:
         _load(method, file.state, file.name)
         if missing:
-            copied = _copy_to_momentum_encoders(method)
+            copied = _copy_to_momentum_encoders(method) if missing & momentum_names else []
             notes.append(f"{file.name} has no {_parts(missing)}: {_origins(missing - momentum_names, copied)}")
     elif has_decoder or not hasattr(method, "encoder"):
         _check_whole(method, file)
@@ -201,7 +204,10 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
         encoder: Any = method.encoder
         left_out, copied = _load_encoder(method, encoder, file)
         loaded = {id(x) for x in encoder.state_dict(keep_vars=True).values()}
-        others = {plain_name(name) for name, x in method.state_dict(keep_vars=True).items() if id(x) not in loaded}
+        tensors = {plain_name(name): x for name, x in method.state_dict(keep_vars=True).items()}
+        others = {name for name, x in tensors.items() if id(x) not in loaded}
+        # of a student that became a copy of its teacher, see `_copy_to_momentum_encoders`
+        others -= {name.replace("teacher.", "student.", 1) for name in set(tensors) - others}
         notes.append(f"{file.name} gives the encoder alone: {_origins(others - momentum_names, copied)}")
         if left_out:
             notes.append(f"{file.name} also has {_parts(left_out)}: left out")
@@ -228,7 +234,7 @@ def _load_encoder(module: nn.Module, encoder: nn.Module, file: _File) -> tuple[s
         name
         for name in file.state
         if name.removeprefix(prefix) not in expected
-        and (_is_optional(name.removeprefix(prefix)) or name.startswith(parts) or _is_optional(name))
+        and (_is_optional(name.removeprefix(prefix)) or _is_part(name, prefix, parts) or _is_optional(name))
     }
     state = {name: x for name, x in state.items() if prefix + name not in left_out}
     unexpected = {name for name in file.state if not name.startswith(prefix)} - left_out | set(state) - expected
@@ -239,7 +245,7 @@ def _load_encoder(module: nn.Module, encoder: nn.Module, file: _File) -> tuple[s
     _check_names(file.name, expected - set(state), unexpected, remedy)
     _momentum_encoders(module)  # raises before anything is loaded
     _load(encoder, state, file.name)
-    return left_out, _copy_to_momentum_encoders(module)
+    return left_out, _copy_to_momentum_encoders(module, encoder)
 
 
 def _check_whole(module: nn.Module, file: _File) -> None:
@@ -334,20 +340,30 @@ def _momentum_encoders(method: nn.Module) -> list[tuple[str, MomentumEncoder, st
     return found
 
 
-def _copy_to_momentum_encoders(method: nn.Module) -> list[str]:
-    """Makes momentum encoders equal to what they follow; returns a phrase for each."""
+def _copy_to_momentum_encoders(method: nn.Module, encoder: nn.Module | None = None) -> list[str]:
+    """Makes momentum encoders equal to what they follow; returns a phrase for each.
+
+    Where the momentum encoder holds `encoder`, as DINO's teacher does, what it follows becomes a copy of it.
+    """
     phrases = []
+    loaded = set() if encoder is None else {id(p) for p in encoder.parameters()}
     for name, momentum_encoder, source_name, source in _momentum_encoders(method):
-        momentum_encoder.load_state_dict(source.state_dict())
-        phrases.append(f"{name} is a copy of {source_name}")
+        if loaded & {id(p) for p in momentum_encoder.parameters()}:
+            source.load_state_dict(momentum_encoder.state_dict())
+            phrases.append(f"{source_name} is a copy of {name}")
+        else:
+            momentum_encoder.load_state_dict(source.state_dict())
+            phrases.append(f"{name} is a copy of {source_name}")
     return phrases
 
 
 def _origins(fresh: set[str], copied: list[str]) -> str:
     """Where the parts of a method come from that are not in the file."""
-    parts = _parts(fresh)
-    verb = "start" if " and " in parts else "starts"
-    return ", ".join([f"{parts} {verb} at random"] * bool(fresh) + copied) or "nothing else is needed"
+    phrases = []
+    for names, origin in (({n for n in fresh if not _is_centre(n)}, "random"), (set(filter(_is_centre, fresh)), "0")):
+        parts = _parts(names)
+        phrases += [f"{parts} {'start' if ' and ' in parts else 'starts'} at {origin}"] * bool(names)
+    return ", ".join(phrases + copied) or "nothing else is needed"
 
 
 def _parts(names: set[str]) -> str:
@@ -357,7 +373,7 @@ def _parts(names: set[str]) -> str:
         first, second, *_ = [*name.split("."), ""]
         if name.startswith(("decoder_", "mask_token")):
             parts.add("decoder")
-        elif f"{first}." in ENCODERS:
+        elif f"{first}." in (*ENCODERS, "student.", "teacher."):
             parts.add(f"{first}.{second}")
         else:
             parts.add("queue" if first == "queue_ptr" else first)
@@ -382,6 +398,16 @@ def _layer_norms(module: nn.Module) -> list[nn.LayerNorm]:
 def _is_optional(name: str) -> bool:
     """True for weights that a checkpoint has beside its encoder: a decoder, the mask token, heads."""
     return name == "mask_token" or name.startswith(("decoder_", *HEADS))
+
+
+def _is_centre(name: str) -> bool:
+    """True for the centre of DINO's and iBOT's losses, which starts at 0."""
+    return name.endswith("_loss.center")
+
+
+def _is_part(name: str, prefix: str, parts: tuple[str, ...]) -> bool:
+    """True for a weight of a method beside its encoder, whose names have the prefix."""
+    return name.startswith(parts) and not name.startswith(prefix)
 
 
 def _first(names: set[str] | list[str]) -> str:
@@ -411,14 +437,22 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 def _read(path: Path | str, module: nn.Module | None = None) -> _File:
     """A weights file. Names that are those of `module` stay as they are."""
     path = Path(path)
-    name, raw = printable(path), _read_state(path)
+    name, content = printable(path), _read_content(path)
+    names = set() if module is None else set(_real_names(module))
+    # DINOv2's code has a position of the class token beside registers, see `ViT`
+    fold = module is None or not any(getattr(part, "no_embed_reg", False) for part in module.modules())
     try:
-        state = plain_names(raw)
+        if any(n.startswith("student.") for n in names) and set(content) != names:
+            state = student_and_teacher(content, fold)
+            if state:
+                return _File(name, state, None)
+        state = plain_names(_state_of(content, name))
     except ValueError as error:
-        raise ValueError(f"weights: {name}: {printable(error)}") from error
-    if module is not None and set(state) == set(_real_names(module)):
+        prefix = "" if str(error).startswith("weights: ") else f"weights: {name}: "
+        raise ValueError(f"{prefix}{printable(error)}") from error
+    if state.keys() == names:
         return _File(name, state, None)
-    return _File(name, to_timm(state), _hugging_face_eps(path) if is_hugging_face(state) else None)
+    return _File(name, to_timm(state, fold), _hugging_face_eps(path) if is_hugging_face(state) else None)
 
 
 def _hugging_face_eps(path: Path) -> float:
@@ -429,25 +463,28 @@ def _hugging_face_eps(path: Path) -> float:
         return HUGGING_FACE_EPS
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file as it is."""
+def _read_content(path: Path) -> Any:
+    """What a file holds."""
     name = printable(path)
     if not path.is_file():
         raise ValueError(f"weights: {name} is no file")
-    state: Any
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and key errors of a damaged file have no common base
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise ValueError(
                 f"weights: {name} holds more than weights, and reading that could run code of its author. If you trust "
                 f"it, c = torch.load('{name}', weights_only=False), and then "
-                "torch.save({'model': c.get('model', c.get('state_dict'))}, 'clean.pth') makes a file of weights alone"
+                "torch.save({k: v for k, v in c.items() if isinstance(v, dict)}, 'clean.pth') makes a file without that"
             ) from error
         raise ValueError(f"weights: {name} is damaged or no weights file ({type(error).__name__})") from error
+
+
+def _state_of(content: Any, name: str) -> dict[str, Tensor]:
+    """The state dict in the content of a file of that name."""
+    state = content
     for key in ("model", "state_dict", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

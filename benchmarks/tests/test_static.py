@@ -22,6 +22,7 @@ ONLY_MOVE = {
     "keep_patches",
     "masked_patch_mse",
     "enqueue_",
+    "block_mask",
     "ema_update_",
 }
 ROW = {

@@ -8,7 +8,7 @@ import torch
 from benchmarks import step
 from benchmarks.floor import floor
 from benchmarks.harness import WrongResult
-from benchmarks.step_cases import mae_case
+from benchmarks.step_cases import dino_case, mae_case
 from fastssl.train.profile import PARTS
 
 VARIANTS = {"official", "fused optimizer", "fused optimizer, plain attention"}
@@ -75,3 +75,10 @@ def test_products_of_a_step_are_counted_forward_and_backward(monkeypatch):
 def test_every_product_can_be_repeated():
     layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 5))
     assert floor(lambda: layers(torch.randn(2, 3, 8, 8)).sum().backward()) > 0
+
+
+def test_dinos_official_step_is_ours():
+    """Two steps on views of two sizes have the losses of the transcription, as written and tuned."""
+    case = dino_case("vit_mini", (16, 16), (8, 8), 4, local_crops=3, prototypes=50, hidden=16, bottleneck=8)
+    runs, _, failed = step.checked(case, case.batch(), "fp32", modes=())
+    assert set(runs) == {"ours", *VARIANTS} and not failed

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 MAX_SIDE = 8192  # pixels: a view of that height and width takes 0.8 GB as floats
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SWAV_STD = (0.228, 0.224, 0.225)  # of SwAV's and DeepCluster-v2's code
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,52 @@ def evaluation(size: tuple[int, int], centre: float = 0.875) -> Augmentation:
 
 
 def multi_crop(
-    size: tuple[int, int] = (224, 224), small_size: tuple[int, int] = (96, 96), small: int = 6
+    size: tuple[int, int] = (224, 224),
+    small_size: tuple[int, int] = (96, 96),
+    small: int = 6,
+    *,
+    areas: tuple[float, float] = (0.05, 0.14),
+    jitter: tuple[float, float, float, float] = (0.8, 0.8, 0.8, 0.2),
+    blur_p: float = 0.5,
 ) -> Augmentation:
     """Two large and several small crops, each with SimCLR's colour augmentation.
 
     Args:
         size, small_size: (height, width) in pixels of the large and the small views.
         small: number of small views.
+        areas: smallest share of the area of a small view, and the share up to which views are small, above it large.
+        jitter: strengths of brightness, contrast, saturation and hue jitter.
+        blur_p: probability of blur.
 
     Source: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020 (SwAV),
-    section 3.3 and its code: areas 0.14 to 1 and 0.05 to 0.14.
+    section 3.3 and its code: areas 0.14 to 1 and 0.05 to 0.14, and a standard deviation of red of 0.228.
     """
-    large_view = View(
-        size, crop=(0.14, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, grayscale_p=0.2, blur_p=0.5, flip_p=0.5
-    )
-    small_view = replace(large_view, size=small_size, crop=(0.05, 0.14))
+    smallest, limit = areas
+    colours = {"jitter": jitter, "jitter_p": 0.8, "grayscale_p": 0.2, "blur_p": blur_p}
+    large_view = View(size, crop=(limit, 1.0), **colours, flip_p=0.5, std=SWAV_STD)
+    small_view = replace(large_view, size=small_size, crop=(smallest, limit))
     return Augmentation((large_view,) * 2 + (small_view,) * small)
+
+
+def global_and_local_views(
+    view: View,
+    local_size: tuple[int, int],
+    local_crop: tuple[float, float],
+    count: int,
+    blur_p: tuple[float, float, float],
+    solarize_p: tuple[float, float],
+) -> Augmentation:
+    """Two large views, and small ones of small parts of the image, which are never solarized.
+
+    Args:
+        view: what all views have in common, with the size and the crop of the large ones.
+        local_size, local_crop: those of the small views.
+        count: number of small views.
+        blur_p: probability of blur of the first and the second large view, and of the small ones.
+        solarize_p: probability of solarization of the large views.
+
+    Source: Caron et al., 2021 (DINO), section 3.1 and its code.
+    """
+    large = asymmetric_views(view, blur_p[:2], solarize_p).views
+    small = replace(view, size=local_size, crop=local_crop, blur_p=blur_p[2])
+    return Augmentation((*large, *[small] * count))

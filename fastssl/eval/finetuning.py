@@ -60,7 +60,7 @@ def build_classifier(
         ValueError: the encoder is neither a ViT nor a ResNet of that name.
     """
     encoder = method.encoder
-    state = encoder.state_dict()
+    state = encoder.timm_state() if isinstance(encoder, ViT) else encoder.state_dict()
     if isinstance(encoder, ViT):
         model, new = _vit(encoder, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
         state = {name: x for name, x in state.items() if not name.startswith(("norm.", "fc_norm.", "head."))}
@@ -92,7 +92,7 @@ def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
         depth=len(vit.blocks),
         class_token=vit.cls_token is not None,
         reg_tokens=0 if vit.reg_token is None else vit.reg_token.shape[1],
-        no_embed_class=vit.num_prefix_tokens > 0 and vit.pos_prefix == 0,
+        no_embed_class=vit.num_prefix_tokens > 0 and (vit.pos_prefix == 0 or vit.no_embed_reg),
         pos_embed="none" if vit.pos_embed is None else "learn",
         pre_norm=vit.norm_pre is not None,
         dynamic_img_size=vit.dynamic_img_size,

@@ -1,6 +1,7 @@
 """Transformer block: attention and MLP, each behind a layer norm, with LayerScale and drop path as options."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -101,8 +102,13 @@ class Block(nn.Module):
         self.ls2 = None if init_values is None else LayerScale(dim, init_values)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None = None, ids: Tensor | None = None, drop_path: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        delta: Tensor | None = None,
+        ids: Tensor | None = None,
+        drop_path: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """The residual stream and the MLP's output, whose sum is the block's output; the next norm adds them.
 
         Args:
@@ -111,7 +117,14 @@ class Block(nn.Module):
             ids: [B, M] int64 numbers of tokens: the MLP and both results are computed for these alone; None for all.
             drop_path: [2, B, 1, 1] factors of attention and MLP, one block's part of `drop_path_factors`. They are
                 drawn outside the block so that activation checkpointing runs it twice with the same ones.
+            kept: [2, K] int64 samples for which attention and MLP are computed, one block's part of
+                `drop_path_subsets`; their output counts B / K times. The second result is None then.
         """
+        if kept is not None:
+            x = x if delta is None else x + delta
+            attention, mlp = (lambda y: self.attn(self.norm1(y)[1])), (lambda y: self.mlp(self.norm2(y)[1]))
+            x = _add_subset_branch(x, attention, self.ls1, kept[0])
+            return _add_subset_branch(x, mlp, self.ls2, kept[1]), None
         x, y = self.norm1(x, delta)
         y = self.attn(y)
         if ids is not None:
@@ -144,3 +157,28 @@ def drop_path_factors(rate: float, depth: int, x: Tensor) -> Tensor:
     """
     kept = 1 - torch.linspace(0, rate, depth, dtype=acc_dtype(x), device=x.device).view(-1, 1, 1, 1, 1)
     return (torch.rand(depth, 2, x.shape[0], 1, 1, device=x.device) < kept) / kept
+
+
+def _add_subset_branch(
+    x: Tensor, branch: Callable[[Tensor], Tensor], layer_scale: LayerScale | None, kept: Tensor
+) -> Tensor:
+    """x [B, L, D] plus B / K times the branch's output for the samples `kept` [K]."""
+    y = branch(x[kept])
+    y = y if layer_scale is None else layer_scale(y)
+    return x.index_add(0, kept, y.to(x.dtype), alpha=x.shape[0] / kept.shape[0])
+
+
+def drop_path_subsets(rate: float, depth: int, x: Tensor) -> Tensor:
+    """Random samples [depth, 2, K] int64 whose residual branches are computed, K = max(⌊B · (1 − rate)⌋, 1).
+
+    All blocks have the same rate. The host need not know the samples, only their number, so nothing waits.
+
+    Args:
+        rate: share of the samples that are dropped, in [0, 1).
+        depth: number of blocks.
+        x: [B, …] tensor that gives B and the device, whose generator is used.
+
+    Source: Oquab et al., "DINOv2", 2024, section 5 ("efficient stochastic depth"), and its code.
+    """
+    kept = max(int(x.shape[0] * (1 - rate)), 1)
+    return torch.rand(depth, 2, x.shape[0], device=x.device).argsort(-1)[..., :kept]

@@ -1,8 +1,15 @@
 """Projection and prediction heads."""
 
-from typing import Literal
+import itertools
+from typing import Literal, NamedTuple
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.ops.dispatch import acc_dtype
+
+from .linear import Linear
 
 
 def moco_v2_head(fc: nn.Linear) -> nn.Sequential:
@@ -37,3 +44,91 @@ def mlp_head(
             norm.bias.requires_grad_(False)
         modules.append(norm)
     return nn.Sequential(*modules)
+
+
+class FactoredLogits(NamedTuple):
+    """Logits ``features @ prototypes.T`` that are not multiplied out: for losses that never store them."""
+
+    features: Tensor  # [N, D]
+    prototypes: Tensor  # [K, D]
+
+
+class DINOHead(nn.Module):
+    """Projection head of DINO, iBOT and DINOv2: an MLP, unit length, and a weight-normed layer of prototypes.
+
+    ``head(x)`` gives logits [N, K], as the official class of the same name and arguments, whose state dicts load.
+    ``head.factored(x)`` gives the same as `FactoredLogits`, 256 numbers a row, from which `DINOLoss` and
+    `IBOTPatchLoss` compute without logits.
+
+    Args:
+        in_dim: width of the features.
+        out_dim: K, the number of prototypes.
+        use_bn: batch norms in the MLP.
+        norm_last_layer: keep the lengths of the prototypes at 1: `last_layer.weight_g` is not trained.
+        nlayers: linear layers of the MLP; the last has no GELU behind it.
+        hidden_dim: hidden width of the MLP.
+        bottleneck_dim: D, the width of its output.
+
+    Source: Caron et al., 2021 (DINO), section 3.1 and appendix C, and its code.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ):
+        super().__init__()
+        if nlayers < 1:
+            raise ValueError(f"DINOHead: nlayers must be at least 1, got {nlayers}")
+        dims = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for dim, width in itertools.pairwise(dims[:-1]):
+            layers += [Linear(dim, width), *[nn.BatchNorm1d(width)] * use_bn, nn.GELU()]
+        last = Linear(dims[-2], bottleneck_dim)
+        self.mlp: nn.Module = nn.Sequential(*layers, last) if layers else last
+        for module in self.mlp.modules():
+            if isinstance(module, Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = PrototypeLayer(bottleneck_dim, out_dim, norm_last_layer)
+
+    def factored(self, x: Tensor) -> FactoredLogits:
+        """Features [N, in_dim] → unit vectors [N, D] and prototypes [K, D], float32 (float64 for float64)."""
+        gelu = False
+        for layer in self.mlp if isinstance(self.mlp, nn.Sequential) else [self.mlp]:
+            if isinstance(layer, nn.GELU):
+                gelu = True  # computed by the next layer as it reads its input
+            else:
+                x, gelu = layer(x, gelu=True) if gelu else layer(x), False
+        return FactoredLogits(F.normalize(x.to(acc_dtype(x)), dim=-1), self.last_layer.prototypes())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [N, in_dim] → logits [N, K]."""
+        return F.linear(*self.factored(x))
+
+
+class PrototypeLayer(nn.Module):
+    """Prototypes ``weight_g · weight_v / ‖weight_v‖``, row by row; the names are those of `torch.nn.utils.weight_norm`.
+
+    Args:
+        dim: D.
+        count: K, the number of prototypes.
+        fixed_length: keep the lengths `weight_g` at 1.
+
+    Source: Salimans and Kingma, "Weight Normalization", 2016, equation 2.
+    """
+
+    def __init__(self, dim: int, count: int, fixed_length: bool = False):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1), requires_grad=not fixed_length)
+        self.weight_v = nn.Parameter(torch.empty(count, dim))
+        nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # that of a linear layer
+
+    def prototypes(self) -> Tensor:
+        """[K, D], with gradient."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)

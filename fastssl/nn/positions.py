@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.ops.dispatch import acc_dtype
+
 
 def sincos_positions(dim: int, grid: tuple[int, int], prefix_tokens: int = 1, row_first: bool = False) -> Tensor:
     """Fixed positional table [1, prefix_tokens + rows·columns, dim], float32 from float64 arithmetic.
@@ -35,14 +37,21 @@ def sincos_positions(dim: int, grid: tuple[int, int], prefix_tokens: int = 1, ro
 
 
 def interpolate_positions(
-    table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], prefix_tokens: int = 1, antialias: bool = True
+    table: Tensor,
+    grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    prefix_tokens: int = 1,
+    antialias: bool = True,
+    offset: float = 0.0,
 ) -> Tensor:
-    """A positional table for another grid of patches, bicubic in float32. Gradient to `table`.
+    """A positional table for another grid of patches, bicubic in float32 (float64 for float64). Gradient to `table`.
 
     Args:
         table: [1, prefix_tokens + rows·columns, D]. The rows of prefix tokens stay.
         grid, new_grid: rows and columns of patches.
         antialias: smooth where the new grid is smaller: True in timm and DINOv2's models with registers, False in MAE.
+        offset: the scale is (new + offset) / old instead of new / old: 0.1 in DINO, iBOT and DINOv2's models without
+            registers, whose positions differ by it.
 
     Returns: [1, prefix_tokens + new rows·columns, D] in the dtype of `table`; `table` itself where the grids are equal.
 
@@ -50,8 +59,11 @@ def interpolate_positions(
     """
     if tuple(grid) == tuple(new_grid):
         return table
-    image = table[:, prefix_tokens:].float().transpose(1, 2).unflatten(2, tuple(grid))
-    image = F.interpolate(image, tuple(new_grid), mode="bicubic", align_corners=False, antialias=antialias)
+    image = table[:, prefix_tokens:].to(acc_dtype(table)).transpose(1, 2).unflatten(2, tuple(grid))
+    size = {"size": tuple(new_grid)}
+    if offset:
+        size = {"scale_factor": tuple((new + offset) / old for old, new in zip(grid, new_grid))}
+    image = F.interpolate(image, **size, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([table[:, :prefix_tokens], image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 

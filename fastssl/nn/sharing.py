@@ -33,6 +33,25 @@ def save_child_as(module: nn.Module, child: str, name: str) -> None:
     module.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: rename(state, prefix, name, child))
 
 
+def save_child_unprefixed(module: nn.Module, child: str) -> None:
+    """From now on state dicts of `module` name the parts of its child `child` without the child's name."""
+
+    def strip(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+        for key in [key for key in state if key.startswith(f"{prefix}{child}.")]:
+            state[prefix + key.removeprefix(f"{prefix}{child}.")] = state.pop(key)
+
+    def add(module: nn.Module, state: dict, prefix: str, *rest) -> None:
+        part = module.get_submodule(child)
+        names = {*part._modules, *part._parameters, *part._buffers}
+        for key in [key for key in state if key.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if name.partition(".")[0] in names:
+                state[f"{prefix}{child}.{name}"] = state.pop(key)
+
+    module.register_state_dict_post_hook(strip)
+    module.register_load_state_dict_pre_hook(add)
+
+
 def headless(module: nn.Module, head: str) -> nn.Module:
     """A copy that shares everything with `module` except the child named `head`, which is replaced by the identity."""
     copy = shared_copy(module, without=(head,))

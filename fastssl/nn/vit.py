@@ -1,5 +1,6 @@
 """Vision transformer on the engine's attention. Parameter names are those of timm and of the official MAE."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -7,11 +8,12 @@ from torch import Tensor, nn
 
 from fastssl.ops import check, patchify
 
-from .block import Block, drop_path_factors
+from .block import Block, drop_path_factors, drop_path_subsets
 from .linear import Linear
 from .norm import ResidualNorm
 from .patch_embed import ConvStem, PatchEmbed
 from .positions import fit_positions, interpolate_positions, sincos_positions
+from .sharing import shared_copy
 
 # name: (embed_dim, depth, num_heads, patch_size). B, L, H: Dosovitskiy et al., 2021, table 1; H with MAE's patch 14.
 SIZES = {
@@ -22,6 +24,8 @@ SIZES = {
     "vit_large": (1024, 24, 16, 16),
     "vit_huge": (1280, 32, 16, 14),
 }
+# The same for DINO, iBOT and DINOv2, which have another largest model than MAE, with SwiGLU in its MLPs.
+DINO_SIZES = {name: size for name, size in SIZES.items() if name != "vit_huge"} | {"vit_giant": (1536, 40, 24, 14)}
 # The same for MoCo v3 (section 5 and code): ViT-S has 12 heads, and a ViT with a convolutional stem one block fewer.
 MOCO_V3_SIZES = {
     "vit_mini": (128, 4, 4, 4),
@@ -59,12 +63,20 @@ class ViT(nn.Module):
         class_token: prepend a class token.
         pos_embed: "sincos" for fixed positions, "learn" for trained ones, "none" for no positions.
         no_embed_class: give the positional table no rows for class token and registers.
+        no_embed_reg: give the positional table no rows for registers, as in DINOv2's code, where the class token has
+            one. timm has no such model: for it that row is added to the class token.
         reg_tokens: number of registers, tokens whose output is not part of the features.
         pre_norm: put a layer norm before the first block, and no bias into the patch embedding (CLIP).
         fc_norm: normalise features after pooling, by `fc_norm`, instead of tokens before it, by `norm`; None for True
             if features are pooled over patches.
         dynamic_img_size: accept images of any size divisible by patch_size, with interpolated positions.
+        pos_offset, pos_antialias: how positions are interpolated for them, see `interpolate_positions`. The defaults
+            are those of timm and of DINOv2's models with registers; DINO, iBOT and DINOv2's other models have 0.1 and
+            False.
+        mask_token: have a trained vector `mask_token` [1, D] that `forward_features` puts in place of masked patches.
         drop_path_rate: rate of stochastic depth in training: 0 in the first block, linear to this in the last.
+        drop_path_subset: DINOv2's stochastic depth: each branch of each block is computed for a random subset of
+            exactly B·(1 − drop_path_rate) samples, see `drop_path_subsets`.
         mlp: "gelu" or "swiglu", see `Block`. timm's mlp_ratio counts both halves of SwiGLU.
         conv_stem: embed by a `ConvStem`; patch_size is 16 then.
         row_first: MoCo v3's order of fixed positions, see `sincos_positions`.
@@ -99,8 +111,13 @@ class ViT(nn.Module):
         reg_tokens: int = 0,
         pre_norm: bool = False,
         fc_norm: bool | None = None,
+        no_embed_reg: bool = False,
         dynamic_img_size: bool = False,
+        pos_offset: float = 0.0,
+        pos_antialias: bool = True,
+        mask_token: bool = False,
         drop_path_rate: float = 0.0,
+        drop_path_subset: bool = False,
         mlp: Literal["gelu", "swiglu"] = "gelu",
         norm_eps: float = 1e-6,
         conv_stem: bool = False,
@@ -109,28 +126,23 @@ class ViT(nn.Module):
         super().__init__()
         name = type(self).__name__
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
-        if size[0] % patch_size or size[1] % patch_size:
-            got = f"got {size[0]}×{size[1]}"
-            raise ValueError(f"{name}: img_size must be divisible by patch_size={patch_size}, {got}")
-        if conv_stem and (patch_size != 16 or embed_dim % 8):
-            expected = "conv_stem needs patch_size=16 and embed_dim divisible by 8"
-            raise ValueError(f"{name}: {expected}, got {patch_size} and {embed_dim}")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"{name}: drop_path_rate must be at least 0 and below 1, got {drop_path_rate}")
-        if reg_tokens < 0:
-            raise ValueError(f"{name}: reg_tokens must be at least 0, got {reg_tokens}")
+        _check_arguments(name, size, patch_size, embed_dim, conv_stem, drop_path_rate, reg_tokens)
         self.img_size, self.patch_size, self.in_chans, self.embed_dim = size, patch_size, in_chans, embed_dim
         self.grid = (size[0] // patch_size, size[1] // patch_size)
         self.num_prefix_tokens = int(class_token) + reg_tokens
-        self.pos_prefix = 0 if no_embed_class else self.num_prefix_tokens  # rows of pos_embed for prefix tokens
+        # rows of pos_embed for prefix tokens, which are the first of them
+        self.pos_prefix = 0 if no_embed_class else int(class_token) + reg_tokens * (not no_embed_reg)
         self.global_pool = _check_pool(name, "global_pool", global_pool, class_token)
-        self.dynamic_img_size, self.drop_path_rate = dynamic_img_size, drop_path_rate
+        self.no_embed_reg = no_embed_reg and reg_tokens > 0 and not no_embed_class
+        self.dynamic_img_size, self.pos_offset, self.pos_antialias = dynamic_img_size, pos_offset, pos_antialias
+        self.drop_path_rate, self.drop_path_subset = drop_path_rate, drop_path_subset
         if conv_stem:
             self.patch_embed: PatchEmbed | ConvStem = ConvStem(in_chans, embed_dim)
         else:
             self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, bias=not pre_norm)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
         self.pos_embed: nn.Parameter | None = None
         if pos_embed == "sincos":
             fixed = sincos_positions(embed_dim, self.grid, self.pos_prefix, row_first)
@@ -180,13 +192,17 @@ class ViT(nn.Module):
             return self.pos_embed[:, self.pos_prefix :]
         table, cached = self.pos_embed, self._cache.get(grid)
         if table.requires_grad or torch.compiler.is_compiling() or table.is_inference():
-            return interpolate_positions(table, self.grid, grid, self.pos_prefix)[:, self.pos_prefix :]
+            return self._interpolated(table, grid)
         state = (table._version, table.device, table.dtype)  # the version changes with each write to the table
         if cached is None or cached[0] is not table or cached[1] != state:
             with torch.inference_mode(False):
-                positions = interpolate_positions(table, self.grid, grid, self.pos_prefix)[:, self.pos_prefix :]
+                positions = self._interpolated(table, grid)
             self._cache[grid] = cached = (table, state, positions)
         return cached[2]
+
+    def _interpolated(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        how = {"antialias": self.pos_antialias, "offset": self.pos_offset}
+        return interpolate_positions(table, self.grid, grid, self.pos_prefix, **how)[:, self.pos_prefix :]
 
     def encode(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Patch tokens with their positions added [B, M, D] → normalised tokens [B, prefix + M, D].
@@ -200,9 +216,10 @@ class ViT(nn.Module):
             x = self.norm_pre(x, None, x.dtype)[1]
         delta = None
         if self.training and self.drop_path_rate:
-            factors = drop_path_factors(self.drop_path_rate, len(self.blocks), x)
-            for block, factor in zip(self.blocks, factors):
-                x, delta = block(x, delta, drop_path=factor)
+            draw = drop_path_subsets if self.drop_path_subset else drop_path_factors
+            argument = "kept" if self.drop_path_subset else "drop_path"
+            for block, draws in zip(self.blocks, draw(self.drop_path_rate, len(self.blocks), x)):
+                x, delta = block(x, delta, **{argument: draws})
         else:
             for block in self.blocks:
                 x, delta = block(x, delta)
@@ -218,12 +235,24 @@ class ViT(nn.Module):
             return tokens
         x = torch.cat(prefix, dim=1) if len(prefix) > 1 else prefix[0]
         if self.pos_embed is not None and self.pos_prefix:
-            x = x + self.pos_embed[:, : self.pos_prefix]
+            positions = self.pos_embed[:, : self.pos_prefix]
+            rest = x.shape[1] - self.pos_prefix  # registers without a position
+            x = x + positions if not rest else torch.cat([x[:, : self.pos_prefix] + positions, x[:, -rest:]], dim=1)
         return torch.cat([x.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] → tokens [B, prefix + L, D], normalised unless `fc_norm` does that after pooling."""
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] → tokens [B, prefix + L, D], normalised unless `fc_norm` does that after pooling.
+
+        Args:
+            images: [B, C, H, W].
+            mask: [B, L] bool, True for patches in whose place `mask_token` is put, before positions are added.
+        """
         tokens = self.embed(images)
+        if mask is not None:
+            if self.mask_token is None:
+                raise ValueError(f"{type(self).__name__}: mask must be None without mask_token=True, got a tensor")
+            check.tensor(type(self).__name__, "mask", mask, "B L", B=tokens.shape[0], L=tokens.shape[1])
+            tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
         positions = self.positions((images.shape[2] // self.patch_size, images.shape[3] // self.patch_size))
         # Adding float32 positions makes the residual stream float32; without positions the tokens are converted.
         tokens = tokens.to(images.dtype) if positions is None else tokens + positions
@@ -247,6 +276,15 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
+    def timm_state(self) -> dict[str, Tensor]:
+        """State dict for timm's model: without `mask_token`, and with `no_embed_reg` the class token's position in the
+        class token, for ``no_embed_class=True``."""
+        state = {name: x for name, x in self.state_dict().items() if name != "mask_token"}
+        if self.no_embed_reg and "pos_embed" in state:
+            positions = state["pos_embed"]
+            state |= {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
+        return state
+
     def _apply(self, fn, recurse: bool = True) -> "ViT":
         self._cache = {}  # `to` replaces the data of the parameters
         return super()._apply(fn, recurse)
@@ -264,6 +302,20 @@ class ViT(nn.Module):
             expected = f"[B, C={self.in_chans}, H={height}, W={width}]"
             remedy = f"build {name}(img_size=(H, W)) for another size, it loads this state dict with fitted positions"
             raise ValueError(f"{name}: images must have shape {expected}, got {list(images.shape)} ({remedy})")
+
+
+def _check_arguments(
+    name: str, size: tuple[int, int], patch: int, dim: int, conv_stem: bool, drop_path_rate: float, registers: int
+) -> None:
+    if size[0] % patch or size[1] % patch:
+        raise ValueError(f"{name}: img_size must be divisible by patch_size={patch}, got {size[0]}×{size[1]}")
+    if conv_stem and (patch != 16 or dim % 8):
+        expected = "conv_stem needs patch_size=16 and embed_dim divisible by 8"
+        raise ValueError(f"{name}: {expected}, got {patch} and {dim}")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"{name}: drop_path_rate must be at least 0 and below 1, got {drop_path_rate}")
+    if registers < 0:
+        raise ValueError(f"{name}: reg_tokens must be at least 0, got {registers}")
 
 
 def xavier_(module: nn.Module) -> None:
@@ -294,6 +346,55 @@ def moco_v3_vit(name: str, img_size: int | tuple[int, int] = 224, freeze_patch_e
     return vit
 
 
+def dino_vit(
+    name: str,
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int | None = None,
+    drop_path_rate: float = 0.0,
+    *,
+    token_std: float | None = None,
+    **options: Any,
+) -> ViT:
+    """A ViT of `DINO_SIZES` for images of any size, with the initial weights of DINO's, iBOT's and DINOv2's code.
+
+    Positions are trained, and interpolated with DINO's offset, without antialias.
+
+    Args:
+        name: size.
+        img_size: size of the large crops, for whose grid the positional table is.
+        patch_size: that of `DINO_SIZES` if None.
+        drop_path_rate: see `ViT`.
+        token_std: standard deviation of the class token: DINOv2's 1e-6; that of positions, 0.02, as in DINO, if None.
+        options: further arguments of `ViT`.
+
+    Source: Caron et al., 2021 (DINO), and Oquab et al., 2024 (DINOv2), their code.
+    """
+    if name not in DINO_SIZES:
+        raise ValueError(f"dino_vit: name must be one of {', '.join(DINO_SIZES)}, got {name!r}")
+    dim, depth, heads, patch = DINO_SIZES[name]
+    if name == "vit_giant":  # two thirds of 4 · D, rounded up to a multiple of 8, for each half
+        options = {"mlp": "swiglu", "mlp_ratio": 2 * ((int(4 * dim * 2 / 3) + 7) // 8 * 8) / dim, **options}
+    how: dict[str, Any] = {"pos_embed": "learn", "dynamic_img_size": True, "pos_offset": 0.1, "pos_antialias": False}
+    how |= {"drop_path_rate": drop_path_rate, **options}
+    vit = ViT(img_size, patch_size or patch, 3, dim, depth, heads, **how)
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    vit.patch_embed.proj.reset_parameters()
+    if vit.cls_token is not None:
+        (nn.init.trunc_normal_ if token_std is None else nn.init.normal_)(vit.cls_token, std=token_std or 0.02)
+    return vit
+
+
+def without_mask_token(vit: ViT) -> ViT:
+    """A ViT that shares everything with `vit` but its mask token: its names are timm's."""
+    copy = shared_copy(vit, without=("mask_token",))
+    copy.mask_token = None
+    return copy
+
+
 def _check_pool(name: str, argument: str, pool: str, class_token: bool) -> str:
     pools = POOLS if class_token else POOLS[1:]
     if pool not in pools:
@@ -309,5 +410,7 @@ def _fit_tables(vit: ViT, state: dict[str, Tensor], prefix: str, *_) -> None:
         if table is None or parameter is None or table.is_meta:
             continue
         prefix_tokens = parameter.shape[1] - vit.grid[0] * vit.grid[1]
+        if vit.no_embed_reg and math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # timm's, without a class token's
+            table = state[prefix + name] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         if table.ndim == 3 and table.shape[2] == parameter.shape[2] and table.shape[1] > prefix_tokens:
             state[prefix + name] = fit_positions(table, vit.grid, prefix_tokens)

@@ -9,6 +9,7 @@ from . import dispatch
 from .attention import attention, attention_packed
 from .augment import augment_
 from .batchnorm import Running, batch_norm
+from .block_masks import block_mask
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .correspondence import dense_match
 from .dense import linear
@@ -16,6 +17,7 @@ from .ema import ema_update_
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
 from .norm import residual_norm
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
+from .prototypes import PrototypeTargets, linear_cross_entropy, prototype_lse, soft_cross_entropy
 from .queue import enqueue_
 from .scores import sampled_scores
 

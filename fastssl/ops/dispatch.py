@@ -111,6 +111,12 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return None
 
 
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Context in which x is multiplied in its own dtype, also on devices without autocast, such as meta."""
+    off = autocast_dtype(x) is None
+    return contextlib.nullcontext() if off else torch.autocast(x.device.type, enabled=False)
+
+
 def register_kernel(op: OpOverload, device: str, kernel: Callable[..., Any]) -> None:
     """Registers a Python function as the op's implementation on a device, such as "cuda"."""
     name = op.name().removeprefix("fastssl::")

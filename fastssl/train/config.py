@@ -30,7 +30,11 @@ class Training:
     betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
     """decay rates β1 and β2 of AdamW's moment estimates"""
     warmup_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 0
-    """epochs of linear learning-rate warm-up from 0"""
+    """epochs of linear learning-rate warm-up"""
+    warmup_lr: Annotated[float, NOT_NEGATIVE] = 0.0
+    """learning rate at the start of the warm-up, for a batch of 256 images"""
+    warmup_includes_peak: bool = False
+    """reach the peak learning rate in the last step of the warm-up (SwAV, DINO), not in the step after it"""
     lr_end: Annotated[float, NOT_NEGATIVE] = 0.0
     """learning rate at the end of the cosine schedule, for a batch of 256 images"""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
@@ -40,7 +44,7 @@ class Training:
     lr_drops: Annotated[tuple[float, ...], NOT_NEGATIVE, MILESTONE] = ()
     """epochs at which the learning rate is divided by 10, instead of a cosine schedule"""
     clip_parameter_norm: Annotated[float, NOT_NEGATIVE] = 0.0
-    """largest gradient norm of each single parameter, 0 for no clipping (clip_grad of DINO)"""
+    """largest gradient norm of each single parameter, in dinov2 of backbone and heads; 0 for no clipping (clip_grad)"""
     freeze: tuple[str, ...] = ()
     """names of parameters or modules that keep their initial weights during the first --freeze-epochs"""
     freeze_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 0

@@ -31,7 +31,9 @@ def build_optimizer(
         training: optimizer, weight decay and momentum.
         parameter_groups: ``parameter_groups(method)`` returns the groups: dicts of "params" and, where they differ from
             1, "lr_scale" (factor of the learning rate) and "weight_decay_scale" (factor of the weight decay);
-            "constant_lr": True keeps the peak learning rate without warm-up and schedule; "adapt" is that of `LARS`.
+            "constant_lr": True keeps the peak learning rate without warm-up and schedule; "still_epochs": learning rate
+            0 for so many epochs, in which the optimizer's moments grow; "part": a name, see `clip_parameter_norms`;
+            "adapt" is that of `LARS`.
             The default has two groups: without weight decay, and for LARS without trust ratio, all biases, weights of
             normalisation layers and parameters of one dimension, unless ``decay_all``; the rest with both.
 

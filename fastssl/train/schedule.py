@@ -26,10 +26,11 @@ def peak_learning_rate(training: Training, lr: float | None = None) -> float:
     return (training.lr if lr is None else lr) * (math.sqrt(ratio) if training.lr_scaling == "sqrt" else ratio)
 
 
-def learning_rate(training: Training, epoch: float) -> float:
+def learning_rate(training: Training, epoch: float, steps_per_epoch: float = math.inf) -> float:
     """Learning rate for the batch size of `training`, after `epoch` epochs, which may be a fraction.
 
-    Linear warm-up from 0, then half a cosine to ``lr_end``, or a division by 10 at each of ``lr_drops``.
+    Linear warm-up from ``warmup_lr``, then half a cosine to ``lr_end``, or a division by 10 at each of ``lr_drops``.
+    `steps_per_epoch` tells which step is the last of a warm-up that includes the peak.
 
     Source: He et al., 2021 (MAE), appendix A.1, table 8; with ``lr_by_epoch`` the code of MoCo v2, which changes the
         learning rate once per epoch; with ``lr_drops`` He et al., 2020 (MoCo), section 4.
@@ -37,7 +38,9 @@ def learning_rate(training: Training, epoch: float) -> float:
     peak, end = peak_learning_rate(training), peak_learning_rate(training, training.lr_end)
     epoch = math.floor(epoch) if training.lr_by_epoch else epoch
     if epoch < training.warmup_epochs:
-        return peak * epoch / training.warmup_epochs
+        start = peak_learning_rate(training, training.warmup_lr)
+        last = training.warmup_epochs - (1 / steps_per_epoch if training.warmup_includes_peak else 0)
+        return start + (peak - start) * min(epoch / last, 1) if last > 0 else peak
     if training.lr_drops:
         return peak * 0.1 ** sum(epoch >= drop for drop in training.lr_drops)
     return cosine_schedule(peak, end, (epoch - training.warmup_epochs) / (training.epochs - training.warmup_epochs))

@@ -132,7 +132,7 @@ class Trainer:
         "lr"; "weight_decay" where it has a schedule; "momentum" of a momentum encoder; "loss_scale" with fp16.
         """
         step = max(self.steps - 1, 0)
-        values = {"lr": learning_rate(self.training, self.count.epochs(step))}
+        values = {"lr": self._learning_rate(step)}
         if self.training.weight_decay_end is not None:
             values["weight_decay"] = weight_decay(self.training, self._progress_after(step))
         if isinstance(self.method, SchedulesMomentum):
@@ -164,11 +164,15 @@ class Trainer:
     def _progress_after(self, step: int) -> float:
         return (step + self.count.offset) / (self.training.epochs * self.count.steps_per_epoch)
 
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.training, self.count.epochs(step), self.count.steps_per_epoch)
+
     def _set_schedules(self) -> None:
-        lr, peak = learning_rate(self.training, self.count.epochs(self.steps)), peak_learning_rate(self.training)
+        lr, peak = self._learning_rate(self.steps), peak_learning_rate(self.training)
         decay = weight_decay(self.training, self.progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = (peak if group.get("constant_lr") else lr) * group["lr_scale"]
+            still = self.count.epochs(self.steps) < group.get("still_epochs", 0)
+            group["lr"] = 0.0 if still else (peak if group.get("constant_lr") else lr) * group["lr_scale"]
             group["weight_decay"] = decay * group["weight_decay_scale"]
 
     def _compute_gradients(self, batch: Batch) -> tuple[dict[str, Tensor], list]:
@@ -193,12 +197,14 @@ class Trainer:
             for p in self.frozen:
                 p.grad = None  # no update, no weight decay, no momentum
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grouped = [(p, group) for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for p, _ in grouped]
         norm = full_state(nn.utils.get_total_norm([p.grad for p in parameters]))
         if self.execution.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.execution.clip_norm, norm)
         if self.training.clip_parameter_norm:
-            clip_parameter_norms(parameters, self.training.clip_parameter_norm)
+            parts = [group.get("part") for _, group in grouped]
+            clip_parameter_norms(parameters, self.training.clip_parameter_norm, parts)
         # 1 makes the optimizer skip the step on the device, so that the host need not wait for the norm
         self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)

@@ -43,6 +43,13 @@ def _augment(n: random.Random) -> Arguments:
     return drawn | {"sigma": sigma, "solarize": solarize, "flip": flip, "grey_first": n.random() < 0.5}
 
 
+def _block_mask(n: random.Random) -> Arguments:
+    batch, rows, columns = n.randint(1, 5), n.randint(1, 9), n.randint(1, 9)
+    count = torch.rand(batch) * rows * columns
+    drawn = {"seed": torch.randint(2**62, (batch,)), "count": n.choice([count, count.long()]), "grid": (rows, columns)}
+    return drawn | {"min_patches": n.randint(1, 9), "max_patches": n.choice([None, 9.5]), "stream": n.randint(0, 9)}
+
+
 def _batch_norm(n: random.Random) -> Arguments:
     channels, splits = n.randint(1, 37), n.randint(1, 2)
     shape = (splits * n.randint(2, 5), channels, *n.choice([(), (n.randint(1, 5), n.randint(1, 5))]))
@@ -157,6 +164,7 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "batch_info_nce": _batch_info_nce,
     "batch_norm": _batch_norm,
     "dense_match": _dense_match,
+    "block_mask": _block_mask,
     "ema_update_": _ema,
     "enqueue_": _enqueue,
     "info_nce": _info_nce,

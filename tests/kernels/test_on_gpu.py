@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fastssl.ops import (
     attention,
     batch_info_nce,
+    block_mask,
     dispatch,
     ema_update_,
     enqueue_,
@@ -136,6 +137,16 @@ def test_patches(dtype):
                 layout.detach(),
                 masking.ids_masked,
             )
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (37, 37), (64, 64), (3, 5)], ids=str)
+def test_block_mask(grid):
+    """The masks of the CPU, bit for bit: the exponential and the root of another library make no difference."""
+    length = grid[0] * grid[1]
+    seed, count = torch.randint(2**62, (2048,)), (torch.rand(2048, dtype=torch.float64) * length).floor()
+    for options in ({"min_patches": 4, "max_patches": length / 2}, {"min_patches": max(1, length // 9), "stream": 3}):
+        masks = block_mask(seed.to(DEVICE), count.to(DEVICE), grid, **options)
+        assert torch.equal(masks.cpu(), block_mask(seed, count, grid, **options))
 
 
 def test_queue():

@@ -103,6 +103,11 @@ def enqueue_(K: int, D: int, N: int, queue_bytes: int, key_bytes: int, arch: str
     return Moved(rows + 8 * math.ceil(kept / count) + 16, rows + 24, rows + 16)
 
 
+def block_mask(B: int, L: int) -> Moved:
+    """Reads a seed and a count for each sample, writes a byte for each patch."""
+    return Moved(*[B * (16 + L)] * 3)
+
+
 def ema_update_(parameters: int, source_bytes: int, shadow_bytes: int = 0) -> Moved:
     """Reads and writes a float32 target, reads a source, writes a shadow."""
     return Moved(*[parameters * (8 + source_bytes + shadow_bytes)] * 3)

@@ -9,3 +9,12 @@ CONTRASTIVE_AND_REDUNDANCY = {
     "vicreg": {"dim": 16},
     "cpc": {"hidden": 16},
 }
+PROTOTYPES = {  # methods that compare views with prototypes
+    "dino": {"prototypes": 48, "hidden": 16, "bottleneck": 8},
+    "ibot": {"prototypes": 48, "hidden": 16, "bottleneck": 8},
+    # without what a rank does with its part of the batch alone: KoLeo, the choice of masked crops, the patches' centre
+    "dinov2": {
+        **{"prototypes": 48, "hidden": 16, "bottleneck": 8, "separate_head": True, "patch_prototypes": 24},
+        **{"koleo_weight": 0.0, "mask_probability": 1.0, "mask_ratio": (0.3, 0.3), "centering": "sinkhorn_knopp"},
+    },
+}

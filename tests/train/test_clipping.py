@@ -46,6 +46,16 @@ def test_equals_the_formula(dtype):
         torch.testing.assert_close(p.grad, expected.to(dtype))
 
 
+def test_parts_are_clipped_by_their_joint_norm():
+    """As torch clips each of DINOv2's submodules, a parameter without a part on its own."""
+    parameters, expected = (with_gradients([torch.full((n,), 2.0 * n) for n in range(1, 6)]) for _ in range(2))
+    clip_parameter_norms(parameters, 3.0, ["head", "backbone", "head", None, "backbone"])
+    for part in ([0, 2], [1, 4], [3]):
+        nn.utils.clip_grad_norm_([expected[i] for i in part], 3.0)
+    for p, q in zip(parameters, expected):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 def test_without_gradients():
     clip_parameter_norms([nn.Parameter(torch.zeros(2))], 1.0)
     clip_parameter_norms([], 1.0)

@@ -13,7 +13,7 @@ from fastssl.nn import MomentumEncoder
 from fastssl.run import method_module
 from fastssl.train.graph import check_graph
 from tests.support import toy_method
-from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY
+from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY, PROTOTYPES
 from tests.support.trainers import constant_rate_trainer
 
 METHODS = {
@@ -24,11 +24,13 @@ METHODS = {
     "moco_v3, ViT": (moco_v3, {"hidden": 32, "backbone": "vit_mini"}),
     "toy": (toy_method, {}),
     **{name: (method_module(name), changes) for name, changes in CONTRASTIVE_AND_REDUNDANCY.items()},
+    **{name: (method_module(name), changes) for name, changes in PROTOTYPES.items()},
 }
 
 
+FAMILIES = (*CONTRASTIVE_AND_REDUNDANCY, *PROTOTYPES)
 OTHERS = [  # one of the methods without transformers stays in `make test`
-    pytest.param(name, marks=pytest.mark.exhaustive) for name in CONTRASTIVE_AND_REDUNDANCY if name != "byol"
+    pytest.param(name, marks=pytest.mark.exhaustive) for name in FAMILIES if name not in ("byol", "dino")
 ]
 
 
@@ -81,7 +83,7 @@ def test_recompute_refuses_a_resnet():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["mae", "moco_v3", "moco_v3, ViT", "byol", *OTHERS])
+@pytest.mark.parametrize("name", ["mae", "moco_v3", "moco_v3, ViT", "byol", "dino", *OTHERS])
 def test_torch_compile_captures_a_whole_method_as_one_graph(name, precision):
     """Forward and loss without a graph break, and the same values."""
     (trainer, batch), dtype = begin(name), torch.bfloat16
@@ -96,7 +98,9 @@ def test_torch_compile_captures_a_whole_method_as_one_graph(name, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in CONTRASTIVE_AND_REDUNDANCY] + OTHERS)
+@pytest.mark.parametrize(
+    "name", [name for name in METHODS if name not in (*CONTRASTIVE_AND_REDUNDANCY, *PROTOTYPES)] + ["dino"] + OTHERS
+)
 def test_compiled_steps_equal_eager_steps(name, monkeypatch):
     """Also where `before_step` changes a buffer that the compiled forward pass reads (toy)."""
     torch._dynamo.reset()
@@ -140,7 +144,7 @@ def test_addresses_do_not_change_from_step_to_step(name, precision):
     assert addresses() == before
     assert [x.shape for x in tensors_of(first)] == [x.shape for x in tensors_of(second)]
     copied = sum(isinstance(m, MomentumEncoder) and m._low_precision is not None for m in trainer.method.modules())
-    assert copied == (precision == "bf16" and name.startswith(("moco", "byol", "densecl")))
+    assert copied == (precision == "bf16" and name.startswith(("moco", "byol", "densecl", "dino", "ibot")))
 
 
 def test_graph_error_sentences():

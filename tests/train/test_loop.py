@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.contract import Batch
-from fastssl.methods import barlow_twins, cpc, densecl, mae, moco_v2, moco_v3, simclr_v1, vicreg
-from fastssl.nn import KeyQueue
+from fastssl.methods import barlow_twins, cpc, densecl, dino, dinov2, mae, moco_v2, moco_v3, simclr_v1, vicreg
+from fastssl.nn import KeyQueue, patch_masks
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution, Training
 from fastssl.train.log import read_metrics
@@ -240,11 +240,14 @@ def tiny(module, **changes):
         (moco_v3, {"hidden": 32}),
         (simclr_v1, {"hidden": 32, "training": Training(1, 8, "lars_simclr", 0.1, 1e-4)}),
         (vicreg, {"dim": 16, "training": Training(1, 8, "larc", 0.1, 1e-4)}),
+        (dino, {"prototypes": 48}),
+        (dinov2, {"prototypes": 48}),
         (barlow_twins, {"dim": 16, "training": Training(1, 8, "lars", 0.1, 1e-4)}),
     ],
 )
 @pytest.mark.parametrize("clipping", [{}, {"clip_norm": 1.0}, {"clip_parameter_norm": 0.1}])
-def test_a_step_never_waits_for_the_device(module, changes, precision, clipping):
+def test_a_step_never_waits_for_the_device(module, changes, precision, clipping, monkeypatch):
+    monkeypatch.setattr(patch_masks, "reads_are_free", lambda x: False)  # on a CPU they are, and masks are read
     config, method = tiny(module, **changes)
     execution = {name: norm for name, norm in clipping.items() if name == "clip_norm"}
     config.training.clip_parameter_norm = clipping.get("clip_parameter_norm", 0.0)

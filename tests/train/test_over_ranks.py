@@ -23,7 +23,7 @@ from fastssl.train.loop import train
 from fastssl.train.signals import Interrupted
 from fastssl.train.trainer import Trainer
 from tests.support.ranks import run_ranks
-from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY
+from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY, PROTOTYPES
 
 SMALL = {
     "mae": {"decoder_depth": 1},
@@ -33,6 +33,8 @@ SMALL = {
     "moco_v3": {"backbone": "resnet_mini", "hidden": 32, "dim": 16},
     "moco_v3 vit": {"backbone": "vit_mini", "hidden": 32, "dim": 16},
     **CONTRASTIVE_AND_REDUNDANCY,
+    **PROTOTYPES,
+    "dino vit": {"backbone": "vit_mini", "drop_path": 0.0, **PROTOTYPES["dino"]},
 }
 
 
@@ -105,7 +107,9 @@ def assert_close(expected, state, folders, bound):
         ("moco_v3", 1, {}),
         ("moco_v3 vit", 1, {}),
         ("moco_v3 vit", 1, {"shard": True}),
-        *((name, 1, {}) for name in CONTRASTIVE_AND_REDUNDANCY),
+        *((name, 1, {}) for name in (*CONTRASTIVE_AND_REDUNDANCY, *PROTOTYPES)),
+        ("dino vit", 2, {}),
+        ("dino vit", 1, {"shard": True}),
     ],
 )
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumulate, execution):
@@ -127,7 +131,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumu
     ("name", "execution", "changes"),
     [("mae", {"shard": True}, {}), ("moco_v1", {}, {"shard_queue": True}), ("moco_v2", {}, {}), ("moco_v3", {}, {})]
     + [("densecl", {}, {"shard_queue": True})]
-    + [(name, {}, {}) for name in CONTRASTIVE_AND_REDUNDANCY if name != "simclr_v2"],
+    + [(name, {}, {}) for name in (*CONTRASTIVE_AND_REDUNDANCY, *PROTOTYPES) if name != "simclr_v2"],
 )
 def test_interrupted_ranks_stop_together_and_resume_bit_for_bit(tmp_path, name, execution, changes):
     """SIGTERM reaches only rank 1, in the middle of an epoch: both ranks save at the same step, and the resumed run

@@ -35,6 +35,13 @@ LEARNING_RATES = {  # by the golden file's name: settings, steps per epoch, accu
     "vicreg.lr": (Training(20, 2048, "lars", 0.2, 0.0, warmup_epochs=10, lr_end=0.0002), 7, 1e-12),
     "barlow.lr": (Training(20, 2048, "lars", 0.2, 0.0, warmup_epochs=10, lr_end=0.0002), 7, 1e-12),
     "simsiam.lr": (Training(100, 512, "sgd", 0.05, 0.0, lr_by_epoch=True), 1, 1e-12),
+    "swav.lr": (
+        Training(
+            20, 4096, "larc", 0.3, 0.0, warmup_epochs=10, warmup_lr=0.01875, warmup_includes_peak=True, lr_end=0.0003
+        ),
+        7,
+        1e-12,
+    ),
     "simclr.lr": (Training(313, 64, "lars_simclr", 1.2, 0.0, warmup_epochs=78, lr_scaling="sqrt"), 1, 1e-6),
 }
 
@@ -46,7 +53,17 @@ def test_golden_learning_rates_of_other_methods(name):
     training, steps_per_epoch, accuracy = LEARNING_RATES[name]
     golden = read("schedules_family")[0][name]
     for step, expected in enumerate(golden.view(len(golden), -1)[:, 0].tolist()):
-        assert learning_rate(training, step / steps_per_epoch) == pytest.approx(expected, rel=accuracy, abs=accuracy)
+        assert learning_rate(training, step / steps_per_epoch, steps_per_epoch) == pytest.approx(
+            expected, rel=accuracy, abs=accuracy
+        )
+
+
+def test_a_warmup_that_includes_the_peak_may_have_one_step():
+    training = Training(10, 256, "larc", 0.3, 0.0, warmup_epochs=1, warmup_lr=0.1, warmup_includes_peak=True)
+    assert learning_rate(training, 0.0, 1) == learning_rate(training, 1.0, 1) == 0.3
+    assert learning_rate(training, 0.0, 2) == 0.1
+    assert learning_rate(training, 0.5, 2) == 0.3
+    assert learning_rate(training, 0.5) == pytest.approx(0.2)  # without a number of steps the last one is at the end
 
 
 def test_weight_decay_is_constant_without_an_end():

@@ -6,7 +6,22 @@ import pytest
 import torch
 
 from fastssl.contract import Batch, DefersUpdates, Method, RanksNegatives, Reconstructs, SchedulesMomentum
-from fastssl.methods import barlow_twins, byol, cpc, densecl, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simsiam, vicreg
+from fastssl.methods import (
+    barlow_twins,
+    byol,
+    cpc,
+    densecl,
+    dino,
+    dinov2,
+    ibot,
+    mae,
+    moco_v1,
+    moco_v2,
+    moco_v3,
+    simclr_v1,
+    simsiam,
+    vicreg,
+)
 from fastssl.nn import MomentumEncoder
 from fastssl.train.config import Execution, Training
 from fastssl.train.optim import parameters_to_freeze
@@ -258,6 +273,9 @@ def test_methods_fulfil_the_contract():
         vicreg: set(),
         densecl: {RanksNegatives, SchedulesMomentum, DefersUpdates},
         cpc: {RanksNegatives},
+        dino: {SchedulesMomentum, DefersUpdates},
+        ibot: {SchedulesMomentum, DefersUpdates},
+        dinov2: {SchedulesMomentum, DefersUpdates},
         toy_method: {DefersUpdates},
     }
     for module, expected in abilities.items():
@@ -267,7 +285,7 @@ def test_methods_fulfil_the_contract():
         assert {ability for ability in optional if isinstance(method, ability)} == expected
 
 
-@pytest.mark.parametrize("module", [moco_v2, toy_method])
+@pytest.mark.parametrize("module", [moco_v2, dino, ibot, dinov2, toy_method])
 def test_deferred_updates_do_not_depend_on_assignments_in_forward(module):
     """The replay of a CUDA graph returns tensors but executes no Python: queue and centre must change all the same."""
     config = module.Config.small()
@@ -295,7 +313,7 @@ def test_deferred_updates_do_not_depend_on_assignments_in_forward(module):
         assert torch.equal(states[1][name], x), name
     initial = module.build(config).state_dict()
     changed = {name for name, x in states[0].items() if not torch.equal(x, initial[name])}
-    assert changed & {"queue_ptr", "centre"}
+    assert changed & {"queue_ptr", "centre", "dino_loss.center"}
 
 
 def test_error_sentences():
