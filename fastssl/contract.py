@@ -6,7 +6,8 @@ A method is a module of `fastssl.methods`, or any other importable module that d
                                ``Config.small()`` (preset for images of at most 64 pixels), ``config.augmentation``
                                (a `data.augmentation.Augmentation`) and ``config.training`` (a `train.config.Training`).
                                Its fields are the flags of `fastssl pretrain`, their docstrings the help texts; numbers
-                               declare their range (`fastssl.bounds`)
+                               declare their range (`fastssl.bounds`). A field `images` that is None becomes the number
+                               of training images when a run starts (memory banks)
     build(config)              the method with initial weights: an `nn.Module` that fulfils `Method`
 
 and optionally

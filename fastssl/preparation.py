@@ -78,6 +78,12 @@ def prepare(
     if distributed.rank() == 0:
         fingerprints = {TRAINING: take_fingerprint(source), HELD_OUT: take_fingerprint(test)}
         data_changes = _changes_of_data(run, changes, fingerprints, allow_changed_data)
+    rows = getattr(run.config, "images", None)
+    if rows is not None and rows < len(source):
+        raise ValueError(
+            f"pretrain: --images must be at least the number of training images, {len(source)}, got {rows}: the method "
+            f"keeps a feature of each; start a new run (--folder)"
+        )
     method = _build_method(run, state, device)
     chosen_now = changes is None or "engine" in changes
     engine = (select_engine if chosen_now else available_engine)(options.engine, device)

@@ -114,6 +114,8 @@ def new_run(
     if not isinstance(data, str):
         run.keep_sources(data)
     preset, run.config = preset_config(module, run.source("train"), preset, backbone)
+    if getattr(run.config, "images", 0) is None:
+        run.config.images = len(run.source("train"))
     run.facts = {"preset": preset, **facts()}
     return run
 

@@ -104,6 +104,9 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
     """State dict of the method's encoder with the names of timm or torchvision."""
     encoder: Any = method.encoder
     state = encoder.timm_state() if hasattr(encoder, "timm_state") else encoder.state_dict()
+    if any(name.startswith("l_to_ab.") for name in state):
+        reason = "neither timm nor torchvision has CMC's two encoders"
+        raise ValueError(f"export: {reason}: use --format safetensors")
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")
@@ -189,7 +192,8 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     followers = [path for path, part in method.named_modules() if isinstance(part, MomentumEncoder)]
     momentum_names = {name for name in names if name.startswith(tuple(f"{plain_name(path)}." for path in followers))}
     queues = {"queue", "queue_ptr", "queue2", "queue2_ptr"} & names
-    remade = momentum_names | queues | {name for name in names if _is_centre(name)}
+    banks = {name for name in names if name.startswith(("bank", "criterion"))}  # memory banks, and their Z
+    remade = momentum_names | queues | banks | {name for name in names if _is_centre(name)}
     missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
     has_decoder = any(name.startswith("decoder_") for name in given & names)
     notes: list[str] = []

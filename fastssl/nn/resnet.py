@@ -106,7 +106,43 @@ class ResNetMini(ResNet):
         return super()._make_layer(block, planes // 2, *args, **kwargs)
 
 
-def _stem(channels: int, stride: int) -> nn.Conv2d:
-    conv = nn.Conv2d(3, channels, kernel_size=3, stride=stride, padding=1, bias=False)
+class HalfResNet(ResNet):
+    """A ResNet of half the width, for images of any number of channels (CMC's encoders of L and of ab).
+
+    Args:
+        name: one of `NAMES`; resnet_mini is half of `ResNetMini`.
+        channels: number of channels of the images.
+        dim: number of outputs of `fc`.
+        small_images: use a 3×3 stem without stride and pooling.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+
+    def __init__(self, name: str, channels: int, dim: int, small_images: bool = False):
+        if name not in NAMES:
+            raise ValueError(f"resnet: unknown backbone {name!r}, there are {', '.join(NAMES)}")
+        is_mini = name == "resnet_mini"
+        block, layers = (BasicBlock, [1, 1, 1, 1]) if is_mini else _BLOCKS[name]
+        self.divisor = 4 if is_mini else 2
+        super().__init__(block, layers, norm_layer=SplitBatchNorm2d)
+        width = 64 // self.divisor
+        if small_images or is_mini:
+            self.conv1, self.maxpool = _stem(width, 2 if is_mini else 1, channels), nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(channels, width, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = SplitBatchNorm2d(width)
+        self.fc = nn.Linear(8 * width * block.expansion, dim)
+        self.to(memory_format=torch.channels_last)
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        if planes == 64:
+            self.inplanes = 64 // self.divisor
+        return super()._make_layer(block, planes // self.divisor, *args, **kwargs)
+
+
+def _stem(channels: int, stride: int, channels_in: int = 3) -> nn.Conv2d:
+    conv = nn.Conv2d(channels_in, channels, kernel_size=3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv

@@ -154,6 +154,18 @@ def _sampled_scores(n: random.Random) -> Arguments:
     return {"q": torch.randn(batch, width), "rows": torch.randn(length, width), "index": index}
 
 
+def _sampled(n: random.Random) -> Arguments:
+    batch, rows, width = n.randint(1, 9), n.randint(1, 40), n.choice([1, 5, 16, 33])
+    indices = torch.randint(rows, (batch, n.randint(2, 50)))
+    return {"q": unit(batch, width), "bank": unit(rows, width), "indices": indices, "tau": 0.2}
+
+
+def _update_bank(n: random.Random) -> Arguments:
+    rows, batch, width = n.randint(1, 30), n.randint(0, 40), n.randint(1, 20)
+    indices = torch.randint(rows, (batch,))
+    return {"bank": unit(rows, width), "indices": indices, "features": unit(batch, width), "momentum": 0.5}
+
+
 CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "attention": _attention,
     "attention_packed": lambda n: {
@@ -178,7 +190,10 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "residual_norm": _residual_norm,
     "restore_tokens": _restore_tokens,
     "sampled_scores": _sampled_scores,
+    "sampled_info_nce": _sampled,
+    "sampled_nce": lambda n: _sampled(n) | {"z": 30.0, "eps": 1e-7},
     "unpatchify": _unpatchify,
+    "update_bank_": _update_bank,
 }
 
 

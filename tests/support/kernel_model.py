@@ -7,7 +7,7 @@ programs, the plan comes from the kernel's file. `acc` is the bytes of a number 
 import math
 from typing import NamedTuple
 
-from fastssl.kernels import attention, contrastive, masking, norm, patches, queue, tile
+from fastssl.kernels import attention, bank, contrastive, masking, norm, patches, queue, tile
 from fastssl.kernels.tile import CARDS
 
 
@@ -217,3 +217,27 @@ def attention_bwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90"
     blocks = math.ceil(L / block_l)
     requested = B * H * (blocks * (3 * tensor + L * acc) + 3 * tensor + L * acc + blocks * 2 * tensor + 5 * tensor)
     return Moved(requested, least, least, 14 * B * H * (blocks * block_l) ** 2 * width)
+
+
+def sampled_fwd(
+    B: int, m: int, D: int, q_size: int, size: int, grad: bool = True, nce: bool = False, arch: str = "sm_90"
+) -> Moved:
+    """Reads queries, sampled rows and their indices; writes loss, rank and gradient. The partial results of each
+    query's parts are written and read once. Rows are counted as if each was drawn once."""
+    acc, parts = max(4, q_size), bank.plan(B, 1 + m, D, size, CARDS[arch])[0]
+    numbers = 2 * acc + 4 + nce * acc  # maximum, sum, rank, and the sum of logarithms
+    partial = parts * B * (numbers + grad * D * acc)
+    scalars = (1 + nce) * acc  # tau and shift
+    least = B * ((1 + m) * (D * size + 8) + D * q_size + (1 + nce) * acc + 8 + grad * D * acc)
+    # Every program reads the query and the positive, and the combination reads them again; maxima are read twice, and
+    # for the softmax's gradient three times.
+    again = parts * B * (D * (q_size + size) + 8)
+    maxima = parts * B * acc * (1 + (grad and not nce))
+    requested = least + 2 * partial + maxima + again + (parts + 1) * B * scalars
+    return Moved(requested, least + 2 * partial, least, 0)
+
+
+def update_bank_(B: int, D: int, bank_size: int, features_size: int) -> Moved:
+    """Reads and writes B rows of the bank, and reads their features. Every program compares all indices."""
+    least = B * (D * (2 * bank_size + features_size) + 8)
+    return Moved(least + 8 * B * B, least, least)

@@ -8,6 +8,9 @@ CONTRASTIVE_AND_REDUNDANCY = {
     "barlow_twins": {"dim": 16},
     "vicreg": {"dim": 16},
     "cpc": {"hidden": 16},
+    "instdisc": {"images": 96, "nce_k": 32, "dim": 16},
+    "cmc": {"images": 96, "nce_k": 32, "dim": 16},
+    "invaspread": {"dim": 16},
 }
 PROTOTYPES = {  # methods that compare views with prototypes
     "dino": {"prototypes": 48, "hidden": 16, "bottleneck": 8},

@@ -1,0 +1,75 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.contract import Batch, Method, RanksNegatives
+from fastssl.methods import invaspread
+from fastssl.methods.invaspread import invariant_spreading_loss
+from tests.support.golden import part, read
+from tests.support.ranks import run_ranks
+
+
+@pytest.mark.parametrize(("name", "tau", "weight"), [("T0.1", 0.1, 1.0), ("T0.5", 0.5, 1.0), ("T0.1_m2", 0.1, 2.0)])
+def test_golden_losses_and_the_gradient_of_the_code(name, tau, weight):
+    """The second factors are constants to the gradient, so it is not that of the number."""
+    golden, _ = read("invaspread")
+    z, expected = golden["input.features"].double().requires_grad_(), part(golden, f"{name}.")
+    loss, _ = invariant_spreading_loss(z, tau, weight)
+    torch.testing.assert_close(loss.detach(), expected["loss"], rtol=1e-9, atol=1e-10)
+    (gradient,) = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(gradient, expected["grad.features"], rtol=1e-9, atol=1e-10)
+    assert (gradient - expected["full_grad.features"]).abs().max() > 0.1
+
+
+def test_ranks_of_partners():
+    z = F.normalize(torch.randn(8, 3), dim=1)
+    cosines = (z @ z.T).fill_diagonal_(-2)
+    wanted = [(cosines[i] > cosines[i, (i + 4) % 8]).sum().item() for i in range(8)]
+    assert invariant_spreading_loss(z)[1].tolist() == wanted
+
+
+def _of_this_rank(z, world):
+    from fastssl.distributed import rank
+
+    own = z.unflatten(0, (2, world, -1))[:, rank()].flatten(0, 1).requires_grad_()
+    loss, ranks = invariant_spreading_loss(own, 0.1)
+    return loss.detach(), torch.autograd.grad(loss, own)[0] / world, ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process():
+    z = F.normalize(torch.randn(12, 5).double(), dim=1)
+    whole = z.clone().requires_grad_()
+    loss, ranks = invariant_spreading_loss(whole, 0.1)
+    (gradient,) = torch.autograd.grad(loss, whole)
+    parts = run_ranks(2, _of_this_rank, z, 2)
+    torch.testing.assert_close(sum(part[0] for part in parts) / 2, loss.detach())
+    for i, wanted in ((1, gradient), (2, ranks)):
+        made = torch.stack([part[i].unflatten(0, (2, -1)) for part in parts], 1).flatten(0, 2)
+        torch.testing.assert_close(made, wanted)
+
+
+def test_it_fulfils_the_contract():
+    config = invaspread.Config.small()
+    config.dim = 16
+    model, views = invaspread.build(config), torch.randn(2, 8, 3, 32, 32).unbind()
+    assert isinstance(model, Method) and isinstance(model, RanksNegatives)
+    loss, metrics = model(Batch(views, None, None))
+    loss.backward()
+    assert loss > 0 and metrics.keys() == {"top1"}
+    rank, count = model.ranks(Batch(views, None, None))
+    assert rank.shape == (16,) and count == 14
+    model.eval()
+    torch.testing.assert_close(model.backbone.fc(model.features(views[0])), model.backbone(views[0]))
+
+
+def test_defaults_are_those_of_the_code():
+    config = invaspread.Config.paper()
+    t = config.training
+    assert (config.backbone, config.image_size, config.small_images, config.dim) == ("resnet18", (32, 32), True, 128)
+    assert (t.optimizer, t.lr * t.batch_size / 256, t.weight_decay, t.decay_all) == ("sgd", 0.03, 5e-4, True)
+    assert (t.epochs, t.batch_size, t.lr_drops, config.tau, config.negative_weight) == (301, 128, (120, 200), 0.1, 1.0)
+    for view in config.augmentation.views:
+        assert (view.crop, view.jitter, view.jitter_p) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.4), 1.0)
+        assert (view.grayscale_p, view.flip_p, view.blur_p) == (0.2, 0.5, 0.0)
+    assert invaspread.linear_probe("resnet18").epochs == 100
