@@ -50,7 +50,27 @@ struct PackedA {
   const P* element(int64_t row, int64_t step) const {
     return data + row / kTileRows * panel_stride + step * step_stride;
   }
+  PackedA from(int64_t row) const { return {element(row, 0), panel_stride, row_stride, step_stride}; }  // whole panels
 };
+
+// C[rows, panels · kPanelWidth] = A B, or C += A B. B is packed as [panels][panel_stride], each panel as
+// [steps][kPanelWidth].
+template <typename P>
+void multiply_block(int64_t rows, int64_t panels, int64_t steps, PackedA<P> a, const P* b, int64_t panel_stride,
+                    bool accumulate, Accumulator<P>* c, int64_t c_stride) {
+  using T = Accumulator<P>;
+  for (int64_t i = 0; steps == 0 && !accumulate && i < rows; ++i)
+    std::fill_n(c + i * c_stride, panels * kPanelWidth<T>, T(0));
+  for (int64_t step = 0; step < steps; step += kDepthChunk<P>) {
+    const auto multiply_rows =
+        step || accumulate ? dispatch_tile<kTileRows, 2, true, P> : dispatch_tile<kTileRows, 2, false, P>;
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t i = 0; i < rows; i += kTileRows)
+        multiply_rows(std::min<int64_t>(kTileRows, rows - i), std::min(kDepthChunk<P>, steps - step),
+                      a.element(i, step), a.row_stride, a.step_stride, b + p * panel_stride + step * kPanelWidth<T>,
+                      kPanelWidth<T>, c + i * c_stride + p * kPanelWidth<T>, c_stride);
+  }
+}
 
 // Computes A B, with B packed as [N / kPanelWidth][steps][kPanelWidth], and calls
 // epilogue(row, column, rows, columns, sums, stride) for each block of the result.
@@ -65,16 +85,8 @@ void gemm(int64_t rows, int64_t columns, int64_t steps, PackedA<P> a, const P* b
               const int64_t row = task / column_blocks * kBlockRows, column = task % column_blocks * kBlockColumns;
               const int64_t block_rows = std::min(kBlockRows, rows - row);
               const int64_t block_columns = std::min(kBlockColumns, columns - column);
-              for (int64_t step = 0; step < steps; step += kDepthChunk<P>)
-                for (int64_t j = 0; j < block_columns; j += kPanelWidth<T>) {
-                  const P* panel = b + (column + j) * steps + step * kPanelWidth<T>;
-                  const auto multiply_rows =
-                      step ? dispatch_tile<kTileRows, 2, true, P> : dispatch_tile<kTileRows, 2, false, P>;
-                  for (int64_t i = 0; i < block_rows; i += kTileRows)
-                    multiply_rows(std::min<int64_t>(kTileRows, block_rows - i), std::min(kDepthChunk<P>, steps - step),
-                                  a.element(row + i, step), a.row_stride, a.step_stride, panel, kPanelWidth<T>,
-                                  sums + i * kBlockColumns + j, kBlockColumns);
-                }
+              multiply_block<P>(block_rows, panel_count<T>(block_columns), steps, a.from(row), b + column * steps,
+                                steps * kPanelWidth<T>, false, sums, kBlockColumns);
               epilogue(row, column, block_rows, block_columns, sums, kBlockColumns);
             });
 }

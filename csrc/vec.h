@@ -215,24 +215,56 @@ double sum_over(int64_t n, Term term) {
   return total;
 }
 
-// 2^x for x ≤ 126. Below -126 the result is 2^-126, negligible in a sum that contains 1. A NaN stays a NaN. Minimax
-// polynomial of degree 6 on [-1/2, 1/2]: relative error 1.6e-8.
-inline Vec<float> exp2(Vec<float> x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
-  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-  const Vec<float> shifted = x + magic;
-  const Vec<float> f = x - (shifted - magic);
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// 2^f for f in [-1/2, 1/2]. Minimax polynomial of degree 6: relative error 1.6e-8.
+inline Vec<float> exp2_fraction(Vec<float> f) {
   Vec<float> p = splat(1.534581243e-4f);
   p = p * f + 1.339993090e-3f;
   p = p * f + 9.618489072e-3f;
   p = p * f + 5.550328642e-2f;
   p = p * f + 2.402264625e-1f;
   p = p * f + 6.931471825e-1f;
-  p = p * f + 1.0f;
-  return p * Vec<float>((Vec<int32_t>(shifted) - Vec<int32_t>(magic) + 127) << 23);
+  return p * f + 1.0f;
+}
+
+constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+
+// 2^n for an integer n in [-126, 128], as n + kRoundingShift; 2^128 is ∞.
+inline Vec<float> exp2_integer(Vec<float> shifted) {
+  return Vec<float>((Vec<int32_t>(shifted) - Vec<int32_t>(splat(kRoundingShift)) + 127) << 23);
+}
+
+// 2^x for x ≤ 126. Below -126 the result is 2^-126, negligible in a sum that contains 1. A NaN stays a NaN.
+inline Vec<float> exp2(Vec<float> x) {
+  x = x < -126.0f ? splat(-126.0f) : x;
+  const Vec<float> shifted = x + kRoundingShift;
+  return exp2_fraction(x - (shifted - kRoundingShift)) * exp2_integer(shifted);
 }
 inline Vec<double> exp2(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+// e^x with the relative error of one rounding, also far from zero: 0 below -87.33, ∞ above 88.72. A NaN stays a NaN.
+inline Vec<float> exp(Vec<float> x) {
+#if defined(__AVX512F__) && FASTSSL_VECTOR_BYTES == 64
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), __m512(x)));
+  const Vec<float> n = Vec<float>(_mm512_roundscale_ps(_mm512_mul_ps(bounded, _mm512_set1_ps(float(kLog2E))), 8));
+  const Vec<float> remainder = (Vec<float>(bounded) - n * 0.693359375f) + n * 2.12194440e-4f;
+  return Vec<float>(_mm512_scalef_ps(__m512(exp2_fraction(remainder * float(kLog2E))), __m512(n)));
+#else
+  const Vec<float> bounded = x < -87.33f ? splat(-87.33f) : x > 89.0f ? splat(89.0f) : x;
+  const Vec<float> shifted = bounded * float(kLog2E) + kRoundingShift, n = shifted - kRoundingShift;
+  // log 2 in two parts, of which the first has so few bits that its product with n is exact.
+  const Vec<float> remainder = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec<float> result = exp2_fraction(remainder * float(kLog2E)) * exp2_integer(shifted);
+  return x < -87.33f ? Vec<float>{} : result;
+#endif
+}
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 
@@ -261,9 +293,6 @@ inline void transpose(Vec<T> (&rows)[kLanes<T>]) {
     for (int i = 0; i < n; ++i) rows[i] = zipped[i];
   }
 }
-
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 
 template <typename I>
 constexpr I round_up(I n, I multiple) {

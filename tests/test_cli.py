@@ -152,8 +152,9 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     refused(monkeypatch, f"unknown command 'train', there are {commands}", "train")
     refused(
         monkeypatch,
-        "pretrain: unknown method 'dinov9', there are barlow_twins, byol, cmc, cpc, densecl, dino, "
-        "dinov2, ibot, instdisc, invaspread, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simclr_v2, simsiam, swav, vicreg, or your own module: package.module",
+        "pretrain: unknown method 'dinov9', there are barlow_twins, byol, cmc, cpc, densecl, dino, dinov2, ibot, "
+        "instdisc, invaspread, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simclr_v2, simsiam, swav, vicreg, or your own "
+        "module: package.module",
         "pretrain",
         "dinov9",
         "--data",

@@ -156,7 +156,7 @@ def soft_cross_entropy(
     check.tensor(name, "student", student, "N D")
     check.tensor(name, "weight", weight, "P D", D=student.shape[1])
     if weight.shape[0] == 0:
-        check.fail(name, "weight must have at least one prototype, got shape " + str(list(weight.shape)))
+        check.fail(name, f"weight must have at least one prototype, got {list(weight.shape)}")
     if not isinstance(targets, PrototypeTargets):
         check.fail(name, f"targets must be PrototypeTargets, got {type(targets).__name__}", TypeError)
     teacher, teacher_weight, teacher_tau, row_offset, column_offset = targets
@@ -292,8 +292,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, tau: float | Tensor, target:
     check.tensor("linear_cross_entropy", "x", x, "N D")
     check.tensor("linear_cross_entropy", "weight", weight, "P D", D=x.shape[1])
     if weight.shape[0] == 0:
-        message = f"weight must have at least one prototype, got shape {list(weight.shape)}"
-        check.fail("linear_cross_entropy", message)
+        check.fail("linear_cross_entropy", f"weight must have at least one prototype, got {list(weight.shape)}")
     check.tensor("linear_cross_entropy", "target", target, "N", N=x.shape[0])
     check.floating("linear_cross_entropy", x=x, weight=weight)
     check.index("linear_cross_entropy", target=target)

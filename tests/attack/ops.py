@@ -166,6 +166,27 @@ def _update_bank(n: random.Random) -> Arguments:
     return {"bank": unit(rows, width), "indices": indices, "features": unit(batch, width), "momentum": 0.5}
 
 
+def _prototype_lse(n: random.Random) -> Arguments:
+    rows, length, width, dim = n.randint(1, 20), n.randint(1, 200), n.choice([1, 5, 16, 33]), n.randint(0, 1)
+    offset = n.choice([None, torch.randn((rows, length)[dim])])
+    return {"x": unit(rows, width), "weight": unit(length, width), "tau": 0.1, "offset": offset, "dim": dim}
+
+
+def _soft_cross_entropy(n: random.Random) -> Arguments:
+    rows, teachers, length, width = n.randint(1, 20), n.randint(1, 9), n.randint(1, 200), n.choice([1, 5, 16, 33])
+    teacher, weight, centre = unit(teachers, 8), unit(length, 8), torch.randn(length)
+    offset = -ops.prototype_lse(teacher, weight, 0.1, centre)
+    targets = ops.PrototypeTargets(teacher, weight, 0.1, offset, centre)
+    drawn = {"student": unit(rows, width), "weight": unit(length, width), "tau": 0.1, "targets": targets}
+    return drawn | {"rows": torch.randint(-1, teachers, (rows, n.randint(1, 3)))}
+
+
+def _linear_cross_entropy(n: random.Random) -> Arguments:
+    rows, length, width = n.randint(1, 20), n.randint(1, 200), n.choice([1, 5, 16, 33])
+    target = torch.randint(length, (rows,)).where(torch.rand(rows) < 0.8, -100)
+    return {"x": unit(rows, width), "weight": unit(length, width), "tau": 0.1, "target": target}
+
+
 CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "attention": _attention,
     "attention_packed": lambda n: {
@@ -183,15 +204,18 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "keep_patches": _keep_patches,
     "keep_tokens": _keep_tokens,
     "linear": _linear,
+    "linear_cross_entropy": _linear_cross_entropy,
     "masked_patch_mse": _masked_patch_mse,
     "nt_xent": _nt_xent,
     "patchify": lambda n: dict(zip(("images", "patch"), _images(n))),
+    "prototype_lse": _prototype_lse,
     "random_masking": lambda n: {"noise": torch.rand(n.randint(1, 3), n.randint(5, 40)), "keep": n.randint(1, 5)},
     "residual_norm": _residual_norm,
     "restore_tokens": _restore_tokens,
     "sampled_scores": _sampled_scores,
     "sampled_info_nce": _sampled,
     "sampled_nce": lambda n: _sampled(n) | {"z": 30.0, "eps": 1e-7},
+    "soft_cross_entropy": _soft_cross_entropy,
     "unpatchify": _unpatchify,
     "update_bank_": _update_bank,
 }
@@ -267,6 +291,12 @@ def mutations_of(value: Any) -> dict[str, Any]:
         means = {f"mean {kind}": value._replace(mean=new) for kind, new in mutations_of(value.mean).items()}
         variances = {f"var {kind}": value._replace(var=new) for kind, new in mutations_of(value.var).items()}
         return means | variances | {"one tensor": value._replace(var=value.mean)}
+    if isinstance(value, ops.PrototypeTargets):
+        fields = ((field, mutations_of(part)) for field, part in value._asdict().items())
+        made = {
+            f"{field} {kind}": value._replace(**{field: new}) for field, kinds in fields for kind, new in kinds.items()
+        }
+        return made | {"tuple": tuple(value), "None": None}
     if isinstance(value, bool):
         return {}
     return {repr(scalar): scalar for scalar in SCALARS}
@@ -276,6 +306,8 @@ def copied(value: Any) -> Any:
     """A copy with the same strides, as far as it can be written to, and the same need of a gradient."""
     if isinstance(value, ops.Running):
         return ops.Running(copied(value.mean), copied(value.var), value.momentum)
+    if isinstance(value, ops.PrototypeTargets):
+        return ops.PrototypeTargets(*map(copied, value))
     if isinstance(value, list):
         return [copied(item) for item in value]
     if not isinstance(value, Tensor) or value.is_meta:

@@ -36,9 +36,13 @@ def moved(value, at_end):
         return guarded(value, at_end)
     if isinstance(value, ops.Running):
         return value._replace(mean=moved(value.mean, at_end).detach(), var=moved(value.var, at_end).detach())
+    if isinstance(value, ops.PrototypeTargets):
+        return ops.PrototypeTargets(*(moved(x, at_end).detach() if isinstance(x, torch.Tensor) else x for x in value))
     return [moved(item, at_end) for item in value] if isinstance(value, list) else value
 
 def expanded(value):
+    if isinstance(value, ops.PrototypeTargets):
+        return ops.PrototypeTargets(*map(expanded, value))
     # the last element, which lies at the guard, through a stride of 0
     return value[-1:].detach().expand_as(value) if isinstance(value, torch.Tensor) and value.ndim else value
 
@@ -59,7 +63,7 @@ for name, op in public_ops().items():
                 for key, value in drawn.items()
             }
             arguments = {key: moved(value, at_end) for key, value in cast.items()}
-            if in_place or name in ("info_nce", "random_masking"):
+            if in_place or name in ("info_nce", "prototype_lse", "random_masking"):
                 arguments = {
                     key: value.detach() if isinstance(value, torch.Tensor) and (in_place or key != "q") else value
                     for key, value in arguments.items()
