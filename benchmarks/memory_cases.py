@@ -240,7 +240,7 @@ DENSE = Case(
     dense_reference,
     dense_ours,
 )
-CASES = [
+CONTRASTIVE_AND_REDUNDANCY = [
     NT_XENT,
     Case(
         "`ops.info_nce`",

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import memory, store
-from benchmarks.memory_cases import CASES, DENSE, NT_XENT
+from benchmarks.memory import CASES
+from benchmarks.memory_cases import DENSE, NT_XENT
 
 TINY = [
     dataclasses.replace(NT_XENT, real=(64, 16), small=(32, 16)),
@@ -15,13 +16,13 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.loss)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.methods[0])
 def test_what_is_followed_is_what_a_run_takes(case):
     followed, (measured, _) = memory.followed(case, small=True), memory.measured(case.reference, case.small)
     assert measured == pytest.approx(followed, rel=memory.AGREEMENT)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.loss)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.methods[0])
 def test_the_reference_has_our_loss_and_gradients(case):
     """But for factors of the heads, which both make at random: there only that both are finite."""
     results = []
