@@ -38,7 +38,17 @@ from .table import ROOT, insert, markdown_table, megabytes, number, write_or_che
 CASES = CONTRASTIVE_AND_REDUNDANCY + PROTOTYPES_AND_BANKS
 RESULTS = store.RESULTS / "memory"
 PAGE, MARKERS = ROOT / "docs" / "methods.md", ("<!-- memory:begin -->", "<!-- memory:end -->")
-HEADER = ("method", "loss", "size", "reference, MB", "ours, MB", "command", "images", "kNN untrained", "kNN trained")
+HEADER = (
+    "method",
+    "loss",
+    "its size",
+    "command",
+    "reference, MB",
+    "ours, MB",
+    "images",
+    "kNN untrained",
+    "kNN trained",
+)
 AGREEMENT = 0.02  # largest difference of followed and measured memory, as a share, at the small size
 
 
@@ -156,20 +166,20 @@ def render() -> str:
     runs = {row["method"]: row for row in rows if "method" in row}
     losses = [(method, row) for row in rows if "loss" in row for method in row["methods"]]
     lines = []
-    for method, row in sorted(losses, key=lambda item: (item[0], item[1]["size"])):
-        memory, run = row["memory_mb"], runs.get(method)
-        line = [f"`{method}`", row["loss"], row["size"], megabytes(memory["reference"]), megabytes(memory["ours"])]
-        lines.append(line + _learned(method, run))
-    lines += [[f"`{m}`", "–", "–", "–", "–", *_learned(m, runs[m])] for m in sorted(runs) if m not in dict(losses)]
-    return markdown_table(HEADER, lines, text_columns=3)
+    for method, row in sorted(losses, key=lambda item: (item[0], item[1]["loss"])):
+        memory = [megabytes(row["memory_mb"][name]) for name in ("reference", "ours")]
+        lines.append(_line(method, row["loss"], row["size"], memory, runs.get(method)))
+    lines += [_line(m, "–", "–", ["–", "–"], run) for m, run in sorted(runs.items()) if m not in dict(losses)]
+    return markdown_table(HEADER, lines, text_columns=4)
 
 
-def _learned(method: str, run: dict | None) -> list[str]:
-    if run is None:
-        return [f"`fastssl pretrain {method} --data shapes`", "–", "–", "–"]
-    command = f"`fastssl pretrain {method} --data {run['data']} --epochs {run['epochs']}`"
-    images = run["data"].partition("count=")[2] or "4,096"
-    return [command, f"{int(images.replace(',', '')):,}", f"{run['untrained']:.1%}", f"{run['trained']:.1%}"]
+def _line(method: str, loss: str, size: str, memory: list[str], run: dict | None) -> list[str]:
+    command, learned = f"fastssl pretrain {method} --data shapes", ["–", "–", "–"]
+    if run is not None:
+        command = f"fastssl pretrain {method} --data {run['data']} --epochs {run['epochs']}"
+        images = int(run["data"].partition("count=")[2] or 4096)
+        learned = [f"{images:,}", f"{run['untrained']:.1%}", f"{run['trained']:.1%}"]
+    return [f"`{method}`", loss, size, f"`{command}`", *memory, *learned]
 
 
 def demonstrate() -> None:
