@@ -6,6 +6,7 @@ pip install inf-cl memeff xformers
 from collections.abc import Callable
 from importlib.util import find_spec
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,6 +42,27 @@ def in_batch_losses(tau: float, symmetric: bool) -> dict[str, Callable[[Tensor, 
 
         losses["memeff"] = MemoryEfficientCLIPLoss(tau, normalized_inputs=True, stable=False)
     return losses
+
+
+def nt_xent_losses(tau: float) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Mean NT-Xent of unit rows z1 and z2 [B, D].
+
+    inf-cl's softmax is over all keys, so the row's product with itself is taken away from its sum; memeff has only the
+    losses of two different sets of rows.
+    """
+    if not installed("inf-cl"):
+        return {}
+    from inf_cl import cal_flash_loss
+
+    def inf_cl(z1: Tensor, z2: Tensor) -> Tensor:
+        z, half = torch.cat([z1, z2]), len(z1)
+        partner = (torch.arange(2 * half, device=z.device) + half) % (2 * half)
+        with_itself = cal_flash_loss(z, z, partner, scale=1 / tau, head_dim=min(256, z.shape[1]))
+        wide = z.float()
+        itself = ((wide * wide).sum(1) - (wide * wide[partner]).sum(1)) / tau
+        return (with_itself + torch.log1p(-(itself - with_itself).exp())).mean()
+
+    return {"inf-cl": inf_cl}
 
 
 def attentions() -> dict[str, Callable[[Tensor], Tensor]]:

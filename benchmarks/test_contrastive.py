@@ -13,7 +13,7 @@ from fastssl.ops import batch_info_nce, info_nce, nt_xent
 
 from .harness import DTYPES, Case, compare, compiled, compiled_on_gpu, forward_backward
 from .machine import DEVICE, GPU_SIZE
-from .rivals import in_batch_losses
+from .rivals import in_batch_losses, nt_xent_losses
 
 TAU = 0.2
 
@@ -223,7 +223,11 @@ def test_nt_xent(benchmark, batch, dtype, width=256):
         size=f"2 × {batch:,}, D={width}, {dtype}, forward + backward",
         kernel="nt_xent_fwd",
         contestants=contestants,
-        rivals=compiled_on_gpu(official, raw1, raw2),
+        rivals={
+            name: forward_backward(lambda loss=loss: loss(unit(raw1), unit(raw2)).float(), raw1, raw2)
+            for name, loss in nt_xent_losses(TAU).items()
+        }
+        | compiled_on_gpu(official, raw1, raw2),
         operations=3 * (2 * batch) ** 2 * width,  # half of the symmetric logits, and their product with z
         dtype=DTYPES[dtype],
     )

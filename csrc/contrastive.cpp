@@ -8,13 +8,21 @@
 namespace fastssl {
 namespace {
 
+// Queries of info_nce_fwd at once: their packed copies and partial results take 5 MB at D = 128. Tasks have at most
+// kMaxQueries of them in any case, so the keys are not read more often.
+constexpr int64_t kRowsAtOnce = 2048;
+
 std::tuple<Tensor, Tensor, Tensor> info_nce_fwd(Tensor q, Tensor k, Tensor queue, Tensor tau, bool with_grad) {
   return with_compute_type(q, [&](auto type) {
     using T = decltype(type);
     Tensor loss = empty({q.size(0)}, kDtype<T>), rank = empty({q.size(0)}, ScalarType::Long);
     Tensor dq = with_grad ? empty({q.size(0), q.size(1)}, kDtype<T>) : empty({0}, kDtype<T>);
-    info_nce<T>(q, k, {0, q.size(0), false}, queue, false, tau_value(tau),
-                {data<T>(loss), with_grad ? data<T>(dq) : nullptr, data<int64_t>(rank)});
+    for (int64_t first = 0, count; first < q.size(0); first += count) {
+      count = std::min(kRowsAtOnce, q.size(0) - first);
+      info_nce<T>(
+          part_of(q, first, count), part_of(k, first, count), {0, count, false}, queue, false, tau_value(tau),
+          {data<T>(loss) + first, with_grad ? data<T>(dq) + first * q.size(1) : nullptr, data<int64_t>(rank) + first});
+    }
     return std::make_tuple(loss, rank, dq);
   });
 }

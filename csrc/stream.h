@@ -24,6 +24,15 @@ struct Matrix {  // a tensor [rows, width] of any floating dtype and strides
         row_stride(tensor.stride(0)), column_stride(tensor.stride(1)) {}
 };
 
+// Rows [first, first + count) of a matrix.
+inline Matrix part_of(Matrix matrix, int64_t first, int64_t count) {
+  with_float_type(matrix.dtype, "rows", [&](auto type) {
+    matrix.data = static_cast<const decltype(type)*>(matrix.data) + first * matrix.row_stride;
+  });
+  matrix.rows = count;
+  return matrix;
+}
+
 // Converts the rows [first, first + count) to contiguous values of type T.
 template <typename T, typename S>
 void widen(const Matrix& src, int64_t first, int64_t count, T* dst) {

@@ -15,15 +15,19 @@ HUGGING_FACE_EPS = 1e-12  # default `layer_norm_eps` of Hugging Face's ViT and V
 
 
 def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the parts of names that wrappers add, and without DINO's "backbone.".
+    """A state dict without the parts of names that wrappers add, and without DINO's "backbone."; DenseCL's second copy
+    of its backbone is left out.
 
     Raises:
         ValueError: two names become the same.
     """
     plain: dict[str, Tensor] = {}
     sources: dict[str, str] = {}
+    names = {plain_name(name) for name in state}
     for name, x in state.items():
         short = plain_name(name)
+        if "backbone." in name and f"encoder_q.0.{short}" in names:
+            continue
         if short in plain:
             raise ValueError(f"{sources[short]} and {name} are one name, {short}, without the wrappers' parts")
         plain[short], sources[short] = x, name

@@ -11,6 +11,8 @@ DINOv2 and of Hugging Face's ViTMAE.
                  for VICReg
     dino         the whole model, as DINO's official checkpoints: {"student": {"module.…": …}, "teacher": {…},
                  "dino_loss": {…}}
+    densecl      the whole model, as DenseCL's official checkpoints: {"state_dict": …}, without their second copy of the
+                 backbone, which is left out of a file too
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
 
 Files are .safetensors for timm and safetensors, and .pth for the others, readable by ``torch.load(weights_only=True)``.
@@ -47,6 +49,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "barlow_twins": ("model", "module."),
     "vicreg": ("model", "module."),
     "swav": ("state_dict", "module."),
+    "densecl": ("state_dict", ""),
 }
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
     "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
@@ -60,9 +63,10 @@ HEADS = (
 )
 METHOD_PARTS = (
     *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments"),
+    *("encoder_q.1.", "contexts.", "losses."),  # DenseCL, CPC
     *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
 )
-ENCODERS = ("", "encoder_q.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
+ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
 STARTED_ANEW = ("queue", "memory.", "assignments", "bank", "criterion")  # what a run fills by itself
 
 

@@ -13,7 +13,9 @@ from fastssl.contract import Batch
 from fastssl.methods import (
     barlow_twins,
     byol,
+    cpc,
     deepcluster_v2,
+    densecl,
     dino,
     mae,
     moco_v1,
@@ -26,7 +28,7 @@ from fastssl.methods import (
 )
 from fastssl.nn.vit import ViT
 from fastssl.run import method_module
-from fastssl.weights import FORMATS, export, load_weights, read_weights
+from fastssl.weights import FORMATS, export, load_initial_weights, load_weights, read_weights
 from tests.support.contract import refused
 
 
@@ -39,8 +41,9 @@ def randomise(method):
     with torch.no_grad():
         for x in method.state_dict().values():
             x.copy_(torch.randn_like(x)) if x.is_floating_point() else x.add_(3)
-    if hasattr(getattr(method, "criterion", None), "queue_ptr"):  # whose queue is saved as a copy, in another layout
-        method.criterion.queue_ptr.fill_(7)
+    for queue in ("criterion", "dense_criterion"):  # whose keys are saved as a copy, in another layout
+        if hasattr(getattr(method, queue, None), "queue_ptr"):
+            getattr(method, queue).queue_ptr.fill_(7)
     return method
 
 
@@ -68,6 +71,8 @@ METHODS = {
     "dino vit": (lambda: dino.build(small_dino("vit_mini")), "dino"),
     "swav": (lambda: swav.build(swav.Config("resnet_mini", (32, 32), dim=16, queue_size=4096)), "swav"),
     "deepcluster_v2": (lambda: deepcluster_v2.build(deepcluster_v2.Config("resnet_mini", (32, 32), dim=16)), "swav"),
+    "densecl": (lambda: densecl.build(densecl.Config("resnet_mini", queue_size=20)), "densecl"),
+    "cpc": (lambda: cpc.build(cpc.Config.small()), None),
     "moco_v3 vit": (lambda: moco_v3.build(moco_v3.Config("vit_mini", (32, 32), 16, 32)), "moco"),
 }
 
@@ -151,7 +156,7 @@ def test_timm_and_torchvision_take_moco_v3s_vit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["moco_v2", "moco_v3", "simclr_v1", "byol", "simsiam", "barlow_twins", "vicreg", "swav"]
+    "name", ["moco_v2", "moco_v3", "simclr_v1", "byol", "simsiam", "barlow_twins", "vicreg", "swav", "densecl"]
 )
 def test_torchvision_and_timm_take_our_resnet(name, tmp_path):
     module = method_module(name)
@@ -493,3 +498,18 @@ def test_a_name_of_a_weight_is_shown_in_part(tmp_path):
     with pytest.raises(ValueError) as error:
         load_weights(mae.build(mae.Config.small()), tmp_path / "long.pth", encoder_only=True)
     assert str(error.value) == f"weights: {tmp_path}/long.pth has no weights of a ViT, but {'x' * 200}…"
+
+
+def test_official_densecl_checkpoints_load_without_their_second_copy_of_the_backbone(tmp_path):
+    """The whole method from the names of its code, and its backbone into another method."""
+    method, path = randomise(METHODS["densecl"][0]()), tmp_path / "epoch_200.pth"
+    state = method.state_dict()
+    twice = {name.replace("encoder_q.0.", "backbone."): x for name, x in state.items() if "encoder_q.0." in name}
+    torch.save({"meta": {"epoch": 200}, "state_dict": twice | state}, path)
+    other = METHODS["densecl"][0]()
+    load_weights(other, path)
+    assert equal(other.state_dict(), state)
+    moco = METHODS["moco_v2"][0]()
+    notes = load_initial_weights(moco, path)
+    assert equal(moco.encoder.state_dict(), method.encoder.state_dict())
+    assert "also has" in notes[1] and "queue2" in notes[1]

@@ -25,6 +25,6 @@ class Flags:
 
 
 def command(words: list[str]) -> None:
-    """fastssl export RUN --format timm|torchvision|safetensors|mae|moco|simsiam|barlow_twins|vicreg|dino|swav"""
+    """fastssl export RUN --format timm|torchvision|safetensors|…, a layout of a reference checkpoint"""
     flags = parse(Flags, words, "fastssl export")
     print(open_run(flags.run).export(flags.format, flags.to))

@@ -23,7 +23,7 @@ from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.ops import InfoNCE
-from fastssl.train.config import Training, check_images_at_once
+from fastssl.train.config import Training, check_batch_norm_parts
 from fastssl.train.schedule import cosine_schedule
 
 OFFICIAL = "moco"  # layout of the reference checkpoint
@@ -121,14 +121,7 @@ def linear_probe(backbone: str) -> Official:
 
 
 def build(config: Config, mlp: bool = False) -> "MoCo":
-    reason = "batch norms need two images on each rank"
-    check_images_at_once(config.training, 2 * world_size(), "moco", reason)
-    batch, parts = config.training.batch_size, world_size() * config.training.accumulate
-    splits = max(1, config.bn_splits // parts)
-    if config.bn_splits < 1 or batch % (splits * parts):
-        raise ValueError(f"moco: batch_size must be divisible by bn_splits={max(config.bn_splits, parts)}, got {batch}")
-    if splits > 1 and batch < 2 * splits * parts:
-        raise ValueError(f"moco: batch_size must be at least twice bn_splits={config.bn_splits}, got {batch}")
+    splits = check_batch_norm_parts(config.training, config.bn_splits, world_size(), "moco")
     encoder = build_resnet(config.backbone, config.dim, config.small_images, splits)
     choices = {"shuffled": max(config.bn_splits, world_size()) > 1, "shard_queue": config.shard_queue}
     momenta = {"momentum": config.ema_momentum, "momentum_end": config.ema_momentum_end}
@@ -172,8 +165,8 @@ class MoCo(nn.Module):
         self.encoder_q = encoder
         self.encoder_k = MomentumEncoder(encoder, momentum)
         self.criterion = InfoNCELoss(dim, queue_size, tau, normalize=False, shard=shard_queue)
-        self.register_state_dict_post_hook(functools.partial(_rename, "criterion.queue", "queue"))
-        self.register_load_state_dict_pre_hook(functools.partial(_rename, "queue", "criterion.queue"))
+        self.register_state_dict_post_hook(functools.partial(rename, "criterion.queue", "queue"))
+        self.register_load_state_dict_pre_hook(functools.partial(rename, "queue", "criterion.queue"))
         self.pending: list[list[Tensor]] = []  # keys of each micro-batch of the current step, for `after_step`
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -232,7 +225,8 @@ class MoCo(nn.Module):
         return self.encoder(images)
 
 
-def _rename(old: str, new: str, moco: MoCo, state: dict, prefix: str, *_) -> None:
+def rename(old: str, new: str, method: nn.Module, state: dict, prefix: str, *_) -> None:
+    """A hook of state dicts: the queue `old` and its pointer `old`_ptr get the name `new`."""
     for name in (f"{prefix}{old}", f"{prefix}{old}_ptr"):
         if name in state:
             state[prefix + new + name.removeprefix(prefix + old)] = state.pop(name)

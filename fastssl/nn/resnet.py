@@ -1,6 +1,7 @@
 """torchvision's ResNets with batch norm, addition and ReLU in one pass, and with variants for small images."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,12 @@ NAMES = ("resnet_mini", "resnet18", "resnet34", "resnet50", "resnet101", "resnet
 
 
 def build_resnet(
-    name: str, dim: int, small_images: bool = False, bn_splits: int = 1, zero_init_residual: bool = False
+    name: str,
+    dim: int,
+    small_images: bool = False,
+    bn_splits: int = 1,
+    zero_init_residual: bool = False,
+    norm: Callable[[int], nn.Module] | None = None,
 ) -> nn.Module:
     """A torchvision ResNet whose last layer `fc` has `dim` outputs.
 
@@ -26,13 +32,14 @@ def build_resnet(
         small_images: use a 3×3 stem without stride and pooling, as is usual for images of 32 pixels.
         bn_splits: number of parts of the batch with batch statistics of their own, see `SplitBatchNorm2d`.
         zero_init_residual: start every block as the identity (MoCo v3).
+        norm: makes the norm of a number of channels, in place of batch norm.
 
     Raises:
         ValueError: the name is unknown.
     """
     if name not in NAMES:
         raise ValueError(f"resnet: unknown backbone {name!r}, there are {', '.join(NAMES)}")
-    norm = functools.partial(SplitBatchNorm2d, splits=bn_splits)
+    norm = norm or functools.partial(SplitBatchNorm2d, splits=bn_splits)
     if name == "resnet_mini":
         model = ResNetMini(dim, norm, zero_init_residual)
     else:
@@ -74,9 +81,12 @@ class ResNet(resnet.ResNet):
     """torchvision's `ResNet`, for the blocks above."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        return self.fc(self.avgpool(self.feature_map(x)).flatten(1))
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Features of each place, [B, 3, H, W] → [B, C, H / 32, W / 32], before pooling and `fc`."""
         x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(self.avgpool(x).flatten(1))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
 class ResNetMini(ResNet):

@@ -12,6 +12,7 @@ from .bank import SampledNCE, sampled_info_nce, sampled_nce, update_bank_
 from .batchnorm import Running, batch_norm
 from .block_masks import block_mask
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
+from .correspondence import dense_match
 from .dense import linear
 from .ema import ema_update_
 from .gelu import bias_gelu
@@ -20,5 +21,6 @@ from .norm import residual_norm
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
 from .prototypes import PrototypeTargets, linear_cross_entropy, prototype_lse, soft_cross_entropy
 from .queue import enqueue_
+from .scores import sampled_scores
 
 dispatch.load_native()

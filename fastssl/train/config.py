@@ -96,6 +96,29 @@ def check_images_at_once(training: Training, least: int, owner: str, reason: str
         )
 
 
+def check_batch_norm_parts(training: Training, bn_splits: int, ranks: int, owner: str) -> int:
+    """The parts into which a rank splits a micro-batch for its batch norms, after a check of the batch size.
+
+    Args:
+        training: batch size and number of micro-batches.
+        bn_splits: parts of the whole batch, at least one for each rank.
+        ranks: number of ranks.
+        owner: method that the error names.
+
+    Raises:
+        ValueError: the batch does not divide into parts of two images or more.
+    """
+    check_images_at_once(training, 2 * ranks, owner, "batch norms need two images on each rank")
+    batch, parts = training.batch_size, ranks * training.accumulate
+    splits = max(1, bn_splits // parts)
+    if bn_splits < 1 or batch % (splits * parts):
+        divisor = max(bn_splits, parts)
+        raise ValueError(f"{owner}: batch_size must be divisible by bn_splits={divisor}, got {batch}")
+    if splits > 1 and batch < 2 * splits * parts:
+        raise ValueError(f"{owner}: batch_size must be at least twice bn_splits={bn_splits}, got {batch}")
+    return splits
+
+
 @dataclass
 class Execution:
     """How a run is executed. Of these options only precision and clip_norm change the result by more than rounding."""

@@ -148,6 +148,29 @@ def _nt_xent(n: random.Random) -> Arguments:
     return {"z1": unit(batch, width), "z2": unit(batch, width), "tau": 0.5}
 
 
+def _dense_match(n: random.Random) -> Arguments:
+    batch, width = n.randint(1, 40), n.choice([1, 5, 16, 33])
+    return {"q": torch.randn(batch, width, n.randint(1, 20)), "k": torch.randn(batch, width, n.randint(1, 20))}
+
+
+def _sampled_scores(n: random.Random) -> Arguments:
+    batch, width, length = n.randint(1, 20), n.choice([1, 5, 16, 33]), n.randint(1, 60)
+    index = torch.randint(length, (batch, n.randint(1, 30)))
+    return {"q": torch.randn(batch, width), "rows": torch.randn(length, width), "index": index}
+
+
+def _sampled(n: random.Random) -> Arguments:
+    batch, rows, width = n.randint(1, 9), n.randint(1, 40), n.choice([1, 5, 16, 33])
+    indices = torch.randint(rows, (batch, n.randint(2, 50)))
+    return {"q": unit(batch, width), "bank": unit(rows, width), "indices": indices, "tau": 0.2}
+
+
+def _update_bank(n: random.Random) -> Arguments:
+    rows, batch, width = n.randint(1, 30), n.randint(0, 40), n.randint(1, 20)
+    indices = torch.randint(rows, (batch,))
+    return {"bank": unit(rows, width), "indices": indices, "features": unit(batch, width), "momentum": 0.5}
+
+
 def _prototype_lse(n: random.Random) -> Arguments:
     rows, length, width, dim = n.randint(1, 20), n.randint(1, 200), n.choice([1, 5, 16, 33]), n.randint(0, 1)
     offset = n.choice([None, torch.randn((rows, length)[dim])])
@@ -169,18 +192,6 @@ def _linear_cross_entropy(n: random.Random) -> Arguments:
     return {"x": unit(rows, width), "weight": unit(length, width), "tau": 0.1, "target": target}
 
 
-def _sampled(n: random.Random) -> Arguments:
-    batch, rows, width = n.randint(1, 9), n.randint(1, 40), n.choice([1, 5, 16, 33])
-    indices = torch.randint(rows, (batch, n.randint(2, 50)))
-    return {"q": unit(batch, width), "bank": unit(rows, width), "indices": indices, "tau": 0.2}
-
-
-def _update_bank(n: random.Random) -> Arguments:
-    rows, batch, width = n.randint(1, 30), n.randint(0, 40), n.randint(1, 20)
-    indices = torch.randint(rows, (batch,))
-    return {"bank": unit(rows, width), "indices": indices, "features": unit(batch, width), "momentum": 0.5}
-
-
 CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "attention": _attention,
     "attention_packed": lambda n: {
@@ -191,6 +202,7 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "batch_info_nce": _batch_info_nce,
     "batch_norm": _batch_norm,
     "bias_gelu": _bias_gelu,
+    "dense_match": _dense_match,
     "block_mask": _block_mask,
     "ema_update_": _ema,
     "enqueue_": _enqueue,
@@ -206,9 +218,10 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "random_masking": lambda n: {"noise": torch.rand(n.randint(1, 3), n.randint(5, 40)), "keep": n.randint(1, 5)},
     "residual_norm": _residual_norm,
     "restore_tokens": _restore_tokens,
-    "soft_cross_entropy": _soft_cross_entropy,
+    "sampled_scores": _sampled_scores,
     "sampled_info_nce": _sampled,
     "sampled_nce": lambda n: _sampled(n) | {"z": 30.0, "eps": 1e-7},
+    "soft_cross_entropy": _soft_cross_entropy,
     "unpatchify": _unpatchify,
     "update_bank_": _update_bank,
 }

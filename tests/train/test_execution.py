@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fastssl.contract import Batch
-from fastssl.methods import mae, moco_v2, moco_v3
+from fastssl.methods import densecl, mae, moco_v2, moco_v3
 from fastssl.nn import MomentumEncoder
 from fastssl.run import method_module
 from fastssl.train.graph import check_graph
@@ -17,6 +17,7 @@ from tests.support.trainers import constant_rate_trainer
 METHODS = {
     "mae": (mae, {}),
     "moco_v2": (moco_v2, {"queue_size": 64}),
+    "densecl": (densecl, {"queue_size": 64}),
     "moco_v3": (moco_v3, {"hidden": 32}),
     "moco_v3, ViT": (moco_v3, {"hidden": 32, "backbone": "vit_mini"}),
     "toy": (toy_method, {}),
@@ -141,7 +142,7 @@ def test_addresses_do_not_change_from_step_to_step(name, precision):
     assert addresses() == before
     assert [x.shape for x in tensors_of(first)] == [x.shape for x in tensors_of(second)]
     copied = sum(isinstance(m, MomentumEncoder) and m._low_precision is not None for m in trainer.method.modules())
-    assert copied == (precision == "bf16" and name.startswith(("moco", "byol", "dino", "ibot")))
+    assert copied == (precision == "bf16" and name.startswith(("moco", "byol", "densecl", "dino", "ibot")))
 
 
 def test_graph_error_sentences():

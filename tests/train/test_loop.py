@@ -12,7 +12,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.contract import Batch
-from fastssl.methods import barlow_twins, deepcluster_v2, dino, dinov2, mae, moco_v2, moco_v3, simclr_v1, swav, vicreg
+from fastssl.methods import (
+    barlow_twins,
+    cpc,
+    deepcluster_v2,
+    densecl,
+    dino,
+    dinov2,
+    mae,
+    moco_v2,
+    moco_v3,
+    simclr_v1,
+    swav,
+    vicreg,
+)
 from fastssl.nn import KeyQueue, patch_masks
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution, Training
@@ -235,6 +248,8 @@ def tiny(module, **changes):
     [
         (mae, {}),
         (moco_v2, {"queue_size": 64}),
+        (densecl, {"queue_size": 64}),
+        (cpc, {"candidates": "drawn", "hidden": 16}),
         (moco_v3, {"hidden": 32}),
         (simclr_v1, {"hidden": 32, "training": Training(1, 8, "lars_simclr", 0.1, 1e-4)}),
         (vicreg, {"dim": 16, "training": Training(1, 8, "larc", 0.1, 1e-4)}),

@@ -5,7 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastssl.contract import Batch
-from fastssl.methods import mae, moco_v1, moco_v2, moco_v3
+from fastssl.methods import densecl, mae, moco_v1, moco_v2, moco_v3
 from fastssl.run import method_module
 from fastssl.train.profile import times_of_parts
 from tests.support import toy_method
@@ -18,6 +18,7 @@ METHODS = {
     "mae": (mae, {}),
     "moco_v1": (moco_v1, {"queue_size": 64, "bn_splits": 1}),
     "moco_v2": (moco_v2, {"queue_size": 64, "bn_splits": 1}),
+    "densecl": (densecl, {"queue_size": 64, "bn_splits": 1}),
     "moco_v3": (moco_v3, {"hidden": 32}),
     "moco_v3, ViT": (moco_v3, {"hidden": 32, "backbone": "vit_mini"}),
     "toy": (toy_method, {}),

@@ -31,6 +31,7 @@ SMALL = {
     "mae": {"decoder_depth": 1},
     "moco_v1": {"queue_size": 96, "bn_splits": 2},
     "moco_v2": {"queue_size": 96, "bn_splits": 2},
+    "densecl": {"queue_size": 96, "bn_splits": 2, "dim": 16},
     "moco_v3": {"backbone": "resnet_mini", "hidden": 32, "dim": 16},
     "moco_v3 vit": {"backbone": "vit_mini", "hidden": 32, "dim": 16},
     **CONTRASTIVE_AND_REDUNDANCY,
@@ -142,6 +143,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumu
 @pytest.mark.parametrize(
     ("name", "execution", "changes"),
     [("mae", {"shard": True}, {}), ("moco_v1", {}, {"shard_queue": True}), ("moco_v2", {}, {}), ("moco_v3", {}, {})]
+    + [("densecl", {}, {"shard_queue": True})]
     + [(name, {}, {}) for name in (*CONTRASTIVE_AND_REDUNDANCY, *PROTOTYPES) if name != "simclr_v2"],
 )
 def test_interrupted_ranks_stop_together_and_resume_bit_for_bit(tmp_path, name, execution, changes):

@@ -28,6 +28,8 @@ RUNS = {
     "swav": ["swav", *SMALL, "--prototypes", "20", "--queue-size", "64", "--queue-start", "0"],
     "deepcluster": ["deepcluster", *SMALL, "--clusters", "10"],
     "deepcluster_v2": ["deepcluster_v2", *SMALL, "--prototypes", "10", "8"],
+    "cpc": ["cpc", *SMALL, "--candidates", "drawn", "--hidden", "16"],
+    "densecl": ["densecl", *SMALL, "--queue-size", "100"],
 }
 
 
@@ -102,6 +104,8 @@ def assert_same_run(broken: Path, whole: Path, name: str) -> None:
         ("deepcluster_v2", 0, "torchvision"),
         pytest.param("swav", 0, "torchvision", marks=pytest.mark.exhaustive),
         pytest.param("deepcluster", 0, "torchvision", marks=pytest.mark.exhaustive),
+        pytest.param("cpc", 0, "auto", marks=pytest.mark.exhaustive),
+        pytest.param("densecl", 0, "auto", marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):

@@ -17,8 +17,10 @@ from fastssl.contract import (
 from fastssl.methods import (
     barlow_twins,
     byol,
+    cpc,
     deepcluster,
     deepcluster_v2,
+    densecl,
     dino,
     dinov2,
     ibot,
@@ -263,7 +265,7 @@ def test_a_group_with_a_constant_learning_rate_has_no_schedule():
 
 
 def test_momentum_is_constant_by_default_for_moco_and_rises_to_1_for_moco_v3():
-    for module, end in ((moco_v1, 0.99), (moco_v2, 0.99), (moco_v3, 1.0)):
+    for module, end in ((moco_v1, 0.99), (moco_v2, 0.99), (densecl, 0.99), (moco_v3, 1.0)):
         method = module.build(module.Config.small())
         assert method.momentum_at(1.0) == end
         assert method.momentum_at(0.0) == module.Config.small().ema_momentum
@@ -280,6 +282,8 @@ def test_methods_fulfil_the_contract():
         simsiam: set(),
         barlow_twins: set(),
         vicreg: set(),
+        densecl: {RanksNegatives, SchedulesMomentum, DefersUpdates},
+        cpc: {RanksNegatives},
         dino: {SchedulesMomentum, DefersUpdates},
         ibot: {SchedulesMomentum, DefersUpdates},
         dinov2: {SchedulesMomentum, DefersUpdates},
