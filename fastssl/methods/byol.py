@@ -16,9 +16,9 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View, asymmetric_views
 from fastssl.eval.protocols import Official
 from fastssl.nn import MomentumEncoder, NegativeCosineSimilarity
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.train.config import Training
 from fastssl.train.schedule import cosine_schedule
@@ -29,7 +29,7 @@ class Config:
     """BYOL as in its paper (section 3.3) and code: 1000 epochs of batch 4096 with LARS."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 256
@@ -88,7 +88,9 @@ def linear_probe(backbone: str) -> Official:
 
 def build(config: Config) -> "BYOL":
     def network() -> nn.Module:
-        encoder = build_resnet(config.backbone, config.dim, config.small_images, zero_init_residual=True)
+        encoder = build_backbone(
+            config.backbone, config.dim, config.small_images, zero_init_residual=True, image_size=config.image_size
+        )
         encoder.fc = mlp_head(encoder.fc.in_features, config.hidden, config.dim, bias=True)
         return encoder
 
@@ -139,7 +141,7 @@ class BYOL(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The online network without its projector; names of torchvision."""
+        """The online network without its projector; names of timm or torchvision."""
         return headless(self.online, "fc")
 
     def features(self, images: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.eval.protocols import Official
 from fastssl.nn import NTXentLoss, l2_normalize
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.ops import batch_info_nce
 from fastssl.train.config import Training
@@ -30,7 +30,7 @@ class Config:
     """SimCLR as in its paper (section 2.1 and appendix B.6): 1000 epochs of batch 4096 with LARS."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 128
@@ -87,7 +87,9 @@ def linear_probe(backbone: str) -> Official:
 
 
 def build(config: Config) -> "SimCLR":
-    backbone = build_resnet(config.backbone, config.dim, config.small_images, zero_init_residual=True)
+    backbone = build_backbone(
+        config.backbone, config.dim, config.small_images, zero_init_residual=True, image_size=config.image_size
+    )
     hidden = [config.hidden] * (config.layers - 1)
     backbone.fc = mlp_head(backbone.fc.in_features, *hidden, config.dim, last_norm="scale")
     for layer in backbone.fc:
@@ -138,7 +140,7 @@ class SimCLR(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The backbone without its projector; names of torchvision."""
+        """The backbone without its projector; names of timm or torchvision."""
         return headless(self.backbone, "fc")
 
     def features(self, images: Tensor) -> Tensor:
