@@ -5,7 +5,7 @@ its strided convolutions: features, weights and names of the encoder are torchvi
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class Config:
     """smallest fraction of the image area that a crop covers"""
     jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.4, 0.4, 0.2, 0.1)
     """strengths of brightness, contrast, saturation and hue jitter"""
+    colour_law: Literal["byol", "torchvision"] = "byol"
+    """formulas of jitter, grayscale and blur: those of the official code, or torchvision's"""
     blur_p: Annotated[tuple[float, float], PROBABILITY] = (1.0, 0.1)
     """probability of Gaussian blur, one for each view"""
     solarize_p: Annotated[tuple[float, float], PROBABILITY] = (0.0, 0.2)
@@ -65,6 +67,7 @@ class Config:
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 32, "sgd", lr=0.8, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
+        views |= {"colour_law": "torchvision"}
         return cls("resnet_mini", (32, 32), 128, 512, ema_momentum=0.95, **views, training=training)
 
     @property
@@ -76,6 +79,7 @@ class Config:
             jitter=self.jitter,
             jitter_p=0.8,
             grayscale_p=0.2,
+            colour_law=self.colour_law,
             flip_p=0.5,
         )
         return asymmetric_views(view, self.blur_p, self.solarize_p)

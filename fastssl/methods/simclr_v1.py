@@ -5,7 +5,7 @@ official TensorFlow code, but for the padding of its max-pooling: weights and na
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Config:
     """smallest fraction of the image area that a crop covers"""
     jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.8, 0.8, 0.8, 0.2)
     """strengths of brightness, contrast, saturation and hue jitter"""
+    colour_law: Literal["simclr_v1", "simclr_v2", "torchvision"] = "simclr_v1"
+    """formulas of jitter, grayscale and blur: those of the official code, or torchvision's"""
     blur_p: Annotated[float, PROBABILITY] = 0.5
     """probability of Gaussian blur"""
     training: Training = field(
@@ -63,7 +65,7 @@ class Config:
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 64, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
-        views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
+        views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5), "colour_law": "torchvision", "blur_p": 0.0}
         return cls("resnet_mini", (32, 32), 128, 256, tau=0.2, **views, training=training)
 
     @property
@@ -75,6 +77,7 @@ class Config:
             jitter=self.jitter,
             jitter_p=0.8,
             grayscale_p=0.2,
+            colour_law=self.colour_law,
             blur_p=self.blur_p,
             flip_p=0.5,
         )

@@ -7,7 +7,7 @@ shapes, the name of a local variable ends in the letters of its shape: ``logits_
 
 from . import dispatch
 from .attention import attention, attention_packed
-from .augment import augment_
+from .augment import ColourLaw, augment_
 from .batchnorm import Running, batch_norm
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .dense import linear

@@ -205,8 +205,8 @@ def test_refusals(monkeypatch):
         image_size=(30, 30),
     )
     refuses(
-        "torchvision:vit_b_32 takes square images, got 32 × 64 pixels: choose another size (--image-size), or a network "
-        "of timm",
+        "torchvision:vit_b_32 takes square images, got 32 × 64 pixels: choose another size (--image-size), or a "
+        "network of timm",
         "torchvision:vit_b_32",
         image_size=(32, 64),
     )
