@@ -44,7 +44,7 @@ def _augment(n: random.Random) -> Arguments:
         "sigma": sigma,
         "solarize": solarize,
         "flip": flip,
-        "law": ops.ColourLaw(*n.choices([False, True], k=3)),
+        "law": ops.ColourLaw(*(n.random() < 0.5 for _ in range(3))),
     }
 
 

@@ -152,7 +152,7 @@ def test_error_sentences():
     config.training.batch_size = 30
     refused("moco: batch_size must be divisible by bn_splits=8, got 30", ValueError, moco_v2.build, config)
     refused(
-        "backbone: unknown name 'resnet5': there are resnet50, resnet34, resnet18, and timm:NAME or torchvision:NAME "
+        "backbone: unknown name 'resnet5': there are resnet50, resnet152, resnet34, and timm:NAME or torchvision:NAME "
         "for the networks of these libraries",
         ValueError,
         moco_v2.build,
