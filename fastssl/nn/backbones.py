@@ -88,7 +88,7 @@ class ForeignNetwork(nn.Module):
         setattr(network.get_submodule(parent), child, nn.Identity())
         if taken := [key for key in network.state_dict() if key.startswith("fc.")]:
             raise ValueError(f"backbone: {name} has weights named {taken[0]} that are not those of its last layer")
-        self.network, self.fc = network, fc
+        self.network, self.fc, self.width = network, fc, fc.in_features
         self.name, self.library = name, name.partition(":")[0]
         self.image_size: tuple[int, int] | None = None
         self.register_state_dict_post_hook(_to_own_names)
@@ -96,6 +96,23 @@ class ForeignNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.network(images))
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Features of all places [B, C, h, w], before they are pooled; C is the number that `fc` is given.
+
+        Raises:
+            ValueError: the network has no such map: it has tokens, or layers between pooling and its last one.
+        """
+        maps: list[Any] = []
+        if self.library == "timm":
+            network: Any = self.network
+            maps.append(network.forward_features(images))
+        elif pools := [part for part in self.network.modules() if isinstance(part, nn.AdaptiveAvgPool2d)]:
+            with pools[-1].register_forward_pre_hook(lambda _, args: maps.append(args[0])):
+                self.network(images)
+        if not maps or maps[0].ndim != 4 or maps[0].shape[1] != self.width:
+            raise ValueError(f"backbone: {self.name} has no map of {self.width} features before its last layer")
+        return maps[0]
 
     @torch.no_grad()
     def check(self, size: tuple[int, int]) -> None:
@@ -115,12 +132,11 @@ class ForeignNetwork(nn.Module):
             ) from error
         finally:
             self.network.train()
-        width = self.fc.in_features
-        if not isinstance(features, Tensor) or features.shape != (1, width):
+        if not isinstance(features, Tensor) or features.shape != (1, self.width):
             got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(
-                f"backbone: {self.name} must give {width} features of an image of {size[0]} × {size[1]} pixels, got "
-                f"{got}: {remedy}"
+                f"backbone: {self.name} must give {self.width} features of an image of {size[0]} × {size[1]} pixels, "
+                f"got {got}: {remedy}"
             )
         self.image_size = size
 
@@ -167,8 +183,9 @@ def _create(name: str, size: tuple[int, int] | None, create: Any) -> nn.Module:
 
 def _last_layer(network: nn.Module, outputs: int) -> str | None:
     """Name of the linear layer that a classification network ends in, None if there isn't one."""
-    if hasattr(network, "get_classifier"):  # timm's, a tuple in networks with two classifiers
-        classifier = network.get_classifier()
+    get_classifier: Any = getattr(network, "get_classifier", None)  # timm's
+    if get_classifier:  # a tuple in networks with two classifiers
+        classifier = get_classifier()
         names = [name for name, part in network.named_modules() if part is classifier]
         return names[0] if names and isinstance(classifier, nn.Linear) else None
     linear = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]

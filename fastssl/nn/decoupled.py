@@ -11,6 +11,7 @@ from fastssl.distributed import all_gather_with_grad, rank, world_size
 from fastssl.ops.dispatch import first_order
 
 from .losses import l2_normalize
+from .noncontrastive import without_autocast
 
 LOGITS_AT_ONCE = 2**22  # 16 MB of float32
 
@@ -100,7 +101,8 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, keys, excluded):
-        lse = torch.cat([logits.logsumexp(1) for _, logits in _blocks(q, keys, excluded)])
+        with without_autocast(q):
+            lse = torch.cat([_logits(q, keys, excluded, rows).logsumexp(1) for rows in _blocks(q, keys)])
         ctx.save_for_backward(q, keys, excluded, lse)
         return lse
 
@@ -109,18 +111,20 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx, dlse):
         q, keys, excluded, lse = ctx.saved_tensors
         dq, dkeys = torch.empty_like(q), torch.zeros_like(keys)
-        for rows, logits in _blocks(q, keys, excluded):
-            weights = (logits - lse[rows, None]).exp_().mul_(dlse[rows, None])
-            with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
+            for rows in _blocks(q, keys):
+                weights = (_logits(q, keys, excluded, rows) - lse[rows, None]).exp_().mul_(dlse[rows, None])
                 dq[rows] = weights @ keys
                 dkeys += weights.T @ q[rows]
         return dq, dkeys, None
 
 
-def _blocks(q: Tensor, keys: Tensor, excluded: Tensor):
-    """(rows, their logits with −∞ for excluded keys)."""
+def _blocks(q: Tensor, keys: Tensor) -> list[slice]:
+    """Rows of q with `LOGITS_AT_ONCE` logits."""
     size = max(1, LOGITS_AT_ONCE // len(keys))
-    for start in range(0, len(q), size):
-        rows = slice(start, start + size)
-        with torch.autocast(q.device.type, enabled=False):
-            yield rows, (q[rows] @ keys.T).scatter_(1, excluded[rows], float("-inf"))
+    return [slice(start, start + size) for start in range(0, len(q), size)]
+
+
+def _logits(q: Tensor, keys: Tensor, excluded: Tensor, rows: slice) -> Tensor:
+    """Logits of these rows, −∞ for excluded keys."""
+    return (q[rows] @ keys.T).scatter_(1, excluded[rows], float("-inf"))

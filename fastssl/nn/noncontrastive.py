@@ -173,7 +173,7 @@ class _SquaredCrossProduct(torch.autograd.Function):
     def forward(ctx, a, b, gather, gram):
         ctx.gather, ctx.gram, ctx.same = gather, gram, b is None
         b = a if b is None else b
-        with _without_autocast(a):
+        with without_autocast(a):
             if gram:  # this rank's rows of AAᵀ and BBᵀ
                 all_a = all_gather(a) if gather else a
                 all_b = all_a if ctx.same else all_gather(b) if gather else b
@@ -191,7 +191,7 @@ class _SquaredCrossProduct(torch.autograd.Function):
     @first_order("squared_cross_product")
     def backward(ctx, dout):
         dout = 2 * (all_sum(dout) if ctx.gather else dout)
-        with _without_autocast(dout):
+        with without_autocast(dout):
             if ctx.gram:
                 all_a, all_b, gram_a, gram_b = ctx.saved_tensors
                 da, db = lambda: gram_b @ all_a, lambda: gram_a @ all_b
@@ -204,7 +204,7 @@ class _SquaredCrossProduct(torch.autograd.Function):
             return da().mul_(dout) if needs[0] else None, db().mul_(dout) if needs[1] else None, None, None
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Products of x in its own dtype, also on devices without autocast, such as meta."""
     off = autocast_dtype(x) is None
     return contextlib.nullcontext() if off else torch.autocast(x.device.type, enabled=False)

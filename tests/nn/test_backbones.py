@@ -80,6 +80,19 @@ def test_a_projector_takes_the_place_of_the_last_layer(name):
     assert network.training and all(part.training for part in network.modules())
 
 
+@pytest.mark.parametrize("name", ["timm:test_convnext", "timm:test_efficientnet", "torchvision:resnet18"])
+def test_feature_maps(name):
+    network, images = build_backbone(name, 7, image_size=(64, 96)).eval(), torch.randn(2, 3, 64, 96)
+    features = network.feature_map(images)
+    assert features.shape == (2, network.width, 2, 3)
+    if "convnext" not in name:  # which normalises after pooling
+        torch.testing.assert_close(features.mean((2, 3)), headless(network, "fc")(images))
+    for other in ("timm:test_vit", "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5"):
+        network = built(other).eval()
+        sentence = f"backbone: {other} has no map of {network.width} features before its last layer"
+        refused(sentence, ValueError, network.feature_map, images[..., :32, :32])
+
+
 def test_our_resnets_are_built_as_before():
     network = build_backbone("resnet_mini", 5, bn_splits=2, image_size=(8, 8))
     assert isinstance(network, ResNet)
