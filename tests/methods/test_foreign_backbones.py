@@ -1,5 +1,6 @@
 """Every method that takes an encoder with networks of timm and torchvision: training, evaluation, export, loading."""
 
+import dataclasses
 import inspect
 import re
 
@@ -9,13 +10,19 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fastssl
+from fastssl.contract import Batch
+from fastssl.distributed import all_mean, rank, world_size
+from fastssl.eval.protocols import Finetune
+from fastssl.methods import moco_v3, simsiam
 from fastssl.nn import accelerate
 from fastssl.run import method_module, method_names
 from fastssl.weights import load_weights
 from tests.support.command import run
 from tests.support.every_command import DATA, TINY, use_every_command
+from tests.support.ranks import run_ranks
 
 
 def takes_networks(method: str) -> bool:
@@ -88,6 +95,37 @@ def test_features_are_what_the_projector_was_given(method, backbone):
 def test_all_methods_with_an_encoder_take_them():
     contrastive = {"simclr_v1", "simclr_v2", "moco_v1", "moco_v2", "moco_v3"}
     assert contrastive | {"byol", "simsiam", "barlow_twins", "vicreg"} <= set(METHODS)
+
+
+def test_resnets_of_other_libraries_have_the_numbers_of_resnets():
+    resnet, swin = (moco_v3.Config.paper(name) for name in ("torchvision:resnet50", "torchvision:swin_t"))
+    assert (resnet.training.optimizer, resnet.tau) == ("lars", 1.0)
+    assert (swin.training.optimizer, swin.tau) == ("adamw", 0.2)
+    assert moco_v3.linear_probe("timm:resnet50").lr == 0.1 and moco_v3.linear_probe("timm:swin_base").lr == 3.0
+    assert Finetune.paper("torchvision:resnet50") == Finetune.paper("resnet50")
+    assert Finetune.paper("timm:convnext_tiny") == Finetune.paper("vit_base")
+    config = dataclasses.replace(moco_v3.Config.small(), backbone="torchvision:resnet18")
+    assert len(moco_v3.build(config).base_encoder.fc) == len(moco_v3.build(moco_v3.Config.small()).base_encoder.fc)
+
+
+def step_of_this_rank():
+    """Loss and gradients of one step under DDP, on this rank's part of the batch."""
+    torch.manual_seed(0)
+    model = simsiam.build(dataclasses.replace(simsiam.Config.small(), backbone="timm:test_efficientnet")).double()
+    views = [view.chunk(world_size())[rank()] for view in torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)]
+    wrapped = DistributedDataParallel(model) if world_size() > 1 else model
+    loss, _ = wrapped(Batch(tuple(views), None, None))
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return all_mean(loss.detach()), gradients, model.state_dict()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_with_the_whole_batch():
+    """timm's batch norms keep their activations, and have the statistics of both ranks."""
+    expected = step_of_this_rank()
+    for made in run_ranks(2, step_of_this_rank):
+        torch.testing.assert_close(made, expected, rtol=1e-7, atol=1e-9)
 
 
 def test_refusals_come_before_anything_is_written(monkeypatch, tmp_path):
