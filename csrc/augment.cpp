@@ -35,8 +35,8 @@ struct Clamp {
 };
 
 template <typename V>  // a vector or a scalar
-inline V luma(V red, V green, V blue) {
-  return red * 0.299f + green * 0.587f + blue * 0.114f;
+inline V luma(V red, V green, V blue, float red_weight = 0.299f) {
+  return red * red_weight + green * 0.587f + blue * 0.114f;
 }
 
 // Conversions that vec.h does not have, as loops over kBytes values, which the compiler vectorises.
@@ -64,21 +64,23 @@ inline float* aligned(std::vector<float>& buffer, int64_t n) {
 
 // ---- Parameters of one image
 
-enum Kind : int64_t { kBrightness, kContrast, kSaturation, kHue };  // columns of `jitter`
+// The columns of `jitter`, then their variants in the same order.
+enum Kind : int64_t { kBrightness, kContrast, kSaturation, kHue, kOffset, kChannelContrast, kHsvSaturation };
 
 struct Step {
   int64_t kind;
   float factor;
-  float mean = 0;  // contrast: mean luma of the image after the steps before
+  std::array<float, 3> mean{};  // contrast: of the image after the steps before, its mean luma or that of each channel
 };
 
 struct Parameters {
   std::array<Step, 4> steps;
   int count = 0;  // number of steps that have an effect
-  bool grey, grey_first, solarize, flip;
+  bool grey, grey_first, tensorflow, solarize, flip;
   double sigma;
 
   bool grey_last() const { return grey && !grey_first; }
+  float red_weight() const { return tensorflow ? 0.2989f : 0.299f; }
 };
 
 template <typename T>
@@ -120,6 +122,15 @@ struct Pixels {
     for (; i < width; ++i) remainder += luma(red[i], green[i], blue[i]);
     return remainder + sum<float>(lanes);
   }
+
+  double sum_of_channel(int c) const {
+    Floats lanes{};
+    double remainder = 0;
+    int64_t i = 0;
+    for (; i + kLane <= width; i += kLane) lanes += load(channel[c] + i);
+    for (; i < width; ++i) remainder += channel[c][i];
+    return remainder + sum<float>(lanes);
+  }
 };
 
 // Rotates the hue, as a conversion to HSV and back would: each pixel keeps its largest and its smallest value, and a
@@ -145,14 +156,27 @@ void apply_step(const Pixels& pixels, const Step& step) {
       return pixels.for_each_vector([=](auto& red, auto& green, auto& blue) {
         for (Floats* x : {&red, &green, &blue}) *x = clamped(*x * factor);
       });
+    case kOffset:
+      return pixels.for_each_vector([=, offset = 255 * (factor - 1)](auto& red, auto& green, auto& blue) {
+        for (Floats* x : {&red, &green, &blue}) *x = clamped(*x + offset);
+      });
     case kContrast:
-      return pixels.for_each_vector([=, mean = splat(step.mean)](auto& red, auto& green, auto& blue) {
-        for (Floats* x : {&red, &green, &blue}) *x = blended(*x, mean);
+    case kChannelContrast:
+      return pixels.for_each_vector([=, mean = step.mean](auto& red, auto& green, auto& blue) {
+        red = blended(red, splat(mean[0]));
+        green = blended(green, splat(mean[1]));
+        blue = blended(blue, splat(mean[2]));
       });
     case kSaturation:
       return pixels.for_each_vector([=](auto& red, auto& green, auto& blue) {
         const Floats grey = luma(red, green, blue);
         for (Floats* x : {&red, &green, &blue}) *x = blended(*x, grey);
+      });
+    case kHsvSaturation:  // the distances to the largest channel change in proportion; the smallest stays at least 0
+      return pixels.for_each_vector([=](auto& red, auto& green, auto& blue) {
+        const Floats top = max(max(red, green), blue), range = top - min(min(red, green), blue);
+        const Floats scale = min(top / max(range, splat(std::numeric_limits<float>::min())), splat(factor));
+        for (Floats* x : {&red, &green, &blue}) *x = clamped(top - (top - *x) * scale);
       });
     case kHue:
       return pixels.for_each_vector([=, sixths = 6 * (factor - std::floor(factor)),
@@ -168,7 +192,9 @@ struct Filter {
   std::vector<float> weights;
   std::vector<std::array<const float*, 2>> neighbours;  // [k] = (before_k, after_k), k ≥ 1
 
-  Filter(double sigma, int64_t size) : radius(int64_t(std::min(std::ceil(3 * sigma), double(size - 1)))) {
+  static int64_t radius_of(double sigma, int64_t size) { return int64_t(std::min(std::ceil(3 * sigma), size - 1.0)); }
+
+  Filter(double sigma, int64_t radius) : radius(radius) {
     std::vector<double> unnormalised(radius + 1);
     double total = 0;
     for (int64_t k = 0; k <= radius; ++k) {
@@ -207,8 +233,10 @@ class Augmenter {
 
   void run(const Image& image, Parameters parameters) {
     if (parameters.count == 0 && !parameters.grey && !(parameters.sigma > 0)) return augment_bytes(image, parameters);
-    for (int s = 0; s < parameters.count; ++s)
-      if (parameters.steps[s].kind == kContrast) parameters.steps[s].mean = mean_luma(image, parameters, s);
+    for (int s = 0; s < parameters.count; ++s) {
+      Step& step = parameters.steps[s];
+      if (step.kind == kContrast || step.kind == kChannelContrast) step.mean = means(image, parameters, s);
+    }
     if (parameters.sigma > 0) return blur(image, parameters);
     for (int64_t y = 0; y < height_; ++y) store_row(image, y, transform_row(image, y, parameters, 0), parameters);
   }
@@ -234,7 +262,9 @@ class Augmenter {
       for (int64_t i = 0; i < padded_; i += kBytes) widen_bytes(bytes_.data() + i, pixels.channel[c] + i);
     }
     if (parameters.grey && parameters.grey_first)
-      pixels.for_each_vector([](auto& red, auto& green, auto& blue) { red = green = blue = luma(red, green, blue); });
+      pixels.for_each_vector([weight = parameters.red_weight()](auto& red, auto& green, auto& blue) {
+        red = green = blue = luma(red, green, blue, weight);
+      });
     for (int s = 0; s < count; ++s) apply_step(pixels, parameters.steps[s]);
     return pixels;
   }
@@ -243,34 +273,49 @@ class Augmenter {
   Pixels transform_row(const Image& image, int64_t y, const Parameters& parameters, int64_t margin) {
     Pixels pixels = jitter_row(image, y, parameters, parameters.count, margin);
     if (parameters.grey_last()) {
-      pixels.for_each_vector([](auto& red, auto& green, auto& blue) { red = luma(red, green, blue); });
+      pixels.for_each_vector([weight = parameters.red_weight()](auto& red, auto& green, auto& blue) {
+        red = luma(red, green, blue, weight);
+      });
       pixels.channel[1] = pixels.channel[2] = pixels.channel[0];
     }
     return pixels;
   }
 
-  float mean_luma(const Image& image, const Parameters& parameters, int count) {
-    double total = 0;
-    for (int64_t y = 0; y < height_; ++y) total += jitter_row(image, y, parameters, count, 0).sum_of_luma();
-    return float(total / double(height_ * width_));
+  // What the contrast, step `count`, keeps: the mean luma, or the mean of each channel.
+  std::array<float, 3> means(const Image& image, const Parameters& parameters, int count) {
+    const bool by_channel = parameters.steps[count].kind == kChannelContrast;
+    std::array<double, 3> totals{};
+    for (int64_t y = 0; y < height_; ++y) {
+      const Pixels pixels = jitter_row(image, y, parameters, count, 0);
+      for (int c = 0; c < (by_channel ? 3 : 1); ++c)
+        totals[c] += by_channel ? pixels.sum_of_channel(c) : pixels.sum_of_luma();
+    }
+    std::array<float, 3> result;
+    for (int c = 0; c < 3; ++c) result[c] = float(totals[by_channel ? c : 0] / double(height_ * width_));
+    return result;
   }
 
   // Rows are blurred along the width and kept in a ring buffer, from which row y is blurred along the height.
   void blur(const Image& image, const Parameters& parameters) {
-    Filter horizontal(parameters.sigma, width_), vertical(parameters.sigma, height_);
+    const bool zeros = parameters.tensorflow;  // beyond the border
+    const auto radius = [&](int64_t size) { return zeros ? height_ / 20 : Filter::radius_of(parameters.sigma, size); };
+    Filter horizontal(parameters.sigma, radius(width_)), vertical(parameters.sigma, radius(height_));
     const int64_t margin = round_up<int64_t>(horizontal.radius, 16), planes = parameters.grey_last() ? 1 : 3;
     const int64_t ring_rows = std::min(2 * vertical.radius + 1, height_);
     float* const ring = aligned(ring_, ring_rows * planes * padded_);
     float* const result = aligned(result_, planes * padded_);
-    const auto ring_row = [&](int64_t y) {  // borders are reflected, as with padding_mode="reflect"
-      y = y < 0 ? -y : y < height_ ? y : 2 * (height_ - 1) - y;
+    zeros_.assign(zeros ? planes * padded_ : 0, 0.0f);
+    const auto ring_row = [&](int64_t y) -> float* {
+      if (zeros && (y < 0 || y >= height_)) return zeros_.data();
+      y = y < 0 ? -y : y < height_ ? y : 2 * (height_ - 1) - y;  // reflected, as with padding_mode="reflect"
       return ring + y % ring_rows * planes * padded_;
     };
     int64_t next_row = 0;
     for (int64_t y = 0; y < height_; ++y) {
       for (; next_row <= std::min(y + vertical.radius, height_ - 1); ++next_row) {
         const Pixels pixels = transform_row(image, next_row, parameters, margin);
-        for (int64_t c = 0; c < planes; ++c) blur_row(pixels.channel[c], horizontal, ring_row(next_row) + c * padded_);
+        for (int64_t c = 0; c < planes; ++c)
+          blur_row(pixels.channel[c], horizontal, zeros, ring_row(next_row) + c * padded_);
       }
       for (int64_t k = 1; k <= vertical.radius; ++k) vertical.neighbours[k] = {ring_row(y - k), ring_row(y + k)};
       vertical.apply(ring_row(y), planes * padded_, result);
@@ -279,10 +324,10 @@ class Augmenter {
     }
   }
 
-  void blur_row(float* row, Filter& horizontal, float* out) const {
+  void blur_row(float* row, Filter& horizontal, bool zeros, float* out) const {
     for (int64_t k = 1; k <= horizontal.radius; ++k) {
-      row[-k] = row[k];
-      row[width_ - 1 + k] = row[width_ - 1 - k];
+      row[-k] = zeros ? 0 : row[k];
+      row[width_ - 1 + k] = zeros ? 0 : row[width_ - 1 - k];
       horizontal.neighbours[k] = {row - k, row + k};
     }
     horizontal.apply(row, width_, out);
@@ -317,11 +362,11 @@ class Augmenter {
 
   int64_t height_, width_, padded_;  // padded_: width rounded up to whole vectors of bytes
   std::vector<uint8_t> bytes_, mirrored_;
-  std::vector<float> values_, ring_, result_;
+  std::vector<float> values_, ring_, result_, zeros_;
 };
 
 void augment_(Tensor images, Tensor jitter, Tensor order, Tensor grey, Tensor sigma, Tensor solarize, Tensor flip,
-              bool grey_first) {
+              bool grey_first, bool additive, bool tensorflow) {
   const int64_t batch = images.size(0), height = images.size(2), width = images.size(3);
   std::vector<Parameters> parameters(batch);
   for (int64_t b = 0; b < batch; ++b) {
@@ -331,10 +376,13 @@ void augment_(Tensor images, Tensor jitter, Tensor order, Tensor grey, Tensor si
       if (kind < 0 || kind > 3)
         throw std::runtime_error("augment_: order must be between 0 and 3, got " + std::to_string(kind));
       const float factor = parameter_at<float>(jitter, b, kind);
-      if (factor != (kind == kHue ? 0.0f : 1.0f)) image.steps[image.count++] = {kind, factor};
+      if (factor == (kind == kHue ? 0.0f : 1.0f)) continue;
+      const bool varies = kind == kBrightness ? additive : tensorflow && kind != kHue;
+      image.steps[image.count++] = {varies ? kind + kOffset : kind, factor};
     }
     image.grey = parameter_at<bool>(grey, b);
     image.grey_first = grey_first;
+    image.tensorflow = tensorflow;
     image.sigma = parameter_at<float>(sigma, b);
     image.solarize = parameter_at<bool>(solarize, b);
     image.flip = parameter_at<bool>(flip, b);

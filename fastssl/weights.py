@@ -3,7 +3,7 @@ DINOv2 and of Hugging Face's ViTMAE.
 
     timm         the encoder alone, with the names of timm's VisionTransformer or ResNet with num_classes=0
     torchvision  the encoder alone, with the names of torchvision's ResNet with fc = Identity() or VisionTransformer
-                 with heads = Identity()
+                 with heads = Identity(); other networks of timm and torchvision have their own names in their format
     mae          the whole model, as MAE's official checkpoints: {"model": …}
     moco         the whole model, as MoCo's and MoCo v3's official checkpoints: {"arch": …, "state_dict":
                  {"module.…": …}}; simsiam is the same for SimSiam, swav for SwAV and DeepCluster-v2
@@ -120,6 +120,11 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")
+    library = getattr(encoder, "library", layout)  # of a `ForeignNetwork`
+    if library != layout:
+        raise ValueError(
+            f"export: {encoder.name} has the names of {library} alone: use --format {library} or safetensors"
+        )
     if layout == "timm" or not any(name.startswith("blocks.") for name in state):
         return state
     renamed = {timm_to_torchvision(name): x for name, x in state.items()}
@@ -462,9 +467,16 @@ def _read(path: Path | str, module: nn.Module | None = None) -> _File:
     except ValueError as error:
         prefix = "" if str(error).startswith("weights: ") else f"weights: {name}: "
         raise ValueError(f"{prefix}{printable(error)}") from error
-    if state.keys() == names:
+    if module is not None and _has_names_of(module, set(state)):
         return _File(name, state, None)
     return _File(name, to_timm(state, fold), _hugging_face_eps(path) if is_hugging_face(state) else None)
+
+
+def _has_names_of(module: nn.Module, names: set[str]) -> bool:
+    """Whether these are the names of the module, or hold all of its encoder's where that has its library's names."""
+    encoder: Any = getattr(module, "encoder", module)
+    is_foreign = hasattr(encoder, "library") and set(_real_names(encoder)) <= names
+    return is_foreign or names == set(_real_names(module))
 
 
 def _hugging_face_eps(path: Path) -> float:

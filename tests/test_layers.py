@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "ops",
         "distributed",
         "data.augmentation",
+        "data.lab",
         "train.config",
         "train.schedule",
         "eval.protocols",

@@ -101,7 +101,9 @@ def test_what_the_method_does_not_define_is_refused(toy):
         toy.linear("official")
     with pytest.raises(ValueError, match=r"^export: Autoencoder has no weights in the format moco: use timm, "):
         toy.export("moco")
-    with pytest.raises(ValueError, match=r"^eval: finetune is for ViTs and ResNets, and the encoder of Autoencoder is"):
+    with pytest.raises(
+        ValueError, match=r"^eval: finetune is for ViTs, ResNets and networks .* encoder of Autoencoder is"
+    ):
         toy.finetune(epochs=1, warmup_epochs=0, batch_size=16)
     with pytest.raises(ValueError, match=r"^eval: --pool is for ViTs, and the encoder of Autoencoder is not one$"):
         toy.linear(pool="avg")

@@ -1,10 +1,18 @@
 """Augmentations as plain values: a method defines them, and every loader engine reads them."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 MAX_SIDE = 8192  # pixels: a view of that height and width takes 0.8 GB as floats
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SWAV_STD = (0.228, 0.224, 0.225)  # of SwAV's and DeepCluster-v2's code
+COLOUR_LAWS: dict[str, dict[str, Any]] = {  # fields of `ops.ColourLaw`
+    "torchvision": {},
+    "simclr_v1": {"additive": True, "tensorflow": True},
+    "simclr_v2": {"tensorflow": True},
+    "byol": {"additive": True, "tensorflow": True},
+}
+COLOUR_SPACES = ("rgb", "lab")
 
 
 @dataclass(frozen=True)
@@ -22,12 +30,14 @@ class View:
     jitter_p: float = 1.0
     grayscale_p: float = 0.0
     grayscale_first: bool = False  # grayscale before the jitter, as in MoCo v1
+    colour_law: str = "torchvision"  # formulas of jitter, grayscale and blur: one of `COLOUR_LAWS`, see `ops.augment_`
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # range of the Gaussian's standard deviation, pixels
     solarize_p: float = 0.0
     flip_p: float = 0.0
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    colour_space: str = "rgb"  # "lab": L, a, b of the finished view; `mean` and `std` are then theirs (`data.lab`)
 
     def __post_init__(self):
         if not (len(self.size) == 2 and all(1 <= side <= MAX_SIDE for side in self.size)):
@@ -43,6 +53,9 @@ class View:
             raise ValueError(f"augmentation: blur_sigma must be a range above 0, got {low} {high}")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"augmentation: interpolation must be bilinear or bicubic, got {self.interpolation!r}")
+        for name, known in (("colour_law", COLOUR_LAWS), ("colour_space", COLOUR_SPACES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"augmentation: {name} must be {' or '.join(known)}, got {value!r}")
         if min(*self.jitter, 0.5 - self.jitter[3]) < 0:
             raise ValueError(
                 f"augmentation: jitter must be four strengths of at least 0, the hue's at most 0.5, got {self.jitter}"

@@ -50,5 +50,8 @@ def make_contact_sheet(
 
 
 def _to_bytes(pixels: Tensor, view: View) -> Tensor:
+    """Bytes of normalised pixels; of L, a and b as if they were red, green and blue, each over its whole range."""
+    if view.colour_space == "lab":
+        return ((pixels.cpu() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
     mean, std = (torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1) for values in (view.mean, view.std))
     return ((pixels.cpu() * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)

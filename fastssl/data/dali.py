@@ -19,6 +19,7 @@ from nvidia.dali import math as dm
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
+from fastssl.ops import ColourLaw
 from fastssl.ops.augment import BRIGHTNESS, CONTRAST, LUMA, SATURATION
 
 from . import torchvision
@@ -282,19 +283,19 @@ def _input(name: str, dtype: types.DALIDataType, ndim: int, layout: str | None =
 
 def _change_colours(x: DataNode, view: View, number: int, on_gpu: bool) -> DataNode:
     """Equals `fastssl.ops.augment_`, in DALI's operators."""
-    grey = _input(f"grey {number}", types.BOOL, 0)
+    grey, law = _input(f"grey {number}", types.BOOL, 0), torchvision.law_of(view)
     x = fn.cast(x, dtype=types.FLOAT)
     if view.grayscale_first:
-        x = _grayscale(x, grey)
+        x = _grayscale(x, grey, law)
     if _input(f"jittered {number}", types.BOOL, 0):
         order, factors = _input(f"order {number}", types.INT32, 1), _input(f"jitter {number}", types.FLOAT, 1)
         factors = factors.gpu() if on_gpu else factors
         for position in range(4):
-            x = _jitter(x, order[position], factors)
+            x = _jitter(x, order[position], factors, law)
     if not view.grayscale_first:
-        x = _grayscale(x, grey)
+        x = _grayscale(x, grey, law)
     if _input(f"blurred {number}", types.BOOL, 0):
-        x = fn.gaussian_blur(x, sigma=_input(f"sigma {number}", types.FLOAT, 0))
+        x = _blur(x, _input(f"sigma {number}", types.FLOAT, 0), law.blur_radius(view.size[0]), view.size)
     x = fn.cast(x, dtype=types.UINT8)  # rounds
     if _input(f"solarize {number}", types.BOOL, 0):
         x = dm.min(x, types.Constant(255, types.UINT8) - x)  # 255 − x where x ≥ 128
@@ -303,32 +304,59 @@ def _change_colours(x: DataNode, view: View, number: int, on_gpu: bool) -> DataN
     )
 
 
-def _jitter(x: DataNode, step: DataNode, factors: DataNode) -> DataNode:
+def _jitter(x: DataNode, step: DataNode, factors: DataNode, law: ColourLaw) -> DataNode:
     if step == BRIGHTNESS:
-        x = dm.clamp(x * factors[0], 0.0, 255.0)
+        x = dm.clamp(x + (factors[0] - 1.0) * 255.0 if law.additive else x * factors[0], 0.0, 255.0)
     elif step == CONTRAST:
-        x = _blend(x, fn.reductions.mean(_luma(x), axes=[0, 1], keep_dims=True), factors[1])
+        kept = x if law.tensorflow else _luma(x)
+        x = _blend(x, fn.reductions.mean(kept, axes=[0, 1], keep_dims=True), factors[1])
     elif step == SATURATION:
-        x = _blend(x, _luma(x), factors[2])
+        x = _saturate(x, factors[2]) if law.tensorflow else _blend(x, _luma(x), factors[2])
     else:
         x = _rotate_hue(x, factors[3])
     return x
 
 
-def _grayscale(x: DataNode, grey: DataNode) -> DataNode:
+def _blur(x: DataNode, sigma: DataNode, radius: int | None, size: tuple[int, int]) -> DataNode:
+    """Gaussian blur; with a radius there are zeros beyond the border, which is reflected otherwise."""
+    if radius is None:
+        return fn.gaussian_blur(x, sigma=sigma)
+    height, width = size
+    if radius == 0:
+        return x
+    padded = _window(x, -radius, (height + 2 * radius, width + 2 * radius))
+    return _window(fn.gaussian_blur(padded, sigma=sigma, window_size=2 * radius + 1), radius, size)
+
+
+def _window(x: DataNode, start: int, size: tuple[int, int]) -> DataNode:
+    """A window of an image, with zeros outside of it."""
+    return fn.slice(
+        x, start=[start, start], shape=list(size), axes=[0, 1], out_of_bounds_policy="pad", fill_values=[0.0]
+    )
+
+
+def _grayscale(x: DataNode, grey: DataNode, law: ColourLaw) -> DataNode:
     if grey:
-        luma = _luma(x)
+        luma = _luma(x, law.luma)
         x = fn.cat(luma, luma, luma, axis=2)
     return x
 
 
-def _luma(x: DataNode) -> DataNode:
-    red, green, blue = LUMA
+def _luma(x: DataNode, weights: tuple[float, float, float] = LUMA) -> DataNode:
+    red, green, blue = weights
     return x[:, :, 0:1] * red + x[:, :, 1:2] * green + x[:, :, 2:3] * blue
 
 
 def _blend(x: DataNode, other: DataNode, factor: DataNode) -> DataNode:
     return dm.clamp((x - other) * factor + other, 0.0, 255.0)
+
+
+def _saturate(x: DataNode, factor: DataNode) -> DataNode:
+    """Saturation in HSV times a factor, as in `fastssl.ops.augment`."""
+    red, green, blue = x[:, :, 0:1], x[:, :, 1:2], x[:, :, 2:3]
+    top, low = dm.max(dm.max(red, green), blue), dm.min(dm.min(red, green), blue)
+    scale = dm.min(top / dm.max(top - low, 1e-6), factor)
+    return dm.clamp(top - (top - x) * scale, 0.0, 255.0)
 
 
 def _rotate_hue(x: DataNode, turns: DataNode) -> DataNode:

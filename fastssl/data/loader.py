@@ -15,6 +15,7 @@ from fastssl.contract import Batch
 from fastssl.text import printable
 
 from .augmentation import Augmentation
+from .lab import rgb_to_lab
 from .order import Order
 from .samples import Engine, Layout, Samples, describe
 from .source import BadSource, Source
@@ -79,7 +80,10 @@ class Loader:
         self._layout: Layout | None = None  # of the source's extras, known from the first batch
         self._engine = _build_engine(engine, source, augmentation, batch_size, seed, workers, self.device, train)
         self._mean_and_std = [
-            tuple(torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (view.mean, view.std))
+            tuple(
+                torch.tensor(v, device=self.device).view(1, 3, 1, 1) * (255 if view.colour_space == "rgb" else 1)
+                for v in (view.mean, view.std)
+            )
             for view in augmentation.views
         ]
 
@@ -119,16 +123,16 @@ class Loader:
 
     def _to_batch(self, samples: Samples) -> Batch:
         """Copies a batch to the device; bytes become normalised floats."""
-        views = tuple(
-            view.to(self.device, non_blocking=True).float().sub_(mean).div_(std)
-            for view, (mean, std) in zip(samples.views, self._mean_and_std)
-        )
+        values = [view.to(self.device, non_blocking=True).float() for view in samples.views]
+        spaces = [view.colour_space for view in self.augmentation.views]
+        values = [rgb_to_lab(view / 255) if space == "lab" else view for view, space in zip(values, spaces)]
+        views = tuple(view.sub_(mean).div_(std) for view, (mean, std) in zip(values, self._mean_and_std))
         # these are copied on a CPU too: a tensor in a worker's shared memory holds a file open
-        index, label, seed, *values = (
+        index, label, seed, *extras = (
             tensor.to(self.device, non_blocking=True, copy=True)
             for tensor in (samples.index, samples.label, samples.seed, *samples.extras.values())
         )
-        return Batch(views, index, label, seed, dict(zip(samples.extras, values)))
+        return Batch(views, index, label, seed, dict(zip(samples.extras, extras)))
 
     def _on_copy_stream(self, batches: Iterator[Samples]) -> Iterator[Batch]:
         """Copies and normalises on a separate stream, while the GPU computes the previous step."""

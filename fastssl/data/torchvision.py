@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from fastssl.ops import augment_
+from fastssl.ops import ColourLaw, augment_
 
-from .augmentation import Augmentation, View
+from .augmentation import COLOUR_LAWS, Augmentation, View
 from .decoding import ImageFile, open_image
 from .draws import Draws, draw, mix, windows
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
@@ -118,7 +118,12 @@ def resample(image: Tensor, view: View, window: list[int]) -> Tensor:
 def change_colours(pixels: Tensor, view: View, draws: Draws) -> None:
     """Changes the colours of a batch [B, 3, H, W] uint8 by its draws, in place."""
     jitter, order, grey, sigma, solarize, flip = map(torch.from_numpy, draws.colours)
-    augment_(pixels, jitter, order, grey, sigma, solarize, flip, grey_first=view.grayscale_first)
+    augment_(pixels, jitter, order, grey, sigma, solarize, flip, law_of(view))
+
+
+def law_of(view: View) -> ColourLaw:
+    """The formulas of a view's colours."""
+    return ColourLaw(view.grayscale_first, **COLOUR_LAWS[view.colour_law])
 
 
 def _windows(

@@ -20,8 +20,8 @@ from fastssl.data.source import BadImage, Source
 from fastssl.data.workers import Workers
 from fastssl.extras import need
 from fastssl.nn import accelerate
+from fastssl.nn.backbones import ForeignNetwork, build_backbone
 from fastssl.nn.block import Block, SwiGLU
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.vit import ConvStem, ViT
 from fastssl.train.schedule import learning_rate
 
@@ -43,33 +43,35 @@ def need_timm() -> None:
 def build_classifier(
     method: nn.Module, backbone: str, classes: int, drop_path: float = 0.0, small_images: bool = False
 ) -> nn.Module:
-    """The method's encoder with a new classifier: timm's VisionTransformer with our attention, or our ResNet.
+    """The method's encoder with a new classifier: timm's VisionTransformer with our attention, our ResNet, or the
+    network of timm or torchvision that the method was trained with.
 
     The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's
     code; its initial weights are normal(0, 2e-5). The encoder's own last norm and head are left out. The classifier of
-    a ResNet is `fc`.
+    the others is `fc`.
 
     Args:
-        method: a method whose `encoder` is a `ViT` or a ResNet in torchvision's names.
-        backbone: name of the ResNet; the sizes of a ViT are those of the encoder.
+        method: a method whose `encoder` is a `ViT`, a ResNet in torchvision's names, or a `ForeignNetwork`.
+        backbone: name of the network; the sizes of a ViT are those of the encoder.
         classes: number of classes.
         drop_path: largest probability of skipping a block of a ViT.
         small_images: whether the ResNet was pretrained with the stem for small images.
 
     Raises:
-        ValueError: the encoder is neither a ViT nor a ResNet of that name.
+        ValueError: the encoder is neither a ViT nor the network of that name.
     """
     encoder = method.encoder
     state = encoder.timm_state() if isinstance(encoder, ViT) else encoder.state_dict()
     if isinstance(encoder, ViT):
         model, new = _vit(encoder, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
         state = {name: x for name, x in state.items() if not name.startswith(("norm.", "fc_norm.", "head."))}
-    elif backbone.startswith("resnet"):
-        model, new = build_resnet(backbone, classes, small_images), {"fc.weight", "fc.bias"}
+    elif backbone.startswith("resnet") or isinstance(encoder, ForeignNetwork):
+        model = build_backbone(backbone, classes, small_images, image_size=getattr(encoder, "image_size", None))
+        new = {f"fc.{name}" for name in model.fc.state_dict()}
     else:
         raise ValueError(
-            f"eval: finetune is for ViTs and ResNets, and the encoder of {type(method).__name__} is a "
-            f"{type(encoder).__name__}: train run.encoder() in a loop of yours"
+            f"eval: finetune is for ViTs, ResNets and networks of timm and torchvision, and the encoder of "
+            f"{type(method).__name__} is a {type(encoder).__name__}: train run.encoder() in a loop of yours"
         )
     missing, unexpected = model.load_state_dict(state, strict=False)
     if set(missing) != new or unexpected:

@@ -11,6 +11,11 @@ from fastssl.milestones import MILESTONE, check_milestones
 from fastssl.train.config import Training
 
 
+def is_resnet(name: str) -> bool:
+    """Whether a backbone is a ResNet, ours or another library's: it then has the papers' numbers for ResNets."""
+    return name.rpartition(":")[2].startswith("resnet")
+
+
 class Setting(NamedTuple):
     """Optimizer and learning rate of a linear classifier."""
 
@@ -152,7 +157,7 @@ class Finetune:
             of ViT-B. ResNet: Caron et al., 2020 (SwAV), section 4.1 and its code for few labels, with learning rates of
             0.01 and of 0.2 for the classifier, which drop to a tenth here and to a fifth there.
         """
-        if backbone.startswith("resnet"):
+        if is_resnet(backbone):
             return cls(
                 20,
                 256,
@@ -179,7 +184,7 @@ class Finetune:
     def small(cls, backbone: str) -> "Finetune":
         """For images of at most 64 pixels and minutes on a laptop; not from a paper. No flips, which change digits."""
         light = {"label_smoothing": 0.1, "randaugment": "none", "erasing": 0.0, "crop_min": 0.6, "flip_p": 0.0}
-        if backbone.startswith("resnet"):
+        if is_resnet(backbone):
             return cls(
                 20,
                 64,

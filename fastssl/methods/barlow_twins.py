@@ -16,9 +16,9 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View, asymmetric_views
 from fastssl.eval.protocols import Official
 from fastssl.nn import BarlowTwinsLoss
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.train.config import Training
 
 OFFICIAL = "barlow_twins"  # layout of the reference checkpoint
@@ -29,7 +29,7 @@ class Config:
     """Barlow Twins as in its paper (section 2.2) and code: 1000 epochs of batch 2048 with LARS."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 8192
@@ -86,7 +86,9 @@ def linear_probe(backbone: str) -> Official:
 
 
 def build(config: Config) -> "BarlowTwins":
-    backbone = build_resnet(config.backbone, config.dim, config.small_images, zero_init_residual=True)
+    backbone = build_backbone(
+        config.backbone, config.dim, config.small_images, zero_init_residual=True, image_size=config.image_size
+    )
     width, backbone.fc = backbone.fc.in_features, nn.Identity()
     projector = mlp_head(width, config.dim, config.dim, config.dim)
     criterion = BarlowTwinsLoss(config.redundancy_weight, gather=True, gradient_ranks=config.gradient_ranks)
@@ -133,7 +135,7 @@ class BarlowTwins(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The backbone, without the projector; names of torchvision."""
+        """The backbone, without the projector; names of timm or torchvision."""
         return self.backbone
 
     def features(self, images: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ its strided convolutions: features, weights and names of the encoder are torchvi
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View, asymmetric_views
 from fastssl.eval.protocols import Official
 from fastssl.nn import MomentumEncoder, NegativeCosineSimilarity
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.train.config import Training
 from fastssl.train.schedule import cosine_schedule
@@ -29,7 +29,7 @@ class Config:
     """BYOL as in its paper (section 3.3) and code: 1000 epochs of batch 4096 with LARS."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 256
@@ -48,6 +48,8 @@ class Config:
     """smallest fraction of the image area that a crop covers"""
     jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.4, 0.4, 0.2, 0.1)
     """strengths of brightness, contrast, saturation and hue jitter"""
+    colour_law: Literal["byol", "torchvision"] = "byol"
+    """formulas of jitter, grayscale and blur: those of the official code, or torchvision's"""
     blur_p: Annotated[tuple[float, float], PROBABILITY] = (1.0, 0.1)
     """probability of Gaussian blur, one for each view"""
     solarize_p: Annotated[tuple[float, float], PROBABILITY] = (0.0, 0.2)
@@ -65,6 +67,7 @@ class Config:
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 32, "sgd", lr=0.8, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
+        views |= {"colour_law": "torchvision"}
         return cls("resnet_mini", (32, 32), 128, 512, ema_momentum=0.95, **views, training=training)
 
     @property
@@ -76,6 +79,7 @@ class Config:
             jitter=self.jitter,
             jitter_p=0.8,
             grayscale_p=0.2,
+            colour_law=self.colour_law,
             flip_p=0.5,
         )
         return asymmetric_views(view, self.blur_p, self.solarize_p)
@@ -88,7 +92,9 @@ def linear_probe(backbone: str) -> Official:
 
 def build(config: Config) -> "BYOL":
     def network() -> nn.Module:
-        encoder = build_resnet(config.backbone, config.dim, config.small_images, zero_init_residual=True)
+        encoder = build_backbone(
+            config.backbone, config.dim, config.small_images, zero_init_residual=True, image_size=config.image_size
+        )
         encoder.fc = mlp_head(encoder.fc.in_features, config.hidden, config.dim, bias=True)
         return encoder
 
@@ -139,7 +145,7 @@ class BYOL(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The online network without its projector; names of torchvision."""
+        """The online network without its projector; names of timm or torchvision."""
         return headless(self.online, "fc")
 
     def features(self, images: Tensor) -> Tensor:

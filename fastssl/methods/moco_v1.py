@@ -17,10 +17,10 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import shuffle, unshuffle, world_size
 from fastssl.eval.protocols import Official
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import moco_v2_head
 from fastssl.nn.losses import InfoNCELoss, l2_normalize
 from fastssl.nn.momentum import MomentumEncoder
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.ops import InfoNCE
 from fastssl.train.config import Training, check_batch_norm_parts
@@ -34,7 +34,7 @@ class Config:
     """MoCo as in its paper (sections 3.3 and 4, "Technical details") and code: 200 epochs, batch size 256."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 128
@@ -122,7 +122,7 @@ def linear_probe(backbone: str) -> Official:
 
 def build(config: Config, mlp: bool = False) -> "MoCo":
     splits = check_batch_norm_parts(config.training, config.bn_splits, world_size(), "moco")
-    encoder = build_resnet(config.backbone, config.dim, config.small_images, splits)
+    encoder = build_backbone(config.backbone, config.dim, config.small_images, splits, image_size=config.image_size)
     choices = {"shuffled": max(config.bn_splits, world_size()) > 1, "shard_queue": config.shard_queue}
     momenta = {"momentum": config.ema_momentum, "momentum_end": config.ema_momentum_end}
     return MoCo(encoder, config.queue_size, config.tau, mlp=mlp, symmetric=config.symmetric, **choices, **momenta)
@@ -217,7 +217,7 @@ class MoCo(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The query encoder without its head; names of torchvision."""
+        """The query encoder without its head; names of timm or torchvision."""
         return headless(self.encoder_q, "fc")
 
     def features(self, images: Tensor) -> Tensor:

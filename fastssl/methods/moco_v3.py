@@ -15,12 +15,12 @@ from fastssl.bounds import AT_LEAST_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, PROB
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
-from fastssl.eval.protocols import Official
+from fastssl.eval.protocols import Official, is_resnet
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.nn.vit import MOCO_V3_SIZES, moco_v3_vit
 from fastssl.ops import batch_info_nce
@@ -35,7 +35,8 @@ class Config:
     """MoCo v3 as in its paper (section 4) and code: 300 epochs of a ViT, or `paper("resnet50")` for a ResNet."""
 
     backbone: str = "vit_small"
-    """encoder: vit_mini, vit_small, vit_base, vit_conv_small, vit_conv_base, or a ResNet: resnet_mini, resnet50, …"""
+    """encoder: vit_mini, vit_small, vit_base, vit_conv_small, vit_conv_base, a ResNet (resnet_mini, resnet50, …),
+    timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels, for a ViT divisible by the patch size"""
     dim: Annotated[int, AT_LEAST_1] = 256
@@ -76,7 +77,7 @@ class Config:
     def paper(cls, backbone: str = "vit_small") -> "Config":
         """ViT: 300 epochs, AdamW. ResNet: 1000 epochs, LARS, from the code's README, where 100 epochs have learning
         rate 0.6, weight decay 1e-6 and momentum coefficient 0.99, and 300 epochs the same with learning rate 0.3."""
-        if not backbone.startswith("resnet"):
+        if not is_resnet(backbone):
             return cls(backbone)
         training = Training(1000, 4096, "lars", lr=0.3, weight_decay=1.5e-6, warmup_epochs=10)
         return cls(backbone, tau=1.0, ema_momentum=0.996, crop_min=0.2, training=training)
@@ -120,22 +121,26 @@ class Config:
 
 def linear_probe(backbone: str) -> Official:
     """SGD. Source: Chen et al., 2021 (MoCo v3), section 5 and its code's README: 0.1 for ResNets and 3 for ViTs."""
-    lr = 0.1 if backbone.startswith("resnet") else 3.0
+    lr = 0.1 if is_resnet(backbone) else 3.0
     return Official(90, 1024, "sgd", lr, warmup_epochs=0, lr_by_epoch=True, standardise=False, interpolation="bilinear")
 
 
 def build(config: Config) -> "MoCoV3":
     check_images_at_once(config.training, 2, "moco_v3", "an image is contrasted with the others of its batch")
     name, hidden, dim = config.backbone, config.hidden, config.dim
-    if name.startswith("resnet"):
-        encoder = build_resnet(name, dim, config.small_images, zero_init_residual=True)
-        encoder.fc = mlp_head(encoder.fc.in_features, hidden, dim, last_norm="plain")
-    elif name in MOCO_V3_SIZES:
+    widths = (hidden, dim) if is_resnet(name) else (hidden, hidden, dim)
+    if name in MOCO_V3_SIZES:
         encoder = moco_v3_vit(name, config.image_size, config.freeze_patch_embed)
-        encoder.head = mlp_head(encoder.norm.normalized_shape[0], hidden, hidden, dim, last_norm="plain")
+        encoder.head = mlp_head(encoder.norm.normalized_shape[0], *widths, last_norm="plain")
+    elif is_resnet(name) or ":" in name:
+        encoder = build_backbone(name, dim, config.small_images, zero_init_residual=True, image_size=config.image_size)
+        encoder.fc = mlp_head(encoder.fc.in_features, *widths, last_norm="plain")
     else:
-        raise ValueError(f"moco_v3: unknown backbone {name!r}, there are {', '.join(MOCO_V3_SIZES)} and ResNets")
-    predictor = mlp_head(dim, hidden, dim, last_norm="none" if name.startswith("resnet") else "plain")
+        raise ValueError(
+            f"moco_v3: unknown backbone {name!r}, there are {', '.join(MOCO_V3_SIZES)}, ResNets, timm:NAME and "
+            "torchvision:NAME"
+        )
+    predictor = mlp_head(dim, hidden, dim, last_norm="none" if is_resnet(name) else "plain")
     return sync_batch_norms(MoCoV3(encoder, predictor, config.tau, config.ema_momentum, config.ema_momentum_end))
 
 

@@ -5,7 +5,7 @@ official TensorFlow code, but for the padding of its max-pooling: weights and na
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.eval.protocols import Official
 from fastssl.nn import NTXentLoss, l2_normalize
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.ops import batch_info_nce
 from fastssl.train.config import Training
@@ -30,7 +30,7 @@ class Config:
     """SimCLR as in its paper (section 2.1 and appendix B.6): 1000 epochs of batch 4096 with LARS."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 128
@@ -49,6 +49,8 @@ class Config:
     """smallest fraction of the image area that a crop covers"""
     jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.8, 0.8, 0.8, 0.2)
     """strengths of brightness, contrast, saturation and hue jitter"""
+    colour_law: Literal["simclr_v1", "simclr_v2", "torchvision"] = "simclr_v1"
+    """formulas of jitter, grayscale and blur: those of the official code, or torchvision's"""
     blur_p: Annotated[float, PROBABILITY] = 0.5
     """probability of Gaussian blur"""
     training: Training = field(
@@ -63,7 +65,7 @@ class Config:
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 64, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
-        views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
+        views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5), "colour_law": "torchvision", "blur_p": 0.0}
         return cls("resnet_mini", (32, 32), 128, 256, tau=0.2, **views, training=training)
 
     @property
@@ -75,6 +77,7 @@ class Config:
             jitter=self.jitter,
             jitter_p=0.8,
             grayscale_p=0.2,
+            colour_law=self.colour_law,
             blur_p=self.blur_p,
             flip_p=0.5,
         )
@@ -87,7 +90,9 @@ def linear_probe(backbone: str) -> Official:
 
 
 def build(config: Config) -> "SimCLR":
-    backbone = build_resnet(config.backbone, config.dim, config.small_images, zero_init_residual=True)
+    backbone = build_backbone(
+        config.backbone, config.dim, config.small_images, zero_init_residual=True, image_size=config.image_size
+    )
     hidden = [config.hidden] * (config.layers - 1)
     backbone.fc = mlp_head(backbone.fc.in_features, *hidden, config.dim, last_norm="scale")
     for layer in backbone.fc:
@@ -138,7 +143,7 @@ class SimCLR(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The backbone without its projector; names of torchvision."""
+        """The backbone without its projector; names of timm or torchvision."""
         return headless(self.backbone, "fc")
 
     def features(self, images: Tensor) -> Tensor:

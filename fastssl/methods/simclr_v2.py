@@ -4,7 +4,7 @@ Chen et al., "Big Self-Supervised Models are Strong Semi-Supervised Learners", 2
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastssl.bounds import AT_LEAST_1
 from fastssl.train.config import Training
@@ -18,6 +18,8 @@ class Config(simclr_v1.Config):
 
     layers: Annotated[int, AT_LEAST_1] = 3
     """number of linear layers of the projector: 2 in SimCLR, 3 in its second version"""
+    colour_law: Literal["simclr_v1", "simclr_v2", "torchvision"] = "simclr_v2"
+    """formulas of jitter, grayscale and blur: those of the official code, or torchvision's"""
     training: Training = field(
         default_factory=lambda: Training(
             800, 4096, "lars_simclr", lr=1.2, weight_decay=1e-4, warmup_epochs=10, lr_scaling="sqrt"

@@ -16,9 +16,9 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.eval.protocols import Official
 from fastssl.nn import NegativeCosineSimilarity
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless, save_child_as
 from fastssl.train.config import Training
 
@@ -30,7 +30,7 @@ class Config:
     """SimSiam as in its paper (section 3, baseline settings) and the command of its code: 100 epochs, batch 512."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 2048
@@ -85,7 +85,9 @@ def linear_probe(backbone: str) -> Official:
 
 
 def build(config: Config) -> "SimSiam":
-    backbone = build_resnet(config.backbone, config.dim, config.small_images, zero_init_residual=True)
+    backbone = build_backbone(
+        config.backbone, config.dim, config.small_images, zero_init_residual=True, image_size=config.image_size
+    )
     width = backbone.fc.in_features
     backbone.fc = mlp_head(width, width, width, config.dim, last_bias=True, last_norm="plain")
     predictor = mlp_head(config.dim, config.hidden, config.dim, last_bias=True)
@@ -134,7 +136,7 @@ class SimSiam(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The backbone without its projector; names of torchvision."""
+        """The backbone without its projector; names of timm or torchvision."""
         return headless(self.backbone, "fc")
 
     def features(self, images: Tensor) -> Tensor:

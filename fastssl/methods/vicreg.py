@@ -15,9 +15,9 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View, asymmetric_views
 from fastssl.eval.protocols import Official
 from fastssl.nn import VICRegLoss
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.train.config import Training
 
 OFFICIAL = "vicreg"  # layout of the reference checkpoint
@@ -28,7 +28,7 @@ class Config:
     """VICReg as in its paper (section 4.2) and code: 1000 epochs of batch 2048 with LARS."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 8192
@@ -88,7 +88,9 @@ def linear_probe(backbone: str) -> Official:
 
 
 def build(config: Config) -> "VICReg":
-    backbone = build_resnet(config.backbone, config.dim, config.small_images, zero_init_residual=True)
+    backbone = build_backbone(
+        config.backbone, config.dim, config.small_images, zero_init_residual=True, image_size=config.image_size
+    )
     width, backbone.fc = backbone.fc.in_features, nn.Identity()
     projector = mlp_head(width, config.dim, config.dim, config.dim, bias=True)
     weights = config.sim_weight, config.std_weight, config.cov_weight
@@ -123,7 +125,7 @@ class VICReg(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The backbone, without the expander; names of torchvision."""
+        """The backbone, without the expander; names of timm or torchvision."""
         return self.backbone
 
     def features(self, images: Tensor) -> Tensor:

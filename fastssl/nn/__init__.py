@@ -2,6 +2,7 @@
 
 from .attention import Attention
 from .bank import BankNCE, MemoryBank, draw_rows
+from .decoupled import DCLLoss, DCLWLoss
 from .heads import DINOHead, FactoredLogits
 from .koleo import KoLeoLoss
 from .losses import InfoNCELoss, NTXentLoss, l2_normalize

@@ -114,24 +114,38 @@ class SyncBatchNorm(_BatchNorm):
         return out.to(x.dtype)
 
 
+class SyncBatchNormAct(SyncBatchNorm):
+    """Batch norm over all ranks, then what timm's `BatchNormAct2d` has behind it: dropout and an activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 def sync_batch_norms(module: nn.Module) -> nn.Module:
     """Replaces every batch norm of `module` by one over all ranks and returns the module; if `module` itself is a batch
     norm, returns its replacement. Parameters and buffers stay the same objects with the same names.
 
-    In one process nothing is replaced; with NCCL the new ones are torch's own, else `SyncBatchNorm`.
+    In one process nothing is replaced; with NCCL the new ones are torch's own, else `SyncBatchNorm`. timm's
+    `BatchNormAct2d` keep their activation.
 
     Raises:
         ValueError: a batch norm has no momentum or no running statistics.
     """
     if world_size() == 1:
         return module
-    if "nccl" in str(dist.get_backend()):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if isinstance(module, _BatchNorm):
+        has_act = hasattr(module, "act") and hasattr(module, "drop")
+        if "nccl" in str(dist.get_backend()) and not has_act:
+            return nn.SyncBatchNorm.convert_sync_batchnorm(module)
         if module.momentum is None or not module.track_running_stats:
             raise ValueError("sync_batch_norms: batch norms must have a momentum and running statistics")
-        synced = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine)
+        cls = SyncBatchNormAct if has_act else SyncBatchNorm
+        synced = cls(module.num_features, module.eps, module.momentum, module.affine)
         synced._parameters, synced._buffers = module._parameters, module._buffers
+        synced._modules = module._modules
         return synced.train(module.training)
     for name, child in module.named_children():
         setattr(module, name, sync_batch_norms(child))

@@ -7,7 +7,7 @@ shapes, the name of a local variable ends in the letters of its shape: ``logits_
 
 from . import dispatch
 from .attention import attention, attention_packed
-from .augment import augment_
+from .augment import ColourLaw, augment_
 from .bank import SampledNCE, sampled_info_nce, sampled_nce, update_bank_
 from .batchnorm import Running, batch_norm
 from .block_masks import block_mask

@@ -1,6 +1,7 @@
 """Photometric augmentation in place on a batch of uint8 images: jitter, grayscale, blur, solarize, flip."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,28 @@ from . import check
 from .dispatch import fake, op
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
+TENSORFLOW_LUMA = (0.2989, 0.587, 0.114)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of `jitter`, and values of `order`
+
+
+class ColourLaw(NamedTuple):
+    """Variants of the steps of `augment_`; the defaults are torchvision's."""
+
+    grey_first: bool = False  # grayscale before the jitter, as in MoCo v1
+    additive: bool = False  # brightness is added, as in BYOL and SimCLR v1
+    tensorflow: bool = False  # contrast, saturation, grayscale and blur of the code of SimCLR and BYOL
+
+    @property
+    def luma(self) -> tuple[float, float, float]:
+        """Weights of red, green and blue in grayscale."""
+        return TENSORFLOW_LUMA if self.tensorflow else LUMA
+
+    def blur_radius(self, height: int) -> int | None:
+        """Radius of the blur of an image of this height; None where it depends on σ."""
+        return height // 20 if self.tensorflow else None
+
+
+TORCHVISION = ColourLaw()
 
 
 def augment_(
@@ -21,7 +43,7 @@ def augment_(
     sigma: Tensor,
     solarize: Tensor,
     flip: Tensor,
-    grey_first: bool = False,
+    law: ColourLaw = TORCHVISION,
 ) -> Tensor:
     """Augments each image with the parameters drawn for it, in place; returns `images`.
 
@@ -30,11 +52,16 @@ def augment_(
     1. jitter: the four steps in the `order` of the image, each clamped to [0, 255], with luma(x) = 0.299 R + 0.587 G +
        0.114 B: brightness f·x; contrast m + f·(x − m), m the image's mean luma; saturation luma + f·(x − luma); hue,
        rotated by h of a full turn in HSV, which keeps the largest and the smallest channel of each pixel.
-    2. grayscale: all channels become luma (before 1. with `grey_first`, as in MoCo v1).
+    2. grayscale: all channels become luma (before 1. with `law.grey_first`, as in MoCo v1).
     3. Gaussian blur, separable, of radius ⌈3σ⌉ (at most size − 1), weights normalised, the border reflected about the
        edge pixels.
     4. rounding to uint8; then solarize: 255 − x where x ≥ 128.
     5. horizontal flip.
+
+    With `law.additive` brightness is x + 255·(f − 1). With `law.tensorflow` contrast is m + f·(x − m), m the channel's
+    mean; saturation is multiplied by f in HSV, up to 1: v − min(f, v / (v − w))·(v − x), v and w the largest and the
+    smallest channel of a pixel; grayscale weighs red by 0.2989; and the blur has radius ⌊H / 20⌋ along both axes, with
+    zeros beyond the border.
 
     Differs from torchvision's transforms on Pillow images in two points: values are rounded once, not after each step,
     and the blur is a Gaussian (Pillow's is three box filters).
@@ -48,7 +75,7 @@ def augment_(
         sigma: [B] float32, standard deviation of the blur in pixels; 0 for no blur.
         solarize: [B] bool.
         flip: [B] bool.
-        grey_first: convert to grayscale before the jitter, for all images.
+        law: variants of these steps, for all images.
 
     All parameters but `images` must be on the CPU, whatever the device of the images, because they decide which steps
     run. Their values are not checked; `draw(view, number, seeds).colours` of `fastssl.data.draws` draws them from
@@ -56,12 +83,13 @@ def augment_(
 
     Raises:
         ValueError: a shape or device does not fit, or two pixels of the images share memory.
-        TypeError: a dtype does not fit.
+        TypeError: a dtype does not fit, or law is no `ColourLaw`.
         RuntimeError: an `order` is not in 0 … 3.
 
     Memory: a few float32 images. No gradient.
 
-    Source: Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020 (MoCo v2), section 3, and code.
+    Source: Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020 (MoCo v2), section 3, and code;
+        Chen et al., 2020 (SimCLR), appendix A, and code; Grill et al., 2020 (BYOL), appendix B, and code.
     """
     check.tensor("augment_", "images", images, "B 3 H W", **{"3": 3})
     _check_dtype("images", images, torch.uint8)
@@ -75,7 +103,9 @@ def augment_(
     ):
         _check_parameter(name, parameter, dims, dtype, images)
     check.separate("augment_", {"images": images}, {})
-    _augment_(images, jitter, order, grey, sigma, solarize, flip, grey_first)
+    if not isinstance(law, ColourLaw) or not all(isinstance(choice, bool) for choice in law):
+        check.fail("augment_", f"law must be a ColourLaw of True and False, got {law!r}", TypeError)
+    _augment_(images, jitter, order, grey, sigma, solarize, flip, *law)
     return images
 
 
@@ -103,15 +133,18 @@ def _augment_(
     solarize: Tensor,
     flip: Tensor,
     grey_first: bool,
+    additive: bool,
+    tensorflow: bool,
 ) -> None:
     check.in_range("augment_", "order", order, 4, "3")
     if images.numel() == 0:
         return
+    law = ColourLaw(grey_first, additive, tensorflow)
     parameters = zip(*(column.tolist() for column in (jitter, order, grey, sigma, solarize, flip)))
     for image, (factors, steps, to_grey, blur_sigma, to_solarize, to_flip) in zip(images, parameters):
         if to_grey or blur_sigma > 0 or factors != [1, 1, 1, 0]:
-            values = jitter_image(image.float(), factors, steps, to_grey, grey_first)
-            image.copy_((blur_image(values, blur_sigma) if blur_sigma > 0 else values).round_())
+            values = jitter_image(image.float(), factors, steps, to_grey, law)
+            image.copy_((blur_image(values, blur_sigma, law) if blur_sigma > 0 else values).round_())
         if to_solarize:
             image.copy_(torch.where(image >= 128, 255 - image, image))
         if to_flip:
@@ -119,38 +152,46 @@ def _augment_(
 
 
 @fake(_augment_)
-def _(images, jitter, order, grey, sigma, solarize, flip, grey_first):
+def _(images, jitter, order, grey, sigma, solarize, flip, grey_first, additive, tensorflow):
     pass
 
 
-def jitter_image(x: Tensor, factors: list[float], steps: list[int], grey: bool, grey_first: bool) -> Tensor:
+def jitter_image(x: Tensor, factors: list[float], steps: list[int], grey: bool, law: ColourLaw) -> Tensor:
     """Jitter and grayscale of `augment_` on one image [3, H, W], floating."""
-    if grey and grey_first:
-        x = _luma(x).expand_as(x)
+    if grey and law.grey_first:
+        x = _luma(x, law.luma).expand_as(x)
     for step in steps:
         factor = factors[step]
         if factor == (0 if step == HUE else 1):
             continue
         if step == BRIGHTNESS:
-            x = (x * factor).clamp_(0, 255)
+            x = (x + 255 * (factor - 1) if law.additive else x * factor).clamp_(0, 255)
         elif step == CONTRAST:
-            x = _blend(x, _luma(x).mean(), factor)
+            x = _blend(x, x.mean((1, 2), keepdim=True) if law.tensorflow else _luma(x).mean(), factor)
         elif step == SATURATION:
-            x = _blend(x, _luma(x), factor)
+            x = _saturate(x, factor) if law.tensorflow else _blend(x, _luma(x), factor)
         else:
             x = _rotate_hue(x, factor)
-    return _luma(x).expand_as(x).contiguous() if grey and not grey_first else x
+    return _luma(x, law.luma).expand_as(x).contiguous() if grey and not law.grey_first else x
 
 
-def _luma(x: Tensor) -> Tensor:
+def _luma(x: Tensor, weights: tuple[float, float, float] = LUMA) -> Tensor:
     """[3, H, W] → [1, H, W]"""
-    red, green, blue = LUMA
+    red, green, blue = weights
     return (x[0] * red + x[1] * green + x[2] * blue).unsqueeze(0)
 
 
 def _blend(x: Tensor, base: Tensor, factor: float) -> Tensor:
     """The value base + factor · (x − base), clamped."""
     return ((x - base) * factor + base).clamp_(0, 255)
+
+
+def _saturate(x: Tensor, factor: float) -> Tensor:
+    """Saturation in HSV times a factor, up to 1: the distances to the largest channel change in proportion."""
+    largest = x.amax(0)
+    chroma = largest - x.amin(0)
+    scale = (largest / torch.where(chroma > 0, chroma, 1)).clamp_(max=factor)
+    return (largest - (largest - x) * scale).clamp_(0, 255)
 
 
 def _rotate_hue(x: Tensor, turns: float) -> Tensor:
@@ -171,17 +212,20 @@ def _rotate_hue(x: Tensor, turns: float) -> Tensor:
     return largest - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def blur_image(x: Tensor, sigma: float) -> Tensor:
+def blur_image(x: Tensor, sigma: float, law: ColourLaw = TORCHVISION) -> Tensor:
     """Gaussian blur of `augment_` on one image [3, H, W], floating."""
-    return _blur_along_width(_blur_along_width(x, sigma).mT, sigma).mT
+    radius = law.blur_radius(x.shape[1])
+    return _blur_along_width(_blur_along_width(x, sigma, radius).mT, sigma, radius).mT
 
 
-def _blur_along_width(x: Tensor, sigma: float) -> Tensor:
-    width = x.shape[-1]
-    radius = math.ceil(min(3 * sigma, width - 1))  # sigma may be infinite
+def _blur_along_width(x: Tensor, sigma: float, radius: int | None) -> Tensor:
+    """With a radius, there are zeros beyond the border."""
+    width, mode = x.shape[-1], "reflect" if radius is None else "constant"
+    if radius is None:
+        radius = math.ceil(min(3 * sigma, width - 1))  # sigma may be infinite
     weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(radius + 1)]
     total = weights[0] + 2 * sum(weights[1:])
-    padded = F.pad(x, (radius, radius), mode="reflect")
+    padded = F.pad(x, (radius, radius), mode=mode)
     result = padded[..., radius : radius + width] * (weights[0] / total)
     for i in range(1, radius + 1):
         left, right = padded[..., radius - i :][..., :width], padded[..., radius + i :][..., :width]

@@ -40,7 +40,12 @@ def _augment(n: random.Random) -> Arguments:
     jitter = torch.cat([0.6 + 0.8 * torch.rand(batch, 3), 0.2 * torch.rand(batch, 1) - 0.1], 1)
     order, sigma = torch.rand(batch, 4).argsort(1), 2 * torch.rand(batch) * (torch.rand(batch) < 0.5)
     drawn = {"images": images, "jitter": jitter, "order": order, "grey": grey}
-    return drawn | {"sigma": sigma, "solarize": solarize, "flip": flip, "grey_first": n.random() < 0.5}
+    return drawn | {
+        "sigma": sigma,
+        "solarize": solarize,
+        "flip": flip,
+        "law": ops.ColourLaw(*(n.random() < 0.5 for _ in range(3))),
+    }
 
 
 def _block_mask(n: random.Random) -> Arguments:

@@ -152,7 +152,8 @@ def test_error_sentences():
     config.training.batch_size = 30
     refused("moco: batch_size must be divisible by bn_splits=8, got 30", ValueError, moco_v2.build, config)
     refused(
-        "resnet: unknown backbone 'resnet5', there are resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152",
+        "backbone: unknown name 'resnet5': there are resnet50, resnet152, resnet34, and timm:NAME or torchvision:NAME "
+        "for the networks of these libraries",
         ValueError,
         moco_v2.build,
         moco_v2.Config(backbone="resnet5"),

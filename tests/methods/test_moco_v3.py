@@ -183,8 +183,8 @@ def test_defaults_are_those_of_the_paper():
 
 def test_error_sentences():
     refused(
-        "moco_v3: unknown backbone 'vit_b', there are vit_mini, vit_small, vit_base, vit_conv_small, vit_conv_base and "
-        "ResNets",
+        "moco_v3: unknown backbone 'vit_b', there are vit_mini, vit_small, vit_base, vit_conv_small, vit_conv_base, "
+        "ResNets, timm:NAME and torchvision:NAME",
         ValueError,
         moco_v3.build,
         moco_v3.Config(backbone="vit_b"),

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.distributed import all_gather, rank
 from fastssl.nn import (
     Attention,
+    DCLLoss,
+    DCLWLoss,
     DINOHead,
     DINOLoss,
     InfoNCELoss,
@@ -91,6 +93,8 @@ CASES = {
     ),
     "KeyQueue": Case(WithQueue, (), ((5, 16),), 1),
     "NTXentLoss": Case(NTXentLoss, (0.5,), ((5, 16), (5, 16)), 2),
+    "DCLLoss": Case(DCLLoss, (0.2,), ((5, 16), (5, 16)), 2),
+    "DCLWLoss": Case(DCLWLoss, (0.2,), ((5, 16), (5, 16)), 2),
     "MomentumEncoder": Case(WithMomentumEncoder, (), ((5, 16),), 1),
     "Attention": Case(lambda: Attention(16, 2, qkv_bias=True, qk_norm=True), (), ((2, 7, 16),), 1),
     "MaskedPatchLoss": Case(lambda: MaskedPatchLoss(4, True, masked=3), (), ((2, 3, 48), (2, 3, 8, 12)), 1),
@@ -172,7 +176,7 @@ def test_autocast(name):
     expected = outputs_and_gradients(name, plain, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         result = outputs_and_gradients(name, module, inputs)
-    losses = name.startswith(("InfoNCE", "NTXent", "MaskedPatch"))
+    losses = name.startswith(("InfoNCE", "NTXent", "MaskedPatch", "DCL"))
     wide = losses or name.startswith(("random_masking", "ViT", "DINOLoss"))  # which ends in a LayerNorm
     assert result[0].dtype == (torch.float32 if wide else torch.bfloat16)
     for tensor, reference in zip(result, expected):

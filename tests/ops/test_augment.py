@@ -1,16 +1,25 @@
 import itertools
+import re
 
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
 
-from fastssl.ops import augment, augment_, dispatch
+from fastssl.ops import ColourLaw, augment, augment_, dispatch
 from tests.support.close import assert_same
 from tests.support.contract import opcheck, refused, sparse, torch_threads
 
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 SIZES = [(1, 1), (1, 7), (6, 1), (5, 3), (8, 8), (33, 17), (20, 70), (224, 224)]
 IDENTITY = (1.0, 1.0, 1.0, 0.0)
+LAWS = {
+    "torchvision": ColourLaw(),
+    "moco v1": ColourLaw(grey_first=True),
+    "byol": ColourLaw(additive=True, tensorflow=True),
+    "simclr v2": ColourLaw(tensorflow=True),
+    "all": ColourLaw(True, True, True),
+}
+every_law = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 
 
 def bytes_of(*shape):
@@ -42,13 +51,13 @@ def random_draws(batch):
     return jitter, order, torch.rand(batch) < 0.3, sigma, torch.rand(batch) < 0.3, torch.rand(batch) < 0.5
 
 
-def truth(images, jitter, order, grey, sigma, solarize, flip, grey_first=False):
+def truth(images, jitter, order, grey, sigma, solarize, flip, law=augment.TORCHVISION):
     """The formula in float64, rounded once."""
     result = images.clone()
     columns = (column.tolist() for column in (jitter, order, grey, sigma, solarize, flip))
     for image, factors, steps, is_grey, blur, inverted, mirrored in zip(result, *columns):
-        values = augment.jitter_image(image.double(), factors, steps, is_grey, grey_first)
-        values = (augment.blur_image(values, blur) if blur > 0 else values).round()
+        values = augment.jitter_image(image.double(), factors, steps, is_grey, law)
+        values = (augment.blur_image(values, blur, law) if blur > 0 else values).round()
         values = torch.where(values >= 128, 255 - values, values) if inverted else values
         image.copy_(values.flip(-1) if mirrored else values)
     return result
@@ -71,34 +80,36 @@ def assert_rounds_like_torch(images, *args):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("grey_first", [False, True], ids=["grey last", "grey first"])
-def test_all_steps_are_the_formula(size, grey_first):
+@every_law
+def test_all_steps_are_the_formula(size, law):
     batch = 6 if size == (224, 224) else 40
-    assert_rounds_like_torch(bytes_of(batch, 3, *size), *random_draws(batch), grey_first)
+    assert_rounds_like_torch(bytes_of(batch, 3, *size), *random_draws(batch), law)
 
 
-@pytest.mark.parametrize("grey_first", [False, True], ids=["grey last", "grey first"])
-def test_every_order(grey_first):
+@every_law
+def test_every_order(law):
     args = draws(24, jitter=(1.3, 0.6, 1.5, 0.2), order=ORDERS, grey=torch.arange(24) % 3 == 0)
-    assert_rounds_like_torch(bytes_of(1, 3, 12, 21).repeat(24, 1, 1, 1), *args, grey_first)
+    assert_rounds_like_torch(bytes_of(1, 3, 12, 21).repeat(24, 1, 1, 1), *args, law)
     assert len(truth(bytes_of(1, 3, 12, 21).repeat(24, 1, 1, 1), *args).unique(dim=0)) > 20  # orders do differ
 
 
 @pytest.mark.parametrize("step", range(4), ids=["brightness", "contrast", "saturation", "hue"])
-def test_each_step_of_jitter_at_all_strengths(step):
+@pytest.mark.parametrize("law", [LAWS["torchvision"], LAWS["byol"]], ids=["torchvision", "byol"])
+def test_each_step_of_jitter_at_all_strengths(step, law):
     """Every value of a byte, and colours with two equal channels."""
     jitter = torch.tensor(IDENTITY).repeat(24, 1)
     jitter[:, step] = torch.linspace(-0.5, 0.5, 24) if step == 3 else torch.linspace(0, 2, 24)
     corners = torch.tensor(list(itertools.product((0, 1, 100, 254, 255), repeat=3)), dtype=torch.uint8)
     ramp = torch.arange(256, dtype=torch.uint8)
     pixels = torch.cat([corners.T, ramp.expand(3, -1), torch.stack([ramp, ramp.flip(0), ramp[torch.randperm(256)]])], 1)
-    assert_rounds_like_torch(pixels[None, :, None].repeat(24, 1, 1, 1), *draws(24, jitter=jitter))
+    assert_rounds_like_torch(pixels[None, :, None].repeat(24, 1, 1, 1), *draws(24, jitter=jitter), law)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.34, 1 / 3, 1.0, 2.0, 7.0, 1e6])
-@pytest.mark.parametrize("size", [(2, 40), (40, 2), (9, 64)], ids=str)
-def test_blur_of_any_radius(size, sigma):
-    assert_rounds_like_torch(bytes_of(4, 3, *size), *draws(4, sigma=sigma, grey=torch.tensor([True, False] * 2)))
+@pytest.mark.parametrize("size", [(2, 40), (40, 2), (9, 64), (230, 5)], ids=str)
+@pytest.mark.parametrize("law", [LAWS["torchvision"], LAWS["byol"]], ids=["torchvision", "byol"])
+def test_blur_of_any_radius(size, sigma, law):
+    assert_rounds_like_torch(bytes_of(4, 3, *size), *draws(4, sigma=sigma, grey=torch.tensor([True, False] * 2)), law)
 
 
 def test_ties_round_to_even():
@@ -154,7 +165,7 @@ def test_identity_parameters_leave_the_images_unchanged():
         images = bytes_of(3, 3, 9, 35)
         expected = images.clone()
         assert_same(augment_(images, *draws(3, order=order)), expected)
-        assert_same(augment_(images, *draws(3, order=order), grey_first=True), expected)
+        assert_same(augment_(images, *draws(3, order=order), LAWS["all"]), expected)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +236,8 @@ def test_empty(shape):
 
 
 def test_contract():
-    opcheck(augment._augment_, bytes_of(3, 3, 5, 6), *random_draws(3), False)
-    opcheck(augment._augment_, bytes_of(3, 3, 5, 6), *random_draws(3), True)
+    for law in LAWS.values():
+        opcheck(augment._augment_, bytes_of(3, 3, 5, 6), *random_draws(3), *law)
 
 
 def test_it_compiles():
@@ -260,6 +271,11 @@ def test_error_sentences():
         refuses(f"{name} must have shape [B=2], got [1]", ValueError, **{name: torch.zeros(1).bool()})
         refuses(f"{name} must be bool, got uint8", TypeError, **{name: torch.zeros(2).byte()})
     refuses("flip must be a tensor of shape [B], got bool", TypeError, flip=True)
+    for law, got in ((True, "True"), ("byol", "'byol'"), (ColourLaw(1), "ColourLaw(grey_first=1, ")):
+        with pytest.raises(
+            TypeError, match=rf"^augment_: law must be a ColourLaw of True and False, got {re.escape(got)}"
+        ):
+            augment_(x, *draws(2), law)
 
 
 def test_an_order_out_of_range_raises():

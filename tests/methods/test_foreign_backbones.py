@@ -1,0 +1,147 @@
+"""Every method that takes an encoder with networks of timm and torchvision: training, evaluation, export, loading."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastssl
+from fastssl.contract import Batch
+from fastssl.distributed import all_mean, rank, world_size
+from fastssl.eval.protocols import Finetune
+from fastssl.methods import moco_v3, simsiam
+from fastssl.nn import accelerate
+from fastssl.run import method_module, method_names
+from fastssl.weights import load_weights
+from tests.support.command import run
+from tests.support.every_command import DATA, TINY, use_every_command
+from tests.support.ranks import run_ranks
+
+
+def takes_networks(method: str) -> bool:
+    """Whether the help of the method's `backbone` names networks of other libraries."""
+    return any("timm:NAME" in inspect.getsource(part) for part in method_module(method).Config.__mro__[:-1])
+
+
+METHODS = [name for name in method_names() if takes_networks(name)]
+
+
+def torchvision_network(name: str, classifier: str) -> nn.Module:
+    network = torchvision.models.get_model(name)
+    parent, _, child = classifier.rpartition(".")
+    setattr(network.get_submodule(parent), child, nn.Identity())
+    return network
+
+
+# method: (its backbone, the library's network without its classifier)
+RUNS = {
+    "simclr_v1": ("timm:test_convnext", lambda: timm.create_model("test_convnext", num_classes=0)),
+    "byol": ("timm:test_efficientnet", lambda: timm.create_model("test_efficientnet", num_classes=0)),
+    "moco_v3": ("timm:test_vit", lambda: timm.create_model("test_vit", num_classes=0, img_size=32)),
+    "simsiam": ("torchvision:shufflenet_v2_x0_5", lambda: torchvision_network("shufflenet_v2_x0_5", "fc")),
+    "moco_v2": ("torchvision:mobilenet_v3_small", lambda: torchvision_network("mobilenet_v3_small", "classifier.3")),
+}
+OPTIONS = {"moco_v2": ["--bn-splits", "1", "--queue-size", "64"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RUNS)
+def test_every_command_and_the_library_loads_what_is_exported(method, monkeypatch, capsys, tmp_path):
+    (backbone, create), folder = RUNS[method], tmp_path / "run"
+    library = backbone.partition(":")[0]
+    words = ["--backbone", backbone, *OPTIONS.get(method, [])]
+    use_every_command(monkeypatch, capsys, folder, method, *words, formats=(library, "safetensors"))
+    opened, images = fastssl.open_run(folder), torch.randn(2, 3, 32, 32)
+    file, network = opened.export(library), create()
+    state = load_file(file) if library == "timm" else torch.load(file, weights_only=True)
+    network.load_state_dict(state, strict=True)
+    torch.testing.assert_close(network.eval()(images), opened.encoder()(images))
+    other = "torchvision" if library == "timm" else "timm"
+    sentence = rf"^export: {backbone} has the names of {library} alone: use --format {library} or safetensors$"
+    with pytest.raises(ValueError, match=sentence):
+        opened.export(other)
+    again = opened.build()
+    load_weights(again, file, encoder_only=True)
+    torch.testing.assert_close(again.eval().encoder(images), opened.encoder()(images))
+    words += ["--weights", file, "--folder", tmp_path / "second"]
+    run(monkeypatch, "pretrain", method, *TINY, *words)  # and a run starts from it
+    if "vit" in backbone:
+        encoder = opened.encoder()
+        assert len(accelerate(encoder)) == 6
+        torch.testing.assert_close(encoder(images), opened.encoder()(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["timm:test_convnext", "torchvision:shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("method", METHODS)
+def test_features_are_what_the_projector_was_given(method, backbone):
+    module = method_module(method)
+    config = module.Config.small()
+    config.backbone, config.image_size = backbone, (32, 32)
+    built = module.build(config).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert built.encoder(images).shape == (2, 64 if "convnext" in backbone else 1024)
+    torch.testing.assert_close(built.features(images), built.encoder(images))
+    names = set(built.encoder.state_dict())
+    assert names and not any(name.startswith(("network.", "fc.")) for name in names)
+
+
+def test_all_methods_with_an_encoder_take_them():
+    contrastive = {"simclr_v1", "simclr_v2", "moco_v1", "moco_v2", "moco_v3"}
+    assert contrastive | {"byol", "simsiam", "barlow_twins", "vicreg"} <= set(METHODS)
+
+
+def test_resnets_of_other_libraries_have_the_numbers_of_resnets():
+    resnet, swin = (moco_v3.Config.paper(name) for name in ("torchvision:resnet50", "torchvision:swin_t"))
+    assert (resnet.training.optimizer, resnet.tau) == ("lars", 1.0)
+    assert (swin.training.optimizer, swin.tau) == ("adamw", 0.2)
+    assert moco_v3.linear_probe("timm:resnet50").lr == 0.1 and moco_v3.linear_probe("timm:swin_base").lr == 3.0
+    assert Finetune.paper("torchvision:resnet50") == Finetune.paper("resnet50")
+    assert Finetune.paper("timm:convnext_tiny") == Finetune.paper("vit_base")
+    config = dataclasses.replace(moco_v3.Config.small(), backbone="torchvision:resnet18")
+    assert len(moco_v3.build(config).base_encoder.fc) == len(moco_v3.build(moco_v3.Config.small()).base_encoder.fc)
+
+
+def step_of_this_rank():
+    """Loss and gradients of one step under DDP, on this rank's part of the batch."""
+    torch.manual_seed(0)
+    model = simsiam.build(dataclasses.replace(simsiam.Config.small(), backbone="timm:test_efficientnet")).double()
+    views = [view.chunk(world_size())[rank()] for view in torch.randn(2, 8, 3, 32, 32, dtype=torch.float64)]
+    wrapped = DistributedDataParallel(model) if world_size() > 1 else model
+    loss, _ = wrapped(Batch(tuple(views), None, None))
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return all_mean(loss.detach()), gradients, model.state_dict()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_with_the_whole_batch():
+    """timm's batch norms keep their activations, and have the statistics of both ranks."""
+    expected = step_of_this_rank()
+    for made in run_ranks(2, step_of_this_rank):
+        torch.testing.assert_close(made, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_refusals_come_before_anything_is_written(monkeypatch, tmp_path):
+    folder = tmp_path / "run"
+
+    def refuses(sentence, *words):
+        words = ["pretrain", "byol", *TINY, "--folder", folder, *words]
+        with pytest.raises(SystemExit, match=rf"^fastssl: backbone: {re.escape(sentence)}"):
+            run(monkeypatch, *words)
+        assert not folder.exists()
+
+    assert DATA in TINY
+    refuses("torchvision:alexnet takes no images of 32 × 32 pixels (", "--backbone", "torchvision:alexnet")
+    refuses("timm has no network named 'convnext_ato': did you mean", "--backbone", "timm:convnext_ato")
+    refuses("unknown name 'resnet': there are", "--backbone", "resnet")
+    refuses("small_images is for our ResNets, got timm:test_vit", "--backbone", "timm:test_vit", "--small-images")
+    refuses(
+        "timm:test_vit takes no images of 36 × 36 pixels (", "--backbone", "timm:test_vit", "--image-size", "36", "36"
+    )

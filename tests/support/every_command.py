@@ -1,0 +1,50 @@
+"""Every command on one tiny run, through the command line's own entry point."""
+
+import json
+
+import numpy as np
+import torch
+
+from fastssl.run import method_module, open_run
+from fastssl.weights import GENERAL_FORMATS
+from tests.support.command import run
+
+DATA = "shapes:count=48,size=32"
+TINY = ["--data", DATA, "--epochs", "1", "--batch-size", "16", "--workers", "0", "--no-tensorboard"]
+SHORT = ["--epochs", "1", "--batch-size", "16", "--warmup-epochs", "0"]
+
+
+def accuracies(folder) -> list[str]:
+    """Names of the evaluations that were noted, each with a share as its accuracy."""
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert all(0 <= line["accuracy"] <= 1 for line in lines)
+    return [line["evaluation"] for line in lines]
+
+
+def use_every_command(monkeypatch, capsys, folder, method: str, *words: str, formats=GENERAL_FORMATS) -> None:
+    """Pretrains, evaluates, embeds, exports, reports and resumes; `words` are options of `pretrain`."""
+    run(monkeypatch, "pretrain", method, *TINY, "--folder", folder, *words)
+    first = open_run(folder).state()["step"]
+    assert first >= 1
+    run(monkeypatch, "eval", "knn", folder, "--k", "5")
+    run(monkeypatch, "eval", "linear", folder, "--optimizers", "lbfgs", "--epochs", "3")
+    run(monkeypatch, "eval", "finetune", folder, *SHORT, "--labels", "0.5")
+    module = method_module(method)
+    if hasattr(module, "linear_probe"):
+        run(monkeypatch, "eval", "linear", folder, "--protocol", "official", *SHORT)
+    assert {"knn", "linear", "finetune"} <= set(accuracies(folder))
+    run(monkeypatch, "embed", folder, DATA, "--out", folder / "features.npz")
+    features = np.load(folder / "features.npz")["features"]
+    assert len(features) >= 48 and np.isfinite(features).all()
+    official = getattr(module, "OFFICIAL", None)
+    capsys.readouterr()
+    for layout in (*formats, *([official] if official else [])):
+        run(monkeypatch, "export", folder, "--format", layout)
+        assert open_run(folder).folder.joinpath(capsys.readouterr().out.strip()).is_file()
+    run(monkeypatch, "report", folder)
+    page = (folder / "report.html").read_text()
+    assert method in page and "Nearest neighbours" in page
+    run(monkeypatch, "pretrain", "--resume", folder, "--epochs", "2")
+    state = open_run(folder).state()
+    assert state["step"] == 2 * first
+    assert all(torch.isfinite(x).all() for x in state["model"].values() if x.is_floating_point())
