@@ -36,6 +36,7 @@ class MemoryBank(nn.Module):
         if not 0 <= momentum <= 1:
             raise ValueError(f"MemoryBank: momentum must be from 0 to 1, got {momentum}")
         self.momentum = momentum
+        self.memory: Tensor
         self.register_buffer("memory", torch.empty(images, dim).uniform_(-1, 1).mul_(math.sqrt(3 / dim)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +84,7 @@ class BankNCE(nn.Module):
     def __init__(self, tau: float = 0.07):
         super().__init__()
         self.tau = tau
+        self.z: Tensor
         self.register_buffer("z", torch.tensor(-1.0))
         self.has_z = False  # known to the host, so that no step waits for the device to read z
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "has_z", bool(module.z > 0)))

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.distributed import all_gather_with_grad, rank, world_size
-from fastssl.ops.dispatch import first_order
+from fastssl.ops.dispatch import first_order, without_autocast
 
 from .losses import l2_normalize
-from .noncontrastive import without_autocast
 
 LOGITS_AT_ONCE = 2**22  # 16 MB of float32
 

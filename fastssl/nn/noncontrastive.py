@@ -200,9 +200,3 @@ class _SquaredCrossProduct(torch.autograd.Function):
                 return da().mul_(2 * dout), None, None, None
             needs = ctx.needs_input_grad
             return da().mul_(dout) if needs[0] else None, db().mul_(dout) if needs[1] else None, None, None
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Products of x in its own dtype, also on devices without autocast, such as meta."""
-    off = autocast_dtype(x) is None
-    return contextlib.nullcontext() if off else torch.autocast(x.device.type, enabled=False)
