@@ -9,6 +9,7 @@ import torch
 
 from fastssl.kernels import (
     attention,
+    augment,
     bank,
     batchnorm,
     block_masks,
@@ -59,6 +60,7 @@ def recipes() -> list[Case]:
         *_prototypes(),
         *_tokens(),
         *_pixels(),
+        *_augmentation(),
         *_norms(),
         *_gelus(),
         *_batch_norms(),
@@ -247,6 +249,23 @@ def _pixels() -> list[Case]:
             (meta(256, 147, 768), images, ids(256, 147), 16, True, True),
             lambda arch: model.masked_patch_mse_fwd(256, 147, 768, 2, 4, 16, True, arch),
         ),
+    ]
+
+
+def _augmentation() -> list[Case]:
+    """MoCo v2's colours, half of the images blurred; the parameters are on the CPU."""
+    images, half = meta(256, 3, 224, 224, dtype=torch.uint8), torch.arange(256) % 2 == 0
+    jitter, order = torch.tensor([1.2, 0.8, 1.1, 0.05]).repeat(256, 1), torch.arange(4).repeat(256, 1)
+    moved = model.augment_(images.numel(), images.numel() // 2)
+    return [
+        Case(
+            "augment_",
+            f"B=256, 224², {name}",
+            augment.augment_,
+            (images, jitter, order, half, half * 1.5, half, half, *law),
+            lambda _: moved,
+        )
+        for name, law in (("torchvision", (False, False, False)), ("BYOL", (False, True, True)))
     ]
 
 

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, op
+from .dispatch import fake, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import augment
+
+    return augment
+
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 TENSORFLOW_LUMA = (0.2989, 0.587, 0.114)
@@ -154,6 +162,9 @@ def _augment_(
 @fake(_augment_)
 def _(images, jitter, order, grey, sigma, solarize, flip, grey_first, additive, tensorflow):
     pass
+
+
+register_triton(_augment_, lambda: _kernels().augment_)
 
 
 def jitter_image(x: Tensor, factors: list[float], steps: list[int], grey: bool, law: ColourLaw) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fastssl.ops import (
     Running,
     attention,
+    augment_,
     batch_info_nce,
     batch_norm,
     bias_gelu,
@@ -32,6 +33,7 @@ from fastssl.ops import (
     unpatchify,
 )
 from fastssl.ops.prototypes import PrototypeTargets
+from tests.ops.test_augment import LAWS, bytes_of, distance, random_draws, truth
 from tests.support.close import assert_as_exact_on_average, assert_same
 from tests.support.contract import compiles, tensors_of
 
@@ -180,6 +182,18 @@ def test_batch_norm(shape, splits, dtype):
     x, residual = (noise(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
     weight, bias = noise(shape[1]).requires_grad_(), noise(shape[1]).requires_grad_()
     agrees(function, x.requires_grad_(), weight, bias, residual.requires_grad_())
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_augment(law):
+    """Rounds another way than float64 no more often than plain torch, on any GPU, by one at most."""
+    images, args = bytes_of(32, 3, 224, 160), random_draws(32)
+    exact, result = truth(images, *args, law), images.to(DEVICE)
+    augment_(result, *args, law)
+    off = distance(result.cpu(), exact)
+    assert off.max() <= 1 and (off > 0).sum() <= 3 + 1e-4 * off.numel()
+    again = augment_(images.to(DEVICE), *args, law)
+    assert_same(again, result, "the same call again")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -156,6 +156,13 @@ def residual_norm_bwd(
     return Moved(requested, least + 2 * partial, least)
 
 
+def augment_(values: int, blurred: int) -> Moved:
+    """Reads bytes for means and for the steps and writes them, with the copy in place; `blurred` values are float32
+    between the passes along rows and columns. `values` counts all channels of all images."""
+    moved = 3 * values + (values - blurred) + blurred * (4 + 8 + 5)
+    return Moved(moved, moved, 2 * values)
+
+
 def bias_gelu_fwd(M: int, K: int, size: int, bias_bytes: int = 4, arch: str = "sm_90") -> Moved:
     """Reads x and the bias, writes the result."""
     rows, _ = gelu.gelu_tile(K, size, gelu.GELU[arch])
