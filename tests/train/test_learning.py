@@ -19,7 +19,6 @@ RUNS = {
     "barlow_twins": "--epochs 3",
     "vicreg": "--epochs 3",
     "swav": "--epochs 4",
-    "deepcluster": "--epochs 5",
     "deepcluster_v2": "--epochs 4",
 }
 LONG = RUNS.keys() - {"mae", "moco_v3", "simclr_v1"}  # one method of each family stays in `make test`
