@@ -105,7 +105,7 @@ class Checkpoints:
     def _delete_old(self, written: Path) -> None:
         """Delete files that are not to be kept, a damaged file of the same step, and partial files of killed runs."""
         earlier = [path for path in files(self.folder) if _step_of(path) < _step_of(written)]
-        old = [path for path in earlier[: len(earlier) + 1 - self.keep_last] if not self.keep(_step_of(path))]
+        old = [path for path in earlier[: max(0, len(earlier) + 1 - self.keep_last)] if not self.keep(_step_of(path))]
         same_step = [path for path in self.folder.glob(f"{written.name.split('.')[0]}.*.pt") if path != written]
         for path in (*old, *same_step, *self.folder.glob("step-*.writing")):
             try:

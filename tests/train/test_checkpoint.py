@@ -61,6 +61,8 @@ def test_the_newest_and_every_fourth_step_are_kept(tmp_path):
     assert steps_in(tmp_path) == [4, 8, 9, 10]
     saved(tmp_path / "other", *range(1, 6), keep_last=1)
     assert steps_in(tmp_path / "other") == [5]
+    saved(tmp_path / "many", *range(1, 13), keep_last=20)  # more than there are yet
+    assert steps_in(tmp_path / "many") == list(range(1, 13))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])

@@ -18,9 +18,9 @@ RUNS = {
     "simsiam": "--epochs 3",
     "barlow_twins": "--epochs 3",
     "vicreg": "--epochs 3",
-    "swav": "--epochs 3",
-    "deepcluster": "--epochs 3",
-    "deepcluster_v2": "--epochs 3",
+    "swav": "--epochs 4",
+    "deepcluster": "--epochs 5",
+    "deepcluster_v2": "--epochs 4",
     "dino": "--epochs 3",
 }
 LONG = RUNS.keys() - {"mae", "moco_v3", "simclr_v1"}  # one method of each family stays in `make test`

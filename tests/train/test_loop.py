@@ -403,3 +403,27 @@ def test_resume_is_bit_equal_at_every_step(tmp_path, optimizer, schedules):
         method = run(folder, batches(), training, resume=state)
         for p, q in zip(method.parameters(), expected.parameters()):
             assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("stopped", [3, 4])
+def test_each_epoch_is_prepared_once_before_its_first_step(tmp_path, stopped):
+    """Also in a run that continues in the middle of an epoch, which was prepared before, or at the start of one."""
+    calls = []
+
+    def train_from(state):
+        execution = Execution(**QUIET, checkpoint_every=1, keep_last=20)
+        trainer = Trainer(Line(), settings(epochs=3), execution, 4, state=state)
+
+        def before_epoch(epoch):
+            assert trainer.method.training
+            calls.append((epoch, trainer.steps))
+
+        train(trainer, "line", batches(4), tmp_path, before_epoch=before_epoch)
+
+    train_from(None)
+    assert calls == [(0, 0), (1, 4), (2, 8)]
+    for path in checkpoint.files(tmp_path / "checkpoints")[stopped:]:
+        path.unlink()
+    calls.clear()
+    train_from(checkpoint.load(tmp_path / "checkpoints", "line"))
+    assert calls == [(1, 4), (2, 8)]
