@@ -24,7 +24,7 @@ IBOT = ((r"\.mask_token$", ".masked_embed"),)
 
 def small(module, **changes):
     config = module.Config.small()
-    for name, value in {**PROTOTYPES[module.__name__.rpartition(".")[2]], **changes}.items():
+    for name, value in {"patch_size": 4, **PROTOTYPES[module.__name__.rpartition(".")[2]], **changes}.items():
         setattr(config, name, value)
     return module.build(config)
 

@@ -82,6 +82,8 @@ class Config:
     """momentum coefficient of the teacher at the end of training, reached along a cosine"""
     small_images: bool = False
     """ResNet stem without stride and pooling, for images of 32 pixels"""
+    zero_init_residual: bool = False
+    """start every block of a ResNet as the identity, which the code does not do"""
     training: Training = field(
         default_factory=lambda: Training(
             300,
@@ -111,12 +113,14 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(14, 32, "sgd", 0.4, 5e-4, warmup_epochs=0.5, **CLIPPED_AND_FROZEN | {"freeze_epochs": 0.5})
+        training = Training(14, 32, "sgd", 1.6, 5e-4, warmup_epochs=0.5, **CLIPPED_AND_FROZEN | {"freeze_epochs": 0.5})
         views = {"jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": (0.0, 0.0, 0.0), "solarize_p": (0.0, 0.0)}
         sizes = {"image_size": (32, 32), "local_size": (16, 16), "local_crops": 4}
-        head = {"prototypes": 1024, "hidden": 512, "bottleneck": 64}
-        schedule = {"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.04, "ema_momentum": 0.95}
-        return cls("resnet_mini", norm_last_layer=True, training=training, **views, **sizes, **head, **schedule)
+        crops = {"crop": (0.3, 1.0), "local_crop": (0.3, 0.8)}
+        head = {"prototypes": 256, "hidden": 512, "bottleneck": 64, "bn_in_head": True, "norm_last_layer": True}
+        schedule = {"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.05, "ema_momentum": 0.9}
+        options = {**views, **sizes, **crops, **head, **schedule}
+        return cls("resnet_mini", zero_init_residual=True, training=training, **options)
 
     @property
     def augmentation(self) -> Augmentation:
@@ -143,7 +147,7 @@ def build_backbone(config: Config, owner: str = "dino", **options: Any) -> tuple
     """The encoder with the official code's initial weights, and the width of its features; `options` of `dino_vit`."""
     name = config.backbone
     if name.startswith("resnet"):
-        encoder = build_resnet(name, 1, config.small_images)
+        encoder = build_resnet(name, 1, config.small_images, zero_init_residual=config.zero_init_residual)
         width, encoder.fc = encoder.fc.in_features, nn.Identity()
         return encoder, width
     if name not in DINO_SIZES:

@@ -102,7 +102,7 @@ STEPS, EPOCHS, BATCH = 12, 4, 2
 def small(**changes):
     config = dino.Config.small()
     sizes = {"image_size": (16, 16), "local_size": (8, 8), "local_crops": 3}
-    head = {"prototypes": 24, "hidden": 16, "bottleneck": 8}
+    head = {"prototypes": 24, "hidden": 16, "bottleneck": 8, "bn_in_head": False}
     for name, value in {"backbone": "vit_mini", "drop_path": 0.0, **sizes, **head, **changes}.items():
         setattr(config, name, value)
     return config

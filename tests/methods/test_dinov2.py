@@ -182,7 +182,8 @@ def test_golden_schedules():
 
 def tiny(epochs=None, **changes):
     config = dinov2.Config.small()
-    sizes = {"hidden": 24, "prototypes": 16, "bottleneck": 8, "patch_prototypes": 12, "patch_bottleneck": 6}
+    sizes = {"patch_size": 4, "hidden": 24, "prototypes": 16, "bottleneck": 8}
+    sizes |= {"patch_prototypes": 12, "patch_bottleneck": 6}
     for name, value in {**sizes, **changes}.items():
         assert hasattr(config, name)
         setattr(config, name, value)

@@ -32,7 +32,7 @@ class Logits(nn.Module):
 
 def tiny(epochs=None, **changes):
     config = ibot.Config.small()
-    for name, value in {"hidden": 24, "prototypes": 16, "bottleneck": 8, **changes}.items():
+    for name, value in {"patch_size": 4, "hidden": 24, "prototypes": 16, "bottleneck": 8, **changes}.items():
         assert hasattr(config, name)
         setattr(config, name, value)
     config.training.epochs = epochs or config.training.epochs

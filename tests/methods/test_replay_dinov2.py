@@ -21,7 +21,14 @@ from tests.methods.test_replay_family import distance, disturbed
 STEPS, EPOCHS, BATCH = 12, 4, 4
 TIMES, LEAST = 20, 1e-13  # as in test_replay_family.py
 CLIP = 0.05  # below the norms of the first gradients
-SIZES = {"hidden": 24, "prototypes": 16, "bottleneck": 8, "warmup_teacher_temp_epochs": 2, "ema_momentum": 0.9}
+SIZES = {
+    "patch_size": 4,
+    "hidden": 24,
+    "prototypes": 16,
+    "bottleneck": 8,
+    "warmup_teacher_temp_epochs": 2,
+    "ema_momentum": 0.9,
+}
 CASES = {
     "ibot": (ibot, {"warmup_teacher_patch_temp": 0.05, "drop_path": 0.0}),
     "dinov2": (dinov2, {"registers": 2, "layer_decay": 0.8, "still_epochs": 1, "patch_embed_lr": 0.3}),
