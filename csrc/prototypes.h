@@ -13,7 +13,7 @@
 namespace fastssl {
 
 constexpr int64_t kColumns = 192;         // prototypes of a block: a multiple of all panel widths and tile heights
-constexpr int64_t kChunkBytes = 8 << 20;  // size of what a chunk stores for each feature and prototype, if possible
+constexpr int64_t kChunkBytes = 4 << 20;  // size of what a chunk stores for each feature and prototype, if possible
 constexpr int64_t kRowTasks = 24;         // number of tasks that a chunk is divided into, if possible
 
 inline int64_t block_count(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
