@@ -58,7 +58,7 @@ def torch_cross_entropy(student: Tensor, weight: Tensor, targets, divisor: int) 
 
     def loss() -> Tensor:
         total = F.linear_cross_entropy(student / TAU, weight, targets(), reduction="sum", options=options)
-        return total.float() / divisor
+        return total / divisor
 
     return {"linear_cross_entropy": forward_backward(loss, student, weight)}
 

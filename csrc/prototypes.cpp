@@ -48,6 +48,7 @@ int64_t slots_for(int64_t rows, int64_t chunk) {
 // No targets, for log-sum-exps.
 template <typename T>
 struct NoTargets {
+  static constexpr bool kHasTargets = false;
   void load_chunk(int64_t, int64_t) {}
   const T* row(int64_t, int64_t, T*) const { return nullptr; }
 };
@@ -56,6 +57,7 @@ struct NoTargets {
 template <typename S>
 class SoftTargets {
  public:
+  static constexpr bool kHasTargets = true;
   using T = Accumulator<Packed<S>>;
 
   SoftTargets(const Tensor& teacher, const Tensor& weight, const Tensor& tau, const Tensor& row_offset,
@@ -124,7 +126,7 @@ RowSums<typename Logits<S>::T> sum_rows(const Tensor& x, const Tensor& weight, d
   Logits<S> logits(x, weight, chunk);
   const int64_t prototypes = weight.size(0), slots = slots_for(logits.rows(), chunk);
   const Tensor scratch = empty({torch::stable::get_num_threads() * Logits<S>::kScratch}, kDtype<T>);
-  RowSums<T> sums(logits.rows(), slots);
+  RowSums<T> sums(logits.rows(), slots, Targets::kHasTargets);
   const Divisor<T> divisor(tau);
   for (int64_t first = 0; first < prototypes; first += chunk) {
     const int64_t size = std::min(chunk, prototypes - first);
@@ -162,10 +164,13 @@ Tensor prototype_lse(Tensor x, Tensor weight, Tensor tau, std::optional<Tensor> 
     NoTargets<T> targets;
     const auto sums = sum_rows<S>(x, weight, tau_value(tau), offset ? offsets.data() : nullptr, targets,
                                   chunk_size<T>(0, weight.size(0)), [](auto...) {});
-    for (int64_t i = 0; i < x.size(0); ++i) {
-      const auto [shift, rest] = sums.lse(i);
-      data<T>(lse)[i] = T(shift + rest);
-    }
+    T* dst = data<T>(lse);
+    torch::stable::parallel_for(0, x.size(0), grain(8 * kLanes<T>), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const ShiftAndRest row = sums.lse(i);
+        dst[i] = T(row.shift + row.rest);
+      }
+    });
   });
   return lse;
 }

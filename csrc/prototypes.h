@@ -13,7 +13,7 @@
 namespace fastssl {
 
 constexpr int64_t kColumns = 192;         // prototypes of a block: a multiple of all panel widths and tile heights
-constexpr int64_t kChunkBytes = 8 << 20;  // size of what a chunk stores for each feature and prototype, if possible
+constexpr int64_t kChunkBytes = 4 << 20;  // size of what a chunk stores for each feature and prototype, if possible
 constexpr int64_t kRowTasks = 24;         // number of tasks that a chunk is divided into, if possible
 
 inline int64_t block_count(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
@@ -134,18 +134,19 @@ struct ShiftAndRest {
 template <typename T>
 class RowSums {
  public:
-  RowSums(int64_t rows, int64_t slots) : slots_(slots), memory_(empty({rows * slots * 4 * kLanes<T>}, kDtype<T>)) {
+  RowSums(int64_t rows, int64_t slots, bool has_targets)
+      : slots_(slots), set_((has_targets ? 4 : 2) * kLanes<T>), memory_(empty({rows * slots * set_}, kDtype<T>)) {
     T* values = data<T>(memory_);
-    for (int64_t i = 0; i < rows * slots; ++i, values += 4 * kLanes<T>) {
+    for (int64_t i = 0; i < rows * slots; ++i, values += set_) {
       std::fill(values, values + kLanes<T>, std::numeric_limits<T>::lowest());  // finite, since ∞ − ∞ is NaN
-      std::fill(values + kLanes<T>, values + 4 * kLanes<T>, T(0));
+      std::fill(values + kLanes<T>, values + set_, T(0));
     }
   }
 
   // Adds one block of products, which are replaced by logits; `offset` and `targets` may be null.
   void add(int64_t row, int64_t slot, T* products, int64_t columns, Divisor<T> tau, const T* offset,
            const T* targets) const {
-    T* values = data<T>(memory_) + (row * slots_ + slot) * 4 * kLanes<T>;
+    T* values = data<T>(memory_) + (row * slots_ + slot) * set_;
     const Vec<T> old_shift = load(values);
     Vec<T> shift = old_shift, sum{}, cross{}, mass{};
     for_each_vector<T>(columns, [&](int64_t c, int64_t n) {
@@ -165,33 +166,35 @@ class RowSums {
     });
     store(values, shift);
     store(values + kLanes<T>, load(values + kLanes<T>) * exp(old_shift - shift) + sum);
+    if (!targets) return;
     store(values + 2 * kLanes<T>, load(values + 2 * kLanes<T>) + cross);
     store(values + 3 * kLanes<T>, load(values + 3 * kLanes<T>) + mass);
   }
 
   ShiftAndRest lse(int64_t row) const {
-    const T* values = data<T>(memory_) + row * slots_ * 4 * kLanes<T>;
-    double shift = std::numeric_limits<T>::lowest(), sum = 0;
-    for_each_lane([&](int64_t i) { shift = std::max(shift, double(values[i])); });
-    for_each_lane([&](int64_t i) { sum += double(values[i + kLanes<T>]) * std::exp(double(values[i]) - shift); });
+    const T* values = data<T>(memory_) + row * slots_ * set_;
+    T shift = std::numeric_limits<T>::lowest();
+    for (int64_t slot = 0; slot < slots_; ++slot)
+      for (int64_t i = 0; i < kLanes<T>; ++i) shift = std::max(shift, values[slot * set_ + i]);
+    double sum = 0;
+    for (int64_t slot = 0; slot < slots_; ++slot, values += set_) {
+      const Vec<T> parts = load(values + kLanes<T>) * exp(load(values) - shift);
+      for (int64_t i = 0; i < kLanes<T>; ++i) sum += parts[i];
+    }
     return {shift, std::log(sum)};
   }
   double cross(int64_t row) const { return total(row, 2); }
   double mass(int64_t row) const { return total(row, 3); }
 
  private:
-  int64_t slots_;
+  int64_t slots_, set_;  // set_: size of one set
   Tensor memory_;
 
-  template <typename Body>
-  void for_each_lane(const Body& body) const {
-    for (int64_t slot = 0; slot < slots_; ++slot)
-      for (int64_t i = 0; i < kLanes<T>; ++i) body(slot * 4 * kLanes<T> + i);
-  }
   double total(int64_t row, int64_t part) const {
-    const T* values = data<T>(memory_) + (row * slots_ * 4 + part) * kLanes<T>;
+    const T* values = data<T>(memory_) + row * slots_ * set_ + part * kLanes<T>;
     double sum = 0;
-    for_each_lane([&](int64_t i) { sum += values[i]; });
+    for (int64_t slot = 0; slot < slots_; ++slot, values += set_)
+      for (int64_t i = 0; i < kLanes<T>; ++i) sum += values[i];
     return sum;
   }
 };

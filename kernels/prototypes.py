@@ -56,12 +56,12 @@ def prototype_lse_fwd_kernel(
     P,
     D,
     E,
-    G,
     tiles_per_part,
     stride_x_n,
     stride_weight_p,
     stride_teacher_m,
     stride_teacher_weight_p,
+    G: tl.constexpr,  # pairs of a student
     KIND: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -145,7 +145,7 @@ def prototype_lse_fwd_kernel(
 def _pair_numbers(
     pair,  # [BLOCK]
     R,
-    G,
+    G: tl.constexpr,
     rows_ptr,  # [R] int64
     lse_ptr,  # [2, N]
     softmax_factor_ptr,  # [R]
@@ -189,12 +189,12 @@ def soft_cross_entropy_bwd_kernel(
     P,
     D,
     E,
-    G,
     tiles_per_part,
     stride_block,
     stride_stream,
     stride_block_teacher,
     stride_stream_teacher,
+    G: tl.constexpr,  # pairs of a student
     KIND: tl.constexpr,
     OF_WEIGHT: tl.constexpr,  # the gradient of the prototypes, not of the students
     CHUNK: tl.constexpr,
@@ -399,12 +399,12 @@ def _launch_forward(
             P,
             D,
             E,
-            max(1, R // max(1, N)),
             launch_plan.tiles_per_part,
             x.stride(0),
             weight.stride(0),
             teacher.stride(0),
             teacher_weight.stride(0),
+            G=max(1, R // max(1, N)),
             KIND=kind.value,
             HAS_OFFSET=kind.value == 0 and column_offset is not None,
             **launch_plan.options(x.dtype, dtype),
@@ -473,12 +473,12 @@ def _launch_backward(
                 P,
                 D,
                 E,
-                max(1, G),
                 launch_plan.tiles_per_part,
                 block.stride(0),
                 stream.stride(0),
                 block_teacher.stride(0),
                 stream_teacher.stride(0),
+                G=max(1, G),
                 KIND=kind.value,
                 OF_WEIGHT=of_weight,
                 **launch_plan.options(x.dtype, lse.dtype),

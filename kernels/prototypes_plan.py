@@ -13,8 +13,8 @@ FORWARD: Tiles = {
         2: {
             64: (128, 64, 0, 8, 2, 1),
             128: (128, 32, 0, 8, 2, 1),
-            256: (64, 32, 0, 4, 2, 1),
-            512: (64, 64, 64, 8, 3, 1),
+            256: (64, 32, 0, 4, 2, 2),
+            512: (64, 64, 64, 8, 3, 2),
         },
         4: {256: (64, 32, 32, 8, 2, 1)},
         8: {64: (32, 32, 32, 4, 1, 2)},
@@ -30,17 +30,17 @@ FORWARD: Tiles = {
         8: {64: (32, 32, 32, 4, 1, 2)},
     },
 }
-FORWARD["sm_100"] = FORWARD["sm_90"]
+FORWARD["sm_100"] = FORWARD["sm_90"] | {4: {256: (64, 32, 32, 4, 2, 1)}}
 FORWARD["sm_120"] = FORWARD["sm_80"] | {
-    2: {64: (128, 32, 0, 8, 2, 1), 128: (64, 32, 0, 4, 2, 1), 512: (64, 64, 64, 8, 2, 1)},
-    4: {256: (32, 32, 32, 4, 2, 2)},
+    2: {64: (128, 32, 0, 8, 2, 1), 128: (64, 32, 0, 4, 2, 1), 512: (64, 32, 64, 8, 2, 2)},
+    4: {256: (32, 16, 32, 4, 2, 2)},
     8: {64: (16, 16, 32, 4, 1, 2)},  # no tensor cores for float64
 }
 FORWARD["gfx942"] = FORWARD["sm_80"] | {2: {512: (64, 64, 64, 4, 2, 1)}, 4: {256: (64, 32, 32, 4, 1, 1)}}
 
 BACKWARD: Tiles = {
     "sm_80": {
-        2: {64: (64, 64, 0, 4, 2, 2), 128: (64, 32, 0, 8, 2, 1), 256: (64, 32, 64, 8, 2, 1)},
+        2: {64: (64, 64, 0, 4, 2, 2), 128: (64, 32, 0, 8, 2, 2), 256: (64, 32, 64, 8, 2, 2)},
         4: {128: (32, 32, 32, 8, 1, 1), 256: (32, 16, 32, 8, 1, 1)},
         8: {64: (32, 32, 32, 4, 1, 1), 128: (16, 16, 32, 4, 1, 2)},
     },
@@ -55,7 +55,10 @@ BACKWARD["sm_120"] = BACKWARD["sm_80"] | {
     2: BACKWARD["sm_80"][2] | {64: (64, 32, 0, 4, 2, 1), 128: (64, 32, 32, 4, 2, 1)},
     8: {128: (16, 16, 32, 8, 1, 1)},
 }
-BACKWARD["gfx942"] = BACKWARD["sm_80"] | {2: {128: (64, 32, 32, 4, 2, 1), 256: (64, 32, 32, 8, 2, 1)}}
+BACKWARD["gfx942"] = BACKWARD["sm_80"] | {
+    2: {128: (64, 32, 32, 4, 2, 1), 256: (64, 32, 32, 8, 2, 1)},
+    4: {128: (32, 32, 32, 4, 1, 1), 256: (32, 16, 32, 8, 1, 1)},
+}
 
 
 def forward_plan(rows: int, prototypes: int, width: int, size: int, card: Card) -> Plan:
@@ -65,5 +68,6 @@ def forward_plan(rows: int, prototypes: int, width: int, size: int, card: Card) 
 
 
 def backward_plan(rows: int, others: int, width: int, size: int, card: Card) -> Plan:
-    """The plan of a backward launch for the gradient of `rows`."""
-    return plan(rows, others, width, size, card, BACKWARD)
+    """The plan of a backward launch for the gradient of `rows`. Rows wider than the table take short chunks."""
+    result = plan(rows, others, width, size, card, BACKWARD)
+    return result._replace(chunk=min(result.chunk, 64))

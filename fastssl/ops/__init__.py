@@ -1,8 +1,9 @@
 """Ops of self-supervised learning: each has a contract (its docstring), a plain-torch body, a gradient, and kernels.
 
 Letters of shapes in all docstrings: **B** batch · **L** tokens · **M** kept tokens, or keys of all ranks · **D** width
-· **K** queue length · **H E** heads and head width · **P** values of a patch. Where a function has tensors of several
-shapes, the name of a local variable ends in the letters of its shape: ``logits_BK``.
+· **K** queue length · **H E** heads and head width · **P** values of a patch, or prototypes · **N** features that are
+compared with prototypes. Where a function has tensors of several shapes, the name of a local variable ends in the
+letters of its shape: ``logits_BK``.
 """
 
 from . import dispatch

@@ -295,7 +295,12 @@ def test_strides_mixed_dtypes_and_empty_tensors():
 def every_op(q, k, queue, ptr, noises, x, images, targets, sources):
     """One call of each op; only the queue and the targets change."""
     masking = random_masking(noises, 49)
-    loss = info_nce(q, k, queue, 0.2).loss.mean() + batch_info_nce(q, k, 0.2).loss.mean() + nt_xent(q, k, 0.2).mean()
+    seed, target = torch.arange(8, device=DEVICE), torch.arange(64, device=DEVICE)
+    masked = block_mask(seed, seed * 20, (14, 14), 4)
+    soft = PrototypeTargets(k, queue, 0.2, -prototype_lse(k, queue, 0.2), queue[:, 0])
+    loss = soft_cross_entropy(q, queue, 0.2, soft).mean() + linear_cross_entropy(q, queue, 0.2, target).mean()
+    loss = loss + info_nce(q, k, queue, 0.2).loss.mean() + batch_info_nce(q, k, 0.2).loss.mean()
+    loss = loss + nt_xent(q, k, 0.2).mean()
     kept = keep_tokens(x, masking.ids_keep)
     restored = restore_tokens(kept, x[0, 0], masking.ids_restore, prefix=0)
     pixels = keep_patches(images, masking.ids_masked, 16)
@@ -304,7 +309,7 @@ def every_op(q, k, queue, ptr, noises, x, images, targets, sources):
     (dq,) = torch.autograd.grad(loss, q)
     enqueue_(queue, ptr, k)
     ema_update_(targets, sources, 0.9)
-    return [loss.detach(), dq, queue, ptr, *targets]
+    return [loss.detach(), dq, queue, ptr, masked, *targets]
 
 
 def test_side_stream_without_synchronisation():
