@@ -170,10 +170,10 @@ def augment_kernel(
         r, g, b = luma, luma, luma
     slot = tl.load(row + 12).to(tl.int64)
     if slot >= 0:
-        at = scratch_ptr + slot * 3 * pixels + pixel
-        tl.store(at, r, mask=mask)
-        tl.store(at + pixels, g, mask=mask)
-        tl.store(at + 2 * pixels, b, mask=mask)
+        start = scratch_ptr + slot * 3 * pixels + pixel
+        tl.store(start, r, mask=mask)
+        tl.store(start + pixels, g, mask=mask)
+        tl.store(start + 2 * pixels, b, mask=mask)
     else:
         solarize = tl.load(row + 10)
         column = pixel % width

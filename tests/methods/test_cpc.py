@@ -11,7 +11,7 @@ from tests.support.contract import refused
 
 def tiny(**changes):
     config = cpc.Config.small()
-    for name, value in {"hidden": 16, **changes}.items():
+    for name, value in {"hidden": 16, "stride": 4, "offsets": (2, 3), **changes}.items():
         setattr(config, name, value)
     return cpc.build(config)
 

@@ -63,6 +63,12 @@ def test_contract():
     compiles(lambda q, k: dense_match(q, k) + 1, torch.randn(3, 4, 5), torch.randn(3, 4, 6))
 
 
+def test_lightlys_index():
+    utils = pytest.importorskip("lightly.models.utils")
+    x, y = torch.randn(2, 3, 9, 16).unbind()
+    assert torch.equal(dense_match(x.mT, y.mT), utils.most_similar_index(x, y))
+
+
 def test_arguments_are_checked():
     q, k = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
     rejects("dense_match", "q", "[2, 3]", ValueError, dense_match, q[..., 0], k)
