@@ -465,18 +465,17 @@ def _read(path: Path | str, module: nn.Module | None = None) -> _File:
                 return _File(name, state, None)
         state = plain_names(_state_of(content, name))
     except ValueError as error:
+<<<<<<< HEAD
         prefix = "" if str(error).startswith("weights: ") else f"weights: {name}: "
         raise ValueError(f"{prefix}{printable(error)}") from error
     if module is not None and _has_names_of(module, set(state)):
+=======
+        raise ValueError(f"weights: {name}: {printable(error)}") from error
+    own_names = getattr(getattr(module, "encoder", module), "library", "") == "torchvision"  # a `ForeignNetwork`
+    if own_names or (module is not None and set(state) == set(_real_names(module))):
+>>>>>>> h-views
         return _File(name, state, None)
     return _File(name, to_timm(state, fold), _hugging_face_eps(path) if is_hugging_face(state) else None)
-
-
-def _has_names_of(module: nn.Module, names: set[str]) -> bool:
-    """Whether these are the names of the module, or hold all of its encoder's where that has its library's names."""
-    encoder: Any = getattr(module, "encoder", module)
-    is_foreign = hasattr(encoder, "library") and set(_real_names(encoder)) <= names
-    return is_foreign or names == set(_real_names(module))
 
 
 def _hugging_face_eps(path: Path) -> float:

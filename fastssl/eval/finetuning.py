@@ -76,7 +76,10 @@ def build_classifier(
     missing, unexpected = model.load_state_dict(state, strict=False)
     if set(missing) != new or unexpected:
         wrong = sorted({*missing, *unexpected} - new)[0]
-        raise ValueError(f"eval: the encoder of {type(method).__name__} does not fit {type(model).__name__}: {wrong}")
+        raise ValueError(
+            f"eval: finetune builds the backbone alone, and the encoder of {type(method).__name__} does not fit "
+            f"{type(model).__name__}: {wrong}; train run.encoder() in a loop of yours"
+        )
     return model
 
 
