@@ -18,28 +18,19 @@ DINOv2 and of Hugging Face's ViTMAE.
 Files are .safetensors for timm and safetensors, and .pth for the others, readable by ``torch.load(weights_only=True)``.
 """
 
-import json
-import pickle
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastssl.files import write_atomically
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.text import printable
-from fastssl.weight_names import (
-    HUGGING_FACE_EPS,
-    is_hugging_face,
-    plain_name,
-    plain_names,
-    student_and_teacher,
-    timm_to_torchvision,
-    to_timm,
-)
+from fastssl.weight_files import WeightsFile, read_file
+from fastssl.weight_names import plain_name, timm_to_torchvision
 
 GENERAL_FORMATS = ("timm", "torchvision", "safetensors")  # layouts that every method can be exported to
 REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict in the file, prefix of its names
@@ -148,14 +139,6 @@ def _without_suffix(path: Path | str) -> Path:
     return path
 
 
-class _File(NamedTuple):
-    """Content of a weights file."""
-
-    name: str  # the path, as messages show it
-    state: dict[str, Tensor]  # by names without wrappers, those of an encoder as in timm
-    eps: float | None  # what its layer norms add to the variance, where it is not 1e-6
-
-
 def load_weights(module: nn.Module, path: Path | str, encoder_only: bool = False) -> None:
     """Loads a file that `export`, timm, torchvision, Hugging Face or the official code wrote, strictly.
 
@@ -238,7 +221,7 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     return notes
 
 
-def _load_encoder(module: nn.Module, encoder: nn.Module, file: _File) -> tuple[set[str], list[str]]:
+def _load_encoder(module: nn.Module, encoder: nn.Module, file: WeightsFile) -> tuple[set[str], list[str]]:
     """Loads an encoder's weights into `encoder`, which shares them with `module`.
 
     Returns the names of the file that were left out, and a sentence for each momentum encoder that became a copy.
@@ -265,7 +248,7 @@ def _load_encoder(module: nn.Module, encoder: nn.Module, file: _File) -> tuple[s
     return left_out, _copy_to_momentum_encoders(module, encoder)
 
 
-def _check_whole(module: nn.Module, file: _File) -> None:
+def _check_whole(module: nn.Module, file: WeightsFile) -> None:
     """Checks that the file has the names of the whole module."""
     expected, given = set(_real_names(module)), set(file.state)
     encoder = set(_real_names(getattr(module, "encoder", module)))
@@ -398,7 +381,7 @@ def _parts(names: set[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _notes_on_heads(encoder: Any, file: _File) -> list[str]:
+def _notes_on_heads(encoder: Any, file: WeightsFile) -> list[str]:
     """A sentence for a ViT with narrow heads, as in MoCo v3: a file of more usual ones would load as well."""
     blocks = getattr(encoder, "blocks", None)
     if not blocks or encoder.embed_dim // blocks[0].attn.num_heads >= 64:
@@ -451,68 +434,11 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     return _read(path).state
 
 
-def _read(path: Path | str, module: nn.Module | None = None) -> _File:
+def _read(path: Path | str, module: nn.Module | None = None) -> WeightsFile:
     """A weights file. Names that are those of `module` stay as they are."""
-    path = Path(path)
-    name, content = printable(path), _read_content(path)
-    names = set() if module is None else set(_real_names(module))
-    # DINOv2's code has a position of the class token beside registers, see `ViT`
-    fold = module is None or not any(getattr(part, "no_embed_reg", False) for part in module.modules())
-    try:
-        if any(n.startswith("student.") for n in names) and set(content) != names:
-            state = student_and_teacher(content, fold)
-            if state:
-                return _File(name, state, None)
-        state = plain_names(_state_of(content, name))
-    except ValueError as error:
-<<<<<<< HEAD
-        prefix = "" if str(error).startswith("weights: ") else f"weights: {name}: "
-        raise ValueError(f"{prefix}{printable(error)}") from error
-    if module is not None and _has_names_of(module, set(state)):
-=======
-        raise ValueError(f"weights: {name}: {printable(error)}") from error
+    if module is None:
+        return read_file(path)
     own_names = getattr(getattr(module, "encoder", module), "library", "") == "torchvision"  # a `ForeignNetwork`
-    if own_names or (module is not None and set(state) == set(_real_names(module))):
->>>>>>> h-views
-        return _File(name, state, None)
-    return _File(name, to_timm(state, fold), _hugging_face_eps(path) if is_hugging_face(state) else None)
-
-
-def _hugging_face_eps(path: Path) -> float:
-    """`layer_norm_eps` of the config.json beside a file, else the default of Hugging Face's ViTs."""
-    try:
-        return float(json.loads((path.parent / "config.json").read_text())["layer_norm_eps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return HUGGING_FACE_EPS
-
-
-def _read_content(path: Path) -> Any:
-    """What a file holds."""
-    name = printable(path)
-    if not path.is_file():
-        raise ValueError(f"weights: {name} is no file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and key errors of a damaged file have no common base
-        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise ValueError(
-                f"weights: {name} holds more than weights, and reading that could run code of its author. If you trust "
-                f"it, c = torch.load('{name}', weights_only=False), and then "
-                "torch.save({k: v for k, v in c.items() if isinstance(v, dict)}, 'clean.pth') makes a file without that"
-            ) from error
-        raise ValueError(f"weights: {name} is damaged or no weights file ({type(error).__name__})") from error
-
-
-def _state_of(content: Any, name: str) -> dict[str, Tensor]:
-    """The state dict in the content of a file of that name."""
-    state = content
-    for key in ("model", "state_dict", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    is_state = isinstance(state, dict) and all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items())
-    if not is_state or not state:
-        raise ValueError(f"weights: {name} holds no state dict: a name with its tensor for each weight")
-    return state
+    # DINOv2's code has a position of the class token beside registers, see `ViT`
+    fold = not any(getattr(part, "no_embed_reg", False) for part in module.modules())
+    return read_file(path, set(_real_names(module)), own_names, fold)

@@ -67,7 +67,8 @@ MAY_IMPORT = {
         "weights",
         "distributed",
     },
-    "weights": {*VALUES, "weight_names", "nn.momentum"},
+    "weights": {*VALUES, "weight_files", "weight_names", "nn.momentum"},
+    "weight_files": {*VALUES, "weight_names"},
     "weight_names": set(),  # names of other libraries
     "machine": {"data", "ops", "_C"},
     "cli": {
