@@ -118,7 +118,7 @@ class Config:
         sizes = {"image_size": (32, 32), "local_size": (16, 16), "local_crops": 4}
         crops = {"crop": (0.3, 1.0), "local_crop": (0.3, 0.8)}
         head = {"prototypes": 256, "hidden": 512, "bottleneck": 64, "bn_in_head": True, "norm_last_layer": True}
-        schedule = {"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.05, "ema_momentum": 0.9}
+        schedule = {"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.06, "ema_momentum": 0.9}
         options = {**views, **sizes, **crops, **head, **schedule}
         return cls("resnet_mini", zero_init_residual=True, training=training, **options)
 
