@@ -7,7 +7,7 @@ CONTRASTIVE_AND_REDUNDANCY = {
     "simsiam": {"hidden": 8, "dim": 16},
     "barlow_twins": {"dim": 16},
     "vicreg": {"dim": 16},
-    "instdisc": {"images": 96, "nce_k": 32, "dim": 16},
+    "instdisc": {"images": 96, "nce_k": 32, "dim": 16, "softmax": False},
     "cmc": {"images": 96, "nce_k": 32, "dim": 16},
     "invaspread": {"dim": 16},
 }
