@@ -66,7 +66,8 @@ class Config:
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 32, "sgd", lr=0.3, weight_decay=5e-4, decay_all=True)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5)}
-        return cls("resnet_mini", (32, 32), nce_k=512, **views, training=training)
+        # NCE diverges where the negatives of an image are a large share of the bank's rows.
+        return cls("resnet_mini", (32, 32), nce_k=512, softmax=True, **views, training=training)
 
     @property
     def augmentation(self) -> Augmentation:

@@ -83,7 +83,7 @@ def test_rows_are_drawn_uniformly_from_the_seeds_alone():
 
 def tiny(**changes):
     config = instdisc.Config.small()
-    for name, value in {"dim": 16, "images": 50, "nce_k": 20, **changes}.items():
+    for name, value in {"dim": 16, "images": 50, "nce_k": 20, "softmax": False, **changes}.items():
         setattr(config, name, value)
     return instdisc.build(config)
 
@@ -132,7 +132,7 @@ def test_z_is_that_of_the_first_step_and_survives_a_state_dict():
 
 def test_only_the_first_step_waits_for_the_device():
     config = instdisc.Config.small()
-    config.images, config.nce_k = 50, 20
+    config.images, config.nce_k, config.softmax = 50, 20, False
     trainer = constant_rate_trainer(instdisc.build(config), config.training, 0.1)
     trainer.step(iter([batch_of()]))
     with Syncs() as syncs:

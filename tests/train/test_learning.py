@@ -23,6 +23,7 @@ RUNS = {
     "dino": "--epochs 3",
     "cpc": "--epochs 2",
     "densecl": "--epochs 5",
+    "invaspread": "--epochs 3",
 }
 LONG = RUNS.keys() - {"mae", "moco_v3", "simclr_v1"}  # one method of each family stays in `make test`
 # docs/measurements.md has the accuracies: they rise by 12 points and more. A rise of 5 is far from what rounding and
