@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 
-from benchmarks import loader, step, table
+from benchmarks import loader, memory, step, table
 
 
 def test_tables_are_those_of_the_results():
     assert table.main(["--check"]) == 0
     assert loader.main(["--check"]) == 0
     assert step.main(["--check"]) == 0
+    assert memory.main(["--check"]) == 0
 
 
 @pytest.fixture
