@@ -16,9 +16,9 @@ from fastssl.contract import Batch, TrainingImages
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, all_sum
 from fastssl.nn import sobel
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.kmeans import k_means, random_rows, whitened
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sobel import SobelNet
 from fastssl.train.config import Training
 
@@ -30,7 +30,8 @@ class Config:
     """DeepCluster as in its paper (section 4.1) and code: AlexNet, 200 epochs of SGD at a constant learning rate."""
 
     backbone: str = "alexnet"
-    """encoder: alexnet, vgg16, or a ResNet: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: alexnet, vgg16, resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or
+    torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     sobel: bool = True
@@ -78,7 +79,7 @@ def build(config: Config) -> "DeepCluster":
     else:
         if config.sobel:
             raise ValueError(f"deepcluster: --sobel is for {' and '.join(sobel.NAMES)}, got {config.backbone}")
-        backbone = build_resnet(config.backbone, 1, config.small_images)
+        backbone = build_backbone(config.backbone, 1, config.small_images, image_size=config.image_size)
         width, backbone.fc = backbone.fc.in_features, nn.Identity()
     if config.components > width:
         raise ValueError(

@@ -36,12 +36,12 @@ class Config:
     """DeepCluster-v2 as in its paper and code: 800 epochs of batch 4096 with LARC, two large and six small crops."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the two large crops in pixels"""
-    small_size: Annotated[tuple[int, int], AT_LEAST_1] = (96, 96)
+    local_size: Annotated[tuple[int, int], AT_LEAST_1] = (96, 96)
     """height and width of the small crops in pixels"""
-    small_crops: Annotated[int, NOT_NEGATIVE] = 6
+    local_crops: Annotated[int, NOT_NEGATIVE] = 6
     """number of small crops"""
     dim: Annotated[int, AT_LEAST_1] = 128
     """dimension of embeddings and centroids"""
@@ -57,7 +57,7 @@ class Config:
     """ResNet stem without stride and pooling, for images of 32 pixels"""
     crop_min: Annotated[float, SHARE] = 0.14
     """fraction of the image area that divides large crops, above it, from small ones"""
-    small_crop_min: Annotated[float, SHARE] = 0.05
+    local_crop_min: Annotated[float, SHARE] = 0.05
     """smallest fraction of the image area that a small crop covers"""
     jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.8, 0.8, 0.8, 0.2)
     """strengths of brightness, contrast, saturation and hue jitter"""
@@ -86,15 +86,15 @@ class Config:
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 64, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
-        views = {"crop_min": 0.25, "small_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
+        views = {"crop_min": 0.25, "local_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
         sizes = {"dim": 64, "hidden": 256, "prototypes": (60, 60, 60)}
         return cls("resnet_mini", (32, 32), (16, 16), 2, **sizes, **views, training=training)
 
     @property
     def augmentation(self) -> Augmentation:
-        areas = (self.small_crop_min, self.crop_min)
+        areas = (self.local_crop_min, self.crop_min)
         return multi_crop(
-            self.image_size, self.small_size, self.small_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
+            self.image_size, self.local_size, self.local_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
         )
 
 

@@ -17,9 +17,9 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.eval.protocols import Official
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.train.config import Training, check_images_at_once
 
@@ -29,7 +29,7 @@ class Config:
     """InvaSpread as in its code for CIFAR-10: ResNet-18 for small images, 301 epochs of batch 128."""
 
     backbone: str = "resnet18"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (32, 32)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 128
@@ -53,7 +53,7 @@ class Config:
     @classmethod
     def paper(cls, backbone: str = "resnet18") -> "Config":
         """The code's numbers; between epochs 160 and 200 its learning rate is half of this one."""
-        return cls(backbone)
+        return cls(backbone, small_images=":" not in backbone)
 
     @classmethod
     def small(cls) -> "Config":
@@ -76,7 +76,7 @@ def linear_probe(backbone: str) -> Official:
 
 def build(config: Config) -> "InvaSpread":
     check_images_at_once(config.training, 2 * world_size(), "invaspread", "batch norms need two images on each rank")
-    backbone = build_resnet(config.backbone, config.dim, config.small_images)
+    backbone = build_backbone(config.backbone, config.dim, config.small_images, image_size=config.image_size)
     return sync_batch_norms(InvaSpread(backbone, config.tau, config.negative_weight))
 
 

@@ -18,10 +18,10 @@ from fastssl.data.augmentation import Augmentation, multi_crop
 from fastssl.eval.protocols import Official
 from fastssl.milestones import MILESTONE
 from fastssl.nn import KeyQueue, l2_normalize, sinkhorn_potentials
+from fastssl.nn.backbones import ForeignNetwork, build_backbone
 from fastssl.nn.crops import encode_crops
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import save_child_unprefixed
 from fastssl.ops import PrototypeTargets, soft_cross_entropy
 from fastssl.train.config import Training
@@ -35,12 +35,12 @@ class Config:
     """SwAV as in its paper (section 4) and code: 800 epochs of batch 4096 with LARC, two large and six small crops."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the two large crops in pixels"""
-    small_size: Annotated[tuple[int, int], AT_LEAST_1] = (96, 96)
+    local_size: Annotated[tuple[int, int], AT_LEAST_1] = (96, 96)
     """height and width of the small crops in pixels"""
-    small_crops: Annotated[int, NOT_NEGATIVE] = 6
+    local_crops: Annotated[int, NOT_NEGATIVE] = 6
     """number of small crops"""
     dim: Annotated[int, AT_LEAST_1] = 128
     """dimension of embeddings and prototypes"""
@@ -63,7 +63,7 @@ class Config:
     """ResNet stem without stride and pooling, for images of 32 pixels"""
     crop_min: Annotated[float, SHARE] = 0.14
     """fraction of the image area that divides large crops, above it, from small ones"""
-    small_crop_min: Annotated[float, SHARE] = 0.05
+    local_crop_min: Annotated[float, SHARE] = 0.05
     """smallest fraction of the image area that a small crop covers"""
     jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.8, 0.8, 0.8, 0.2)
     """strengths of brightness, contrast, saturation and hue jitter"""
@@ -104,15 +104,15 @@ class Config:
             freeze=("prototypes",),
             freeze_epochs=0.5,
         )
-        views = {"crop_min": 0.25, "small_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
+        views = {"crop_min": 0.25, "local_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
         sizes = {"dim": 64, "hidden": 256, "prototypes": 60}
         return cls("resnet_mini", (32, 32), (16, 16), 2, **sizes, **views, queue_start=1, training=training)
 
     @property
     def augmentation(self) -> Augmentation:
-        areas = (self.small_crop_min, self.crop_min)
+        areas = (self.local_crop_min, self.crop_min)
         return multi_crop(
-            self.image_size, self.small_size, self.small_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
+            self.image_size, self.local_size, self.local_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
         )
 
 
@@ -138,7 +138,9 @@ def build(config: Config) -> "SwAV":
 
 def build_parts(config: Config) -> tuple[nn.Module, nn.Module]:
     """Backbone without last layer, and projector."""
-    backbone = build_resnet(config.backbone, 1, config.small_images)
+    backbone = build_backbone(config.backbone, 1, config.small_images, image_size=config.image_size)
+    if isinstance(backbone, ForeignNetwork) and config.local_crops:
+        backbone.check(config.local_size, "--local-size")
     projector = mlp_head(backbone.fc.in_features, config.hidden, config.dim, bias=True, last_bias=True)
     backbone.fc = nn.Identity()
     return backbone, projector
