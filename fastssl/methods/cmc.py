@@ -14,10 +14,10 @@ from torch.profiler import record_function
 from fastssl.bounds import AT_LEAST_1, COEFFICIENT, POSITIVE, SHARE
 from fastssl.contract import Batch
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation, View
+from fastssl.data.lab import lab_channels
 from fastssl.distributed import world_size
 from fastssl.eval.protocols import Official
 from fastssl.nn.bank import BankNCE, MemoryBank, draw_rows
-from fastssl.nn.lab import lab_channels
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.resnet import HalfResNet
