@@ -43,7 +43,7 @@ class Config:
     softmax: bool = False
     """cross entropy over the drawn rows instead of noise-contrastive estimation"""
     tau: Annotated[float, POSITIVE] = 0.07
-    """temperature τ"""
+    """temperature τ of the contrastive loss"""
     bank_momentum: Annotated[float, COEFFICIENT] = 0.5
     """share of the old feature in the update of the banks"""
     small_images: bool = False

@@ -38,11 +38,11 @@ class Config:
     backbone: str = "resnet50"
     """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
-    """height and width of the two large crops in pixels"""
+    """height and width of the two large views in pixels"""
     local_size: Annotated[tuple[int, int], AT_LEAST_1] = (96, 96)
-    """height and width of the small crops in pixels"""
+    """height and width of the small views in pixels"""
     local_crops: Annotated[int, NOT_NEGATIVE] = 6
-    """number of small crops"""
+    """number of small views"""
     dim: Annotated[int, AT_LEAST_1] = 128
     """dimension of embeddings and centroids"""
     hidden: Annotated[int, AT_LEAST_1] = 2048
@@ -56,9 +56,9 @@ class Config:
     small_images: bool = False
     """ResNet stem without stride and pooling, for images of 32 pixels"""
     crop_min: Annotated[float, SHARE] = 0.14
-    """fraction of the image area that divides large crops, above it, from small ones"""
+    """fraction of the image area that divides large views, above it, from small ones"""
     local_crop_min: Annotated[float, SHARE] = 0.05
-    """smallest fraction of the image area that a small crop covers"""
+    """smallest fraction of the image area that a small view covers"""
     jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.8, 0.8, 0.8, 0.2)
     """strengths of brightness, contrast, saturation and hue jitter"""
     blur_p: Annotated[float, PROBABILITY] = 0.5

@@ -67,7 +67,7 @@ class Config:
     drop_path: Annotated[float, BELOW_1] = 0.1
     """rate of stochastic depth in the last block of the student's ViT"""
     tau: Annotated[float, POSITIVE] = 0.1
-    """temperature of the student"""
+    """temperature τ of the student"""
     teacher_temp: Annotated[float, POSITIVE] = 0.07
     """temperature of the teacher after its warm-up; above 0.07 training is unstable"""
     warmup_teacher_temp: Annotated[float, POSITIVE] = 0.04

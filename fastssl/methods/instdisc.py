@@ -42,7 +42,7 @@ class Config:
     softmax: bool = False
     """cross entropy over the drawn rows instead of noise-contrastive estimation"""
     tau: Annotated[float, POSITIVE] = 0.07
-    """temperature τ"""
+    """temperature τ of the contrastive loss"""
     bank_momentum: Annotated[float, COEFFICIENT] = 0.5
     """share of the old feature in the bank's update"""
     small_images: bool = False

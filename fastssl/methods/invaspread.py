@@ -35,7 +35,7 @@ class Config:
     dim: Annotated[int, AT_LEAST_1] = 128
     """dimension of the embeddings"""
     tau: Annotated[float, POSITIVE] = 0.1
-    """temperature τ"""
+    """temperature τ of the contrastive loss"""
     negative_weight: Annotated[float, POSITIVE] = 1.0
     """factor m of the negatives, in the softmax's denominator and of their term (negM in the code)"""
     small_images: bool = True
