@@ -13,7 +13,7 @@ from fastssl.weight_names import rename
 from fastssl.weights import export, load_initial_weights, load_weights
 from tests.methods.test_dinov2 import batch_of
 from tests.support.contract import refused
-from tests.support.small_methods import PROTOTYPES
+from tests.support.small_methods import SMALL
 from tests.test_weights import equal, randomise
 
 # ours → the official code's
@@ -24,7 +24,7 @@ IBOT = ((r"\.mask_token$", ".masked_embed"),)
 
 def small(module, **changes):
     config = module.Config.small()
-    for name, value in {"patch_size": 4, **PROTOTYPES[module.__name__.rpartition(".")[2]], **changes}.items():
+    for name, value in {"patch_size": 4, **SMALL[module.__name__.rpartition(".")[2]], **changes}.items():
         setattr(config, name, value)
     return module.build(config)
 

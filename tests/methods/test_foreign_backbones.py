@@ -23,7 +23,7 @@ from fastssl.weights import load_weights
 from tests.support.command import run
 from tests.support.every_command import DATA, TINY, use_every_command
 from tests.support.ranks import run_ranks
-from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY
+from tests.support.small_methods import SMALL
 
 
 def takes_networks(method: str) -> bool:
@@ -103,7 +103,7 @@ def test_every_command_and_the_library_loads_what_is_exported(method, monkeypatc
 def test_features_are_what_the_projector_was_given(method, backbone):
     module = method_module(method)
     config = module.Config.small()
-    config = dataclasses.replace(config, **CONTRASTIVE_AND_REDUNDANCY.get(method, {}))
+    config = dataclasses.replace(config, **SMALL.get(method, {}))
     config.backbone, config.image_size, config.local_crops = backbone, (32, 32), 0
     built = module.build(config).eval()
     images = torch.randn(2, 3, 32, 32)
