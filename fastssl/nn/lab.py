@@ -23,7 +23,8 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     rgb = rgb.to(torch.promote_types(rgb.dtype, torch.float32))
     linear = torch.where(rgb > 0.04045, ((rgb.clamp_min(0) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     # Sums of products, not a matrix product, which autocast or tf32 would round.
-    xyz = [sum(c * linear[:, i] for i, c in enumerate(row)) / white for row, white in zip(_XYZ, _WHITE)]
+    r, g, b = linear.unbind(1)
+    xyz = [(row[0] * r + row[1] * g + row[2] * b) / white for row, white in zip(_XYZ, _WHITE)]
     x, y, z = (torch.where(t > 0.008856, t.clamp_min(0.008856) ** (1 / 3), 7.787 * t + 16 / 116) for t in xyz)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 

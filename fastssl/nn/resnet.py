@@ -113,6 +113,7 @@ class HalfResNet(ResNet):
         if name not in NAMES:
             raise ValueError(f"resnet: unknown backbone {name!r}, there are {', '.join(NAMES)}")
         is_mini = name == "resnet_mini"
+        block: Any
         block, layers = (BasicBlock, [1, 1, 1, 1]) if is_mini else _BLOCKS[name]
         self.divisor = 4 if is_mini else 2
         super().__init__(block, layers, norm_layer=SplitBatchNorm2d)
