@@ -153,8 +153,8 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     refused(
         monkeypatch,
         "pretrain: unknown method 'dinov9', there are barlow_twins, byol, cmc, cpc, densecl, dino, dinov2, ibot, "
-        "instdisc, invaspread, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simclr_v2, simsiam, swav, vicreg, or your own "
-        "module: package.module",
+        "instdisc, invaspread, mae, moco_v1, moco_v2, moco_v3, simclr_v1, simclr_v2, simsiam, swav, vicreg, or your "
+        "own module: package.module",
         "pretrain",
         "dinov9",
         "--data",
