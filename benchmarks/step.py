@@ -59,7 +59,8 @@ linear layers, other matrix products and convolutions take by themselves, ours /
 products inside fused attention and losses are not included. *of the rate*: operations of the official step's products
 and convolutions, divided by the time of our step, as a share of the rate of one large product measured in the same run;
 "–" where it was not measured. On a GPU ours is the step with `--graph`.
-DINO is measured without drop path, whose random numbers differ, and behind its first epoch, in which the last layer rests.
+DINO is measured without drop path, whose random numbers differ, and behind its first epoch, in which the last layer
+rests.
 *busy*: other programs used this share of the processors during the measurement, so no ratio is stated."""
 
 
