@@ -15,7 +15,6 @@ from fastssl.bounds import AT_LEAST_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, SHAR
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import world_size
-from fastssl.eval.protocols import Official
 from fastssl.nn.backbones import build_backbone
 from fastssl.nn.bank import BankNCE, MemoryBank, bank_cross_entropy, draw_rows
 from fastssl.nn.losses import l2_normalize
@@ -23,6 +22,8 @@ from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.sharing import headless
 from fastssl.ops import sampled_info_nce
 from fastssl.train.config import Training, check_images_at_once
+
+from . import moco_v1
 
 
 @dataclass
@@ -82,10 +83,8 @@ class Config:
         return Augmentation((view,))
 
 
-def linear_probe(backbone: str) -> Official:
-    """MoCo's protocol, by which its paper (section 4.1) compares memory banks. The paper of InstDisc has SVMs."""
-    steps = {"lr_by_epoch": True, "lr_drops": (60, 80)}
-    return Official(100, 256, "sgd", 30.0, warmup_epochs=0, **steps, standardise=False, interpolation="bilinear")
+# MoCo's protocol, by which its paper (section 4.1) compares memory banks; the paper of InstDisc has SVMs
+linear_probe = moco_v1.linear_probe
 
 
 def build(config: Config) -> "InstDisc":
