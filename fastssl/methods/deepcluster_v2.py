@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE
+from fastssl.bounds import AT_LEAST_1
 from fastssl.contract import Batch, TrainingImages
-from fastssl.data.augmentation import Augmentation, multi_crop
 from fastssl.distributed import all_gather, all_mean, world_size
 from fastssl.nn import l2_normalize
 from fastssl.nn.crops import encode_crops
@@ -32,37 +31,13 @@ UNKNOWN = -100  # cluster of an image that no row of the memory belongs to
 
 
 @dataclass
-class Config:
+class Config(swav.CropConfig):
     """DeepCluster-v2 as in its paper and code: 800 epochs of batch 4096 with LARC, two large and six small crops."""
 
-    backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
-    image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
-    """height and width of the two large views in pixels"""
-    local_size: Annotated[tuple[int, int], AT_LEAST_1] = (96, 96)
-    """height and width of the small views in pixels"""
-    local_crops: Annotated[int, NOT_NEGATIVE] = 6
-    """number of small views"""
-    dim: Annotated[int, AT_LEAST_1] = 128
-    """dimension of embeddings and centroids"""
-    hidden: Annotated[int, AT_LEAST_1] = 2048
-    """hidden width of the projector"""
     prototypes: Annotated[tuple[int, ...], AT_LEAST_1] = (3000, 3000, 3000)
     """number of clusters of each head"""
-    tau: Annotated[float, POSITIVE] = 0.1
-    """temperature τ of the softmax over clusters"""
     kmeans_rounds: Annotated[int, AT_LEAST_1] = 10
     """rounds of k-means before each epoch"""
-    small_images: bool = False
-    """ResNet stem without stride and pooling, for images of 32 pixels"""
-    crop_min: Annotated[float, SHARE] = 0.14
-    """fraction of the image area that divides large views, above it, from small ones"""
-    local_crop_min: Annotated[float, SHARE] = 0.05
-    """smallest fraction of the image area that a small view covers"""
-    jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.8, 0.8, 0.8, 0.2)
-    """strengths of brightness, contrast, saturation and hue jitter"""
-    blur_p: Annotated[float, PROBABILITY] = 0.5
-    """probability of Gaussian blur"""
     training: Training = field(
         default_factory=lambda: Training(
             800,
@@ -79,23 +54,12 @@ class Config:
     )
 
     @classmethod
-    def paper(cls, backbone: str = "resnet50") -> "Config":
-        return cls(backbone)
-
-    @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 64, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
         views = {"crop_min": 0.25, "local_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
         sizes = {"dim": 64, "hidden": 256, "prototypes": (60, 60, 60)}
         return cls("resnet_mini", (32, 32), (16, 16), 2, **sizes, **views, training=training)
-
-    @property
-    def augmentation(self) -> Augmentation:
-        areas = (self.local_crop_min, self.crop_min)
-        return multi_crop(
-            self.image_size, self.local_size, self.local_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
-        )
 
 
 linear_probe = swav.linear_probe

@@ -5,7 +5,7 @@ Names in the state dict are those of the official code.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ ASSIGNED = 2  # crops whose assignments are predicted: the large ones
 
 
 @dataclass
-class Config:
-    """SwAV as in its paper (section 4) and code: 800 epochs of batch 4096 with LARC, two large and six small crops."""
+class CropConfig:
+    """What SwAV and DeepCluster-v2 have in common: two large and several small crops of an image, and the projector."""
 
     backbone: str = "resnet50"
     """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
@@ -46,19 +46,8 @@ class Config:
     """dimension of embeddings and prototypes"""
     hidden: Annotated[int, AT_LEAST_1] = 2048
     """hidden width of the projector"""
-    prototypes: Annotated[int, AT_LEAST_1] = 3000
-    """number of prototypes"""
     tau: Annotated[float, POSITIVE] = 0.1
     """temperature τ of the softmax over prototypes"""
-    epsilon: Annotated[float, POSITIVE] = 0.05
-    """temperature ε of the assignments; 0.03 if the loss stays at the logarithm of the number of prototypes"""
-    sinkhorn_rounds: Annotated[int, AT_LEAST_1] = 3
-    """rounds of Sinkhorn-Knopp"""
-    queue_size: Annotated[int, NOT_NEGATIVE] = 0
-    """earlier embeddings that take part in the assignments, over all ranks, for small batches: 3840 at 256 in the code;
-    lowered to a multiple of the batch size; 0 for none"""
-    queue_start: Annotated[float, NOT_NEGATIVE, MILESTONE] = 15
-    """epoch at which the queue begins to fill; it is used when it is full"""
     small_images: bool = False
     """ResNet stem without stride and pooling, for images of 32 pixels"""
     crop_min: Annotated[float, SHARE] = 0.14
@@ -69,6 +58,34 @@ class Config:
     """strengths of brightness, contrast, saturation and hue jitter"""
     blur_p: Annotated[float, PROBABILITY] = 0.5
     """probability of Gaussian blur"""
+
+    @classmethod
+    def paper(cls, backbone: str = "resnet50"):
+        return cls(backbone)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        areas = (self.local_crop_min, self.crop_min)
+        return multi_crop(
+            self.image_size, self.local_size, self.local_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
+        )
+
+
+@dataclass
+class Config(CropConfig):
+    """SwAV as in its paper (section 4) and code: 800 epochs of batch 4096 with LARC, two large and six small crops."""
+
+    prototypes: Annotated[int, AT_LEAST_1] = 3000
+    """number of prototypes"""
+    epsilon: Annotated[float, POSITIVE] = 0.05
+    """temperature ε of the assignments; 0.03 if the loss stays at the logarithm of the number of prototypes"""
+    sinkhorn_rounds: Annotated[int, AT_LEAST_1] = 3
+    """rounds of Sinkhorn-Knopp"""
+    queue_size: Annotated[int, NOT_NEGATIVE] = 0
+    """earlier embeddings that take part in the assignments, over all ranks, for small batches: 3840 at 256 in the code;
+    lowered to a multiple of the batch size; 0 for none"""
+    queue_start: Annotated[float, NOT_NEGATIVE, MILESTONE] = 15
+    """epoch at which the queue begins to fill; it is used when it is full"""
     training: Training = field(
         default_factory=lambda: Training(
             800,
@@ -87,33 +104,13 @@ class Config:
     )
 
     @classmethod
-    def paper(cls, backbone: str = "resnet50") -> "Config":
-        return cls(backbone)
-
-    @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(
-            14,
-            64,
-            "sgd",
-            lr=0.4,
-            weight_decay=5e-4,
-            decay_all=True,
-            warmup_epochs=0.5,
-            freeze=("prototypes",),
-            freeze_epochs=0.5,
-        )
+        frozen: Any = {"freeze": ("prototypes",), "freeze_epochs": 0.5}
+        training = Training(14, 64, "sgd", 0.4, 5e-4, decay_all=True, warmup_epochs=0.5, **frozen)
         views = {"crop_min": 0.25, "local_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
         sizes = {"dim": 64, "hidden": 256, "prototypes": 60}
         return cls("resnet_mini", (32, 32), (16, 16), 2, **sizes, **views, queue_start=1, training=training)
-
-    @property
-    def augmentation(self) -> Augmentation:
-        areas = (self.local_crop_min, self.crop_min)
-        return multi_crop(
-            self.image_size, self.local_size, self.local_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
-        )
 
 
 def linear_probe(backbone: str) -> Official:
@@ -136,7 +133,7 @@ def build(config: Config) -> "SwAV":
     return sync_batch_norms(SwAV(backbone, projector, prototypes, temperatures, config.sinkhorn_rounds, queue))
 
 
-def build_parts(config: Config) -> tuple[nn.Module, nn.Module]:
+def build_parts(config: CropConfig) -> tuple[nn.Module, nn.Module]:
     """Backbone without last layer, and projector."""
     backbone = build_backbone(config.backbone, 1, config.small_images, image_size=config.image_size)
     if isinstance(backbone, ForeignNetwork) and config.local_crops:
