@@ -15,6 +15,7 @@ from fastssl.bounds import AT_LEAST_1
 from fastssl.contract import Batch, TrainingImages
 from fastssl.distributed import all_gather, all_mean, world_size
 from fastssl.nn import l2_normalize
+from fastssl.nn.clusters import UNKNOWN, clusters_of, fit_assignments
 from fastssl.nn.crops import encode_crops
 from fastssl.nn.embedding_memory import EmbeddingMemory
 from fastssl.nn.kmeans import k_means, random_rows
@@ -27,7 +28,6 @@ from . import swav
 
 OFFICIAL = swav.OFFICIAL
 ASSIGNED = swav.ASSIGNED  # crops whose embeddings are stored: the large ones
-UNKNOWN = -100  # cluster of an image that no row of the memory belongs to
 
 
 @dataclass
@@ -102,11 +102,11 @@ class DeepClusterV2(nn.Module):
         self.register_buffer("assignments", torch.full((len(clusters), 0), UNKNOWN))  # [heads, images]
         self.pending: list[tuple[Tensor, Tensor]] = []  # (embeddings, index) of each micro-batch of the current step
         save_child_unprefixed(self, "backbone")
-        self.register_load_state_dict_pre_hook(_fit_assignments)
+        self.register_load_state_dict_pre_hook(fit_assignments)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         z = self.embed(batch.views)
-        clusters = self.clusters_of(batch.index)
+        clusters = clusters_of(self.assignments, batch.index)
         with record_function("loss"):
             known = all_mean((clusters[0] >= 0).sum().float()).clamp(min=1 / world_size())  # of the mean rank
             losses = []
@@ -121,13 +121,6 @@ class DeepClusterV2(nn.Module):
     def embed(self, crops: tuple[Tensor, ...]) -> Tensor:
         """Unit embeddings [V·B, D] of V crops; the projector sees all of them together."""
         return l2_normalize(self.projection_head(encode_crops(self.backbone, crops)))
-
-    def clusters_of(self, index: Tensor) -> Tensor:
-        """The clusters [heads, B] of images [B]; `UNKNOWN` where the last epoch had left one out."""
-        images = self.assignments.shape[1]
-        if not images:  # not clustered yet
-            return self.assignments.new_full((len(self.assignments), len(index)), UNKNOWN)
-        return torch.where(index < images, self.assignments[:, index.clamp(max=images - 1)], UNKNOWN)
 
     @torch.no_grad()
     def before_epoch(self, images: TrainingImages) -> None:
@@ -169,10 +162,3 @@ class DeepClusterV2(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Features of the backbone [B, F], before its projector."""
         return self.backbone(images)
-
-
-def _fit_assignments(module: DeepClusterV2, state: dict, prefix: str, *rest) -> None:
-    """Takes the number of images of the state that is loaded."""
-    stored = state.get(f"{prefix}assignments")
-    if stored is not None and stored.ndim == 2 and len(stored) == len(module.assignments):
-        module.assignments = module.assignments.new_full(stored.shape, UNKNOWN)
