@@ -15,9 +15,9 @@ from torch.profiler import record_function
 from fastssl.bounds import SHARE
 from fastssl.contract import Batch
 from fastssl.distributed import shuffle, unshuffle, world_size
+from fastssl.nn.backbones import ForeignNetwork, build_backbone
 from fastssl.nn.losses import InfoNCELoss, l2_normalize
 from fastssl.nn.momentum import MomentumEncoder
-from fastssl.nn.resnet import build_resnet
 from fastssl.ops import InfoNCE, dense_match
 from fastssl.train.config import Training, check_batch_norm_parts
 from fastssl.train.schedule import cosine_schedule
@@ -52,7 +52,9 @@ linear_probe = moco_v1.linear_probe
 
 def build(config: Config) -> "DenseCL":
     splits = check_batch_norm_parts(config.training, config.bn_splits, world_size(), "densecl")
-    backbone = build_resnet(config.backbone, 1, config.small_images, splits)
+    backbone = build_backbone(config.backbone, 1, config.small_images, splits, image_size=config.image_size)
+    if isinstance(backbone, ForeignNetwork):
+        backbone.check_map(config.image_size)
     width, backbone.fc = backbone.fc.in_features, nn.Identity()
     return DenseCL(
         DenseEncoder(backbone, DenseNeck(width, config.dim)),

@@ -16,12 +16,13 @@ from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
-from fastssl.eval.protocols import Official
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.train.config import Training, check_images_at_once
+
+from . import moco_v1
 
 
 @dataclass
@@ -29,13 +30,13 @@ class Config:
     """InvaSpread as in its code for CIFAR-10: ResNet-18 for small images, 301 epochs of batch 128."""
 
     backbone: str = "resnet18"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (32, 32)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 128
     """dimension of the embeddings"""
     tau: Annotated[float, POSITIVE] = 0.1
-    """temperature τ"""
+    """temperature τ of the contrastive loss"""
     negative_weight: Annotated[float, POSITIVE] = 1.0
     """factor m of the negatives, in the softmax's denominator and of their term (negM in the code)"""
     small_images: bool = True
@@ -53,7 +54,7 @@ class Config:
     @classmethod
     def paper(cls, backbone: str = "resnet18") -> "Config":
         """The code's numbers; between epochs 160 and 200 its learning rate is half of this one."""
-        return cls(backbone)
+        return cls(backbone, small_images=":" not in backbone)
 
     @classmethod
     def small(cls) -> "Config":
@@ -68,15 +69,13 @@ class Config:
         return Augmentation((view, view))
 
 
-def linear_probe(backbone: str) -> Official:
-    """MoCo's protocol, by which later papers compare; the paper has kNN alone, which is evaluated in every run."""
-    steps = {"lr_by_epoch": True, "lr_drops": (60, 80)}
-    return Official(100, 256, "sgd", 30.0, warmup_epochs=0, **steps, standardise=False, interpolation="bilinear")
+# MoCo's protocol, by which later papers compare; the paper has kNN alone, which every run evaluates
+linear_probe = moco_v1.linear_probe
 
 
 def build(config: Config) -> "InvaSpread":
     check_images_at_once(config.training, 2 * world_size(), "invaspread", "batch norms need two images on each rank")
-    backbone = build_resnet(config.backbone, config.dim, config.small_images)
+    backbone = build_backbone(config.backbone, config.dim, config.small_images, image_size=config.image_size)
     return sync_batch_norms(InvaSpread(backbone, config.tau, config.negative_weight))
 
 

@@ -59,6 +59,7 @@ def build_backbone(
     network = ForeignNetwork(create(network_name, dim, image_size), name, dim)
     if image_size is not None:
         network.check(image_size)
+        network.image_size = image_size
     if bn_splits > 1:
         _split_batch_norms(network, name, bn_splits)
     return network.to(memory_format=torch.channels_last)
@@ -115,14 +116,14 @@ class ForeignNetwork(nn.Module):
         return maps[0]
 
     @torch.no_grad()
-    def check(self, size: tuple[int, int]) -> None:
-        """Computes the features of one image of this (height, width), and notes the size.
+    def check(self, size: tuple[int, int], flag: str = "--image-size") -> None:
+        """Computes the features of one image of this (height, width) in pixels, which option `flag` sets.
 
         Raises:
             ValueError: the network fails, or its features are not what `fc` takes.
         """
         self.network.eval()
-        remedy = "choose another size (--image-size) or network (--backbone)"
+        remedy = f"choose another size ({flag}) or network (--backbone)"
         try:
             features = self.network(torch.zeros(1, 3, *size))
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
@@ -138,7 +139,20 @@ class ForeignNetwork(nn.Module):
                 f"backbone: {self.name} must give {self.width} features of an image of {size[0]} × {size[1]} pixels, "
                 f"got {got}: {remedy}"
             )
-        self.image_size = size
+
+    @torch.no_grad()
+    def check_map(self, size: tuple[int, int]) -> None:
+        """Computes the features of the places of one image of this (height, width) in pixels.
+
+        Raises:
+            ValueError: the network has no map of features, or its features are not the mean of that map.
+        """
+        self.network.eval()
+        images = torch.randn(1, 3, *size)
+        features, mean = self.network(images), self.feature_map(images).mean((2, 3))
+        self.network.train()
+        if not torch.allclose(features, mean, rtol=1e-3, atol=1e-5):
+            raise ValueError(f"backbone: {self.name} must give the mean of a map, without layers behind that")
 
 
 def _from_timm(name: str, dim: int, size: tuple[int, int] | None) -> nn.Module:
