@@ -16,10 +16,10 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import world_size
 from fastssl.eval.protocols import Official
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.bank import BankNCE, MemoryBank, bank_cross_entropy, draw_rows
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.ops import sampled_info_nce
 from fastssl.train.config import Training, check_images_at_once
@@ -30,7 +30,7 @@ class Config:
     """InstDisc as in its code: 200 epochs of batch 256, 4096 negatives."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 128
@@ -92,7 +92,7 @@ def build(config: Config) -> "InstDisc":
     check_images_at_once(config.training, 2 * world_size(), "instdisc", "batch norms need two images on each rank")
     if config.images is None:
         raise ValueError("instdisc: --images must be the number of training images, got None: set config.images")
-    backbone = build_resnet(config.backbone, config.dim, config.small_images)
+    backbone = build_backbone(config.backbone, config.dim, config.small_images, image_size=config.image_size)
     bank = MemoryBank(config.images, config.dim, config.bank_momentum)
     return sync_batch_norms(InstDisc(backbone, bank, config.nce_k, config.tau, config.softmax))
 

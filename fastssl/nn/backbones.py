@@ -103,16 +103,21 @@ class ForeignNetwork(nn.Module):
         Raises:
             ValueError: the network has no such map: it has tokens, or layers between pooling and its last one.
         """
+        return self.features_and_map(images)[1]
+
+    def features_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `fc` is given [B, C], and the map [B, C, h, w] that it was pooled from: see `feature_map`."""
         maps: list[Any] = []
+        network: Any = self.network
+        features: Any = None
         if self.library == "timm":
-            network: Any = self.network
             maps.append(network.forward_features(images))
         elif pools := [part for part in self.network.modules() if isinstance(part, nn.AdaptiveAvgPool2d)]:
             with pools[-1].register_forward_pre_hook(lambda _, args: maps.append(args[0])):
-                self.network(images)
+                features = network(images)
         if not maps or maps[0].ndim != 4 or maps[0].shape[1] != self.width:
             raise ValueError(f"backbone: {self.name} has no map of {self.width} features before its last layer")
-        return maps[0]
+        return network.forward_head(maps[0]) if features is None else features, maps[0]
 
     @torch.no_grad()
     def check(self, size: tuple[int, int]) -> None:

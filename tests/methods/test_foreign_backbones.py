@@ -16,7 +16,7 @@ import fastssl
 from fastssl.contract import Batch
 from fastssl.distributed import all_mean, rank, world_size
 from fastssl.eval.protocols import Finetune
-from fastssl.methods import moco_v3, simsiam
+from fastssl.methods import densecl, moco_v3, simsiam
 from fastssl.nn import accelerate
 from fastssl.run import method_module, method_names
 from fastssl.weights import load_weights
@@ -81,9 +81,13 @@ def test_every_command_and_the_library_loads_what_is_exported(method, monkeypatc
 @pytest.mark.parametrize("backbone", ["timm:test_convnext", "torchvision:shufflenet_v2_x0_5"])
 @pytest.mark.parametrize("method", METHODS)
 def test_features_are_what_the_projector_was_given(method, backbone):
+    if method == "densecl" and "shufflenet" in backbone:
+        pytest.skip("it has no map; see test_densecl_needs_a_map")
     module = method_module(method)
     config = module.Config.small()
     config.backbone, config.image_size = backbone, (32, 32)
+    if hasattr(config, "images"):
+        config.images = 64
     built = module.build(config).eval()
     images = torch.randn(2, 3, 32, 32)
     assert built.encoder(images).shape == (2, 64 if "convnext" in backbone else 1024)
@@ -92,9 +96,28 @@ def test_features_are_what_the_projector_was_given(method, backbone):
     assert names and not any(name.startswith(("network.", "fc.")) for name in names)
 
 
+@pytest.mark.parametrize("backbone", ["timm:test_convnext", "torchvision:resnet18"])
+def test_densecl_trains_all_parameters(backbone):
+    """Layers between pooling and the last layer, such as ConvNeXt's norm, are before the global head alone."""
+    config = dataclasses.replace(densecl.Config.small(), backbone=backbone, queue_size=16, image_size=(64, 64))
+    model, views = densecl.build(config), torch.randn(2, 4, 3, 64, 64).unbind()
+    model(Batch(views, None, None))[0].backward()
+    assert all(p.grad is not None for p in model.encoder_q.parameters())
+    model.eval()
+    pooled = model.features(views[0])
+    _, q, _ = model.encoder_q(views[0])
+    torch.testing.assert_close(q, model.encoder_q[1].mlp(pooled))
+
+
+def test_densecl_needs_a_map():
+    config = dataclasses.replace(densecl.Config.small(), backbone="timm:test_vit")
+    with pytest.raises(ValueError, match="^backbone: timm:test_vit has no map of 64 features before its last layer$"):
+        densecl.build(config)
+
+
 def test_all_methods_with_an_encoder_take_them():
     contrastive = {"simclr_v1", "simclr_v2", "moco_v1", "moco_v2", "moco_v3"}
-    assert contrastive | {"byol", "simsiam", "barlow_twins", "vicreg"} <= set(METHODS)
+    assert contrastive | {"byol", "simsiam", "barlow_twins", "vicreg", "instdisc", "invaspread", "densecl"} <= set(METHODS)
 
 
 def test_resnets_of_other_libraries_have_the_numbers_of_resnets():
