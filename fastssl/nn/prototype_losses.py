@@ -482,9 +482,9 @@ def _check_prototypes(name: str, centre: Tensor, *arguments: FactoredLogits) -> 
 
 
 def _fit_centre(module: nn.Module, state: dict, prefix: str, *rest) -> None:
-    """Takes the centre of others' losses: [1, 1, K], or in a module of its own, as that of lightly's `IBOTPatchLoss`."""
+    """Takes the centre of others' losses: [1, 1, K], or in a module of its own, as lightly's `IBOTPatchLoss` has it."""
     name = f"{prefix}center"
     stored = state.pop(f"{name}.center", state.get(name))
     if stored is not None:
         fits = stored.numel() == module.center.numel()  # type: ignore[operator]
-        state[name] = stored.reshape(module.center.shape) if fits else stored  # type: ignore[union-attr]
+        state[name] = stored.reshape(module.center.shape) if fits else stored
