@@ -61,7 +61,7 @@ class Config:
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 32, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5)}
-        sizes = {"clusters": 60, "components": 64}
+        sizes = {"clusters": 40, "components": 24}
         return cls("resnet_mini", (32, 32), False, **sizes, **views, training=training)
 
     @property
@@ -126,6 +126,10 @@ class DeepCluster(nn.Module):
             loss = (losses * self.weights[clusters.clamp(min=0)]).sum() / (clusters >= 0).sum().clamp(min=1)
         return loss, {"top1": (logits.argmax(1) == clusters).float().mean()}
 
+    def check_images(self, count: int, in_epoch: int) -> None:
+        if (clusters := self.top_layer.out_features) > count:
+            raise ValueError(f"deepcluster: --clusters must be at most the {count} images, got {clusters}")
+
     @torch.no_grad()
     def before_epoch(self, images: TrainingImages) -> None:
         """Cluster the features of all images, and draw a new layer."""
@@ -134,14 +138,15 @@ class DeepCluster(nn.Module):
         places[index] = 1
         seen = all_sum(places)
         count, clusters = int(seen.sum()), self.top_layer.out_features
-        if clusters > count:
-            raise ValueError(f"deepcluster: --clusters must be at most the {count} images, got {clusters}")
+        self.check_images(count, count)
         features = whitened(features, self.components)
         first = random_rows(features, clusters, seen.cumsum(0)[index] - 1)
         _, nearest = k_means(features, first, self.rounds, spherical=False)
         places[index] = nearest + 1
         assignments = all_sum(places) - 1
-        self.assignments = assignments.masked_fill(assignments < 0, UNKNOWN)
+        if len(self.assignments) != images.count:
+            self.assignments = torch.empty_like(assignments)
+        self.assignments.copy_(assignments.masked_fill(assignments < 0, UNKNOWN))  # in place: a CUDA graph reads it
         sizes = torch.bincount(assignments[assignments >= 0], minlength=clusters)
         self.weights.copy_(count / (sizes > 0).sum() / sizes.clamp(min=1))
         seed = int(all_gather(torch.randint(2**62, (1,)).to(index.device))[0])  # the first rank's

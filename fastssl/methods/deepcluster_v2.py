@@ -122,6 +122,12 @@ class DeepClusterV2(nn.Module):
         """Unit embeddings [V·B, D] of V crops; the projector sees all of them together."""
         return l2_normalize(self.projection_head(encode_crops(self.backbone, crops)))
 
+    def check_images(self, count: int, in_epoch: int) -> None:
+        if most := [head.out_features for head in self.prototypes.values() if head.out_features > in_epoch]:
+            raise ValueError(
+                f"deepcluster_v2: --prototypes must be at most the {in_epoch} images of an epoch, got {most[0]}"
+            )
+
     @torch.no_grad()
     def before_epoch(self, images: TrainingImages) -> None:
         """Cluster the memory; fill it first, in a pass in training mode, where it is not that of these images."""
@@ -132,13 +138,11 @@ class DeepClusterV2(nn.Module):
                     memory.resize(images.batches, len(batch.index))
                 z = [self.embed((crop,)) for crop in batch.views[:ASSIGNED]]  # one crop at a time, for the batch norms
                 memory.write(torch.stack(z), batch.index)
-        rows = len(memory) * world_size()
-        if most := [head.out_features for head in self.prototypes.values() if head.out_features > rows]:
-            raise ValueError(
-                f"deepcluster_v2: --prototypes must be at most the {rows} images of an epoch, got {most[0]}"
-            )
+        self.check_images(images.count, len(memory) * world_size())
         index = all_gather(memory.index)
-        self.assignments = self.assignments.new_full((len(self.prototypes), images.count), UNKNOWN)
+        if self.assignments.shape[1] != images.count:
+            self.assignments = self.assignments.new_empty(len(self.prototypes), images.count)
+        self.assignments.fill_(UNKNOWN)  # in place: a CUDA graph reads it
         for i, head in enumerate(self.prototypes.values()):
             x = memory.embeddings[i % ASSIGNED]
             centroids, nearest = k_means(x, random_rows(x, head.out_features, memory.numbers()), self.rounds)

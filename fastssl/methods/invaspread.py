@@ -37,7 +37,7 @@ class Config:
     """dimension of the embeddings"""
     tau: Annotated[float, POSITIVE] = 0.1
     """temperature τ of the contrastive loss"""
-    negative_weight: Annotated[float, POSITIVE] = 1.0
+    negative_weight: Annotated[float, AT_LEAST_1] = 1.0
     """factor m of the negatives, in the softmax's denominator and of their term (negM in the code)"""
     small_images: bool = True
     """ResNet stem without stride and pooling, for images of 32 pixels"""
@@ -54,7 +54,7 @@ class Config:
     @classmethod
     def paper(cls, backbone: str = "resnet18") -> "Config":
         """The code's numbers; between epochs 160 and 200 its learning rate is half of this one."""
-        return cls(backbone, small_images=":" not in backbone)
+        return cls(backbone, small_images=":" not in backbone)  # networks of other libraries have their own stems
 
     @classmethod
     def small(cls) -> "Config":
@@ -89,7 +89,7 @@ def invariant_spreading_loss(z: Tensor, tau: float = 0.1, negative_weight: float
     Args:
         z: [2B, D] of unit length: B first views, then B second views. Gradient.
         tau: temperature τ.
-        negative_weight: factor m of the negatives.
+        negative_weight: factor m of the negatives, at least 1: with less p may exceed 1.
 
     Returns: the loss, a scalar, and the number of embeddings that are closer to each than its partner [2B].
 
@@ -102,9 +102,16 @@ def invariant_spreading_loss(z: Tensor, tau: float = 0.1, negative_weight: float
     logits = z @ keys.T / tau
     positive = logits.gather(1, partner[:, None])
     negatives = logits.scatter(1, torch.stack([own, partner], 1), float("-inf"))
-    log_sum = torch.logaddexp(positive, negatives.logsumexp(1, keepdim=True) + math.log(negative_weight))
-    log_p = negatives - log_sum
-    spread = torch.log(-torch.expm1(log_p)).sum(1)  # log(1 − p), 0 for the embedding itself and its partner
+    scale = math.log(negative_weight)
+    log_sum = torch.logaddexp(positive, negatives.logsumexp(1, keepdim=True) + scale)
+    # log(1 − p) of each negative, 0 for the embedding itself and its partner. The largest p may be 1 but for rounding:
+    # its 1 − p is the sum of what else the denominator holds.
+    largest = negatives.argmax(1, keepdim=True)
+    rest = torch.logaddexp(positive, negatives.scatter(1, largest, float("-inf")).logsumexp(1, keepdim=True) + scale)
+    if negative_weight > 1:
+        rest = torch.logaddexp(rest, negatives.gather(1, largest) + math.log(negative_weight - 1))
+    log_p = negatives.scatter(1, largest, float("-inf")) - log_sum
+    spread = torch.log1p(-log_p.exp()).sum(1) + (rest - log_sum)[:, 0]
     return -((positive - log_sum)[:, 0] + negative_weight * spread).mean(), (negatives > positive).sum(1)
 
 

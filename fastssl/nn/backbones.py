@@ -104,16 +104,21 @@ class ForeignNetwork(nn.Module):
         Raises:
             ValueError: the network has no such map: it has tokens, or layers between pooling and its last one.
         """
+        return self.features_and_map(images)[1]
+
+    def features_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `fc` is given [B, C], and the map [B, C, h, w] that it was pooled from: see `feature_map`."""
         maps: list[Any] = []
+        network: Any = self.network
+        features: Any = None
         if self.library == "timm":
-            network: Any = self.network
             maps.append(network.forward_features(images))
         elif pools := [part for part in self.network.modules() if isinstance(part, nn.AdaptiveAvgPool2d)]:
             with pools[-1].register_forward_pre_hook(lambda _, args: maps.append(args[0])):
-                self.network(images)
+                features = network(images)
         if not maps or maps[0].ndim != 4 or maps[0].shape[1] != self.width:
             raise ValueError(f"backbone: {self.name} has no map of {self.width} features before its last layer")
-        return maps[0]
+        return network.forward_head(maps[0]) if features is None else features, maps[0]
 
     @torch.no_grad()
     def check(self, size: tuple[int, int], flag: str = "--image-size") -> None:
@@ -139,20 +144,6 @@ class ForeignNetwork(nn.Module):
                 f"backbone: {self.name} must give {self.width} features of an image of {size[0]} × {size[1]} pixels, "
                 f"got {got}: {remedy}"
             )
-
-    @torch.no_grad()
-    def check_map(self, size: tuple[int, int]) -> None:
-        """Computes the features of the places of one image of this (height, width) in pixels.
-
-        Raises:
-            ValueError: the network has no map of features, or its features are not the mean of that map.
-        """
-        self.network.eval()
-        images = torch.randn(1, 3, *size)
-        features, mean = self.network(images), self.feature_map(images).mean((2, 3))
-        self.network.train()
-        if not torch.allclose(features, mean, rtol=1e-3, atol=1e-5):
-            raise ValueError(f"backbone: {self.name} must give the mean of a map, without layers behind that")
 
 
 def _from_timm(name: str, dim: int, size: tuple[int, int] | None) -> nn.Module:
