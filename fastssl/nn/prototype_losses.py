@@ -487,4 +487,4 @@ def _fit_centre(module: nn.Module, state: dict, prefix: str, *rest) -> None:
     stored = state.pop(f"{name}.center", state.get(name))
     if stored is not None:
         fits = stored.numel() == module.center.numel()  # type: ignore[operator]
-        state[name] = stored.reshape(module.center.shape) if fits else stored  # type: ignore[union-attr]
+        state[name] = stored.reshape(module.center.shape) if fits else stored
