@@ -26,6 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastssl.ops import dispatch
 from tests.support.memory import peak_memory
 
 from . import store
@@ -182,8 +183,12 @@ def _line(method: str, loss: str, size: str, memory: list[str], run: dict | None
     return [f"`{method}`", loss, size, f"`{command}`", *memory, *learned]
 
 
-def demonstrate() -> None:
-    """Runs the cases of `DEMO` and prints their memory, the reference's, and this process's."""
+def demonstrate() -> int:
+    """Runs the cases of `DEMO` and prints their memory, the reference's, and this process's. The exit status."""
+    if missing := [op for op in ("nt_xent_fwd", "info_nce_fwd") if not dispatch.has_kernel(op, DEVICE.type)]:
+        reason = "plain torch stores all logits: build the native kernels (`fastssl env` names what serves each op)"
+        print(f"benchmarks.memory: {missing[0]} has no kernel here, and {reason}", file=sys.stderr)
+        return 1
     for case in DEMO:
         wanted = followed(case) / 1e9
         small_peak, _ = measured(case.reference, case.small)
@@ -196,6 +201,7 @@ def demonstrate() -> None:
         print(f"             at {shape}: {number(small_peak / 1e6)} MB measured, {small} MB followed", flush=True)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"this process, with torch and all inputs: {number(resident / 1e9)} GB at most")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,8 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.runs:
         add_runs(options.runs)
     elif not options.check:
-        demonstrate()
-        return 0
+        return demonstrate()
     return write_or_check(
         {PAGE: insert(render(), PAGE, MARKERS)}, options.check, "python -m benchmarks.memory --measure"
     )

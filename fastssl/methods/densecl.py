@@ -6,7 +6,7 @@ layouts in the state dict are those of the official code, without its second cop
 
 import functools
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from torch.profiler import record_function
 from fastssl.bounds import SHARE
 from fastssl.contract import Batch
 from fastssl.distributed import shuffle, unshuffle, world_size
+from fastssl.nn.backbones import ForeignNetwork, build_backbone
 from fastssl.nn.losses import InfoNCELoss, l2_normalize
 from fastssl.nn.momentum import MomentumEncoder
-from fastssl.nn.resnet import build_resnet
 from fastssl.ops import InfoNCE, dense_match
 from fastssl.train.config import Training, check_batch_norm_parts
 from fastssl.train.schedule import cosine_schedule
@@ -52,7 +52,11 @@ linear_probe = moco_v1.linear_probe
 
 def build(config: Config) -> "DenseCL":
     splits = check_batch_norm_parts(config.training, config.bn_splits, world_size(), "densecl")
-    backbone = build_resnet(config.backbone, 1, config.small_images, splits)
+    backbone = build_backbone(config.backbone, 1, config.small_images, splits, image_size=config.image_size)
+    if isinstance(backbone, ForeignNetwork):
+        with torch.no_grad():
+            backbone.eval().feature_map(torch.zeros(1, 3, *config.image_size))  # refuses a network without a map
+        backbone.train()
     width, backbone.fc = backbone.fc.in_features, nn.Identity()
     return DenseCL(
         DenseEncoder(backbone, DenseNeck(width, config.dim)),
@@ -77,18 +81,24 @@ class DenseNeck(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
         self.mlp2 = nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, dim, 1))
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Feature map [B, C, H, W] → projections of the image [B, D] and of its places [B, D, H · W]."""
-        return self.mlp(features.mean((2, 3))), self.mlp2(features).flatten(2)
+    def forward(self, features: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature map [B, C, H, W] and its mean [B, C] → projections of the image [B, D] and of its places
+        [B, D, H · W]."""
+        return self.mlp(pooled), self.mlp2(features).flatten(2)
 
 
 class DenseEncoder(nn.Sequential):
-    """A backbone with `feature_map`, and a `DenseNeck`."""
+    """A backbone with `feature_map`, and a `DenseNeck`. Networks of other libraries pool their map themselves."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the places [B, C, S], and the neck's projections of image and places."""
-        features = self[0].feature_map(images)
-        return features.flatten(2), *self[1](features)
+        backbone: Any = self[0]
+        if isinstance(backbone, ForeignNetwork):
+            pooled, features = backbone.features_and_map(images)
+        else:
+            features = backbone.feature_map(images)
+            pooled = features.mean((2, 3))
+        return features.flatten(2), *self[1](features, pooled)
 
 
 class DenseCL(nn.Module):

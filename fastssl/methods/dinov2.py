@@ -208,7 +208,7 @@ class DINOv2(ibot.IBOT):
 
 
 def counted_mean(logits: FactoredLogits, counted: Tensor | None) -> FactoredLogits:
-    """One row, the mean of those that are counted."""
+    """Logits of the mean of the counted rows, or of all: one row."""
     features, prototypes = logits
     if counted is None:
         return FactoredLogits(features.mean(0, keepdim=True), prototypes)

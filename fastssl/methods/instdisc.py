@@ -15,14 +15,15 @@ from fastssl.bounds import AT_LEAST_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, SHAR
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import world_size
-from fastssl.eval.protocols import Official
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.bank import BankNCE, MemoryBank, bank_cross_entropy, draw_rows
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.ops import sampled_info_nce
 from fastssl.train.config import Training, check_images_at_once
+
+from . import moco_v1
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Config:
     """InstDisc as in its code: 200 epochs of batch 256, 4096 negatives."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 128
@@ -42,7 +43,7 @@ class Config:
     softmax: bool = False
     """cross entropy over the drawn rows instead of noise-contrastive estimation"""
     tau: Annotated[float, POSITIVE] = 0.07
-    """temperature τ"""
+    """temperature τ of the contrastive loss"""
     bank_momentum: Annotated[float, COEFFICIENT] = 0.5
     """share of the old feature in the bank's update"""
     small_images: bool = False
@@ -82,17 +83,15 @@ class Config:
         return Augmentation((view,))
 
 
-def linear_probe(backbone: str) -> Official:
-    """MoCo's protocol, by which its paper (section 4.1) compares memory banks. The paper of InstDisc has SVMs."""
-    steps = {"lr_by_epoch": True, "lr_drops": (60, 80)}
-    return Official(100, 256, "sgd", 30.0, warmup_epochs=0, **steps, standardise=False, interpolation="bilinear")
+# MoCo's protocol, by which its paper (section 4.1) compares memory banks; the paper of InstDisc has SVMs
+linear_probe = moco_v1.linear_probe
 
 
 def build(config: Config) -> "InstDisc":
     check_images_at_once(config.training, 2 * world_size(), "instdisc", "batch norms need two images on each rank")
     if config.images is None:
         raise ValueError("instdisc: --images must be the number of training images, got None: set config.images")
-    backbone = build_resnet(config.backbone, config.dim, config.small_images)
+    backbone = build_backbone(config.backbone, config.dim, config.small_images, image_size=config.image_size)
     bank = MemoryBank(config.images, config.dim, config.bank_momentum)
     return sync_batch_norms(InstDisc(backbone, bank, config.nce_k, config.tau, config.softmax))
 

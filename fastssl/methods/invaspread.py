@@ -16,12 +16,13 @@ from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
-from fastssl.eval.protocols import Official
+from fastssl.nn.backbones import build_backbone
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import headless
 from fastssl.train.config import Training, check_images_at_once
+
+from . import moco_v1
 
 
 @dataclass
@@ -29,14 +30,14 @@ class Config:
     """InvaSpread as in its code for CIFAR-10: ResNet-18 for small images, 301 epochs of batch 128."""
 
     backbone: str = "resnet18"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (32, 32)
     """height and width of the images in pixels"""
     dim: Annotated[int, AT_LEAST_1] = 128
     """dimension of the embeddings"""
     tau: Annotated[float, POSITIVE] = 0.1
-    """temperature τ"""
-    negative_weight: Annotated[float, POSITIVE] = 1.0
+    """temperature τ of the contrastive loss"""
+    negative_weight: Annotated[float, AT_LEAST_1] = 1.0
     """factor m of the negatives, in the softmax's denominator and of their term (negM in the code)"""
     small_images: bool = True
     """ResNet stem without stride and pooling, for images of 32 pixels"""
@@ -53,7 +54,7 @@ class Config:
     @classmethod
     def paper(cls, backbone: str = "resnet18") -> "Config":
         """The code's numbers; between epochs 160 and 200 its learning rate is half of this one."""
-        return cls(backbone)
+        return cls(backbone, small_images=":" not in backbone)  # networks of other libraries have their own stems
 
     @classmethod
     def small(cls) -> "Config":
@@ -68,15 +69,13 @@ class Config:
         return Augmentation((view, view))
 
 
-def linear_probe(backbone: str) -> Official:
-    """MoCo's protocol, by which later papers compare; the paper has kNN alone, which is evaluated in every run."""
-    steps = {"lr_by_epoch": True, "lr_drops": (60, 80)}
-    return Official(100, 256, "sgd", 30.0, warmup_epochs=0, **steps, standardise=False, interpolation="bilinear")
+# MoCo's protocol, by which later papers compare; the paper has kNN alone, which every run evaluates
+linear_probe = moco_v1.linear_probe
 
 
 def build(config: Config) -> "InvaSpread":
     check_images_at_once(config.training, 2 * world_size(), "invaspread", "batch norms need two images on each rank")
-    backbone = build_resnet(config.backbone, config.dim, config.small_images)
+    backbone = build_backbone(config.backbone, config.dim, config.small_images, image_size=config.image_size)
     return sync_batch_norms(InvaSpread(backbone, config.tau, config.negative_weight))
 
 
@@ -90,7 +89,7 @@ def invariant_spreading_loss(z: Tensor, tau: float = 0.1, negative_weight: float
     Args:
         z: [2B, D] of unit length: B first views, then B second views. Gradient.
         tau: temperature τ.
-        negative_weight: factor m of the negatives.
+        negative_weight: factor m of the negatives, at least 1: with less p may exceed 1.
 
     Returns: the loss, a scalar, and the number of embeddings that are closer to each than its partner [2B].
 
@@ -103,9 +102,16 @@ def invariant_spreading_loss(z: Tensor, tau: float = 0.1, negative_weight: float
     logits = z @ keys.T / tau
     positive = logits.gather(1, partner[:, None])
     negatives = logits.scatter(1, torch.stack([own, partner], 1), float("-inf"))
-    log_sum = torch.logaddexp(positive, negatives.logsumexp(1, keepdim=True) + math.log(negative_weight))
-    log_p = negatives - log_sum
-    spread = torch.log(-torch.expm1(log_p)).sum(1)  # log(1 − p), 0 for the embedding itself and its partner
+    scale = math.log(negative_weight)
+    log_sum = torch.logaddexp(positive, negatives.logsumexp(1, keepdim=True) + scale)
+    # log(1 − p) of each negative, 0 for the embedding itself and its partner. The largest p may be 1 but for rounding:
+    # its 1 − p is the sum of what else the denominator holds.
+    largest = negatives.argmax(1, keepdim=True)
+    rest = torch.logaddexp(positive, negatives.scatter(1, largest, float("-inf")).logsumexp(1, keepdim=True) + scale)
+    if negative_weight > 1:
+        rest = torch.logaddexp(rest, negatives.gather(1, largest) + math.log(negative_weight - 1))
+    log_p = negatives.scatter(1, largest, float("-inf")) - log_sum
+    spread = torch.log1p(-log_p.exp()).sum(1) + (rest - log_sum)[:, 0]
     return -((positive - log_sum)[:, 0] + negative_weight * spread).mean(), (negatives > positive).sum(1)
 
 

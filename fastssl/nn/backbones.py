@@ -59,6 +59,7 @@ def build_backbone(
     network = ForeignNetwork(create(network_name, dim, image_size), name, dim)
     if image_size is not None:
         network.check(image_size)
+        network.image_size = image_size
     if bn_splits > 1:
         _split_batch_norms(network, name, bn_splits)
     return network.to(memory_format=torch.channels_last)
@@ -103,26 +104,31 @@ class ForeignNetwork(nn.Module):
         Raises:
             ValueError: the network has no such map: it has tokens, or layers between pooling and its last one.
         """
+        return self.features_and_map(images)[1]
+
+    def features_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `fc` is given [B, C], and the map [B, C, h, w] that it was pooled from: see `feature_map`."""
         maps: list[Any] = []
+        network: Any = self.network
+        features: Any = None
         if self.library == "timm":
-            network: Any = self.network
             maps.append(network.forward_features(images))
         elif pools := [part for part in self.network.modules() if isinstance(part, nn.AdaptiveAvgPool2d)]:
             with pools[-1].register_forward_pre_hook(lambda _, args: maps.append(args[0])):
-                self.network(images)
+                features = network(images)
         if not maps or maps[0].ndim != 4 or maps[0].shape[1] != self.width:
             raise ValueError(f"backbone: {self.name} has no map of {self.width} features before its last layer")
-        return maps[0]
+        return network.forward_head(maps[0]) if features is None else features, maps[0]
 
     @torch.no_grad()
-    def check(self, size: tuple[int, int]) -> None:
-        """Computes the features of one image of this (height, width), and notes the size.
+    def check(self, size: tuple[int, int], flag: str = "--image-size") -> None:
+        """Computes the features of one image of this (height, width) in pixels, which option `flag` sets.
 
         Raises:
             ValueError: the network fails, or its features are not what `fc` takes.
         """
         self.network.eval()
-        remedy = "choose another size (--image-size) or network (--backbone)"
+        remedy = f"choose another size ({flag}) or network (--backbone)"
         try:
             features = self.network(torch.zeros(1, 3, *size))
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
@@ -138,7 +144,6 @@ class ForeignNetwork(nn.Module):
                 f"backbone: {self.name} must give {self.width} features of an image of {size[0]} × {size[1]} pixels, "
                 f"got {got}: {remedy}"
             )
-        self.image_size = size
 
 
 def _from_timm(name: str, dim: int, size: tuple[int, int] | None) -> nn.Module:

@@ -28,6 +28,8 @@ class MemoryBank(nn.Module):
     Source: Wu et al., 2018 (InstDisc), section 3.2, and its code.
     """
 
+    memory: Tensor
+
     def __init__(self, images: int, dim: int, momentum: float = 0.5):
         super().__init__()
         for argument, value in (("images", images), ("dim", dim)):
@@ -80,6 +82,8 @@ class BankNCE(nn.Module):
 
     Source: Wu et al., 2018 (InstDisc), section 3.2, and its code, which estimates Z from one batch.
     """
+
+    z: Tensor
 
     def __init__(self, tau: float = 0.07):
         super().__init__()

@@ -59,8 +59,8 @@ def nearest_neighbours(x: Tensor) -> Tensor:
 
     Rows are taken in each of G groups on their own.
     """
-    off = autocast_dtype(x) is None
-    with contextlib.nullcontext() if off else torch.autocast(x.device.type, enabled=False):
+    has_no_autocast = autocast_dtype(x) is None
+    with contextlib.nullcontext() if has_no_autocast else torch.autocast(x.device.type, enabled=False):
         dots = x @ x.transpose(-2, -1)
     dots.diagonal(dim1=-2, dim2=-1).fill_(-2)  # less than the product of opposite rows, −1 and its rounding
     return dots.argmax(-1)

@@ -25,7 +25,15 @@ class NegativeCosineSimilarity(nn.Module):
         self.dim, self.eps = dim, eps
 
     def forward(self, p: Tensor, z: Tensor) -> Tensor:
-        """A scalar in [−1, 1], float32 (float64 for float64), of p and z [B, D]; gradient to both."""
+        """A scalar in [−1, 1], float32 (float64 for float64), of p and z [B, D]; gradient to both.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if p.shape != z.shape:
+            raise ValueError(
+                f"NegativeCosineSimilarity: p and z must have one shape, got {list(p.shape)} and {list(z.shape)}"
+            )
         return -F.cosine_similarity(p.to(acc_dtype(p)), z.to(acc_dtype(z)), self.dim, self.eps).mean()
 
 
@@ -58,7 +66,12 @@ class BarlowTwinsLoss(nn.Module):
         self.gradient_ranks, self.eps = gradient_ranks, eps
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """A scalar, float32 (float64 for float64), of the views' embeddings [B, D], B ≥ 2; gradient to both."""
+        """A scalar, float32 (float64 for float64), of the views' embeddings [B, D], B ≥ 2; gradient to both.
+
+        Raises:
+            ValueError: the shapes differ, or there is a single row.
+        """
+        _check_views("BarlowTwinsLoss", z1, z2, self.gather)
         a, b = (self._standardise(z) for z in (z1, z2))
         return self.of_standardised(a, b)
 
@@ -111,7 +124,11 @@ class VICRegLoss(nn.Module):
         self.halve_std, self.gather, self.eps = halve_std, gather, eps
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """A scalar, float32 (float64 for float64), of the views' embeddings [B, D], B ≥ 2; gradient to both."""
+        """A scalar, float32 (float64 for float64), of the views' embeddings [B, D], B ≥ 2; gradient to both.
+
+        Raises:
+            ValueError: the shapes differ, or there is a single row.
+        """
         return self.weighted(*self.terms(z1, z2))
 
     def weighted(self, sim: Tensor, std: Tensor, cov: Tensor) -> Tensor:
@@ -120,6 +137,7 @@ class VICRegLoss(nn.Module):
 
     def terms(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Invariance of this rank's rows, variance and covariance: scalars without their weights."""
+        _check_views("VICRegLoss", z1, z2, self.gather)
         z1, z2 = z1.to(acc_dtype(z1)), z2.to(acc_dtype(z2))
         (std1, cov1), (std2, cov2) = (self._std_and_cov(z) for z in (z1, z2))
         std = (std1 + std2) / 2 if self.halve_std else std1 + std2
@@ -131,6 +149,14 @@ class VICRegLoss(nn.Module):
         std = F.relu(1 - (variance + self.eps).sqrt()).mean()
         squares = squared_cross_product(centred, None, self.gather) / (count - 1) ** 2
         return std, (squares - variance.square().sum()) / z.shape[1]
+
+
+def _check_views(name: str, z1: Tensor, z2: Tensor, gather: bool) -> None:
+    if z1.ndim != 2 or z1.shape != z2.shape:
+        raise ValueError(f"{name}: z1 and z2 must have one shape [B, D], got {list(z1.shape)} and {list(z2.shape)}")
+    rows = z1.shape[0] * (world_size() if gather else 1)
+    if rows < 2:
+        raise ValueError(f"{name}: there must be at least 2 rows, over which a variance is taken, got {rows}")
 
 
 def _centre(z: Tensor, gather: bool, correction: int) -> tuple[Tensor, Tensor]:

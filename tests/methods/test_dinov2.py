@@ -284,7 +284,7 @@ def test_bad_settings_get_a_sentence():
     with pytest.raises(ValueError, match="dinov2: --batch-size must give at least 2 images at once, since KoLeo"):
         dinov2.build(config)
     refused("dinov2: --mask-ratio must be a range below 1, got 0.5 0.1", ValueError, tiny, mask_ratio=(0.5, 0.1))
-    sentence = "dinov2: backbone must be a ViT, which has patches to mask, got 'resnet_mini'"
+    sentence = "dinov2: backbone must be a ViT of ours, whose patches are masked, got 'resnet_mini'"
     refused(sentence, ValueError, tiny, backbone="resnet_mini")
 
 

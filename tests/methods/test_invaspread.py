@@ -28,6 +28,24 @@ def test_ranks_of_partners():
     assert invariant_spreading_loss(z)[1].tolist() == wanted
 
 
+@pytest.mark.parametrize("weight", [1.0, 1.5])
+def test_a_negative_that_takes_all_of_the_softmax_has_a_finite_loss(weight):
+    """1 − p is 4e-9, below the resolution of float32, where a row equals that of another image and is opposite to the
+    other view of its own."""
+    z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]]).requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    loss, _ = invariant_spreading_loss(z, 0.1, weight)
+    p = (exact @ exact.detach().T / 0.1).exp()
+    partner = torch.eye(4, dtype=torch.bool).roll(2, 0)
+    negative = ~(partner | torch.eye(4, dtype=torch.bool))
+    whole = p[partner] + weight * (p * negative).sum(1)
+    spread = (1 - (p / whole[:, None])[negative]).log().view(4, 2).sum(1)
+    expected = -((p[partner] / whole).log() + weight * spread).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    gradient, wanted = torch.autograd.grad(loss, z)[0], torch.autograd.grad(expected, exact)[0]
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def _of_this_rank(z, world):
     from fastssl.distributed import rank
 
@@ -73,3 +91,4 @@ def test_defaults_are_those_of_the_code():
         assert (view.crop, view.jitter, view.jitter_p) == ((0.2, 1.0), (0.4, 0.4, 0.4, 0.4), 1.0)
         assert (view.grayscale_p, view.flip_p, view.blur_p) == (0.2, 0.5, 0.0)
     assert invaspread.linear_probe("resnet18").epochs == 100
+    assert not invaspread.Config.paper("timm:convnext_atto").small_images

@@ -51,6 +51,19 @@ def test_half_precision_is_computed_in_float32():
             torch.testing.assert_close(criterion(p, z), loss)
 
 
+def test_rows_that_do_not_fit_are_refused():
+    """Broadcasting would give a number, and a single row NaN."""
+    for criterion in (BarlowTwinsLoss(), VICRegLoss()):
+        name = type(criterion).__name__
+        shapes = f"{name}: z1 and z2 must have one shape [B, D], got "
+        refused(shapes + "[4, 5] and [1, 5]", ValueError, criterion, torch.randn(4, 5), torch.randn(1, 5))
+        refused(shapes + "[2, 4, 5] and [2, 4, 5]", ValueError, criterion, *torch.randn(2, 2, 4, 5))
+        sentence = f"{name}: there must be at least 2 rows, over which a variance is taken, got 1"
+        refused(sentence, ValueError, criterion, *torch.randn(2, 1, 5))
+    sentence = "NegativeCosineSimilarity: p and z must have one shape, got [4, 5] and [1, 5]"
+    refused(sentence, ValueError, NegativeCosineSimilarity(), torch.randn(4, 5), torch.randn(1, 5))
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_golden_barlow_twins(size, form):
     golden, meta = read("barlow_twins")

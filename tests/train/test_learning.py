@@ -19,6 +19,7 @@ RUNS = {
     "barlow_twins": "--epochs 3",
     "vicreg": "--epochs 3",
     "swav": "--epochs 4",
+    "deepcluster": "--epochs 4",
     "deepcluster_v2": "--epochs 4",
     "dino": "--epochs 3",
     "cpc": "--epochs 2",
