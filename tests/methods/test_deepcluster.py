@@ -160,7 +160,8 @@ def test_too_many_clusters_are_refused_before_anything_is_written(tmp_path, meth
     name = method.__name__.rpartition(".")[2]
     sentence = {"deepcluster": "--clusters must be at most the 50 images", "deepcluster_v2": "at most the 48 images of"}
     with pytest.raises(ValueError, match=sentence[name]):
-        pretrain(name, "shapes:count=50", folder=tmp_path / "run", batch_size=16, workers=0)
+        count = {"clusters": 60} if method is deepcluster else {"prototypes": (4, 60)}
+        pretrain(name, "shapes:count=50", folder=tmp_path / "run", batch_size=16, workers=0, **count)
     assert not (tmp_path / "run").exists()
 
 
