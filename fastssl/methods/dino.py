@@ -205,7 +205,8 @@ class DINO(nn.Module):
         with record_function("loss"):
             targets = centred_targets(teacher, self.teacher_temp, self.dino_loss.center)
             loss = view_cross_entropy(student, targets, self.dino_loss.student_temp, 2)
-        self.pending.append(mean_logits(teacher))
+        if self.training:
+            self.pending.append(mean_logits(teacher))
         entropy, std = teacher_entropy(targets), teacher.features.std(0).mean()
         return loss, {"teacher_entropy": entropy, "kl": loss.detach() - entropy, "std": std}
 

@@ -170,7 +170,7 @@ class DINOv2(ibot.IBOT):
             patch = patch_cross_entropy(student.patches, patch_targets, tau, rows, len(large))
             loss = cls + config.patch_weight * patch
             koleo = self.koleo(student.tokens) if config.koleo_weight else loss.new_zeros(())
-        if config.centering == "centering":
+        if self.training and config.centering == "centering":
             self.pending.append((mean_logits(teacher.cls), mean_logits(counted_mean(teacher.patches, rows.counted))))
         metrics = {"cls": cls.detach(), "patch": patch.detach(), "koleo": koleo.detach()}
         metrics |= {"teacher_entropy": teacher_entropy(targets), "std": teacher.cls.features.std(0).mean()}

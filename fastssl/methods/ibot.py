@@ -166,7 +166,8 @@ class IBOT(dino.DINO):
             masked = FactoredLogits(features[rows.rows], prototypes)
             patch_targets = centred_targets(masked, self.patch_temp, self.ibot_patch_loss.center)
             patch = patch_cross_entropy(student.patches, patch_targets, tau, rows, len(large))
-        self.pending.append((mean_logits(teacher.cls), mean_logits(teacher.patches)))
+        if self.training:
+            self.pending.append((mean_logits(teacher.cls), mean_logits(teacher.patches)))
         metrics = {"cls": cls.detach(), "patch": patch.detach(), "teacher_entropy": teacher_entropy(targets)}
         metrics["std"] = teacher.cls.features.std(0).mean()
         return config.cls_weight * cls + config.patch_weight * patch, metrics

@@ -385,7 +385,7 @@ def cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0, bw
     """
     check.is_tensor("cross_entropy", "student", student)
     check.is_tensor("cross_entropy", "teacher", teacher)
-    if student.ndim < 1 or student.shape != teacher.shape:
+    if student.ndim < 1 or student.shape != teacher.shape or not student.shape[-1]:
         shapes = f"got {list(student.shape)} and {list(teacher.shape)}"
         check.fail("cross_entropy", f"student and teacher must have one shape [..., K], {shapes}")
     check.floating("cross_entropy", student=student, teacher=teacher)
@@ -482,7 +482,7 @@ def _check_prototypes(name: str, centre: Tensor, *arguments: FactoredLogits) -> 
 
 
 def _fit_centre(module: nn.Module, state: dict, prefix: str, *rest) -> None:
-    """Takes the centre of others' losses: [1, 1, K], or in a module of its own, as lightly's `IBOTPatchLoss` has it."""
+    """Takes the centre of others' losses: [1, 1, K], or in a module of its own as in lightly's `IBOTPatchLoss`."""
     name = f"{prefix}center"
     stored = state.pop(f"{name}.center", state.get(name))
     if stored is not None:

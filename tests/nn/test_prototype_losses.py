@@ -328,6 +328,10 @@ def test_what_dinov2_computes_with_it():
             "cross_entropy: student and teacher must have one shape [..., K], got [3, 4] and [3, 5]",
         ),
         (
+            lambda: cross_entropy(torch.zeros(3, 0), torch.zeros(3, 0)),
+            "cross_entropy: student and teacher must have one shape [..., K], got [3, 0] and [3, 0]",
+        ),
+        (
             lambda: cross_entropy(torch.zeros(3, 4), torch.zeros(3, 4, requires_grad=True)),
             "cross_entropy: teacher must not require a gradient: pass teacher.detach()",
         ),
