@@ -183,7 +183,8 @@ def test_golden_schedules():
 def tiny(epochs=None, **changes):
     config = dinov2.Config.small()
     sizes = {"patch_size": 4, "hidden": 24, "prototypes": 16, "bottleneck": 8}
-    sizes |= {"patch_prototypes": 12, "patch_bottleneck": 6}
+    sizes |= {"patch_prototypes": 12, "patch_bottleneck": 6, "centering": "centering", "koleo_weight": 0.1}
+    sizes |= {"norm_last_layer": False, "layer_scale": 0.1, "patch_embed_lr": 0.2, "still_epochs": 0.5}
     for name, value in {**sizes, **changes}.items():
         assert hasattr(config, name)
         setattr(config, name, value)
