@@ -67,8 +67,8 @@ class Config:
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(30, 32, "sgd", lr=0.3, weight_decay=5e-4, decay_all=True, warmup_epochs=1)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5)}
-        # NCE diverges where the negatives of an image are a large share of the bank's rows. Each epoch renews a row
-        # once, so that many short epochs teach more than few long ones.
+        # NCE diverges where the negatives of an image are a large share of the bank's rows. An epoch renews each
+        # row once, so that epochs are many.
         return cls("resnet_mini", (32, 32), nce_k=512, softmax=True, tau=0.2, **views, training=training)
 
     @property
