@@ -117,7 +117,9 @@ def test_densecl_needs_a_map():
 
 def test_all_methods_with_an_encoder_take_them():
     contrastive = {"simclr_v1", "simclr_v2", "moco_v1", "moco_v2", "moco_v3"}
-    assert contrastive | {"byol", "simsiam", "barlow_twins", "vicreg", "instdisc", "invaspread", "densecl"} <= set(METHODS)
+    assert contrastive | {"byol", "simsiam", "barlow_twins", "vicreg", "instdisc", "invaspread", "densecl"} <= set(
+        METHODS
+    )
 
 
 def test_resnets_of_other_libraries_have_the_numbers_of_resnets():
