@@ -111,7 +111,7 @@ def test_densecl_trains_all_parameters(backbone):
 
 def test_densecl_needs_a_map():
     config = dataclasses.replace(densecl.Config.small(), backbone="timm:test_vit")
-    with pytest.raises(ValueError, match="^backbone: timm:test_vit has no map of 64 features before its last layer$"):
+    with pytest.raises(ValueError, match=r"^backbone: timm:test_vit has no map of 64 features before its last layer$"):
         densecl.build(config)
 
 

@@ -173,7 +173,7 @@ def test_a_method_trained_on_other_images_gives_all_but_its_bank(tmp_path):
     assert torch.equal(model.bank.memory, bank)
     assert torch.equal(model.backbone.fc.weight, source.backbone.fc.weight)
     load_weights(other, path, encoder_only=True)
-    assert torch.equal(other.encoder.conv1[0].weight, source.encoder.conv1[0].weight)
+    assert torch.equal(other.encoder.conv1.weight, source.encoder.conv1.weight)
 
 
 def test_the_bank_has_a_row_for_each_training_image(tmp_path):
