@@ -29,7 +29,8 @@ from tests.support import kernel_model as model
 from tests.support import nvcc
 
 from .ahead_of_time import Launch, Resources, ahead_of_time
-from .static_cases import Case, recipes, variants
+from .static_cases import Case, recipes
+from .static_variants import variants
 
 RESOURCES = Path(__file__).parent / "resources.json"
 PAGE = Path(__file__).parent.parent / "docs" / "gpu-kernels.md"

@@ -1,7 +1,6 @@
-"""Calls that benchmarks/static.py compiles: the sizes of the recipes, and sizes that reach every row of the tables."""
+"""Calls that benchmarks/static.py compiles: the sizes of the papers' recipes."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,18 +68,6 @@ def recipes() -> list[Case]:
     ]
 
 
-def variants() -> list[Case]:
-    """The other rows of the tables, the other dtypes, and the branches that the recipes do not take."""
-    return [
-        *_contrastive_tables(),
-        *_prototype_tables(),
-        *_attention_tables(),
-        *_bank_dtypes(),
-        *_tokens_and_pixels_in_other_dtypes(),
-        *_ones(),
-    ]
-
-
 def _moco() -> list[Case]:
     cases, tau = [], meta(dtype=FP32)
     for length, dtype in ((65_536, BF16), (1_048_576, BF16), (65_536, FP32)):
@@ -131,11 +118,11 @@ def _prototypes() -> list[Case]:
     cases = []
     for rows, teachers, counts in ((640, 2, (65_536,)), (3771, 1, (4096, 65_536, 131_072))):
         for count in counts:
-            cases += _prototype_cases(rows, teachers, count, 256, BF16, f"N={rows:,}, P={count:,}, D=256, bf16", True)
+            cases += prototype_cases(rows, teachers, count, 256, BF16, f"N={rows:,}, P={count:,}, D=256, bf16", True)
     return cases
 
 
-def _prototype_cases(N, G, P, D, dtype, size_name, counted=False) -> list[Case]:
+def prototype_cases(N, G, P, D, dtype, size_name, counted=False) -> list[Case]:
     acc, M, size = tile.acc_dtype(dtype), N if G == 1 else 128, dtype.itemsize
     student, weight, teacher, teacher_weight = (meta(rows, D, dtype=dtype) for rows in (N, P, M, P))
     tau, per_row, per_key, lse = (meta(*shape, dtype=acc) for shape in ((), (M,), (P,), (2, N)))
@@ -170,13 +157,6 @@ def _prototype_cases(N, G, P, D, dtype, size_name, counted=False) -> list[Case]:
         for op, launcher, given, moved in rows
         if moved or with_hard
     ]
-
-
-def _prototype_tables() -> list[Case]:
-    """Every row of the tables, and a width beyond the last."""
-    widths = {BF16: (64, 128, 256, 384), FP32: (128, 256), FP64: (64, 128)}
-    shapes = [(dtype, width) for dtype, several in widths.items() for width in several]
-    return list(itertools.chain(*(_prototype_cases(512, 1, 8192, D, d, f"D={D}, {NAMES[d]}") for d, D in shapes)))
 
 
 def _tokens() -> list[Case]:
@@ -362,11 +342,11 @@ def _attention() -> list[Case]:
             return model.attention_bwd(*shape, 2, arch)
 
         size_name = f"{name}: B=256, L={length}, H={heads}, E={width}, bf16"
-        cases += _both_directions(256, length, heads, width, BF16, size_name, forward, backward)
+        cases += both_directions(256, length, heads, width, BF16, size_name, forward, backward)
     return cases
 
 
-def _both_directions(B, L, H, E, dtype, size_name, forward=None, backward=None) -> list[Case]:
+def both_directions(B, L, H, E, dtype, size_name, forward=None, backward=None) -> list[Case]:
     q, k, v = meta(B, L, 3, H, E, dtype=dtype).unbind(2)
     out, lse = meta(B, L, H, E, dtype=dtype), meta(B, H, L, dtype=tile.acc_dtype(dtype))
     return [
@@ -392,123 +372,4 @@ def _banks() -> list[Case]:
         args, update = (memory, ids(256), q, 0.5), f"B=256, D=128, {NAMES[dtype]} bank"
         moved = lambda _, size=dtype.itemsize: model.update_bank_(256, 128, size, 4)  # noqa: E731
         cases.append(Case("update_bank_", update, bank.update_bank_, args, moved, 4))
-    return cases
-
-
-def _bank_dtypes() -> list[Case]:
-    cases, drawn = [], ids(8, 100)
-    for q_dtype, bank_dtype, width in ((FP64, FP64, 64), (BF16, FP16, 300), (FP32, FP64, 2048), (FP16, FP32, 17)):
-        q, memory, tau = meta(8, width, dtype=q_dtype), meta(50, width, dtype=bank_dtype), meta(dtype=FP32)
-        size = f"D={width}, {NAMES[q_dtype]} with {NAMES[bank_dtype]}"
-        shift = meta(dtype=FP64)
-        cases += [
-            Case("sampled_info_nce", size, bank.sampled_info_nce_fwd, (q, memory, drawn, tau, False)),
-            Case("sampled_nce", size, bank.sampled_nce_fwd, (q, memory, drawn, tau, shift, True)),
-            Case("update_bank_", size, bank.update_bank_, (memory, ids(8), q, 0.3)),
-        ]
-    return cases
-
-
-def _contrastive_tables() -> list[Case]:
-    cases, tau = [], meta(dtype=FP32)
-    for dtype, width in itertools.product((BF16, FP32, FP64), (16, 64, 128, 256, 512, 1024)):
-        q, negatives, lse = (
-            meta(256, width, dtype=dtype),
-            meta(8192, width, dtype=dtype),
-            meta(256, dtype=tile.acc_dtype(dtype)),
-        )
-        for op, launcher, args in (
-            ("info_nce", contrastive.info_nce_fwd, (q, q, negatives, tau, True)),
-            ("batch_info_nce", contrastive.batch_info_nce_fwd, (q, q, tau, 0, True)),
-            ("batch_info_nce, keys", contrastive.batch_info_nce_dkeys, (q, negatives, tau, 0, lse, lse)),
-            ("nt_xent", contrastive.nt_xent_fwd, (q, tau)),
-            ("nt_xent, backward", contrastive.nt_xent_bwd, (q, tau, lse, lse)),
-        ):
-            cases.append(Case(op, f"D={width}, {NAMES[dtype]}", launcher, args))
-    for q_dtype, keys_dtype in ((BF16, FP64), (FP16, FP32), (FP64, BF16)):
-        q, negatives, lse = (
-            meta(256, 128, dtype=q_dtype),
-            meta(8192, 128, dtype=keys_dtype),
-            meta(256, dtype=tile.acc_dtype(q_dtype)),
-        )
-        size_name = f"D=128, {NAMES[q_dtype]} with {NAMES[keys_dtype]}"
-        cases.append(Case("info_nce", size_name, contrastive.info_nce_fwd, (q, q, negatives, tau, True)))
-        args = (q, negatives, tau, 0, lse, lse)
-        cases.append(Case("batch_info_nce, keys", size_name, contrastive.batch_info_nce_dkeys, args))
-    return cases
-
-
-def _attention_tables() -> list[Case]:
-    resident = itertools.product((50, 65, 197, 257), (32, 64))
-    shapes = [(BF16, *shape) for shape in (*resident, (197, 80), (65, 128))]
-    shapes += [(BF16, 17, width) for width in (32, 64, 128)]
-    shapes += [(dtype, 197, width) for dtype in (FP16, FP32, FP64) for width in (32, 64)]
-    return list(itertools.chain(*(_both_directions(2, L, 4, E, d, f"L={L}, E={E}, {NAMES[d]}") for d, L, E in shapes)))
-
-
-def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
-    cases, keep, places, rest = [], ids(8, 49), ids(8, 196), ids(8, 147)
-    for dtype in (FP32, FP64, FP16):
-        images, x, kept = (meta(8, *shape, dtype=dtype) for shape in ((3, 224, 224), (196, 768), (49, 768)))
-        maps, row_sums = feature_maps(8, 768, 14, dtype), meta(768, dtype=tile.acc_dtype(dtype))
-        moments = [meta(2, 768, dtype=tile.acc_dtype(dtype)) for _ in range(2)]
-        pred, pos, row = (meta(*shape, dtype=dtype) for shape in ((8, 147, 768), (196, 768), (768,)))
-        for op, launcher, args in (
-            ("random_masking, L=196", masking.random_masking, (meta(8, 196, dtype=dtype), 49)),
-            ("random_masking, L=1,000", masking.random_masking, (meta(8, 1000, dtype=dtype), 49)),
-            ("keep_tokens", masking.keep_tokens_fwd, (x, keep, pos)),
-            ("keep_tokens, backward", masking.keep_tokens_bwd, (kept, keep, 196)),
-            ("restore_tokens", masking.restore_tokens_fwd, (kept, row, places, pos, 0)),
-            ("restore_tokens, backward", masking.restore_tokens_bwd, (x, places, 0, 49)),
-            ("patchify, p=14", patches.patchify, (images, 14)),
-            ("keep_patches", patches.keep_patches_fwd, (images, keep, 16)),
-            ("keep_patches, backward", patches.keep_patches_bwd, (kept, keep, 16, 224, 224)),
-            ("masked_patch_mse", patches.masked_patch_mse_fwd, (pred, images, rest, 16, False, True)),
-            ("masked_patch_mse, norm_pix", patches.masked_patch_mse_fwd, (pred, images, rest, 16, True, True)),
-            ("batch_norm", batchnorm.batch_norm_fwd, (maps, row_sums, row_sums, None, 1e-5, 2, False)),
-            ("batch_norm, backward", batchnorm.batch_norm_bwd, (maps, maps, maps, row_sums, row_sums, *moments, True)),
-            ("bias_gelu", gelu.bias_gelu_fwd, (x[0], row)),
-            ("bias_gelu, backward", gelu.bias_gelu_bwd, (x[0], x[0], row)),
-            ("enqueue_", queue.enqueue_, (meta(99, 128, dtype=dtype), ids(1), meta(9, 128))),
-        ):
-            cases.append(Case(op, NAMES[dtype], launcher, args))
-    return cases
-
-
-def _ones() -> list[Case]:
-    """Sizes and strides of 1, which Triton compiles as constants: a kernel must compile with any of them constant."""
-    tau, q, row, lse = meta(dtype=FP32), meta(1, 1), meta(1), meta(1, dtype=FP32)
-    pixel = feature_maps(2, 1, 1)
-    launches = {
-        "info_nce": (contrastive.info_nce_fwd, (q, q, q, tau, True)),
-        "batch_info_nce": (contrastive.batch_info_nce_fwd, (q, meta(2, 1), tau, 1, True)),
-        "batch_info_nce, keys": (contrastive.batch_info_nce_dkeys, (q, q, tau, 1, lse, lse)),
-        "nt_xent": (contrastive.nt_xent_fwd, (meta(2, 1), tau)),
-        "nt_xent, backward": (contrastive.nt_xent_bwd, (meta(2, 1), tau, meta(2, dtype=FP32), meta(2, dtype=FP32))),
-        "random_masking": (masking.random_masking, (meta(1, 1, dtype=FP32), 1)),
-        "keep_tokens": (masking.keep_tokens_fwd, (meta(1, 1, 1), ids(1, 1), q)),
-        "keep_tokens without pos": (masking.keep_tokens_fwd, (meta(1, 1, 1), ids(1, 1), None)),
-        "keep_tokens, backward": (masking.keep_tokens_bwd, (meta(1, 1, 1), ids(1, 1), 1)),
-        "restore_tokens": (masking.restore_tokens_fwd, (meta(1, 2, 1), row, ids(1, 1), meta(2, 1), 1)),
-        "restore_tokens without pos": (masking.restore_tokens_fwd, (meta(1, 1, 1), row, ids(1, 1), None, 0)),
-        "restore_tokens, backward": (masking.restore_tokens_bwd, (meta(1, 2, 1), ids(1, 1), 1, 1)),
-        "patchify": (patches.patchify, (meta(1, 1, 1, 1), 1)),
-        "unpatchify": (patches.unpatchify, (meta(1, 1, 1), 1, 1, 1)),
-        "keep_patches": (patches.keep_patches_fwd, (meta(1, 1, 1, 1), ids(1, 1), 1)),
-        "keep_patches, backward": (patches.keep_patches_bwd, (meta(1, 1, 1), ids(1, 1), 1, 1, 1)),
-        "masked_patch_mse": (patches.masked_patch_mse_fwd, (meta(1, 1, 1), meta(1, 1, 1, 1), ids(1, 1), 1, True, True)),
-        "enqueue_": (queue.enqueue_, (q, ids(1), q)),
-        "batch_norm": (batchnorm.batch_norm_fwd, (pixel, lse, lse, None, 1e-5, 1, True)),
-        "batch_norm, backward": (batchnorm.batch_norm_bwd, (pixel, pixel, None, lse, lse, q.float(), q.float(), True)),
-        "bias_gelu": (gelu.bias_gelu_fwd, (q, row)),
-        "bias_gelu, backward": (gelu.bias_gelu_bwd, (q, q, row)),
-        "block_mask": (block_masks.block_mask, (ids(1), ids(1), 1, 1, [1, 1], 1, 1, 1)),
-        "sampled_info_nce": (bank.sampled_info_nce_fwd, (q, q, ids(1, 2), tau, True)),
-        "sampled_nce": (bank.sampled_nce_fwd, (q, q, ids(1, 1), tau, tau, True)),
-        "update_bank_": (bank.update_bank_, (q, ids(1), q, 1.0)),
-    }
-    cases = [Case(op, "sizes of 1, bf16", launcher, args) for op, (launcher, args) in launches.items()]
-    for dtype in (BF16, FP32):
-        cases += _prototype_cases(1, 1, 1, 1, dtype, f"sizes of 1, {NAMES[dtype]}")
-        cases += _both_directions(1, 1, 1, 1, dtype, f"sizes of 1, {NAMES[dtype]}")
     return cases

@@ -95,7 +95,20 @@ class PreparesEpochs(Protocol):
     """A method that needs the training images between epochs, for instance to cluster them.
 
     What `before_epoch` computes must be in the state dict: a run that resumes within an epoch does not call it again.
+    Tensors that `forward` reads must keep their places in memory where they keep their shapes, for CUDA graphs.
     """
+
+    def check_images(self, count: int, in_epoch: int) -> None:
+        """Refuse too few training images before a run starts.
+
+        Args:
+            count: images of the source.
+            in_epoch: images in the whole batches of an epoch.
+
+        Raises:
+            ValueError: there are too few.
+        """
+        ...
 
     def before_epoch(self, images: TrainingImages) -> None:
         """Prepare the next epoch, before its first step. Called in training mode; it must end each pass it starts."""

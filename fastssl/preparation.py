@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from fastssl import distributed
-from fastssl.contract import Batch, TrainingImages
+from fastssl.contract import Batch, PreparesEpochs, TrainingImages
 from fastssl.data.augmentation import evaluation
 from fastssl.data.fingerprint import Fingerprint, describe_changes, read_fingerprint, take_fingerprint
 from fastssl.data.loader import Loader
@@ -91,6 +91,8 @@ def prepare(
     chosen_now = changes is None or "engine" in changes
     engine = (select_engine if chosen_now else available_engine)(options.engine, device)
     loader = _loader(run, source, device, workers, engine)
+    if isinstance(method, PreparesEpochs):
+        method.check_images(len(source), len(loader) // training.accumulate * training.batch_size)
     count = continue_count(state, len(loader) // training.accumulate)
     if state and state["step"] > count.last_step(training.epochs):
         done, begun = count.place(state["step"])

@@ -62,7 +62,7 @@ def pretrain(
     ``pretrain(resume="runs/moco_v2-folder", epochs=20)`` continues one.
 
     Args:
-        method: a method of `fastssl.methods` (mae, moco_v1, moco_v2, moco_v3), the dotted name of your own module, or
+        method: a method of `fastssl.methods`, such as dino or mae, the dotted name of your own module, or
             that module; fastssl/contract.py describes what it must define.
         data: source of images: digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH,
             cifar100:PATH, package.module:ARGUMENT, or a pair of sources (training, held-out).

@@ -45,7 +45,7 @@ from fastssl.train.records import read_records, rewrite_records
 if TYPE_CHECKING:
     from fastssl.eval.labels import Accuracy
 
-PATH_SOURCES = ("folder", "webdataset", "arrays", "idx", "cifar10", "cifar100")  # their argument is a path
+PATH_SOURCES = ("folder", "webdataset", "pack", "arrays", "idx", "cifar10", "cifar100")  # their argument is a path
 OBJECTS = "python"  # stands for the source's name where the sources were given as Python objects
 AUGMENTATIONS = {"multi_crop": multi_crop, "evaluation": evaluation}  # augmentations that belong to no method
 EVALUATIONS = {"evaluation": str, "step": int, "accuracy": float}  # fields of every line of evaluations.jsonl
@@ -131,7 +131,7 @@ class Options:
     """Options of a run that do not depend on its method."""
 
     data: str
-    """source of images: digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH,
+    """source of images: digits, shapes, folder:PATH, webdataset:SHARDS, pack:FILE, arrays:FILE, idx:PATH, cifar10:PATH,
     cifar100:PATH, or package.module:ARGUMENT for your own source"""
     folder: Path | None = None
     """folder of the run; runs/METHOD-DATA by default"""

@@ -47,7 +47,8 @@ def to_timm(state: dict[str, Tensor], fold: bool = True) -> dict[str, Tensor]:
         return _hugging_face_to_timm(state)
     if {"class_token", "conv_proj.weight", "encoder.pos_embedding"} <= set(state):
         return {rename(name, _FROM_TORCHVISION): x for name, x in state.items()}
-    return dinov2_to_timm(state, fold)
+    # other networks have stages of blocks, whose names look like chunks of DINOv2's
+    return dinov2_to_timm(state, fold) if "cls_token" in state else state
 
 
 _DINOV2 = (  # names of DINOv2's code → timm's

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from fastssl.methods import dinov2, ibot
 from fastssl.nn.vit import ViT, dino_vit
@@ -13,7 +14,7 @@ from fastssl.weight_names import rename
 from fastssl.weights import export, load_initial_weights, load_weights
 from tests.methods.test_dinov2 import batch_of
 from tests.support.contract import refused
-from tests.support.small_methods import PROTOTYPES
+from tests.support.small_methods import SMALL
 from tests.test_weights import equal, randomise
 
 # ours → the official code's
@@ -24,7 +25,7 @@ IBOT = ((r"\.mask_token$", ".masked_embed"),)
 
 def small(module, **changes):
     config = module.Config.small()
-    for name, value in {"patch_size": 4, **PROTOTYPES[module.__name__.rpartition(".")[2]], **changes}.items():
+    for name, value in {"patch_size": 4, **SMALL[module.__name__.rpartition(".")[2]], **changes}.items():
         setattr(config, name, value)
     return module.build(config)
 
@@ -146,3 +147,81 @@ def test_timms_dinov2_takes_the_teacher_and_gives_it_back(registers, tmp_path):
     vit = ViT(56, 14, 3, 128, 4, 4, **options)
     load_weights(vit, dinov2_file(method, tmp_path / "model.pth", teacher_alone=True), encoder_only=True)
     torch.testing.assert_close(vit(images), features, rtol=1e-4, atol=1e-4)
+
+
+class OfficialDinoV2(nn.Module):
+    """The forward pass of DINOv2's code, from its state dict: registers after the positions were added."""
+
+    def __init__(self, state, heads):
+        super().__init__()
+        self.state, self.heads = state, heads
+
+    def forward(self, images):
+        state, norm = self.state, nn.functional.layer_norm
+        x = nn.functional.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8)
+        x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x.flatten(2).mT], 1) + state["pos_embed"]
+        if "register_tokens" in state:
+            x = torch.cat([x[:, :1], state["register_tokens"].expand(len(x), -1, -1), x[:, 1:]], 1)
+        names = dict.fromkeys(name.rpartition(".norm1")[0] for name in state if ".norm1.weight" in name)
+        for block in names:
+            part = {
+                name.removeprefix(f"{block}."): value for name, value in state.items() if name.startswith(f"{block}.")
+            }
+            y = norm(x, x.shape[2:], part["norm1.weight"], part["norm1.bias"], 1e-6)
+            q, k, v = (
+                (y @ part["attn.qkv.weight"].T + part["attn.qkv.bias"]).unflatten(2, (3, self.heads, -1)).unbind(2)
+            )
+            y = nn.functional.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)))
+            y = y.transpose(1, 2).flatten(2) @ part["attn.proj.weight"].T + part["attn.proj.bias"]
+            x = x + y * part["ls1.gamma"]
+            y = norm(x, x.shape[2:], part["norm2.weight"], part["norm2.bias"], 1e-6)
+            if "mlp.w12.weight" in part:
+                a, b = (y @ part["mlp.w12.weight"].T + part["mlp.w12.bias"]).chunk(2, -1)
+                y = (nn.functional.silu(a) * b) @ part["mlp.w3.weight"].T + part["mlp.w3.bias"]
+            else:
+                y = nn.functional.gelu(y @ part["mlp.fc1.weight"].T + part["mlp.fc1.bias"])
+                y = y @ part["mlp.fc2.weight"].T + part["mlp.fc2.bias"]
+            x = x + y * part["ls2.gamma"]
+        return norm(x, x.shape[2:], state["norm.weight"], state["norm.bias"], 1e-6)
+
+
+def official_dinov2(registers, swiglu, chunked, dim=48, depth=3, hidden=96):
+    """A state dict with the names and shapes of DINOv2's code, random."""
+    state = {"cls_token": (1, 1, dim), "pos_embed": (1, 17, dim), "mask_token": (1, dim)}
+    state |= {"register_tokens": (1, 4, dim)} if registers else {}
+    state |= {"patch_embed.proj.weight": (dim, 3, 8, 8), "patch_embed.proj.bias": (dim,)}
+    mlp = (("w12", 2 * hidden, dim), ("w3", dim, hidden)) if swiglu else (("fc1", hidden, dim), ("fc2", dim, hidden))
+    for i in range(depth):
+        block = f"blocks.{i // 2}.{i}" if chunked else f"blocks.{i}"
+        for name, rows, columns in (
+            ("attn.qkv", 3 * dim, dim),
+            ("attn.proj", dim, dim),
+            *((f"mlp.{name}", *shape) for name, *shape in mlp),
+        ):
+            state |= {f"{block}.{name}.weight": (rows, columns), f"{block}.{name}.bias": (rows,)}
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
+            state[f"{block}.{name}"] = (dim,)
+    state |= {"norm.weight": (dim,), "norm.bias": (dim,)}
+    return {name: torch.randn(shape, dtype=torch.float64) * 0.3 for name, shape in state.items()}
+
+
+@pytest.mark.parametrize(
+    "registers, swiglu, chunked",
+    [(False, False, False), (True, False, False), (True, True, True), (False, False, True)],
+)
+def test_official_dinov2_files_load(registers, swiglu, chunked, tmp_path):
+    """Names of the released backbones, and of a training run's teacher with chunked blocks."""
+    state, path = official_dinov2(registers, swiglu, chunked), tmp_path / "dinov2.pth"
+    if chunked:
+        heads = {"dino_head.last_layer.weight": torch.zeros(2), "ibot_head.mlp.0.bias": torch.zeros(2)}
+        torch.save({"teacher": {f"backbone.{name}": x for name, x in state.items()} | heads}, path)
+    else:
+        torch.save(state, path)
+    options = {"reg_tokens": 4, "no_embed_class": True} if registers else {}
+    options |= {"mlp": "swiglu", "mlp_ratio": 4.0} if swiglu else {"mlp_ratio": 2.0}
+    vit = ViT(32, 8, 3, 48, 3, 4, pos_embed="learn", init_values=1e-5, **options).double()
+    load_weights(vit, path, encoder_only=True)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = OfficialDinoV2(state, 4)(images)
+    torch.testing.assert_close(vit.forward_features(images), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(vit(images), expected[:, 0], rtol=1e-10, atol=1e-10)

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import textwrap
 
 import fastssl
 from fastssl.extras import MissingExtra, need, need_train
@@ -32,7 +33,7 @@ HELP = """fastssl {version} · fast self-supervised visual pretraining
   fastssl bench --data SOURCE              images/s of each augmentation and loader engine
   fastssl env                              versions, processor level, and the kernel that runs each op
 
-  METHOD   {methods}, or your own module: package.module
+  METHOD   {methods}
   SOURCE   {sources} (folder:PATH for your own images),
            or your own module: package.module:ARGUMENT
 
@@ -79,6 +80,6 @@ def _help() -> str:
     from fastssl.data.source import source_names
     from fastssl.run import method_names
 
-    return HELP.format(
-        version=fastssl.__version__, methods=", ".join(method_names()), sources=", ".join(source_names())
-    )
+    lines = textwrap.wrap(", ".join([*method_names(), "or your own module: package.module"]), 100)
+    methods = "\n           ".join(lines)
+    return HELP.format(version=fastssl.__version__, methods=methods, sources=", ".join(source_names()))

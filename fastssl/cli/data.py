@@ -1,4 +1,4 @@
-"""`fastssl data check` and `fastssl data show`: facts about a source of images, and its augmented views."""
+"""`fastssl data`: facts about a source of images (check), its augmented views (show), and one file of it (pack)."""
 
 import dataclasses
 import time
@@ -21,6 +21,7 @@ from fastssl.machine import installed_engines
 from fastssl.run import find_augmentation
 from fastssl.text import printable
 
+from . import data_pack
 from .bench import loader_speed
 from .data_page import Side, bad_images, page
 from .flags import parse
@@ -67,8 +68,8 @@ class ShowFlags:
 
 
 def command(words: list[str]) -> None:
-    """fastssl data check SOURCE | fastssl data show SOURCE --augmentation AUGMENTATION"""
-    commands = {"check": _check, "show": _show}
+    """fastssl data check SOURCE | data show SOURCE --augmentation AUGMENTATION | data pack SOURCE --out FILE.pack"""
+    commands = {"check": _check, "show": _show, "pack": data_pack.command}
     if words in (["-h"], ["--help"]):
         print(command.__doc__)
         return

@@ -14,16 +14,17 @@ from torch.profiler import record_function
 from fastssl.bounds import AT_LEAST_1, COEFFICIENT, POSITIVE, SHARE
 from fastssl.contract import Batch
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation, View
+from fastssl.data.lab import lab_channels
 from fastssl.distributed import world_size
-from fastssl.eval.protocols import Official
 from fastssl.nn.bank import BankNCE, MemoryBank, draw_rows
-from fastssl.nn.lab import lab_channels
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.resnet import HalfResNet
 from fastssl.nn.sharing import headless, save_child_as
 from fastssl.ops import sampled_info_nce
 from fastssl.train.config import Training, check_images_at_once
+
+from . import moco_v1
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Config:
     softmax: bool = False
     """cross entropy over the drawn rows instead of noise-contrastive estimation"""
     tau: Annotated[float, POSITIVE] = 0.07
-    """temperature τ"""
+    """temperature τ of the contrastive loss"""
     bank_momentum: Annotated[float, COEFFICIENT] = 0.5
     """share of the old feature in the update of the banks"""
     small_images: bool = False
@@ -77,10 +78,8 @@ class Config:
         return Augmentation((View(self.image_size, crop=(self.crop_min, 1.0), flip_p=0.5, **extra),))
 
 
-def linear_probe(backbone: str) -> Official:
-    """MoCo's protocol with the learning rate of 30 of the README of CMC's code, which decays it otherwise."""
-    steps = {"lr_by_epoch": True, "lr_drops": (60, 80)}
-    return Official(100, 256, "sgd", 30.0, warmup_epochs=0, **steps, standardise=False, interpolation="bilinear")
+# MoCo's protocol; the README of CMC's code has the learning rate of 30, too, and decays it otherwise
+linear_probe = moco_v1.linear_probe
 
 
 def build(config: Config) -> "CMC":

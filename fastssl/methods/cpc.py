@@ -1,5 +1,4 @@
-"""Contrastive Predictive Coding for images: overlapping patches are encoded one by one, and the rows of patches above
-predict the features of rows below.
+"""CPC: overlapping patches of an image are encoded one by one, and rows of patches predict the features of rows below.
 
 Version 2 is Hénaff et al., "Data-Efficient Image Recognition with Contrastive Predictive Coding", 2020,
 arXiv:1905.09272, with all places of the batch as candidates; version 1 is van den Oord et al., 2018, arXiv:1807.03748,

@@ -16,13 +16,12 @@ from fastssl.contract import Batch, TrainingImages
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, all_sum
 from fastssl.nn import sobel
+from fastssl.nn.backbones import build_backbone
+from fastssl.nn.clusters import UNKNOWN, clusters_of, fit_assignments
 from fastssl.nn.kmeans import k_means, random_rows, whitened
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sobel import SobelNet
 from fastssl.train.config import Training
-
-UNKNOWN = -100  # cluster of an image that could not be decoded
 
 
 @dataclass
@@ -30,7 +29,8 @@ class Config:
     """DeepCluster as in its paper (section 4.1) and code: AlexNet, 200 epochs of SGD at a constant learning rate."""
 
     backbone: str = "alexnet"
-    """encoder: alexnet, vgg16, or a ResNet: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: alexnet, vgg16, resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or
+    torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
     """height and width of the images in pixels"""
     sobel: bool = True
@@ -61,7 +61,7 @@ class Config:
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 32, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5)}
-        sizes = {"clusters": 60, "components": 64}
+        sizes = {"clusters": 40, "components": 24}
         return cls("resnet_mini", (32, 32), False, **sizes, **views, training=training)
 
     @property
@@ -78,7 +78,7 @@ def build(config: Config) -> "DeepCluster":
     else:
         if config.sobel:
             raise ValueError(f"deepcluster: --sobel is for {' and '.join(sobel.NAMES)}, got {config.backbone}")
-        backbone = build_resnet(config.backbone, 1, config.small_images)
+        backbone = build_backbone(config.backbone, 1, config.small_images, image_size=config.image_size)
         width, backbone.fc = backbone.fc.in_features, nn.Identity()
     if config.components > width:
         raise ValueError(
@@ -116,22 +116,19 @@ class DeepCluster(nn.Module):
         self.components, self.rounds = components, rounds
         self.register_buffer("assignments", torch.zeros(0, dtype=torch.int64))  # [images]
         self.register_buffer("weights", torch.ones(clusters))  # of the images of each cluster
-        self.register_load_state_dict_pre_hook(_fit_assignments)
+        self.register_load_state_dict_pre_hook(fit_assignments)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         (images,) = batch.views
-        logits, clusters = self.top_layer(self.backbone(images)), self.clusters_of(batch.index)
+        logits, clusters = self.top_layer(self.backbone(images)), clusters_of(self.assignments, batch.index)
         with record_function("loss"):
             losses = F.cross_entropy(logits.float(), clusters, reduction="none", ignore_index=UNKNOWN)
             loss = (losses * self.weights[clusters.clamp(min=0)]).sum() / (clusters >= 0).sum().clamp(min=1)
         return loss, {"top1": (logits.argmax(1) == clusters).float().mean()}
 
-    def clusters_of(self, index: Tensor) -> Tensor:
-        """The clusters [B] of images [B]; `UNKNOWN` for those that have none."""
-        images = len(self.assignments)
-        if not images:  # not clustered yet
-            return torch.full_like(index, UNKNOWN)
-        return torch.where(index < images, self.assignments[index.clamp(max=images - 1)], UNKNOWN)
+    def check_images(self, count: int, in_epoch: int) -> None:
+        if (clusters := self.top_layer.out_features) > count:
+            raise ValueError(f"deepcluster: --clusters must be at most the {count} images, got {clusters}")
 
     @torch.no_grad()
     def before_epoch(self, images: TrainingImages) -> None:
@@ -141,14 +138,15 @@ class DeepCluster(nn.Module):
         places[index] = 1
         seen = all_sum(places)
         count, clusters = int(seen.sum()), self.top_layer.out_features
-        if clusters > count:
-            raise ValueError(f"deepcluster: --clusters must be at most the {count} images, got {clusters}")
+        self.check_images(count, count)
         features = whitened(features, self.components)
         first = random_rows(features, clusters, seen.cumsum(0)[index] - 1)
         _, nearest = k_means(features, first, self.rounds, spherical=False)
         places[index] = nearest + 1
         assignments = all_sum(places) - 1
-        self.assignments = assignments.masked_fill(assignments < 0, UNKNOWN)
+        if len(self.assignments) != images.count:
+            self.assignments = torch.empty_like(assignments)
+        self.assignments.copy_(assignments.masked_fill(assignments < 0, UNKNOWN))  # in place: a CUDA graph reads it
         sizes = torch.bincount(assignments[assignments >= 0], minlength=clusters)
         self.weights.copy_(count / (sizes > 0).sum() / sizes.clamp(min=1))
         seed = int(all_gather(torch.randint(2**62, (1,)).to(index.device))[0])  # the first rank's
@@ -181,10 +179,3 @@ class DeepCluster(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Features of the backbone [B, F], before the layer of the clusters."""
         return self.backbone(images)
-
-
-def _fit_assignments(module: DeepCluster, state: dict, prefix: str, *rest) -> None:
-    """Takes the number of images of the state that is loaded."""
-    stored = state.get(f"{prefix}assignments")
-    if stored is not None and stored.ndim == 1:
-        module.assignments = torch.full(stored.shape, UNKNOWN, device=module.assignments.device)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE
+from fastssl.bounds import AT_LEAST_1
 from fastssl.contract import Batch, TrainingImages
-from fastssl.data.augmentation import Augmentation, multi_crop
 from fastssl.distributed import all_gather, all_mean, world_size
 from fastssl.nn import l2_normalize
+from fastssl.nn.clusters import UNKNOWN, clusters_of, fit_assignments
 from fastssl.nn.crops import encode_crops
 from fastssl.nn.embedding_memory import EmbeddingMemory
 from fastssl.nn.kmeans import k_means, random_rows
@@ -28,41 +28,16 @@ from . import swav
 
 OFFICIAL = swav.OFFICIAL
 ASSIGNED = swav.ASSIGNED  # crops whose embeddings are stored: the large ones
-UNKNOWN = -100  # cluster of an image that no row of the memory belongs to
 
 
 @dataclass
-class Config:
+class Config(swav.CropConfig):
     """DeepCluster-v2 as in its paper and code: 800 epochs of batch 4096 with LARC, two large and six small crops."""
 
-    backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
-    image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
-    """height and width of the two large crops in pixels"""
-    small_size: Annotated[tuple[int, int], AT_LEAST_1] = (96, 96)
-    """height and width of the small crops in pixels"""
-    small_crops: Annotated[int, NOT_NEGATIVE] = 6
-    """number of small crops"""
-    dim: Annotated[int, AT_LEAST_1] = 128
-    """dimension of embeddings and centroids"""
-    hidden: Annotated[int, AT_LEAST_1] = 2048
-    """hidden width of the projector"""
     prototypes: Annotated[tuple[int, ...], AT_LEAST_1] = (3000, 3000, 3000)
     """number of clusters of each head"""
-    tau: Annotated[float, POSITIVE] = 0.1
-    """temperature τ of the softmax over clusters"""
     kmeans_rounds: Annotated[int, AT_LEAST_1] = 10
     """rounds of k-means before each epoch"""
-    small_images: bool = False
-    """ResNet stem without stride and pooling, for images of 32 pixels"""
-    crop_min: Annotated[float, SHARE] = 0.14
-    """fraction of the image area that divides large crops, above it, from small ones"""
-    small_crop_min: Annotated[float, SHARE] = 0.05
-    """smallest fraction of the image area that a small crop covers"""
-    jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.8, 0.8, 0.8, 0.2)
-    """strengths of brightness, contrast, saturation and hue jitter"""
-    blur_p: Annotated[float, PROBABILITY] = 0.5
-    """probability of Gaussian blur"""
     training: Training = field(
         default_factory=lambda: Training(
             800,
@@ -79,23 +54,12 @@ class Config:
     )
 
     @classmethod
-    def paper(cls, backbone: str = "resnet50") -> "Config":
-        return cls(backbone)
-
-    @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(14, 64, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
-        views = {"crop_min": 0.25, "small_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
+        views = {"crop_min": 0.25, "local_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
         sizes = {"dim": 64, "hidden": 256, "prototypes": (60, 60, 60)}
         return cls("resnet_mini", (32, 32), (16, 16), 2, **sizes, **views, training=training)
-
-    @property
-    def augmentation(self) -> Augmentation:
-        areas = (self.small_crop_min, self.crop_min)
-        return multi_crop(
-            self.image_size, self.small_size, self.small_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
-        )
 
 
 linear_probe = swav.linear_probe
@@ -138,11 +102,11 @@ class DeepClusterV2(nn.Module):
         self.register_buffer("assignments", torch.full((len(clusters), 0), UNKNOWN))  # [heads, images]
         self.pending: list[tuple[Tensor, Tensor]] = []  # (embeddings, index) of each micro-batch of the current step
         save_child_unprefixed(self, "backbone")
-        self.register_load_state_dict_pre_hook(_fit_assignments)
+        self.register_load_state_dict_pre_hook(fit_assignments)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         z = self.embed(batch.views)
-        clusters = self.clusters_of(batch.index)
+        clusters = clusters_of(self.assignments, batch.index)
         with record_function("loss"):
             known = all_mean((clusters[0] >= 0).sum().float()).clamp(min=1 / world_size())  # of the mean rank
             losses = []
@@ -158,12 +122,11 @@ class DeepClusterV2(nn.Module):
         """Unit embeddings [V·B, D] of V crops; the projector sees all of them together."""
         return l2_normalize(self.projection_head(encode_crops(self.backbone, crops)))
 
-    def clusters_of(self, index: Tensor) -> Tensor:
-        """The clusters [heads, B] of images [B]; `UNKNOWN` where the last epoch had left one out."""
-        images = self.assignments.shape[1]
-        if not images:  # not clustered yet
-            return self.assignments.new_full((len(self.assignments), len(index)), UNKNOWN)
-        return torch.where(index < images, self.assignments[:, index.clamp(max=images - 1)], UNKNOWN)
+    def check_images(self, count: int, in_epoch: int) -> None:
+        if most := [head.out_features for head in self.prototypes.values() if head.out_features > in_epoch]:
+            raise ValueError(
+                f"deepcluster_v2: --prototypes must be at most the {in_epoch} images of an epoch, got {most[0]}"
+            )
 
     @torch.no_grad()
     def before_epoch(self, images: TrainingImages) -> None:
@@ -175,13 +138,11 @@ class DeepClusterV2(nn.Module):
                     memory.resize(images.batches, len(batch.index))
                 z = [self.embed((crop,)) for crop in batch.views[:ASSIGNED]]  # one crop at a time, for the batch norms
                 memory.write(torch.stack(z), batch.index)
-        rows = len(memory) * world_size()
-        if most := [head.out_features for head in self.prototypes.values() if head.out_features > rows]:
-            raise ValueError(
-                f"deepcluster_v2: --prototypes must be at most the {rows} images of an epoch, got {most[0]}"
-            )
+        self.check_images(images.count, len(memory) * world_size())
         index = all_gather(memory.index)
-        self.assignments = self.assignments.new_full((len(self.prototypes), images.count), UNKNOWN)
+        if self.assignments.shape[1] != images.count:
+            self.assignments = self.assignments.new_empty(len(self.prototypes), images.count)
+        self.assignments.fill_(UNKNOWN)  # in place: a CUDA graph reads it
         for i, head in enumerate(self.prototypes.values()):
             x = memory.embeddings[i % ASSIGNED]
             centroids, nearest = k_means(x, random_rows(x, head.out_features, memory.numbers()), self.rounds)
@@ -205,10 +166,3 @@ class DeepClusterV2(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Features of the backbone [B, F], before its projector."""
         return self.backbone(images)
-
-
-def _fit_assignments(module: DeepClusterV2, state: dict, prefix: str, *rest) -> None:
-    """Takes the number of images of the state that is loaded."""
-    stored = state.get(f"{prefix}assignments")
-    if stored is not None and stored.ndim == 2 and len(stored) == len(module.assignments):
-        module.assignments = module.assignments.new_full(stored.shape, UNKNOWN)

@@ -55,7 +55,7 @@ def build(config: Config) -> "DenseCL":
     backbone = build_backbone(config.backbone, 1, config.small_images, splits, image_size=config.image_size)
     if isinstance(backbone, ForeignNetwork):
         with torch.no_grad():
-            backbone.eval().feature_map(torch.zeros(1, 3, *config.image_size))
+            backbone.eval().feature_map(torch.zeros(1, 3, *config.image_size))  # refuses a network without a map
         backbone.train()
     width, backbone.fc = backbone.fc.in_features, nn.Identity()
     return DenseCL(

@@ -14,13 +14,12 @@ from torch.profiler import record_function
 from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View, global_and_local_views
-from fastssl.eval.protocols import Official
+from fastssl.eval.protocols import Official, is_resnet
 from fastssl.milestones import MILESTONE
-from fastssl.nn import DINOHead, DINOLoss, MomentumEncoder
+from fastssl.nn import DINOHead, DINOLoss, MomentumEncoder, backbones
 from fastssl.nn.crops import MultiCropNetwork
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.prototype_losses import centred_targets, mean_logits, teacher_entropy, view_cross_entropy
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.vit import DINO_SIZES, dino_vit
 from fastssl.train.config import Training
 from fastssl.train.schedule import cosine_schedule
@@ -35,7 +34,8 @@ class Config:
     """DINO as in its paper (section 3.2) and the full command of its code's README: 300 epochs of a ViT-S/16."""
 
     backbone: str = "vit_small"
-    """encoder: vit_mini, vit_tiny, vit_small, vit_base, vit_large, or a ResNet: resnet_mini, resnet50, …"""
+    """encoder: vit_mini, vit_tiny, vit_small, vit_base, vit_large, resnet_mini, resnet18, resnet34, resnet50,
+    resnet101, resnet152, timm:NAME or torchvision:NAME"""
     patch_size: Annotated[int | None, AT_LEAST_1] = None
     """side of a ViT's patches in pixels, which divides the sides of all views; by default 16, for vit_mini 4"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
@@ -67,7 +67,7 @@ class Config:
     drop_path: Annotated[float, BELOW_1] = 0.1
     """rate of stochastic depth in the last block of the student's ViT"""
     tau: Annotated[float, POSITIVE] = 0.1
-    """temperature of the student"""
+    """temperature τ of the student"""
     teacher_temp: Annotated[float, POSITIVE] = 0.07
     """temperature of the teacher after its warm-up; above 0.07 training is unstable"""
     warmup_teacher_temp: Annotated[float, POSITIVE] = 0.04
@@ -102,7 +102,7 @@ class Config:
     @classmethod
     def paper(cls, backbone: str = "vit_small") -> "Config":
         """ViT: the README's full command. ResNet: its command for ResNet-50, 100 epochs of SGD."""
-        if not backbone.startswith("resnet"):
+        if not is_resnet(backbone):
             return cls(backbone, norm_last_layer=backbone not in ("vit_small", "vit_tiny", "vit_mini"))
         schedule = {"warmup_epochs": 10, "warmup_includes_peak": True, "lr_end": 5e-7}
         training = Training(100, 512, "sgd", 0.03, 1e-4, **schedule, **CLIPPED_AND_FROZEN)
@@ -146,12 +146,17 @@ def linear_probe(backbone: str) -> Official:
 def build_backbone(config: Config, owner: str = "dino", **options: Any) -> tuple[nn.Module, int]:
     """The encoder with the official code's initial weights, and the width of its features; `options` of `dino_vit`."""
     name = config.backbone
-    if name.startswith("resnet"):
-        encoder = build_resnet(name, 1, config.small_images, zero_init_residual=config.zero_init_residual)
+    if is_resnet(name) or ":" in name:
+        encoder = backbones.build_backbone(
+            name, 1, config.small_images, zero_init_residual=config.zero_init_residual, image_size=config.image_size
+        )
+        if isinstance(encoder, backbones.ForeignNetwork) and config.local_crops:
+            encoder.check(config.local_size, "--local-size")
         width, encoder.fc = encoder.fc.in_features, nn.Identity()
         return encoder, width
     if name not in DINO_SIZES:
-        raise ValueError(f"{owner}: unknown backbone {name!r}, there are {', '.join(DINO_SIZES)} and ResNets")
+        names = ", ".join((*DINO_SIZES, *backbones.NAMES))
+        raise ValueError(f"{owner}: unknown backbone {name!r}, there are {names}, timm:NAME and torchvision:NAME")
     patch = config.patch_size or DINO_SIZES[name][-1]
     for flag, size in (("--image-size", config.image_size), ("--local-size", config.local_size)):
         if size[0] % patch or size[1] % patch:
@@ -200,7 +205,8 @@ class DINO(nn.Module):
         with record_function("loss"):
             targets = centred_targets(teacher, self.teacher_temp, self.dino_loss.center)
             loss = view_cross_entropy(student, targets, self.dino_loss.student_temp, 2)
-        self.pending.append(mean_logits(teacher))
+        if self.training:
+            self.pending.append(mean_logits(teacher))
         entropy, std = teacher_entropy(targets), teacher.features.std(0).mean()
         return loss, {"teacher_entropy": entropy, "kl": loss.detach() - entropy, "std": std}
 

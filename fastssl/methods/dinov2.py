@@ -97,12 +97,15 @@ class Config(dino.Config):
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        config = cls("vit_mini", 8, (32, 32), (16, 16), 4, prototypes=1024, hidden=512, bottleneck=64)
-        config.jitter, config.blur_p, config.solarize_p = (0.4, 0.4, 0.2, 0.5), (0.0, 0.0, 0.0), (0.0, 0.0)
-        config.training = Training(14, 32, "adamw", 4e-3, 0.04, warmup_epochs=1, clip_parameter_norm=3.0)
-        config.drop_path, config.layer_scale, config.still_epochs = 0.0, 0.1, 0.5
-        config.warmup_teacher_temp_epochs, config.ema_momentum, config.layer_decay = 0, 0.98, 1.0
-        return config
+        training = Training(14, 32, "adamw", 8e-3, 0.04, warmup_epochs=0.5, clip_parameter_norm=3.0)
+        views = {"jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": (0.0, 0.0, 0.0), "solarize_p": (0.0, 0.0)}
+        crops = {"local_crops": 2, "crop": (0.3, 1.0), "local_crop": (0.3, 0.8)}
+        head = {"prototypes": 256, "hidden": 256, "bottleneck": 64, "norm_last_layer": True}
+        vit = {"drop_path": 0.0, "layer_scale": 1.0, "layer_decay": 1.0, "patch_embed_lr": 1.0}
+        teacher = {"teacher_temp": 0.05, "warmup_teacher_temp_epochs": 0, "ema_momentum": 0.9, "still_epochs": 0}
+        losses = {"centering": "sinkhorn_knopp", "koleo_weight": 0.2}
+        options = {**views, **crops, **head, **vit, **teacher, **losses}
+        return cls("vit_mini", 8, (32, 32), (16, 16), training=training, **options)
 
 
 linear_probe = dino.linear_probe
@@ -170,7 +173,7 @@ class DINOv2(ibot.IBOT):
             patch = patch_cross_entropy(student.patches, patch_targets, tau, rows, len(large))
             loss = cls + config.patch_weight * patch
             koleo = self.koleo(student.tokens) if config.koleo_weight else loss.new_zeros(())
-        if config.centering == "centering":
+        if self.training and config.centering == "centering":
             self.pending.append((mean_logits(teacher.cls), mean_logits(counted_mean(teacher.patches, rows.counted))))
         metrics = {"cls": cls.detach(), "patch": patch.detach(), "koleo": koleo.detach()}
         metrics |= {"teacher_entropy": teacher_entropy(targets), "std": teacher.cls.features.std(0).mean()}
@@ -208,7 +211,7 @@ class DINOv2(ibot.IBOT):
 
 
 def counted_mean(logits: FactoredLogits, counted: Tensor | None) -> FactoredLogits:
-    """One row, the mean of those that are counted."""
+    """Logits of the mean of the counted rows, or of all: one row."""
     features, prototypes = logits
     if counted is None:
         return FactoredLogits(features.mean(0, keepdim=True), prototypes)

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from fastssl.bounds import AT_LEAST_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, SHARE
 from fastssl.contract import Batch
+from fastssl.eval.protocols import is_resnet
 from fastssl.nn import DINOLoss
 from fastssl.nn.heads import FactoredLogits
 from fastssl.nn.norm import sync_batch_norms
@@ -29,6 +30,8 @@ from . import dino
 class Config(dino.Config):
     """iBOT as in its paper (section 4) and the command of its code for ViT-S: 800 epochs, one head for all tokens."""
 
+    backbone: str = "vit_small"
+    """encoder: vit_mini, vit_tiny, vit_small, vit_base or vit_large"""
     local_crops: Annotated[int, NOT_NEGATIVE] = 10
     """number of small views"""
     crop: Annotated[tuple[float, float], SHARE] = (0.25, 1.0)
@@ -100,8 +103,8 @@ linear_probe = dino.linear_probe
 
 def build_vit(config: Config, owner: str, **options) -> ViT:
     """The ViT with a mask token."""
-    if config.backbone.startswith("resnet"):
-        raise ValueError(f"{owner}: backbone must be a ViT, which has patches to mask, got {config.backbone!r}")
+    if is_resnet(config.backbone) or ":" in config.backbone:
+        raise ValueError(f"{owner}: backbone must be a ViT of ours, whose patches are masked, got {config.backbone!r}")
     return dino.build_backbone(config, owner, mask_token=True, **options)[0]
 
 
@@ -163,7 +166,8 @@ class IBOT(dino.DINO):
             masked = FactoredLogits(features[rows.rows], prototypes)
             patch_targets = centred_targets(masked, self.patch_temp, self.ibot_patch_loss.center)
             patch = patch_cross_entropy(student.patches, patch_targets, tau, rows, len(large))
-        self.pending.append((mean_logits(teacher.cls), mean_logits(teacher.patches)))
+        if self.training:
+            self.pending.append((mean_logits(teacher.cls), mean_logits(teacher.patches)))
         metrics = {"cls": cls.detach(), "patch": patch.detach(), "teacher_entropy": teacher_entropy(targets)}
         metrics["std"] = teacher.cls.features.std(0).mean()
         return config.cls_weight * cls + config.patch_weight * patch, metrics

@@ -15,7 +15,6 @@ from fastssl.bounds import AT_LEAST_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, SHAR
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import world_size
-from fastssl.eval.protocols import Official
 from fastssl.nn.backbones import build_backbone
 from fastssl.nn.bank import BankNCE, MemoryBank, bank_cross_entropy, draw_rows
 from fastssl.nn.losses import l2_normalize
@@ -23,6 +22,8 @@ from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.sharing import headless
 from fastssl.ops import sampled_info_nce
 from fastssl.train.config import Training, check_images_at_once
+
+from . import moco_v1
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Config:
     softmax: bool = False
     """cross entropy over the drawn rows instead of noise-contrastive estimation"""
     tau: Annotated[float, POSITIVE] = 0.07
-    """temperature τ"""
+    """temperature τ of the contrastive loss"""
     bank_momentum: Annotated[float, COEFFICIENT] = 0.5
     """share of the old feature in the bank's update"""
     small_images: bool = False
@@ -64,10 +65,11 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(14, 32, "sgd", lr=0.3, weight_decay=5e-4, decay_all=True)
+        training = Training(30, 32, "sgd", lr=0.3, weight_decay=5e-4, decay_all=True, warmup_epochs=1)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5)}
-        # NCE diverges where the negatives of an image are a large share of the bank's rows.
-        return cls("resnet_mini", (32, 32), nce_k=512, softmax=True, **views, training=training)
+        # NCE diverges where the negatives of an image are a large share of the bank's rows. Each epoch renews a row
+        # once, so that many short epochs teach more than few long ones.
+        return cls("resnet_mini", (32, 32), nce_k=512, softmax=True, tau=0.2, **views, training=training)
 
     @property
     def augmentation(self) -> Augmentation:
@@ -82,10 +84,8 @@ class Config:
         return Augmentation((view,))
 
 
-def linear_probe(backbone: str) -> Official:
-    """MoCo's protocol, by which its paper (section 4.1) compares memory banks. The paper of InstDisc has SVMs."""
-    steps = {"lr_by_epoch": True, "lr_drops": (60, 80)}
-    return Official(100, 256, "sgd", 30.0, warmup_epochs=0, **steps, standardise=False, interpolation="bilinear")
+# MoCo's protocol, by which its paper (section 4.1) compares memory banks; the paper of InstDisc has SVMs
+linear_probe = moco_v1.linear_probe
 
 
 def build(config: Config) -> "InstDisc":

@@ -16,12 +16,13 @@ from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SHARE
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.distributed import all_gather, rank, world_size
-from fastssl.eval.protocols import Official
 from fastssl.nn.backbones import build_backbone
 from fastssl.nn.losses import l2_normalize
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.nn.sharing import headless
 from fastssl.train.config import Training, check_images_at_once
+
+from . import moco_v1
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Config:
     dim: Annotated[int, AT_LEAST_1] = 128
     """dimension of the embeddings"""
     tau: Annotated[float, POSITIVE] = 0.1
-    """temperature τ"""
+    """temperature τ of the contrastive loss"""
     negative_weight: Annotated[float, AT_LEAST_1] = 1.0
     """factor m of the negatives, in the softmax's denominator and of their term (negM in the code)"""
     small_images: bool = True
@@ -68,10 +69,8 @@ class Config:
         return Augmentation((view, view))
 
 
-def linear_probe(backbone: str) -> Official:
-    """MoCo's protocol, by which later papers compare; the paper has kNN alone, which is evaluated in every run."""
-    steps = {"lr_by_epoch": True, "lr_drops": (60, 80)}
-    return Official(100, 256, "sgd", 30.0, warmup_epochs=0, **steps, standardise=False, interpolation="bilinear")
+# MoCo's protocol, by which later papers compare; the paper has kNN alone, which every run evaluates
+linear_probe = moco_v1.linear_probe
 
 
 def build(config: Config) -> "InvaSpread":

@@ -54,7 +54,7 @@ class Config:
     shard_queue: bool = False
     """keep 1/ranks of the queue on each rank instead of a copy of the whole queue"""
     small_images: bool = False
-    """stem without stride and pooling, for images of 32 pixels"""
+    """ResNet stem without stride and pooling, for images of 32 pixels"""
     crop_min: Annotated[float, SHARE] = 0.2
     """smallest fraction of the image area that a crop covers"""
     jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.4, 0.4, 0.4, 0.4)

@@ -5,7 +5,7 @@ Names in the state dict are those of the official code.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,10 @@ from fastssl.data.augmentation import Augmentation, multi_crop
 from fastssl.eval.protocols import Official
 from fastssl.milestones import MILESTONE
 from fastssl.nn import KeyQueue, l2_normalize, sinkhorn_potentials
+from fastssl.nn.backbones import ForeignNetwork, build_backbone
 from fastssl.nn.crops import encode_crops
 from fastssl.nn.heads import mlp_head
 from fastssl.nn.norm import sync_batch_norms
-from fastssl.nn.resnet import build_resnet
 from fastssl.nn.sharing import save_child_unprefixed
 from fastssl.ops import PrototypeTargets, soft_cross_entropy
 from fastssl.train.config import Training
@@ -31,25 +31,52 @@ ASSIGNED = 2  # crops whose assignments are predicted: the large ones
 
 
 @dataclass
-class Config:
-    """SwAV as in its paper (section 4) and code: 800 epochs of batch 4096 with LARC, two large and six small crops."""
+class CropConfig:
+    """What SwAV and DeepCluster-v2 have in common: two large and several small crops of an image, and the projector."""
 
     backbone: str = "resnet50"
-    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101 or resnet152"""
+    """encoder: resnet_mini, resnet18, resnet34, resnet50, resnet101, resnet152, timm:NAME or torchvision:NAME"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (224, 224)
-    """height and width of the two large crops in pixels"""
-    small_size: Annotated[tuple[int, int], AT_LEAST_1] = (96, 96)
-    """height and width of the small crops in pixels"""
-    small_crops: Annotated[int, NOT_NEGATIVE] = 6
-    """number of small crops"""
+    """height and width of the two large views in pixels"""
+    local_size: Annotated[tuple[int, int], AT_LEAST_1] = (96, 96)
+    """height and width of the small views in pixels"""
+    local_crops: Annotated[int, NOT_NEGATIVE] = 6
+    """number of small views"""
     dim: Annotated[int, AT_LEAST_1] = 128
     """dimension of embeddings and prototypes"""
     hidden: Annotated[int, AT_LEAST_1] = 2048
     """hidden width of the projector"""
-    prototypes: Annotated[int, AT_LEAST_1] = 3000
-    """number of prototypes"""
     tau: Annotated[float, POSITIVE] = 0.1
     """temperature τ of the softmax over prototypes"""
+    small_images: bool = False
+    """ResNet stem without stride and pooling, for images of 32 pixels"""
+    crop_min: Annotated[float, SHARE] = 0.14
+    """fraction of the image area that divides large views, above it, from small ones"""
+    local_crop_min: Annotated[float, SHARE] = 0.05
+    """smallest fraction of the image area that a small view covers"""
+    jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.8, 0.8, 0.8, 0.2)
+    """strengths of brightness, contrast, saturation and hue jitter"""
+    blur_p: Annotated[float, PROBABILITY] = 0.5
+    """probability of Gaussian blur"""
+
+    @classmethod
+    def paper(cls, backbone: str = "resnet50"):
+        return cls(backbone)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        areas = (self.local_crop_min, self.crop_min)
+        return multi_crop(
+            self.image_size, self.local_size, self.local_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
+        )
+
+
+@dataclass
+class Config(CropConfig):
+    """SwAV as in its paper (section 4) and code: 800 epochs of batch 4096 with LARC, two large and six small crops."""
+
+    prototypes: Annotated[int, AT_LEAST_1] = 3000
+    """number of prototypes"""
     epsilon: Annotated[float, POSITIVE] = 0.05
     """temperature ε of the assignments; 0.03 if the loss stays at the logarithm of the number of prototypes"""
     sinkhorn_rounds: Annotated[int, AT_LEAST_1] = 3
@@ -59,16 +86,6 @@ class Config:
     lowered to a multiple of the batch size; 0 for none"""
     queue_start: Annotated[float, NOT_NEGATIVE, MILESTONE] = 15
     """epoch at which the queue begins to fill; it is used when it is full"""
-    small_images: bool = False
-    """ResNet stem without stride and pooling, for images of 32 pixels"""
-    crop_min: Annotated[float, SHARE] = 0.14
-    """fraction of the image area that divides large crops, above it, from small ones"""
-    small_crop_min: Annotated[float, SHARE] = 0.05
-    """smallest fraction of the image area that a small crop covers"""
-    jitter: Annotated[tuple[float, float, float, float], NOT_NEGATIVE] = (0.8, 0.8, 0.8, 0.2)
-    """strengths of brightness, contrast, saturation and hue jitter"""
-    blur_p: Annotated[float, PROBABILITY] = 0.5
-    """probability of Gaussian blur"""
     training: Training = field(
         default_factory=lambda: Training(
             800,
@@ -87,33 +104,13 @@ class Config:
     )
 
     @classmethod
-    def paper(cls, backbone: str = "resnet50") -> "Config":
-        return cls(backbone)
-
-    @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(
-            14,
-            64,
-            "sgd",
-            lr=0.4,
-            weight_decay=5e-4,
-            decay_all=True,
-            warmup_epochs=0.5,
-            freeze=("prototypes",),
-            freeze_epochs=0.5,
-        )
-        views = {"crop_min": 0.25, "small_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
+        frozen: Any = {"freeze": ("prototypes",), "freeze_epochs": 0.5}
+        training = Training(14, 64, "sgd", 0.4, 5e-4, decay_all=True, warmup_epochs=0.5, **frozen)
+        views = {"crop_min": 0.25, "local_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
         sizes = {"dim": 64, "hidden": 256, "prototypes": 60}
         return cls("resnet_mini", (32, 32), (16, 16), 2, **sizes, **views, queue_start=1, training=training)
-
-    @property
-    def augmentation(self) -> Augmentation:
-        areas = (self.small_crop_min, self.crop_min)
-        return multi_crop(
-            self.image_size, self.small_size, self.small_crops, areas=areas, jitter=self.jitter, blur_p=self.blur_p
-        )
 
 
 def linear_probe(backbone: str) -> Official:
@@ -136,9 +133,11 @@ def build(config: Config) -> "SwAV":
     return sync_batch_norms(SwAV(backbone, projector, prototypes, temperatures, config.sinkhorn_rounds, queue))
 
 
-def build_parts(config: Config) -> tuple[nn.Module, nn.Module]:
+def build_parts(config: CropConfig) -> tuple[nn.Module, nn.Module]:
     """Backbone without last layer, and projector."""
-    backbone = build_resnet(config.backbone, 1, config.small_images)
+    backbone = build_backbone(config.backbone, 1, config.small_images, image_size=config.image_size)
+    if isinstance(backbone, ForeignNetwork) and config.local_crops:
+        backbone.check(config.local_size, "--local-size")
     projector = mlp_head(backbone.fc.in_features, config.hidden, config.dim, bias=True, last_bias=True)
     backbone.fc = nn.Identity()
     return backbone, projector

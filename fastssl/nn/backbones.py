@@ -59,6 +59,7 @@ def build_backbone(
     network = ForeignNetwork(create(network_name, dim, image_size), name, dim)
     if image_size is not None:
         network.check(image_size)
+        network.image_size = image_size
     if bn_splits > 1:
         _split_batch_norms(network, name, bn_splits)
     return network.to(memory_format=torch.channels_last)
@@ -120,14 +121,14 @@ class ForeignNetwork(nn.Module):
         return network.forward_head(maps[0]) if features is None else features, maps[0]
 
     @torch.no_grad()
-    def check(self, size: tuple[int, int]) -> None:
-        """Computes the features of one image of this (height, width), and notes the size.
+    def check(self, size: tuple[int, int], flag: str = "--image-size") -> None:
+        """Computes the features of one image of this (height, width) in pixels, which option `flag` sets.
 
         Raises:
             ValueError: the network fails, or its features are not what `fc` takes.
         """
         self.network.eval()
-        remedy = "choose another size (--image-size) or network (--backbone)"
+        remedy = f"choose another size ({flag}) or network (--backbone)"
         try:
             features = self.network(torch.zeros(1, 3, *size))
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
@@ -143,7 +144,6 @@ class ForeignNetwork(nn.Module):
                 f"backbone: {self.name} must give {self.width} features of an image of {size[0]} × {size[1]} pixels, "
                 f"got {got}: {remedy}"
             )
-        self.image_size = size
 
 
 def _from_timm(name: str, dim: int, size: tuple[int, int] | None) -> nn.Module:

@@ -44,7 +44,7 @@ class IBOTHead(DINOHead):
         return self.last_layer if self.last_layer2 is None or self.shared else self.last_layer2
 
     def factored_pair(self, cls: Tensor, patches: Tensor) -> tuple[FactoredLogits, FactoredLogits]:
-        """Of class tokens [N, in_dim] and patches [M, in_dim], in one pass."""
+        """Logits of class tokens [N, in_dim] and patches [M, in_dim], in one pass."""
         cls_logits, patch_logits = _both(self, cls, patches)
         layer = self.patch_layer
         if layer is self.last_layer:
@@ -74,7 +74,8 @@ class PatchNetwork(nn.Module):
     def forward(
         self, large: Tensor, small: Tensor | None = None, mask: Tensor | None = None, rows: Tensor | None = None
     ) -> PatchOutput:
-        """
+        """Tokens and logits of large and small crops.
+
         Args:
             large: large crops [2B, C, H, W].
             small: small crops [V·B, C, h, w], which are never masked; None for none.
@@ -92,7 +93,7 @@ class PatchNetwork(nn.Module):
 
 
 class DINOv2Network(PatchNetwork):
-    """The same with DINOv2's heads.
+    """DINOv2's ViT with a head of class tokens, which serves patches too unless they have their own.
 
     Args:
         backbone: ViT with a mask token.

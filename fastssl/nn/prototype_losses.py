@@ -36,10 +36,14 @@ class DINOLoss(nn.Module):
         warmup_teacher_temp_epochs: epochs over which it changes along a line; it is constant within an epoch.
         student_temp: temperature of the student.
         center_momentum: m of centre ← m·centre + (1 − m)·mean of the teacher's logits.
+        center_mode: "mean", the only one, for calls that name it as lightly's do.
         teacher_views: number of views of the teacher, the first ones of the student's; of `FactoredLogits` alone.
 
+    State dicts of lightly's, DINO's and DINOv2's loss load.
+
     Raises:
-        ValueError: a temperature is not positive, or center_momentum is outside [0, 1].
+        ValueError: a number is out of range; by a call, views have other shapes than [B, K].
+        TypeError: an argument has another type; by a call, logits are not floating.
 
     Source: Caron et al., 2021 (DINO), algorithm 1 and section 3.1, and its code.
     """
@@ -54,15 +58,18 @@ class DINOLoss(nn.Module):
         warmup_teacher_temp_epochs: float = 30,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
+        center_mode: str = "mean",
         teacher_views: int = 2,
     ):
         super().__init__()
         _check_temperatures("DINOLoss", warmup_teacher_temp, teacher_temp, student_temp)
-        _check_momentum("DINOLoss", center_momentum)
+        _check_epochs("DINOLoss", "warmup_teacher_temp_epochs", warmup_teacher_temp_epochs)
+        _check_centre("DINOLoss", output_dim, center_momentum, center_mode)
         self.warmup_teacher_temp, self.teacher_temp = warmup_teacher_temp, teacher_temp
         self.warmup_teacher_temp_epochs, self.student_temp = warmup_teacher_temp_epochs, student_temp
         self.center_momentum, self.teacher_views = center_momentum, teacher_views
         self.register_buffer("center", torch.zeros(1, output_dim))
+        self.register_load_state_dict_pre_hook(_fit_centre)
 
     def forward(
         self,
@@ -92,7 +99,9 @@ class DINOLoss(nn.Module):
         teacher_temp: float | Tensor,
     ) -> Tensor:
         """The loss alone, which changes no state; arguments as in `forward`."""
+        _check_temperatures("DINOLoss", teacher_temp)
         if isinstance(teacher_out, FactoredLogits) and isinstance(student_out, FactoredLogits):
+            _check_prototypes("DINOLoss", self.center, teacher_out, student_out)
             targets = centred_targets(teacher_out, teacher_temp, self.center)
             return view_cross_entropy(student_out, targets, self.student_temp, self.teacher_views)
         if isinstance(teacher_out, FactoredLogits) or isinstance(student_out, FactoredLogits):
@@ -100,6 +109,7 @@ class DINOLoss(nn.Module):
         return self._of_logits(teacher_out, student_out, teacher_temp)
 
     def _of_logits(self, teacher: Sequence[Tensor], student: Sequence[Tensor], teacher_temp: float | Tensor) -> Tensor:
+        _check_logits("DINOLoss", self.center.numel(), teacher_out=teacher, student_out=student)
         _check_views("DINOLoss", len(teacher), len(student))
         targets = [_centred_softmax(logits, self.center, teacher_temp) for logits in teacher]
         total = targets[0] if len(targets) == 1 else torch.stack(targets).sum(0)
@@ -121,6 +131,7 @@ class DINOLoss(nn.Module):
 
     def teacher_temp_at(self, epoch: float) -> float:
         """Temperature of the teacher after `epoch` epochs."""
+        _check_epochs("DINOLoss", "epoch", epoch)
         epoch, warmup = math.floor(epoch), self.warmup_teacher_temp_epochs
         if epoch >= warmup:
             return self.teacher_temp
@@ -140,10 +151,15 @@ class IBOTPatchLoss(nn.Module):
         output_dim: K, the number of prototypes.
         teacher_temp: temperature of the teacher.
         student_temp: temperature of the student.
+        center_mode: "mean", the only one, for calls that name it as lightly's do.
         center_momentum: m of centre ← m·centre + (1 − m)·mean of the teacher's logits.
 
+    State dicts of lightly's and DINOv2's loss load.
+
     Raises:
-        ValueError: a temperature is not positive, or center_momentum is outside [0, 1].
+        ValueError: a number is out of range; by a call, mask has another number of patches than there are rows, or
+            rows have other shapes than [M, K].
+        TypeError: an argument has another type; by a call, logits are not floating.
 
     Source: Zhou et al., 2022 (iBOT), equation 2; Oquab et al., 2024 (DINOv2), section 4, and their code.
     """
@@ -155,13 +171,15 @@ class IBOTPatchLoss(nn.Module):
         output_dim: int = 65536,
         teacher_temp: float = 0.04,
         student_temp: float = 0.1,
+        center_mode: str = "mean",
         center_momentum: float = 0.9,
     ):
         super().__init__()
         _check_temperatures("IBOTPatchLoss", teacher_temp, student_temp)
-        _check_momentum("IBOTPatchLoss", center_momentum)
+        _check_centre("IBOTPatchLoss", output_dim, center_momentum, center_mode)
         self.teacher_temp, self.student_temp, self.center_momentum = teacher_temp, student_temp, center_momentum
         self.register_buffer("center", torch.zeros(1, output_dim))
+        self.register_load_state_dict_pre_hook(_fit_centre)
 
     def forward(
         self,
@@ -179,6 +197,7 @@ class IBOTPatchLoss(nn.Module):
             teacher_temp: temperature of the teacher; None for `self.teacher_temp`.
         """
         rows = teacher_out.features if isinstance(teacher_out, FactoredLogits) else teacher_out
+        check.is_tensor("IBOTPatchLoss", "teacher_out", rows)
         weights = patch_weights(mask, acc_dtype(rows))
         if rows.shape[0] != weights.shape[0]:
             check.fail(
@@ -200,12 +219,18 @@ class IBOTPatchLoss(nn.Module):
         Weights are those of `patch_weights`; 0 for rows that only fill a tensor up. Divide by the number of images.
         """
         temp = self.teacher_temp if teacher_temp is None else teacher_temp
+        _check_temperatures("IBOTPatchLoss", temp)
         if isinstance(teacher_out, FactoredLogits) and isinstance(student_out, FactoredLogits):
+            _check_prototypes("IBOTPatchLoss", self.center, teacher_out, student_out)
             targets = centred_targets(teacher_out, temp, self.center)
             losses = soft_cross_entropy(*student_out, self.student_temp, targets)
         elif isinstance(teacher_out, FactoredLogits) or isinstance(student_out, FactoredLogits):
             raise ValueError("IBOTPatchLoss: teacher_out and student_out must both be FactoredLogits, or both logits")
         else:
+            sizes = {"M": weights.shape[0], "K": self.center.numel()}
+            for name, logits in (("teacher_out", teacher_out), ("student_out", student_out)):
+                check.tensor("IBOTPatchLoss", name, logits, "M K", **sizes)
+                check.floating("IBOTPatchLoss", **{name: logits})
             losses = cross_entropy(student_out, _centred_softmax(teacher_out, self.center, temp), self.student_temp)
         return (losses * weights.to(losses.dtype)).sum()
 
@@ -360,7 +385,7 @@ def cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0, bw
     """
     check.is_tensor("cross_entropy", "student", student)
     check.is_tensor("cross_entropy", "teacher", teacher)
-    if student.ndim < 1 or student.shape != teacher.shape:
+    if student.ndim < 1 or student.shape != teacher.shape or not student.shape[-1]:
         shapes = f"got {list(student.shape)} and {list(teacher.shape)}"
         check.fail("cross_entropy", f"student and teacher must have one shape [..., K], {shapes}")
     check.floating("cross_entropy", student=student, teacher=teacher)
@@ -410,12 +435,56 @@ def _centred_softmax(logits: Tensor, centre: Tensor, tau: float | Tensor) -> Ten
     return ((logits.to(acc_dtype(logits)) - centre.flatten()) / tau).softmax(-1)
 
 
-def _check_temperatures(name: str, *temperatures: float) -> None:
+def _check_temperatures(name: str, *temperatures: float | Tensor) -> None:
     for value in temperatures:
+        if isinstance(value, Tensor):
+            continue  # it may be on a device, for which the host need not wait
+        check.number(name, temperature=value)
         if not value > 0:
             check.fail(name, f"temperatures must be above 0, got {value}")
 
 
-def _check_momentum(name: str, momentum: float) -> None:
-    if not 0 <= momentum <= 1:
+def _check_epochs(name: str, argument: str, epochs: float) -> None:
+    check.number(name, **{argument: epochs})
+    if not epochs >= 0:
+        check.fail(name, f"{argument} must be at least 0, got {epochs}")
+
+
+def _check_centre(name: str, output_dim: int, momentum: float, mode: str) -> None:
+    check.integer(name, output_dim=output_dim)
+    if output_dim < 1:
+        check.fail(name, f"output_dim must be at least 1, got {output_dim}")
+    if isinstance(momentum, str) or not 0 <= momentum <= 1:
         check.fail(name, f"center_momentum must be between 0 and 1, got {momentum}")
+    if mode != "mean":
+        check.fail(name, f"center_mode must be 'mean', got {mode!r}")
+
+
+def _check_logits(name: str, prototypes: int, **arguments: Sequence[Tensor]) -> None:
+    """Checks that all views of all arguments have logits of one shape [B, K]."""
+    sizes = {"K": prototypes}
+    for argument, views in arguments.items():
+        if not isinstance(views, Sequence | Tensor):
+            got = f"got {type(views).__name__}"
+            check.fail(name, f"{argument} must be a list of the logits [B, K] of each view, {got}", TypeError)
+        for number, logits in enumerate(views):
+            check.tensor(name, f"{argument}[{number}]", logits, "B K", **sizes)
+            check.floating(name, **{f"{argument}[{number}]": logits})
+            sizes["B"] = logits.shape[0]
+
+
+def _check_prototypes(name: str, centre: Tensor, *arguments: FactoredLogits) -> None:
+    for logits in arguments:
+        check.is_tensor(name, "prototypes", logits.prototypes)
+        if logits.prototypes.shape[0] != centre.numel():
+            got = f"got {logits.prototypes.shape[0]}"
+            check.fail(name, f"FactoredLogits must have output_dim={centre.numel()} prototypes, {got}")
+
+
+def _fit_centre(module: nn.Module, state: dict, prefix: str, *rest) -> None:
+    """Takes the centre of others' losses: [1, 1, K], or in a module of its own as in lightly's `IBOTPatchLoss`."""
+    name = f"{prefix}center"
+    stored = state.pop(f"{name}.center", state.get(name))
+    if stored is not None:
+        fits = stored.numel() == module.center.numel()  # type: ignore[operator]
+        state[name] = stored.reshape(module.center.shape) if fits else stored

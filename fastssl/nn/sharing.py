@@ -42,7 +42,7 @@ def save_child_unprefixed(module: nn.Module, child: str) -> None:
 
     def add(module: nn.Module, state: dict, prefix: str, *rest) -> None:
         part = module.get_submodule(child)
-        names = {*part._modules, *part._parameters, *part._buffers}
+        names = {key.partition(".")[0] for key in part.state_dict()}  # a child may give its parts other names
         for key in [key for key in state if key.startswith(prefix)]:
             name = key.removeprefix(prefix)
             if name.partition(".")[0] in names:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.distributed import all_max, all_sum, world_size
-from fastssl.ops import prototype_lse
+from fastssl.ops import check, prototype_lse
 from fastssl.ops.dispatch import acc_dtype
 
 EXCLUDED = -1e30  # potential of a row that is not counted: finite, so that no difference of potentials is NaN
@@ -36,14 +36,20 @@ def sinkhorn_potentials(
     Returns: a [M] and b [P], float32 (float64 for float64); no gradient.
 
     Raises:
-        ValueError: rounds is less than 1, tau is not positive, or counted has another shape.
+        ValueError: rounds is less than 1, tau is not positive, or shapes do not fit.
+        TypeError: rounds is not an integer, or counted is not bool.
 
     Memory: O(M + P) beside the arguments. Source: Cuturi, 2013, algorithm 1; Caron et al., 2020 (SwAV), section 3.1.
     """
     _check("sinkhorn_potentials", rounds, tau)
+    check.tensor("sinkhorn_potentials", "teacher", teacher, "M D")
+    check.tensor("sinkhorn_potentials", "weight", weight, "P D", D=teacher.shape[1])
     teacher, weight = teacher.detach(), weight.detach()
-    if counted is not None and counted.shape != teacher.shape[:1]:
-        raise ValueError(f"sinkhorn_potentials: counted must be {list(teacher.shape[:1])}, got {list(counted.shape)}")
+    if counted is not None:
+        check.tensor("sinkhorn_potentials", "counted", counted, "M", M=teacher.shape[0])
+        if counted.dtype != torch.bool:
+            got = check.dtype_name(counted.dtype)
+            check.fail("sinkhorn_potentials", f"counted must be bool, got {got}", TypeError)
     dtype = torch.promote_types(acc_dtype(teacher), weight.dtype)
     row = torch.zeros(teacher.shape[0], dtype=dtype, device=teacher.device)
     excluded = torch.full_like(row, EXCLUDED)
@@ -107,9 +113,10 @@ class SinkhornKnopp(nn.Module):
 
         Raises:
             ValueError: scores has other than two dimensions, or epsilon is not positive.
+            TypeError: scores is no floating tensor.
         """
-        if scores.ndim != 2:
-            raise ValueError(f"SinkhornKnopp: scores must be [B, K], got {list(scores.shape)}")
+        check.tensor("SinkhornKnopp", "scores", scores, "B K")
+        check.floating("SinkhornKnopp", scores=scores)
         epsilon = self.epsilon if epsilon is None else epsilon
         _check("SinkhornKnopp", self.iterations, epsilon, ("iterations", "epsilon"))
         log_codes = scores.detach().to(acc_dtype(scores)) / epsilon
@@ -123,6 +130,7 @@ class SinkhornKnopp(nn.Module):
 
 
 def _check(name: str, rounds: int, tau: float | Tensor, arguments: tuple[str, str] = ("rounds", "tau")) -> None:
+    check.integer(name, **{arguments[0]: rounds})
     if rounds < 1:
         raise ValueError(f"{name}: {arguments[0]} must be at least 1, got {rounds}")
     if not isinstance(tau, Tensor) and not tau > 0:  # a tensor may be on a device, for which the host need not wait

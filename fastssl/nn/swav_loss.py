@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.ops import check
 from fastssl.ops.dispatch import acc_dtype
 
 from .sinkhorn import SinkhornKnopp
@@ -59,6 +60,7 @@ class SwaVLoss(nn.Module):
 
         Raises:
             ValueError: there are too few crops, other queues than large crops, or shapes differ.
+            TypeError: scores are no floating tensors.
         """
         large, crops = len(high_resolution_outputs), [*high_resolution_outputs, *low_resolution_outputs]
         _check(large, crops, queue_outputs)
@@ -88,9 +90,10 @@ def _check(large: int, crops: list[Tensor], queue_outputs: Sequence[Tensor] | No
             f"SwaVLoss: queue_outputs must hold the scores of {large} queues, one for each large crop, got "
             f"{len(queue_outputs)}"
         )
-    shapes = [list(scores.shape) for scores in crops]
-    if any(shape != shapes[0] or len(shape) != 2 for shape in shapes):
-        raise ValueError(f"SwaVLoss: all crops must have scores of one shape [B, K], got {', '.join(map(str, shapes))}")
-    widths = [list(scores.shape) for scores in queue_outputs or () if scores.shape[1:] != crops[0].shape[1:]]
-    if widths:
-        raise ValueError(f"SwaVLoss: queue_outputs must be [Q, {shapes[0][1]}], got {widths[0]}")
+    for i, scores in enumerate(crops):
+        name = f"high_resolution_outputs[{i}]" if i < large else f"low_resolution_outputs[{i - large}]"
+        sizes = dict(zip("BK", crops[0].shape)) if i else {}
+        check.tensor("SwaVLoss", name, scores, "B K", **sizes)
+        check.floating("SwaVLoss", **{name: scores})
+    for i, scores in enumerate(() if queue_outputs is None else queue_outputs):
+        check.tensor("SwaVLoss", f"queue_outputs[{i}]", scores, "Q K", K=crops[0].shape[1])

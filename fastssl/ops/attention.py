@@ -138,7 +138,7 @@ def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
     """The implementation that `attention` uses for these tensors: "kernel", "cudnn", "xformers" or "torch"."""
     if q.is_cuda and has_kernel("attention_fwd", "cuda"):
         with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if not with_grad and cudnn_is_faster(_capability(q.device.index or 0), q, k):
+        if not with_grad and cudnn_is_faster(q, k) and _capability(q.device.index or 0) == (9, 0):
             return "cudnn"
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
     if has_kernel("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
@@ -151,15 +151,15 @@ def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
     return "torch"
 
 
-def cudnn_is_faster(capability: tuple[int, int], q: Tensor, k: Tensor) -> bool:
-    """Whether cuDNN's forward pass is faster than our kernel on a GPU of this compute capability.
+def cudnn_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether cuDNN's forward pass is faster than our kernel on a GPU of compute capability 9.0.
 
-    Measured on an H200 (9.0) in bf16, µs, cuDNN beside ours (docs/measurements.md): 171 beside 219 with 197 tokens and
+    Measured on an H200 in bf16, µs, cuDNN beside ours (docs/measurements.md): 171 beside 219 with 197 tokens and
     heads of 64, but 57 beside 38 with 50 tokens, and 222 beside 210 with heads of 32. With the backward pass, which
     joins three gradients, ours is as fast in the first case and faster in the others.
     """
     long = min(q.shape[1], k.shape[1]) >= 128
-    return capability == (9, 0) and q.dtype.itemsize == 2 and q.shape[3] == 64 and long
+    return q.dtype.itemsize == 2 and q.shape[3] == 64 and long
 
 
 @functools.cache

@@ -67,7 +67,7 @@ def prototype_lse(x: Tensor, weight: Tensor, tau: float | Tensor, offset: Tensor
         x: [N, D] floating, features. Under autocast it and weight are first converted to its dtype, except float64.
         weight: [P, D] floating, prototypes.
         tau: temperature > 0, a number, or a tensor with one element.
-        offset: floating, added to the logits: [P] for dim 1, [N] for dim 0, or None.
+        offset: floating and below +∞, added to the logits: [P] for dim 1, [N] for dim 0, or None.
         dim: the dimension of the logits [N, P] that is summed, 0 or 1.
 
     Returns: [N] for dim 1, [P] for dim 0; −∞ where nothing is summed. float32, float64 where a matrix is float64. It

@@ -34,6 +34,7 @@ from fastssl.data import decoding, listing, numpy_files, reading
 from fastssl.data.findings import scan
 from fastssl.data.fingerprint import take_fingerprint
 from fastssl.data.formats import FORMATS, READABLE
+from fastssl.data.packing import Encoding, write_pack
 from fastssl.data.source import BadSource, open_source
 from fastssl.data.sources import arrays, idx
 from fastssl.text import printable
@@ -163,6 +164,20 @@ def write_idx(rng: random.Random, root: Path) -> str:
     return f"idx:{root}"
 
 
+def write_packed(rng: random.Random, root: Path) -> str:
+    folder = root / "images"
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(2):
+                size, path = (rng.randint(4, 20), rng.randint(4, 20)), folder / split / label / f"{i}.png"
+                Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(path)
+    sources = {split: open_source(f"folder:{folder}", split) for split in ("train", "test")}
+    write_pack(sources, root / "x.pack", Encoding(rng.choice(("jpeg", "rgb", "copy")), 12))
+    shutil.rmtree(folder)
+    return f"pack:{root}/x.pack"
+
+
 KINDS: dict[str, Callable[[random.Random, Path], str]] = {
     **{format.lower(): image_writer(format, FORMATS[format][0]) for format in READABLE if format in Image.SAVE},
     "tree": write_tree,
@@ -170,6 +185,7 @@ KINDS: dict[str, Callable[[random.Random, Path], str]] = {
     "npz": write_npz,
     "npy": write_npy,
     "idx": write_idx,
+    "pack": write_packed,
 }
 
 

@@ -63,7 +63,8 @@ for name, op in public_ops().items():
                 for key, value in drawn.items()
             }
             arguments = {key: moved(value, at_end) for key, value in cast.items()}
-            if in_place or name in ("info_nce", "prototype_lse", "random_masking"):
+            without = ("info_nce", "prototype_lse", "random_masking", "sampled_info_nce", "sampled_nce")
+            if in_place or name in without:
                 arguments = {
                     key: value.detach() if isinstance(value, torch.Tensor) and (in_place or key != "q") else value
                     for key, value in arguments.items()

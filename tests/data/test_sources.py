@@ -169,7 +169,8 @@ def test_error_sentences(tmp_path):
         open_source,
         "cifar",
     )
-    assert source_names() == ["arrays", "cifar10", "cifar100", "digits", "folder", "idx", "shapes", "webdataset"]
+    embedded, of_files = ["digits", "shapes"], ["arrays", "cifar10", "cifar100", "folder", "idx", "pack", "webdataset"]
+    assert source_names() == sorted(embedded + of_files)
     refused(f"data: {tmp_path / 'no'} is not a folder", ValueError, open_source, f"folder:{tmp_path / 'no'}")
     suffixes = ", ".join(SUFFIXES)
     refused(

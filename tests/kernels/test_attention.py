@@ -172,7 +172,7 @@ def test_long_sequences_and_wide_heads_run_in_torch(monkeypatch):
     rule = importlib.import_module("fastssl.ops.attention")
 
     class OnGPU:
-        is_cuda, device = True, torch.device("cuda")
+        is_cuda, device, requires_grad = True, torch.device("cuda"), True
 
         def __init__(self, L, E, size):
             self.shape, self.size = (1, L, 1, E), size

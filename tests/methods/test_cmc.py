@@ -5,10 +5,10 @@ from torch import nn
 
 from fastssl.contract import Batch, Method, RanksNegatives
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastssl.data.lab import lab_channels, rgb_to_lab
 from fastssl.methods import cmc
 from fastssl.methods.cmc import CMC, LabEncoders
 from fastssl.nn.bank import MemoryBank
-from fastssl.nn.lab import lab_channels, rgb_to_lab
 from fastssl.nn.resnet import HalfResNet, build_resnet
 from fastssl.weights import export, load_initial_weights
 from tests.support.golden import part, read

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastssl import pretrain
 from fastssl.contract import Batch, Method, PreparesEpochs, TrainingImages
 from fastssl.methods import deepcluster, deepcluster_v2
 from fastssl.methods.deepcluster import DeepCluster
@@ -140,6 +141,28 @@ def test_v2_fills_its_memory_again_for_other_images_and_refuses_too_many_cluster
     sentence = "^deepcluster_v2: --prototypes must be at most the 12 images of an epoch, got 13$"
     with pytest.raises(ValueError, match=sentence):
         tiny_v2(prototypes=(5, 13)).before_epoch(images)
+
+
+def test_assignments_keep_their_place_in_memory_for_cuda_graphs():
+    """A graph that is replayed in the second epoch reads the memory that it read in the first."""
+    images, _ = training_images()
+    for model in (tiny(), tiny_v2()):
+        model.before_epoch(images)
+        place, old = model.assignments.data_ptr(), model.assignments.clone()
+        model.assignments.fill_(7)
+        model.before_epoch(images)
+        assert model.assignments.data_ptr() == place and not (model.assignments == 7).any() and old.max() < 7
+
+
+@pytest.mark.parametrize("method", [deepcluster, deepcluster_v2])
+def test_too_many_clusters_are_refused_before_anything_is_written(tmp_path, method):
+    """DeepCluster-v2 clusters the images of whole batches alone."""
+    name = method.__name__.rpartition(".")[2]
+    sentence = {"deepcluster": "--clusters must be at most the 50 images", "deepcluster_v2": "at most the 48 images of"}
+    options = {"clusters": 60} if name == "deepcluster" else {}  # the other has 60 by default
+    with pytest.raises(ValueError, match=sentence[name]):
+        pretrain(name, "shapes:count=50", folder=tmp_path / "run", batch_size=16, workers=0, **options)
+    assert not (tmp_path / "run").exists()
 
 
 def tiny(**changes):

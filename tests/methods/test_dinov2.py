@@ -183,7 +183,8 @@ def test_golden_schedules():
 def tiny(epochs=None, **changes):
     config = dinov2.Config.small()
     sizes = {"patch_size": 4, "hidden": 24, "prototypes": 16, "bottleneck": 8}
-    sizes |= {"patch_prototypes": 12, "patch_bottleneck": 6}
+    sizes |= {"patch_prototypes": 12, "patch_bottleneck": 6, "centering": "centering", "koleo_weight": 0.1}
+    sizes |= {"norm_last_layer": False, "layer_scale": 0.1, "patch_embed_lr": 0.2, "still_epochs": 0.5}
     for name, value in {**sizes, **changes}.items():
         assert hasattr(config, name)
         setattr(config, name, value)
@@ -284,7 +285,7 @@ def test_bad_settings_get_a_sentence():
     with pytest.raises(ValueError, match="dinov2: --batch-size must give at least 2 images at once, since KoLeo"):
         dinov2.build(config)
     refused("dinov2: --mask-ratio must be a range below 1, got 0.5 0.1", ValueError, tiny, mask_ratio=(0.5, 0.1))
-    sentence = "dinov2: backbone must be a ViT, which has patches to mask, got 'resnet_mini'"
+    sentence = "dinov2: backbone must be a ViT of ours, whose patches are masked, got 'resnet_mini'"
     refused(sentence, ValueError, tiny, backbone="resnet_mini")
 
 

@@ -9,7 +9,13 @@ from tests.support.every_command import use_every_command
 REFUSED = {"cmc": {"finetune", "timm", "torchvision"}, "cpc": {"finetune"}, "dinov2": {"torchvision"}}
 
 
+# one of each kind stays in `make test`
+ALWAYS = ("mae", "moco_v2", "simclr_v1", "byol", "cmc", "cpc", "densecl", "deepcluster", "swav", "dinov2")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in ALWAYS else pytest.mark.exhaustive) for m in method_names()]
+)
 def test_every_command(method, monkeypatch, capsys, tmp_path):
     use_every_command(monkeypatch, capsys, tmp_path / "run", method, refused=REFUSED.get(method, ()))

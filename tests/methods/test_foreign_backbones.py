@@ -16,18 +16,20 @@ import fastssl
 from fastssl.contract import Batch
 from fastssl.distributed import all_mean, rank, world_size
 from fastssl.eval.protocols import Finetune
-from fastssl.methods import densecl, moco_v3, simsiam
+from fastssl.methods import densecl, moco_v3, simsiam, swav
 from fastssl.nn import accelerate
 from fastssl.run import method_module, method_names
 from fastssl.weights import load_weights
 from tests.support.command import run
 from tests.support.every_command import DATA, TINY, use_every_command
 from tests.support.ranks import run_ranks
+from tests.support.small_methods import SMALL
 
 
 def takes_networks(method: str) -> bool:
     """Whether the help of the method's `backbone` names networks of other libraries."""
-    return any("timm:NAME" in inspect.getsource(part) for part in method_module(method).Config.__mro__[:-1])
+    sources = (inspect.getsource(part) for part in method_module(method).Config.__mro__[:-1])
+    return "timm:NAME" in next(source for source in sources if "    backbone: str" in source)
 
 
 METHODS = [name for name in method_names() if takes_networks(name)]
@@ -47,12 +49,30 @@ RUNS = {
     "moco_v3": ("timm:test_vit", lambda: timm.create_model("test_vit", num_classes=0, img_size=32)),
     "simsiam": ("torchvision:shufflenet_v2_x0_5", lambda: torchvision_network("shufflenet_v2_x0_5", "fc")),
     "moco_v2": ("torchvision:mobilenet_v3_small", lambda: torchvision_network("mobilenet_v3_small", "classifier.3")),
+    "swav": ("timm:test_efficientnet", lambda: timm.create_model("test_efficientnet", num_classes=0)),
+    "dino": ("torchvision:shufflenet_v2_x0_5", lambda: torchvision_network("shufflenet_v2_x0_5", "fc")),
+    "densecl": ("timm:test_efficientnet", lambda: timm.create_model("test_efficientnet", num_classes=0)),
+    "instdisc": ("timm:test_efficientnet", lambda: timm.create_model("test_efficientnet", num_classes=0)),
+    "invaspread": ("timm:test_vit", lambda: timm.create_model("test_vit", num_classes=0, img_size=32)),
+    "deepcluster": ("timm:test_convnext", lambda: timm.create_model("test_convnext", num_classes=0)),
+    "deepcluster_v2": ("timm:test_efficientnet", lambda: timm.create_model("test_efficientnet", num_classes=0)),
 }
-OPTIONS = {"moco_v2": ["--bn-splits", "1", "--queue-size", "64"]}
+SMALL_CROPS = ["--local-size", "16", "16", "--local-crops", "1", "--prototypes"]
+OPTIONS = {
+    "moco_v2": ["--bn-splits", "1", "--queue-size", "64"],
+    "swav": [*SMALL_CROPS, "12"],
+    "dino": [*SMALL_CROPS, "48"],
+    "densecl": ["--bn-splits", "1", "--queue-size", "64"],
+    "instdisc": ["--nce-k", "32"],
+    "deepcluster": ["--clusters", "6", "--components", "8"],
+    "deepcluster_v2": [*SMALL_CROPS, "6", "5"],
+}
+EXHAUSTIVE = {"dino", "densecl", "instdisc", "invaspread", "deepcluster", "deepcluster_v2"}
+ROWS = [pytest.param(name, marks=[pytest.mark.exhaustive] if name in EXHAUSTIVE else []) for name in RUNS]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", RUNS)
+@pytest.mark.parametrize("method", ROWS)
 def test_every_command_and_the_library_loads_what_is_exported(method, monkeypatch, capsys, tmp_path):
     (backbone, create), folder = RUNS[method], tmp_path / "run"
     library = backbone.partition(":")[0]
@@ -85,9 +105,8 @@ def test_features_are_what_the_projector_was_given(method, backbone):
         pytest.skip("it has no map; see test_densecl_needs_a_map")
     module = method_module(method)
     config = module.Config.small()
-    config.backbone, config.image_size = backbone, (32, 32)
-    if hasattr(config, "images"):
-        config.images = 64
+    config = dataclasses.replace(config, **SMALL.get(method, {}))
+    config.backbone, config.image_size, config.local_crops = backbone, (32, 32), 0
     built = module.build(config).eval()
     images = torch.randn(2, 3, 32, 32)
     assert built.encoder(images).shape == (2, 64 if "convnext" in backbone else 1024)
@@ -111,15 +130,23 @@ def test_densecl_trains_all_parameters(backbone):
 
 def test_densecl_needs_a_map():
     config = dataclasses.replace(densecl.Config.small(), backbone="timm:test_vit")
-    with pytest.raises(ValueError, match=r"^backbone: timm:test_vit has no map of 64 features before its last layer$"):
+    with pytest.raises(ValueError, match=r"^backbone: timm:test_vit has no map of 64 features"):
         densecl.build(config)
 
 
 def test_all_methods_with_an_encoder_take_them():
     contrastive = {"simclr_v1", "simclr_v2", "moco_v1", "moco_v2", "moco_v3"}
-    assert contrastive | {"byol", "simsiam", "barlow_twins", "vicreg", "instdisc", "invaspread", "densecl"} <= set(
-        METHODS
-    )
+    paired = {"byol", "simsiam", "barlow_twins", "vicreg", "instdisc", "invaspread", "densecl"}
+    clustering = {"dino", "swav", "deepcluster", "deepcluster_v2"}
+    assert set(METHODS) == contrastive | paired | clustering  # the others have encoders of their own kind
+
+
+def test_networks_that_do_not_fit_a_method_are_refused():
+    vit = dataclasses.replace(swav.Config.small(), backbone="timm:vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match=r"^backbone: timm:vit_tiny.* takes no images of 16 × 16 .* \(--local-size\)"):
+        swav.build(vit)
+    vit.local_crops = 0
+    assert swav.build(vit).encoder.image_size == (32, 32)
 
 
 def test_resnets_of_other_libraries_have_the_numbers_of_resnets():

@@ -29,12 +29,24 @@ SIZES = {
     "warmup_teacher_temp_epochs": 2,
     "ema_momentum": 0.9,
 }
+KEPT = {"koleo_weight": 0.1, "norm_last_layer": False, "layer_scale": 0.1, "patch_embed_lr": 0.2, "teacher_temp": 0.07}
 CASES = {
     "ibot": (ibot, {"warmup_teacher_patch_temp": 0.05, "drop_path": 0.0}),
-    "dinov2": (dinov2, {"registers": 2, "layer_decay": 0.8, "still_epochs": 1, "patch_embed_lr": 0.3}),
+    "dinov2": (
+        dinov2,
+        {
+            **KEPT,
+            "centering": "centering",
+            "registers": 2,
+            "layer_decay": 0.8,
+            "still_epochs": 1,
+            "patch_embed_lr": 0.3,
+        },
+    ),
     "dinov2 sinkhorn": (
         dinov2,
         {
+            **KEPT,
             "separate_head": True,
             "patch_prototypes": 12,
             "patch_bottleneck": 6,

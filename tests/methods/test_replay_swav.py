@@ -42,7 +42,7 @@ MODULES = {"swav": swav, "deepcluster_v2": deepcluster_v2}
 
 
 def config_of(module):
-    sizes = {"image_size": LARGE, "small_size": SMALL, "small_crops": 2, "dim": 8, "hidden": 24}
+    sizes = {"image_size": LARGE, "local_size": SMALL, "local_crops": 2, "dim": 8, "hidden": 24}
     if module is swav:
         training = dataclasses.replace(TRAINING, freeze=("prototypes",), freeze_epochs=2 / 3)
         options = {"prototypes": 7, "queue_size": QUEUE, "queue_start": 1, "training": training}

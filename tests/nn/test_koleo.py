@@ -45,11 +45,26 @@ def test_groups_are_neighbours_of_each_other_alone():
 def test_it_equals_lightlys():
     lightly = pytest.importorskip("lightly.loss")
     x = torch.randn(9, 5, dtype=torch.float64)
-    torch.testing.assert_close(KoLeoLoss()(x), lightly.KoLeoLoss()(x))
+    for arguments in ((), (2,), (1, 1e-6), (3.0,)):
+        torch.testing.assert_close(KoLeoLoss(*arguments)(x), lightly.KoLeoLoss(*arguments)(x))
+
+
+def test_the_nearest_of_two_opposite_rows_is_the_other():
+    """Their product is −1, in float32 also a little less."""
+    x = torch.nn.functional.normalize(torch.arange(1.0, 8.0), dim=0)
+    x = torch.stack([x, -x]) * (1 + 1e-6)
+    assert nearest_neighbours(x[None]).tolist() == [[1, 0]]
+    torch.testing.assert_close(KoLeoLoss()(torch.tensor([[1.0], [-1.0]])), -torch.tensor(2.0).log())
 
 
 def test_bad_input_gets_a_sentence():
     refused("KoLeoLoss: groups must be at least 1, got 0", ValueError, KoLeoLoss, groups=0)
+    refused("KoLeoLoss: p must be above 0, got 0", ValueError, KoLeoLoss, 0)
+    refused("KoLeoLoss: eps must be above 0, got -1", ValueError, KoLeoLoss, eps=-1)
+    refused("KoLeoLoss: x must be a tensor of shape [B, D], got list", TypeError, KoLeoLoss(), [1.0])
+    ints = torch.ones(3, 4, dtype=torch.int64)
+    sentence = "KoLeoLoss: x must be float32, float64, bfloat16 or float16, got int64"
+    refused(sentence, TypeError, KoLeoLoss(), ints)
     refused("KoLeoLoss: x must have shape [B, D], got [2, 3, 4]", ValueError, KoLeoLoss(), torch.zeros(2, 3, 4))
     refused("KoLeoLoss: x must have B ≥ 2 rows in the batch, got B=1", ValueError, KoLeoLoss(), torch.ones(1, 4))
     sentence = "KoLeoLoss: x must have B ≥ 2 rows in each of 3 groups of equal size, got B=7"

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastssl import nn
 from fastssl.distributed import rank, world_size
 from fastssl.nn import DINOHead, DINOLoss, FactoredLogits, IBOTPatchLoss, cross_entropy
 from fastssl.nn.prototype_losses import centred_targets, mean_logits, patch_weights, teacher_entropy, view_cross_entropy
@@ -139,6 +140,27 @@ def test_lightlys_losses():
         torch.testing.assert_close(patch_pair[0].center.flatten(), patch_pair[1].center.value.flatten())
 
 
+def test_lightlys_arguments_and_state_dicts():
+    """In lightly's order, and centres of its shapes and names."""
+    loss = pytest.importorskip("lightly.loss")
+    for ours, theirs in (
+        [module.DINOLoss(12, 0.04, 0.07, 3, 0.2, 0.8, "mean") for module in (nn, loss)],
+        [module.IBOTPatchLoss(12, 0.05, 0.2, "mean", 0.8) for module in (nn, loss)],
+    ):
+        for name in ("teacher_temp", "student_temp"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert ours.center_momentum == 0.8
+        state = {name: torch.randn_like(x) for name, x in theirs.state_dict().items()}
+        ours.load_state_dict(state)
+        assert torch.equal(ours.center.flatten(), next(iter(state.values())).flatten())
+        ours.load_state_dict(ours.state_dict())
+        with pytest.raises(RuntimeError, match="size mismatch for center"):
+            ours.load_state_dict({"center": torch.zeros(1, 13)})
+    whole = torch.nn.ModuleDict({"cls": DINOLoss(3), "patch": IBOTPatchLoss(3)})
+    whole.load_state_dict({"cls.center": torch.ones(1, 1, 3), "patch.center.center": torch.ones(1, 3)})
+    assert whole["patch"].center.sum() == 3
+
+
 def test_factored_logits_of_a_head_give_the_loss_of_its_logits():
     torch.manual_seed(0)
     head, teacher = (DINOHead(6, 20, norm_last_layer=False, hidden_dim=8, bottleneck_dim=5).double() for _ in range(2))
@@ -267,8 +289,47 @@ def test_what_dinov2_computes_with_it():
             "patch_weights: mask must be bool of shape [B, H, W] or [B, L], got [3] of torch.float32",
         ),
         (
+            lambda: DINOLoss(4)([torch.zeros(2, 4)] * 2, [torch.zeros(2, 5)] * 3),
+            "DINOLoss: student_out[0] must have shape [B=2, K=4], got [2, 5]",
+        ),
+        (
+            lambda: DINOLoss(4)([torch.zeros(2, 4), torch.zeros(3, 4)], [torch.zeros(2, 4)] * 3),
+            "DINOLoss: teacher_out[1] must have shape [B=2, K=4], got [3, 4]",
+        ),
+        (
+            lambda: DINOLoss(4)(torch.zeros(2, 4), torch.zeros(3, 4)),
+            "DINOLoss: teacher_out[0] must have shape [B, K=4], got [4]",
+        ),
+        (
+            lambda: DINOLoss(5)(factored(torch.zeros(4, 4)), factored(torch.zeros(8, 4))),
+            "DINOLoss: FactoredLogits must have output_dim=5 prototypes, got 4",
+        ),
+        (
+            lambda: DINOLoss(4)([torch.zeros(2, 4)] * 2, [torch.zeros(2, 4)] * 3, teacher_temp=-1.0),
+            "DINOLoss: temperatures must be above 0, got -1.0",
+        ),
+        (lambda: DINOLoss(4).teacher_temp_at(-1), "DINOLoss: epoch must be at least 0, got -1"),
+        (
+            lambda: DINOLoss(4, warmup_teacher_temp_epochs=-1),
+            "DINOLoss: warmup_teacher_temp_epochs must be at least 0, got -1",
+        ),
+        (lambda: DINOLoss(0), "DINOLoss: output_dim must be at least 1, got 0"),
+        (lambda: DINOLoss(4, center_mode="sum"), "DINOLoss: center_mode must be 'mean', got 'sum'"),
+        (
+            lambda: IBOTPatchLoss(4)(torch.zeros(4, 5), torch.zeros(4, 5), torch.ones(2, 2, dtype=torch.bool)),
+            "IBOTPatchLoss: teacher_out must have shape [M=4, K=4], got [4, 5]",
+        ),
+        (
+            lambda: IBOTPatchLoss(4)(torch.zeros(4, 4), torch.zeros(3, 4), torch.ones(2, 2, dtype=torch.bool)),
+            "IBOTPatchLoss: student_out must have shape [M=4, K=4], got [3, 4]",
+        ),
+        (
             lambda: cross_entropy(torch.zeros(3, 4), torch.zeros(3, 5)),
             "cross_entropy: student and teacher must have one shape [..., K], got [3, 4] and [3, 5]",
+        ),
+        (
+            lambda: cross_entropy(torch.zeros(3, 0), torch.zeros(3, 0)),
+            "cross_entropy: student and teacher must have one shape [..., K], got [3, 0] and [3, 0]",
         ),
         (
             lambda: cross_entropy(torch.zeros(3, 4), torch.zeros(3, 4, requires_grad=True)),
@@ -280,6 +341,23 @@ def test_bad_input_is_refused(call, sentence):
     with pytest.raises(ValueError) as error:
         call()
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: DINOLoss(4)(None, []), "DINOLoss: teacher_out must be a list of the logits [B, K] of each view, got "),
+        (lambda: DINOLoss(4)([1], [2]), "DINOLoss: teacher_out[0] must be a tensor of shape [B, K], got int"),
+        (lambda: DINOLoss(4)([torch.ones(2, 4).long()], []), "DINOLoss: teacher_out[0] must be float32, float64, "),
+        (lambda: DINOLoss(4, student_temp="a"), "DINOLoss: temperature must be a number, got 'a'"),
+        (lambda: DINOLoss(4.0), "DINOLoss: output_dim must be an integer, got 4.0"),
+        (lambda: IBOTPatchLoss(4)([1], [2], torch.ones(1, 1) > 0), "IBOTPatchLoss: teacher_out must be a tensor, got "),
+    ],
+)
+def test_other_types_are_refused(call, sentence):
+    with pytest.raises(TypeError) as error:
+        call()
+    assert str(error.value).startswith(sentence)
 
 
 def test_a_loss_of_factored_logits_has_no_logits_with_a_gradient():

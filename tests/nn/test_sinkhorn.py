@@ -139,12 +139,16 @@ def test_bad_arguments_are_refused():
     x, weight = torch.randn(3, 4), torch.randn(5, 4)
     refused("sinkhorn_potentials: rounds must be at least 1, got 0", ValueError, sinkhorn_potentials, x, weight, 0.1, 0)
     refused("sinkhorn_potentials: tau must be > 0, got -1.0", ValueError, sinkhorn_potentials, x, weight, -1.0)
-    wrong = "sinkhorn_potentials: counted must be [3], got [4]"
+    wrong = "sinkhorn_potentials: counted must have shape [M=3], got [4]"
     refused(wrong, ValueError, sinkhorn_potentials, x, weight, 0.1, 3, x[0] > 0)
     refused("SinkhornKnopp: iterations must be at least 1, got 0", ValueError, SinkhornKnopp, 0)
     refused("SinkhornKnopp: epsilon must be > 0, got 0", ValueError, SinkhornKnopp, 3, 0)
     refused("SinkhornKnopp: epsilon must be > 0, got 0", ValueError, SinkhornKnopp(), x, 0)
-    refused("SinkhornKnopp: scores must be [B, K], got [4]", ValueError, SinkhornKnopp(), x[0])
+    refused("SinkhornKnopp: scores must have shape [B, K], got [4]", ValueError, SinkhornKnopp(), x[0])
+    refused("SinkhornKnopp: scores must be a tensor of shape [B, K], got list", TypeError, SinkhornKnopp(), [x])
+    refused("SinkhornKnopp: iterations must be an integer, got 2.5", TypeError, SinkhornKnopp, 2.5)
+    wrong = "sinkhorn_potentials: counted must be bool, got int64"
+    refused(wrong, TypeError, sinkhorn_potentials, x, weight, 0.1, 3, torch.ones(3).long())
 
 
 def crops_of(scores, batch):
@@ -197,7 +201,11 @@ def test_loss_of_bfloat16_scores_is_float32_and_bad_scores_are_refused():
     assert SwaVLoss()(scores[:2], scores[2:]).dtype == torch.float32
     rejects("SwaVLoss", "large crop", "1 large and 0 small", ValueError, SwaVLoss(), scores[:1], [])
     rejects("SwaVLoss", "queue_outputs", "1", ValueError, SwaVLoss(), scores[:2], [], scores[:1])
-    rejects("SwaVLoss", "crops", "[3, 4], [3, 4], [2, 4]", ValueError, SwaVLoss(), scores[:2], [torch.randn(2, 4)])
+    small = [torch.randn(2, 4)]
+    rejects("SwaVLoss", "low_resolution_outputs", "[2, 4]", ValueError, SwaVLoss(), scores[:2], small)
+    rejects("SwaVLoss", "high_resolution_outputs", "int", TypeError, SwaVLoss(), [scores[0], 1], [])
+    rejects("SwaVLoss", "high_resolution_outputs", "[4]", ValueError, SwaVLoss(), scores[0], scores[1])
+    rejects("SwaVLoss", "queue_outputs", "NoneType", TypeError, SwaVLoss(), scores[:2], [], [None, None])
     rejects("SwaVLoss", "queue_outputs", "[2, 3]", ValueError, SwaVLoss(), scores[:2], [], [torch.randn(2, 3)] * 2)
     rejects("SwaVLoss", "temperature", "0.0", ValueError, SwaVLoss, 0.0)
 

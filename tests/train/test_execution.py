@@ -11,7 +11,7 @@ from fastssl.nn import MomentumEncoder
 from fastssl.run import method_module
 from fastssl.train.graph import check_graph
 from tests.support import toy_method
-from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY, PROTOTYPES
+from tests.support.small_methods import SMALL
 from tests.support.trainers import constant_rate_trainer
 
 METHODS = {
@@ -21,14 +21,10 @@ METHODS = {
     "moco_v3": (moco_v3, {"hidden": 32}),
     "moco_v3, ViT": (moco_v3, {"hidden": 32, "backbone": "vit_mini"}),
     "toy": (toy_method, {}),
-    **{name: (method_module(name), changes) for name, changes in CONTRASTIVE_AND_REDUNDANCY.items()},
-    **{name: (method_module(name), changes) for name, changes in PROTOTYPES.items()},
+    **{name: (method_module(name), changes) for name, changes in SMALL.items()},
 }
-
-
-FAMILIES = (*CONTRASTIVE_AND_REDUNDANCY, *PROTOTYPES)
 OTHERS = [  # one of the methods without transformers stays in `make test`
-    pytest.param(name, marks=pytest.mark.exhaustive) for name in FAMILIES if name not in ("byol", "dino")
+    pytest.param(name, marks=pytest.mark.exhaustive) for name in SMALL if name not in ("byol", "dino")
 ]
 
 
@@ -96,9 +92,7 @@ def test_torch_compile_captures_a_whole_method_as_one_graph(name, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in (*CONTRASTIVE_AND_REDUNDANCY, *PROTOTYPES)] + ["dino"] + OTHERS
-)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in SMALL] + ["dino"] + OTHERS)
 def test_compiled_steps_equal_eager_steps(name, monkeypatch):
     """Also where `before_step` changes a buffer that the compiled forward pass reads (toy)."""
     torch._dynamo.reset()

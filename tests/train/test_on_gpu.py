@@ -9,7 +9,7 @@ from fastssl.methods import densecl, mae, moco_v1, moco_v2, moco_v3
 from fastssl.run import method_module
 from fastssl.train.profile import times_of_parts
 from tests.support import toy_method
-from tests.support.small_methods import CONTRASTIVE_AND_REDUNDANCY, PROTOTYPES
+from tests.support.small_methods import SMALL
 from tests.support.trainers import constant_rate_trainer
 
 pytestmark = pytest.mark.gpu
@@ -22,8 +22,7 @@ METHODS = {
     "moco_v3": (moco_v3, {"hidden": 32}),
     "moco_v3, ViT": (moco_v3, {"hidden": 32, "backbone": "vit_mini"}),
     "toy": (toy_method, {}),
-    **{name: (method_module(name), changes) for name, changes in CONTRASTIVE_AND_REDUNDANCY.items()},
-    **{name: (method_module(name), changes) for name, changes in PROTOTYPES.items()},
+    **{name: (method_module(name), changes) for name, changes in SMALL.items()},
 }
 
 

@@ -374,3 +374,17 @@ def test_hooks_schedules_and_clipping_on_two_ranks(execution):
     for state in run_ranks(2, run_in_ranks, execution):
         for name, x in expected.items():
             torch.testing.assert_close(state[name], x, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("module", [moco_v2, densecl, dino, ibot, dinov2, swav])
+def test_a_loss_in_evaluation_mode_is_not_kept_for_the_next_step(module):
+    """Else a validation loss would move centres and queues."""
+    config = module.Config.small()
+    config.queue_size = 64  # of MoCo and SwAV
+    method = module.build(config)
+    images = toy_batch(0).views[0].repeat(1, 1, 2, 2).float()
+    batch = Batch((images,) * len(config.augmentation.views), torch.arange(8), torch.arange(8))
+    for mode, entries in ((False, 0), (True, 1)):
+        with torch.set_grad_enabled(mode):
+            method.train(mode)(batch)
+        assert len(method.pending) == entries
