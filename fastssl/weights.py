@@ -51,10 +51,11 @@ LONGEST_NAME = 200  # characters of a name that an error shows
 HEADS = (
     *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head."),
     *("projector.", "bn.", "projection_head.", "prototypes."),  # Barlow Twins, VICReg, SwAV: encoders without a prefix
+    *("bank.", "criterion."),  # InstDisc, likewise
 )
 METHOD_PARTS = (
     *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments"),
-    *("encoder_q.1.", "contexts.", "losses."),  # DenseCL, CPC
+    *("encoder_q.1.", "contexts.", "losses.", "bank_", "criterion_"),  # DenseCL, CPC, CMC
     *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
 )
 ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
@@ -174,9 +175,10 @@ def load_weights(module: nn.Module, path: Path | str, encoder_only: bool = False
 def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     """Loads the weights from which a run starts; returns sentences on what does not come from the file.
 
-    The file holds the whole method; or all but its momentum encoders, which become copies, and its queue, which starts
-    at random; or an encoder, as for ``load_weights(…, encoder_only=True)``. Layer norms stay as they are, because a run
-    is built again from its configuration.
+    The file holds the whole method; or all but its momentum encoders, which become copies, and its queue or bank, which
+    start at random, also where they have another size in the file; or an encoder, as for
+    ``load_weights(…, encoder_only=True)``. Layer norms stay as they are, because a run is built again from its
+    configuration.
 
     Args:
         method: a `contract.Method` with initial weights.
@@ -193,6 +195,13 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
     has_decoder = any(name.startswith("decoder_") for name in given & names)
     notes: list[str] = []
+    sizes = {plain_name(name): x.shape for name, x in method.state_dict().items()}
+    fresh = {name for name in given & names if name.startswith(STARTED_ANEW)}
+    if given <= names and any(file.state[name].shape != sizes[name] for name in fresh):
+        parts, kept = _parts(fresh), {name: x for name, x in file.state.items() if name not in fresh}
+        file, given = file._replace(state=kept), given - fresh
+        notes.append(f"{file.name} has {parts} of another size: left out, so that they start at random")
+        missing -= fresh
     if given <= names and missing <= remade:
         _load(method, file.state, file.name)
         if missing:

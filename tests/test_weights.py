@@ -17,6 +17,8 @@ from fastssl.methods import (
     deepcluster_v2,
     densecl,
     dino,
+    instdisc,
+    invaspread,
     mae,
     moco_v1,
     moco_v2,
@@ -72,6 +74,8 @@ METHODS = {
     "swav": (lambda: swav.build(swav.Config("resnet_mini", (32, 32), dim=16, queue_size=4096)), "swav"),
     "deepcluster_v2": (lambda: deepcluster_v2.build(deepcluster_v2.Config("resnet_mini", (32, 32), dim=16)), "swav"),
     "densecl": (lambda: densecl.build(densecl.Config("resnet_mini", queue_size=20)), "densecl"),
+    "instdisc": (lambda: instdisc.build(instdisc.Config("resnet_mini", images=20)), None),
+    "invaspread": (lambda: invaspread.build(invaspread.Config("resnet_mini", small_images=False)), None),
     "cpc": (lambda: cpc.build(cpc.Config.small()), None),
     "moco_v3 vit": (lambda: moco_v3.build(moco_v3.Config("vit_mini", (32, 32), 16, 32)), "moco"),
 }

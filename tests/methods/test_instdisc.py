@@ -4,11 +4,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastssl.contract import Batch, Method, RanksNegatives
-from fastssl.methods import instdisc
+from fastssl.methods import instdisc, simsiam
 from fastssl.methods.instdisc import InstDisc
 from fastssl.nn.bank import BankNCE, MemoryBank, bank_cross_entropy, draw_rows
 from fastssl.pretraining import new_run, pretrain
-from fastssl.weights import load_initial_weights
+from fastssl.weights import export, load_initial_weights, load_weights
 from tests.support.contract import refused, rejects
 from tests.support.golden import part, read
 from tests.support.trainers import constant_rate_trainer
@@ -160,6 +160,20 @@ def test_released_weights_load(tmp_path):
     assert [note.partition(" has ")[2] for note in notes] == [
         "no bank and criterion: bank and criterion start at random"
     ]
+
+
+def test_a_method_trained_on_other_images_gives_all_but_its_bank(tmp_path):
+    """A bank's rows belong to the images it was trained on."""
+    source, model = tiny(), tiny(images=9)
+    other = simsiam.build(simsiam.Config.small())
+    path = export(source, "safetensors", tmp_path / "whole")
+    bank = model.bank.memory.clone()
+    notes = load_initial_weights(model, path)
+    assert notes == [f"{path} has bank and criterion of another size: left out, so that they start at random"]
+    assert torch.equal(model.bank.memory, bank)
+    assert torch.equal(model.backbone.fc.weight, source.backbone.fc.weight)
+    load_weights(other, path, encoder_only=True)
+    assert torch.equal(other.encoder.conv1.weight, source.encoder.conv1.weight)
 
 
 def test_the_bank_has_a_row_for_each_training_image(tmp_path):
