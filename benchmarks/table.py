@@ -54,7 +54,22 @@ all take turns in one process, after their results were compared. †: torch.com
 official."""
 
 # Order of the families of rows; other families follow in the order of the file.
-FAMILIES = ("ema", "queue", "masking", "patches", "norm", "contrastive", "prototypes", "attention", "augment", "dropin")
+FAMILIES = (
+    *(
+        "ema",
+        "queue",
+        "masking",
+        "block_masks",
+        "patches",
+        "norm",
+        "gelu",
+        "batchnorm",
+        "contrastive",
+        "bank",
+        "scores",
+    ),
+    *("correspondence", "prototypes", "attention", "augment", "dropin"),
+)
 
 LEGEND = """\
 Median times of one call, in ms; ± is half the distance between the quartiles. The results of all contestants of a row
