@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from fastssl.distributed import all_max, all_sum, world_size
 from fastssl.ops import check, prototype_lse
-from fastssl.ops.dispatch import acc_dtype
+from fastssl.ops.dispatch import acc_dtype, autocast_dtype, without_autocast
 
+STORED = 2**25  # largest size in bytes of scores that are kept on a CPU: one product in place of two a round
 EXCLUDED = -1e30  # potential of a row that is not counted: finite, so that no difference of potentials is NaN
 
 
@@ -14,7 +15,7 @@ EXCLUDED = -1e30  # potential of a row that is not counted: finite, so that no d
 def sinkhorn_potentials(
     teacher: Tensor, weight: Tensor, tau: float | Tensor, rounds: int = 3, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The two potentials of Sinkhorn–Knopp, without the scores: the assignment of sample m to prototype p is
+    """The two potentials of Sinkhorn–Knopp, without large tensors of scores: sample m is assigned to prototype p by
     ``exp(teacher[m] @ weight[p] / tau + a[m] + b[p])``.
 
     Equals, for scores s [M, P] / tau of all ranks and a = 0, `rounds` times ``b = -(s + a[:, None]).logsumexp(0)`` and
@@ -39,7 +40,9 @@ def sinkhorn_potentials(
         ValueError: rounds is less than 1, tau is not positive, or shapes do not fit.
         TypeError: rounds is not an integer, or counted is not bool.
 
-    Memory: O(M + P) beside the arguments. Source: Cuturi, 2013, algorithm 1; Caron et al., 2020 (SwAV), section 3.1.
+    Memory: O(M + P) beside the arguments; on a CPU also two tensors of scores [M, P] if one takes at most 32 MB.
+
+    Source: Cuturi, 2013, algorithm 1; Caron et al., 2020 (SwAV), section 3.1.
     """
     _check("sinkhorn_potentials", rounds, tau)
     check.tensor("sinkhorn_potentials", "teacher", teacher, "M D")
@@ -55,14 +58,32 @@ def sinkhorn_potentials(
     excluded = torch.full_like(row, EXCLUDED)
     if counted is not None:
         row = torch.where(counted, row, excluded)
+    scores = _stored_scores(teacher, weight, tau, dtype)
+
+    def lse(offset: Tensor, dim: int) -> Tensor:
+        if scores is None:
+            return prototype_lse(teacher, weight, tau, offset, dim=dim)
+        return (scores + offset.unsqueeze(1 - dim)).logsumexp(dim)
+
     column: Tensor | None = None
     for _ in range(rounds):
-        column = _add_ranks(prototype_lse(teacher, weight, tau, row, dim=0), column)
-        row = -prototype_lse(teacher, weight, tau, column, dim=1)
+        column = _add_ranks(lse(row, 0), column)
+        row = -lse(column, 1)
         if counted is not None:
             row = torch.where(counted, row, excluded)
     assert column is not None  # there is a round
     return row, column
+
+
+def _stored_scores(teacher: Tensor, weight: Tensor, tau: float | Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The scores [M, P] / tau, of factors in autocast's dtype where it is on; None where `prototype_lse` makes them
+    anew, on other devices than CPUs and from `STORED` bytes on."""
+    if not teacher.is_cpu or teacher.shape[0] * weight.shape[0] * dtype.itemsize > STORED:
+        return None
+    factors = autocast_dtype(teacher)
+    with without_autocast(teacher):
+        teacher, weight = ((x if factors is None else x.to(factors)).to(dtype) for x in (teacher, weight))
+        return (teacher @ weight.T).div_(tau)
 
 
 def _add_ranks(lse: Tensor, earlier: Tensor | None) -> Tensor:

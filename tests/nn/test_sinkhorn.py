@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastssl.distributed import rank, world_size
-from fastssl.nn import SinkhornKnopp, SwaVLoss, sinkhorn_potentials
+from fastssl.nn import SinkhornKnopp, SwaVLoss, sinkhorn, sinkhorn_potentials
 from fastssl.nn.sinkhorn import EXCLUDED
 from fastssl.ops import PrototypeTargets, soft_cross_entropy
 from tests.support.contract import gradcheck, refused, rejects
@@ -99,6 +99,23 @@ def test_rows_that_are_not_counted_change_nothing(dtype):
     codes = (x @ weight.T / 0.3 + a[:, None] + b).exp()
     torch.testing.assert_close(codes[counted], divided(x[counted] @ weight.T, 0.3), **accuracy)
     assert codes[~counted].eq(0).all() and a[~counted].eq(EXCLUDED).all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_stored_scores_give_the_same_potentials(dtype, autocast, monkeypatch):
+    x, weight = F.normalize(torch.randn(40, 16), dim=1).to(dtype), F.normalize(torch.randn(30, 16), dim=1).to(dtype)
+    counted = torch.arange(40) % 5 > 0
+
+    def potentials(largest):
+        monkeypatch.setattr(sinkhorn, "STORED", largest)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return *sinkhorn_potentials(x, weight, 0.05), *sinkhorn_potentials(x, weight, 0.05, 2, counted)
+
+    for stored, streamed in zip(potentials(2**20), potentials(0), strict=True):
+        assert stored.dtype == streamed.dtype
+        tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+        torch.testing.assert_close(stored, streamed, rtol=tolerance, atol=tolerance)
 
 
 def test_bfloat16_features_have_float32_potentials():
