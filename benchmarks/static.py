@@ -250,7 +250,10 @@ def main(arguments: list[str] | None = None) -> int:
     elif not (options.check or options.write):
         print(table(rows))
     if options.write:
-        document = {"triton": triton.__version__, "registers": {key(row): row["registers"] for row in rows}}
+        registers: dict[str, int] = {}
+        for row in rows:  # an op may launch a kernel twice, in two variants
+            registers[key(row)] = max(row["registers"], registers.get(key(row), 0))
+        document = {"triton": triton.__version__, "registers": registers}
         RESOURCES.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         predicted = {(row["op"], row["size"]) for row in rows if "predicted_us" in row}
         PAGE.write_text(page([row for row in rows if (row["op"], row["size"]) in predicted]))

@@ -256,8 +256,8 @@ def test_recipes_by_name(tmp_path):
 
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
-    refused(monkeypatch, "data: name a command: check, show, got nothing", "data")
-    refused(monkeypatch, "data: name a command: check, show, got look", "data", "look")
+    refused(monkeypatch, "data: name a command: check, show, pack, got nothing", "data")
+    refused(monkeypatch, "data: name a command: check, show, pack, got look", "data", "look")
     refused(
         monkeypatch,
         f"data: unknown augmentation 'x', there are {', '.join(method_names())}, multi_crop, evaluation",

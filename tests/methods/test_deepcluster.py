@@ -159,7 +159,7 @@ def test_too_many_clusters_are_refused_before_anything_is_written(tmp_path, meth
     """DeepCluster-v2 clusters the images of whole batches alone."""
     name = method.__name__.rpartition(".")[2]
     sentence = {"deepcluster": "--clusters must be at most the 50 images", "deepcluster_v2": "at most the 48 images of"}
-    options = {"clusters": 60} if name == "deepcluster" else {}  # the other has 60 by default
+    options = {"clusters": 60} if name == "deepcluster" else {"prototypes": (60, 60)}
     with pytest.raises(ValueError, match=sentence[name]):
         pretrain(name, "shapes:count=50", folder=tmp_path / "run", batch_size=16, workers=0, **options)
     assert not (tmp_path / "run").exists()

@@ -35,7 +35,8 @@ SIZES = {
     "moco_v3": {"backbone": "resnet_mini", "hidden": 32, "dim": 16},
     "moco_v3 vit": {"backbone": "vit_mini", "hidden": 32, "dim": 16},
     **SMALL,
-    "dino vit": {"backbone": "vit_mini", "drop_path": 0.0, **SMALL["dino"]},
+    # batch norms would have statistics of each micro-batch
+    "dino vit": {"backbone": "vit_mini", "drop_path": 0.0, "bn_in_head": False, **SMALL["dino"]},
 }
 
 

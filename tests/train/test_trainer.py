@@ -303,7 +303,7 @@ def test_methods_fulfil_the_contract():
 def test_deferred_updates_do_not_depend_on_assignments_in_forward(module):
     """The replay of a CUDA graph returns tensors but executes no Python: queue and centre must change all the same."""
     config = module.Config.small()
-    config.queue_size = 24  # of MoCo
+    config.queue_size, config.centering = 24, "centering"  # of MoCo, and of DINOv2: Sinkhorn–Knopp keeps no centre
     states = []
     for replayed in (False, True):
         torch.manual_seed(0)
@@ -380,7 +380,7 @@ def test_hooks_schedules_and_clipping_on_two_ranks(execution):
 def test_a_loss_in_evaluation_mode_is_not_kept_for_the_next_step(module):
     """Else a validation loss would move centres and queues."""
     config = module.Config.small()
-    config.queue_size = 64  # of MoCo and SwAV
+    config.queue_size, config.centering = 64, "centering"  # of MoCo and SwAV, and of DINOv2
     method = module.build(config)
     images = toy_batch(0).views[0].repeat(1, 1, 2, 2).float()
     batch = Batch((images,) * len(config.augmentation.views), torch.arange(8), torch.arange(8))
