@@ -12,7 +12,7 @@ from fastssl.eval.embedding import Embedding
 from fastssl.eval.features import block_features, extract, extract_on_all_ranks, features_of
 from fastssl.eval.knn import knn_accuracy
 from fastssl.eval.labels import Accuracy, labelled, labelled_subset
-from fastssl.eval.linear import sweep_kinds, train_official
+from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.machine import available_engine, select_device, share_cores
@@ -98,14 +98,13 @@ def linear(
         accuracy = train_official(features, train, test, numbers, size, seed, **frozen.loading)
         facts |= {"epochs": numbers.epochs, **_changes(default, numbers)}
     else:
-        kinds: dict[str, int] = {}
+        kinds = None
         if numbers.blocks:
             kinds, features = block_features(frozen.method, numbers.blocks)
         tables = [extract_on_all_ranks(features, split, size, **frozen.loading) for split in (train, test)]
         if distributed.rank() > 0:  # the other ranks extract features only
             return None
-        kinds = kinds or {"": tables[0][0].shape[1]}
-        accuracy, setting, kind = sweep_kinds(*tables, len(train.classes), numbers, kinds, seed)
+        accuracy, setting, kind = sweep(*tables, len(train.classes), numbers, seed, kinds)
         facts |= {"setting": str(setting), "features": kind or None}
     _note(run, frozen.step, "linear", accuracy.top1, data, **facts, top5=_rounded(accuracy.top5))
     return accuracy

@@ -41,41 +41,15 @@ class Affine(NamedTuple):
         return F.linear((x - self.mean) * self.scale, self.weight, self.bias)
 
 
-def sweep_kinds(
+def sweep(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     classes: int,
     numbers: Sweep,
-    widths: dict[str, int],
     seed: int = 0,
+    kinds: dict[str, int] | None = None,
 ) -> tuple[Accuracy, Setting, str]:
-    """(accuracy on `test`, setting, kind of features) of the best setting on several kinds of features.
-
-    Kind and setting are chosen together on the validation images of `sweep`.
-
-    Args:
-        train, test: as for `sweep`, with the features of all kinds side by side.
-        classes, numbers, seed: as for `sweep`.
-        widths: {name of a kind: number of its columns}, in their order.
-
-    Raises:
-        ValueError: as `sweep`.
-    """
-    splits = zip(train[0].split(list(widths.values()), 1), test[0].split(list(widths.values()), 1))
-    kinds = dict(zip(widths, splits))
-    chosen = {name: _choose(x, train[1], classes, numbers, seed) for name, (x, _) in kinds.items()}
-    kind = max(chosen, key=lambda name: chosen[name][1])
-    x, held_out = kinds[kind]
-    setting = chosen[kind][0]
-    (classifier,) = _fit(x, train[1], classes, [setting], numbers, seed)
-    _check_finite(held_out)
-    return accuracy(classifier(held_out), test[1]), setting, kind
-
-
-def sweep(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int, numbers: Sweep, seed: int = 0
-) -> tuple[Accuracy, Setting]:
-    """(accuracy on `test` of the best of `numbers.settings`, that setting).
+    """(accuracy on `test` of the best of `numbers.settings`, that setting, the best kind of features).
 
     A tenth of `train` is held out for validation, and each setting is trained on the rest. The one with the highest
     validation accuracy, among equals with the smaller cross entropy, is trained again on all of `train`; `test` is used
@@ -87,34 +61,34 @@ def sweep(
         classes: number of classes C of `train`.
         numbers: optimizers, learning rates, epochs and batch size.
         seed: random seed of the held-out tenth, the initial weights and the order.
+        kinds: {name of a kind of features: number of its columns}, if the features are of several kinds, side by side
+            in this order. The kind is chosen together with the setting. By default there is one, named "".
 
     Raises:
         ValueError: fewer than two images, or features that are not finite.
     """
-    accuracy_of_best, setting, _ = sweep_kinds(train, test, classes, numbers, {"": train[0].shape[1]}, seed)
-    return accuracy_of_best, setting
-
-
-def _check_finite(x: Tensor) -> None:
-    if not x.isfinite().all():
+    if len(train[0]) < 2:
+        raise ValueError(f"eval: a linear classifier needs two labelled images or more, got {len(train[0])}")
+    if not train[0].isfinite().all() or not test[0].isfinite().all():
         raise ValueError("eval: some of the encoder's features are not finite")
-
-
-def _choose(x: Tensor, y: Tensor, classes: int, numbers: Sweep, seed: int) -> tuple[Setting, tuple[float, float]]:
-    """(best setting on validation images, its score), see `sweep`."""
-    if len(x) < 2:
-        raise ValueError(f"eval: a linear classifier needs two labelled images or more, got {len(x)}")
-    _check_finite(x)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
-    held, rest = order.tensor_split([max(1, len(x) // 10)])
+    kinds = kinds or {"": train[0].shape[1]}
+    names, widths = list(kinds), list(kinds.values())
+    (tables, y), settings = (train[0].split(widths, 1), train[1]), numbers.settings
+    best, setting = 0, settings[0]
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    held, rest = order.tensor_split([max(1, len(y) // 10)])
     held = held[torch.isin(y[held], y[rest])]  # a class that is held out whole has no training images
-    settings = numbers.settings
-    if not len(held):
-        return settings[0], (0.0, 0.0)
-    tried = _fit(x[rest], y[rest], classes, settings, numbers, seed)
-    scores = [_score(classifier(x[held]), y[held]) for classifier in tried]
-    best = max(range(len(settings)), key=scores.__getitem__)
-    return settings[best], scores[best]
+    if len(held) and len(settings) * len(tables) > 1:
+        tried = [_fit(x[rest], y[rest], classes, settings, numbers, seed) for x in tables]
+        scores = {
+            (kind, i): _score(classifier(tables[kind][held]), y[held])
+            for kind, classifiers in enumerate(tried)
+            for i, classifier in enumerate(classifiers)
+        }
+        best, i = max(scores, key=scores.__getitem__)
+        setting = settings[i]
+    (classifier,) = _fit(tables[best], y, classes, [setting], numbers, seed)
+    return accuracy(classifier(test[0].split(widths, 1)[best]), test[1]), setting, names[best]
 
 
 def _score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
