@@ -41,6 +41,17 @@ def _tile_of(block, column_block, part, splits, pixels, count, C, ROWS: tl.const
 
 
 @triton.jit
+def _load_channels(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, part, column, C):
+    """Mean, 1 / √(variance + eps), weight and bias of some channels of a part."""
+    mask = column < C
+    mean = tl.load(mean_ptr + part * C + column, mask=mask, other=0.0)
+    invstd = tl.load(invstd_ptr + part * C + column, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
+    bias = tl.load(bias_ptr + column, mask=mask, other=0.0)
+    return mean, invstd, weight, bias
+
+
+@triton.jit
 def batch_norm_fwd_kernel(
     x_ptr,  # [B, pixels, C]
     mean_ptr,  # [splits, programs, C], written: means of the differences from the part's first row
@@ -143,13 +154,10 @@ def batch_norm_apply_kernel(
 ):
     """One block of rows of a part, in a block of channels."""
     part = tl.program_id(1)
-    offsets, mask, column, inside = _tile_of(
+    offsets, mask, column, _ = _tile_of(
         tl.program_id(0), tl.program_id(2), part, splits, pixels, count, C, ROWS, COLUMNS
     )
-    mean = tl.load(mean_ptr + part * C + column, mask=inside, other=0.0)
-    invstd = tl.load(invstd_ptr + part * C + column, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
+    mean, invstd, weight, bias = _load_channels(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, part, column, C)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC_DTYPE)
     y = (x - mean[None, :]) * invstd[None, :] * weight[None, :] + bias[None, :]
     if WITH_RESIDUAL:
@@ -200,10 +208,7 @@ def batch_norm_bwd_kernel(
 ):
     """Sums over every `programs`-th block of rows of a part, in a block of channels."""
     part, column = tl.program_id(1), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    mean = tl.load(mean_ptr + part * C + column, mask=column < C, other=0.0)
-    invstd = tl.load(invstd_ptr + part * C + column, mask=column < C, other=0.0)
-    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0)
-    bias = tl.load(bias_ptr + column, mask=column < C, other=0.0)
+    mean, invstd, weight, bias = _load_channels(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, part, column, C)
     dweight = tl.zeros([COLUMNS], ACC_DTYPE)
     dbias = tl.zeros([COLUMNS], ACC_DTYPE)
     for block in range(tl.program_id(0), tl.cdiv(count, ROWS), programs):
@@ -246,10 +251,7 @@ def batch_norm_dx_kernel(
     offsets, mask, column, inside = _tile_of(
         tl.program_id(0), tl.program_id(2), part, splits, pixels, count, C, ROWS, COLUMNS
     )
-    mean = tl.load(mean_ptr + part * C + column, mask=inside, other=0.0)
-    invstd = tl.load(invstd_ptr + part * C + column, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    bias = tl.load(bias_ptr + column, mask=inside, other=0.0)
+    mean, invstd, weight, bias = _load_channels(mean_ptr, invstd_ptr, weight_ptr, bias_ptr, part, column, C)
     gradient, standardised = _gradient(dy_ptr, x_ptr, y_ptr, offsets, mask, mean, invstd, weight, bias, WITH_Y, RELU)
     total = tl.cast(count, mean.dtype)
     shift = tl.load(dbias_ptr + part * C + column, mask=inside, other=0.0) / total
