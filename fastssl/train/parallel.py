@@ -77,8 +77,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     buckets: list[list[Tensor]] = []
     for gradient in (p.grad for p in parameters if p.grad is not None):
-        size = sum(g.nbytes for g in buckets[-1]) if buckets else BUCKET
-        if size + gradient.nbytes > BUCKET or buckets[-1][0].dtype != gradient.dtype:
+        last = buckets[-1] if buckets else []
+        if not last or last[0].dtype != gradient.dtype or sum(g.nbytes for g in last) + gradient.nbytes > BUCKET:
             buckets.append([])
         buckets[-1].append(gradient)
     sums = []
