@@ -23,10 +23,8 @@ from fastssl.text import printable
 
 from . import data_pack
 from .bench import loader_speed
-from .data_page import Side, bad_images, page
+from .data_page import SIDES, Side, bad_images, open_splits, page
 from .flags import parse
-
-SIDES = {"train": "training", "test": "held-out"}
 
 
 @dataclasses.dataclass
@@ -82,7 +80,7 @@ def _check(words: list[str]) -> None:
     flags = parse(CheckFlags, words, "fastssl data check")
     check_ranges(flags, "data")
     console = Console(highlight=False)
-    sources, notes = _open_splits(flags.source, SPLITS if flags.split == "both" else (flags.split,))
+    sources, notes = open_splits(flags.source, SPLITS if flags.split == "both" else (flags.split,))
     if flags.bad_files:
         _write_bad_files(flags.bad_files, [])  # raises now rather than after the whole scan
     start = time.perf_counter()
@@ -109,18 +107,6 @@ def _write_bad_files(path: Path, lines: Sequence[str]) -> None:
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"data: --bad-files {printable(path)} can't be written ({error.strerror})") from error
-
-
-def _open_splits(spec: str, splits: Sequence[str]) -> tuple[dict[str, Source], list[str]]:
-    """(each split that can be opened, sentences on the source); at least the first one can."""
-    sources, notes = {splits[0]: open_source(spec, splits[0])}, []
-    for split in splits[1:]:
-        try:
-            sources[split] = open_source(spec, split)
-        except ValueError as error:
-            notes.append(f"no {SIDES[split]} split: {error}")
-    notes += [note for source in sources.values() for note in getattr(source, "notes", ())]
-    return sources, list(dict.fromkeys(notes))
 
 
 def _show(words: list[str]) -> None:

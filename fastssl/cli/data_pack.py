@@ -18,6 +18,7 @@ from fastssl.run import find_augmentation
 from fastssl.text import printable
 
 from .bench import loader_speed
+from .data_page import open_splits
 from .flags import parse
 
 SAMPLE = 64  # images from which sizes and speeds are estimated
@@ -54,23 +55,13 @@ def command(words: list[str]) -> None:
         raise ValueError(f"data: --quality must be at most 95, got {flags.quality}")
     if flags.out is None and not flags.estimate:
         raise ValueError("data: --out is needed: the file to write, or --estimate")
-    sources, notes = _open_splits(flags.source)
+    sources, notes = open_splits(flags.source, SPLITS)
     for note in notes:
         print(printable(note))
     if flags.estimate:
         _estimate(sources, flags)
     elif flags.out is not None:
         _pack(sources, flags, flags.out)
-
-
-def _open_splits(spec: str) -> tuple[dict[str, Source], list[str]]:
-    """(each split that can be opened, sentences on the source); the training split can."""
-    sources = {SPLITS[0]: open_source(spec, SPLITS[0])}
-    try:
-        sources[SPLITS[1]] = open_source(spec, SPLITS[1])
-    except ValueError as error:
-        return sources, [f"no held-out split: {error}"]
-    return sources, []
 
 
 def _pack(sources: dict[str, Source], flags: Flags, out: Path) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastssl.data.findings import Findings, Range
-from fastssl.data.source import Source
+from fastssl.data.source import Source, open_source
 from fastssl.data.split import describe_sides
 from fastssl.text import listed, printable
 
@@ -16,6 +16,19 @@ NAMED_BAD = 20  # bad files that are printed; --bad-files FILE names all
 NAMED_CLASSES = 20  # classes whose names are printed
 NAMED_KINDS = 10  # formats and modes that are printed
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
+SIDES = {"train": "training", "test": "held-out"}
+
+
+def open_splits(spec: str, splits: Sequence[str]) -> tuple[dict[str, Source], list[str]]:
+    """(each split that can be opened, sentences on the source); at least the first one can."""
+    sources, notes = {splits[0]: open_source(spec, splits[0])}, []
+    for split in splits[1:]:
+        try:
+            sources[split] = open_source(spec, split)
+        except ValueError as error:
+            notes.append(f"no {SIDES[split]} split: {error}")
+    notes += [note for source in sources.values() for note in getattr(source, "notes", ())]
+    return sources, list(dict.fromkeys(notes))
 
 
 class Side(NamedTuple):
