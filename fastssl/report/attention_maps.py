@@ -3,17 +3,17 @@
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.eval.features import vit_of
 from fastssl.eval.reconstruction import as_bytes, first_images, pixels
 
+from .feature_map import principal_components
+from .images import COLUMNS, numbered
 from .parts import Text, Tiles
 from .pictures import tiles
 from .run_data import RunData
 
-COLUMNS = 10  # images per row
 MOST_HEADS = 6  # largest number of heads with a row of their own
 FEWEST_PATCHES = 16  # smallest map that is shown
 
@@ -34,7 +34,7 @@ def attention(run: RunData) -> list[Text | Tiles]:
     shown = f" The first {MOST_HEADS} of {heads} heads." if heads > MOST_HEADS else ""
     token = "class token" if vit.cls_token is not None else "mean of the patches"
     text = Text(f"Attention of the {token}; each map from its smallest value, dark, to its largest, bright.{shown}")
-    return [text, tiles((name, row, _numbered(name, row)) for name, row in rows)]
+    return [text, tiles((name, row, numbered(name, row)) for name, row in rows)]
 
 
 def patch_colours(run: RunData) -> list[Text | Tiles]:
@@ -48,7 +48,7 @@ def patch_colours(run: RunData) -> list[Text | Tiles]:
     colours, share = principal_colours(features)
     rows = [("input", as_bytes(pixels(images))), ("features", _enlarge(colours, run.size))]
     text = Text(f"The first three principal components, {share:.0%} of the variance, as red, green and blue.")
-    return [text, tiles((name, row, _numbered(name, row)) for name, row in rows)]
+    return [text, tiles((name, row, numbered(name, row)) for name, row in rows)]
 
 
 @torch.no_grad()
@@ -96,18 +96,12 @@ def feature_maps(encoder: nn.Module, images: Tensor) -> Tensor | None:
 def principal_colours(features: Tensor) -> tuple[np.ndarray, float]:
     """(colours uint8 [N, rows, columns, 3], share of the variance) of features [N, rows, columns, F].
 
-    Each of three principal components runs from its 2nd percentile to its 98th over all places of all images. The sign
-    of a component is that in which its largest coefficient is positive.
+    Each of three principal components runs from its 2nd percentile to its 98th over all places of all images.
     """
-    places = features.flatten(0, 2).double()
-    centred = places - places.mean(0)
-    _, scales, directions = torch.linalg.svd(centred, full_matrices=False)
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    components = F.pad(centred @ (directions * largest.sign())[:3].T, (0, max(0, 3 - len(directions))))
+    components, share = principal_components(features.flatten(0, 2).double(), 3)
     low, high = components.quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
     scaled = ((components - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).view(*features.shape[:3], 3)
-    share = scales[:3].square().sum() / scales.square().sum().clamp_min(1e-300)
-    return (255 * scaled).round().to(torch.uint8).numpy(), float(share)
+    return (255 * scaled).round().to(torch.uint8).numpy(), share
 
 
 def heat(maps: Tensor, size: tuple[int, int]) -> np.ndarray:
@@ -126,7 +120,3 @@ def _enlarge(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _grid(vit: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
     return size[0] // vit.patch_size, size[1] // vit.patch_size
-
-
-def _numbered(name: str, images: np.ndarray) -> list[str]:
-    return [f"{name}, image {i + 1}" for i in range(len(images))]

@@ -45,13 +45,22 @@ def project(features: Tensor, projection: Projection) -> tuple[np.ndarray, str]:
         few = min(15, len(unit) - 1)
         reducer = _umap().UMAP(n_components=2, n_neighbors=few, metric="cosine", random_state=0, n_jobs=1)
         return np.asarray(reducer.fit_transform(unit.numpy())), f"UMAP by cosine, {few} neighbours."
-    centred = unit - unit.mean(0)
+    points, share = principal_components(unit, 2)
+    return points.numpy(), f"PCA; two directions have {share:.0%} of the variance."
+
+
+def principal_components(x: Tensor, count: int) -> tuple[Tensor, float]:
+    """(the first `count` principal components [N, count] of x [N, F] float64, their share of the variance).
+
+    The sign of a component is that in which the largest coefficient of its direction is positive. Zeros stand for
+    those that x does not have.
+    """
+    centred = x - x.mean(0)
     _, scales, directions = torch.linalg.svd(centred, full_matrices=False)
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    points = centred @ (directions * largest.sign())[:2].T  # the sign of a direction is arbitrary: fixed
-    shares = scales.square() / scales.square().sum().clamp_min(1e-30)
-    text = f"PCA; two directions have {shares[:2].sum():.0%} of the variance."
-    return F.pad(points, (0, 2 - points.shape[1])).numpy(), text
+    components = centred @ (directions * largest.sign())[:count].T
+    share = scales[:count].square().sum() / scales.square().sum().clamp_min(1e-30)
+    return F.pad(components, (0, count - components.shape[1])), float(share)
 
 
 def scatter(points: np.ndarray, labels: list[int], classes: list[str] | None) -> Picture:

@@ -28,7 +28,7 @@ def reconstructions(run: RunData) -> list[Text | Tiles]:
     if can_reconstruct:
         reconstruction = reconstruct(run.method, images)
         rows = [(name, as_bytes(getattr(reconstruction, part))) for part, name in ROWS.items()]
-        parts += [Text("Newest checkpoint."), tiles((name, row, _numbered(name, row)) for name, row in rows)]
+        parts += [Text("Newest checkpoint."), tiles((name, row, numbered(name, row)) for name, row in rows)]
     if snapshots:
         parts.append(Text("During the run, output in removed patches:"))
         parts.append(over_time(run, snapshots, None if images is None else as_bytes(pixels(images))))
@@ -41,13 +41,14 @@ def over_time(run: RunData, snapshots: list[tuple[int, np.ndarray]], inputs: np.
     rows = []
     for step, images in (snapshots[i] for i in chosen):
         name = f"epoch {run.epoch_of(step):.3g}"
-        rows.append((name, images[:COLUMNS], _numbered(f"reconstruction at {name},", images)))
+        rows.append((name, images[:COLUMNS], numbered(f"reconstruction at {name},", images)))
     if inputs is not None:
-        rows.append(("input", inputs, _numbered("input", inputs)))
+        rows.append(("input", inputs, numbered("input", inputs)))
     return tiles(rows)
 
 
-def _numbered(name: str, images: np.ndarray) -> list[str]:
+def numbered(name: str, images: np.ndarray) -> list[str]:
+    """A description of each image of a row."""
     return [f"{name} {i + 1}" for i in range(len(images))]
 
 
