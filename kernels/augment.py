@@ -104,7 +104,7 @@ def augment_mean_kernel(
     PIXELS: tl.constexpr,
 ):
     """Sums over a block of pixels of the channels, or of luma in all three, as they are before the contrast step."""
-    image, block = tl.program_id(0), tl.program_id(1)
+    image, block = tl.program_id(1), tl.program_id(0)  # the first axis of a grid may be long
     pixel = block * PIXELS + tl.arange(0, PIXELS)
     mask, row = pixel < pixels, table_ptr + image * 16
     r, g, b = _load_pixels(images_ptr, image, pixel, mask, pixels)
@@ -150,7 +150,7 @@ def augment_kernel(
     PIXELS: tl.constexpr,
 ):
     """Jitter and grayscale of a block of pixels; without blur also rounding, solarization and flip."""
-    image, block = tl.program_id(0), tl.program_id(1)
+    image, block = tl.program_id(1), tl.program_id(0)  # the first axis of a grid may be long
     pixel = block * PIXELS + tl.arange(0, PIXELS)
     mask, row = pixel < pixels, table_ptr + image * 16
     r, g, b = _load_pixels(images_ptr, image, pixel, mask, pixels)
@@ -210,8 +210,8 @@ def augment_blur_kernel(
     PIXELS: tl.constexpr,
 ):
     """Blur of a block of pixels of one channel along one axis; along the last also rounding, solarization and flip."""
-    slot, channel = tl.program_id(0) // 3, tl.program_id(0) % 3
-    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    slot, channel = tl.program_id(1) // 3, tl.program_id(1) % 3
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     mask, image = pixel < pixels, tl.load(blurred_ptr + slot)
     row = table_ptr + image * 16
     sigma, radius = tl.load(row + 9), tl.load(radius_ptr + slot)
@@ -277,17 +277,17 @@ def augment_(
     means = torch.empty(B, 3, device=device)
     if bool((jitter[:, 1] != 1).any()):
         sums = torch.empty(B, blocks, 3, device=device)
-        augment_mean_kernel[(B, blocks)](source, table, sums, pixels, blocks, **law)
+        augment_mean_kernel[(blocks, B)](source, table, sums, pixels, blocks, **law)
         torch.sum(sums, 1, out=means).div_(pixels)
     result = torch.empty_like(source)
     scratch = torch.empty(2, len(blurred), 3, pixels, device=device)
-    augment_kernel[(B, blocks)](source, table, means, result, scratch, W, pixels, **law)
+    augment_kernel[(blocks, B)](source, table, means, result, scratch, W, pixels, **law)
     if len(blurred):
         numbers = blurred.to(device, non_blocking=True)
         for last, (length, stride, x, out) in enumerate(((W, 1, *scratch), (H, W, scratch[1], result))):
             radii = [H // 20 if tensorflow else math.ceil(min(3 * s, length - 1)) for s in sigma[blurred].tolist()]
             radius = torch.tensor(radii, dtype=torch.int32).to(device, non_blocking=True)
-            augment_blur_kernel[(3 * len(blurred), blocks)](
+            augment_blur_kernel[(blocks, 3 * len(blurred))](
                 x,
                 table,
                 numbers,
