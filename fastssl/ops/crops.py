@@ -19,9 +19,9 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
     """Resamples a window of each image to the size of the batch, antialiased, in place; returns `out`.
 
     Equals, for an RGB image and its window,
-    ``F.interpolate(image.permute(2, 0, 1)[None, :, top : top + height, left : left + width], (h, w), mode=interpolation,
-    antialias=True)[0]`` of uint8 on a CPU, to the bit: rows first, then columns, each with integer weights and rounded
-    to bytes. Pixels outside the window have no influence.
+    ``F.interpolate(image.permute(2, 0, 1)[None, :, top : top + height, left : left + width], (h, w),
+    mode=interpolation, antialias=True)[0]`` of uint8 on a CPU, to the bit: along rows, then along columns, each with
+    integer weights and rounded to bytes. Pixels outside the window have no influence.
 
     Planes of YCbCr are resampled one by one, those of colour in the window of half the numbers, which may begin and end
     in the middle of a pixel; the results are converted to RGB by the integers of libjpeg, rounded once more.
@@ -29,8 +29,8 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
     Args:
         out: [B, 3, h, w] uint8, changed in place; each image of it is contiguous.
         images: B tensors uint8, of any sizes, on the device of `out`: RGB [H, W, 3], or the planes Y, U and V of YCbCr
-            4:2:0 in one block [3·H/2, W]: Y is [H, W], then U and V, each [H/2, W/2]; full range, as in JPEG. H and W of
-            planes are even. One image may be there several times.
+            4:2:0 in one block [3·H/2, W]: Y is [H, W], then U and V, each [H/2, W/2]; full range, as in JPEG. H and W
+            are even there. One image may be in the list several times.
         windows: [B, 4] int64 on the CPU: top, left, height, width in pixels of the image (of Y).
         interpolation: "bilinear" or "bicubic".
 
@@ -127,7 +127,7 @@ def planes_of(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def resample_plane(plane: Tensor, window: Sequence[float], size: Sequence[int], bicubic: bool) -> Tensor:
-    """A window of a plane, or of several [..., H, W] uint8, in another size: [..., h, w] float64, whole numbers of a byte.
+    """A window of a plane, or of several [..., H, W] uint8, in another size: [..., h, w] float64, values of a byte.
 
     Args:
         plane: the pixels.

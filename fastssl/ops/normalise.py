@@ -16,8 +16,8 @@ def normalise(
 ) -> Tensor:
     """Values of pixels from 0 to 1, minus a mean, by a standard deviation, in one pass.
 
-    Equals (x / 255 − mean) / std for each channel, computed in float32 as (x − 255·mean) / (255·std) and rounded once to
-    the dtype.
+    Equals (x / 255 − mean) / std for each channel, computed in float32 as (x − 255·mean) / (255·std), and rounded
+    once to the dtype.
 
     Args:
         pixels: [B, 3, H, W] uint8.
