@@ -1,4 +1,4 @@
-"""Resized crops of images of any sizes, RGB and YUV 4:2:0, and normalisation of bytes.
+"""Resized crops of images of any sizes, RGB and YUV 4:2:0.
 
 `crop_weights_kernel` makes torch's integer weights of both axes of every window: in float64, as torch makes them on a
 CPU, since they are few. Two passes follow, as torch has them, each rounding to bytes: `crop_rows_kernel` resamples the
@@ -17,7 +17,9 @@ a program picks from registers. A step takes 500 times as long: two passes, whos
 Tile sizes: 1,024 values on 4 warps, 8 a thread. Not measured.
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,10 +29,11 @@ from torch import Tensor
 from .tile import ARCHITECTURES, Launch, card, power_of_2
 
 CROPS = dict.fromkeys(ARCHITECTURES, Launch(4, 1024))  # warps of a program, bytes that it writes of a channel
-NORMALISE = dict.fromkeys(ARCHITECTURES, Launch(4, 4096))  # warps of a program, bytes that it reads
 
 # Columns of the tables; all numbers are int64.
-AXIS_COLUMNS = 6  # half pixels before the window, its length in half pixels, pixels, crop's pixels, weights, first weight
+AXIS_COLUMNS = (
+    6  # half pixels before the window, its length in half pixels, pixels, crop's pixels, weights, first weight
+)
 PLANE_COLUMNS = 8  # address, strides of rows, pixels and channels, channels, rows, axis, place in the scratch memory
 CROP_COLUMNS = 8  # 1 for YUV, then three channels' places in the scratch memory, then their axes
 _CHROMA = tl.constexpr(128)
@@ -222,29 +225,38 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, bicub
     (B, _, H, W), device, launch = out.shape, out.device, CROPS[card(out).arch]
     axes, planes, crops, weights, scratch = plan(images, windows, (H, W), bicubic)
     tables = torch.cat([axes.flatten(), planes.flatten(), crops.flatten()])
-    tables = (tables.pin_memory() if device.type == "cuda" else tables).to(device, non_blocking=True)
-    sizes = (axes.numel(), planes.numel(), crops.numel())
-    axes_table, planes_table, crops_table = tables.split(sizes)
+    tables = (tables.pin_memory() if out.is_cuda else tables).to(device, non_blocking=True)
+    axes_table, planes_table, crops_table = tables.split([axes.numel(), planes.numel(), crops.numel()])
     longest = max(H, W)
     filters = (
         torch.empty(weights, dtype=torch.int16, device=device),
         torch.empty(len(axes), longest, dtype=torch.int32, device=device),
         torch.empty(len(axes), dtype=torch.int32, device=device),
     )
-    block = min(256, power_of_2(longest))
     crop_weights_kernel[(len(axes),)](
-        axes_table, *filters, longest, CUBIC=bicubic, BLOCK=block, num_warps=launch.warps, enable_fp_fusion=False
+        axes_table,
+        *filters,
+        longest,
+        CUBIC=bicubic,
+        BLOCK=min(256, power_of_2(longest)),
+        num_warps=launch.warps,
+        enable_fp_fusion=False,
     )
-    columns = min(128, power_of_2(W))
-    tile = {"ROWS": launch.bytes // columns, "COLUMNS": columns, "num_warps": launch.warps}
+    across, most = min(128, power_of_2(W)), int(planes[:, 5].max())
+    down, blocks = launch.bytes // across, triton.cdiv(W, across)
+    tile = {"ROWS": down, "COLUMNS": across, "num_warps": launch.warps}
     between = torch.empty(scratch, dtype=torch.uint8, device=device)
-    across, most = triton.cdiv(W, columns), int(planes[:, 5].max())
-    crop_rows_kernel[(triton.cdiv(most, tile["ROWS"]) * across, len(planes))](
+    crop_rows_kernel[(triton.cdiv(most, down) * blocks, len(planes))](
         images[0], planes_table, axes_table, *filters, between, W, longest, **tile
     )
-    crop_columns_kernel[(triton.cdiv(H, tile["ROWS"]) * across, B)](
+    crop_columns_kernel[(triton.cdiv(H, down) * blocks, B)](
         between, crops_table, axes_table, *filters, out, H, W, longest, *out.stride(), **tile
     )
+
+
+def taps(length: float, out: int, bicubic: bool) -> int:
+    """Weights of a pixel of the crop, along an axis of a window of this length."""
+    return 2 * math.ceil((2 if bicubic else 1) * max(length / out, 1)) + 1
 
 
 def _check_windows(images: Sequence[Tensor], windows: Tensor) -> None:
@@ -258,51 +270,52 @@ def _check_windows(images: Sequence[Tensor], windows: Tensor) -> None:
         raise RuntimeError(f"resized_crops_: windows[{i}] must be {inside}, got {windows[i].tolist()}")
 
 
-def plan(
-    images: Sequence[Tensor], windows: Tensor, size: tuple[int, int], bicubic: bool
-) -> tuple[Tensor, Tensor, Tensor, int, int]:
-    """The tables of axes, planes and crops, the number of all weights, and the bytes of scratch memory.
+class Plan(NamedTuple):
+    """Tables that the kernels read; all numbers are int64."""
 
-    An image has a row of the crops' table. An RGB image is one plane of three channels; a YUV image is Y, and U and V
-    together. A plane has two axes: rows (resampled along the width), then columns.
-    """
-    B, radius = len(images), 2 if bicubic else 1
-    shapes = torch.tensor(
-        [(x.data_ptr() - images[0].data_ptr(), x.stride(0), x.shape[0], x.shape[1], x.ndim) for x in images]
-    )
-    address, stride, height, width, dimensions = shapes.unbind(1)
-    is_yuv = dimensions == 2
-    height = torch.where(is_yuv, height * 2 // 3, height)
+    axes: Tensor  # [A, 6]: two axes of each plane, rows (along the width) and columns
+    planes: Tensor  # [P, 8]: RGB is one plane of three channels; of YUV, Y is one, and U and V are one of two channels
+    crops: Tensor  # [B, 8]
+    weights: int  # number of weights
+    scratch: int  # bytes of scratch memory
+
+
+def plan(images: Sequence[Tensor], windows: Tensor, size: tuple[int, int], bicubic: bool) -> Plan:
+    """The tables for windows [B, 4] of images and crops of this size (height, width)."""
+    B, yuv = len(images), [i for i, image in enumerate(images) if image.ndim == 2]
+    origin = images[0].data_ptr()
+    facts = [(x.data_ptr() - origin, x.stride(0), *x.shape[:2], 3 if x.ndim == 3 else 1) for x in images]
+    address, stride, height, width, channels = torch.tensor(facts).unbind(1)
     top, left, rows, columns = windows.unbind(1)
-    three = torch.where(is_yuv, 1, 3)
-    luma = (address + top * stride + left * three, stride, three, torch.ones_like(top), three, rows)
-    whole = torch.zeros_like(top)
-    spans = [((whole, 2 * columns, columns), (whole, 2 * rows, rows))]
-    image, planes = torch.arange(B), torch.stack(luma, 1)
-    if bool(is_yuv.any()):
-        image = torch.cat([image, is_yuv.nonzero().flatten()])
+    one, none = torch.ones_like(top), torch.zeros_like(top)
+    corner = address + top * stride + left * channels
+    planes = torch.stack([corner, stride, channels, one, channels, rows], 1)
+    axes = torch.stack([none, 2 * columns, columns, none, 2 * rows, rows], 1)
+    if yuv:  # U and V have a quarter of the pixels; their windows may begin and end in the middle of one
         y0, x0, y1, x1 = top // 2, left // 2, (top + rows + 1) // 2, (left + columns + 1) // 2
-        half = width // 2
-        chroma = (
-            address + height * width + y0 * half + x0, half, torch.ones_like(top), height * width // 4, whole + 2, y1 - y0
-        )  # fmt: skip
-        planes = torch.cat([planes, torch.stack(chroma, 1)[is_yuv]])
-        spans.append(((left % 2, columns, x1 - x0), (top % 2, rows, y1 - y0)))
-    axes = torch.cat([torch.stack([torch.stack(span, 1) for span in pair], 1) for pair in spans])
-    axes = axes[torch.cat([torch.arange(B), B + is_yuv.nonzero().flatten()]) if len(spans) > 1 else slice(None)]
+        luma, stride = height * 2 // 3 * width, width // 2
+        corner = address + luma + y0 * stride + x0
+        chroma = torch.stack([corner, stride, one, luma // 4, 2 * one, y1 - y0], 1)
+        halves = torch.stack([left % 2, columns, x1 - x0, top % 2, rows, y1 - y0], 1)
+        planes, axes = torch.cat([planes, chroma[yuv]]), torch.cat([axes, halves[yuv]])
+    axes = axes.view(-1, 2, 3)
     outputs = torch.tensor([size[1], size[0]]).expand(len(axes), 2)
-    support = radius * (axes[..., 1] / 2 / outputs.double()).clamp(min=1)
-    taps = 2 * support.ceil().long() + 1
-    counts = (taps * outputs).flatten()
-    axes = torch.cat([axes, torch.stack([outputs, taps, (counts.cumsum(0) - counts).view(-1, 2)], -1)], -1)
-    used = planes[:, 4] * planes[:, 5] * size[1]
-    place = used.cumsum(0) - used
+    support = (2 if bicubic else 1) * (axes[..., 1] / 2 / outputs.double()).clamp(min=1)
+    counts = 2 * support.float().ceil().long() + 1  # in float32, as torch has it
+    first, weights = _places(counts * outputs)
+    axes = torch.cat([axes, torch.stack([outputs, counts, first], -1)], -1)
+    channel = planes[:, 5] * size[1]  # bytes of a channel in the scratch memory
+    place, scratch = _places(planes[:, 4] * channel)
     planes = torch.cat([planes, torch.stack([2 * torch.arange(len(planes)), place], 1)], 1)
-    second = torch.arange(B)
-    second[image[B:]] = torch.arange(B, len(planes))  # the plane of U and V
-    channel = planes[:, 5] * size[1]
-    u, v = (torch.where(is_yuv, place[second] + i * channel[second], place[:B] + (i + 1) * channel[:B]) for i in (0, 1))
-    crops = torch.stack(
-        [is_yuv.long(), place[:B], u, v, 2 * torch.arange(B) + 1, 2 * second + 1, 2 * second + 1, whole], 1
-    )
-    return axes.view(-1, AXIS_COLUMNS), planes, crops, int(counts.sum()), int(used.sum())
+    number, is_yuv = torch.arange(B), none.clone()  # of the plane that has the second and third channel
+    number[yuv], is_yuv[yuv] = torch.arange(B, len(planes)), 1
+    second = place[number] + (1 - is_yuv) * channel[number]
+    axis, third = 2 * number + 1, second + channel[number]
+    crops = torch.stack([is_yuv, place[:B], second, third, 2 * torch.arange(B) + 1, axis, axis, none], 1)
+    return Plan(axes.view(-1, AXIS_COLUMNS), planes, crops, weights, scratch)
+
+
+def _places(sizes: Tensor) -> tuple[Tensor, int]:
+    """Where each of several parts begins in memory that holds them one after the other, and how large it is."""
+    ends = sizes.flatten().cumsum(0)
+    return (ends - sizes.flatten()).view(sizes.shape), int(ends[-1])
