@@ -7,7 +7,8 @@ equal those of the CPU. Images are found through a table of addresses and stride
 
     bytes        a window once; 6 for each of its rows times the crop's width, written and read again as scratch; the
                  crop once; weights, two bytes each, from the caches
-    operations   a multiplication and an addition for each weight and value: as long as the bytes take, and less
+    operations   a load from the caches, a multiplication and an addition for each weight and value: at 32 loads a clock
+                 and multiprocessor as long as the bytes for triangles, half as long again for cubics
 
 Scratch or one pass: a program that makes a tile of the crop from its part of the window writes no scratch, and repeats
 the rows that tiles share. That saves 6 of 13 bytes of a window of 380² for a crop of 224² (predicted on an H100, 256 of
@@ -147,13 +148,16 @@ def crop_rows_kernel(
                 weight = tl.load(weights_ptr + first + tap * width + x, mask=mask, other=0).to(tl.int32)
                 value = tl.load(source + ((start + tap) * right)[None, :], mask=in_row & mask[None, :], other=0)
                 total += value.to(tl.int32) * weight[None, :]
-            target = scratch_ptr + place + ((channel * rows + y) * width)[:, None] + x[None, :]
+            target = scratch_ptr + ((place + channel * rows + y) * width)[:, None] + x[None, :]
             tl.store(target, _to_byte(total, bits).to(tl.uint8), mask=in_row & in_column[None, :])
 
 
 @triton.jit
-def _column(plane_ptr, axis, axes_ptr, weights_ptr, starts_ptr, bits_ptr, y, x, height, width, longest, mask):
-    """Bytes as int32 of a block of one channel, resampled along its columns."""
+def _column(
+    channel, scratch_ptr, row, axes_ptr, weights_ptr, starts_ptr, bits_ptr, y, x, height, width, longest
+):  # fmt: skip
+    """Bytes as int32 of a block of one channel, resampled along its columns; `row` is that of the crop."""
+    place, axis = tl.load(row + 1 + channel), tl.load(row + 4 + channel)
     size, taps, first = (
         tl.load(axes_ptr + axis * 6 + 2),
         tl.load(axes_ptr + axis * 6 + 4),
@@ -161,12 +165,12 @@ def _column(plane_ptr, axis, axes_ptr, weights_ptr, starts_ptr, bits_ptr, y, x, 
     )
     in_row, bits = y < height, tl.load(bits_ptr + axis)
     start = tl.load(starts_ptr + axis * longest + y, mask=in_row, other=0).to(tl.int64)
-    total = tl.zeros(mask.shape, tl.int32) + (1 << (bits - 1))
+    total, in_column = tl.zeros([y.shape[0], x.shape[0]], tl.int32) + (1 << (bits - 1)), (x < width)[None, :]
     for tap in range(0, taps):
         inside = in_row & (start + tap < size)
         weight = tl.load(weights_ptr + first + tap * height + y, mask=inside, other=0).to(tl.int32)
-        source = plane_ptr + ((start + tap) * width)[:, None] + x[None, :]
-        value = tl.load(source, mask=mask & inside[:, None], other=0)
+        source = scratch_ptr + ((place + start + tap) * width)[:, None] + x[None, :]
+        value = tl.load(source, mask=in_column & inside[:, None], other=0)
         total += value.to(tl.int32) * weight[:, None]
     return _to_byte(total, bits)
 
@@ -195,18 +199,8 @@ def crop_columns_kernel(
     y = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     x = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     mask, row = (y < height)[:, None] & (x < width)[None, :], crops_ptr + image * 8
-    r = _column(
-        scratch_ptr + tl.load(row + 1), tl.load(row + 4), axes_ptr, weights_ptr, starts_ptr, bits_ptr, y, x, height,
-        width, longest, mask,
-    )  # fmt: skip
-    g = _column(
-        scratch_ptr + tl.load(row + 2), tl.load(row + 5), axes_ptr, weights_ptr, starts_ptr, bits_ptr, y, x, height,
-        width, longest, mask,
-    )  # fmt: skip
-    b = _column(
-        scratch_ptr + tl.load(row + 3), tl.load(row + 6), axes_ptr, weights_ptr, starts_ptr, bits_ptr, y, x, height,
-        width, longest, mask,
-    )  # fmt: skip
+    channels = scratch_ptr, row, axes_ptr, weights_ptr, starts_ptr, bits_ptr, y, x, height, width, longest
+    r, g, b = _column(0, *channels), _column(1, *channels), _column(2, *channels)
     if tl.load(row) > 0:
         luma, blue, red = r, g - _CHROMA, b - _CHROMA
         r = _to_byte((luma << 16) + 91881 * red + 32768, 16)
@@ -245,7 +239,7 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, bicub
     across, most = min(128, power_of_2(W)), int(planes[:, 5].max())
     down, blocks = launch.bytes // across, triton.cdiv(W, across)
     tile = {"ROWS": down, "COLUMNS": across, "num_warps": launch.warps}
-    between = torch.empty(scratch, dtype=torch.uint8, device=device)
+    between = torch.empty(scratch, W, dtype=torch.uint8, device=device)
     crop_rows_kernel[(triton.cdiv(most, down) * blocks, len(planes))](
         images[0], planes_table, axes_table, *filters, between, W, longest, **tile
     )
@@ -277,7 +271,7 @@ class Plan(NamedTuple):
     planes: Tensor  # [P, 8]: RGB is one plane of three channels; of YUV, Y is one, and U and V are one of two channels
     crops: Tensor  # [B, 8]
     weights: int  # number of weights
-    scratch: int  # bytes of scratch memory
+    scratch: int  # rows of the scratch memory, as wide as the crops
 
 
 def plan(images: Sequence[Tensor], windows: Tensor, size: tuple[int, int], bicubic: bool) -> Plan:
@@ -304,7 +298,7 @@ def plan(images: Sequence[Tensor], windows: Tensor, size: tuple[int, int], bicub
     counts = 2 * support.float().ceil().long() + 1  # in float32, as torch has it
     first, weights = _places(counts * outputs)
     axes = torch.cat([axes, torch.stack([outputs, counts, first], -1)], -1)
-    channel = planes[:, 5] * size[1]  # bytes of a channel in the scratch memory
+    channel = planes[:, 5]  # rows of a channel in the scratch memory
     place, scratch = _places(planes[:, 4] * channel)
     planes = torch.cat([planes, torch.stack([2 * torch.arange(len(planes)), place], 1)], 1)
     number, is_yuv = torch.arange(B), none.clone()  # of the plane that has the second and third channel
@@ -312,7 +306,7 @@ def plan(images: Sequence[Tensor], windows: Tensor, size: tuple[int, int], bicub
     second = place[number] + (1 - is_yuv) * channel[number]
     axis, third = 2 * number + 1, second + channel[number]
     crops = torch.stack([is_yuv, place[:B], second, third, 2 * torch.arange(B) + 1, axis, axis, none], 1)
-    return Plan(axes.view(-1, AXIS_COLUMNS), planes, crops, weights, scratch)
+    return Plan(axes.view(-1, 6), planes, crops, weights, scratch)
 
 
 def _places(sizes: Tensor) -> tuple[Tensor, int]:

@@ -110,6 +110,6 @@ def test_the_plan_gives_each_plane_its_own_scratch_memory():
     windows = torch.tensor([[0, 0, 10, 12], [1, 1, 10, 12]])
     axes, planes, table, weights, scratch = kernels.plan(images, windows, (4, 5), False)
     assert planes[:, 4:6].tolist() == [[3, 10], [1, 10], [2, 6]]
-    assert planes[:, 7].tolist() == [0, 150, 200] and scratch == 150 + 50 + 60
-    assert table[:, 1:4].tolist() == [[0, 50, 100], [150, 200, 230]]
+    assert planes[:, 7].tolist() == [0, 30, 40] and scratch == 30 + 10 + 12
+    assert table[:, 1:4].tolist() == [[0, 10, 20], [30, 40, 46]]
     assert weights == int((axes[:, 4] * axes[:, 3]).sum())
