@@ -110,3 +110,21 @@ def test_views_are_made_on_the_device_of_the_loader():
     decoded = device.decode_batch(source, engine._augmentation, 0, 0, np.arange(6), True)
     samples = engine._make_views(decoded)
     assert [view.device.type for view in samples.views] == ["meta"] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_views_on_a_gpu_are_those_of_a_cpu(images, name):
+    """Crops to the bit; colours but for rounding, which contrast and a threshold amplify."""
+    augmentation = AUGMENTATIONS[name]
+    loaders = [
+        Loader(images, augmentation, 6, engine=engine, device=where, workers=2, max_bad=1.0)
+        for engine, where in (("torchvision", "cpu"), ("device", "cuda"))
+    ]
+    for expected, found in zip(loaders[0].epoch(0), loaders[1].epoch(0), strict=True):
+        assert torch.equal(expected.index, found.index.cpu()) and found.views[0].is_cuda
+        for view, a, b in zip(augmentation.views, expected.views, found.views):
+            byte = 1 / 255 / min(view.std)
+            off = (a - b.cpu()).abs()
+            assert (off > 1.01 * byte).float().mean() < (2e-3 if view.solarize_p else 1e-4)
+            assert (off > 0.01 * byte).float().mean() < 1e-2

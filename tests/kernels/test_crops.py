@@ -1,9 +1,13 @@
 """The Triton kernels of `resized_crops_` in the interpreter: the bytes of plain torch, and of torch's own resizing."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from fastssl.data import device
+from fastssl.data.augmentation import Augmentation, View
+from fastssl.data.source import open_source
 from fastssl.kernels import crops as kernels
 from fastssl.ops import crops, dispatch, resized_crops_
 from tests.kernels.interpreter import triton_on_cpu
@@ -113,3 +117,21 @@ def test_the_plan_gives_each_plane_its_own_scratch_memory():
     assert planes[:, 7].tolist() == [0, 30, 40] and scratch == 30 + 10 + 12
     assert table[:, 1:4].tolist() == [[0, 10, 20], [30, 40, 46]]
     assert weights == int((axes[:, 4] * axes[:, 3]).sum())
+
+
+def test_views_of_the_engine_that_crops_on_the_device():
+    """What it does with a batch of decoded images, in the interpreter: crops to the bit, colours within rounding."""
+    source = open_source("shapes:count=4,size=32")
+    view = View((12, 16), crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, solarize_p=0.3, flip_p=0.5)
+    augmentation = Augmentation((view, View((9, 9))))
+    engine = device.Engine(
+        source, augmentation, 0, workers=0, device=torch.device("cpu"), fill_in=True, batch_size=len(source)
+    )
+    decoded = device.decode_batch(source, augmentation, 0, 0, np.arange(4), True)
+    expected = engine._make_views(decoded).views
+    with triton_on_cpu({"memory": decoded.memory}) as seen:
+        found = engine._make_views(decoded).views
+    names = {name for name, _ in seen.launches}
+    assert {"crop_weights_kernel", "crop_rows_kernel", "crop_columns_kernel", "augment_kernel"} <= names
+    off = [(a.int() - b.int()).abs() for a, b in zip(found, expected)]
+    assert not off[1].any() and (off[0] > 1).float().mean() < 2e-3 and (off[0] > 0).float().mean() < 1e-2
