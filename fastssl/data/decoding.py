@@ -71,8 +71,8 @@ class ImageFile:
         if data.dtype != np.uint8 or not (data.ndim == 1 or _is_rgb(data) or _is_planes(data)):
             got = f"{data.dtype} {list(data.shape)} for {printable(name)}"
             raise BadSource(
-                "data: read must give uint8, pixels [H, W, 3] or planes [3·H/2, W] of even H and W, or the bytes [N] of a "
-                f"file, got {got}"
+                "data: read must give uint8, pixels [H, W, 3] or planes [3·H/2, W] of even H and W, or the bytes [N] of "
+                f"a file, got {got}"
             )
         if data.ndim == 3:
             self.size, self.format, self.mode = (data.shape[0], data.shape[1]), "pixels", "RGB"
@@ -263,12 +263,13 @@ def planes_to_rgb(planes: np.ndarray) -> np.ndarray:
     return np.array(Image.merge("YCbCr", [Image.fromarray(luma), *parts]).convert("RGB"))
 
 
-def rgb_to_planes(pixels: np.ndarray) -> np.ndarray:
-    """RGB [H, W, 3] as planes [3·H/2, W]; odd sides are made even by repeating the last row or column."""
-    height, width = pixels.shape[:2]
+def rgb_to_planes(picture: Image.Image) -> np.ndarray:
+    """A picture in RGB as planes [3·H/2, W]; odd sides are made even by repeating the last row or column."""
+    width, height = picture.size
     if height % 2 or width % 2:
-        pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
-    luma, *chroma = Image.fromarray(pixels).convert("YCbCr").split()
+        pixels = np.pad(np.asarray(picture), ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+        picture = Image.fromarray(pixels)
+    luma, *chroma = picture.convert("YCbCr").split()
     parts = [np.asarray(luma), *(np.asarray(plane.reduce(2)) for plane in chroma)]
     return np.concatenate([part.reshape(-1) for part in parts]).reshape(-1, luma.width)
 

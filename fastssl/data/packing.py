@@ -64,13 +64,15 @@ def encode(image: ImageFile, encoding: Encoding) -> np.ndarray:
     pixels = image.pixels() if image.data.ndim == 2 else image.raster(scale).permute(2, 0, 1)
     if not small:
         pixels = _resize(pixels, image.size, side, even=kind == "yuv")
-    array = pixels.permute(1, 2, 0).contiguous().numpy()
+    picture = Image.merge(
+        "RGB", [Image.fromarray(plane) for plane in pixels.contiguous().numpy()]
+    )  # fast to interleave
     if kind == "rgb":
-        return array
+        return np.array(picture)
     if kind == "yuv":
-        return rgb_to_planes(array)
+        return rgb_to_planes(picture)
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "JPEG", quality=encoding.quality)
+    picture.save(buffer, "JPEG", quality=encoding.quality)
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 

@@ -315,7 +315,7 @@ def test_planes_are_the_colours_of_the_image(folder, tmp_path):
 @pytest.mark.parametrize("color", [(255, 0, 0), (10, 200, 60), (255, 255, 255)])
 def test_planes_of_one_colour_keep_it(color):
     pixels = np.tile(np.array(color, np.uint8), (6, 5, 1))
-    planes = rgb_to_planes(pixels)
+    planes = rgb_to_planes(Image.fromarray(pixels))
     assert planes.shape == (9, 6)
     difference = planes_to_rgb(planes).astype(int) - np.array(color)
     assert abs(difference).max() <= 1
