@@ -14,11 +14,13 @@ from .batchnorm import Running, batch_norm
 from .block_masks import block_mask
 from .contrastive import InfoNCE, batch_info_nce, info_nce, nt_xent
 from .correspondence import dense_match
+from .crops import resized_crops_
 from .dense import linear
 from .ema import ema_update_
 from .gelu import bias_gelu
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
 from .norm import residual_norm
+from .normalise import normalise
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
 from .prototypes import PrototypeTargets, linear_cross_entropy, prototype_lse, soft_cross_entropy
 from .queue import enqueue_
