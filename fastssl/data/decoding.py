@@ -71,8 +71,8 @@ class ImageFile:
         if data.dtype != np.uint8 or not (data.ndim == 1 or _is_rgb(data) or _is_planes(data)):
             got = f"{data.dtype} {list(data.shape)} for {printable(name)}"
             raise BadSource(
-                "data: read must give uint8, pixels [H, W, 3] or planes [3·H/2, W] of even H and W, or the bytes [N] of "
-                f"a file, got {got}"
+                "data: read must give uint8, pixels [H, W, 3] or planes [3·H/2, W] of even H and W, or the bytes [N] "
+                f"of a file, got {got}"
             )
         if data.ndim == 3:
             self.size, self.format, self.mode = (data.shape[0], data.shape[1]), "pixels", "RGB"
