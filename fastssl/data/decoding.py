@@ -245,14 +245,28 @@ def open_image(source: Source, index: int) -> ImageFile:
     return ImageFile(source.read(index), source.name(index))
 
 
-def reduction(windows: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]]) -> float:
-    """How far an image may be reduced for several views of it: each keeps `MARGIN` times the pixels of its sides.
+def decode_for_views(
+    image: ImageFile, windows: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]]
+) -> tuple[Tensor, list[list[float]]]:
+    """Pixels for several views of an image, reduced as far as all of them allow, and the views' windows in them.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if each window then still has `MARGIN` times as many pixels in
+    height and width as its view. The windows are those of the whole image, divided by that number, not rounded: so they
+    show the same part of it. A view differs from that of the whole image by about 0.5 of 255 in the mean of its pixels.
 
     Args:
+        image: the image.
         windows: top, left, height and width of each view's window, pixels of the whole image.
         sizes: (height, width) of each view.
+
+    Returns: pixels as `ImageFile.raster` gives them, and windows.
+
+    Raises:
+        BadImage: the file can't be decoded.
     """
-    return min(min(w[2] / size[0], w[3] / size[1]) for w, size in zip(windows, sizes)) / MARGIN
+    allowed = min(min(w[2] / size[0], w[3] / size[1]) for w, size in zip(windows, sizes)) / MARGIN
+    scale = image.find_scale(allowed)
+    return image.raster(scale), [[number / scale for number in window] for window in windows]
 
 
 def planes_to_rgb(planes: np.ndarray) -> np.ndarray:
