@@ -1,23 +1,22 @@
 """The engine on torchvision, which works on every machine.
 
-Worker processes decode each image once, torchvision resamples every view of it, and `augment_` changes the colours of a
-whole batch.
+Worker processes decode each image once, `resized_crops_` resamples every view of it, and `augment_` changes the colours
+of a whole batch.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from fastssl.ops import ColourLaw, augment_
+from fastssl.ops import ColourLaw, augment_, resized_crops_
 
 from .augmentation import COLOUR_LAWS, Augmentation, View
-from .decoding import ImageFile, open_image
+from .decoding import ImageFile, decode_for_views, open_image
 from .draws import Draws, draw, mix, windows
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .source import BadImage, BadSource, Source, read_extras
@@ -90,13 +89,15 @@ def make_batch(
                 bad.append((int(indices[row]), str(error)))
         for row, view_windows in windows_of(augmentation, draws, files):
             try:
-                pixels = files[row].pixels()
+                pixels, view_windows = decode(files[row], augmentation, view_windows)
                 extras[row] = read_extras(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
                 continue
             for view, window, batch in zip(augmentation.views, view_windows, views):
-                batch[row] = resample(pixels, view, window)
+                resized_crops_(
+                    batch[row : row + 1], [pixels], torch.tensor([window], dtype=torch.float64), view.interpolation
+                )
     rows = list(extras)
     if bad:
         rows = fill_in_rows(rows, len(indices)) if fill_in else rows
@@ -109,11 +110,13 @@ def make_batch(
     return Samples(views, torch.from_numpy(indices), labels, torch.from_numpy(seeds), stacked, bad)
 
 
-def resample(image: Tensor, view: View, window: list[int]) -> Tensor:
-    """The window (top, left, height, width) of an image [3, H, W] in the view's size, antialiased: [3, h, w]."""
-    top, left, height, width = window
-    cropped = image[None, :, top : top + height, left : left + width]
-    return F.interpolate(cropped, view.size, mode=view.interpolation, antialias=True)[0]
+def decode(
+    image: ImageFile, augmentation: Augmentation, windows: Sequence[Sequence[float]]
+) -> tuple[Tensor, Sequence[Sequence[float]]]:
+    """Pixels of an image, reduced if the augmentation allows it, and the views' windows in them."""
+    if augmentation.reduced:
+        return decode_for_views(image, windows, [view.size for view in augmentation.views])
+    return image.raster(), windows
 
 
 def change_colours(pixels: Tensor, view: View, draws: Draws) -> None:
