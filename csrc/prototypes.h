@@ -5,6 +5,7 @@
 // feature's logits is a row of another matrix: the targets of any of the teachers.
 #pragma once
 
+#include "avx512_bf16.h"
 #include "gemm.h"
 
 #include <cmath>
@@ -47,7 +48,7 @@ class Logits {
         width_(features.size(1)), steps_(steps_of<P>(width_)),
         packed_features_(empty_packed<P>(is_in_place() ? 0 : rows() * packed_row_length<P>(width_))),
         panels_(empty_packed<P>(panel_count<T>(chunk) * kPanelWidth<T> * steps_)),
-        a_(pack_a<P>(data<S>(features_), features_.stride(0), rows(), width_, {}, data<P>(packed_features_))) {}
+        a_(pack_a<P>(data<S>(features_), features_.stride(0), rows(), width_, data<P>(packed_features_))) {}
 
   int64_t rows() const { return features_.size(0); }
   int64_t width() const { return width_; }
@@ -58,7 +59,7 @@ class Logits {
 
   // Packs the prototypes of a chunk.
   void load_chunk(int64_t first, int64_t count) {
-    pack_b<P>(prototype(first), prototype_stride(), count, width_, {}, data<P>(panels_));
+    pack_b<P>(prototype(first), prototype_stride(), count, width_, data<P>(panels_));
   }
 
   // Products of `count` features with `columns` prototypes from `column` of the chunk on: tile[count, kColumns].
@@ -91,7 +92,7 @@ class Logits {
   Tensor packed_features_, panels_;
   PackedA<P> a_;
 
-  bool is_in_place() const { return is_usable_in_place<P, S>(features_.stride(0), width_, {}); }
+  bool is_in_place() const { return is_usable_in_place<P, S>(features_.stride(0), width_); }
 };
 
 // The first n lanes of x, and `other` in the rest. n may exceed a vector.
@@ -223,8 +224,7 @@ class LogitGradients {
         feature_panels_(empty_packed<P>(dweight ? padded_ * row_steps_ : 0)),
         padded_dx_(empty({dx && padded_ != width_ ? rows_ * padded_ : 0}, kDtype<T>)) {
     if (dweight)
-      pack_contiguous_lanes<kPanelWidth<T>, P>(logits.features(), logits.feature_stride(), width_, rows_, {},
-                                               data<P>(feature_panels_));
+      pack_contiguous_lanes<P>(logits.features(), logits.feature_stride(), width_, rows_, data<P>(feature_panels_));
   }
 
   // The memory of a tile.
@@ -264,8 +264,8 @@ class LogitGradients {
     // A task of few blocks takes a part of one, so that there are enough tasks for many threads.
     const int64_t part = block_count(size) < 8 ? kColumns / 4 : kColumns;
     if (dx_)
-      pack_contiguous_lanes<kPanelWidth<T>, P>(logits_.prototype(first), logits_.prototype_stride(), width_, size, {},
-                                               data<P>(prototype_panels_));
+      pack_contiguous_lanes<P>(logits_.prototype(first), logits_.prototype_stride(), width_, size,
+                               data<P>(prototype_panels_));
     const int64_t scratch_size = dweight_ && padded_ != width_ ? kColumns * padded_ : 0;
     const Tensor scratch = empty({torch::stable::get_num_threads() * scratch_size}, kDtype<T>);
     for_tasks(dx_tasks + (dweight_ ? (size + part - 1) / part : 0), 4.0 * rows_ * size * width_, data<T>(scratch),

@@ -175,36 +175,18 @@ def table() -> list[tuple[str, str, str]]:
     ]
 
 
-def uses_native_gemm(dtype: torch.dtype) -> bool:
-    """True where large matrix products of a dtype run in our kernels on this CPU, not in torch's libraries."""
-    return dtype in _native_gemm_dtypes
+def processor_maker() -> str | None:
+    """Maker of the CPU: "intel", "amd" or "other"; None in a build without native kernels."""
+    if native_level() is None:
+        return None
+    from fastssl import _C
 
-
-def native_gemm_dtypes(level: str | None, maker: str) -> set[torch.dtype]:
-    """Dtypes of which large matrix products run in our kernels, for an instruction set and a maker of processors.
-
-    On Intel's processors torch has Intel's own library for 32 and 64 bits and, for 16 bits, from the processors with
-    bfloat16 instructions on, tiles (AMX) that our kernels lack. On other processors that library is no faster than our
-    kernels. For 16 bits torch emulates what AVX2 lacks; with AVX-512's bf16 dot product its products are at most as
-    fast as ours, and ours save the casts, the GELU and the bias around them.
-    """
-    if level in (None, "baseline"):
-        return set()
-    half = {torch.bfloat16, torch.float16}
-    if maker == "intel":
-        return half if level == "avx2" else set()
-    return half | {torch.float32, torch.float64}
-
-
-_native_gemm_dtypes: set[torch.dtype] = set()
+    return _C.processor_maker()
 
 
 def load_native() -> None:
     """Loads the C++ kernels, which register themselves with torch; called once, when all ops are defined."""
     if level := native_level():
-        from fastssl import _C
-
-        _native_gemm_dtypes.update(native_gemm_dtypes(level, _C.processor_maker()))
         for device, part in (("cpu", level), *([("cuda", "cuda")] if native_cuda() else [])):
             for name in _bodies:
                 if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastssl::{name}", device.upper()):

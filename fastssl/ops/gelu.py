@@ -1,4 +1,5 @@
-"""GELU with the bias of the linear layer before it, whose gradient is summed in the same pass."""
+"""GELU: with the bias of the linear layer before it on GPUs, whose gradient is summed in the same pass, and for the
+linear layer behind it on CPUs."""
 
 import torch
 import torch.nn.functional as F
@@ -95,3 +96,27 @@ class _BiasGelu(torch.autograd.Function):
         x, bias = ctx.saved_tensors
         dx, dbias = _bias_gelu_bwd(dy, x, bias)
         return dx, dbias.to(bias.dtype)
+
+
+@op("gelu_fwd")
+def gelu_fwd(x: Tensor) -> Tensor:
+    """GELU of x [M, K], whose rows are contiguous; contiguous, in x's dtype."""
+    return F.gelu(x.to(acc_dtype(x))).to(x.dtype).contiguous()
+
+
+@fake(gelu_fwd)
+def _(x):
+    return x.new_empty(x.shape)
+
+
+@op("gelu_bwd_", mutates_args=("dy",))
+def gelu_bwd_(dy: Tensor, x: Tensor) -> Tensor:
+    """Multiplies dy [M, K] by the derivative of GELU at x, both with contiguous rows, and returns GELU(x) [M, K]."""
+    wide = x.to(acc_dtype(x))
+    dy.copy_(torch.ops.aten.gelu_backward(dy.to(wide.dtype), wide))
+    return F.gelu(wide).to(x.dtype).contiguous()
+
+
+@fake(gelu_bwd_)
+def _(dy, x):
+    return x.new_empty(x.shape)

@@ -11,6 +11,7 @@ from torch.profiler import record_function
 from fastssl.bounds import check_ranges
 from fastssl.contract import Batch, DefersUpdates, Method, SchedulesMomentum
 from fastssl.distributed import all_gather_object, rank, world_size
+from fastssl.ops.products import RoundedWeights
 from fastssl.text import printable
 
 from .checkpoint import load_model, random_state, set_random_state
@@ -91,6 +92,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=execution.precision == "fp16")
         self.compute_gradients: Callable[[Batch], tuple[dict[str, Tensor], list]] = self._compute_gradients
         self.graph_of_rank = execution.graph and world_size() > 1  # whose gradients are not means over the ranks yet
+        self.rounded_weights = RoundedWeights()
         if execution.graph:
             self.use_graph()
         if state:
@@ -112,6 +114,7 @@ class Trainer:
         hooks, accumulate = cast(Method, self.method), self.training.accumulate
         self._set_schedules()
         hooks.before_step(self.progress)
+        self.rounded_weights.refresh()
         for i in range(accumulate):
             start = time.perf_counter()
             with record_function("data"):
@@ -119,7 +122,7 @@ class Trainer:
             if batch is None:
                 raise ValueError(f"train: a step must get {accumulate} batches, got {i}")
             data_seconds += time.perf_counter() - start
-            with sync_on_last_micro_batch(self.parallel, last=i == accumulate - 1):
+            with self.rounded_weights, sync_on_last_micro_batch(self.parallel, last=i == accumulate - 1):
                 values, deferred = self.compute_gradients(batch)
             results.append(values)
             pending += deferred

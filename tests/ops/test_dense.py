@@ -4,20 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl import _C
 from fastssl.ops import dispatch, linear
-from tests.support.close import assert_as_exact_on_average, assert_same
-from tests.support.contract import (
-    compiles,
-    gradcheck,
-    opcheck,
-    refused,
-    refuses_second_derivative,
-    rejects,
-    torch_threads,
-)
+from tests.support.close import assert_as_exact_on_average
+from tests.support.contract import compiles, gradcheck, refused, refuses_second_derivative, rejects
 
-module = importlib.import_module("fastssl.ops.dense")
+module, products = (importlib.import_module(f"fastssl.ops.{name}") for name in ("dense", "products"))
 SIZES = [(1, 1, 1), (5, 3, 2), (70, 33, 45), (97, 129, 31), (300, 700, 65), (131, 77, 515)]  # M, K, N
 DTYPES = [  # of x, of the weight
     *((dtype, dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)),
@@ -25,11 +16,16 @@ DTYPES = [  # of x, of the weight
 ]
 
 
-@pytest.fixture(autouse=True)
-def kernel_at_any_size(monkeypatch):
-    """Runs the kernel at the small sizes of tests and on every processor."""
+@pytest.fixture(autouse=True, params=["inner product", "F.linear", "float32"])
+def library(request, monkeypatch):
+    """Runs our layer at the small sizes of tests, with each library of `ops.products`."""
     monkeypatch.setattr(module, "FEWEST", 1)
-    monkeypatch.setattr(module, "uses_native_gemm", lambda dtype: True)
+    monkeypatch.setattr(products, "FEWEST", 1)
+    monkeypatch.setattr(products, "has_inner_product", lambda dtype: request.param == "inner product")
+    monkeypatch.setattr(module, "has_inner_product", lambda dtype: True)
+    if request.param == "float32":
+        monkeypatch.setattr(products, "is_native", lambda dtype: dtype in (torch.float32, torch.float64))
+    return request.param
 
 
 def layer(rows, depth, columns, x_dtype=torch.float64, dtype=torch.float64):
@@ -37,12 +33,10 @@ def layer(rows, depth, columns, x_dtype=torch.float64, dtype=torch.float64):
     return x, (torch.randn(columns, depth) / depth**0.5).to(dtype), torch.randn(columns).to(dtype), dy
 
 
-def all_of(forward, dx, dweight, x, weight, bias, dy, gelu):
-    return forward(x, weight, bias, gelu), dx(dy, weight, x if gelu else None), *dweight(dy, x, weight, gelu)
-
-
-def kernels(*args):
-    return all_of(module._linear_fwd, module._linear_dx, module._linear_dweight, *args)
+def ours(x, weight, bias, dy, gelu):
+    x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
+    y = module._Linear.apply(x, weight, bias, gelu)
+    return y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy)
 
 
 def formula(x, weight, bias, dy, gelu):
@@ -60,20 +54,10 @@ def test_error_is_at_most_torch_s(size, x_dtype, dtype, gelu):
     rounded = (x, weight.to(x_dtype), bias.to(x_dtype), dy)
     truths = formula(*(t.double() for t in rounded), gelu)
     for name, result, truth, plain in zip(
-        ("y", "dx", "dweight", "dbias"), kernels(x, weight, bias, dy, gelu), truths, formula(*rounded, gelu)
+        ("y", "dx", "dweight", "dbias"), ours(x, weight, bias, dy, gelu), truths, formula(*rounded, gelu)
     ):
         assert result.dtype == (dtype if name in ("dweight", "dbias") else x_dtype)
         assert_as_exact_on_average(result.to(plain.dtype), truth, plain, name)
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_on_any_number_of_threads(size, dtype):
-    args = layer(*size, dtype, torch.float32)
-    with torch_threads(1):
-        alone = kernels(*args, True)
-    for one, two in zip(alone, kernels(*args, True)):
-        assert_same(one, two)
 
 
 def test_gradients():
@@ -86,17 +70,22 @@ def test_gradients():
 
 def test_only_the_required_gradients_are_computed(monkeypatch):
     x, weight, bias, dy = layer(4, 3, 2)
+    calls = []
+    monkeypatch.setattr(module, "product", lambda *args: calls.append(args) or products.product(*args))
+    for leaves, count in (((x,), 1), ((weight,), 1), ((x, weight, bias), 2), ((bias,), 0)):
+        y = linear(*(t.detach().requires_grad_(any(t is leaf for leaf in leaves)) for t in (x, weight, bias)))
+        calls.clear()
+        y.backward(dy)
+        assert len(calls) == count
 
-    def never(*args):
-        raise AssertionError("computed a gradient that is not required")
 
-    for unwanted, wanted in (("_linear_dx", weight), ("_linear_dweight", x)):
-        with monkeypatch.context() as patched:
-            patched.setattr(module, unwanted, never)
-            wanted.requires_grad_()
-            linear(x, weight, bias).backward(dy)
-            wanted.requires_grad_(False)
-    assert bias.grad is None
+def test_one_tensor_is_kept():
+    """GELU(x) and the rounded weight are not."""
+    x, weight, bias, _ = layer(70, 33, 45, torch.bfloat16, torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module._Linear.apply(x.requires_grad_(), weight.requires_grad_(), bias, True)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr(), weight.data_ptr()]
 
 
 def test_strides():
@@ -117,7 +106,7 @@ def test_nan_and_infinity_propagate():
     for dtype in (torch.float32, torch.bfloat16):
         x, weight, bias, dy = layer(70, 33, 45, dtype, torch.float32)
         x[3, 4], dy[5, 6] = float("nan"), float("inf")
-        y, dx, dweight, dbias = kernels(x, weight, bias, dy, False)
+        y, dx, dweight, dbias = ours(x, weight, bias, dy, False)
         assert y[3].isnan().all() and y.isnan().sum() == 45
         assert not dx[5].isfinite().any() and dx.isfinite().sum() == 69 * 33
         assert dweight[:, 4].isnan().all() and not dbias[6].isfinite()
@@ -140,28 +129,15 @@ def test_autocast_casts_like_torch_and_keeps_gradients_in_float32(dtype):
 
 def test_backend(monkeypatch):
     x, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
-    assert module.backend(x, weight) == "kernel"
+    assert module.backend(x, weight) == module.backend(x, weight, gelu=True) == "ours"
     with dispatch.reference():
         assert module.backend(x, weight) == "torch"
-    monkeypatch.setattr(module, "FEWEST", 7)
+    monkeypatch.setattr(module, "has_inner_product", lambda dtype: False)
     assert module.backend(x, weight) == "torch"
+    assert module.backend(x, weight, gelu=True) == module.backend(x.bfloat16(), weight) == "ours"
+    monkeypatch.setattr(module, "FEWEST", 7)
+    assert module.backend(x, weight, gelu=True) == "torch"
     torch.testing.assert_close(linear(x, weight, gelu=True), F.linear(F.gelu(x), weight))
-
-
-def test_dtypes_of_the_native_gemm():
-    assert _C.processor_maker() in ("intel", "amd", "other")
-    every, half = {torch.float32, torch.float64, torch.bfloat16, torch.float16}, {torch.bfloat16, torch.float16}
-    for level, maker, ours in (
-        ("avx512", "amd", every),
-        ("avx2", "other", every),
-        ("avx2", "intel", half),
-        ("avx512", "intel", set()),
-        ("baseline", "amd", set()),
-        (None, "amd", set()),
-    ):
-        assert dispatch.native_gemm_dtypes(level, maker) == ours
-    here = dispatch.native_gemm_dtypes(dispatch.native_level(), _C.processor_maker())
-    assert {dtype for dtype in every if dispatch.uses_native_gemm(dtype)} == here
 
 
 def test_empty():
@@ -171,15 +147,6 @@ def test_empty():
         assert y.shape == (rows, columns)
         y.sum().backward()
         assert not x.grad.any() and not weight.grad.any()
-
-
-def test_contract():
-    x, weight, bias, dy = layer(6, 5, 4, torch.bfloat16, torch.float32)
-    for args in ((x, weight, bias, True), (x, weight, None, False)):
-        opcheck(module._linear_fwd, *args)
-    opcheck(module._linear_dx, dy, weight, None)
-    opcheck(module._linear_dx, dy, weight, x)
-    opcheck(module._linear_dweight, dy, x, weight, True)
 
 
 def test_compile():

@@ -1,0 +1,124 @@
+"""Large matrix products: the one place that chooses the library which computes them."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import fake, op, processor_maker
+
+
+@op("product")
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a [M, D] times the transpose of b [N, D], plus the bias [N]; all of one dtype. Forward and backward of `linear`.
+
+    Each product is a library's, chosen by what was measured (docs/measurements.md):
+
+    - GPUs, float64, and Intel's processors: what `F.linear` calls, which is cuBLAS, MKL, and oneDNN for 16 bits, with
+      tiles (AMX) where the processor has them.
+    - float32 on other processors: oneDNN's inner product. `F.linear` calls MKL, which takes AVX-512 on Intel's
+      processors alone; where AVX2 is the most, MKL stays for products with a transposed matrix, which oneDNN packs
+      slowly there.
+    - bfloat16 on other processors with AVX-512: oneDNN's inner product, except for gradients of weights, for which
+      `F.linear` is faster.
+    - 16 bits that torch's library does not support natively, such as bfloat16 with AVX2: a float32 product between
+      conversions. torch would emulate each operation.
+    """
+    if a.device.type != "cpu" or a.dtype == torch.float64:
+        return F.linear(a, b, bias)
+    if not is_native(a.dtype):
+        return product(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
+    if has_inner_product(a.dtype) and _prefers_inner_product(a, b):
+        bias = None if bias is None else bias.contiguous()  # it ignores the strides of the bias
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return F.linear(a, b, bias)
+
+
+@fake(product)
+def _(a, b, bias=None):
+    return a.new_empty(a.shape[0], b.shape[0])
+
+
+FEWEST = 64  # rows below which packing b takes oneDNN's inner product longer than the product
+
+
+def _prefers_inner_product(a: Tensor, b: Tensor) -> bool:
+    rows_lie_in_order = a.stride(1) == 1
+    if a.shape[0] < FEWEST or not b.numel() or not a.numel():
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return a.dtype == torch.float32 and rows_lie_in_order and b.stride(1) == 1
+    return a.dtype == torch.float32 or rows_lie_in_order
+
+
+@functools.cache
+def has_inner_product(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's inner product is used: torch was built with oneDNN, and the processor is not Intel's."""
+    if not torch.backends.mkldnn.is_available() or processor_maker() in (None, "intel"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and is_native(dtype))
+
+
+@functools.cache
+def is_native(dtype: torch.dtype) -> bool:
+    """Whether torch's CPU library multiplies this dtype by instructions of its own, without emulation."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    supports = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, supports)())
+
+
+class RoundedWeights:
+    """16-bit copies of float32 weights, made once a step instead of for each product: ``with rounded_weights:``.
+
+    Inside the context `linear` takes copies from here. `refresh` rounds the weights again; between two calls of it a
+    weight that is changed in place or replaced is noticed by torch's version counter and its address. The copies take
+    2 bytes per weight and belong to no module, so no state dict holds them.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}  # id(weight) → weight, copy, its state
+
+    def __enter__(self) -> "RoundedWeights":
+        global _current
+        self._outer, _current = _current, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _current
+        _current = self._outer
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rounds all weights again, after the optimizer or anything else changed them."""
+        self._copies = {
+            id(weight): (weight, copy, _state(weight))
+            for weight, copy, (_, address) in self._copies.values()
+            if address == weight.data_ptr()
+        }
+        for weight, copy, _ in self._copies.values():
+            copy.copy_(weight)
+
+    def get(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The copy of a weight in a dtype; made if there is none, or the weight has changed."""
+        entry = self._copies.get(id(weight))
+        if entry is None or entry[1].dtype != dtype or entry[2] != _state(weight):
+            entry = self._copies[id(weight)] = weight, weight.detach().to(dtype), _state(weight)
+        return entry[1]
+
+
+_current: RoundedWeights | None = None
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    return weight._version, weight.data_ptr()
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in a dtype: itself, a copy of `RoundedWeights`, or a new one."""
+    if weight.dtype == dtype:
+        return weight
+    if torch.compiler.is_compiling() or _current is None or not weight.is_leaf:
+        return weight.to(dtype)
+    return _current.get(weight, dtype)

@@ -1,0 +1,114 @@
+"""Large products: every library gives the product, and copies of weights are those of the weights."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastssl.ops import dispatch, linear
+from tests.support.close import assert_as_exact_on_average, assert_same
+from tests.support.contract import opcheck
+
+module = importlib.import_module("fastssl.ops.products")
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    monkeypatch.setattr(module, "FEWEST", 1)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1), (5, 3, 2), (70, 33, 45), (131, 515, 77), (0, 3, 2), (4, 0, 3)], ids=str)
+def test_error_is_at_most_torch_s(monkeypatch, size, dtype, inner):
+    """Also with transposed matrices, as in the backward pass."""
+    monkeypatch.setattr(module, "has_inner_product", lambda dtype: inner)
+    rows, depth, columns = size
+    a, b, bias = (
+        torch.randn(rows, depth).to(dtype),
+        torch.randn(columns, depth).to(dtype),
+        torch.randn(columns).to(dtype),
+    )
+    for left, right in ((a, b), (a.T.contiguous().T, b), (a, b.T.contiguous().T)):
+        for third in (None, bias, torch.stack([bias, -bias], 1)[:, 0]):
+            found = module.product(left, right, third)
+            truth = F.linear(*(None if t is None else t.double() for t in (left, right, third)))
+            assert found.dtype == dtype and found.is_contiguous() and found.shape == truth.shape
+            assert_as_exact_on_average(found, truth, F.linear(left, right, third), "product")
+
+
+def test_contract():
+    for dtype in FLOATS:
+        opcheck(module.product, torch.randn(6, 5).to(dtype), torch.randn(4, 5).to(dtype), torch.randn(4).to(dtype))
+        opcheck(module.product, torch.randn(6, 5).to(dtype), torch.randn(5, 4).to(dtype).T)
+
+
+@pytest.mark.parametrize("maker, dtypes", [("amd", {torch.float32, torch.bfloat16}), ("intel", set()), (None, set())])
+def test_processors_with_the_inner_product(monkeypatch, maker, dtypes):
+    assert dispatch.processor_maker() in ("intel", "amd", "other")
+    monkeypatch.setattr(module, "processor_maker", lambda: maker)
+    monkeypatch.setattr(module, "is_native", lambda dtype: dtype != torch.float16)
+    has = module.has_inner_product.__wrapped__
+    assert {dtype for dtype in FLOATS if has(dtype)} == dtypes
+
+
+@pytest.mark.parametrize("capability, counts", [("AVX512", (3, 2)), ("AVX2", (1, 0))])
+def test_products_by_the_inner_product(monkeypatch, capability, counts):
+    """Forward, gradient of x, gradient of the weight: which of them, in float32 and in bfloat16."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for dtype, count in zip((torch.float32, torch.bfloat16), counts, strict=True):
+        x, weight, dy = (torch.randn(size).to(dtype) for size in ((6, 5), (4, 5), (6, 4)))
+        chosen = [module._prefers_inner_product(*both) for both in ((x, weight), (dy, weight.T), (dy.T, x.T))]
+        assert chosen == [True] * count + [False] * (3 - count)
+
+
+def test_rounded_weights():
+    rounded = module.RoundedWeights()
+    weight = torch.randn(6, 8, requires_grad=True)
+    assert module.rounded(weight, torch.float32) is weight
+    with rounded:
+        copy = module.rounded(weight, torch.bfloat16)
+        assert module.rounded(weight, torch.bfloat16) is copy
+        assert_same(copy, weight.detach().bfloat16())
+        assert module.rounded(weight, torch.float16).dtype == torch.float16
+        assert module.rounded(weight * 1, torch.bfloat16).requires_grad  # a computed weight has no copy
+    assert module.rounded(weight, torch.bfloat16) is not module.rounded(weight, torch.bfloat16)
+
+
+def test_changed_weights_are_noticed():
+    rounded = module.RoundedWeights()
+    weight = torch.randn(6, 8, requires_grad=True)
+
+    def current():
+        with rounded, torch.no_grad():
+            assert_same(module.rounded(weight, torch.bfloat16), weight.bfloat16())
+
+    current()
+    with torch.no_grad():
+        weight.mul_(2)
+    current()
+    weight.data = torch.randn(6, 8)
+    current()
+    weight.data.mul_(3)  # not counted by autograd: hence `refresh`, which the trainer calls before each step
+    rounded.refresh()
+    current()
+    weight.data = torch.randn(6, 8)
+    rounded.refresh()
+    current()
+
+
+def test_gradients_with_rounded_weights(monkeypatch):
+    x, weight, upstream = torch.randn(70, 8), torch.randn(6, 8, requires_grad=True), torch.randn(70, 6)
+    rounded, gradients = module.RoundedWeights(), []
+    for context in (rounded, rounded, torch.enable_grad()):
+        leaf = x.clone().requires_grad_()
+        with context:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = linear(leaf, weight, gelu=True)
+            gradients.append(torch.autograd.grad(y, (leaf, weight), upstream.bfloat16()))
+    for found in gradients[1:]:
+        for one, two in zip(found, gradients[0], strict=True):
+            assert_same(one, two)
+    assert len(rounded._copies) == 1  # forward and backward, in both calls
