@@ -75,6 +75,12 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
+// The tensor itself where it has the dtype, and is contiguous: torch's functions take a microsecond to find that out.
+inline Tensor as_dtype(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+}
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // The temperature: the value of a 0-d tensor.
 inline double tau_value(const Tensor& tau) {
   double value = 0;

@@ -183,7 +183,7 @@ void add_position(O* out, const S* src, int64_t column_stride, const O* pos, int
 // pos [N, D] in the output's dtype with contiguous rows, because it is read once per sample.
 Tensor converted_positions(const Tensor& pos, ScalarType dtype) {
   const bool is_converted = pos.scalar_type() == dtype && pos.stride(1) == 1;
-  return is_converted ? pos : torch::stable::contiguous(torch::stable::to(pos, dtype));
+  return is_converted ? pos : as_contiguous(as_dtype(pos, dtype));
 }
 
 Tensor keep_tokens_fwd(Tensor x, Tensor ids_keep, std::optional<Tensor> pos) {
@@ -272,7 +272,7 @@ Tensor restore_tokens_fwd(Tensor x, Tensor mask_token, Tensor ids_restore, std::
   Tensor out = empty({batch, prefix + length, width}, dtype);
   if (out.numel() == 0) return out;
   if (pos) pos = converted_positions(*pos, dtype);
-  mask_token = torch::stable::contiguous(torch::stable::to(mask_token, dtype));
+  mask_token = as_contiguous(as_dtype(mask_token, dtype));
   with_promoted_types(x.scalar_type(), dtype, [&](auto source, auto output) {
     using S = decltype(source);
     using O = decltype(output);

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import check
-from .dispatch import acc_dtype, autocast_dtype, fake, first_order, has_kernel, op, register_triton
+from .dispatch import Function, acc_dtype, autocast_dtype, fake, first_order, has_kernel, op, register_triton
 
 
 def _kernels():
@@ -64,14 +64,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1; Dosovitskiy et al., 2021 (ViT).
     """
-    check.tensor("attention", "q", q, "B L H E")
-    batch, _, heads, width = q.shape
-    check.tensor("attention", "k", k, "B L H E", B=batch, H=heads, E=width)
-    check.tensor("attention", "v", v, "B L H E", B=batch, L=k.shape[1], H=heads, E=width)
-    check.floating("attention", q=q, k=k, v=v)
-    check.same_device("attention", q=q, k=k, v=v)
-    if scale is not None:
-        _check_scale("attention", scale)
+    _check(q, k, v, scale)
+    width = q.shape[3]
     if dtype := autocast_dtype(q):
         q, k, v = (x.to(dtype) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
@@ -94,6 +88,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     else:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).contiguous()
+
+
+@check.once_a_signature
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    check.tensor("attention", "q", q, "B L H E")
+    batch, _, heads, width = q.shape
+    check.tensor("attention", "k", k, "B L H E", B=batch, H=heads, E=width)
+    check.tensor("attention", "v", v, "B L H E", B=batch, L=k.shape[1], H=heads, E=width)
+    check.floating("attention", q=q, k=k, v=v)
+    check.same_device("attention", q=q, k=k, v=v)
+    if scale is not None:
+        _check_scale("attention", scale)
 
 
 def _check_scale(op_name: str, scale: float) -> None:
@@ -120,18 +126,23 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
 
     Memory and source: as `attention`.
     """
-    check.tensor("attention_packed", "qkv", qkv, "B L 3 H E", **{"3": 3})
-    check.floating("attention_packed", qkv=qkv)
-    if scale is not None:
-        _check_scale("attention_packed", scale)
-    if qkv.shape[1] == 0 or qkv.shape[4] == 0:
-        check.fail("attention_packed", f"qkv must have at least one token and E at least 1, got {list(qkv.shape)}")
+    _check_packed(qkv, scale)
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     scale = qkv.shape[4] ** -0.5 if scale is None else scale
     q, k, v = qkv.unbind(2)
     if backend(q, k, v) == "kernel":
         return _AttentionPacked.apply(qkv, scale)
     return attention(q, k, v, scale)
+
+
+@check.once_a_signature
+def _check_packed(qkv: Tensor, scale: float | None) -> None:
+    check.tensor("attention_packed", "qkv", qkv, "B L 3 H E", **{"3": 3})
+    check.floating("attention_packed", qkv=qkv)
+    if scale is not None:
+        _check_scale("attention_packed", scale)
+    if qkv.shape[1] == 0 or qkv.shape[4] == 0:
+        check.fail("attention_packed", f"qkv must have at least one token and E at least 1, got {list(qkv.shape)}")
 
 
 def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -259,7 +270,7 @@ def _(dout, qkv, out, lse, scale):
 register_triton(_attention_packed_bwd, lambda: _kernels().attention_packed_bwd)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     @staticmethod
     def forward(ctx, q, k, v, scale):
         out, lse = _attention_fwd(q, k, v, scale)
@@ -273,7 +284,7 @@ class _Attention(torch.autograd.Function):
         return *_attention_bwd(dout, *ctx.saved_tensors, ctx.scale), None
 
 
-class _AttentionPacked(torch.autograd.Function):
+class _AttentionPacked(Function):
     @staticmethod
     def forward(ctx, qkv, scale):
         out, lse = _attention_packed_fwd(qkv, scale)

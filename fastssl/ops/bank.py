@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version  # a kernel writes without au
 
 from . import check
 from .contrastive import InfoNCE
-from .dispatch import acc_dtype, fake, first_order, op, register_triton
+from .dispatch import Function, acc_dtype, fake, first_order, op, register_triton
 
 
 def _kernels():
@@ -146,7 +146,7 @@ def _(q, bank, indices, tau, with_grad):
 register_triton(_sampled_info_nce_fwd, lambda: _kernels().sampled_info_nce_fwd)
 
 
-class _SampledInfoNCE(torch.autograd.Function):
+class _SampledInfoNCE(Function):
     @staticmethod
     def forward(ctx, q, bank, indices, tau, with_grad):
         loss, rank, dq = _sampled_info_nce_fwd(q, bank, indices, tau, with_grad)
@@ -190,7 +190,7 @@ def _(q, bank, indices, tau, shift, with_grad):
 register_triton(_sampled_nce_fwd, lambda: _kernels().sampled_nce_fwd)
 
 
-class _SampledNCE(torch.autograd.Function):
+class _SampledNCE(Function):
     @staticmethod
     def forward(ctx, q, bank, indices, tau, shift, with_grad):
         loss, rank, lse, dq = _sampled_nce_fwd(q, bank, indices, tau, shift, with_grad)
@@ -229,12 +229,7 @@ def update_bank_(bank: Tensor, indices: Tensor, features: Tensor, momentum: floa
 
     Source: Wu et al., 2018, section 3.2, "Learning with a memory bank", and its code.
     """
-    check.tensor("update_bank_", "bank", bank, "N D")
-    check.tensor("update_bank_", "indices", indices, "B")
-    check.tensor("update_bank_", "features", features, "B D", B=indices.shape[0], D=bank.shape[1])
-    check.floating("update_bank_", bank=bank, features=features)
-    check.index("update_bank_", indices=indices)
-    check.same_device("update_bank_", bank=bank, indices=indices, features=features)
+    _check_update(bank, indices, features)
     check.number("update_bank_", momentum=momentum)
     if not 0 <= momentum <= 1:
         check.fail("update_bank_", f"momentum must be from 0 to 1, got {momentum}")
@@ -243,6 +238,16 @@ def update_bank_(bank: Tensor, indices: Tensor, features: Tensor, momentum: floa
     with torch.no_grad():
         _update_bank_(bank, indices, features, float(momentum))
     increment_version((bank,))
+
+
+@check.once_a_signature
+def _check_update(bank: Tensor, indices: Tensor, features: Tensor) -> None:
+    check.tensor("update_bank_", "bank", bank, "N D")
+    check.tensor("update_bank_", "indices", indices, "B")
+    check.tensor("update_bank_", "features", features, "B D", B=indices.shape[0], D=bank.shape[1])
+    check.floating("update_bank_", bank=bank, features=features)
+    check.index("update_bank_", indices=indices)
+    check.same_device("update_bank_", bank=bank, indices=indices, features=features)
 
 
 @op("update_bank_", mutates_args=("bank",))
@@ -270,6 +275,15 @@ register_triton(_update_bank_, lambda: _kernels().update_bank_)
 
 def _checked(name: str, q: Tensor, bank: Tensor, indices: Tensor, tau: float | Tensor) -> Tensor:
     """tau as a tensor, after checks of all arguments."""
+    _check_sampled(name, q, bank, indices)
+    _check_rows(name, bank)
+    if bank.requires_grad:
+        check.fail(name, "bank must not require a gradient, got requires_grad=True; pass bank.detach()")
+    return check.temperature(name, tau, like=q)
+
+
+@check.once_a_signature
+def _check_sampled(name: str, q: Tensor, bank: Tensor, indices: Tensor) -> None:
     check.tensor(name, "q", q, "B D")
     check.tensor(name, "bank", bank, "N D", D=q.shape[1])
     check.tensor(name, "indices", indices, "B 1+m", B=q.shape[0])
@@ -278,10 +292,6 @@ def _checked(name: str, q: Tensor, bank: Tensor, indices: Tensor, tau: float | T
     check.same_device(name, q=q, bank=bank, indices=indices)
     if indices.shape[1] == 0:
         check.fail(name, f"indices must have a first column, the positives, got shape {list(indices.shape)}")
-    _check_rows(name, bank)
-    if bank.requires_grad:
-        check.fail(name, "bank must not require a gradient, got requires_grad=True; pass bank.detach()")
-    return check.temperature(name, tau, like=q)
 
 
 def _check_rows(name: str, bank: Tensor) -> None:
@@ -336,8 +346,8 @@ def _fake_results(q: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _gradients(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of q and of tau: every logit is bilinear in q and 1/τ, so τ's is −Σ q·dq / τ."""
     q, dq, tau = ctx.saved_tensors
-    dq = dq * dloss[:, None]
+    dq = dq * dloss.unsqueeze(1)
     dtau = None
     if ctx.needs_input_grad[3]:
-        dtau = (-(q.to(dq.dtype) * dq).sum() / tau.to(dq.dtype)).to(tau.dtype)
-    return dq.to(q.dtype) if ctx.needs_input_grad[0] else None, dtau
+        dtau = -(q.to(dq.dtype) * dq).sum() / tau.to(dq.dtype)
+    return dq if ctx.needs_input_grad[0] else None, dtau

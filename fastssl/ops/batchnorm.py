@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import acc_dtype, fake, first_order, has_kernel, op, register_triton
+from .dispatch import Function, acc_dtype, fake, first_order, has_kernel, op, register_triton
 
 
 def _kernels():
@@ -179,7 +179,7 @@ def _(dy, x, y, weight, bias, mean, invstd, relu):
 register_triton(_batch_norm_bwd, lambda: _kernels().batch_norm_bwd)
 
 
-class _BatchNorm(torch.autograd.Function):
+class _BatchNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps, splits, relu):
         y, mean, invstd, var = _batch_norm_fwd(x, weight, bias, residual, eps, splits, relu)

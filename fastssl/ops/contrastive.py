@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import acc_dtype, fake, first_order, op, register_triton
+from .dispatch import Function, acc_dtype, fake, first_order, op, register_triton
 
 
 def _kernels():
@@ -64,17 +64,22 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float | Tensor) -> InfoNC
 
     Source: van den Oord et al., 2018 (CPC), equation 4; He et al., 2020 (MoCo), equation 1 and algorithm 1.
     """
-    check.tensor("info_nce", "q", q, "B D")
-    check.tensor("info_nce", "k", k, "B D", B=q.shape[0], D=q.shape[1])
-    check.tensor("info_nce", "queue", queue, "K D", D=q.shape[1])
-    check.floating("info_nce", q=q, k=k, queue=queue)
-    check.same_device("info_nce", q=q, k=k, queue=queue)
+    _check_queue(q, k, queue)
     for name, value in (("k", k), ("queue", queue)):
         if value.requires_grad:
             check.fail("info_nce", f"{name} must not require a gradient, got requires_grad=True; pass {name}.detach()")
     tau = check.temperature("info_nce", tau, like=q)
     with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
     return InfoNCE(*_InfoNCE.apply(q, k, queue, tau, with_grad))
+
+
+@check.once_a_signature
+def _check_queue(q: Tensor, k: Tensor, queue: Tensor) -> None:
+    check.tensor("info_nce", "q", q, "B D")
+    check.tensor("info_nce", "k", k, "B D", B=q.shape[0], D=q.shape[1])
+    check.tensor("info_nce", "queue", queue, "K D", D=q.shape[1])
+    check.floating("info_nce", q=q, k=k, queue=queue)
+    check.same_device("info_nce", q=q, k=k, queue=queue)
 
 
 @op("info_nce_fwd")
@@ -102,7 +107,7 @@ def _(q, k, queue, tau, with_grad):
 register_triton(_info_nce_fwd, lambda: _kernels().info_nce_fwd)
 
 
-class _InfoNCE(torch.autograd.Function):
+class _InfoNCE(Function):
     @staticmethod
     def forward(ctx, q, k, queue, tau, with_grad):
         loss, rank, dq = _info_nce_fwd(q, k, queue, tau, with_grad)
@@ -114,8 +119,8 @@ class _InfoNCE(torch.autograd.Function):
     @first_order("info_nce")
     def backward(ctx, dloss, _):
         q, dq, tau = ctx.saved_tensors
-        dq = dq * dloss[:, None]
-        return dq.to(q.dtype), None, None, _tau_gradient(q, dq, tau) if ctx.needs_input_grad[3] else None, None
+        dq = dq * dloss.unsqueeze(1)
+        return dq, None, None, _tau_gradient(q, dq, tau) if ctx.needs_input_grad[3] else None, None
 
 
 def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: int = 0) -> InfoNCE:
@@ -143,6 +148,14 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: i
 
     Source: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, algorithm 1.
     """
+    _check_batch(q, keys, label_offset)
+    tau = check.temperature("batch_info_nce", tau, like=q)
+    with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
+    return InfoNCE(*_BatchInfoNCE.apply(q, keys, tau, label_offset, with_grad))
+
+
+@check.once_a_signature
+def _check_batch(q: Tensor, keys: Tensor, label_offset: int) -> None:
     check.tensor("batch_info_nce", "q", q, "B D")
     check.tensor("batch_info_nce", "keys", keys, "M D", D=q.shape[1])
     check.floating("batch_info_nce", q=q, keys=keys)
@@ -152,9 +165,6 @@ def batch_info_nce(q: Tensor, keys: Tensor, tau: float | Tensor, label_offset: i
         largest = keys.shape[0] - q.shape[0]
         message = f"label_offset must be at least 0 and at most M − B = {largest}, got {label_offset}"
         check.fail("batch_info_nce", message)
-    tau = check.temperature("batch_info_nce", tau, like=q)
-    with_grad = torch.is_grad_enabled() and (q.requires_grad or tau.requires_grad)
-    return InfoNCE(*_BatchInfoNCE.apply(q, keys, tau, label_offset, with_grad))
 
 
 @op("batch_info_nce_fwd")
@@ -201,7 +211,7 @@ def _(q, keys, tau, label_offset, lse, dloss):
 register_triton(_batch_info_nce_dkeys, lambda: _kernels().batch_info_nce_dkeys)
 
 
-class _BatchInfoNCE(torch.autograd.Function):
+class _BatchInfoNCE(Function):
     @staticmethod
     def forward(ctx, q, keys, tau, label_offset, with_grad):
         loss, rank, dq, lse = _batch_info_nce_fwd(q, keys, tau, label_offset, with_grad)
@@ -217,11 +227,11 @@ class _BatchInfoNCE(torch.autograd.Function):
         needs_q, needs_keys, needs_tau, _, _ = ctx.needs_input_grad
         dkeys = dtau = None
         if needs_keys:
-            dkeys = _batch_info_nce_dkeys(q, keys, tau, ctx.label_offset, lse, dloss).to(keys.dtype)
+            dkeys = _batch_info_nce_dkeys(q, keys, tau, ctx.label_offset, lse, dloss)
         if needs_q or needs_tau:
-            dq = dq * dloss[:, None]
+            dq = dq * dloss.unsqueeze(1)
             dtau = _tau_gradient(q, dq, tau) if needs_tau else None
-        return dq.to(q.dtype) if needs_q else None, dkeys, dtau, None, None
+        return dq if needs_q else None, dkeys, dtau, None, None
 
 
 def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
@@ -246,11 +256,16 @@ def nt_xent(z1: Tensor, z2: Tensor, tau: float | Tensor) -> Tensor:
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020, equation 1.
     """
+    _check_views(z1, z2)
+    return _NTXent.apply(torch.cat([z1, z2]), check.temperature("nt_xent", tau, like=z1))
+
+
+@check.once_a_signature
+def _check_views(z1: Tensor, z2: Tensor) -> None:
     check.tensor("nt_xent", "z1", z1, "B D")
     check.tensor("nt_xent", "z2", z2, "B D", B=z1.shape[0], D=z1.shape[1])
     check.floating("nt_xent", z1=z1, z2=z2)
     check.same_device("nt_xent", z1=z1, z2=z2)
-    return _NTXent.apply(torch.cat([z1, z2]), check.temperature("nt_xent", tau, like=z1))
 
 
 @op("nt_xent_fwd")
@@ -289,7 +304,7 @@ def _(z, tau, lse, dloss):
 register_triton(_nt_xent_bwd, lambda: _kernels().nt_xent_bwd)
 
 
-class _NTXent(torch.autograd.Function):
+class _NTXent(Function):
     @staticmethod
     def forward(ctx, z, tau):
         loss, lse = _nt_xent_fwd(z, tau)
@@ -302,7 +317,7 @@ class _NTXent(torch.autograd.Function):
         z, tau, lse = ctx.saved_tensors
         dz = _nt_xent_bwd(z, tau, lse, dloss)
         # Each z_i·z_j appears in dz_i and in dz_j, so z·dz counts every logit twice.
-        return dz.to(z.dtype), _tau_gradient(z, dz, tau) / 2 if ctx.needs_input_grad[1] else None
+        return dz, _tau_gradient(z, dz, tau) / 2 if ctx.needs_input_grad[1] else None
 
 
 def _fake_results(q: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,4 +340,4 @@ def _nt_xent_logits(z: Tensor, tau: Tensor) -> Tensor:
 
 def _tau_gradient(q: Tensor, dq: Tensor, tau: Tensor) -> Tensor:
     """−Σ q·dq / τ, since every logit is bilinear in q and 1/τ."""
-    return (-(q.to(dq.dtype) * dq).sum() / tau.to(dq.dtype)).to(tau.dtype)
+    return -(q.to(dq.dtype) * dq).sum() / tau.to(dq.dtype)

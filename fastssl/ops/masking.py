@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import acc_dtype, fake, first_order, op, register_triton
+from .dispatch import Function, acc_dtype, fake, first_order, op, register_triton
 
 
 def _kernels():
@@ -47,13 +47,18 @@ def random_masking(noise: Tensor, keep: int) -> Masking:
 
     Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021, section 3, "Masking".
     """
+    _check_masking(noise, keep)
+    return Masking(*_random_masking(noise.detach() if noise.requires_grad else noise, keep))
+
+
+@check.once_a_signature
+def _check_masking(noise: Tensor, keep: int) -> None:
     check.tensor("random_masking", "noise", noise, "B L")
     check.floating("random_masking", noise=noise)
     length = noise.shape[1]
     check.integer("random_masking", keep=keep)
     if not 1 <= keep <= length:
         check.fail("random_masking", f"keep must be between 1 and L={length}, got {keep}")
-    return Masking(*_random_masking(noise.detach(), keep))
 
 
 @op("random_masking")
@@ -98,13 +103,18 @@ def keep_tokens(x: Tensor, ids_keep: Tensor, pos: Tensor | None = None) -> Tenso
 
     Source: He et al., 2021 (MAE), section 3, "MAE encoder".
     """
+    _check_keep(x, ids_keep, pos)
+    return _KeepTokens.apply(x, ids_keep, pos if pos is None else pos.reshape(pos.shape[-2:]))
+
+
+@check.once_a_signature
+def _check_keep(x: Tensor, ids_keep: Tensor, pos: Tensor | None) -> None:
     check.tensor("keep_tokens", "x", x, "B L D")
     check.tensor("keep_tokens", "ids_keep", ids_keep, "B M", B=x.shape[0])
     check.floating("keep_tokens", x=x)
     check.index("keep_tokens", ids_keep=ids_keep)
     check.same_device("keep_tokens", x=x, ids_keep=ids_keep)
-    pos = _positions("keep_tokens", pos, x, x.shape[1], "L")
-    return _KeepTokens.apply(x, ids_keep, pos)
+    _check_positions("keep_tokens", pos, x, x.shape[1], "L")
 
 
 @op("keep_tokens_fwd")
@@ -138,11 +148,11 @@ def _(dkept, ids_keep, length):
 register_triton(_keep_tokens_bwd, lambda: _kernels().keep_tokens_bwd)
 
 
-class _KeepTokens(torch.autograd.Function):
+class _KeepTokens(Function):
     @staticmethod
     def forward(ctx, x, ids_keep, pos):
         ctx.save_for_backward(ids_keep)
-        ctx.length, ctx.dtypes = x.shape[1], (x.dtype, None if pos is None else pos.dtype)
+        ctx.length = x.shape[1]
         return _keep_tokens_fwd(x, ids_keep, pos)
 
     @staticmethod
@@ -153,7 +163,7 @@ class _KeepTokens(torch.autograd.Function):
         if not (needs_x or needs_pos):
             return None, None, None
         dx = _keep_tokens_bwd(dkept, ids_keep, ctx.length)
-        return dx.to(ctx.dtypes[0]) if needs_x else None, None, _batch_sum(dx, ctx.dtypes[1]) if needs_pos else None
+        return dx if needs_x else None, None, _batch_sum(dx) if needs_pos else None
 
 
 def restore_tokens(
@@ -181,6 +191,13 @@ def restore_tokens(
 
     Source: He et al., 2021 (MAE), section 3, "MAE decoder".
     """
+    _check_restore(x, mask_token, ids_restore, pos, prefix)
+    pos = pos if pos is None else pos.reshape(pos.shape[-2:])
+    return _RestoreTokens.apply(x, mask_token.reshape(-1), ids_restore, pos, prefix)
+
+
+@check.once_a_signature
+def _check_restore(x: Tensor, mask_token: Tensor, ids_restore: Tensor, pos: Tensor | None, prefix: int) -> None:
     check.tensor("restore_tokens", "x", x, "B prefix+M D")
     batch, tokens, width = x.shape
     check.tensor("restore_tokens", "ids_restore", ids_restore, "B L", B=batch)
@@ -194,8 +211,7 @@ def restore_tokens(
     check.floating("restore_tokens", x=x, mask_token=mask_token)
     check.index("restore_tokens", ids_restore=ids_restore)
     check.same_device("restore_tokens", x=x, mask_token=mask_token, ids_restore=ids_restore)
-    pos = _positions("restore_tokens", pos, x, prefix + length, "prefix+L")
-    return _RestoreTokens.apply(x, mask_token.reshape(width), ids_restore, pos, prefix)
+    _check_positions("restore_tokens", pos, x, prefix + length, "prefix+L")
 
 
 @op("restore_tokens_fwd")
@@ -239,12 +255,11 @@ def _(dout, ids_restore, prefix, kept):
 register_triton(_restore_tokens_bwd, lambda: _kernels().restore_tokens_bwd)
 
 
-class _RestoreTokens(torch.autograd.Function):
+class _RestoreTokens(Function):
     @staticmethod
     def forward(ctx, x, mask_token, ids_restore, pos, prefix):
         ctx.save_for_backward(ids_restore)
         ctx.prefix, ctx.kept = prefix, x.shape[1] - prefix
-        ctx.dtypes = (x.dtype, mask_token.dtype, None if pos is None else pos.dtype)
         return _restore_tokens_fwd(x, mask_token, ids_restore, pos, prefix)
 
     @staticmethod
@@ -255,21 +270,18 @@ class _RestoreTokens(torch.autograd.Function):
         dx = dmask_token = None
         if needs_x or needs_mask_token:
             dx, dmask_token = _restore_tokens_bwd(dout, ids_restore, ctx.prefix, ctx.kept)
-            dx, dmask_token = dx.to(ctx.dtypes[0]), dmask_token.to(ctx.dtypes[1])
-        return dx, dmask_token, None, _batch_sum(dout, ctx.dtypes[2]) if needs_pos else None, None
+        return dx, dmask_token, None, _batch_sum(dout) if needs_pos else None, None
 
 
-def _positions(op_name: str, pos: Tensor | None, x: Tensor, tokens: int, letters: str) -> Tensor | None:
-    """pos as [tokens, D], after checks."""
+def _check_positions(op_name: str, pos: Tensor | None, x: Tensor, tokens: int, letters: str) -> None:
     if pos is None:
-        return None
+        return
     check.is_tensor(op_name, "pos", pos)
     if pos.shape not in ((tokens, x.shape[2]), (1, tokens, x.shape[2])):
         expected = f"[{letters}={tokens}, D={x.shape[2]}] or [1, {letters}={tokens}, D={x.shape[2]}]"
         check.fail(op_name, f"pos must have shape {expected}, got {list(pos.shape)}")
     check.floating(op_name, pos=pos)
     check.same_device(op_name, x=x, pos=pos)
-    return pos.reshape(tokens, x.shape[2])
 
 
 def _gather(x: Tensor, ids: Tensor) -> Tensor:
@@ -277,6 +289,6 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-def _batch_sum(dx: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the batch in float32 or wider, rounded to `dtype`."""
-    return dx.sum(0, dtype=acc_dtype(dx)).to(dtype)
+def _batch_sum(dx: Tensor) -> Tensor:
+    """Sum over the batch in float32 or wider."""
+    return dx.sum(0, dtype=acc_dtype(dx))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import acc_dtype, autocast_dtype, fake, first_order, op, register_triton
+from .dispatch import Function, acc_dtype, autocast_dtype, fake, first_order, op, register_triton
 
 
 def _kernels():
@@ -40,8 +40,7 @@ def residual_norm(
     Source: Ba et al., "Layer Normalization", 2016, equation 4, before each sublayer as in Xiong et al., "On Layer
     Normalization in the Transformer Architecture", 2020, table 1.
     """
-    _check(x, delta, weight, bias, dtype)
-    check.number("residual_norm", eps=eps)
+    _check(x, delta, weight, bias, eps, dtype)
     dtype = dtype or autocast_dtype(x) or x.dtype
     if x.ndim != 3:
         x_rows = x.reshape(1, -1, x.shape[-1])
@@ -111,12 +110,12 @@ def _(dnormed, dsum, total, mean, rstd, weight, delta_dtype):
 register_triton(_residual_norm_bwd, lambda: _kernels().residual_norm_bwd)
 
 
-class _ResidualNorm(torch.autograd.Function):
+class _ResidualNorm(Function):
     @staticmethod
     def forward(ctx, x, delta, weight, bias, eps, dtype):
         total, normed, mean, rstd = _residual_norm_fwd(x, delta, weight, bias, eps, dtype)
         ctx.save_for_backward(x if delta is None else total, mean, rstd, weight)
-        ctx.delta_dtype, ctx.bias_dtype = None if delta is None else delta.dtype, bias.dtype
+        ctx.delta_dtype = None if delta is None else delta.dtype
         ctx.materialize_grads = False  # set_materialize_grads(False) does not compile
         return total, normed
 
@@ -128,16 +127,19 @@ class _ResidualNorm(torch.autograd.Function):
         if ctx.delta_dtype is None:  # the sum is x itself, and autograd adds its gradient
             dsum = None
         if dnormed is None:
-            return dsum, dsum if dsum is None else dsum.to(delta_dtype), None, None, None, None
+            return dsum, dsum, None, None, None, None
         dx, ddelta, dweight, dbias = _residual_norm_bwd(dnormed, dsum, total, mean, rstd, weight, delta_dtype)
         if ctx.delta_dtype is None:
             ddelta = None
         elif delta_dtype == dx.dtype:
             ddelta = dx
-        return dx, ddelta, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), None, None
+        return dx, ddelta, dweight, dbias, None, None
 
 
-def _check(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> None:
+@check.once_a_signature
+def _check(
+    x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None
+) -> None:
     if not isinstance(x, Tensor) or x.ndim == 0 or x.shape[-1] == 0:
         check.fail("residual_norm", f"x must be a tensor of shape [..., D], D ≥ 1, got {_shape_or_type(x)}")
     tensors = {"x": x, "weight": weight, "bias": bias} | ({} if delta is None else {"delta": delta})
@@ -150,6 +152,7 @@ def _check(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, dtype:
     if dtype is not None and dtype not in check.FLOATS:
         got = check.dtype_name(dtype)
         check.fail("residual_norm", f"dtype must be float32, float64, bfloat16 or float16, got {got}", TypeError)
+    check.number("residual_norm", eps=eps)
 
 
 def _shape_or_type(value: object) -> str:

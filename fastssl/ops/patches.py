@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import acc_dtype, fake, first_order, op, register_triton
+from .dispatch import Function, acc_dtype, fake, first_order, op, register_triton
 
 
 def _kernels():
@@ -89,7 +89,7 @@ def _(patches, patch, height, width):
 register_triton(_unpatchify, lambda: _kernels().unpatchify)
 
 
-class _Patchify(torch.autograd.Function):
+class _Patchify(Function):
     """Each of `patchify` and `unpatchify` is the gradient of the other, so derivatives of any order work."""
 
     @staticmethod
@@ -102,7 +102,7 @@ class _Patchify(torch.autograd.Function):
         return _Unpatchify.apply(dpatches, ctx.patch, *ctx.sides), None
 
 
-class _Unpatchify(torch.autograd.Function):
+class _Unpatchify(Function):
     @staticmethod
     def forward(ctx, patches, patch, height, width):
         ctx.patch = patch
@@ -130,11 +130,16 @@ def keep_patches(images: Tensor, ids_keep: Tensor, patch: int) -> Tensor:
     Raises:
         ValueError: a shape or device does not fit. TypeError: ids_keep is not int64.
     """
+    _check_keep(images, ids_keep, patch)
+    return _KeepPatches.apply(images, ids_keep, patch)
+
+
+@check.once_a_signature
+def _check_keep(images: Tensor, ids_keep: Tensor, patch: int) -> None:
     _check_images("keep_patches", images, patch)
     check.tensor("keep_patches", "ids_keep", ids_keep, "B M", B=images.shape[0])
     check.index("keep_patches", ids_keep=ids_keep)
     check.same_device("keep_patches", images=images, ids_keep=ids_keep)
-    return _KeepPatches.apply(images, ids_keep, patch)
 
 
 @op("keep_patches_fwd")
@@ -170,7 +175,7 @@ def _(dkept, ids_keep, patch, height, width):
 register_triton(_keep_patches_bwd, lambda: _kernels().keep_patches_bwd)
 
 
-class _KeepPatches(torch.autograd.Function):
+class _KeepPatches(Function):
     @staticmethod
     def forward(ctx, images, ids_keep, patch):
         ctx.patch, ctx.sides = patch, images.shape[2:]
@@ -207,6 +212,13 @@ def masked_patch_mse(pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm
 
     Source: He et al., 2021 (MAE), section 3, "Reconstruction target"; unbiased variance and 1e-6 as in its code.
     """
+    _check_loss(pred, images, ids, patch)
+    with_grad = torch.is_grad_enabled() and pred.requires_grad
+    return _MaskedPatchMSE.apply(pred, images.detach(), ids, patch, norm_pix, with_grad)
+
+
+@check.once_a_signature
+def _check_loss(pred: Tensor, images: Tensor, ids: Tensor, patch: int) -> None:
     _check_images("masked_patch_mse", images, patch)
     batch, channels = images.shape[:2]
     check.tensor("masked_patch_mse", "ids", ids, "B M", B=batch)
@@ -217,8 +229,6 @@ def masked_patch_mse(pred: Tensor, images: Tensor, ids: Tensor, patch: int, norm
     check.same_device("masked_patch_mse", pred=pred, images=images, ids=ids)
     if ids.shape[1] == 0:
         check.fail("masked_patch_mse", f"ids must have at least one patch a sample, got shape {list(ids.shape)}")
-    with_grad = torch.is_grad_enabled() and pred.requires_grad
-    return _MaskedPatchMSE.apply(pred, images.detach(), ids, patch, norm_pix, with_grad)
 
 
 @op("masked_patch_mse_fwd")
@@ -246,11 +256,10 @@ def _(pred, images, ids, patch, norm_pix, with_grad):
 register_triton(_masked_patch_mse_fwd, lambda: _kernels().masked_patch_mse_fwd)
 
 
-class _MaskedPatchMSE(torch.autograd.Function):
+class _MaskedPatchMSE(Function):
     @staticmethod
     def forward(ctx, pred, images, ids, patch, norm_pix, with_grad):
         loss, dpred = _masked_patch_mse_fwd(pred, images, ids, patch, norm_pix, with_grad)
-        ctx.dtype = pred.dtype
         ctx.save_for_backward(dpred)
         return loss
 
@@ -258,7 +267,7 @@ class _MaskedPatchMSE(torch.autograd.Function):
     @first_order("masked_patch_mse")
     def backward(ctx, dloss):
         (dpred,) = ctx.saved_tensors
-        return (dpred * dloss).to(ctx.dtype), None, None, None, None, None
+        return dpred * dloss, None, None, None, None, None
 
 
 def _grid_view(images: Tensor, patch: int) -> Tensor:
@@ -268,6 +277,7 @@ def _grid_view(images: Tensor, patch: int) -> Tensor:
     return grid.permute(0, 2, 4, 3, 5, 1)
 
 
+@check.once_a_signature
 def _check_images(op_name: str, images: Tensor, patch: int) -> None:
     check.tensor(op_name, "images", images, "B C H W")
     _check_sides(op_name, images.shape[2], images.shape[3], patch)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import acc_dtype, autocast_dtype, fake, first_order, op, register_triton
+from .dispatch import Function, acc_dtype, autocast_dtype, fake, first_order, op, register_triton
 
 IGNORED = -100  # the target of a row without a loss, as in torch
 
@@ -244,7 +244,7 @@ def _(dloss, student, weight, *args):
 register_triton(_soft_cross_entropy_bwd, lambda: _kernels().soft_cross_entropy_bwd)
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
+class _SoftCrossEntropy(Function):
     @staticmethod
     def forward(
         ctx, student, weight, tau, teacher, teacher_weight, teacher_tau, row_offset, column_offset, rows, dtype
@@ -347,7 +347,7 @@ def _(dloss, x, weight, *args):
 register_triton(_linear_cross_entropy_bwd, lambda: _kernels().linear_cross_entropy_bwd)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx, x, weight, tau, target, dtype):
         loss, lse = _linear_cross_entropy_fwd(x.to(dtype), weight.to(dtype), tau, target)

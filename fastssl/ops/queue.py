@@ -36,6 +36,17 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
 
     Source: He et al., 2020 (MoCo), section 3.2, "Dictionary as a queue"; the reference code requires that N divides K.
     """
+    _check(queue, ptr, keys)
+    if queue.stride(1) != 1 and queue.shape[1] > 1:
+        check.fail("enqueue_", f"queue must have contiguous rows [K, D], got strides {list(queue.stride())}")
+    check.separate("enqueue_", {"queue": queue, "ptr": ptr}, {"keys": keys})
+    with torch.no_grad():
+        _enqueue_(queue, ptr, keys)
+    increment_version((queue, ptr))
+
+
+@check.once_a_signature
+def _check(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
     check.tensor("enqueue_", "queue", queue, "K D")
     check.tensor("enqueue_", "ptr", ptr, "1")
     if ptr.shape != (1,):
@@ -46,12 +57,6 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
     check.same_device("enqueue_", queue=queue, ptr=ptr, keys=keys)
     if queue.shape[0] == 0:
         check.fail("enqueue_", "queue must have at least one row, got shape " + str(list(queue.shape)))
-    if queue.stride(1) != 1 and queue.shape[1] > 1:
-        check.fail("enqueue_", f"queue must have contiguous rows [K, D], got strides {list(queue.stride())}")
-    check.separate("enqueue_", {"queue": queue, "ptr": ptr}, {"keys": keys})
-    with torch.no_grad():
-        _enqueue_(queue, ptr, keys)
-    increment_version((queue, ptr))
 
 
 @op("enqueue_", mutates_args=("queue", "ptr"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import acc_dtype, fake, first_order, op
+from .dispatch import Function, acc_dtype, fake, first_order, op
 
 VALUES = 2**20  # gathered at a time: 4 MB in float32
 
@@ -35,13 +35,18 @@ def sampled_scores(q: Tensor, rows: Tensor, index: Tensor) -> Tensor:
 
     Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018, section 2.3.
     """
+    _check(q, rows, index)
+    return _SampledScores.apply(q, rows, index)
+
+
+@check.once_a_signature
+def _check(q: Tensor, rows: Tensor, index: Tensor) -> None:
     check.tensor("sampled_scores", "q", q, "B D")
     check.tensor("sampled_scores", "rows", rows, "M D", D=q.shape[1])
     check.tensor("sampled_scores", "index", index, "B K", B=q.shape[0])
     check.floating("sampled_scores", q=q, rows=rows)
     check.index("sampled_scores", index=index)
     check.same_device("sampled_scores", q=q, rows=rows, index=index)
-    return _SampledScores.apply(q, rows, index)
 
 
 def _parts(q: Tensor, index: Tensor, *others: Tensor):
@@ -82,7 +87,7 @@ def _(q, rows, index, dscores):
     return dscores.new_empty(q.shape), dscores.new_empty(rows.shape)
 
 
-class _SampledScores(torch.autograd.Function):
+class _SampledScores(Function):
     @staticmethod
     def forward(ctx, q, rows, index):
         ctx.save_for_backward(q, rows, index)
@@ -93,4 +98,4 @@ class _SampledScores(torch.autograd.Function):
     def backward(ctx, dscores):
         q, rows, index = ctx.saved_tensors
         dq, drows = _sampled_scores_bwd(q, rows, index, dscores)
-        return dq.to(q.dtype), drows.to(rows.dtype), None
+        return dq, drows, None
