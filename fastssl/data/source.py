@@ -103,8 +103,11 @@ class Strings:
     """
 
     def __init__(self, strings: Sequence[str]):
-        encoded = [os.fsencode(string) for string in strings]
-        self._bytes, self._ends = np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)])
+        text = "".join(strings)
+        encoded = strings if text.isascii() else [os.fsencode(string) for string in strings]
+        self._bytes = np.frombuffer(os.fsencode(text), np.uint8)
+        self._ends = np.zeros(len(strings) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, encoded), np.int64, len(strings)), out=self._ends[1:])
 
     def __len__(self) -> int:
         return len(self._ends) - 1

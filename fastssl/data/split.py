@@ -61,9 +61,10 @@ def _hashes(identities: Iterable[str]) -> np.ndarray:
 def _ranks(hashes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(place [N] of each image in its class by hash, from 0; number [N] of images in its class)."""
     order = np.lexsort((hashes, labels))
-    _, starts, inverse, counts = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
+    starts = np.flatnonzero(np.diff(labels[order], prepend=labels.min(initial=0) - 1))
+    counts = np.diff(starts, append=len(order))
     rank, size = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
-    rank[order], size[order] = np.arange(len(order)) - starts[inverse], counts[inverse]
+    rank[order], size[order] = np.arange(len(order)) - np.repeat(starts, counts), np.repeat(counts, counts)
     return rank, size
 
 

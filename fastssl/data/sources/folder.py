@@ -13,6 +13,7 @@ What was passed over, and why, is in `notes`.
 
 import os
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -167,23 +168,42 @@ def _read(root: Path, name: str, option: str, train: _Part | None = None) -> _Pa
         raise ValueError(
             f"data: {printable(folder)} holds no image ({', '.join(SUFFIXES)}), nor do its subfolders{passed}"
         )
-    tops = np.array([path.partition(os.sep)[0] if os.sep in path else "" for path in listing.paths], dtype=object)
-    strays = tops == ""
-    names = sorted({*tops[~strays]})
-    classes, reason = _find_classes(folder, names, int(strays.sum()), len(tops), option, train)
+    counts, beside = _divide(listing.paths)
+    names = sorted(counts)
+    classes, reason = _find_classes(folder, names, len(beside), len(listing.paths), option, train)
     notes = [reason] if reason else []
-    paths, labels = listing.paths, np.full(len(tops), -1)
+    paths, labels = listing.paths, np.full(len(listing.paths), -1)
     if classes is not None:
-        if strays.any():
-            beside = [path for path, stray in zip(paths, strays) if stray]
+        if beside:
             notes.append(f"images in no class folder are passed over, {len(beside):,}: {listed(beside)}")
+            paths = [path for path in paths if os.sep in path]
         numbers = {name: number for number, name in enumerate(classes)}
-        paths = [path for path, stray in zip(paths, strays) if not stray]
-        labels = np.array([numbers[top] for top in tops[~strays]], dtype=np.int64)
+        labels = np.repeat([numbers[name] for name in counts], [*counts.values()])
         if empty := [f"{name} ({_kinds(listing.others.get(name, {}))})" for name in listing.tops if name not in names]:
             notes.append(f"folders without an image that can be read here are no classes: {listed(empty)}")
     notes += _describe_others(listing)
     return _Part(folder, paths, labels, classes, [f"{prefix}{note}" for note in notes])
+
+
+def _divide(paths: list[str]) -> tuple[dict[str, int], list[str]]:
+    """({folder in the root: number of its paths}, in the order of the paths; paths in no folder).
+
+    Args:
+        paths: in sorted order, so that those of a folder follow each other.
+    """
+    counts: dict[str, int] = {}
+    beside: list[str] = []
+    row = 0
+    while row < len(paths):
+        top, separator, _ = paths[row].partition(os.sep)
+        if separator:
+            end = bisect_left(paths, top + chr(ord(os.sep) + 1), row)
+            counts[top] = end - row
+            row = end
+        else:
+            beside.append(top)
+            row += 1
+    return counts, beside
 
 
 def _find_classes(
