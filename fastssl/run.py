@@ -140,7 +140,8 @@ class Options:
     workers: Annotated[int | None, WORKERS] = None
     """processes (dali: threads) that load data; by default a quarter of the cores, or up to 8 with a GPU"""
     engine: str = "auto"
-    """loader engine: torchvision, dali, or auto (dali on a GPU if it is installed)"""
+    """loader engine: torchvision, device (crops and colours on the GPU), dali, or auto (dali on a GPU if it is
+    installed)"""
     weights: Path | None = None
     """file with initial weights: a whole checkpoint of the method, or an encoder of timm, torchvision, Hugging Face or
     another method"""
