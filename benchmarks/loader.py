@@ -187,7 +187,9 @@ def measure(side: int, names: tuple[str, ...]) -> Iterator[dict]:
                 continue
             augmentation = find_augmentation(name, open_source(f"{kind}:{path}"))
             contestants = {
-                engine: engine_loader(f"{kind}:{path}", augmentation, engine) for engine in installed_engines()
+                engine: engine_loader(f"{kind}:{path}", augmentation, engine)
+                for engine in installed_engines()
+                if engine != "device"  # on a CPU the torchvision engine with fewer processes that crop
             }
             row = {"augmentation": name, "source": kind, "side": side}
             row |= compare({**contestants, "baseline": baseline(path, augmentation)})

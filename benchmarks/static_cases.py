@@ -13,9 +13,11 @@ from fastssl.kernels import (
     batchnorm,
     block_masks,
     contrastive,
+    crops,
     gelu,
     masking,
     norm,
+    normalise,
     patches,
     prototypes,
     queue,
@@ -60,6 +62,7 @@ def recipes() -> list[Case]:
         *_tokens(),
         *_pixels(),
         *_augmentation(),
+        *_crops(),
         *_norms(),
         *_gelus(),
         *_batch_norms(),
@@ -249,6 +252,30 @@ def _augmentation() -> list[Case]:
         )
         for name, law in (("torchvision", (False, False, False)), ("BYOL", (False, True, True)))
     ]
+
+
+def _crops() -> list[Case]:
+    """MAE's crops of photographs of 400 × 600 pixels, RGB and YUV, and DINO's small ones; windows are on the CPU."""
+    cases, images = [], [meta(400, 600, 3, dtype=torch.uint8)] * 256
+    for name, window, side, bicubic in (
+        ("bicubic", (380, 380), 224, True),
+        ("bilinear", (380, 380), 224, False),
+        ("bicubic", (180, 180), 96, True),
+    ):
+        windows, out = torch.tensor([[10, 15, *window]] * 256), meta(256, 3, side, side, dtype=torch.uint8)
+        moved = model.resized_crops_([window] * 256, (side, side), bicubic)
+        size = f"B=256, {window[0]}² to {side}², {name}"
+        cases.append(
+            Case("resized_crops_", size, crops.resized_crops_, (out, images, windows, bicubic), lambda _, m=moved: m)
+        )
+    pixels, scales = meta(256, 3, 224, 224, dtype=torch.uint8), [0.5, 0.4, 0.3]
+    for dtype in (FP32, BF16):
+        moved = model.normalise(pixels.numel(), dtype.itemsize)
+        args = (pixels, scales, scales, dtype)
+        cases.append(
+            Case("normalise", f"B=256, 224², {NAMES[dtype]}", normalise.normalise_pixels, args, lambda _, m=moved: m)
+        )
+    return cases
 
 
 def _norms() -> list[Case]:

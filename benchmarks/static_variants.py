@@ -2,7 +2,21 @@
 
 import itertools
 
-from fastssl.kernels import bank, batchnorm, block_masks, contrastive, gelu, masking, patches, queue, tile
+import torch
+
+from fastssl.kernels import (
+    bank,
+    batchnorm,
+    block_masks,
+    contrastive,
+    crops,
+    gelu,
+    masking,
+    normalise,
+    patches,
+    queue,
+    tile,
+)
 
 from .static_cases import BF16, FP16, FP32, FP64, NAMES, Case, both_directions, feature_maps, ids, meta, prototype_cases
 
@@ -15,6 +29,7 @@ def variants() -> list[Case]:
         *_attention_tables(),
         *_bank_dtypes(),
         *_tokens_and_pixels_in_other_dtypes(),
+        *_planes_and_other_sizes(),
         *_ones(),
     ]
 
@@ -106,10 +121,23 @@ def _tokens_and_pixels_in_other_dtypes() -> list[Case]:
     return cases
 
 
+def _planes_and_other_sizes() -> list[Case]:
+    """Crops of planes beside RGB, narrower than a tile and wider than one."""
+    cases, windows = [], torch.tensor([[3, 5, 90, 91], [1, 1, 20, 31]])
+    images = [meta(150, 100, dtype=torch.uint8), meta(40, 64, 3, dtype=torch.uint8)[:, :50]]
+    for height, width in ((8, 8), (7, 300), (384, 1)):
+        for bicubic in (False, True):
+            out = meta(2, 3, height, width, dtype=torch.uint8)
+            size = f"RGB and YUV to {height} × {width}, {'bicubic' if bicubic else 'bilinear'}"
+            cases.append(Case("resized_crops_", size, crops.resized_crops_, (out, images, windows, bicubic)))
+    args = (meta(2, 3, 5, 7, dtype=torch.uint8), [0.5, 0.4, 0.3], [0.5, 0.4, 0.3], FP16)
+    return [*cases, Case("normalise", "fp16", normalise.normalise_pixels, args)]
+
+
 def _ones() -> list[Case]:
     """Sizes and strides of 1, which Triton compiles as constants: a kernel must compile with any of them constant."""
     tau, q, row, lse = meta(dtype=FP32), meta(1, 1), meta(1), meta(1, dtype=FP32)
-    pixel = feature_maps(2, 1, 1)
+    pixel, pixels = feature_maps(2, 1, 1), meta(1, 3, 1, 1, dtype=torch.uint8)
     launches = {
         "info_nce": (contrastive.info_nce_fwd, (q, q, q, tau, True)),
         "batch_info_nce": (contrastive.batch_info_nce_fwd, (q, meta(2, 1), tau, 1, True)),
@@ -134,6 +162,11 @@ def _ones() -> list[Case]:
         "bias_gelu": (gelu.bias_gelu_fwd, (q, row)),
         "bias_gelu, backward": (gelu.bias_gelu_bwd, (q, q, row)),
         "block_mask": (block_masks.block_mask, (ids(1), ids(1), 1, 1, [1, 1], 1, 1, 1)),
+        "resized_crops_": (
+            crops.resized_crops_,
+            (pixels, [meta(1, 1, 3, dtype=torch.uint8)], torch.tensor([[0, 0, 1, 1]]), False),
+        ),
+        "normalise": (normalise.normalise_pixels, (pixels, [0.0, 1.0, 0.0], [1.0, 1.0, 1.0], BF16)),
         "sampled_info_nce": (bank.sampled_info_nce_fwd, (q, q, ids(1, 2), tau, True)),
         "sampled_nce": (bank.sampled_nce_fwd, (q, q, ids(1, 1), tau, tau, True)),
         "update_bank_": (bank.update_bank_, (q, ids(1), q, 1.0)),

@@ -61,7 +61,7 @@ def keep_freed_memory() -> None:
 
 
 def select_engine(name: str, device: torch.device) -> str:
-    """The loader engine named "torchvision", "dali" or "auto" (dali on a GPU if it is installed).
+    """The loader engine with this name; for "auto", dali on a GPU if it is installed, else torchvision.
 
     On a CPU DALI is slower: its resampling takes several times as long as torchvision's.
     """
@@ -78,7 +78,7 @@ def installed_engines() -> tuple[str, ...]:
 def available_engine(name: str, device: torch.device) -> str:
     """The loader engine of a run that was started on another machine: torchvision, with a notice, if DALI is missing.
 
-    Both engines draw the same augmentations.
+    All engines draw the same augmentations.
     """
     if name == "dali" and not has_dali():
         print("the run's engine dali is not installed: torchvision makes the same views")

@@ -140,7 +140,8 @@ class Options:
     workers: Annotated[int | None, WORKERS] = None
     """processes (dali: threads) that load data; by default a quarter of the cores, or up to 8 with a GPU"""
     engine: str = "auto"
-    """loader engine: torchvision, dali, or auto (dali on a GPU if it is installed)"""
+    """loader engine: torchvision, device (crops and colours on the GPU), dali, or auto (dali on a GPU if it is
+    installed)"""
     full_decode: bool = False
     """decode all JPEGs in full; else large ones are decoded at 1/2, 1/4 or 1/8 where the views need no more pixels"""
     weights: Path | None = None

@@ -21,7 +21,7 @@ from tests.support import toy_method
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison
 
-ENGINES = ["torchvision", *(["dali"] if has_dali() else [])]
+ENGINES = ["torchvision", "device", *(["dali"] if has_dali() else [])]
 
 
 def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp_path):
@@ -275,13 +275,19 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     refused(monkeypatch, "bench: --workers must be at least 0, got -1", *bench, "--workers", -1)
     refused(monkeypatch, "bench: --seconds must be at least 0, got nan", *bench, "--seconds", "nan")
     refused(monkeypatch, "bench: --engine must name at least one, got none", *bench, "--engine")
-    refused(monkeypatch, "data: unknown engine 'x', there are torchvision, dali", *bench, "--engine", "x")
+    refused(monkeypatch, "data: unknown engine 'x', there are torchvision, device, dali", *bench, "--engine", "x")
     (tmp_path / "x.jpg").write_bytes(b"")
     to = ("--to", tmp_path / "no" / "x.png")
     refused(monkeypatch, f"data: --to must be in a folder that exists, got {tmp_path}/no/x.png", *show, *to)
     refused(monkeypatch, "data: none of the images to show can be decoded", "data", "show", f"folder:{tmp_path}")
     refused(
-        monkeypatch, "data: unknown engine 'x', there are torchvision, dali", "data", "show", "shapes", "--engine", "x"
+        monkeypatch,
+        "data: unknown engine 'x', there are torchvision, device, dali",
+        "data",
+        "show",
+        "shapes",
+        "--engine",
+        "x",
     )
 
 

@@ -26,7 +26,7 @@ FED = {"mae": "mae-vit-base", "moco_v2": "moco_v2-resnet50", "moco_v3": "moco_v3
 
 
 def loaders(clock: Clock, record: Record, dry: bool) -> None:
-    """Rows {augmentation, engine, workers, images_per_second}: DALI on the GPU first, then torchvision."""
+    """Rows {augmentation, engine, workers, images_per_second}: DALI first, with its colours and with ours."""
     from .phases import about_machine
 
     about_machine(record, dry)
@@ -57,17 +57,27 @@ def _photographs() -> list[Image.Image]:
 
 def _ways(dry: bool) -> list[tuple[str, int]]:
     if dry:
-        return [("torchvision", 0)]
-    engines = sorted(installed_engines())  # DALI first
+        return [("torchvision", 0), ("device", 0)]
+    engines = [
+        name for name in ("dali", "dali, augment_", "device", "torchvision") if _module(name) in installed_engines()
+    ]
     counts = [count for count in WORKERS if count <= cores()] or [cores()]
-    return [(engine, count) for engine in engines for count in (counts if engine == "torchvision" else counts[:1])]
+    return [(engine, count) for engine in engines for count in (counts[:1] if _module(engine) == "dali" else counts)]
+
+
+def _module(engine: str) -> str:
+    """The engine of a row; "dali, augment_" is DALI's without its colours."""
+    return engine.partition(",")[0]
 
 
 def _start(
     source: str, augmentation: Augmentation, engine: str, workers: int, batch: int
 ) -> Callable[[], Iterator[int]]:
     def start() -> Iterator[int]:
-        loader = Loader(open_source(source), augmentation, batch, workers=workers, device=DEVICE, engine=engine)
+        options = {"workers": workers, "device": DEVICE, "engine": _module(engine)}
+        loader = Loader(open_source(source), augmentation, batch, **options)
+        if engine == "dali, augment_":
+            loader._engine.colours = False
         return (len(batch.index) for epoch in itertools.count() for batch in loader.epoch(epoch))
 
     return start

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.machine import DEVICE
-from fastssl.ops import batch_info_nce, info_nce, masked_patch_mse, random_masking, residual_norm
+from fastssl.ops import batch_info_nce, info_nce, masked_patch_mse, random_masking, residual_norm, resized_crops_
 
 from .record import Clock, Record
 
@@ -88,7 +88,7 @@ def _dry() -> list[Sweep]:
 
 def _on_card() -> list[Sweep]:
     """Sweeps of the entries that this card uses at the recipes' sizes, the least certain first."""
-    from fastssl.kernels import contrastive_plan, norm, patches
+    from fastssl.kernels import contrastive_plan, crops, norm, patches
     from fastssl.kernels.tile import Launch, card
 
     arch = card(torch.empty(0, device=DEVICE)).arch
@@ -105,18 +105,28 @@ def _on_card() -> list[Sweep]:
     x, delta = torch.randn(256 * 50, 768, device=DEVICE), torch.randn(256 * 50, 768, device=DEVICE).bfloat16()
     weight, bias = torch.randn(768, device=DEVICE), torch.randn(768, device=DEVICE)
     images = torch.randn(256, 3, 224, 224, device=DEVICE)
-    ids = random_masking(torch.rand(256, 196, device=DEVICE), 49).ids_mask
+    ids = random_masking(torch.rand(256, 196, device=DEVICE), 49).ids_masked
     pred = torch.randn(256, 147, 768, device=DEVICE, requires_grad=True)
 
     def patch_loss() -> Tensor:
         return torch.autograd.grad(masked_patch_mse(pred, images, ids, 16, norm_pix=True), pred)[0]
 
+    photos = list(torch.randint(256, (256, 400, 600, 3), dtype=torch.uint8, device=DEVICE))
+    windows = torch.tensor([[10, 15, 380, 380]] * 256)
+
+    def crop() -> Tensor:
+        return resized_crops_(
+            torch.empty(256, 3, 224, 224, dtype=torch.uint8, device=DEVICE), photos, windows, "bicubic"
+        )
+
+    small = [Launch(warps, size) for warps in (1, 2, 4, 8) for size in (256, 512, 1024, 2048)]
     launches = [Launch(warps, size) for warps in (1, 2, 4, 8) for size in (2048, 4096, 8192)]
     return [
         Sweep(f"contrastive_plan.TILES[{arch!r}][2][128]", tiles, 128, narrow, lambda: info_nce(q, k, queue, 0.2).loss),
         Sweep(
             f"contrastive_plan.TILES[{arch!r}][2][256]", tiles, 256, wide, lambda: batch_info_nce(big, other, 0.2).loss
         ),
+        Sweep(f"crops.CROPS[{arch!r}]", crops.CROPS, arch, small, crop),
         Sweep(f"norm.NORM[{arch!r}]", norm.NORM, arch, launches, lambda: residual_norm(x, delta, weight, bias)[1]),
         Sweep(f"patches.LOSS[{arch!r}]", patches.LOSS, arch, launches, patch_loss),
     ]

@@ -27,6 +27,7 @@ ONLY_MOVE = {
     "sampled_info_nce",
     "sampled_nce",
     "update_bank_",
+    "normalise",
 }
 ROW = {
     "arch": "sm_80",

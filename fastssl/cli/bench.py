@@ -28,7 +28,7 @@ class Flags:
     augmentation: tuple[str, ...] = ("mae", "moco_v2", "moco_v3", "evaluation")
     """augmentations: methods, multi_crop, evaluation"""
     engine: tuple[str, ...] = installed_engines()
-    """loader engines: torchvision, dali"""
+    """loader engines: torchvision, device, dali"""
     workers: Annotated[int, NOT_NEGATIVE] = min(2, cores())
     """processes (dali: threads) that load data"""
     batch_size: Annotated[int, AT_LEAST_1] = 64

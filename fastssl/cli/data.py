@@ -52,7 +52,7 @@ class ShowFlags:
     augmentation: str = "moco_v2"
     """augmentation: a method, multi_crop or evaluation"""
     engine: str = "torchvision"
-    """loader engine: torchvision or dali"""
+    """loader engine: torchvision, device or dali"""
     rows: Annotated[int, AT_LEAST_1] = 4
     """number of images"""
     columns: Annotated[int, AT_LEAST_1] = 4

@@ -77,7 +77,7 @@ class Engine:
         threads: threads of the CPU, for DALI's operators; twice as many read files.
         device: device on which the batches are made.
         fill_in: replace images that can't be decoded by others of the batch; else they are left out.
-        colours_in_graph: change the colours with DALI's operators; always true on a GPU.
+        colours_in_graph: change the colours with DALI's operators, not by `augment_`; by default on a GPU alone.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Engine:
         threads: int,
         device: torch.device,
         fill_in: bool,
-        colours_in_graph: bool = False,
+        colours_in_graph: bool | None = None,
     ):
         self.source, self.augmentation, self.seed, self.fill_in = source, augmentation, seed, fill_in
-        self.colours = colours_in_graph or device.type == "cuda"
+        self.colours = device.type == "cuda" if colours_in_graph is None else colours_in_graph
         gpu = None if device.type == "cpu" else device.index
         if device.type == "cuda" and gpu is None:
             gpu = torch.cuda.current_device()

@@ -20,7 +20,7 @@ from .order import Order
 from .samples import Engine, Layout, Samples, describe
 from .source import BadSource, Source
 
-ENGINES = ("torchvision", "dali")
+ENGINES = ("torchvision", "device", "dali")
 
 
 class Loader:
@@ -31,11 +31,12 @@ class Loader:
         augmentation: the views to make of each image.
         batch_size: samples per batch on each rank. Training leaves out the last, incomplete batch of an epoch.
         seed: seed of the order and of the augmentations.
-        workers: processes (torchvision) or threads (DALI) that decode and augment; 0 works in this process.
+        workers: processes (torchvision, device) or threads (DALI) that decode, and for torchvision augment; 0 works in
+            this process.
         device: device of the batches. Pixels are copied as bytes and become normalised floats there.
         train: shuffle, and leave out the incomplete batch; else the source's order, complete.
-        engine: "torchvision" or "dali". Both have the same order and the same draws; pixels differ slightly by the
-            engines' resampling.
+        engine: "torchvision", "device" (crops and colours on the device of the batches) or "dali". All have the same
+            order and the same draws. Pixels of the first two are equal, DALI's differ slightly by its resampling.
         rank, world: number of this rank, and number of ranks, see `Order`.
         bad_files: file to which the names of images that can't be decoded are appended. In training they are replaced
             by others of the batch, in evaluation they are left out.
@@ -135,10 +136,14 @@ class Loader:
         return Batch(views, index, label, seed, dict(zip(samples.extras, extras)))
 
     def _on_copy_stream(self, batches: Iterator[Samples]) -> Iterator[Batch]:
-        """Copies and normalises on a separate stream, while the GPU computes the previous step."""
+        """Makes, copies and normalises on a separate stream, while the GPU computes the previous step."""
         stream, copied = torch.cuda.Stream(self.device), torch.cuda.Event()
         previous: Samples | None = None
-        for samples in batches:
+        while True:
+            with torch.cuda.stream(stream):  # on which an engine of the device makes its views
+                samples = next(batches, None)
+            if samples is None:
+                return
             if previous is not None:
                 copied.synchronize()  # usually no wait; after it DALI may reuse the memory of the previous samples
             with torch.cuda.stream(stream):
@@ -205,6 +210,12 @@ def _build_engine(
         pin = device.type == "cuda"
         return TorchvisionEngine(
             source, augmentation, seed, workers=workers, pin=pin, fill_in=train, batch_size=batch_size
+        )
+    if name == "device":
+        from .device import Engine as DeviceEngine
+
+        return DeviceEngine(
+            source, augmentation, seed, workers=workers, device=device, fill_in=train, batch_size=batch_size
         )
     if name != "dali":
         raise ValueError(f"data: unknown engine {name!r}, there are {', '.join(ENGINES)}")

@@ -26,7 +26,7 @@ class Samples(NamedTuple):
 
 
 class Engine(Protocol):
-    """Reads, decodes and augments images: `torchvision.Engine` or `dali.Engine`."""
+    """Reads, decodes and augments images: `torchvision.Engine`, `device.Engine` or `dali.Engine`."""
 
     def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Samples]:
         """Makes the batches of these image numbers, in their order. An unfinished earlier run ends."""

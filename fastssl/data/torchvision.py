@@ -5,7 +5,8 @@ of a whole batch.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +50,9 @@ class Engine:
         batch_size: int,
     ):
         batch_bytes = batch_size * sum(3 * view.size[0] * view.size[1] for view in augmentation.views)
-        self._sampler = _BatchSampler()
+        self._sampler = BatchSampler()
         self._batches = Workers(
-            _Batches(source, augmentation, seed, fill_in),
+            Batches(source, augmentation, seed, fill_in, make_batch),
             workers=workers,
             batch_bytes=batch_bytes,
             batch_size=None,
@@ -86,7 +87,7 @@ def make_batch(
                 files[row] = open_image(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
-        for row, view_windows in _windows(augmentation, draws, files):
+        for row, view_windows in windows_of(augmentation, draws, files):
             try:
                 pixels, view_windows = _decode(files[row], augmentation, view_windows)
                 extras[row] = read_extras(source, int(indices[row]))
@@ -129,7 +130,7 @@ def law_of(view: View) -> ColourLaw:
     return ColourLaw(view.grayscale_first, **COLOUR_LAWS[view.colour_law])
 
 
-def _windows(
+def windows_of(
     augmentation: Augmentation, draws: list[Draws], files: dict[int, ImageFile]
 ) -> Iterator[tuple[int, tuple[list[int], ...]]]:
     """(row, window of each view) for several files at once, to save calls of NumPy."""
@@ -138,7 +139,7 @@ def _windows(
     return zip(rows, zip(*by_view))
 
 
-class _BatchSampler(Sampler):
+class BatchSampler(Sampler):
     """A sampler of whole batches: (epoch, image numbers). The workers are persistent, so each batch has its epoch."""
 
     epoch: int = 0
@@ -151,18 +152,18 @@ class _BatchSampler(Sampler):
         return len(self.batches)
 
 
-class _Batches(Dataset):
-    """A dataset whose samples are whole batches.
+class Batches(Dataset):
+    """A dataset whose samples are whole batches, as `make` returns them.
 
     An error is returned, since a worker's exception would arrive with the worker's traceback as its text.
     """
 
-    def __init__(self, source: Source, augmentation: Augmentation, seed: int, fill_in: bool):
-        self.source, self.augmentation, self.seed, self.fill_in = source, augmentation, seed, fill_in
+    def __init__(self, source: Source, augmentation: Augmentation, seed: int, fill_in: bool, make: Callable[..., Any]):
+        self.source, self.augmentation, self.seed, self.fill_in, self.make = source, augmentation, seed, fill_in, make
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> Samples | ValueError:
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> Any:
         try:
-            return make_batch(self.source, self.augmentation, self.seed, *key, self.fill_in)
+            return self.make(self.source, self.augmentation, self.seed, *key, self.fill_in)
         except (ValueError, OSError) as error:
             return error if type(error) is BadSource else ValueError(str(error))  # others may not be picklable
         except MemoryError as error:

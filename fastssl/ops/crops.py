@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, op
+from .dispatch import fake, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import crops
+
+    return crops
+
 
 MODES = ("bilinear", "bicubic")
 MOST_BITS = 22  # of a weight's fraction, where all weights are small
@@ -120,6 +128,9 @@ def _resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, bicu
 @fake(_resized_crops_)
 def _(out, images, windows, bicubic):
     pass
+
+
+register_triton(_resized_crops_, lambda: _kernels().resized_crops_)
 
 
 def planes_of(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

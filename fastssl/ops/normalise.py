@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import fake, op
+from .dispatch import fake, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import normalise
+
+    return normalise
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,3 +77,6 @@ def _normalise(pixels: Tensor, offset: Sequence[float], scale: Sequence[float], 
 @fake(_normalise)
 def _(pixels, offset, scale, dtype):
     return pixels.new_empty(pixels.shape, dtype=dtype)
+
+
+register_triton(_normalise, lambda: _kernels().normalise_pixels)

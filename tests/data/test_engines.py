@@ -211,12 +211,13 @@ def test_a_broken_pipeline_leaves_the_other_batches_bit_equal(tmp_path):
 
 
 @needs_dali
+@pytest.mark.parametrize("colours", [True, False], ids=["colours in the graph", "colours by augment_"])
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_the_graph_of_a_gpu_keeps_pixels_on_it(name):
+def test_the_graph_of_a_gpu_keeps_pixels_on_it(name, colours):
     """Checks that need no GPU: DALI accepts the graph, and every operator on pixels is placed on the GPU."""
     from fastssl.data import dali
 
-    graph = dali._graph(AUGMENTATIONS[name], True, batch_size=8, num_threads=2, device_id=0, prefetch_queue_depth=1)
+    graph = dali._graph(AUGMENTATIONS[name], colours, batch_size=8, num_threads=2, device_id=0, prefetch_queue_depth=1)
     graph._build_graph()
     assert [output.device for output in graph._graph_outputs] == ["gpu"] * len(AUGMENTATIONS[name].views)
     devices: dict[str, set[str]] = {}
@@ -225,9 +226,9 @@ def test_the_graph_of_a_gpu_keeps_pixels_on_it(name):
         kind, device = (re.search(pattern, spec)[1] for pattern in (r"OpSpec for (\w+)", r"device: (\w+)"))
         devices.setdefault(kind, set()).add(device)
     assert devices["decoders__Image"] == {"mixed"}
-    pixels = {"Slice", "Resize", "Cast", "GaussianBlur", "CropMirrorNormalize", "reductions__Mean", "Cat"}
+    pixels = {"Slice", "Resize", "Transpose", "Cast", "GaussianBlur", "CropMirrorNormalize", "reductions__Mean", "Cat"}
     assert {kind: device for kind, device in devices.items() if kind in pixels and device != {"gpu"}} == {}
-    assert {"Slice", "Resize", "CropMirrorNormalize"} <= set(devices)
+    assert {"Slice", "Resize", "CropMirrorNormalize" if colours else "Transpose"} <= set(devices)
     on_host = {kind for kind, device in devices.items() if "cpu" in device}
     assert on_host <= {"ExternalSource", "_TensorSubscript", "_ArithmeticGenericOp", "_conditional__Split"}
 

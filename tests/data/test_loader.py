@@ -184,7 +184,7 @@ def test_error_sentences():
         3,
     )
     refused(
-        "data: unknown engine 'ffcv', there are torchvision, dali",
+        "data: unknown engine 'ffcv', there are torchvision, device, dali",
         ValueError,
         Loader,
         Numbers(10),

@@ -29,7 +29,8 @@ NO_PROGRAM, SEVERAL = -1, -2
 class Watch:
     """Record of the launches inside `watch()`."""
 
-    def __init__(self):
+    def __init__(self, reachable: dict[str, torch.Tensor]):
+        self.reachable = reachable  # tensors that kernels find through a table of addresses
         self.requested = defaultdict(int)  # {"kernel.argument": bytes loaded and stored}
         self.distinct = defaultdict(int)  # the same, each byte once for each launch
         self.operations = 0  # of matrix products, 2·M·N·K each
@@ -78,10 +79,14 @@ _watch: Watch | None = None
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Watch]:
-    """Within this context the interpreter is corrected, and launches are checked and recorded."""
+def watch(reachable: dict[str, torch.Tensor] | None = None) -> Iterator[Watch]:
+    """Within this context the interpreter is corrected, and launches are checked and recorded.
+
+    Args:
+        reachable: {name: tensor} that kernels find through a table of addresses, beside their arguments.
+    """
     global _watch
-    _watch = Watch()
+    _watch = Watch(reachable or {})
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in _replacements():
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -91,9 +96,9 @@ def watch() -> Iterator[Watch]:
 
 
 @contextlib.contextmanager
-def triton_on_cpu() -> Iterator[Watch]:
+def triton_on_cpu(reachable: dict[str, torch.Tensor] | None = None) -> Iterator[Watch]:
     """Within this context the public ops run the interpreted Triton kernels on CPU tensors."""
-    with torch.library._scoped_library("fastssl", "IMPL") as library, watch() as seen:
+    with torch.library._scoped_library("fastssl", "IMPL") as library, watch(reachable) as seen:
         for name, load in dispatch._triton_loaders.items():
             library.impl(name, load(), "CPU", allow_override=True)
         yield seen
@@ -140,6 +145,7 @@ def _replacements() -> list[tuple[type, str, object]]:
         names = dict(zip(self.arg_names, args)) | kwargs
         kernel = self.fn.__name__
         _watch.args = [Argument(f"{kernel}.{n}", x) for n, x in names.items() if isinstance(x, torch.Tensor)]
+        _watch.args += [Argument(f"{kernel}.{n}", x) for n, x in _watch.reachable.items()]
         _watch.launches.append((kernel, self.grid))
         with np.errstate(all="ignore"):
             call(self, *args, **kwargs)

@@ -23,11 +23,13 @@ from fastssl.ops import (
     keep_tokens,
     linear_cross_entropy,
     masked_patch_mse,
+    normalise,
     nt_xent,
     patchify,
     prototype_lse,
     random_masking,
     residual_norm,
+    resized_crops_,
     restore_tokens,
     soft_cross_entropy,
     unpatchify,
@@ -237,6 +239,33 @@ def test_block_mask(grid):
     for options in ({"min_patches": 4, "max_patches": length / 2}, {"min_patches": max(1, length // 9), "stream": 3}):
         masks = block_mask(seed.to(DEVICE), count.to(DEVICE), grid, **options)
         assert torch.equal(masks.cpu(), block_mask(seed, count, grid, **options))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(224, 224), (96, 100), (7, 300)], ids=str)
+def test_resized_crops(size, interpolation):
+    """The bytes of a CPU: RGB and planes of 64 sizes, at scales from 1/10 to 10."""
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.randint(1, 450, (64, 2), generator=generator) * 2
+    images = [
+        torch.randint(256, (h * 3 // 2, w) if i % 3 else (h, w, 3)).byte() for i, (h, w) in enumerate(sides.tolist())
+    ]
+    corner = (torch.rand(64, 2) * sides).long()
+    extent = (torch.rand(64, 2) * (sides - corner)).long() + 1
+    windows = torch.cat([corner, torch.minimum(extent, sides - corner)], 1)
+    out = torch.zeros(64, 3, *size, dtype=torch.uint8)
+    found = resized_crops_(out.to(DEVICE), [image.to(DEVICE) for image in images], windows, interpolation)
+    with dispatch.reference():
+        assert_same(found.cpu(), resized_crops_(out, images, windows, interpolation))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_normalise(dtype):
+    pixels = torch.randint(256, (9, 3, 224, 225), dtype=torch.uint8)
+    numbers = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    with dispatch.reference():
+        expected = normalise(pixels, *numbers, dtype)
+    assert_same(normalise(pixels.to(DEVICE), *numbers, dtype).cpu(), expected)
 
 
 def test_queue():

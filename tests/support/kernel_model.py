@@ -5,6 +5,7 @@ programs, the plan comes from the kernel's file. `acc` is the bytes of a number 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastssl.kernels import (
@@ -12,6 +13,7 @@ from fastssl.kernels import (
     bank,
     batchnorm,
     contrastive,
+    crops,
     gelu,
     masking,
     norm,
@@ -161,6 +163,26 @@ def augment_(values: int, blurred: int) -> Moved:
     between the passes along rows and columns. `values` counts all channels of all images."""
     moved = 3 * values + (values - blurred) + blurred * (4 + 8 + 5)
     return Moved(moved, moved, 2 * values)
+
+
+def resized_crops_(windows: Sequence[tuple[int, int]], size: tuple[int, int], bicubic: bool) -> Moved:
+    """Reads RGB windows (height, width), writes and reads the scratch memory between the passes, and writes crops.
+
+    Each value is loaded once for each weight that reaches it, from the caches.
+    """
+    height, width = size
+    source = sum(3 * rows * columns for rows, columns in windows)
+    between, result = sum(3 * rows * width for rows, _ in windows), 3 * len(windows) * height * width
+    requested = between + result
+    for rows, columns in windows:
+        across, down = (crops.taps(length, out, bicubic) for length, out in ((columns, width), (rows, height)))
+        requested += 3 * (rows * width * across + height * width * down)
+    return Moved(requested, source + 2 * between + result, source + result)
+
+
+def normalise(values: int, size: int) -> Moved:
+    """Reads bytes, writes floats."""
+    return Moved(*[values * (1 + size)] * 3)
 
 
 def bias_gelu_fwd(M: int, K: int, size: int, bias_bytes: int = 4, arch: str = "sm_90") -> Moved:

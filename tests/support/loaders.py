@@ -11,7 +11,7 @@ from PIL import Image
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import has_dali
 
-ENGINES = ["torchvision", pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI"))]
+ENGINES = ["torchvision", "device", pytest.param("dali", marks=pytest.mark.skipif(not has_dali(), reason="needs DALI"))]
 engines = pytest.mark.parametrize("engine", ENGINES)
 
 

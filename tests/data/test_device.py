@@ -1,0 +1,130 @@
+"""The engine whose workers only decode, on a CPU: bit-equal batches of the torchvision engine."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl.data import device
+from fastssl.data.augmentation import Augmentation, View, evaluation, multi_crop
+from fastssl.data.draws import draw, mix, windows
+from fastssl.data.loader import Loader
+from fastssl.data.source import open_source
+from fastssl.methods import mae, moco_v3
+from tests.data.test_extras import Captioned
+from tests.support.loaders import digest, poison
+
+SIZE = (24, 36)
+AUGMENTATIONS = {
+    "mae": mae.Config(image_size=SIZE).augmentation,
+    "moco_v3": moco_v3.Config(image_size=SIZE).augmentation,
+    "multi_crop": multi_crop(SIZE, (16, 16), 2),
+    "evaluation": evaluation(SIZE),
+    "whole": Augmentation((View(SIZE), View((5, 80), interpolation="bicubic"))),
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of images of different sizes, and of broken files."""
+    folder = tmp_path_factory.mktemp("images") / "data"
+    poison(folder, good=3)
+    for i, shape in enumerate([(90, 31, 3), (17, 120, 3), (64, 64, 3), (5, 7, 3)]):
+        pixels = np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"size{i}.jpg", quality=95)
+    return open_source(f"folder:{folder}::labels=none")
+
+
+def digests(source, augmentation, engine, train=True, workers=0, **options):
+    loader = Loader(source, augmentation, 6, train=train, engine=engine, workers=workers, max_bad=1.0, **options)
+    return [digest(batch) for epoch in (0, 1) for batch in loader.epoch(epoch)]
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "evaluation"])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_batches_are_those_of_the_torchvision_engine(images, name, train):
+    """Ragged sizes, bad files, images that fill in, several views: to the bit."""
+    augmentation = AUGMENTATIONS[name]
+    expected = digests(images, augmentation, "torchvision", train)
+    assert digests(images, augmentation, "device", train) == expected and len(set(expected)) == len(expected) > 3
+
+
+def test_workers_ranks_and_resume(images):
+    augmentation = AUGMENTATIONS["moco_v3"]
+    expected = digests(images, augmentation, "torchvision", workers=0)
+    assert digests(images, augmentation, "device", workers=2) == expected
+    loader = Loader(images, augmentation, 6, engine="device", workers=2, max_bad=1.0)
+    assert [digest(batch) for batch in loader.epoch(0, start=1)] == expected[1 : len(loader)]
+    for rank in range(2):
+        one, two = (
+            digests(images, augmentation, engine, rank=rank, world=2, train=False)
+            for engine in ("torchvision", "device")
+        )
+        assert one == two
+
+
+def test_extras_of_good_images_alone():
+    source = Captioned(24, bad=[5, 11], encoded=True, unreadable=[3])
+    augmentation = Augmentation((View((8, 8), crop=(0.3, 1.0)),))
+    assert digests(source, augmentation, "device") == digests(source, augmentation, "torchvision")
+
+
+def test_a_worker_sends_the_parts_that_the_views_need():
+    """Two small crops of an image are sent as the smallest part that has both."""
+    source, augmentation = open_source("shapes:count=6,size=64"), Augmentation((View((8, 8), crop=(0.05, 0.1)),) * 2)
+    decoded = device.decode_batch(source, augmentation, 0, 0, np.arange(6), True)
+    sizes = np.full((6, 2), 64)
+    whole = np.stack([windows(v, draw(v, n, mix(0, 0, np.arange(6))), sizes) for n, v in enumerate(augmentation.views)])
+    corner = whole[..., :2].min(0)
+    assert np.array_equal(decoded.windows.numpy()[..., :2], whole[..., :2] - corner)
+    assert np.array_equal(decoded.windows.numpy()[..., 2:], whole[..., 2:])
+    shapes = (whole[..., :2] + whole[..., 2:]).max(0) - corner
+    assert np.array_equal(decoded.images.numpy()[:, 1:], shapes)
+    assert len(decoded.memory) == 3 * shapes.prod(1).sum() < 0.6 * 6 * 64 * 64 * 3
+    for part, (top, left), (height, width), index in zip(
+        device.images_in(decoded.memory, decoded.images), corner, shapes, range(6)
+    ):
+        assert np.array_equal(part, source.read(index)[top : top + height, left : left + width])
+
+
+def test_images_that_fill_in_are_sent_once():
+    source = Captioned(8, bad=[1, 2, 3, 4])
+    decoded = device.decode_batch(source, Augmentation((View((8, 8)),)), 0, 0, np.arange(8), True)
+    assert len(decoded.images) == 8 and len(set(decoded.images[:, 0].tolist())) == 4
+    assert decoded.index.tolist() == [0, 5, 6, 7] * 2 and [index for index, _ in decoded.bad] == [1, 2, 3, 4]
+    none = device.decode_batch(Captioned(2, bad=[0, 1]), Augmentation((View((8, 8)),)), 0, 0, np.arange(2), True)
+    assert none.windows.shape == (1, 0, 4) and none.images.shape == (0, 3) and len(none.bad) == 2
+
+
+def test_the_shared_memory_that_batches_need_is_known_at_the_start(images):
+    assert device._mean_bytes(open_source("shapes:count=6,size=64")) == 3 * 64 * 64
+    assert images.size is None and device._mean_bytes(images) == 3 * 40 * 60  # the first eight files, but for bad ones
+
+
+def test_views_are_made_on_the_device_of_the_loader():
+    """On torch's meta device, which has no pixels: nothing is made elsewhere and copied."""
+    source = open_source("shapes:count=6,size=32")
+    engine = device.Engine(
+        source, multi_crop((16, 16), (8, 8), 1), 0, workers=0, device=torch.device("meta"), fill_in=True, batch_size=6
+    )
+    decoded = device.decode_batch(source, engine._augmentation, 0, 0, np.arange(6), True)
+    samples = engine._make_views(decoded)
+    assert [view.device.type for view in samples.views] == ["meta"] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_views_on_a_gpu_are_those_of_a_cpu(images, name):
+    """Crops to the bit; colours but for rounding, which contrast and a threshold amplify."""
+    augmentation = AUGMENTATIONS[name]
+    loaders = [
+        Loader(images, augmentation, 6, engine=engine, device=where, workers=2, max_bad=1.0)
+        for engine, where in (("torchvision", "cpu"), ("device", "cuda"))
+    ]
+    for expected, found in zip(loaders[0].epoch(0), loaders[1].epoch(0), strict=True):
+        assert torch.equal(expected.index, found.index.cpu()) and found.views[0].is_cuda
+        for view, a, b in zip(augmentation.views, expected.views, found.views):
+            byte = 1 / 255 / min(view.std)
+            off = (a - b.cpu()).abs()
+            assert (off > 1.01 * byte).float().mean() < (2e-3 if view.solarize_p else 1e-4)
+            assert (off > 0.01 * byte).float().mean() < 1e-2
