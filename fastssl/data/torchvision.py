@@ -89,7 +89,7 @@ def make_batch(
                 bad.append((int(indices[row]), str(error)))
         for row, view_windows in windows_of(augmentation, draws, files):
             try:
-                pixels, view_windows = _decode(files[row], augmentation, view_windows)
+                pixels, view_windows = decode(files[row], augmentation, view_windows)
                 extras[row] = read_extras(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
@@ -110,7 +110,7 @@ def make_batch(
     return Samples(views, torch.from_numpy(indices), labels, torch.from_numpy(seeds), stacked, bad)
 
 
-def _decode(
+def decode(
     image: ImageFile, augmentation: Augmentation, windows: Sequence[Sequence[float]]
 ) -> tuple[Tensor, Sequence[Sequence[float]]]:
     """Pixels of an image, reduced if the augmentation allows it, and the views' windows in them."""

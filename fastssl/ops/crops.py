@@ -29,8 +29,8 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
     Equals, for an RGB image and its window,
     ``F.interpolate(image.permute(2, 0, 1)[None, :, top : top + height, left : left + width], (h, w),
     mode=interpolation, antialias=True)[0]`` of uint8 on a CPU, to the bit: along rows, then along columns, each with
-    integer weights and rounded to bytes. Pixels outside the window have no influence. On a CPU a window may begin and
-    end inside of pixels, as it does in an image that was reduced when it was decoded.
+    integer weights and rounded to bytes. Pixels outside the window have no influence. A window may begin and end inside
+    of pixels, as it does in an image that was reduced when it was decoded.
 
     Planes of YCbCr are resampled one by one, those of colour in the window of half the numbers, which may begin and end
     in the middle of a pixel; the results are converted to RGB by the integers of libjpeg, rounded once more.
@@ -40,8 +40,7 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
         images: B tensors uint8, of any sizes, on the device of `out`: RGB [H, W, 3], or the planes Y, U and V of YCbCr
             4:2:0 in one block [3·H/2, W]: Y is [H, W], then U and V, each [H/2, W/2]; full range, as in JPEG. H and W
             are even there. One image may be in the list several times.
-        windows: [B, 4] int64 on the CPU: top, left, height, width in pixels of the image (of Y); for `out` on the CPU
-            they may be float64.
+        windows: [B, 4] int64 or float64, on the CPU: top, left, height, width in pixels of the image (of Y).
         interpolation: "bilinear" or "bicubic".
 
     Raises:
@@ -62,7 +61,7 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
     if len(images) != len(out):
         check.fail("resized_crops_", f"images must hold {len(out)} tensors like out, got {len(images)}")
     check.tensor("resized_crops_", "windows", windows, "B 4", **{"B": len(out), "4": 4})
-    if windows.dtype != torch.float64 or not out.is_cpu:
+    if windows.dtype != torch.float64:
         check.index("resized_crops_", windows=windows)
     if not windows.is_cpu and not (windows.is_meta and out.is_meta):
         check.fail("resized_crops_", f"windows must be on the cpu, whatever the device of out, got {windows.device}")
