@@ -33,10 +33,10 @@ MARKERS = "<!-- decoders:begin -->", "<!-- decoders:end -->"
 SIDES, SCALES, ROUNDS = (400, 500, 1024), (1, 2, 4), 15
 HEADER = ("decoder", "pixels", "GIL", *(f"{side} px" for side in SIDES), "1,024 px at 1/2", "at 1/4", "middle rows")
 LEGEND = """\
-Milliseconds of processor time to decode a photograph (JPEG of quality 90, 4:2:0; the number is its shorter side) to RGB.
+Milliseconds of processor time to decode a photograph (JPEG of quality 90, 4:2:0; px: its shorter side) to RGB.
 *Pixels*: equal to those of libjpeg's default (accurate inverse transform, smooth upsampling), or how far in the mean of
-255. *GIL*: whether other Python threads run meanwhile. *Middle rows*: half of those of 1,024 pixels, where the
-package can decode a part; all of the file before it must be read, as Huffman codes have no index."""
+255. *GIL*: whether other Python threads run meanwhile. *Middle rows*: half of those of 1,024 pixels, where the package
+can decode a part; all of the file before it must be read, as Huffman codes have no index."""
 
 Decode = Callable[[bytes], object]
 

@@ -5,7 +5,7 @@ memory. On a GPU that block is copied from page-locked memory in one transfer; `
 views there. Draws, windows and pixels are those of the torchvision engine.
 """
 
-import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,8 +23,6 @@ from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .source import BadImage, Source, read_extras
 from .torchvision import FILES_IN_MEMORY, Batches, BatchSampler, change_colours, decode, windows_of
 from .workers import Workers
-
-HEADERS = 8  # images whose sizes are looked at to know how much memory a batch takes
 
 
 class Decoded(NamedTuple):
@@ -71,7 +69,7 @@ class Engine:
         self._batches = Workers(
             Batches(source, augmentation, seed, fill_in, decode_batch),
             workers=workers,
-            batch_bytes=batch_size * _mean_bytes(source) if workers else 0,
+            batch_bytes=3 * batch_size * math.prod(source.size) if source.size else 0,  # at most, where it is known
             batch_size=None,
             sampler=self._sampler,
             persistent_workers=workers > 0,
@@ -176,14 +174,3 @@ def _places(images: list[Tensor]) -> list[tuple[int, ...]]:
     """The rows of `images_in`'s table for images that lie one after the other."""
     ends = np.cumsum([image.numel() for image in images]).tolist()
     return [(end - image.numel(), *image.shape, *[0] * (3 - image.ndim)) for end, image in zip(ends, images)]
-
-
-def _mean_bytes(source: Source) -> int:
-    """Bytes of an image's pixels: of all, where they have one size, else the mean of the first that can be opened."""
-    if source.size is not None:
-        return 3 * source.size[0] * source.size[1]
-    sizes = []
-    for index in range(min(HEADERS, len(source))):
-        with contextlib.suppress(BadImage):
-            sizes.append(open_image(source, index).size)
-    return sum(3 * height * width for height, width in sizes) // max(1, len(sizes))

@@ -1,5 +1,7 @@
 """The engine whose workers only decode, on a CPU: bit-equal batches of the torchvision engine."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from fastssl.data.augmentation import Augmentation, View, evaluation, multi_crop
 from fastssl.data.draws import draw, mix, windows
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
+from fastssl.data.workers import LostWorker
 from fastssl.methods import mae, moco_v3
 from tests.data.test_extras import Captioned
 from tests.support.loaders import digest, poison
@@ -132,9 +135,15 @@ def test_images_that_fill_in_are_sent_once():
     assert none.windows.shape == (1, 0, 4) and none.images.shape == (0, 4) and len(none.bad) == 2
 
 
-def test_the_shared_memory_that_batches_need_is_known_at_the_start(images):
-    assert device._mean_bytes(open_source("shapes:count=6,size=64")) == 3 * 64 * 64
-    assert images.size is None and device._mean_bytes(images) == 3 * 40 * 60  # the first eight files, but for bad ones
+def test_too_small_a_shared_memory_is_refused_at_the_start(monkeypatch):
+    """Where images have one size; otherwise a worker that finds it full is named."""
+    free = os.statvfs_result((4096, 4096, 1000, 20, 20, 0, 0, 0, 0, 255))  # 80 kB
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    loader = Loader(open_source("shapes:count=24,size=64"), AUGMENTATIONS["mae"], 6, engine="device", workers=2)
+    with pytest.raises(
+        LostWorker, match=r"^data: 2 workers keep up to 5 batches of 0.1 MB in /dev/shm, which has 0.1 MB"
+    ):
+        loader.epoch(0)
 
 
 def test_views_are_made_on_the_device_of_the_loader():
