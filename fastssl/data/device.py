@@ -20,6 +20,7 @@ from .augmentation import Augmentation
 from .decoding import ImageFile, open_image
 from .draws import draw, mix
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
+from .shared import empty
 from .source import BadImage, Source, read_extras
 from .torchvision import FILES_IN_MEMORY, Batches, BatchSampler, change_colours, decode, windows_of
 from .workers import Workers
@@ -45,10 +46,11 @@ class Engine:
         source: the images.
         augmentation: the views to make of each image.
         seed: seed of all draws.
-        workers: processes that decode; 0 decodes in this process.
+        workers: processes or threads that decode; 0 decodes in this process.
         device: device on which the views are made.
         fill_in: replace images that can't be decoded by others of the batch; else they are left out.
         batch_size: images of the largest batch.
+        worker_kind: "process" or "thread".
 
     Memory: on the device, the parts of the images of a batch, and its views; in page-locked memory and in the shared
         memory of each worker two batches of parts.
@@ -64,12 +66,14 @@ class Engine:
         device: torch.device,
         fill_in: bool,
         batch_size: int,
+        worker_kind: str = "process",
     ):
         self._augmentation, self._device, self._sampler = augmentation, device, BatchSampler()
         self._batches = Workers(
             Batches(source, augmentation, seed, fill_in, decode_batch),
             workers=workers,
             batch_bytes=3 * batch_size * math.prod(source.size) if source.size else 0,  # at most, where it is known
+            kind=worker_kind,
             batch_size=None,
             sampler=self._sampler,
             persistent_workers=workers > 0,
@@ -124,7 +128,8 @@ def decode_batch(
     good = list(parts)
     rows = fill_in_rows(good, len(indices)) if bad and fill_in else good
     images = dict(zip(good, _places(list(parts.values()))))
-    memory = torch.cat([torch.empty(0, dtype=torch.uint8), *(parts.pop(row).flatten() for row in good)])
+    memory = empty(sum(part.numel() for part in parts.values()))
+    torch.cat([memory[:0], *(parts.pop(row).flatten() for row in good)], out=memory)
     indices, seeds, no_windows = indices[rows], seeds[rows], torch.zeros(len(draws), 0, 4, dtype=torch.float64)
     return Decoded(
         memory,

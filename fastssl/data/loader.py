@@ -19,6 +19,7 @@ from .lab import rgb_to_lab
 from .order import Order
 from .samples import Engine, Layout, Samples, describe
 from .source import BadSource, Source
+from .workers import choose_kind
 
 ENGINES = ("torchvision", "device", "dali")
 
@@ -31,8 +32,8 @@ class Loader:
         augmentation: the views to make of each image.
         batch_size: samples per batch on each rank. Training leaves out the last, incomplete batch of an epoch.
         seed: seed of the order and of the augmentations.
-        workers: processes (torchvision, device) or threads (DALI) that decode, and for torchvision augment; 0 works in
-            this process.
+        workers: processes or threads (torchvision, device), or threads (DALI) that decode, and for torchvision and DALI
+            augment; 0 works in this process.
         device: device of the batches. Pixels are copied as bytes and become normalised floats there.
         train: shuffle, and leave out the incomplete batch; else the source's order, complete.
         engine: "torchvision", "device" (crops and colours on the device of the batches) or "dali". All have the same
@@ -41,6 +42,7 @@ class Loader:
         bad_files: file to which the names of images that can't be decoded are appended. In training they are replaced
             by others of the batch, in evaluation they are left out.
         max_bad: largest share of the source (of this rank's part of it) that may be bad.
+        worker_kind: "process", "thread", or "auto": threads on a Python without its global lock. DALI has threads.
 
     Raises:
         ValueError: the batch is larger than the source, or the engine is unknown or not installed; while iterating, too
@@ -62,6 +64,7 @@ class Loader:
         world: int = 1,
         bad_files: Path | None = None,
         max_bad: float = 0.01,
+        worker_kind: str = "auto",
     ):
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("world", world, 1)):
             if value < least:
@@ -79,7 +82,10 @@ class Loader:
         self._order = Order(len(source), batch_size, seed, train, source.shards, rank, world)
         self._epochs_begun, self._world = 0, world
         self._layout: Layout | None = None  # of the source's extras, known from the first batch
-        self._engine = _build_engine(engine, source, augmentation, batch_size, seed, workers, self.device, train)
+        kind = choose_kind(worker_kind)
+        self._engine = _build_engine(
+            engine, source, augmentation, batch_size, seed, (workers, kind), self.device, train
+        )
         self._mean_and_std = [
             tuple(
                 torch.tensor(v, device=self.device).view(1, 3, 1, 1) * (255 if view.colour_space == "rgb" else 1)
@@ -200,22 +206,30 @@ def _build_engine(
     augmentation: Augmentation,
     batch_size: int,
     seed: int,
-    workers: int,
+    workers_and_kind: tuple[int, str],
     device: torch.device,
     train: bool,
 ) -> Engine:
+    workers, kind = workers_and_kind
     if name == "torchvision":
         from .torchvision import Engine as TorchvisionEngine
 
         pin = device.type == "cuda"
         return TorchvisionEngine(
-            source, augmentation, seed, workers=workers, pin=pin, fill_in=train, batch_size=batch_size
+            source, augmentation, seed, workers=workers, pin=pin, fill_in=train, batch_size=batch_size, worker_kind=kind
         )
     if name == "device":
         from .device import Engine as DeviceEngine
 
         return DeviceEngine(
-            source, augmentation, seed, workers=workers, device=device, fill_in=train, batch_size=batch_size
+            source,
+            augmentation,
+            seed,
+            workers=workers,
+            device=device,
+            fill_in=train,
+            batch_size=batch_size,
+            worker_kind=kind,
         )
     if name != "dali":
         raise ValueError(f"data: unknown engine {name!r}, there are {', '.join(ENGINES)}")

@@ -19,6 +19,7 @@ from .augmentation import COLOUR_LAWS, Augmentation, View
 from .decoding import ImageFile, decode_for_views, open_image
 from .draws import Draws, draw, mix, windows
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
+from .shared import empty
 from .source import BadImage, BadSource, Source, read_extras
 from .workers import WAYS_OUT, LostWorker, Workers
 
@@ -32,10 +33,11 @@ class Engine:
         source: the images.
         augmentation: the views to make of each image.
         seed: seed of all draws.
-        workers: processes that make batches; 0 makes them in this process, with torch's threads.
+        workers: processes or threads that make batches; 0 makes them in this process, with torch's threads.
         pin: copy batches to page-locked memory, from which a GPU copies them asynchronously.
         fill_in: replace images that can't be decoded by others of the batch; else they are left out.
         batch_size: images of the largest batch.
+        worker_kind: "process" or "thread".
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Engine:
         pin: bool,
         fill_in: bool,
         batch_size: int,
+        worker_kind: str = "process",
     ):
         batch_bytes = batch_size * sum(3 * view.size[0] * view.size[1] for view in augmentation.views)
         self._sampler = BatchSampler()
@@ -55,6 +58,7 @@ class Engine:
             Batches(source, augmentation, seed, fill_in, make_batch),
             workers=workers,
             batch_bytes=batch_bytes,
+            kind=worker_kind,
             batch_size=None,
             sampler=self._sampler,
             persistent_workers=workers > 0,
@@ -77,7 +81,7 @@ def make_batch(
     """
     seeds = mix(seed, epoch, indices)
     draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
-    views = [torch.empty(len(indices), 3, *view.size, dtype=torch.uint8) for view in augmentation.views]
+    views = [empty(len(indices), 3, *view.size) for view in augmentation.views]
     extras: dict[int, dict[str, np.ndarray]] = {}  # by row of the batch, of the images that can be decoded
     bad: list[tuple[int, str]] = []
     for first in range(0, len(indices), FILES_IN_MEMORY):

@@ -1,27 +1,41 @@
-"""Worker processes that make batches: how they are started, and one sentence when one is lost or memory is full.
+"""Workers that make batches: how they are started, and one sentence when one is lost or memory is full.
 
-Workers send batches in shared memory, /dev/shm on Linux. Docker gives a container 64 MB of it by default.
+Processes make batches in shared memory, see `shared.py`. What has no room there goes through /dev/shm, of which Docker
+gives a container 64 MB by default. Threads need neither: on a Python without its global lock they are the better choice.
+With the lock, it lets one thread at a time run what is not decoding or arithmetic, and the step of a run must wait for
+it too.
 """
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from .shared import Ring, Sent, map_tensors, pin_in_this_thread
 
 SHARED_MEMORY = "/dev/shm"
+KINDS = ("auto", "process", "thread")
 PREFETCH = 2  # batches that each worker makes ahead
+HELD = (
+    2  # batches that the reader may still read when the next one is begun: the one it has, and one on its way to a GPU
+)
 WAYS_OUT = (
     f"use fewer --workers or smaller batches, or give the machine or container more memory ({SHARED_MEMORY} of a "
     "container: docker run --shm-size=8g)"
@@ -41,14 +55,28 @@ def make_batch_whole(batch: Any) -> Any:
     return batch
 
 
+def choose_kind(kind: str) -> str:
+    """The kind of workers, "process" or "thread"; "auto" is threads on a Python without its global lock.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"data: --worker-kind must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {kind!r}")
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return kind if kind != "auto" else "process" if has_lock else "thread"
+
+
 class Workers:
     """A `DataLoader` that never hangs on a lost worker, and names memory, --workers and /dev/shm instead.
 
     Args:
         dataset: makes the batches, or the samples of batches. An exception that it returns is raised here.
-        workers: number of processes; 0 makes the batches in this process.
+        workers: number of processes or threads; 0 makes the batches in this process.
         collate: makes a batch of samples.
-        batch_bytes: size of a batch, to see at the start whether the shared memory is large enough.
+        batch_bytes: size of a batch. If `options` have a sampler of whole batches, processes make them in shared memory
+            of that size, which is reused: a batch is valid until the next one but one is asked for.
+        kind: "process" or "thread". Threads read one dataset, whose items must depend on their keys alone.
         options: of `DataLoader`.
 
     Raises:
@@ -63,13 +91,27 @@ class Workers:
         workers: int,
         collate: Callable[[Any], Any] = make_batch_whole,
         batch_bytes: int = 0,
+        kind: str = "process",
         **options: Any,
     ):
+        self._count, self._batch_bytes = workers, batch_bytes
+        self._processes: list[BaseProcess] = []
+        self._threads = _Threads(dataset, workers, collate, **options) if workers and kind == "thread" else None
+        if self._threads:
+            workers, options = 0, {**options, "persistent_workers": False, "pin_memory": False}
+        self._ring: Ring | None = None
+        if workers and batch_bytes and "sampler" in options:
+            try:
+                self._ring = Ring(PREFETCH * workers + HELD, batch_bytes)
+            except OSError as error:
+                raise LostWorker(
+                    f"data: no memory for the batches of {workers} workers ({error}): {WAYS_OUT}"
+                ) from error
+            dataset = _InSlots(dataset, self._ring)
+            options["sampler"] = _WithSlots(options["sampler"], self._ring.slots)
         self._loader: DataLoader = DataLoader(
             dataset, num_workers=workers, collate_fn=_Sharing(collate), worker_init_fn=_freeze_garbage, **options
         )
-        self._count, self._batch_bytes = workers, batch_bytes
-        self._processes: list[BaseProcess] = []
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -77,10 +119,13 @@ class Workers:
 
     def __iter__(self) -> Iterator[Any]:
         """The batches; workers start now, or go on if they persist."""
+        if self._threads:
+            return map(_raise_error, self._threads.run())
         if not self._count:
             return map(_raise_error, self._loader)
         if not self._processes:
-            check_shared_memory(self._batch_bytes, min(PREFETCH * self._count, len(self)) + 1, self._count)
+            if not (self._ring and multiprocessing.get_start_method() == "fork"):  # which needs no /dev/shm
+                check_shared_memory(self._batch_bytes, min(PREFETCH * self._count, len(self)) + 1, self._count)
             gc.collect()  # what a process inherits stays in its memory
         known = multiprocessing.active_children()
         batches = self._guard(lambda: iter(self._loader))
@@ -90,7 +135,7 @@ class Workers:
         _note_only_own_losses()
         _running.add(self)
         end = object()
-        return map(_raise_error, iter(lambda: self._guard(lambda: next(batches, end)), end))
+        return map(_open, iter(lambda: self._guard(lambda: next(batches, end)), end))
 
     def _guard(self, wait_for_workers: Callable[[], Any]) -> Any:
         """Calls a function that waits for the workers."""
@@ -142,8 +187,98 @@ def check_shared_memory(batch_bytes: int, batches: int, workers: int) -> None:
         )
 
 
+class _Threads:
+    """Threads that make batches, in the order of their keys."""
+
+    def __init__(self, dataset: Any, count: int, collate: Callable[[Any], Any], **options: Any):
+        self._dataset, self._count, self._collate = dataset, count, collate
+        self._keys, self._pin = options.get("sampler"), options.get("pin_memory", False)
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: deque[Future] = deque()
+
+    def run(self) -> Iterator[Any]:
+        """The batches; those of an earlier, unfinished run are no longer made."""
+        self._cancel(self._pending)
+        self._pool = pool = self._pool or self._start()
+        keys: Iterator[Any] = iter(range(len(self._dataset)) if self._keys is None else self._keys)
+        self._pending = pending = deque()
+
+        def begin(count: int) -> None:
+            pending.extend(pool.submit(self._make, key) for key in itertools.islice(keys, count))
+
+        def batches() -> Iterator[Any]:
+            try:
+                while pending:
+                    batch = pending.popleft().result()
+                    begin(1)
+                    yield batch
+            finally:  # an error, Ctrl-C, or a reader that stopped
+                self._cancel(pending)
+
+        begin(PREFETCH * self._count)
+        return batches()
+
+    def _make(self, key: Any) -> Any:
+        return self._collate(self._dataset[key])
+
+    @staticmethod
+    def _cancel(pending: deque[Future]) -> None:
+        while pending:
+            pending.pop().cancel()
+
+    def _start(self) -> ThreadPoolExecutor:
+        """Threads in which torch computes with one thread each; in this one it keeps its number."""
+        threads, started = torch.get_num_threads(), threading.Barrier(self._count + 1)
+        pool = ThreadPoolExecutor(self._count, "fastssl-data", _prepare_thread, (self._pin,))
+        try:
+            for _ in range(self._count):
+                pool.submit(started.wait)
+            started.wait()
+        except RuntimeError as error:
+            started.abort()
+            raise LostWorker(f"data: worker threads can't be started ({error}): {WAYS_OUT}") from error
+        finally:
+            torch.set_num_threads(threads)
+        weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)
+        return pool
+
+
+def _prepare_thread(pin: bool) -> None:
+    torch.get_num_threads()  # which would otherwise set the number at the first computation
+    torch.set_num_threads(1)
+    if pin:
+        pin_in_this_thread()
+
+
+class _WithSlots(Sampler):
+    """The keys of a sampler, each with the number of the slot for its batch; slots follow each other in turn."""
+
+    def __init__(self, keys: Any, slots: int):
+        self._keys, self._slots = keys, slots
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return ((number % self._slots, key) for number, key in enumerate(self._keys))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class _InSlots(Dataset):
+    """A dataset of whole batches that are made in the slots of a ring."""
+
+    def __init__(self, dataset: Dataset, ring: Ring):
+        self._dataset, self._ring = dataset, ring
+
+    def __getitem__(self, key: tuple[int, Any]) -> Any:
+        number, key = key
+        try:
+            return self._ring.make(number, lambda: self._dataset[key])
+        except (RuntimeError, MemoryError, OSError) as error:
+            return _no_shared_memory(error)
+
+
 class _Sharing:
-    """Makes a batch of samples and, in a worker, moves it to shared memory at once.
+    """Makes a batch of samples and, in a worker process, moves it to shared memory at once.
 
     torch would do that in a thread whose errors it prints and forgets: the loader would wait for the batch for ever.
     """
@@ -153,23 +288,23 @@ class _Sharing:
 
     def __call__(self, samples: Any) -> Any:
         batch = self.collate(samples)
-        if get_worker_info() is None:
+        if get_worker_info() is None or isinstance(batch, Sent):
             return batch
         try:
-            _share(batch)
+            map_tensors(Tensor.share_memory_, batch)
         except (RuntimeError, MemoryError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return LostWorker(f"data: a worker has no shared memory for a batch ({reason}): {WAYS_OUT}")
+            return _no_shared_memory(error)
         return batch
 
 
-def _share(batch: Any) -> None:
-    """Moves the tensors of a batch to shared memory, in place."""
-    if isinstance(batch, Tensor):
-        batch.share_memory_()
-    elif isinstance(batch, dict | list | tuple):
-        for part in batch.values() if isinstance(batch, dict) else batch:
-            _share(part)
+def _no_shared_memory(error: Exception) -> LostWorker:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return LostWorker(f"data: a worker has no shared memory for a batch ({reason}): {WAYS_OUT}")
+
+
+def _open(batch: Any) -> Any:
+    """A batch as the reader gets it."""
+    return batch.open() if isinstance(batch, Sent) else _raise_error(batch)
 
 
 def _raise_error(batch: Any) -> Any:
