@@ -51,24 +51,17 @@ print(time.perf_counter() - start)
 
 def opening(root: Path) -> Iterator[dict]:
     """Seconds to open a folder, tar shards and a pack of many images for the first time, and again."""
-    writers = {
-        f"folder of {FILES:,} files": ("folder:data", _write_files),
-        f"webdataset of {SAMPLES:,} images": ("webdataset:data", _write_shards),
-        f"pack of {SAMPLES:,} images": ("pack:data/images.pack", _write_index),
-    }
     file = next(root.rglob("*.jpg")).read_bytes()[:512]
-    for case, (source, write) in writers.items():
+    for kind, (path, write) in SOURCES.items():
+        images = FILES if kind == "folder" else SAMPLES
         with tempfile.TemporaryDirectory() as home:
             Path(home, "data").mkdir()
             write(Path(home, "data"), file)
             time.sleep(2.5)  # a folder that changed less than two seconds ago is not cached
             with quiet_check() as facts:
-                first, *again = (_seconds_to_open(source, Path(home)) for _ in range(3))
-            yield {
-                "case": case,
-                "values": {"s the first time": round(first, 2), "s again": round(min(again), 2)},
-                **facts,
-            }
+                first, *again = (_seconds_to_open(f"{kind}:{path}", Path(home)) for _ in range(3))
+            values = {"s the first time": round(first, 2), "s again": round(min(again), 2)}
+            yield {"case": f"{kind} of {images:,} images", "values": values, **facts}
 
 
 def _seconds_to_open(source: str, home: Path) -> float:
@@ -232,6 +225,11 @@ def _seconds_with_children() -> float:
     return cpu_seconds(tree()) + children.children_user + children.children_system
 
 
+SOURCES: dict[str, tuple[str, Callable[[Path, bytes], None]]] = {  # that are opened: their path, what writes them
+    "folder": ("data", _write_files),
+    "webdataset": ("data", _write_shards),
+    "pack": ("data/images.pack", _write_index),
+}
 FACTS: dict[str, Callable[[Path], Iterator[dict]]] = {
     "opening": opening,
     "packing": packing,
