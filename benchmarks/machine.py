@@ -61,9 +61,14 @@ def implementation(kernel: str) -> str:
 
 class OtherPrograms:
     """Share of the processors that other programs use while this object exists. Only Linux counts it. Time that a
-    hypervisor gives to other machines is included."""
+    hypervisor gives to other machines is included.
 
-    def __init__(self):
+    Args:
+        ours: gives the seconds of processor time that are not other programs'.
+    """
+
+    def __init__(self, ours: Callable[[], float] = time.process_time):
+        self._ours = ours
         self._start = self._counts()
 
     def share(self) -> float | None:
@@ -74,9 +79,8 @@ class OtherPrograms:
         busy, available, ours = (after - before for before, after in zip(self._start, now))
         return max(0.0, (busy - ours) / available) if available else 0.0
 
-    @staticmethod
-    def _counts() -> tuple[float, float, float] | None:
-        """Busy seconds, all seconds and seconds of this process, of the processors that it may use."""
+    def _counts(self) -> tuple[float, float, float] | None:
+        """Busy seconds, all seconds and our seconds, of the processors that this process may use."""
         try:
             lines = Path("/proc/stat").read_text().splitlines()
         except OSError:
@@ -88,7 +92,7 @@ class OtherPrograms:
                 busy += user + nice + system + irq + softirq + steal
                 available += user + nice + system + irq + softirq + steal + idle + iowait
         second = os.sysconf("SC_CLK_TCK")
-        return busy / second, available / second, time.process_time()
+        return busy / second, available / second, self._ours()
 
 
 def limit(bytes_moved: int, operations: int, dtype: torch.dtype) -> tuple[float, str]:
