@@ -13,20 +13,7 @@
 #include "avx512_bf16.h"
 #endif
 
-#include <atomic>
-
 namespace fastssl {
-
-enum class Bf16Products : int { kNone, kDot, kTiles, kTwin };  // kNone: bfloat16 is computed in float32
-
-#if defined(FASTSSL_BF16_DOT)
-constexpr Bf16Products kDefaultBf16Products = Bf16Products::kDot;
-#else
-constexpr Bf16Products kDefaultBf16Products = Bf16Products::kNone;
-#endif
-
-// What runs the products of this library. Python chooses once, when it loads the library; tests choose again.
-inline std::atomic<Bf16Products> bf16_products{kDefaultBf16Products};
 
 inline bool uses_bf16_products() { return bf16_products.load(std::memory_order_relaxed) != Bf16Products::kNone; }
 

@@ -1,5 +1,5 @@
-// The choice of what multiplies blocks of bfloat16 in this library, made from Python (fastssl/ops/bf16_products.py).
-#include "bf16_products.h"
+// The choice of what multiplies blocks of bfloat16 in this library, made from Python (fastssl/ops/dispatch.py).
+#include "tiles.h"
 
 namespace fastssl {
 namespace {
@@ -29,4 +29,8 @@ extern "C" __attribute__((visibility("default"))) const char* fastssl_choose_bf1
     if (const char* reason = why_no_tiles()) return reason;
   bf16_products = products;
   return nullptr;
+}
+
+extern "C" __attribute__((visibility("default"))) int fastssl_bf16_products() {
+  return int(fastssl::bf16_products.load());
 }

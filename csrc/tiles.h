@@ -8,6 +8,7 @@
 
 #include "floats.h"
 
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -209,5 +210,17 @@ bool multiplies_correctly() {
   TwinTiles::release();
   return std::memcmp(sums[0], sums[1], sizeof sums[0]) == 0;
 }
+
+// What multiplies blocks of bfloat16 in this library: nothing (they are computed in float32), AVX-512's dot product,
+// tiles, or their twin. Python chooses once, when it loads the library; tests choose again.
+enum class Bf16Products : int { kNone, kDot, kTiles, kTwin };
+
+#if defined(__AVX512BF16__)
+constexpr Bf16Products kDefaultBf16Products = Bf16Products::kDot;
+#else
+constexpr Bf16Products kDefaultBf16Products = Bf16Products::kNone;
+#endif
+
+inline std::atomic<Bf16Products> bf16_products{kDefaultBf16Products};
 
 }  // namespace fastssl
