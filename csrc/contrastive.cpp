@@ -12,14 +12,26 @@ namespace {
 // kMaxQueries of them in any case, so the keys are not read more often.
 constexpr int64_t kRowsAtOnce = 2048;
 
+// Calls body(P{}) with the type of the operands: pairs of bfloat16 values where all tensors are bfloat16 and the
+// processor multiplies these, else the compute type of `like`.
+template <typename Body>
+auto with_operand_type(const Tensor& like, std::initializer_list<const Tensor*> tensors, const Body& body) {
+  const auto is_bf16 = [](const Tensor* x) { return x->scalar_type() == ScalarType::BFloat16; };
+  if (uses_bf16_products() && like.scalar_type() != ScalarType::Double &&
+      std::all_of(tensors.begin(), tensors.end(), is_bf16))
+    return body(Bf16x2{});
+  return with_compute_type(like, body);
+}
+
 std::tuple<Tensor, Tensor, Tensor> info_nce_fwd(Tensor q, Tensor k, Tensor queue, Tensor tau, bool with_grad) {
-  return with_compute_type(q, [&](auto type) {
-    using T = decltype(type);
+  return with_operand_type(q, {&q, &k, &queue}, [&](auto type) {
+    using P = decltype(type);
+    using T = Accumulator<P>;
     Tensor loss = empty({q.size(0)}, kDtype<T>), rank = empty({q.size(0)}, ScalarType::Long);
     Tensor dq = with_grad ? empty({q.size(0), q.size(1)}, kDtype<T>) : empty({0}, kDtype<T>);
     for (int64_t first = 0, count; first < q.size(0); first += count) {
       count = std::min(kRowsAtOnce, q.size(0) - first);
-      info_nce<T>(
+      info_nce<P>(
           part_of(q, first, count), part_of(k, first, count), {0, count, false}, queue, false, tau_value(tau),
           {data<T>(loss) + first, with_grad ? data<T>(dq) + first * q.size(1) : nullptr, data<int64_t>(rank) + first});
     }
@@ -29,13 +41,14 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_fwd(Tensor q, Tensor k, Tensor queue
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_info_nce_fwd(Tensor q, Tensor keys, Tensor tau, int64_t label_offset,
                                                               bool with_grad) {
-  return with_compute_type(q, [&](auto type) {
-    using T = decltype(type);
+  return with_operand_type(q, {&q, &keys}, [&](auto type) {
+    using P = decltype(type);
+    using T = Accumulator<P>;
     Tensor loss = empty({q.size(0)}, kDtype<T>), rank = empty({q.size(0)}, ScalarType::Long);
     Tensor dq = with_grad ? empty({q.size(0), q.size(1)}, kDtype<T>) : empty({0}, kDtype<T>);
     Tensor lse = empty({q.size(0)}, kDtype<T>);
     std::vector<LogSum> log_sums(q.size(0));
-    info_nce<T>(q, keys, {label_offset, keys.size(0), false}, keys, true, tau_value(tau),
+    info_nce<P>(q, keys, {label_offset, keys.size(0), false}, keys, true, tau_value(tau),
                 {data<T>(loss), with_grad ? data<T>(dq) : nullptr, data<int64_t>(rank), log_sums.data()});
     store_lse(log_sums, tau_value(tau), data<T>(lse));
     return std::make_tuple(loss, rank, dq, lse);
@@ -86,50 +99,51 @@ std::vector<LogSum> exact_lse(const Tensor& stored, double tau, const Compute& c
 
 // ∂loss/∂keys. The roles of queries and keys are swapped: keys are lanes, and queries are processed block by block, so
 // each row of the result is summed by one task.
-template <typename T>
+template <typename P, typename T = Accumulator<P>>
 void batch_dkeys(const Matrix& q, const Matrix& keys, double tau, int64_t label_offset, const LogSum* lse,
                  const T* dloss, T* dkeys) {
-  const int64_t width = q.width, padded = panel_count<T>(width) * kPanelWidth<T>;
-  const int64_t block = std::clamp<int64_t>(round_up<int64_t>(keys.rows / 8, kGroup<T>), kGroup<T>, kMaxQueries);
-  const int64_t scratch_size = Scratch<T>::size(width) + block * (2 * width + padded);
+  const int64_t width = q.width, padded = padded_width<P>(width);
+  const int64_t block = std::clamp<int64_t>(round_up<int64_t>(keys.rows / 8, kGroup<P>), kGroup<P>, kMaxQueries);
+  const int64_t scratch_size = Scratch<P>::size(width) + block * 3 * padded;
   const int64_t tasks = (keys.rows + block - 1) / block;
   const Tensor workspace = empty({torch::stable::get_num_threads() * scratch_size}, kDtype<T>);
   const T sign = tau < 0 ? T(-1) : T(1), inverse = T(1 / tau);
   const SplitDouble<T> scale(kLog2E / std::abs(tau));
   for_tasks(tasks, 4.0 * q.rows * keys.rows * width, data<T>(workspace), scratch_size, [&](int64_t task, T* scratch) {
     const int64_t first_key = task * block, count = std::min(block, keys.rows - first_key);
-    T *key_rows = scratch + Scratch<T>::size(width), *panels = key_rows + block * width, *sums = panels + block * width;
-    widen(keys, first_key, count, key_rows);
-    pack_rows(key_rows, width, count, width, sign, panels);
-    std::fill(sums, sums + count * padded, T(0));
-    stream(q, 0, q.rows, panels, count, sums, Scratch<T>(scratch, width),
+    T* memory = scratch + Scratch<P>::size(width);
+    P *key_rows = reinterpret_cast<P*>(memory), *panels = key_rows + block * padded;
+    const Sums<P> sums{memory + 2 * block * padded, padded};
+    pack_lanes(keys, first_key, count, sign, key_rows, panels);
+    std::fill(sums.data, sums.data + block * padded, T(0));
+    stream(q, 0, q.rows, panels, count, sums, Scratch<P>(scratch, width),
            [&](T* logits, int64_t query, int64_t queries, int64_t key, int64_t key_panels) {
              for (int64_t i = 0; i < queries; ++i) {
-               T* row = logits + i * kGroup<T>;
+               T* row = logits + i * kGroup<P>;
                const Shift<T> shift(lse[query + i]);
                const T upstream = dloss[query + i] * inverse;
-               for (int64_t lane = 0; lane < key_panels * kPanelWidth<T>; lane += kLanes<T>)
+               for (int64_t lane = 0; lane < key_panels * kPanelWidth<P>; lane += kLanes<T>)
                  store(row + lane,
                        softmax_weight<T>(load(row + lane), scale, splat(shift.logit), splat(shift.rest)) * upstream);
                const int64_t positive = label_offset + query + i - first_key - key;
-               if (0 <= positive && positive < key_panels * kPanelWidth<T>) row[positive] -= upstream;
+               if (0 <= positive && positive < key_panels * kPanelWidth<P>) row[positive] -= upstream;
              }
            });
-    for (int64_t i = 0; i < count; ++i)
-      std::copy(sums + i * padded, sums + i * padded + width, dkeys + (first_key + i) * width);
+    sums.copy_rows(count, width, dkeys + first_key * width, width);
   });
 }
 
 Tensor batch_info_nce_dkeys(Tensor q, Tensor keys, Tensor tau, int64_t label_offset, Tensor lse, Tensor dloss) {
-  return with_compute_type(lse, [&](auto type) {
-    using T = decltype(type);
+  return with_operand_type(lse, {&q, &keys}, [&](auto type) {
+    using P = decltype(type);
+    using T = Accumulator<P>;
     Tensor dkeys = empty({keys.size(0), keys.size(1)}, kDtype<T>);
     std::vector<T> upstream(dloss.size(0));  // the upstream gradient may be an expanded scalar
     for (int64_t i = 0; i < dloss.size(0); ++i) upstream[i] = data<T>(dloss)[i * dloss.stride(0)];
     const auto compute = [&](const Outputs<T>& out) {
-      info_nce<T>(q, keys, {label_offset, keys.size(0), false}, keys, true, tau_value(tau), out);
+      info_nce<P>(q, keys, {label_offset, keys.size(0), false}, keys, true, tau_value(tau), out);
     };
-    batch_dkeys<T>(q, keys, tau_value(tau), label_offset, exact_lse<T>(lse, tau_value(tau), compute).data(),
+    batch_dkeys<P>(q, keys, tau_value(tau), label_offset, exact_lse<T>(lse, tau_value(tau), compute).data(),
                    upstream.data(), data<T>(dkeys));
     return dkeys;
   });
@@ -150,28 +164,48 @@ void tournament(int64_t groups, const RunRound& run_round) {
     });
 }
 
-template <typename T>
+// The views as operands of their products with each other.
+template <typename P>
 struct Views {
+  using T = Accumulator<P>;
+  static constexpr bool kPairs = std::is_same_v<P, Bf16x2>;
+  static constexpr int64_t kBlock = kKeyBlock<T>;  // keys of a tile of logits
   static constexpr int64_t kMaxGroup = 4 * kGroup<T>;
-  T* rows;     // [N, D]
-  T* panels;   // rows packed as lanes, [N / kPanelWidth][D][kPanelWidth]
-  T* columns;  // columns packed in panels, [D / kPanelWidth][N][kPanelWidth]
-  int64_t count, width, padded, group, groups;
+  static constexpr int64_t kAlignment = kPairs ? std::max(32, kPanelWidth<P>) : kPanelWidth<P>;  // of groups
+  T* rows;                                                                                       // [N, D]
+  P* operands;  // the rows as pairs, [padded N, padded D / 2]; else `rows`
+  P* panels;    // rows packed as lanes, [padded N / kPanelWidth][depth][kPanelWidth]
+  P* columns;   // columns packed in panels, [padded D / kPanelWidth][N, or pairs of rows][kPanelWidth]
+  int64_t count, width, padded, padded_count, depth, operand_stride, group, groups;
   double scale;  // log2 e / |τ|
 
   static int64_t size(int64_t count, int64_t width) {
-    const int64_t padded_count = count + kPanelWidth<T>;
-    return 2 * padded_count * width + count * panel_count<T>(width) * kPanelWidth<T>;
+    const int64_t padded = padded_width<P>(width), padded_count = round_up(count, kAlignment);
+    if (kPairs) return count * width + 3 * padded_count * padded / 2;
+    return (count + padded_count) * width + count * padded;
   }
   Views(const Matrix& z, double tau, T* memory)
-      : rows(memory), panels(rows + z.rows * z.width), columns(panels + (kPanelWidth<T> + z.rows) * z.width),
-        count(z.rows), width(z.width), padded(panel_count<T>(z.width) * kPanelWidth<T>), group(choose_group(z.rows)),
-        groups((z.rows + group - 1) / group), scale(kLog2E / std::abs(tau)) {
-    for_tasks(panel_count<T>(count), 50.0 * count * width, rows, 0, [&](int64_t p, T*) {
-      const int64_t first_row = p * kPanelWidth<T>, row_count = std::min<int64_t>(kPanelWidth<T>, count - first_row);
-      widen(z, first_row, row_count, rows + first_row * width);
-      pack_rows(rows + first_row * width, width, row_count, width, T(tau < 0 ? -1 : 1), panels + first_row * width);
-      pack_columns(rows + first_row * width, row_count, width, columns + first_row * kPanelWidth<T>, count);
+      : rows(memory), count(z.rows), width(z.width), padded(padded_width<P>(z.width)),
+        padded_count(round_up(count, kAlignment)), depth(kPairs ? padded / 2 : width), operand_stride(depth),
+        group(choose_group(z.rows)), groups((z.rows + group - 1) / group), scale(kLog2E / std::abs(tau)) {
+    operands = reinterpret_cast<P*>(rows + (kPairs ? count * width : 0));
+    panels = operands + (kPairs ? padded_count : count) * depth;
+    columns = panels + padded_count * depth;
+    const T sign = tau < 0 ? T(-1) : T(1);
+    for_tasks(padded_count / kAlignment, 50.0 * count * width, rows, 0, [&](int64_t task, T*) {
+      const int64_t first = task * kAlignment, row_count = std::min(kAlignment, count - first);
+      widen(z, first, row_count, rows + first * width);
+      if constexpr (kPairs) {
+        P* pairs = operands + first * depth;
+        copy_pairs(z, first, row_count, kAlignment, sign, pairs);
+        for (int64_t p = 0; p < kAlignment; p += kPanelWidth<P>)
+          pack_rows(pairs + p * depth, depth, kPanelWidth<P>, depth, P(1), panels + (first + p) * depth);
+        copy_pairs(z, first, row_count, kAlignment, 1, pairs);
+        pack_row_pairs(pairs, depth, kAlignment, columns + first / 2 * kPanelWidth<P>, padded_count / 2);
+      } else {
+        pack_rows(rows + first * width, width, row_count, width, sign, panels + first * width);
+        pack_columns(rows + first * width, row_count, width, columns + first * kPanelWidth<P>, count);
+      }
     });
   }
   // Size of a group. There are 4 groups, or 8, 16, …, until a group has at most kMaxGroup views: a round of the
@@ -179,7 +213,7 @@ struct Views {
   static int64_t choose_group(int64_t count) {
     int64_t groups = 4;
     while (count > groups * kMaxGroup) groups *= 2;
-    return std::max<int64_t>(kPanelWidth<T>, round_up<int64_t>((count + groups - 1) / groups, kPanelWidth<T>));
+    return std::max(kAlignment, round_up<int64_t>((count + groups - 1) / groups, kAlignment));
   }
   int64_t first(int64_t g) const { return g * group; }
   int64_t end(int64_t g) const { return std::min(count, (g + 1) * group); }
@@ -189,21 +223,55 @@ struct Views {
   template <typename Body>
   void for_each_tile(int64_t query_group, int64_t key_group, T* logits, const Body& body) const {
     const int64_t query = first(query_group), queries = end(query_group) - query;
-    for (int64_t key = first(key_group); key < end(key_group); key += kKeyBlock) {
-      const int64_t keys = std::min(kKeyBlock, end(key_group) - key);
-      for (int64_t p = 0; p < queries; p += kPanelWidth<T>)
-        multiply_panel<false>(keys, width, Operand<T>{rows + key * width, width, 1}, panels + (query + p) * width,
-                              kPanelWidth<T>, logits + p, group);
+    for (int64_t key = first(key_group); key < end(key_group); key += kBlock) {
+      const int64_t keys = std::min(kBlock, end(key_group) - key);
+      for (int64_t p = 0; p < queries; p += kPanelWidth<P>)
+        if constexpr (kPairs)
+          multiply_bf16<false>(round_up<int64_t>(keys, kTileRows16), depth, operands + key * depth, depth,
+                               panels + (query + p) * depth, logits + p, group);
+        else
+          multiply_panel<false>(keys, width, Operand<T>{rows + key * width, width, 1}, panels + (query + p) * width,
+                                kPanelWidth<T>, logits + p, group);
       body(logits, key, keys, query, queries);
     }
   }
-  int64_t tile_size() const { return kKeyBlock * group; }
+  // Values of a thread's tile: logits, and in bfloat16 their weights as pairs, twice.
+  static constexpr int64_t kTileSize = kBlock * kMaxGroup * (kPairs ? 2 : 1);
+
+  // sums[query] += Σ_key weights[key, query] z[key], and, unless both groups are the same, the sums of the keys. The
+  // weights are [keys, group]; `memory` behind them is scratch.
+  void add_products(T* weights, int64_t key, int64_t keys, int64_t query, int64_t queries, bool same, T* sums) const {
+    if constexpr (kPairs) {
+      const int64_t padded_keys = round_up<int64_t>(keys, 32), padded_queries = round_up<int64_t>(queries, 32);
+      P *by_key = reinterpret_cast<P*>(weights + kBlock * kMaxGroup), *by_query = by_key + kBlock * kMaxGroup / 2;
+      round_rows(weights, group, keys, padded_keys, queries, padded_queries, by_key);
+      transpose_bf16(by_key, padded_queries / 2, padded_keys, padded_queries / 2, by_query, padded_keys / 2);
+      for (int64_t c = 0; c < padded; c += kPanelWidth<P>) {
+        const P* panel = columns + c * padded_count / 2;
+        multiply_bf16<true>(padded_queries, padded_keys / 2, by_query, padded_keys / 2,
+                            panel + key / 2 * kPanelWidth<P>, sums + query * padded + c, padded);
+        if (!same)
+          multiply_bf16<true>(padded_keys, padded_queries / 2, by_key, padded_queries / 2,
+                              panel + query / 2 * kPanelWidth<P>, sums + key * padded + c, padded);
+      }
+    } else {
+      for (int64_t c = 0; c < padded; c += kPanelWidth<P>) {
+        const P* panel = columns + c * count;
+        multiply_panel<true>(queries, keys, Operand<T>{weights, 1, group}, panel + key * kPanelWidth<P>, kPanelWidth<P>,
+                             sums + query * padded + c, padded);
+        if (!same)
+          multiply_panel<true>(keys, queries, Operand<T>{weights, group, 1}, panel + query * kPanelWidth<P>,
+                               kPanelWidth<P>, sums + key * padded + c, padded);
+      }
+    }
+  }
   // Calls body(a, b, logits) for every pair a ≤ b of groups, in the rounds of a tournament.
   template <typename Body>
   void for_each_pair(T* tiles, const Body& body) const {
-    tournament(groups, [&](int64_t count, const auto& pair) {
-      for_tasks(count, 2.0 * count * group * group * width, tiles, tile_size(), [&](int64_t index, T* logits) {
+    tournament(groups, [&](int64_t pairs, const auto& pair) {
+      for_tasks(pairs, 2.0 * pairs * group * group * width, tiles, kTileSize, [&](int64_t index, T* logits) {
         const auto [a, b] = pair(index);
+        [[maybe_unused]] const std::conditional_t<kPairs, TileScope, int> scope{};
         if (b < groups) body(a, b, logits);
       });
     });
@@ -212,14 +280,14 @@ struct Views {
 
 // sums[view] += Σ 2^(logit − shift) over the negatives of each view, with one shift for all views. Accurate where all
 // logits (in units of log 2) are between −60 and 60 and the shift is their bound.
-template <typename T>
-void sum_negatives(const Views<T>& z, T shift, T* tiles, T* sums) {
+template <typename P, typename T = Accumulator<P>>
+void sum_negatives(const Views<P>& z, T shift, T* tiles, T* sums) {
   z.for_each_pair(tiles, [&](int64_t a, int64_t b, T* memory) {
     z.for_each_tile(a, b, memory, [&](T* logits, int64_t key, int64_t keys, int64_t query, int64_t queries) {
       for (int64_t i = 0; i < queries; ++i)
         for (const int64_t excluded : {z.positive(query + i), query + i})
           if (key <= excluded && excluded < key + keys) logits[(excluded - key) * z.group + i] = T(kExcluded);
-      T query_sums[Views<T>::kMaxGroup] = {};
+      T query_sums[Views<P>::kMaxGroup] = {};
       const int64_t whole_vectors = queries / kLanes<T> * kLanes<T>;
       for (int64_t j = 0; j < keys; ++j) {
         const T* row = logits + j * z.group;
@@ -244,8 +312,8 @@ void sum_negatives(const Views<T>& z, T shift, T* tiles, T* sums) {
 
 // ∂loss/∂z. With p_ij the softmax of view i's logits, minus 1 at its positive, the coefficient of z_j in ∂loss/∂z_i is
 // (p_ij dloss_i + p_ji dloss_j) / τ, which is symmetric in i and j.
-template <typename T>
-void nt_xent_gradient(const Views<T>& z, const T* shift, const T* rest, const T* upstream, T* tiles, T* sums) {
+template <typename P, typename T = Accumulator<P>>
+void nt_xent_gradient(const Views<P>& z, const T* shift, const T* rest, const T* upstream, T* tiles, T* sums) {
   const SplitDouble<T> scale(z.scale);
   z.for_each_pair(tiles, [&](int64_t a, int64_t b, T* memory) {
     z.for_each_tile(a, b, memory, [&](T* weights, int64_t key, int64_t keys, int64_t query, int64_t queries) {
@@ -267,24 +335,17 @@ void nt_xent_gradient(const Views<T>& z, const T* shift, const T* rest, const T*
           weights[positive * z.group + i] -= upstream[query + i] + upstream[key + positive];
         if (0 <= self && self < keys) weights[self * z.group + i] = 0;
       }
-      for (int64_t c = 0; c < z.padded; c += kPanelWidth<T>) {
-        const T* columns = z.columns + c * z.count;
-        multiply_panel<true>(queries, keys, Operand<T>{weights, 1, z.group}, columns + key * kPanelWidth<T>,
-                             kPanelWidth<T>, sums + query * z.padded + c, z.padded);
-        if (a != b)
-          multiply_panel<true>(keys, queries, Operand<T>{weights, z.group, 1}, columns + query * kPanelWidth<T>,
-                               kPanelWidth<T>, sums + key * z.padded + c, z.padded);
-      }
+      z.add_products(weights, key, keys, query, queries, a == b, sums);
     });
   });
 }
 
 // The largest possible |logit · log2 e / τ|, from the length of the longest vector.
-template <typename T>
-double largest_logit(const Views<T>& z) {
+template <typename P>
+double largest_logit(const Views<P>& z) {
   double largest = 0;
   for (int64_t i = 0; i < z.count; ++i) {
-    const T* row = z.rows + i * z.width;
+    const auto* row = z.rows + i * z.width;
     const double squared_length = dot(row, row, z.width);
     largest = squared_length <= largest ? largest : squared_length;  // a NaN is kept
   }
@@ -292,27 +353,28 @@ double largest_logit(const Views<T>& z) {
 }
 
 // NT-Xent of vectors of any length, by the algorithm of InfoNCE.
-template <typename T>
-void nt_xent_of_any_length(const Matrix& z, double tau, const Outputs<T>& out) {
-  info_nce<T>(z, z, {z.rows / 2, z.rows, true}, z, true, tau, out);
+template <typename P>
+void nt_xent_of_any_length(const Matrix& z, double tau, const Outputs<Accumulator<P>>& out) {
+  info_nce<P>(z, z, {z.rows / 2, z.rows, true}, z, true, tau, out);
 }
 
 std::tuple<Tensor, Tensor> nt_xent_fwd(Tensor z_tensor, Tensor tau_tensor) {
-  return with_compute_type(z_tensor, [&](auto type) {
-    using T = decltype(type);
+  return with_operand_type(z_tensor, {&z_tensor}, [&](auto type) {
+    using P = decltype(type);
+    using T = Accumulator<P>;
     const Matrix z(z_tensor);
     const double tau = tau_value(tau_tensor);
-    const int64_t tiles_size = torch::stable::get_num_threads() * kKeyBlock * Views<T>::kMaxGroup;
+    const int64_t tiles_size = torch::stable::get_num_threads() * Views<P>::kTileSize;
     Tensor loss = empty({z.rows}, kDtype<T>), lse = empty({z.rows}, kDtype<T>);
-    const Tensor workspace = empty({Views<T>::size(z.rows, z.width) + tiles_size + z.rows}, kDtype<T>);
+    const Tensor workspace = empty({Views<P>::size(z.rows, z.width) + tiles_size + z.rows}, kDtype<T>);
     T* memory = data<T>(workspace);
-    const Views<T> views(z, tau, memory);
-    T *tiles = memory + Views<T>::size(z.rows, z.width), *sums = tiles + tiles_size;
+    const Views<P> views(z, tau, memory);
+    T *tiles = memory + Views<P>::size(z.rows, z.width), *sums = tiles + tiles_size;
     const double bound = largest_logit(views);
     if (!(bound <= 60)) {
       std::vector<int64_t> rank(z.rows);
       std::vector<LogSum> log_sums(z.rows);
-      nt_xent_of_any_length<T>(z, tau, {data<T>(loss), nullptr, rank.data(), log_sums.data()});
+      nt_xent_of_any_length<P>(z, tau, {data<T>(loss), nullptr, rank.data(), log_sums.data()});
       store_lse(log_sums, tau, data<T>(lse));
       return std::make_tuple(loss, lse);
     }
@@ -331,30 +393,32 @@ std::tuple<Tensor, Tensor> nt_xent_fwd(Tensor z_tensor, Tensor tau_tensor) {
 }
 
 Tensor nt_xent_bwd(Tensor z_tensor, Tensor tau_tensor, Tensor lse, Tensor dloss) {
-  return with_compute_type(lse, [&](auto type) {
-    using T = decltype(type);
+  return with_operand_type(lse, {&z_tensor}, [&](auto type) {
+    using P = decltype(type);
+    using T = Accumulator<P>;
     const Matrix z(z_tensor);
     const double tau = tau_value(tau_tensor);
-    const int64_t tiles_size = torch::stable::get_num_threads() * kKeyBlock * Views<T>::kMaxGroup;
-    const int64_t lanes = z.rows + kGroup<T>, padded = panel_count<T>(z.width) * kPanelWidth<T>;
+    const int64_t tiles_size = torch::stable::get_num_threads() * Views<P>::kTileSize;
+    const int64_t padded = padded_width<P>(z.width), padded_rows = round_up(z.rows, Views<P>::kAlignment);
+    const int64_t lanes = padded_rows + kGroup<T>;
     Tensor dz = empty({z.rows, z.width}, kDtype<T>);
-    const bool in_place = padded == z.width;
-    const Tensor workspace =
-        empty({Views<T>::size(z.rows, z.width) + tiles_size + 3 * lanes + (in_place ? 0 : z.rows * padded)}, kDtype<T>);
+    const bool in_place = padded == z.width && (padded_rows == z.rows || !Views<P>::kPairs);
+    const int64_t sums_size = in_place ? 0 : padded_rows * padded;
+    const Tensor workspace = empty({Views<P>::size(z.rows, z.width) + tiles_size + 3 * lanes + sums_size}, kDtype<T>);
     T* memory = data<T>(workspace);
-    const Views<T> views(z, tau, memory);
-    T *tiles = memory + Views<T>::size(z.rows, z.width), *shift = tiles + tiles_size, *rest = shift + lanes;
+    const Views<P> views(z, tau, memory);
+    T *tiles = memory + Views<P>::size(z.rows, z.width), *shift = tiles + tiles_size, *rest = shift + lanes;
     T *upstream = rest + lanes, *sums = in_place ? data<T>(dz) : upstream + lanes;
     std::fill(shift, shift + 3 * lanes, T(0));
     const std::vector<LogSum> log_sums =
-        exact_lse<T>(lse, tau, [&](const Outputs<T>& out) { nt_xent_of_any_length<T>(z, tau, out); });
+        exact_lse<T>(lse, tau, [&](const Outputs<T>& out) { nt_xent_of_any_length<P>(z, tau, out); });
     for (int64_t i = 0; i < z.rows; ++i) {
       const Shift<T> parts(log_sums[i]);
       shift[i] = parts.logit;
       rest[i] = parts.rest;
       upstream[i] = data<T>(dloss)[i * dloss.stride(0)] * T(1 / tau);
     }
-    std::fill(sums, sums + z.rows * padded, T(0));
+    std::fill(sums, sums + (in_place ? z.rows : padded_rows) * padded, T(0));
     nt_xent_gradient(views, shift, rest, upstream, tiles, sums);
     for (int64_t i = 0; !in_place && i < z.rows; ++i)
       std::copy(sums + i * padded, sums + i * padded + z.width, data<T>(dz) + i * z.width);

@@ -16,10 +16,10 @@
 
 namespace fastssl {
 
-constexpr int64_t kTargetTasks = 16;  // number of tasks, if the shapes allow it
-constexpr int64_t kMaxQueries = 256;  // queries of a task, at most: they share one reading and packing of the keys
-constexpr int64_t kMinKeys = 2 * kKeyBlock;  // keys of a task, at least
-constexpr int64_t kMaxKeys = 1 << 22;        // keys of a task, at most: ranks are counted in float32
+constexpr int64_t kTargetTasks = 16;   // number of tasks, if the shapes allow it
+constexpr int64_t kMaxQueries = 256;   // queries of a task, at most: they share one reading and packing of the keys
+constexpr int64_t kMinKeys = 192;      // keys of a task, at least
+constexpr int64_t kMaxKeys = 1 << 22;  // keys of a task, at most: ranks are counted in float32
 constexpr float kLowest = std::numeric_limits<float>::lowest();  // the maximum of no logits: finite, since ∞ − ∞ is NaN
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();  // logit of a key that is no negative
 
@@ -27,7 +27,7 @@ constexpr float kExcluded = -std::numeric_limits<float>::infinity();  // logit o
 struct Partition {
   int64_t queries, keys, query_blocks, query_block, key_ranges, key_range;
 
-  Partition(int64_t queries, int64_t keys, int64_t lanes) : queries(queries), keys(keys) {
+  Partition(int64_t queries, int64_t keys, int64_t lanes, int64_t key_block) : queries(queries), keys(keys) {
     const int64_t max_key_ranges = 1 + keys / kMinKeys;
     const int64_t min_query_blocks = kTargetTasks / std::min(kTargetTasks, max_key_ranges);  // above 1 if keys are few
     query_blocks = std::max(
@@ -35,7 +35,7 @@ struct Partition {
     query_block = round_up(std::max<int64_t>(1, (queries + query_blocks - 1) / query_blocks), lanes);
     query_blocks = std::max<int64_t>(1, (queries + query_block - 1) / query_block);
     const int64_t target = std::clamp<int64_t>(kTargetTasks / query_blocks, 1 + keys / kMaxKeys, max_key_ranges);
-    key_range = round_up(std::max<int64_t>(1, (keys + target - 1) / target), kKeyBlock);
+    key_range = round_up(std::max<int64_t>(1, (keys + target - 1) / target), key_block);
     key_ranges = std::max<int64_t>(1, (keys + key_range - 1) / key_range);
   }
   int64_t tasks() const { return query_blocks * key_ranges; }
@@ -57,9 +57,9 @@ struct PartialSoftmax {
 // maximum is subtracted before the division by τ: beside logits of 10^10 the rounding error of a quotient would be an
 // exponent of hundreds. Two vectors of queries are interleaved, because the maxima and sums of one form a dependency
 // chain.
-template <typename T>
+template <typename P, typename T = Accumulator<P>>
 void update_softmax(T* logits, int64_t count, int64_t query, T scale, const T* positive, PartialSoftmax<T> partial,
-                    int64_t sums_width) {
+                    Sums<P> sums) {
   constexpr int kVector = kLanes<T>;
   const Vec<T> positives[2] = {load(positive + query), load(positive + query + kVector)};
   const Vec<T> old_shift[2] = {load(partial.shift + query), load(partial.shift + query + kVector)};
@@ -67,13 +67,13 @@ void update_softmax(T* logits, int64_t count, int64_t query, T scale, const T* p
   Mask<T> rank[2] = {};
   for (int64_t j = 0; j < count; ++j)
     for (int v = 0; v < 2; ++v) {
-      const Vec<T> logit = load(logits + j * kGroup<T> + v * kVector);
+      const Vec<T> logit = load(logits + j * kGroup<P> + v * kVector);
       shift[v] = logit > shift[v] ? logit : shift[v];  // a NaN does not reach the maximum, but it reaches the sum
       rank[v] -= logit > positives[v];
     }
   for (int64_t j = 0; j < count; ++j)
     for (int v = 0; v < 2; ++v) {
-      T* logit = logits + j * kGroup<T> + v * kVector;
+      T* logit = logits + j * kGroup<P> + v * kVector;
       const Vec<T> weight = exp2((load(logit) - shift[v]) * scale);
       sum[v] += weight;
       store(logit, weight);
@@ -84,9 +84,9 @@ void update_softmax(T* logits, int64_t count, int64_t query, T scale, const T* p
     store(partial.shift + first, shift[v]);
     store(partial.sum + first, load(partial.sum + first) * decay + sum[v]);
     store(partial.rank + first, load(partial.rank + first) + __builtin_convertvector(rank[v], Vec<T>));
-    for (int64_t i = 0; sums_width && i < kVector; ++i)
-      if (decay[i] != T(1))
-        for (int64_t d = 0; d < sums_width; ++d) partial.weighted_keys[(first + i) * sums_width + d] *= decay[i];
+    bool decays = false;
+    for (int64_t i = 0; i < kVector; ++i) decays |= decay[i] != T(1);
+    if (sums.data && decays) sums.scale(first, decay);
   }
 }
 
@@ -97,29 +97,53 @@ struct Positives {
   int64_t key_of(int64_t query) const { return (label_offset + query) % keys; }
 };
 
-template <typename T>
+template <typename P>
 struct Queries {
-  T *q, *positive_keys;  // [B, D]
-  T* q_panels;           // packed queries
-  T* positive;           // [padded B] q · positive key, summed in the same order as in a tile
+  using T = Accumulator<P>;
+  T* positive_keys;  // [B, D]
+  P* q_panels;       // packed queries
+  T* positive;       // [padded B] q · positive key, summed in the same order as in a tile
 };
 
-// Fills `queries` for the panel of queries from `first` on; `key_panel` is scratch of [D, kPanelWidth] values.
-template <typename T>
+// Scratch values that pack_queries needs.
+template <typename P>
+int64_t packing_size(int64_t width) {
+  if constexpr (std::is_same_v<P, Bf16x2>)
+    return std::max(kTileRows16, kPanelWidth<P>) * (padded_width<P>(width) + kPanelWidth<P>);
+  else
+    return 2 * kPanelWidth<P> * width;
+}
+
+// Fills `queries` for the panel of queries from `first` on.
+template <typename P, typename T = Accumulator<P>>
 void pack_queries(const Matrix& q, const Matrix& positive_keys, const Positives& positives, int64_t first, T sign,
-                  const Queries<T>& queries, T* key_panel) {
-  const int64_t width = q.width, count = std::min<int64_t>(kPanelWidth<T>, q.rows - first);
-  T *q_rows = queries.q + first * width, *key_rows = queries.positive_keys + first * width;
-  T* q_panel = queries.q_panels + first * width;
-  widen(q, first, count, q_rows);
+                  const Queries<P>& queries, T* scratch) {
+  const int64_t width = q.width, count = std::min<int64_t>(kPanelWidth<P>, q.rows - first);
+  T* key_rows = queries.positive_keys + first * width;
   for (int64_t i = 0; i < count; ++i) widen(positive_keys, positives.key_of(first + i), 1, key_rows + i * width);
-  pack_rows(q_rows, width, count, width, sign, q_panel);
-  pack_rows(key_rows, width, count, width, T(1), key_panel);
-  for (int64_t lane = 0; lane < kPanelWidth<T>; lane += kLanes<T>) {
-    Vec<T> dot{};  // summed as in a tile, so that a key equal to the positive has exactly the positive's logit
-    for (int64_t d = 0; d < width; ++d)
-      dot = load(key_panel + d * kPanelWidth<T> + lane) * load(q_panel + d * kPanelWidth<T> + lane) + dot;
-    store(queries.positive + first + lane, dot);
+  if constexpr (std::is_same_v<P, Bf16x2>) {
+    constexpr int64_t kRows = std::max(kTileRows16, kPanelWidth<P>);
+    const TileScope tiles;
+    const int64_t words = padded_width<P>(width) / 2;
+    auto *q_rows = reinterpret_cast<P*>(scratch), *key_pairs = q_rows + kRows * words;
+    T* products = reinterpret_cast<T*>(key_pairs + kRows * words);
+    P* q_panel = queries.q_panels + first * words;
+    pack_lanes(q, first, count, sign, q_rows, q_panel);
+    std::fill(key_pairs, key_pairs + kRows * words, P(0));
+    for (int64_t i = 0; i < count; ++i)
+      copy_pairs(positive_keys, positives.key_of(first + i), 1, 1, 1, key_pairs + i * words);
+    multiply_bf16<false>(kRows, words, key_pairs, words, q_panel, products, kPanelWidth<P>);
+    for (int64_t i = 0; i < kPanelWidth<P>; ++i) queries.positive[first + i] = products[i * kPanelWidth<P> + i];
+  } else {
+    T *q_rows = scratch, *key_panel = scratch + kPanelWidth<P> * width, *q_panel = queries.q_panels + first * width;
+    pack_lanes(q, first, count, sign, q_rows, q_panel);
+    pack_rows(key_rows, width, count, width, T(1), key_panel);
+    for (int64_t lane = 0; lane < kPanelWidth<P>; lane += kLanes<T>) {
+      Vec<T> dot{};  // summed as in a tile, so that a key equal to the positive has exactly the positive's logit
+      for (int64_t d = 0; d < width; ++d)
+        dot = load(key_panel + d * kPanelWidth<P> + lane) * load(q_panel + d * kPanelWidth<P> + lane) + dot;
+      store(queries.positive + first + lane, dot);
+    }
   }
 }
 
@@ -144,14 +168,14 @@ struct Outputs {
 // Computes loss, rank, lse and dq of query i from its partial softmaxes and its positive.
 template <typename T>
 void merge_partials(int64_t i, const Partition& partition, const T* partials, int64_t sums_width, double scale,
-                    double tau, const Queries<T>& queries, int64_t width, const Outputs<T>& out) {
+                    double tau, const T* positives, const T* positive_keys, int64_t width, const Outputs<T>& out) {
   const int64_t size = PartialSoftmax<T>::size(partition.query_block, sums_width), slot = i % partition.query_block;
   const auto partial = [&](int64_t range) {
     return PartialSoftmax<T>(
         const_cast<T*>(partials) + (i / partition.query_block * partition.key_ranges + range) * size,
         partition.query_block);
   };
-  const double positive = double(queries.positive[i]);
+  const double positive = double(positives[i]);
   double shift = kLowest, negatives = 0, rank = 0;
   for (int64_t range = 0; range < partition.key_ranges; ++range)
     shift = std::max(shift, double(partial(range).shift[slot]));
@@ -171,7 +195,7 @@ void merge_partials(int64_t i, const Partition& partition, const T* partials, in
   const double unit = gap <= 0 ? std::exp2(gap) / total : 1 / total;  // softmax probability of a logit equal to `shift`
   T* dq = out.dq + i * width;
   const T positive_weight = T(negatives * unit / tau);
-  for (int64_t d = 0; d < width; ++d) dq[d] = -positive_weight * queries.positive_keys[i * width + d];
+  for (int64_t d = 0; d < width; ++d) dq[d] = -positive_weight * positive_keys[i * width + d];
   for (int64_t range = 0; range < partition.key_ranges; ++range) {
     const T factor = T(std::exp2((double(partial(range).shift[slot]) - shift) * scale) * unit / tau);
     const T* weighted_keys = partial(range).weighted_keys + slot * sums_width;
@@ -181,56 +205,64 @@ void merge_partials(int64_t i, const Partition& partition, const T* partials, in
 
 // Sets the logits of each query's positive, and of the query itself, to kExcluded, so that they do not count as
 // negatives.
-template <typename T>
-void mask_positives(T* logits, const Positives& positives, int64_t first_key, int64_t count, int64_t first_query,
-                    int64_t panels) {
-  for (int64_t i = 0; i < panels * kPanelWidth<T>; ++i)
+template <typename P>
+void mask_positives(Accumulator<P>* logits, const Positives& positives, int64_t first_key, int64_t count,
+                    int64_t first_query, int64_t panels) {
+  for (int64_t i = 0; i < panels * kPanelWidth<P>; ++i)
     for (const int64_t key : {positives.key_of(first_query + i), positives.excludes_itself ? first_query + i : -1})
-      if (first_key <= key && key < first_key + count) logits[(key - first_key) * kGroup<T> + i] = T(kExcluded);
+      if (first_key <= key && key < first_key + count)
+        logits[(key - first_key) * kGroup<P> + i] = Accumulator<P>(kExcluded);
 }
 
 // Computes loss and rank of queries against keys, and lse and dq unless they are null. With `keys_contain_positives`
 // the positives are excluded from the sum over the keys, which keeps 1 − p accurate.
-template <typename T>
+template <typename P, typename T = Accumulator<P>>
 void info_nce(const Matrix& q, const Matrix& positive_keys, const Positives& positives, const Matrix& keys,
               bool keys_contain_positives, double tau, const Outputs<T>& out) {
-  const int64_t width = q.width, padded = panel_count<T>(width) * kPanelWidth<T>, sums_width = out.dq ? padded : 0;
-  const Partition partition(q.rows, keys.rows, kPanelWidth<T>);
+  constexpr bool kSumsApart = Sums<P>::kColumns;
+  const int64_t width = q.width, padded = padded_width<P>(width), sums_width = out.dq ? padded : 0;
+  const Partition partition(q.rows, keys.rows, kPanelWidth<P>, kKeyBlock<P>);
   const int64_t padded_queries = partition.query_blocks * partition.query_block,
                 threads = torch::stable::get_num_threads();
   const int64_t partial_size = PartialSoftmax<T>::size(partition.query_block, sums_width);
-  const int64_t scratch_size = Scratch<T>::size(width);
+  const int64_t stream_size = std::max(Scratch<P>::size(width), packing_size<P>(width)),
+                scratch_size = stream_size + (kSumsApart ? partition.query_block * sums_width : 0);
+  const int64_t panels_size = padded_queries * (kSumsApart ? padded / 2 : width);
   const Tensor workspace =
-      empty({padded_queries * (3 * width + 1) + partition.tasks() * partial_size + threads * scratch_size}, kDtype<T>);
+      empty({padded_queries * (width + 1) + panels_size + partition.tasks() * partial_size + threads * scratch_size},
+            kDtype<T>);
   T* memory = data<T>(workspace);
-  const Queries<T> queries{memory, memory + padded_queries * width, memory + 2 * padded_queries * width,
-                           memory + 3 * padded_queries * width};
+  const Queries<P> queries{memory, reinterpret_cast<P*>(memory + padded_queries * width),
+                           memory + padded_queries * width + panels_size};
   T *partials = queries.positive + padded_queries, *scratches = partials + partition.tasks() * partial_size;
   const T sign = tau < 0 ? T(-1) : T(1);
   const double scale = kLog2E / std::abs(tau);
-  for_tasks(panel_count<T>(q.rows), 16.0 * q.rows * width, scratches, scratch_size, [&](int64_t panel, T* scratch) {
-    pack_queries(q, positive_keys, positives, panel * kPanelWidth<T>, sign, queries, scratch);
+  for_tasks(panel_count<P>(q.rows), 16.0 * q.rows * width, scratches, scratch_size, [&](int64_t panel, T* scratch) {
+    pack_queries(q, positive_keys, positives, panel * kPanelWidth<P>, sign, queries, scratch);
   });
 
   const double operations = 4.0 * q.rows * keys.rows * width;
   for_tasks(partition.tasks(), operations, scratches, scratch_size, [&](int64_t task, T* scratch) {
     const int64_t first_query = task / partition.key_ranges * partition.query_block,
                   key_range = task % partition.key_ranges;
+    const int64_t count = std::min(partition.query_block, q.rows - first_query);
     PartialSoftmax<T> partial(partials + task * partial_size, partition.query_block);
     std::fill(partial.shift, partial.shift + partition.query_block, T(kLowest));
-    std::fill(partial.sum, partial.sum + partial_size - partition.query_block, T(0));
+    std::fill(partial.sum, partial.sum + 2 * partition.query_block, T(0));
+    const Sums<P> sums{!out.dq ? nullptr : kSumsApart ? scratch + stream_size : partial.weighted_keys, padded};
+    std::fill(sums.data, sums.data + partition.query_block * sums_width, T(0));
     stream(keys, key_range * partition.key_range, std::min(keys.rows, (key_range + 1) * partition.key_range),
-           queries.q_panels + first_query * width, std::min(partition.query_block, q.rows - first_query),
-           out.dq ? partial.weighted_keys : nullptr, Scratch<T>(scratch, width),
-           [&](T* logits, int64_t key, int64_t count, int64_t query, int64_t panels) {
-             if (keys_contain_positives) mask_positives(logits, positives, key, count, first_query + query, panels);
+           queries.q_panels + first_query * panels_size / padded_queries, count, sums, Scratch<P>(scratch, width),
+           [&](T* logits, int64_t key, int64_t keys, int64_t query, int64_t panels) {
+             if (keys_contain_positives) mask_positives<P>(logits, positives, key, keys, first_query + query, panels);
              for (int64_t p = 0; p < panels; ++p)
-               update_softmax(logits + p * kPanelWidth<T>, count, query + p * kPanelWidth<T>, T(scale),
-                              queries.positive + first_query, partial, sums_width);
+               update_softmax<P>(logits + p * kPanelWidth<P>, keys, query + p * kPanelWidth<P>, T(scale),
+                                 queries.positive + first_query, partial, sums);
            });
+    if (kSumsApart && out.dq) sums.copy_rows(count, padded, partial.weighted_keys, padded);
   });
   for_tasks(q.rows, 4.0 * q.rows * partition.key_ranges * padded, memory, 0, [&](int64_t i, T*) {
-    merge_partials(i, partition, partials, sums_width, scale, tau, queries, width, out);
+    merge_partials(i, partition, partials, sums_width, scale, tau, queries.positive, queries.positive_keys, width, out);
   });
 }
 

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "tiles.h"
+
 #include <sstream>
 #include <string>
 #include <vector>
@@ -24,6 +26,9 @@ std::string processor_level() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+#if defined(FASTSSL_TILES)
+  if (avx2 && avx512 && fastssl::HardwareTiles::exist()) return "amx";
+#endif
   if (avx2 && avx512) return "avx512";
   if (avx2) return "avx2";
 #endif
@@ -48,15 +53,22 @@ pybind11::dict build_facts() {
 #else
   const char* compiler = "unknown compiler";
 #endif
-  return pybind11::dict("compiler"_a = compiler, "levels"_a = levels(), "cuda"_a = bool(FASTSSL_CUDA));
+#if defined(FASTSSL_TILES)
+  const bool tiles = true;
+#else
+  const bool tiles = false;
+#endif
+  return pybind11::dict("compiler"_a = compiler, "levels"_a = levels(), "tiles"_a = tiles,
+                        "cuda"_a = bool(FASTSSL_CUDA));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Facts about the native part of fastssl: how it was built, and what the processor supports.";
-  module.def("build_facts", &build_facts, "Compiler, instruction-set levels built, whether the CUDA part was built.");
+  module.def("build_facts", &build_facts,
+             "Compiler, instruction-set levels built, whether tiles (AMX) and the CUDA part were built.");
   module.def("processor_maker", &processor_maker, "Maker of the processor: 'intel', 'amd' or 'other'.");
   module.def("processor_level", &processor_level,
-             "Highest level the processor supports: 'avx512' (with bf16), 'avx2' or 'baseline'.");
+             "Highest level the processor supports: 'amx', 'avx512' (with bf16), 'avx2' or 'baseline'.");
 }

@@ -115,7 +115,9 @@ def facts() -> dict[str, str]:
 
         build = _C.build_facts()
         cuda = "with" if build["cuda"] else "without"
-        versions["build"] = f"{build['compiler']}, levels {' '.join(build['levels'])}, {cuda} CUDA"
+        tiles = "with" if build["tiles"] else "without (the compiler does not know them)"
+        levels = " ".join(build["levels"])
+        versions["build"] = f"{build['compiler']}, levels {levels}, {tiles} tiles (AMX), {cuda} CUDA"
     has_xformers = versions["xformers"] != "not installed"
     fallback = "xformers on GPUs where it supports the call, else torch" if has_xformers else "torch"
     versions["attention"] = f"kernels up to {LONGEST} tokens, beyond that {fallback}"

@@ -23,7 +23,7 @@ FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 VARIANTS = {"baseline": [], "avx2": AVX2, "as-avx512": [*AVX2, "-DFASTSSL_VECTOR_BYTES=64"]}
-if processor_level() == "avx512":
+if processor_level() in ("avx512", "amx"):
     parts = ("f", "bw", "cd", "dq", "vl", "bf16")
     VARIANTS["avx512"] = [*AVX2, *(f"-mavx512{part}" for part in parts), "-mprefer-vector-width=512"]
 COMPILER = os.environ.get("CXX", "g++")
@@ -54,7 +54,7 @@ def pytest_configure(config):
     """Pytest plugin: loads the library FASTSSL_SANITIZED, whose kernels replace those of the package."""
     from fastssl.ops import dispatch
 
-    torch.ops.load_library(os.environ["FASTSSL_SANITIZED"])
+    dispatch.load_cpu_library(os.environ["FASTSSL_SANITIZED"])
     dispatch.load_native()
 
 

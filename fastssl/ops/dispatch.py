@@ -10,8 +10,10 @@ build without native kernels warns once.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,8 +23,10 @@ import torch
 from torch.autograd import forward_ad
 from torch._ops import OpOverload
 
-LEVELS = ("baseline", "avx2", "avx512")  # instruction sets that setup.py builds for, lowest first
-_TORCH_LEVELS = {"AVX2": "avx2", "AVX512": "avx512"}  # torch's names for them; any other name is its baseline
+# Instruction sets, lowest first. setup.py builds a library for each but "amx": AVX-512's library, with products on tiles.
+LEVELS = ("baseline", "avx2", "avx512", "amx")
+_TORCH_LEVELS = {"AVX2": "avx2", "AVX512": "amx"}  # torch's names for them; any other name is its baseline
+BF16_PRODUCTS = ("float32", "dot", "tiles", "twin")  # what multiplies bfloat16, in the order of csrc/bf16_products.h
 
 _library = torch.library.Library("fastssl", "DEF")
 _bodies: dict[str, Callable[..., Any]] = {}  # op -> its plain-torch body
@@ -228,7 +232,8 @@ def native_level() -> str | None:
     """Loads the C++ kernels of the best instruction set and returns its name; None in a build without them.
 
     The best is the highest that was built, that the processor has, and that torch itself uses: torch's variable
-    ATEN_CPU_CAPABILITY (default, avx2, avx512) therefore lowers ours too.
+    ATEN_CPU_CAPABILITY (default, avx2, avx512) therefore lowers ours too. Tiles are permitted by the operating system
+    and tried with one product first; where that fails, a warning says why and the level is avx512.
     """
     if importlib.util.find_spec("fastssl._C") is None:
         warnings.warn(
@@ -240,12 +245,51 @@ def native_level() -> str | None:
         return None
     from fastssl import _C
 
-    limits = (_C.processor_level(), _TORCH_LEVELS.get(torch.backends.cpu.get_cpu_capability(), "baseline"))
-    allowed = LEVELS[: min(map(LEVELS.index, limits)) + 1]
+    highest = _TORCH_LEVELS.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    if highest == "amx" and "ATEN_CPU_CAPABILITY" in os.environ:
+        highest = "avx512"  # torch has no name for a level above it
+    allowed = LEVELS[: min(map(LEVELS.index, (_C.processor_level(), highest))) + 1]
     level = [name for name in allowed if name in _C.build_facts()["levels"]][-1]
-    library = next(Path(_C.__file__).parent.glob(f"_native_{level}.*"))
-    torch.ops.load_library(library)
-    return level
+    load_cpu_library(next(Path(_C.__file__).parent.glob(f"_native_{level}.*")))
+    if level != "avx512" or allowed[-1] != "amx":
+        return level
+    if reason := choose_bf16_products("tiles"):
+        warnings.warn(
+            f"fastssl: this processor has tiles (AMX), but they cannot be used: {reason}; bfloat16 is multiplied with "
+            "AVX-512 instead, which is slower (ATEN_CPU_CAPABILITY=avx512 chooses the same without this warning)",
+            UserWarning,
+            stacklevel=2,
+        )
+        return level
+    return "amx"
+
+
+_cpu_library: ctypes.CDLL | None = None
+
+
+def load_cpu_library(path: str | Path) -> None:
+    """Loads a library of C++ kernels, which replace those loaded before."""
+    global _cpu_library
+    torch.ops.load_library(path)
+    _cpu_library = ctypes.CDLL(str(path))
+    _cpu_library.fastssl_choose_bf16_products.restype = ctypes.c_char_p
+
+
+def bf16_products() -> str:
+    """What multiplies bfloat16 in the contrastive C++ kernels now, one of BF16_PRODUCTS."""
+    return BF16_PRODUCTS[_cpu_library.fastssl_bf16_products()] if _cpu_library else "float32"
+
+
+def choose_bf16_products(name: str) -> str | None:
+    """Chooses what multiplies bfloat16 in the contrastive C++ kernels; returns None, or why it cannot be used.
+
+    Args:
+        name: "tiles" (AMX), "dot" (AVX-512), "twin" (tiles in plain C++: for tests) or "float32".
+    """
+    if _cpu_library is None:
+        return "no C++ kernels are loaded"
+    reason = _cpu_library.fastssl_choose_bf16_products(BF16_PRODUCTS.index(name))
+    return reason.decode() if reason else None
 
 
 @functools.cache

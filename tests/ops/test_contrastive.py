@@ -1,7 +1,11 @@
+import contextlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastssl.ops import batch_info_nce, contrastive, dispatch, info_nce, nt_xent
@@ -114,11 +118,28 @@ def ops_of(q, k, queue, tau, label_offset):
     return {f"{name}, result {i}": tensor for name, tensors in results.items() for i, tensor in enumerate(tensors)}
 
 
+GRADIENTS = ("info_nce, result 2", "batch_info_nce, result 2", "dkeys, result 0", "dz, result 0")
+
+
+def gradients_in_bfloat16(q, k, queue, tau, label_offset):
+    """The gradients of plain torch whose logits and softmax are bfloat16."""
+    q, k, keys = (x.detach().requires_grad_() for x in (q, k, queue))
+    upstream = torch.linspace(0.5, 2, len(q))
+    (dq,) = torch.autograd.grad(info_nce_formula(q, k, keys, tau)[0].sum(), q)
+    (dq_batch,) = torch.autograd.grad(batch_formula(q, keys, tau, label_offset)[0].sum(), q)
+    (dkeys,) = torch.autograd.grad((batch_formula(q, keys, tau, label_offset)[0] * upstream).sum(), keys)
+    dz = torch.autograd.grad((nt_xent_formula(q, k, tau) * upstream.repeat(2)).sum(), (q, k))
+    return dict(zip(GRADIENTS, (dq, dq_batch, dkeys, torch.cat(dz)), strict=True))
+
+
 def check_exact(q, k, queue, tau, label_offset):
     ours = ops_of(q, k, queue, tau, label_offset)
     with dispatch.reference():
         plain = ops_of(q, k, queue, tau, label_offset)
         truth = ops_of(q.double(), k.double(), queue.double(), tau.double(), label_offset)
+    if q.dtype == torch.bfloat16 and dispatch.bf16_products() != "float32":
+        # The softmax is rounded to bfloat16, and only gradients depend on that.
+        plain |= {name: dx.float() for name, dx in gradients_in_bfloat16(q, k, queue, tau, label_offset).items()}
     for name, result in ours.items():
         if result.dtype == torch.int64:
             assert torch.equal(result, plain[name]), name
@@ -126,11 +147,45 @@ def check_exact(q, k, queue, tau, label_offset):
             assert_exact(result, truth[name], plain[name], name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@contextlib.contextmanager
+def multiplying_bfloat16_by(name):
+    before = dispatch.bf16_products()
+    if reason := dispatch.choose_bf16_products(name):
+        pytest.skip(reason)
+    try:
+        yield
+    finally:
+        dispatch.choose_bf16_products(before)
+
+
+@pytest.fixture
+def products(request):
+    """What multiplies bfloat16; skips the test where the processor or the library lacks it."""
+    with multiplying_bfloat16_by(request.param):
+        yield request.param
+
+
+EVERY_PRODUCT = pytest.mark.parametrize("products", dispatch.BF16_PRODUCTS, indirect=True)
+SIZES = pytest.mark.parametrize("size", [(13, 63, 5), (32, 1000, 128), (197, 197, 64), (300, 1111, 100)], ids=str)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tau", [0.07, 0.2])
-@pytest.mark.parametrize("size", [(13, 63, 5), (32, 1000, 128), (197, 197, 64), (300, 1111, 100)], ids=str)
+@SIZES
 def test_error_is_at_most_torch_s_in_float32(dtype, tau, size):
     """The plain-torch body computes in float32 whatever the dtypes of the inputs."""
+    batch, length, width = size
+    q, k, queue = unit(batch, width, dtype=dtype), unit(batch, width, dtype=dtype), unit(length, width, dtype=dtype)
+    check_exact(q, k, queue, torch.tensor(tau), (length - batch) // 2)
+
+
+@EVERY_PRODUCT
+@pytest.mark.parametrize("tau", [0.07, 0.2])
+@SIZES
+def test_error_in_bfloat16(products, tau, size):
+    """Losses, ranks and log-sum-exps are as exact as in float32; gradients are so by float32 products, and at least as
+    exact as plain torch's in bfloat16 by others."""
+    dtype = torch.bfloat16
     batch, length, width = size
     q, k, queue = unit(batch, width, dtype=dtype), unit(batch, width, dtype=dtype), unit(length, width, dtype=dtype)
     check_exact(q, k, queue, torch.tensor(tau), (length - batch) // 2)
@@ -147,6 +202,11 @@ def test_error_is_at_most_torch_s_in_float32(dtype, tau, size):
 @settings(max_examples=60)
 def test_any_shape(batch, extra, width, dtypes, tau, length):
     """Also long vectors, negative temperature, and mixed dtypes."""
+    with multiplying_bfloat16_by("float32"):
+        check_any_shape(batch, extra, width, dtypes, tau, length)
+
+
+def check_any_shape(batch, extra, width, dtypes, tau, length):
     torch.manual_seed(0)
     count = batch + extra
     q, k, queue = (length * unit(n, width).to(dtype) for n, dtype in zip((batch, batch, count), dtypes))
@@ -166,6 +226,30 @@ def test_any_shape(batch, extra, width, dtypes, tau, length):
         assert error <= 30 * unit_roundoff * (1 + largest_logit) * scale, f"{name}: error {error}"
 
 
+@EVERY_PRODUCT
+@given(
+    batch=st.integers(1, 140),
+    extra=st.integers(0, 700),
+    width=st.integers(1, 140),
+    tau=st.sampled_from([0.05, 0.2, 2.0, -0.3]),
+    length=st.sampled_from([1, 1, 20]),
+)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixture is constant
+def test_any_shape_in_bfloat16(products, batch, extra, width, tau, length):
+    torch.manual_seed(0)
+    q, k, queue = (length * unit(n, width).bfloat16() for n in (batch, batch, batch + extra))
+    args = q, k, queue, torch.tensor(tau), extra // 2
+    with dispatch.reference():
+        expected = ops_of(*args)
+    largest_logit = max(1, length) ** 2 / abs(tau)
+    for name, ours in ops_of(*args).items():
+        error = (ours.double() - expected[name].double()).abs()
+        scale = max(largest_logit, expected[name].abs().max().item())
+        assert error.max() <= 30 * 2.0**-23 * (1 + largest_logit) * scale or name in GRADIENTS, name
+        assert error.max() <= 2.0**-7 * scale, name
+        assert products != "float32" or error.max() <= 30 * 2.0**-23 * (1 + largest_logit) * scale, name
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -178,8 +262,9 @@ def test_any_shape(batch, extra, width, dtypes, tau, length):
     ids=["columns first", "wider rows", "one row expanded", "one column expanded", "every other row"],
 )
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
-def test_any_strides(view, dtype):
-    q, k, queue = (view(unit(n, 24, dtype=dtype)) for n in (20, 20, 150))
+@pytest.mark.parametrize("width", [24, 32])
+def test_any_strides(view, dtype, width):
+    q, k, queue = (view(unit(n, width, dtype=dtype)) for n in (20, 20, 160))
     tau = torch.tensor(0.2)
     for ours, same in zip(
         ops_of(q, k, queue, tau, 3).values(), ops_of(q.clone(), k.clone(), queue.clone(), tau, 3).values()
@@ -197,8 +282,17 @@ def test_offsets_beyond_32_bits():
 
 
 @pytest.mark.parametrize("size", [(3, 5000, 32), (70, 900, 33), (600, 700, 16)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
-def test_same_bits_on_one_thread_and_on_two(size, dtype):
+def test_same_bits_on_one_thread_and_on_two(size):
+    check_threads(size, torch.float32)
+
+
+@EVERY_PRODUCT
+@pytest.mark.parametrize("size", [(3, 2000, 32), (70, 900, 33), (300, 700, 16)], ids=str)
+def test_same_bits_on_one_thread_and_on_two_in_bfloat16(products, size):
+    check_threads(size, torch.bfloat16)
+
+
+def check_threads(size, dtype):
     batch, length, width = size
     q, k, queue = (unit(n, width, dtype=dtype) for n in (batch, batch, length))
     results = []
@@ -209,22 +303,27 @@ def test_same_bits_on_one_thread_and_on_two(size, dtype):
         assert_same(results[1][name], one, name)
 
 
-def test_a_key_equal_to_the_positive_is_not_above_it():
-    q, k = unit(50, 33, dtype=torch.float32), unit(50, 33, dtype=torch.float32)
+@EVERY_PRODUCT
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("width", [33, 64])
+def test_a_key_equal_to_the_positive_is_not_above_it(products, dtype, width):
+    q, k = unit(50, width, dtype=dtype), unit(50, width, dtype=dtype)
     assert torch.equal(info_nce(q, k, k[7:8].repeat(300, 1), 0.1).rank[7], torch.tensor(0))
     ranks = info_nce(q, k, k.repeat_interleave(3, 0), 0.1).rank
     scores = q.double() @ k.double().T
     assert torch.equal(ranks, 3 * (scores > scores.diagonal()[:, None]).sum(1))
 
 
-def test_nan_of_a_query_and_of_the_queue_propagate():
-    q, k, queue = (unit(n, 8, dtype=torch.float32) for n in (20, 20, 200))
+@EVERY_PRODUCT
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_nan_of_a_query_and_of_the_queue_propagate(products, dtype):
+    q, k, queue = (unit(n, 8, dtype=dtype) for n in (20, 20, 200))
     q[3, 2] = float("nan")
     loss, _, dq = contrastive._info_nce_fwd(q, k, queue, torch.tensor(0.1), True)
     others = [i for i in range(20) if i != 3]
     assert loss[3].isnan() and dq[3].isnan().all() and loss[others].isfinite().all() and dq[others].isfinite().all()
     queue[150, 1] = float("nan")
-    assert info_nce(unit(20, 8).float(), k, queue, 0.1).loss.isnan().all()
+    assert info_nce(unit(20, 8, dtype=dtype), k, queue, 0.1).loss.isnan().all()
     assert nt_xent(q, k, 0.1).isnan().all()
 
 
@@ -313,7 +412,8 @@ def test_contract():
 
 @pytest.mark.parametrize("tau", [1e-30, 1e-10, 1e-4, 1e10, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_extreme_temperatures_equal_plain_torch(tau, dtype):
+@EVERY_PRODUCT
+def test_extreme_temperatures_equal_plain_torch(products, tau, dtype):
     """Logits of 10^30: the maximum must be subtracted before the division by tau, forward and backward."""
     q, k, queue, z = (unit(n, 16, dtype=dtype) for n in (40, 40, 300, 40))
 
@@ -367,3 +467,36 @@ def test_error_sentences():
     rejects("batch_info_nce", "label_offset", "6", ValueError, batch_info_nce, q, queue, 0.1, 6)
     rejects("nt_xent", "z2", "[9, 8]", ValueError, nt_xent, q, queue, 0.1)
     rejects("info_nce", "queue", "int64", TypeError, info_nce, q, k, queue.long(), 0.1)
+
+
+@EVERY_PRODUCT
+def test_threads_and_a_forked_process_in_bfloat16(products):
+    """Each thread configures and releases its tiles; a forked process keeps the permission and the choice."""
+    q, k, queue = (unit(n, 64).bfloat16() for n in (40, 40, 1000))
+
+    def loss_and_gradient():
+        return contrastive._info_nce_fwd(q, k, queue, torch.tensor(0.2), True)
+
+    expected = loss_and_gradient()
+    with ThreadPoolExecutor(3) as pool:
+        for results in pool.map(lambda _: loss_and_gradient(), range(12)):
+            assert all(map(torch.equal, results, expected))
+    receive, send = os.pipe()
+    with torch_threads(1):  # OpenMP's threads do not survive a fork
+        child = os.fork()
+        if child == 0:
+            os.write(send, b"same" if all(map(torch.equal, loss_and_gradient(), expected)) else b"else")
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(send)
+    with os.fdopen(receive, "rb") as answer:
+        assert answer.read() == b"same"
+
+
+def test_products_that_do_not_exist_change_nothing():
+    before = dispatch.bf16_products()
+    for name in dispatch.BF16_PRODUCTS:
+        if reason := dispatch.choose_bf16_products(name):
+            assert "tiles" in reason or "dot product" in reason
+            assert dispatch.bf16_products() == before
+        dispatch.choose_bf16_products(before)
