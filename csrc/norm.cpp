@@ -13,9 +13,7 @@ namespace fastssl {
 namespace {
 
 // [B, L, D] with contiguous rows.
-Tensor with_contiguous_rows(const Tensor& x) {
-  return x.size(2) == 1 || x.stride(2) == 1 ? x : as_contiguous(x);
-}
+Tensor with_contiguous_rows(const Tensor& x) { return x.size(2) == 1 || x.stride(2) == 1 ? x : as_contiguous(x); }
 
 // [B, L, D] with contiguous rows, converted where its compute type is not W (double beside float, which is rare).
 template <typename W>
@@ -195,7 +193,8 @@ struct Row {
   W mean, rstd;
 
   // Writes dx and adds the row's contributions to dweight and dbias. One row at a time: four at a time need a fourth of
-  // the loads and stores of the sums, but 16 streams of memory, which no prefetcher follows, and took 1.8 times as long.
+  // the loads and stores of the sums, but 16 streams of memory, which no prefetcher follows, and took 1.8 times as
+  // long.
   void backward(const W* weight, W* dweight, W* dbias, int64_t n) const {
     const auto [sum, product] = sums_over<W>(n, [&](auto zero, int64_t i) {
       using V = decltype(zero);

@@ -17,11 +17,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import increment_version  # a kernel writes without autograd's knowledge
 
 from . import check
 from .contrastive import InfoNCE
-from .dispatch import Function, acc_dtype, fake, first_order, op, register_triton
+from .dispatch import Function, acc_dtype, call_in_place, fake, first_order, op, register_triton
 
 
 def _kernels():
@@ -235,9 +234,7 @@ def update_bank_(bank: Tensor, indices: Tensor, features: Tensor, momentum: floa
         check.fail("update_bank_", f"momentum must be from 0 to 1, got {momentum}")
     _check_rows("update_bank_", bank)
     check.separate("update_bank_", {"bank": bank}, {"indices": indices, "features": features})
-    with torch.no_grad():
-        _update_bank_(bank, indices, features, float(momentum))
-    increment_version((bank,))
+    call_in_place(_update_bank_, (bank,), bank, indices, features, float(momentum))
 
 
 @check.once_a_signature

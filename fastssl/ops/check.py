@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_is_alias_of = torch._C._is_alias_of  # type: ignore[attr-defined]
 SIGNATURES = 1024  # signatures that are remembered of an op, of programs whose sizes change at every step
 _CONSTANTS = frozenset({type(None), bool, int, float, str, torch.dtype})  # types of arguments other than tensors
 
@@ -132,19 +133,19 @@ def separate(op: str, written: Mapping[str, Tensor], read: Mapping[str, Tensor])
     """
     if torch.compiler.is_compiling():
         return
-    tensors = [(name, value) for name, value in {**written, **read}.items() if value.numel()]
-    for name, value in tensors:
-        if name in written and _overlaps_itself(value):
+    tensors = [*written.items(), *read.items()]
+    for name, value in written.items():
+        if not value.is_contiguous() and _overlaps_itself(value):
             strides = f"shape {list(value.shape)} and strides {list(value.stride())}"
             fail(op, f"{name} must have no two elements in one place of memory, got {strides}: pass {name}.clone()")
-    for i, (name, value) in enumerate(tensors):
-        for other_name, other in tensors[:i]:
-            if (name in written or other_name in written) and _share_memory(value, other):
+    for i, (name, value) in enumerate(tensors[1:], 1):
+        for other_name, other in tensors[: min(i, len(written))]:
+            if _is_alias_of(value, other) and _share_memory(value, other):
                 fail(op, f"{name} must not share memory with {other_name}, got views of the same: pass {name}.clone()")
 
 
 def _overlaps_itself(value: Tensor) -> bool:
-    if value.is_contiguous():
+    if value.numel() == 0:
         return False
     extent = 0
     for stride, size in sorted(zip(value.stride(), value.shape)):
@@ -155,7 +156,7 @@ def _overlaps_itself(value: Tensor) -> bool:
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    if not torch._C._is_alias_of(one, other):  # type: ignore[attr-defined]
+    if not (one.numel() and other.numel()):
         return False
     (begin, end), (other_begin, other_end) = _extent(one), _extent(other)
     return begin < other_end and other_begin < end

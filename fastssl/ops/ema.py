@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version  # a kernel writes without autograd's knowledge
 
 from . import check
-from .dispatch import fake, op
+from .dispatch import call_in_place, fake, op
 
 
 def ema_update_(
@@ -50,13 +49,11 @@ def ema_update_(
         check.fail("ema_update_", f"momentum must be between 0 and 1, got {momentum}")
     if targets:
         try:
-            with torch.no_grad():
-                _ema_update_(targets, sources, float(momentum), shadows)
+            call_in_place(_ema_update_, [*targets, *shadows], targets, sources, float(momentum), shadows)
         except RuntimeError:  # a kernel raises before it writes where lists do not fit, and does not name the tensor
             _check_lists(targets, sources, shadows)
             _check_memory(targets, sources, shadows)
             raise
-        increment_version([*targets, *shadows])
 
 
 def _check_lists(targets: Sequence[Tensor], sources: Sequence[Tensor], shadows: Sequence[Tensor]) -> None:

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version  # a kernel writes without autograd's knowledge
 
 from . import check
-from .dispatch import fake, op, register_triton
+from .dispatch import call_in_place, fake, op, register_triton
 
 
 def _kernels():
@@ -40,9 +39,7 @@ def enqueue_(queue: Tensor, ptr: Tensor, keys: Tensor) -> None:
     if queue.stride(1) != 1 and queue.shape[1] > 1:
         check.fail("enqueue_", f"queue must have contiguous rows [K, D], got strides {list(queue.stride())}")
     check.separate("enqueue_", {"queue": queue, "ptr": ptr}, {"keys": keys})
-    with torch.no_grad():
-        _enqueue_(queue, ptr, keys)
-    increment_version((queue, ptr))
+    call_in_place(_enqueue_, (queue, ptr), queue, ptr, keys)
 
 
 @check.once_a_signature
