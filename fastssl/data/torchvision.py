@@ -1,7 +1,7 @@
-"""The engine on torchvision, which works on every machine.
+"""The engine with torchvision's augmentations, which works on every machine.
 
-Worker processes decode each image once, torchvision resamples every view of it, and `augment_` changes the colours of a
-whole batch.
+Worker processes decode each image once, `resized_crops_` resamples every view of it as torchvision does, and `augment_`
+changes the colours of a whole batch.
 """
 
 import itertools
@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from fastssl.ops import ColourLaw, augment_
+from fastssl.ops import ColourLaw, augment_, resized_crops_
 
 from .augmentation import COLOUR_LAWS, Augmentation, View
 from .decoding import ImageFile, open_image
@@ -90,13 +89,13 @@ def make_batch(
                 bad.append((int(indices[row]), str(error)))
         for row, view_windows in windows_of(augmentation, draws, files):
             try:
-                pixels = files[row].pixels()
+                pixels = files[row].pixels().permute(1, 2, 0)
                 extras[row] = read_extras(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
                 continue
             for view, window, batch in zip(augmentation.views, view_windows, views):
-                batch[row] = resample(pixels, view, window)
+                resized_crops_(batch[row : row + 1], [pixels], torch.tensor([window]), view.interpolation)
     rows = list(extras)
     if bad:
         rows = fill_in_rows(rows, len(indices)) if fill_in else rows
@@ -107,13 +106,6 @@ def make_batch(
     stacked = stack_extras(source, indices, [extras[row] for row in rows])
     labels = labels_of(source, indices)
     return Samples(views, torch.from_numpy(indices), labels, torch.from_numpy(seeds), stacked, bad)
-
-
-def resample(image: Tensor, view: View, window: list[int]) -> Tensor:
-    """The window (top, left, height, width) of an image [3, H, W] in the view's size, antialiased: [3, h, w]."""
-    top, left, height, width = window
-    cropped = image[None, :, top : top + height, left : left + width]
-    return F.interpolate(cropped, view.size, mode=view.interpolation, antialias=True)[0]
 
 
 def change_colours(pixels: Tensor, view: View, draws: Draws) -> None:
