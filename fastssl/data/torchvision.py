@@ -1,7 +1,7 @@
-"""The engine on torchvision, which works on every machine.
+"""The engine with torchvision's augmentations, which works on every machine.
 
-Worker processes decode each image once, `resized_crops_` resamples every view of it, and `augment_` changes the colours
-of a whole batch.
+Worker processes decode each image once, `resized_crops_` resamples every view of it as torchvision does, and `augment_`
+changes the colours of a whole batch.
 """
 
 import itertools
