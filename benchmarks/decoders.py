@@ -11,16 +11,23 @@ to RGB in a NumPy array or a tensor, with one thread, in turn; the figure is the
 import argparse
 import importlib
 import io
+import itertools
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from statistics import mean
 
 import numpy as np
 import torch
 from PIL import Image
+
+from fastssl.data.augmentation import View
+from fastssl.data.decoding import ImageFile, decode_for_views
+from fastssl.data.draws import draw, mix, windows
+from fastssl.ops import resized_crops_
 
 from . import store
 from .loader import photographs
@@ -37,6 +44,18 @@ Milliseconds of processor time to decode a photograph (JPEG of quality 90, 4:2:0
 *Pixels*: equal to those of libjpeg's default (accurate inverse transform, smooth upsampling), or how far in the mean of
 255. *GIL*: whether other Python threads run meanwhile. *Middle rows*: half of those of 1,024 pixels, where the package
 can decode a part; all of the file before it must be read, as Huffman codes have no index."""
+
+VIEWS = {  # what images are reduced for
+    "224², 20 to 100 % of the area, bicubic": View((224, 224), crop=(0.2, 1.0), interpolation="bicubic"),
+    "224², 20 to 100 % of the area, bilinear": View((224, 224), crop=(0.2, 1.0)),
+    "96², 5 to 40 % of the area, bicubic": View((96, 96), crop=(0.05, 0.4), interpolation="bicubic"),
+}
+REDUCED_SIDES, EPOCHS = (500, 700, 1024, 2048), 3
+REDUCED_HEADER = ("view", "photographs", "at 1/2", "at 1/4 or 1/8", "difference", "largest of a view", "other filter")
+REDUCED_LEGEND = """\
+Views of images decoded at a fraction of their size (see [decoding less](data.md#decoding-less)) against views of the
+whole image: mean difference of all pixels, of 255, and of the view with the largest mean. *Other filter*: the difference
+that bicubic instead of bilinear interpolation of the whole image makes, or the reverse. *At 1/2* …: views so reduced."""
 
 Decode = Callable[[bytes], object]
 
@@ -256,6 +275,32 @@ def releases_gil(decode: Decode) -> bool:
     return len(inside) > 100
 
 
+def measure_reduced() -> Iterator[dict]:
+    """A row for each view and size of photographs: how far views of reduced images are from those of whole ones."""
+    for (name, view), side in itertools.product(VIEWS.items(), REDUCED_SIDES):
+        other = "bilinear" if view.interpolation == "bicubic" else "bicubic"
+        mine, others, scales = [], [], []
+        for epoch, (number, data) in itertools.product(range(EPOCHS), enumerate(encode_photographs(side))):
+            image = ImageFile(np.frombuffer(data, np.uint8), str(number))
+            drawn = draw(view, 0, mix(0, epoch, np.array([number])))
+            window = windows(view, drawn, np.array([image.size])).tolist()
+            reduced, places = decode_for_views(image, window, [view.size])
+            scales.append(round(window[0][2] / places[0][2]))
+            if scales[-1] == 1:
+                continue
+            whole, crops = image.raster(), torch.empty(3, 3, *view.size, dtype=torch.uint8)
+            resized_crops_(crops[:1], [whole], torch.tensor(window), view.interpolation)
+            resized_crops_(crops[1:2], [reduced], torch.tensor(places, dtype=torch.float64), view.interpolation)
+            resized_crops_(crops[2:], [whole], torch.tensor(window), other)
+            expected, *found = crops.float()
+            mine.append((found[0] - expected).abs().mean().item())
+            others.append((found[1] - expected).abs().mean().item())
+        differences = {"mean": mean(mine), "largest": max(mine), "other": mean(others)} if mine else {}
+        counts = {str(scale): scales.count(scale) for scale in (2, 4, 8)}
+        rounded = {key: round(value, 2) for key, value in differences.items()}
+        yield {"view": name, "side": side, "views": len(scales), "scales": counts, **rounded}
+
+
 def render(paths: list) -> str:
     parts = []
     for path in paths:
@@ -264,10 +309,12 @@ def render(paths: list) -> str:
             software = run["environment"]
             parts.append(f"**{document['machine']['name']}** · commit `{software['commit']}` · {software['date']}")
             rows = sorted(run["rows"], key=lambda row: row["milliseconds"][f"{SIDES[0]} 1/1"])
-            parts.append(markdown_table(HEADER, map(_cells, rows), text_columns=3))
-    return (
-        "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: `python -m benchmarks.decoders` makes them."
-    )
+            parts += [markdown_table(HEADER, map(_cells, rows), text_columns=3), LEGEND]
+            parts += [
+                markdown_table(REDUCED_HEADER, map(_reduced_cells, run["reduced"]), text_columns=2),
+                REDUCED_LEGEND,
+            ]
+    return "\n\n".join(parts) or "No measurements yet: `python -m benchmarks.decoders` makes them."
 
 
 def _cells(row: dict) -> list[str]:
@@ -275,6 +322,13 @@ def _cells(row: dict) -> list[str]:
     times = [f"{row['milliseconds'][kind]:.2f}" if kind in row["milliseconds"] else "–" for kind in kinds]
     pixels = "equal" if row["difference"] == 0 else f"{row['difference']:.2f}"
     return [f"{row['decoder']} {row['version']}", pixels, "released" if row["releases_gil"] else "held", *times]
+
+
+def _reduced_cells(row: dict) -> list[str]:
+    counts = row["scales"]
+    differences = [f"{row[key]:.2f}" if key in row else "–" for key in ("mean", "largest", "other")]
+    parts = [f"{count / row['views']:.0%}" for count in (counts["2"], counts["4"] + counts["8"])]
+    return [row["view"], f"{row['side']:,} px", *parts, *differences]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -288,7 +342,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         about = machine(cpuinfo.get_cpu_info()["brand_raw"])
-        store.add(KEPT, about, environment(), list(measure()), replaces=lambda row: True)
+        store.add(
+            KEPT, about, environment(), list(measure()), replaces=lambda row: True, reduced=list(measure_reduced())
+        )
     paths = machine_files(KEPT, shown_in=present(PAGE, MARKERS) if options.check else None)
     return write_or_check(
         {PAGE: insert(render(paths), PAGE, MARKERS)}, options.check, "python -m benchmarks.decoders --render"

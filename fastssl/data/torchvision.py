@@ -136,7 +136,7 @@ def law_of(view: View) -> ColourLaw:
 
 def windows_of(
     augmentation: Augmentation, draws: list[Draws], files: dict[int, ImageFile]
-) -> Iterator[tuple[int, tuple[list[int], ...]]]:
+) -> Iterator[tuple[int, Sequence[Sequence[float]]]]:
     """(row, window of each view) for several files at once, to save calls of NumPy."""
     rows, sizes = list(files), np.array([file.size for file in files.values()]).reshape(-1, 2)
     by_view = [windows(view, drawn.take(rows), sizes).tolist() for view, drawn in zip(augmentation.views, draws)]

@@ -30,11 +30,10 @@ import numpy as np
 from PIL import Image
 
 from fastssl.cli.data_page import Side, bad_images, page
-from fastssl.data import decoding, listing, numpy_files, reading
+from fastssl.data import decoding, listing, numpy_files, packing, reading
 from fastssl.data.findings import scan
 from fastssl.data.fingerprint import take_fingerprint
 from fastssl.data.formats import FORMATS, READABLE
-from fastssl.data.packing import Encoding, write_pack
 from fastssl.data.source import BadSource, open_source
 from fastssl.data.sources import arrays, idx
 from fastssl.text import printable
@@ -173,7 +172,8 @@ def write_packed(rng: random.Random, root: Path) -> str:
                 size, path = (rng.randint(4, 20), rng.randint(4, 20)), folder / split / label / f"{i}.png"
                 Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(path)
     sources = {split: open_source(f"folder:{folder}", split) for split in ("train", "test")}
-    write_pack(sources, root / "x.pack", Encoding(rng.choice(("jpeg", "rgb", "copy")), 12))
+    shards = rng.choice((1, 2))
+    packing.write_pack(sources, root / "x.pack", packing.Encoding(rng.choice(packing.KINDS), 12), shards=shards)
     shutil.rmtree(folder)
     return f"pack:{root}/x.pack"
 

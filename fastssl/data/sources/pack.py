@@ -101,7 +101,7 @@ class Pack(Source):
                 raise BadImage(f"{printable(self.name(index))}: {error}") from error
         data = self._maps[file]
         part = np.frombuffer(data, np.uint8, size, offset) if offset + size <= len(data) else np.empty(0, np.uint8)
-        if len(part) < size or (crc is not None and zlib.crc32(part) != crc):
+        if len(part) < size or (crc is not None and zlib.crc32(part.data) != crc):
             raise BadImage(f"{printable(self.name(index))}: its checksum is wrong: this part of the pack is damaged")
         return part
 
