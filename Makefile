@@ -69,7 +69,9 @@ docs: .venv/installed
 bench: .venv/installed
 	@mkdir -p build
 	$(BIN)/python -m pytest benchmarks --ignore=benchmarks/tests --benchmark-json=build/benchmark.json
-	$(BIN)/python -m benchmarks.table build/benchmark.json
+	$(BIN)/python -m pytest benchmarks/test_masking.py benchmarks/test_patches.py --default-allocation \
+	  --benchmark-json=build/benchmark-default.json
+	$(BIN)/python -m benchmarks.table build/benchmark.json --default-allocation build/benchmark-default.json
 
 bench-step: .venv/installed
 	$(BIN)/python -m benchmarks.step

@@ -1,6 +1,8 @@
 """Tables of measurements in README.md and docs/measurements.md, written from benchmarks/results.
 
     python -m benchmarks.table build/benchmark.json   # adds a run of pytest-benchmark to the results, writes the tables
+    python -m benchmarks.table build/benchmark.json --default-allocation build/benchmark-default.json
+                                                      # with a second run, of processes that do not keep freed memory
     python -m benchmarks.table                        # writes the tables from benchmarks/results
     python -m benchmarks.table --check                # writes nothing; exit status 1 where a table is out of date
 
@@ -79,7 +81,8 @@ torch, lightly or another package, fastest first, and × of the fastest; † whe
 *limit*: the time that the row's bytes or operations take at the memory bandwidth or matrix-product rate measured in
 the same run; left out for small sizes. What stays in a cache can be faster than the limit. *memory*: peak memory of one
 call beyond its inputs, in MB: ours / official / fastest other. *busy*: other programs used this share of the processors
-during the measurement, so no ratio is stated."""
+during the measurement, so no ratio is stated. *default allocation*, where it was measured: ours in ms, × official and
+× best torch in a process that leaves memory to the C library; in the other columns freed memory stays in the process."""
 
 HEADER = (
     "op",
@@ -93,25 +96,39 @@ HEADER = (
     "× best torch",
     "memory",
 )
+DEFAULT_ALLOCATION = "default allocation"  # a further column, where a row of the table has it
 
 
 class Problem(Exception):
     """A mistake of the user, in one sentence."""
 
 
-def add_run(raw_path: Path, results: Path) -> Path:
-    """Adds a run of pytest-benchmark to the machine's results, in place of the rows of the families it measured."""
-    if not raw_path.is_file() or not raw_path.stat().st_size:
-        raise Problem(f"{raw_path} does not exist or is empty: run `make bench`")
-    raw = json.loads(raw_path.read_text())
-    rows = [{"family": _family(entry["fullname"]), **entry["extra_info"]} for entry in raw["benchmarks"]]
-    if not rows:
-        raise Problem(f"{raw_path} holds no measurements")
+def add_run(raw_path: Path, results: Path, default_path: Path | None = None) -> Path:
+    """Adds a run of pytest-benchmark to the machine's results, in place of the rows of the families it measured.
+
+    A second run, with --default-allocation, adds its times to the rows of the first.
+    """
+    raw, rows = _raw_rows(raw_path)
+    defaults = {(row["op"], row["size"]): row for row in (_raw_rows(default_path)[1] if default_path else [])}
+    for row in rows:
+        if default := defaults.get((row["op"], row["size"])):
+            row["default_allocation"] = {key: default[key] for key in ("ms", "ratio", "busy")}
     facts = raw["machine_info"]["fastssl"]
     measured = {row["family"] for row in rows}
     return store.add(
         results, facts["machine"], facts["environment"], rows, replaces=lambda row: row["family"] in measured
     )
+
+
+def _raw_rows(path: Path) -> tuple[dict, list[dict]]:
+    """A file of pytest-benchmark, and the rows that it holds."""
+    if not path.is_file() or not path.stat().st_size:
+        raise Problem(f"{path} does not exist or is empty: run `make bench`")
+    raw = json.loads(path.read_text())
+    rows = [{"family": _family(entry["fullname"]), **entry["extra_info"]} for entry in raw["benchmarks"]]
+    if not rows:
+        raise Problem(f"{path} holds no measurements")
+    return raw, rows
 
 
 def render(paths: list[Path]) -> str:
@@ -121,7 +138,12 @@ def render(paths: list[Path]) -> str:
         document = store.read(path)
         for run in document["runs"]:
             parts.append(_about(document["machine"], run["environment"]))
-            parts.append(markdown_table(HEADER, map(_cells, sorted(run["rows"], key=_place)), text_columns=3))
+            rows = sorted(run["rows"], key=_place)
+            header, cells = HEADER, [_cells(row) for row in rows]
+            if any("default_allocation" in row for row in rows):
+                header = (*HEADER, DEFAULT_ALLOCATION)
+                cells = [[*line, _default_allocation(row)] for line, row in zip(cells, rows)]
+            parts.append(markdown_table(header, cells, text_columns=3))
     return "\n\n".join([*parts, LEGEND]) if parts else "No measurements yet: run `make bench`."
 
 
@@ -203,12 +225,13 @@ def main(
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.split("\n")[0])
     either = parser.add_mutually_exclusive_group()
     either.add_argument("raw", nargs="?", type=Path, help="JSON file of pytest --benchmark-json to add to the results")
+    parser.add_argument("--default-allocation", type=Path, help="JSON file of a run with pytest --default-allocation")
     either.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a table is out of date")
     options = parser.parse_args(arguments)
     summary, page = pages
     try:
         if options.raw:
-            _report_run(add_run(options.raw, results))
+            _report_run(add_run(options.raw, results, options.default_allocation))
         paths = machine_files(results, shown_in=present(page) if options.check else None)
         text = insert(render_number(results), summary, NUMBER_MARKERS)
         text = insert(render_headline(results), summary, HEADLINE_MARKERS, text)
@@ -334,6 +357,17 @@ def _cells(row: dict) -> list[str]:
         times(ratio.get(others[0]) if others else None) + without_compile(others),
         " / ".join(megabytes(row["memory_mb"][name]) for name in compared),
     ]
+
+
+def _default_allocation(row: dict) -> str:
+    """Our time, and the ratios to the official and to the fastest other contestant: "6.50 · 2.1× · 1.8×"."""
+    default = row.get("default_allocation")
+    if not default:
+        return "–"
+    others = [name for name in default["ms"] if name not in ("ours", "official")]
+    best = min(others, key=lambda name: default["ms"][name][1], default=None)
+    ratio = {} if default["busy"] else default["ratio"]
+    return " · ".join([number(default["ms"]["ours"][1]), times(ratio.get("official")), times(ratio.get(best))])
 
 
 def _code(name: str) -> str:

@@ -23,12 +23,7 @@ constexpr int64_t kMinRows = 16, kMaxRows = 64;  // rows of a chunk
 
 // An uninitialised tensor with x's shape, dtype and strides.
 inline Tensor empty_strided_like(const Tensor& x) {
-  AtenTensorHandle handle;
-  const auto sizes = x.sizes(), strides = x.strides();
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(x.scalar_type()));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(x.dim(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_strided(x.sizes().data(), x.strides().data(), x.dim(), x.scalar_type());
 }
 
 template <int N>

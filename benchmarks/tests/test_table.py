@@ -62,3 +62,23 @@ def test_a_missing_headline_row_is_named(pages, capsys):
     (results / "step" / "nvidia-h200.json").unlink()
     assert check(pages) == 1
     assert "nvidia-h200.json must hold an undisturbed row with" in capsys.readouterr().err
+
+
+def test_times_with_default_allocation_are_a_column_where_they_were_measured(pages, tmp_path):
+    results, _ = pages
+    document = json.loads((results / "amd-epyc-2-cores.json").read_text())
+    rows = [row for run in document["runs"] for row in run["rows"] if row["family"] == "masking"][:2]
+    machine = {"machine": document["machine"], "environment": document["runs"][0]["environment"]}
+
+    def raw(name, rows):
+        entries = [{"fullname": "benchmarks/test_masking.py::test", "extra_info": row} for row in rows]
+        path = tmp_path / name
+        path.write_text(json.dumps({"machine_info": {"fastssl": machine}, "benchmarks": entries}))
+        return path
+
+    slow = {**rows[0], "ms": {**rows[0]["ms"], "ours": [6, 7, 8]}, "ratio": dict.fromkeys(rows[0]["ratio"], 2.1)}
+    path = table.add_run(raw("kept.json", rows), results, raw("default.json", [slow]))
+    lines = [line for line in table.render([path]).splitlines() if f"| {rows[0]['size']} |" in line]
+    assert [line for line in lines if line.endswith("| 7.00 · 2.1× · 2.1× |")]
+    others = [line for line in table.render([path]).splitlines() if f"| {rows[1]['size']} |" in line]
+    assert others and all(line.endswith("| – |") for line in others)

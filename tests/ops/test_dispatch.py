@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -118,3 +120,63 @@ def test_a_kernel_file_that_fails_to_import_raises():
         dispatch._bodies.pop("test_broken")
         dispatch._kernels.pop(("test_broken", "cuda"))
         dispatch._triton_loaders.pop("test_broken")
+
+
+class Twice(dispatch.Function):
+    """2·x, which counts what it keeps for a gradient, and returns that gradient in float64."""
+
+    recorded: ClassVar[list[bool]] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        Twice.recorded.append(isinstance(ctx, torch.autograd.function.BackwardCFunction))
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return 2 * upstream.double()
+
+
+@pytest.fixture
+def recorded():
+    Twice.recorded.clear()
+    return Twice.recorded
+
+
+def test_a_function_without_gradient_is_its_forward_pass_alone(recorded):
+    x = torch.ones(2)
+    assert not Twice.apply(x).requires_grad
+    with torch.no_grad():
+        assert not Twice.apply(x.requires_grad_()).requires_grad
+    assert recorded == [False, False]
+
+
+def test_a_function_records_a_gradient_and_autograd_converts_it(recorded):
+    x = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    Twice.apply(x).sum().backward()
+    assert recorded == [True]
+    assert x.grad.dtype == torch.bfloat16 and x.grad.tolist() == [2, 2]
+
+
+def test_a_function_refuses_forward_mode_derivatives_as_torch_does(recorded):
+    import torch.autograd.forward_ad as forward_ad
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        with pytest.raises(RuntimeError, match="jvp"):
+            Twice.apply(dual)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.vmap(Twice.apply)(torch.ones(2, 3))
+
+
+def test_a_call_in_place_is_unknown_to_autograd_and_counts_as_a_change():
+    @dispatch.op("test_double_", mutates_args=("x",))
+    def double_(x: torch.Tensor, factor: torch.Tensor) -> None:
+        x.mul_(factor)
+
+    leaf, factor = torch.ones(2, requires_grad=True), torch.full((2,), 2.0, requires_grad=True)
+    version = leaf._version
+    dispatch.call_in_place(double_, (leaf,), leaf, factor)
+    assert leaf.tolist() == [2, 2] and leaf.is_leaf and leaf._version > version
+    assert torch.is_grad_enabled()
