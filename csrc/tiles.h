@@ -127,14 +127,17 @@ struct TwinTiles {
   static void multiply_add() {
     State& s = state();
     const int depth = s.config.row_bytes[kA] / 4, columns = s.config.row_bytes[kSum] / 4;
+    float b_first[kTileWords][kTileWords], b_second[kTileWords][kTileWords];
+    for (int k = 0; k < depth; ++k)
+      for (int n = 0; n < columns; ++n)
+        b_first[k][n] = first_of(s.tiles[kB][k][n]), b_second[k][n] = second_of(s.tiles[kB][k][n]);
     for (int row = 0; row < s.config.rows[kSum]; ++row) {
       float first[kTileWords] = {}, second[kTileWords] = {};
       for (int k = 0; k < depth; ++k) {
         const float a_first = first_of(s.tiles[kA][row][k]), a_second = second_of(s.tiles[kA][row][k]);
         for (int n = 0; n < columns; ++n) {
-          const uint32_t b = s.tiles[kB][k][n];
-          first[n] = flushed(std::fma(a_first, first_of(b), first[n]));
-          second[n] = flushed(std::fma(a_second, second_of(b), second[n]));
+          first[n] = flushed(std::fma(a_first, b_first[k][n], first[n]));
+          second[n] = flushed(std::fma(a_second, b_second[k][n], second[n]));
         }
       }
       for (int n = 0; n < columns; ++n) {

@@ -11,7 +11,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from fastssl._C import processor_level

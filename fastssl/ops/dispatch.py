@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
-# Instruction sets, lowest first. setup.py builds a library for each but "amx": AVX-512's library, with products on tiles.
+# Instruction sets, lowest first. setup.py builds a library for each but "amx": that of AVX-512, with products on tiles.
 LEVELS = ("baseline", "avx2", "avx512", "amx")
 _TORCH_LEVELS = {"AVX2": "avx2", "AVX512": "amx"}  # torch's names for them; any other name is its baseline
 BF16_PRODUCTS = ("float32", "dot", "tiles", "twin")  # what multiplies bfloat16, in the order of csrc/bf16_products.h

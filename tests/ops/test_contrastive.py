@@ -491,12 +491,3 @@ def test_threads_and_a_forked_process_in_bfloat16(products):
     os.close(send)
     with os.fdopen(receive, "rb") as answer:
         assert answer.read() == b"same"
-
-
-def test_products_that_do_not_exist_change_nothing():
-    before = dispatch.bf16_products()
-    for name in dispatch.BF16_PRODUCTS:
-        if reason := dispatch.choose_bf16_products(name):
-            assert "tiles" in reason or "dot product" in reason
-            assert dispatch.bf16_products() == before
-        dispatch.choose_bf16_products(before)

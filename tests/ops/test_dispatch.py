@@ -44,6 +44,46 @@ def test_a_cuda_part_that_does_not_load_warns(monkeypatch):
         assert not dispatch.native_cuda.__wrapped__()
 
 
+@pytest.fixture
+def processor_with_tiles(monkeypatch):
+    """native_level on a processor with tiles, of which the answer of their library is made up."""
+    monkeypatch.setattr(_C, "processor_level", lambda: "amx")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(dispatch, "load_cpu_library", lambda path: None)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+
+    def level(reason):
+        monkeypatch.setattr(dispatch, "choose_bf16_products", lambda name: reason)
+        return dispatch.native_level.__wrapped__()
+
+    return level
+
+
+def test_tiles_are_the_level_amx(processor_with_tiles):
+    assert processor_with_tiles(None) == "amx"
+
+
+def test_tiles_that_cannot_be_used_warn(processor_with_tiles):
+    with pytest.warns(UserWarning, match=r"has tiles \(AMX\), but they cannot be used: not permitted; .*AVX-512"):
+        assert processor_with_tiles("not permitted") == "avx512"
+
+
+@pytest.mark.parametrize("capability, level", [("avx512", "avx512"), ("avx2", "avx2")])
+def test_torch_s_limit_leaves_tiles_out(processor_with_tiles, monkeypatch, capability, level):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", capability.upper)
+    assert processor_with_tiles(None) == level
+
+
+def test_products_that_do_not_exist_change_nothing():
+    before = dispatch.bf16_products()
+    for name in dispatch.BF16_PRODUCTS:
+        if reason := dispatch.choose_bf16_products(name):
+            assert "tiles" in reason or "dot product" in reason
+            assert dispatch.bf16_products() == before
+        dispatch.choose_bf16_products(before)
+
+
 def test_has_kernel_and_reference():
     assert dispatch.has_kernel("enqueue_", "cpu")
     assert not dispatch.has_kernel("enqueue_", "mps")
