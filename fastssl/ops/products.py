@@ -52,12 +52,24 @@ def _prefers_inner_product(a: Tensor, b: Tensor) -> bool:
     return a.dtype == torch.float32 or rows_lie_in_order
 
 
-@functools.cache
 def has_inner_product(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's inner product is used: torch was built with oneDNN, and the processor is not Intel's."""
-    if not torch.backends.mkldnn.is_available() or processor_maker() in (None, "intel"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and is_native(dtype))
+    """Whether oneDNN's inner product computes large products of a dtype on this CPU."""
+    return dtype in _inner_product_dtypes
+
+
+_inner_product_dtypes: set[torch.dtype] = set()  # a set, not a cached function, because torch.compile traces its use
+
+
+def choose_library() -> None:
+    """Finds out which library computes large products on this CPU; called once, when the kernels are loaded."""
+    _inner_product_dtypes.update(inner_product_dtypes(processor_maker()))
+
+
+def inner_product_dtypes(maker: str | None) -> set[torch.dtype]:
+    """Dtypes of which oneDNN's inner product computes large products, by the maker of the CPU."""
+    if maker in (None, "intel") or not torch.backends.mkldnn.is_available():
+        return set()
+    return {torch.float32, torch.bfloat16} if is_native(torch.bfloat16) else {torch.float32}
 
 
 @functools.cache
