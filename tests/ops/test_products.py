@@ -114,3 +114,17 @@ def test_gradients_with_rounded_weights(monkeypatch):
         for one, two in zip(found, gradients[0], strict=True):
             assert_same(one, two)
     assert len(rounded._copies) == 1  # forward and backward, in both calls
+
+
+def test_copies_of_unused_weights_are_dropped():
+    rounded, weights = module.RoundedWeights(), [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+    with rounded:
+        for weight in weights:
+            module.rounded(weight, torch.bfloat16)
+        rounded.refresh()
+        module.rounded(weights[1], torch.bfloat16)
+        rounded.refresh()
+    assert list(rounded._copies) == [id(weights[1])]
+    with module.RoundedWeights(keep=False) as none:
+        assert_same(module.rounded(weights[0], torch.bfloat16), weights[0].detach().bfloat16())
+    assert not none._copies
