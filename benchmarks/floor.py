@@ -23,7 +23,7 @@ from .machine import DEVICE, wait
 aten, ours = torch.ops.aten, torch.ops.fastssl
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, *CONVOLUTIONS}
-LINEAR = {ours.linear_fwd.default, ours.linear_dx.default, ours.linear_dweight.default}
+LINEAR = {ours.product.default}
 REPEATS = 3
 
 

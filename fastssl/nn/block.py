@@ -20,7 +20,7 @@ class Mlp(nn.Module):
     """Linear, GELU, Linear.
 
     On a GPU the first bias is added by the GELU, whose backward pass sums its gradient (`ops.bias_gelu`); on a CPU the
-    second product computes the GELU as it reads its input (`ops.linear`).
+    second layer computes the GELU of its input, again in the backward pass (`ops.linear`).
     """
 
     def __init__(self, dim: int, hidden: int):

@@ -14,7 +14,7 @@ from .linear import Linear
 
 def moco_v2_head(fc: nn.Linear) -> nn.Sequential:
     """Linear(d, d), ReLU, and the given last layer `fc`, Linear(d, dim) (Chen et al., 2020, MoCo v2, section 3)."""
-    return nn.Sequential(nn.Linear(fc.in_features, fc.in_features), nn.ReLU(), fc)
+    return nn.Sequential(Linear(fc.in_features, fc.in_features), nn.ReLU(), fc)
 
 
 def mlp_head(
@@ -36,8 +36,8 @@ def mlp_head(
     modules: list[nn.Module] = []
     *hidden, dim_out = dims[1:]
     for dim_in, dim in zip(dims, hidden):
-        modules += [nn.Linear(dim_in, dim, bias=bias), nn.BatchNorm1d(dim), nn.ReLU(inplace=True)]
-    modules.append(nn.Linear(dims[-2], dim_out, bias=last_bias))
+        modules += [Linear(dim_in, dim, bias=bias), nn.BatchNorm1d(dim), nn.ReLU(inplace=True)]
+    modules.append(Linear(dims[-2], dim_out, bias=last_bias))
     if last_norm != "none":
         norm = nn.BatchNorm1d(dim_out, affine=last_norm == "scale")
         if last_norm == "scale":

@@ -6,7 +6,7 @@ compared with prototypes. Where a function has tensors of several shapes, the na
 letters of its shape: ``logits_BK``.
 """
 
-from . import dispatch
+from . import dispatch, products
 from .attention import attention, attention_packed
 from .augment import ColourLaw, augment_
 from .bank import SampledNCE, sampled_info_nce, sampled_nce, update_bank_
@@ -27,3 +27,4 @@ from .queue import enqueue_
 from .scores import sampled_scores
 
 dispatch.load_native()
+products.choose_library()

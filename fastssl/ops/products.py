@@ -52,12 +52,24 @@ def _prefers_inner_product(a: Tensor, b: Tensor) -> bool:
     return a.dtype == torch.float32 or rows_lie_in_order
 
 
-@functools.cache
 def has_inner_product(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's inner product is used: torch was built with oneDNN, and the processor is not Intel's."""
-    if not torch.backends.mkldnn.is_available() or processor_maker() in (None, "intel"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and is_native(dtype))
+    """Whether oneDNN's inner product computes large products of a dtype on this CPU."""
+    return dtype in _inner_product_dtypes
+
+
+_inner_product_dtypes: set[torch.dtype] = set()  # a set, not a cached function, because torch.compile traces its use
+
+
+def choose_library() -> None:
+    """Finds out which library computes large products on this CPU; called once, when the kernels are loaded."""
+    _inner_product_dtypes.update(inner_product_dtypes(processor_maker()))
+
+
+def inner_product_dtypes(maker: str | None) -> set[torch.dtype]:
+    """Dtypes of which oneDNN's inner product computes large products, by the maker of the CPU."""
+    if maker in (None, "intel") or not torch.backends.mkldnn.is_available():
+        return set()
+    return {torch.float32, torch.bfloat16} if is_native(torch.bfloat16) else {torch.float32}
 
 
 @functools.cache
@@ -75,10 +87,15 @@ class RoundedWeights:
     Inside the context `linear` takes copies from here. `refresh` rounds the weights again; between two calls of it a
     weight that is changed in place or replaced is noticed by torch's version counter and its address. The copies take
     2 bytes per weight and belong to no module, so no state dict holds them.
+
+    Args:
+        keep: False keeps no copies, for weights that are sharded over ranks and exist during their products alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
         self._copies: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}  # id(weight) → weight, copy, its state
+        self._used: set[int] = set()  # ids since the last refresh
 
     def __enter__(self) -> "RoundedWeights":
         global _current
@@ -91,20 +108,22 @@ class RoundedWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Rounds all weights again, after the optimizer or anything else changed them."""
-        self._copies = {
-            id(weight): (weight, copy, _state(weight))
-            for weight, copy, (_, address) in self._copies.values()
-            if address == weight.data_ptr()
-        }
-        for weight, copy, _ in self._copies.values():
+        """Rounds the weights again that were used since the last call, and forgets others."""
+        entries = [entry for key, entry in self._copies.items() if key in self._used]
+        entries = [(weight, copy) for weight, copy, (_, address) in entries if address == weight.data_ptr()]
+        for weight, copy in entries:
             copy.copy_(weight)
+        self._copies = {id(weight): (weight, copy, _state(weight)) for weight, copy in entries}
+        self._used.clear()
 
     def get(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The copy of a weight in a dtype; made if there is none, or the weight has changed."""
         entry = self._copies.get(id(weight))
         if entry is None or entry[1].dtype != dtype or entry[2] != _state(weight):
-            entry = self._copies[id(weight)] = weight, weight.detach().to(dtype), _state(weight)
+            entry = weight, weight.detach().to(dtype), _state(weight)
+            if self.keep:
+                self._copies[id(weight)] = entry
+        self._used.add(id(weight))
         return entry[1]
 
 

@@ -92,7 +92,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=execution.precision == "fp16")
         self.compute_gradients: Callable[[Batch], tuple[dict[str, Tensor], list]] = self._compute_gradients
         self.graph_of_rank = execution.graph and world_size() > 1  # whose gradients are not means over the ranks yet
-        self.rounded_weights = RoundedWeights()
+        self.rounded_weights = RoundedWeights(keep=not execution.shard)
         if execution.graph:
             self.use_graph()
         if state:

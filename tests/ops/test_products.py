@@ -45,13 +45,15 @@ def test_contract():
         opcheck(module.product, torch.randn(6, 5).to(dtype), torch.randn(5, 4).to(dtype).T)
 
 
-@pytest.mark.parametrize("maker, dtypes", [("amd", {torch.float32, torch.bfloat16}), ("intel", set()), (None, set())])
-def test_processors_with_the_inner_product(monkeypatch, maker, dtypes):
+def test_processors_with_the_inner_product(monkeypatch):
     assert dispatch.processor_maker() in ("intel", "amd", "other")
-    monkeypatch.setattr(module, "processor_maker", lambda: maker)
-    monkeypatch.setattr(module, "is_native", lambda dtype: dtype != torch.float16)
-    has = module.has_inner_product.__wrapped__
-    assert {dtype for dtype in FLOATS if has(dtype)} == dtypes
+    for native, with_inner in ((True, {torch.float32, torch.bfloat16}), (False, {torch.float32})):
+        monkeypatch.setattr(module, "is_native", lambda dtype, native=native: native)
+        for maker, dtypes in (("amd", with_inner), ("other", with_inner), ("intel", set()), (None, set())):
+            assert module.inner_product_dtypes(maker) == dtypes
+    monkeypatch.undo()
+    here = module.inner_product_dtypes(dispatch.processor_maker())
+    assert {dtype for dtype in FLOATS if module.has_inner_product(dtype)} == here
 
 
 @pytest.mark.parametrize("capability, counts", [("AVX512", (3, 2)), ("AVX2", (1, 0))])
@@ -112,3 +114,17 @@ def test_gradients_with_rounded_weights(monkeypatch):
         for one, two in zip(found, gradients[0], strict=True):
             assert_same(one, two)
     assert len(rounded._copies) == 1  # forward and backward, in both calls
+
+
+def test_copies_of_unused_weights_are_dropped():
+    rounded, weights = module.RoundedWeights(), [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+    with rounded:
+        for weight in weights:
+            module.rounded(weight, torch.bfloat16)
+        rounded.refresh()
+        module.rounded(weights[1], torch.bfloat16)
+        rounded.refresh()
+    assert list(rounded._copies) == [id(weights[1])]
+    with module.RoundedWeights(keep=False) as none:
+        assert_same(module.rounded(weights[0], torch.bfloat16), weights[0].detach().bfloat16())
+    assert not none._copies

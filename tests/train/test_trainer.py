@@ -388,3 +388,27 @@ def test_a_loss_in_evaluation_mode_is_not_kept_for_the_next_step(module):
         with torch.set_grad_enabled(mode):
             method.train(mode)(batch)
         assert len(method.pending) == entries
+
+
+def test_weights_rounded_once_a_step_give_the_same_run():
+    """As rounding them for each product: forward and backward, over micro-batches, after each kind of change."""
+    runs = []
+    for keep in (True, False):
+        torch.manual_seed(0)
+        config = mae.Config.small()
+        method = mae.build(config)
+        training = dataclasses.replace(config.training, accumulate=2, epochs=1, warmup_epochs=0)
+        trainer = Trainer(method, training, Execution(precision="bf16"), STEPS)
+        trainer.rounded_weights.keep = keep
+        losses = []
+        for step in range(3):
+            images = torch.randn(16, 3, *config.image_size, generator=torch.Generator().manual_seed(step))
+            batch = Batch((images,), torch.arange(16), torch.arange(16), seed=torch.arange(16))
+            losses.append(trainer.step(iter((batch, batch))).loss)
+            if step == 1:
+                for p in method.parameters():
+                    p.data.mul_(0.9)
+        runs.append((*losses, *method.state_dict().values()))
+        assert bool(trainer.rounded_weights._copies) == keep
+    for kept, rounded in zip(*runs, strict=True):
+        torch.testing.assert_close(kept, rounded, rtol=0, atol=0)
