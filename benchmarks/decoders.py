@@ -53,9 +53,9 @@ VIEWS = {  # what images are reduced for
 REDUCED_SIDES, EPOCHS = (500, 700, 1024, 2048), 3
 REDUCED_HEADER = ("view", "photographs", "at 1/2", "at 1/4 or 1/8", "difference", "largest of a view", "other filter")
 REDUCED_LEGEND = """\
-Views of images decoded at a fraction of their size (see [decoding less](data.md#decoding-less)) against views of the
-whole image: mean difference of all pixels, of 255, and of the view with the largest mean. *Other filter*: the difference
-that bicubic instead of bilinear interpolation of the whole image makes, or the reverse. *At 1/2* …: views so reduced."""
+Views of images decoded at a fraction of their size ([decoding less](data.md#decoding-less)) against views of the whole
+image: mean difference of all pixels, of 255, and of the view with the largest mean. *Other filter*: what bicubic
+instead of bilinear interpolation of the whole image changes, or the reverse. *At 1/2* …: views so reduced."""
 
 Decode = Callable[[bytes], object]
 
