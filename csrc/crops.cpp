@@ -1,13 +1,14 @@
 // Windows of uint8 images, resampled into a batch (fastssl/ops/crops.py).
 //
-// Rows of the image are resampled along the width, one row in each 128-bit lane, and rounded to bytes. They stay in a
+// Rows of the image are resampled along the width, a few at a time, and rounded to bytes. They stay in a
 // ring of a few rows in the cache, from which each row of the result is resampled along the height. So an image is read
 // once, only where the window is, and the result is written once.
 //
-// A step of the first pass loads 16 bytes of each row, picks from them two pairs of neighbouring pixels for each of four
-// sums (red, green and blue of one pixel of the result, or four pixels of a plane), and adds the pairs times their
-// weights. Which bytes are picked is a table of the width, made once a window.
+// The first pass works on planes, into which rows of RGB are split. It loads neighbouring pixels, picks two for each of
+// several sums, multiplies them by their weights and adds, until the sums are complete. Which are picked is a table of
+// the width, made once a window.
 #include "lanes.h"
+#include "resampling.h"
 #include "rows.h"
 
 #include <array>
@@ -16,213 +17,189 @@
 namespace fastssl {
 namespace {
 
-// ---- Weights of one axis
-
-// A product that is rounded by itself: the compiler may not fuse it with an addition, because the weights must not
-// depend on the instruction set.
-inline double product(double a, double b) {
-  double x = a * b;
-#if defined(__SSE2__)
-  asm("" : "+x"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#else
-  asm("" : "+m"(x));
-#endif
-  return x;
-}
-
-inline double triangle(double x) { return x < 1 ? 1 - x : 0; }
-
-inline double cubic(double x) {
-  constexpr double a = -0.5;
-  if (x < 1) return product(product(product(a + 2, x) - (a + 3), x), x) + 1;
-  if (x < 2) return product(product(product(a, x) - 5 * a, x) + 8 * a, x) - 4 * a;
-  return 0;
-}
-
-// The window along one axis, in pixels of a plane, and the size of the result.
-struct Span {
-  double begin, length;
-  int64_t size;
-};
-
-// Pixels [first, first + count) of the plane and their weights, for each pixel of the result.
-struct Axis {
-  std::vector<int64_t> first;
-  std::vector<int32_t> count;
-  std::vector<int16_t> weights;  // `most` for each pixel of the result
-  int64_t most;                  // the largest count, even
-  int bits;                      // of the weights after the point
-
-  const int16_t* weights_of(int64_t i) const { return weights.data() + i * most; }
-
-  // The formulas of `axis_weights` in fastssl/ops/crops.py, operation by operation.
-  void build(const Span& span, bool bicubic) {
-    const double pixel = std::floor(span.begin), offset = span.begin - pixel;
-    const int64_t origin = int64_t(pixel), pixels = int64_t(std::ceil(offset + span.length));
-    const double scale = span.length / double(span.size), inverse = scale >= 1 ? 1 / scale : 1;
-    const double support = (bicubic ? 2 : 1) * std::max(scale, 1.0);
-    const int64_t widest = 2 * int64_t(std::ceil(float(support))) + 1;
-    first.resize(span.size);
-    count.resize(span.size);
-    most = round_up<int64_t>(std::min(widest, pixels), 2);
-    values_.assign(span.size * most, 0);
-    double largest = 0;
-    for (int64_t i = 0; i < span.size; ++i) {
-      const double centre = offset + product(scale, double(i) + 0.5);
-      const int64_t begin = std::max<int64_t>(int64_t(centre - support + 0.5), 0);
-      const int64_t end = std::min(std::min(int64_t(centre + support + 0.5), pixels), begin + widest);
-      double* values = values_.data() + i * most;
-      double total = 0;
-      for (int64_t k = begin; k < end; ++k) {
-        const double distance = std::abs(product(double(k) - centre + 0.5, inverse));
-        values[k - begin] = bicubic ? cubic(distance) : triangle(distance);
-        total += values[k - begin];
-      }
-      for (int64_t k = 0; k < end - begin; ++k) {
-        if (total != 0) values[k] /= total;
-        largest = std::max(largest, values[k]);
-      }
-      first[i] = origin + begin;
-      count[i] = int32_t(end - begin);
-    }
-    round_weights(largest);
-  }
-
- private:
-  std::vector<double> values_;
-
-  void round_weights(double largest) {
-    for (bits = 0; bits < 22 && int64_t(0.5 + largest * double(int64_t(2) << bits)) < (1 << 15); ++bits) {}
-    const double unit = double(int64_t(1) << bits);
-    weights.resize(values_.size());
-    for (size_t i = 0; i < values_.size(); ++i) {
-      const double scaled = values_[i] * unit;
-      weights[i] = int16_t(int32_t(scaled < 0 ? scaled - 0.5 : scaled + 0.5));
-    }
-  }
-};
-
 // ---- Along the width
 
-constexpr int64_t kBlock = 16;  // pixels of the result are computed by blocks: the width of a row in the ring is padded
+constexpr int kStrip = 4;  // rows that are resampled together
 
-// Bytes to pick from the 16 that were loaded, for four sums of two products each, and the weights.
-struct Pick {
-  std::array<uint8_t, kLaneBytes> control;
-  std::array<int16_t, 8> weights;
+// How a group of sums, of neighbouring pixels of the result, gets its pixels. AVX-512 loads 32 pixels of a row as 16
+// bits each, from which a sum may take any; AVX2 loads 16 bytes for each four sums. Elsewhere there are no groups.
+#if FASTSSL_VECTOR_BYTES == 64
+constexpr int kSums = 16, kLoads = 1, kLoadBytes = 32;
+#elif defined(__AVX2__)
+constexpr int kSums = 8, kLoads = 2, kLoadBytes = 16;
+#else
+constexpr int kSums = 1, kLoads = 1, kLoadBytes = 1;
+#endif
+
+// Two pixels for each sum, of those that were loaded, and their weights.
+struct alignas(kVectorBytes) Pick {
+#if FASTSSL_VECTOR_BYTES == 64
+  std::array<uint16_t, 2 * kSums> control;
+  void set(int sum, int k, int64_t place) { control[2 * sum + k] = uint16_t(place); }
+#else
+  std::array<uint8_t, 4 * kSums> control;
+  void set(int sum, int k, int64_t place) { control[4 * sum + 2 * k] = uint8_t(place); }
+#endif
+  std::array<int16_t, 2 * kSums> weights;
+
+  void clear() {
+    control.fill(0);
+    if constexpr (sizeof(control[0]) == 1)
+      for (size_t i = 1; i < control.size(); i += 2) control[i] = 0x80;  // the high byte of 16 bits is zero
+    weights.fill(0);
+  }
 };
 
-// The steps of all groups of four sums; each group has the same number of steps, each of two picks.
+// The picks of all groups. A group has the same number of steps, each with loads of its own and the same number of
+// picks.
 struct Steps {
-  std::vector<int32_t> offsets;  // of the bytes to load, from the start of the row
+  std::vector<int32_t> offsets;  // kLoads for each step: places of the loads in the row
   std::vector<Pick> picks;
-  int64_t per_group;
+  int64_t per_group, picks_per_step;
 
-  // kChannels: 3 for a group per pixel (red, green, blue and nothing), 1 for a group per four pixels.
-  template <int kChannels>
-  void build(const Axis& axis, int64_t row_bytes) {
-    const int64_t size = int64_t(axis.first.size()), padded = round_up(size, kBlock);
-    const int64_t groups = kChannels == 3 ? padded : padded / 4;
-    for (per_group = (axis.most + 3) / 4;; per_group *= 2) {
-      offsets.assign(groups * per_group, 0);
-      picks.resize(groups * per_group * 2);
-      int64_t g = 0;
-      while (g < groups && fill_group<kChannels>(axis, row_bytes, g)) ++g;
-      if (g == groups) return;
+  // Pixels begin at place `origin` of the plane, and `readable` of them may be read, at least kLoadBytes.
+  void build(const Axis& axis, int64_t origin, int64_t readable) {
+    if (kSums == 1) return;
+    const int64_t groups = (int64_t(axis.first.size()) + kSums - 1) / kSums;
+    picks_per_step = std::min<int64_t>(axis.most / 2, 4);
+    for (per_group = (axis.most / 2 + picks_per_step - 1) / picks_per_step;; per_group *= 2) {
+      offsets.resize(groups * per_group * kLoads);
+      picks.resize(groups * per_group * picks_per_step);
+      int64_t group = 0;
+      while (group < groups && fill_group(axis, origin, readable, group)) ++group;
+      if (group == groups) return;
     }
   }
 
  private:
-  // False where the group needs more steps.
-  template <int kChannels>
-  bool fill_group(const Axis& axis, int64_t row_bytes, int64_t group) {
-    const int64_t size = int64_t(axis.first.size());
-    struct Sum {
-      int64_t position, left;  // of the next pixel's byte in the row, and pixels that are left
-      const int16_t* weights;
-    } sums[4];
-    for (int lane = 0; lane < 4; ++lane) {
-      const int64_t i = kChannels == 3 ? group : 4 * group + lane;
-      const bool used = i < size && lane < (kChannels == 3 ? 3 : 4);
-      sums[lane] = used ? Sum{axis.first[i] * kChannels + (kChannels == 3 ? lane : 0), axis.count[i], axis.weights_of(i)}
-                        : Sum{0, 0, nullptr};
-    }
-    for (int64_t s = group * per_group; s < (group + 1) * per_group; ++s) {
-      int64_t begin = row_bytes;
-      for (const Sum& sum : sums)
-        if (sum.left) begin = std::min(begin, sum.position);
-      begin = std::min(begin, row_bytes - kLaneBytes);
-      offsets[s] = int32_t(begin);
-      for (int p = 0; p < 2; ++p) fill_pick<kChannels>(sums, begin, picks[2 * s + p]);
-    }
-    return std::none_of(sums, sums + 4, [](const Sum& sum) { return sum.left != 0; });
-  }
+  struct Sum {
+    int64_t place, left;  // of the next pixel, and pixels that are left
+    const int16_t* weights;
+  };
 
-  template <int kChannels, typename Sum>
-  static void fill_pick(Sum (&sums)[4], int64_t begin, Pick& pick) {
-    pick.control.fill(0x80);  // zero
-    pick.weights.fill(0);
-    for (int lane = 0; lane < 4; ++lane)
-      for (int k = 0; k < 2; ++k) {
-        Sum& sum = sums[lane];
-        if (!sum.left || sum.position - begin >= kLaneBytes) break;
-        pick.control[4 * lane + 2 * k] = uint8_t(sum.position - begin);
-        pick.weights[2 * lane + k] = *sum.weights++;
-        sum.position += kChannels;
-        --sum.left;
+  // False where the group needs more steps.
+  bool fill_group(const Axis& axis, int64_t origin, int64_t readable, int64_t group) {
+    constexpr int kOfLoad = kSums / kLoads;
+    const int64_t size = axis.first.size();
+    Sum sums[kSums];
+    int64_t left = 0;
+    for (int i = 0; i < kSums; ++i) {
+      const int64_t x = group * kSums + i;
+      sums[i] = x < size ? Sum{axis.first[x] - origin, axis.count[x], axis.weights_of(x)} : Sum{0, 0, nullptr};
+      left += sums[i].left;
+    }
+    for (int64_t step = group * per_group; step < (group + 1) * per_group; ++step) {
+      int64_t begin[kLoads];
+      for (int load = 0; load < kLoads; ++load) {
+        begin[load] = readable - kLoadBytes;
+        for (int i = load * kOfLoad; i < (load + 1) * kOfLoad; ++i)
+          if (sums[i].left) begin[load] = std::min(begin[load], sums[i].place);
+        offsets[step * kLoads + load] = int32_t(begin[load]);
       }
+      for (int64_t p = step * picks_per_step; p < (step + 1) * picks_per_step; ++p) {
+        picks[p].clear();
+        for (int i = 0; i < kSums; ++i) {
+          Sum& sum = sums[i];
+          const int64_t first = begin[i / kOfLoad];
+          for (int k = 0; k < 2 && sum.left && sum.place - first < kLoadBytes; ++k, ++sum.place, --sum.left, --left) {
+            picks[p].set(i, k, sum.place - first);
+            picks[p].weights[2 * i + k] = *sum.weights++;
+          }
+        }
+      }
+    }
+    return left == 0;
   }
 };
 
-// Sums of a group, for kLaneCount rows, rounded: 32 bits each.
-inline Lanes sums_of_group(const uint8_t* const* rows, const int32_t* offsets, const Pick* picks, int64_t steps,
-                           Lanes half, int bits) {
-  Lanes sums = half;
-  for (int64_t s = 0; s < steps; ++s) {
-    const Lanes pixels = load_rows(rows, offsets[s]);
-    for (int p = 0; p < 2; ++p) {
-      const Pick& pick = picks[2 * s + p];
-      const Lanes pairs = shuffle_bytes(pixels, broadcast_lane(pick.control.data()));
-      sums = add32(sums, multiply_pairs(pairs, broadcast_lane(pick.weights.data())));
-    }
-  }
-  return shift_right32(sums, bits);
+#if FASTSSL_VECTOR_BYTES == 64
+
+inline Lanes load_pixels(const uint8_t* row, const int32_t* offsets) { return widen_bytes(row + offsets[0]); }
+inline Lanes pick_pairs(Lanes pixels, const Pick& pick) {
+  return permute16(pixels, load_lanes(reinterpret_cast<const uint8_t*>(pick.control.data())));
 }
 
-// Bytes of four groups, for kLaneCount rows.
-inline Lanes bytes_of_groups(const uint8_t* const* rows, const Steps& steps, int64_t group, Lanes half, int bits) {
-  Lanes sums[4];
-  for (int g = 0; g < 4; ++g) {
-    const int64_t s = (group + g) * steps.per_group;
-    sums[g] = sums_of_group(rows, &steps.offsets[s], &steps.picks[2 * s], steps.per_group, half, bits);
-  }
-  return pack16(pack32(sums[0], sums[1]), pack32(sums[2], sums[3]));
+#elif defined(__AVX2__)
+
+inline Lanes load_pixels(const uint8_t* row, const int32_t* offsets) {
+  return load_apart(row + offsets[0], offsets[1] - offsets[0]);
+}
+inline Lanes pick_pairs(Lanes pixels, const Pick& pick) {
+  return shuffle_bytes(pixels, load_lanes(pick.control.data()));
 }
 
-// Resamples kLaneCount rows along the width. Row r of channel c begins at dst + r * row_stride + c * channel_stride.
-template <int kChannels>
-void resample_rows(const uint8_t* const* rows, const Steps& steps, int bits, int64_t width, uint8_t* dst,
-                   int64_t row_stride, int64_t channel_stride) {
-  const Lanes half = splat32(1 << bits >> 1);
-  if constexpr (kChannels == 1) {
-    for (int64_t x = 0; x < width; x += kBlock)
-      store_rows(dst + x, row_stride, bytes_of_groups(rows, steps, x / 4, half, bits));
-  } else {
-    constexpr uint8_t kByChannel[] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-    const Lanes by_channel = broadcast_lane(kByChannel);
-    for (int64_t x = 0; x < width; x += kBlock) {
-      Lanes fours[4];  // of pixels: four values of red, of green, of blue, and of nothing
-      for (int i = 0; i < 4; ++i)
-        fours[i] = shuffle_bytes(bytes_of_groups(rows, steps, x + 4 * i, half, bits), by_channel);
-      const Lanes red_green[] = {zip32_low(fours[0], fours[1]), zip32_low(fours[2], fours[3])};
-      const Lanes blue[] = {zip32_high(fours[0], fours[1]), zip32_high(fours[2], fours[3])};
-      store_rows(dst + x, row_stride, zip64_low(red_green[0], red_green[1]));
-      store_rows(dst + x + channel_stride, row_stride, zip64_high(red_green[0], red_green[1]));
-      store_rows(dst + x + 2 * channel_stride, row_stride, zip64_low(blue[0], blue[1]));
+#endif
+
+#if FASTSSL_VECTOR_BYTES == 64 || defined(__AVX2__)
+
+// Resamples kStrip rows of a plane along the width. Row r begins at dst + r * stride; writes whole groups.
+inline void resample_strip(const uint8_t* const* rows, const Axis& axis, const Steps& steps, int64_t, uint8_t* dst,
+                           int64_t stride) {
+  const Lanes half = splat32(1 << axis.bits >> 1);
+  const int64_t width = axis.first.size();
+  const int32_t* offsets = steps.offsets.data();
+  const Pick* pick = steps.picks.data();
+  for (int64_t x = 0; x < width; x += kSums) {
+    Lanes sums[kStrip] = {half, half, half, half};
+    for (int64_t s = 0; s < steps.per_group; ++s, offsets += kLoads) {
+      Lanes pixels[kStrip];
+      for (int r = 0; r < kStrip; ++r) pixels[r] = load_pixels(rows[r], offsets);
+      for (int64_t p = 0; p < steps.picks_per_step; ++p, ++pick) {
+        const Lanes weights = load_lanes(reinterpret_cast<const uint8_t*>(pick->weights.data()));
+        for (int r = 0; r < kStrip; ++r)
+          sums[r] = add32(sums[r], multiply_pairs(pick_pairs(pixels[r], *pick), weights));
+      }
+    }
+    for (Lanes& sum : sums) sum = shift_right32(sum, axis.bits);
+    // each lane has four bytes of each row
+    const Lanes bytes = pack16(pack32(sums[0], sums[1]), pack32(sums[2], sums[3]));
+    store_quarters(dst + x, stride, gather_quarters(bytes));
+  }
+}
+
+#else
+
+inline void resample_strip(const uint8_t* const* rows, const Axis& axis, const Steps&, int64_t origin, uint8_t* dst,
+                           int64_t stride) {
+  const int64_t width = axis.first.size();
+  for (int64_t x = 0; x < width; ++x) {
+    const int16_t* const weights = axis.weights_of(x);
+    int32_t sums[kStrip] = {};
+    for (int64_t k = 0; k < axis.count[x]; ++k)
+      for (int r = 0; r < kStrip; ++r) sums[r] += weights[k] * rows[r][axis.first[x] - origin + k];
+    for (int r = 0; r < kStrip; ++r)
+      dst[r * stride + x] = uint8_t(std::clamp((sums[r] + (1 << axis.bits >> 1)) >> axis.bits, 0, 255));
+  }
+}
+
+#endif
+
+// Splits RGB pixels into planes `stride` bytes apart, kVectorBytes pixels at a time: `src` and `dst` must have room.
+inline void split_rgb(const uint8_t* src, int64_t pixels, uint8_t* dst, int64_t stride) {
+#if FASTSSL_VECTOR_BYTES == 64 || defined(__AVX2__)
+  alignas(kLaneBytes) static constexpr auto kControls = [] {
+    std::array<std::array<std::array<uint8_t, kLaneBytes>, 3>, 3> controls{};  // of channel and third of 48 bytes
+    for (int channel = 0; channel < 3; ++channel)
+      for (int third = 0; third < 3; ++third)
+        for (int pixel = 0; pixel < kLaneBytes; ++pixel) {
+          const int place = 3 * pixel + channel - kLaneBytes * third;
+          controls[channel][third][pixel] = place >= 0 && place < kLaneBytes ? uint8_t(place) : uint8_t(0x80);
+        }
+    return controls;
+  }();
+  for (int64_t x = 0; x < pixels; x += kVectorBytes) {
+    Lanes thirds[3];
+    for (int i = 0; i < 3; ++i) thirds[i] = load_apart(src + 3 * x + i * kLaneBytes, 3 * kLaneBytes);
+    for (int c = 0; c < 3; ++c) {
+      Lanes parts[3];
+      for (int i = 0; i < 3; ++i) parts[i] = shuffle_bytes(thirds[i], broadcast_lane(kControls[c][i].data()));
+      store_lanes(dst + c * stride + x, either(either(parts[0], parts[1]), parts[2]));
     }
   }
+#else
+  for (int64_t x = 0; x < pixels; ++x)
+    for (int64_t c = 0; c < 3; ++c) dst[c * stride + x] = src[3 * x + c];
+#endif
 }
 
 // ---- Along the height
@@ -273,76 +250,104 @@ inline void store_bytes(uint8_t* dst, Lanes x, int64_t bytes) {
 
 struct Source {
   const uint8_t* data;
-  int64_t row_stride, row_bytes;
+  int64_t row_stride, width, channels;
 };
 
 struct Window {
   double top, left, height, width;
 };
 
+// The weights of a window for a size of the result.
+struct Plan {
+  Axis rows, columns;
+  Steps steps;
+  bool copies;  // rows are copied, because they are interleaved or too short to load from
+
+  void build(const Source& source, const Window& window, int64_t height, int64_t width, bool bicubic) {
+    rows.build({window.top, window.height, height}, bicubic);
+    columns.build({window.left, window.width, width}, bicubic);
+    copies = source.channels == 3 || source.width < kLoadBytes;
+    steps.build(columns, origin(), copies ? std::max<int64_t>(columns.pixels, kLoadBytes) : source.width);
+  }
+
+  int64_t origin() const { return copies ? columns.origin : 0; }  // place of a row's first pixel in the plane
+};
+
 // Resamples a window row by row, from top to bottom.
-template <int kChannels>
 class Resampler {
  public:
   // Begins a window. Its rows are then computed in order.
-  void begin(const Source& source, const Window& window, int64_t height, int64_t width, bool bicubic) {
+  void begin(const Source& source, const Plan& plan) {
     source_ = source;
-    width_ = width;
-    rows_.build({window.top, window.height, height}, bicubic);
-    columns_.build({window.left, window.width, width}, bicubic);
-    steps_.template build<kChannels>(columns_, std::max<int64_t>(source.row_bytes, kLaneBytes));
-    last_ = 0;
-    for (int64_t i = 0; i < height; ++i) last_ = std::max(last_, rows_.first[i] + rows_.count[i] - 1);
-    next_ = rows_.first[0];
-    mask_ = int64_t(std::bit_ceil(uint64_t(rows_.most + kLaneCount))) - 1;
-    origin_ = next_;
-    channel_stride_ = std::max<int64_t>(round_up(width, kBlock), kVectorBytes);
+    plan_ = &plan;
+    next_ = plan.rows.origin;
+    mask_ = int64_t(std::bit_ceil(uint64_t(plan.rows.most + kStrip))) - 1;
+    const int64_t width = plan.columns.first.size();
+    channel_stride_ = round_up<int64_t>(width, kVectorBytes);
     ring_.resize(size_t(mask_ + 1) * row_stride());
-    if (source.row_bytes < kLaneBytes) short_rows_.assign(kLaneCount * kLaneBytes, 0);
-    sum_.bits = rows_.bits;
+    copy_stride_ = round_up<int64_t>(plan.columns.pixels, kVectorBytes);
+    if (plan.copies) copies_.resize(kStrip * 3 * copy_stride_ + 3 * kVectorBytes);
+    sum_.bits = plan.rows.bits;
   }
 
-  // Row y of the result, of channel c at the same place of rows(c).
+  // The sum that is row y of the result, of the first channel.
   const RowSum& row(int64_t y) {
-    const int64_t count = rows_.count[y], even = round_up<int64_t>(count, 2);
-    while (next_ < rows_.first[y] + count) fill_ring();
+    const Axis& rows = plan_->rows;
+    const int64_t count = rows.count[y], even = round_up<int64_t>(count, 2);
+    while (next_ < rows.first[y] + count) fill_ring();
     sum_.rows.resize(even);
     sum_.pairs.resize(even / 2);
-    for (int64_t k = 0; k < even; ++k) sum_.rows[k] = slot(rows_.first[y] + std::min(k, count - 1));
-    std::memcpy(sum_.pairs.data(), rows_.weights_of(y), even * sizeof(int16_t));
+    for (int64_t k = 0; k < even; ++k) sum_.rows[k] = slot(rows.first[y] + std::min(k, count - 1));
+    std::memcpy(sum_.pairs.data(), rows.weights_of(y), even * sizeof(int16_t));
     return sum_;
   }
 
-  // The same rows in the next channel.
+  // The same row of the next channel.
   const RowSum& next_channel() {
     for (const uint8_t*& row : sum_.rows) row += channel_stride_;
     return sum_;
   }
 
  private:
-  int64_t row_stride() const { return kChannels * channel_stride_; }
-  uint8_t* slot(int64_t row) { return ring_.data() + ((row - origin_) & mask_) * row_stride(); }
+  int64_t row_stride() const { return source_.channels * channel_stride_; }
+  uint8_t* slot(int64_t row) { return ring_.data() + ((row - plan_->rows.origin) & mask_) * row_stride(); }
 
-  // Resamples the next kLaneCount rows of the source along the width.
+  // Resamples the next kStrip rows of the source along the width.
   void fill_ring() {
-    const uint8_t* rows[kLaneCount];
-    for (int i = 0; i < kLaneCount; ++i) {
-      rows[i] = source_.data + std::min(next_ + i, last_) * source_.row_stride;
-      if (source_.row_bytes < kLaneBytes) {
-        std::memcpy(short_rows_.data() + i * kLaneBytes, rows[i], source_.row_bytes);
-        rows[i] = short_rows_.data() + i * kLaneBytes;
-      }
+    const int64_t last = plan_->rows.origin + plan_->rows.pixels - 1;
+    const uint8_t* rows[kStrip];
+    for (int r = 0; r < kStrip; ++r) {
+      rows[r] = source_.data + std::min(next_ + r, last) * source_.row_stride;
+      if (plan_->copies) rows[r] = copy_row(rows[r], copies_.data() + r * 3 * copy_stride_);
     }
-    resample_rows<kChannels>(rows, steps_, columns_.bits, width_, slot(next_), row_stride(), channel_stride_);
-    next_ += kLaneCount;
+    for (int64_t c = 0; c < source_.channels; ++c) {
+      resample_strip(rows, plan_->columns, plan_->steps, plan_->origin(), slot(next_) + c * channel_stride_,
+                     row_stride());
+      for (const uint8_t*& row : rows) row += copy_stride_;
+    }
+    next_ += kStrip;
+  }
+
+  // The pixels of the window in a row, as planes.
+  const uint8_t* copy_row(const uint8_t* row, uint8_t* dst) {
+    const int64_t pixels = plan_->columns.pixels, whole = pixels / kVectorBytes * kVectorBytes;
+    const uint8_t* const src = row + plan_->origin() * source_.channels;
+    if (source_.channels == 1) {
+      std::memcpy(dst, src, pixels);
+    } else {
+      split_rgb(src, whole, dst, copy_stride_);
+      uint8_t* const rest = copies_.data() + kStrip * 3 * copy_stride_;
+      std::memcpy(rest, src + 3 * whole, 3 * (pixels - whole));
+      if (pixels > whole) split_rgb(rest, pixels - whole, dst + whole, copy_stride_);
+    }
+    return dst;
   }
 
   Source source_;
-  int64_t width_, next_, last_, origin_, mask_, channel_stride_;
-  Axis rows_, columns_;
-  Steps steps_;
+  const Plan* plan_;
+  int64_t next_, mask_, channel_stride_, copy_stride_;
   RowSum sum_;
-  std::vector<uint8_t> ring_, short_rows_;
+  std::vector<uint8_t> ring_, copies_;
 };
 
 // ---- Images
@@ -390,10 +395,12 @@ class Cropper {
 
  private:
   void crop_rgb(const Image& image, const Window& window, uint8_t* out) {
-    rgb_.begin({image.data, image.row_stride, 3 * image.width}, window, height_, width_, bicubic_);
+    const Source source{image.data, image.row_stride, image.width, 3};
+    plans_[0].build(source, window, height_, width_, bicubic_);
+    resamplers_[0].begin(source, plans_[0]);
     for (int64_t y = 0; y < height_; ++y) {
-      const RowSum* sum = &rgb_.row(y);
-      for (int64_t c = 0; c < 3; ++c, sum = &rgb_.next_channel()) {
+      const RowSum* sum = &resamplers_[0].row(y);
+      for (int64_t c = 0; c < 3; ++c, sum = &resamplers_[0].next_channel()) {
         uint8_t* row = out + (c * height_ + y) * width_;
         sum->run(width_, [&](int64_t x, Lanes bytes) { store_bytes(row + x, bytes, width_ - x); });
       }
@@ -401,35 +408,42 @@ class Cropper {
   }
 
   void crop_planes(const Image& image, const Window& window, uint8_t* out) {
-    const int64_t half_width = image.width / 2, luma = image.height * image.width, chroma = luma / 4;
+    const int64_t half_width = image.width / 2, pixels = image.height * image.width;
     const Window half{window.top / 2, window.left / 2, window.height / 2, window.width / 2};
-    planes_[0].begin({image.data, image.width, image.width}, window, height_, width_, bicubic_);
-    for (int64_t p = 0; p < 2; ++p)
-      planes_[1 + p].begin({image.data + luma + p * chroma, half_width, half_width}, half, height_, width_, bicubic_);
-    const ToRgb to_rgb;
-    const Lanes zero = splat32(0);
-    rows_.resize(3 * (width_ + kVectorBytes));
-    uint8_t* const rows[] = {&rows_[0], &rows_[width_ + kVectorBytes], &rows_[2 * (width_ + kVectorBytes)]};
+    const uint8_t* const u = image.data + pixels;
+    const Source sources[] = {{image.data, image.width, image.width, 1},
+                              {u, half_width, half_width, 1},
+                              {u + pixels / 4, half_width, half_width, 1}};
+    plans_[0].build(sources[0], window, height_, width_, bicubic_);
+    plans_[1].build(sources[1], half, height_, width_, bicubic_);
+    for (int p = 0; p < 3; ++p) resamplers_[p].begin(sources[p], plans_[p > 0]);
+    const int64_t stride = width_ + kVectorBytes;
+    rows_.resize(2 * stride);
     for (int64_t y = 0; y < height_; ++y) {
-      for (int64_t p = 0; p < 2; ++p)
-        planes_[p].row(y).run(width_, [&](int64_t x, Lanes bytes) { store_lanes(rows[p] + x, bytes); });
-      planes_[2].row(y).run(width_, [&](int64_t x, Lanes v) {
-        const Lanes luma = load_lanes(rows[0] + x), u = load_lanes(rows[1] + x);
-        Lanes low[] = {zip8_low(luma, zero), zip8_low(u, zero), zip8_low(v, zero)};
-        Lanes high[] = {zip8_high(luma, zero), zip8_high(u, zero), zip8_high(v, zero)};
-        to_rgb(low[0], low[1], low[2]);
-        to_rgb(high[0], high[1], high[2]);
-        for (int64_t c = 0; c < 3; ++c)
-          store_bytes(out + (c * height_ + y) * width_ + x, pack16(low[c], high[c]), width_ - x);
+      for (int p = 0; p < 2; ++p)
+        resamplers_[p].row(y).run(width_, [&](int64_t x, Lanes bytes) { store_lanes(&rows_[p * stride + x], bytes); });
+      resamplers_[2].row(y).run(width_, [&](int64_t x, Lanes v) {
+        store_rgb(load_lanes(&rows_[x]), load_lanes(&rows_[stride + x]), v, out + y * width_ + x, width_ - x);
       });
     }
   }
 
+  // Converts a vector of pixels and writes the first of them; `out` is the place in the plane of red.
+  void store_rgb(Lanes y, Lanes u, Lanes v, uint8_t* out, int64_t pixels) const {
+    const Lanes zero = splat32(0);
+    Lanes low[] = {zip8_low(y, zero), zip8_low(u, zero), zip8_low(v, zero)};
+    Lanes high[] = {zip8_high(y, zero), zip8_high(u, zero), zip8_high(v, zero)};
+    to_rgb_(low[0], low[1], low[2]);
+    to_rgb_(high[0], high[1], high[2]);
+    for (int64_t c = 0; c < 3; ++c) store_bytes(out + c * height_ * width_, pack16(low[c], high[c]), pixels);
+  }
+
   int64_t height_, width_;
   bool bicubic_;
-  Resampler<3> rgb_;
-  Resampler<1> planes_[3];
+  Plan plans_[2];
+  Resampler resamplers_[3];
   std::vector<uint8_t> rows_;
+  ToRgb to_rgb_;
 };
 
 // ---- The op
@@ -443,7 +457,8 @@ Image image_of(const Tensor& tensor, size_t i) {
                     (planes ? tensor.size(0) % 3 == 0 && tensor.size(1) % 2 == 0 && tensor.is_contiguous()
                             : tensor.dim() == 3 && tensor.size(2) == 3 && dense(2, 1) && dense(1, 3));
   if (!fits)
-    fail("images[" + std::to_string(i) + "] must be uint8 on the CPU, [H, W, 3] or planes [3·H/2, W], with "
+    fail("images[" + std::to_string(i) +
+         "] must be uint8 on the CPU, [H, W, 3] or planes [3·H/2, W], with "
          "contiguous pixels");
   const int64_t height = planes ? tensor.size(0) / 3 * 2 : tensor.size(0);
   return {static_cast<const uint8_t*>(tensor.const_data_ptr()), height, tensor.size(1), tensor.stride(0), planes};

@@ -19,18 +19,12 @@ constexpr int kLaneCount = kVectorBytes / kLaneBytes;
 
 using Lanes = __m512i;
 
-// 16 bytes of each of kLaneCount rows.
-inline Lanes load_rows(const uint8_t* const* rows, int64_t offset) {
-  const auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset)); };
+// 16 bytes a lane, from places `stride` bytes apart.
+inline Lanes load_apart(const uint8_t* src, int64_t stride) {
+  const auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * stride)); };
   const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load(0)), load(1), 1);
   const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load(2)), load(3), 1);
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-inline void store_rows(uint8_t* dst, int64_t stride, Lanes x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm512_castsi512_si128(x));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + stride), _mm512_extracti32x4_epi32(x, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * stride), _mm512_extracti32x4_epi32(x, 2));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 3 * stride), _mm512_extracti32x4_epi32(x, 3));
 }
 inline Lanes load_lanes(const uint8_t* src) { return _mm512_loadu_si512(src); }
 inline void store_lanes(uint8_t* dst, Lanes x) { _mm512_storeu_si512(dst, x); }
@@ -39,6 +33,7 @@ inline Lanes broadcast_lane(const void* src) {
 }
 inline Lanes splat32(int32_t x) { return _mm512_set1_epi32(x); }
 inline Lanes splat16(int16_t x) { return _mm512_set1_epi16(x); }
+inline Lanes either(Lanes a, Lanes b) { return _mm512_or_si512(a, b); }
 inline Lanes shuffle_bytes(Lanes x, Lanes control) { return _mm512_shuffle_epi8(x, control); }
 inline Lanes multiply_pairs(Lanes a, Lanes b) { return _mm512_madd_epi16(a, b); }
 inline Lanes multiply_high(Lanes a, Lanes b) { return _mm512_mulhi_epi16(a, b); }
@@ -53,22 +48,31 @@ inline Lanes zip8_low(Lanes a, Lanes b) { return _mm512_unpacklo_epi8(a, b); }
 inline Lanes zip8_high(Lanes a, Lanes b) { return _mm512_unpackhi_epi8(a, b); }
 inline Lanes zip16_low(Lanes a, Lanes b) { return _mm512_unpacklo_epi16(a, b); }
 inline Lanes zip16_high(Lanes a, Lanes b) { return _mm512_unpackhi_epi16(a, b); }
-inline Lanes zip32_low(Lanes a, Lanes b) { return _mm512_unpacklo_epi32(a, b); }
-inline Lanes zip32_high(Lanes a, Lanes b) { return _mm512_unpackhi_epi32(a, b); }
-inline Lanes zip64_low(Lanes a, Lanes b) { return _mm512_unpacklo_epi64(a, b); }
-inline Lanes zip64_high(Lanes a, Lanes b) { return _mm512_unpackhi_epi64(a, b); }
+
+// Bytes as 16 bits each.
+inline Lanes widen_bytes(const uint8_t* src) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)));
+}
+inline Lanes permute16(Lanes x, Lanes index) { return _mm512_permutexvar_epi16(index, x); }
+// Exchanges lanes and 32-bit values of a lane: lane i of the result is value i of each lane.
+inline Lanes gather_quarters(Lanes x) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+}
+// Stores the quarters of a vector at places `stride` bytes apart.
+inline void store_quarters(uint8_t* dst, int64_t stride, Lanes x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm512_castsi512_si128(x));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + stride), _mm512_extracti32x4_epi32(x, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 2 * stride), _mm512_extracti32x4_epi32(x, 2));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + 3 * stride), _mm512_extracti32x4_epi32(x, 3));
+}
 
 #elif defined(__AVX2__) && FASTSSL_VECTOR_BYTES == 32
 
 using Lanes = __m256i;
 
-inline Lanes load_rows(const uint8_t* const* rows, int64_t offset) {
-  const auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset)); };
+inline Lanes load_apart(const uint8_t* src, int64_t stride) {
+  const auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i * stride)); };
   return _mm256_inserti128_si256(_mm256_castsi128_si256(load(0)), load(1), 1);
-}
-inline void store_rows(uint8_t* dst, int64_t stride, Lanes x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm256_castsi256_si128(x));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + stride), _mm256_extracti128_si256(x, 1));
 }
 inline Lanes load_lanes(const uint8_t* src) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src)); }
 inline void store_lanes(uint8_t* dst, Lanes x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), x); }
@@ -77,6 +81,7 @@ inline Lanes broadcast_lane(const void* src) {
 }
 inline Lanes splat32(int32_t x) { return _mm256_set1_epi32(x); }
 inline Lanes splat16(int16_t x) { return _mm256_set1_epi16(x); }
+inline Lanes either(Lanes a, Lanes b) { return _mm256_or_si256(a, b); }
 inline Lanes shuffle_bytes(Lanes x, Lanes control) { return _mm256_shuffle_epi8(x, control); }
 inline Lanes multiply_pairs(Lanes a, Lanes b) { return _mm256_madd_epi16(a, b); }
 inline Lanes multiply_high(Lanes a, Lanes b) { return _mm256_mulhi_epi16(a, b); }
@@ -91,10 +96,17 @@ inline Lanes zip8_low(Lanes a, Lanes b) { return _mm256_unpacklo_epi8(a, b); }
 inline Lanes zip8_high(Lanes a, Lanes b) { return _mm256_unpackhi_epi8(a, b); }
 inline Lanes zip16_low(Lanes a, Lanes b) { return _mm256_unpacklo_epi16(a, b); }
 inline Lanes zip16_high(Lanes a, Lanes b) { return _mm256_unpackhi_epi16(a, b); }
-inline Lanes zip32_low(Lanes a, Lanes b) { return _mm256_unpacklo_epi32(a, b); }
-inline Lanes zip32_high(Lanes a, Lanes b) { return _mm256_unpackhi_epi32(a, b); }
-inline Lanes zip64_low(Lanes a, Lanes b) { return _mm256_unpacklo_epi64(a, b); }
-inline Lanes zip64_high(Lanes a, Lanes b) { return _mm256_unpackhi_epi64(a, b); }
+
+inline Lanes gather_quarters(Lanes x) {
+  return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+inline void store_quarters(uint8_t* dst, int64_t stride, Lanes x) {
+  const __m128i low = _mm256_castsi256_si128(x), high = _mm256_extracti128_si256(x, 1);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(dst), low);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(dst + stride), _mm_unpackhi_epi64(low, low));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(dst + 2 * stride), high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(dst + 3 * stride), _mm_unpackhi_epi64(high, high));
+}
 
 #else
 
@@ -152,13 +164,10 @@ inline Lanes pack_lanes(const Lanes& a, const Lanes& b) {  // saturated
   return result.lanes();
 }
 
-inline Lanes load_rows(const uint8_t* const* rows, int64_t offset) {
+inline Lanes load_apart(const uint8_t* src, int64_t stride) {
   Lanes x;
-  for (int i = 0; i < kLaneCount; ++i) std::memcpy(x.bytes + i * kLaneBytes, rows[i] + offset, kLaneBytes);
+  for (int i = 0; i < kLaneCount; ++i) std::memcpy(x.bytes + i * kLaneBytes, src + i * stride, kLaneBytes);
   return x;
-}
-inline void store_rows(uint8_t* dst, int64_t stride, const Lanes& x) {
-  for (int i = 0; i < kLaneCount; ++i) std::memcpy(dst + i * stride, x.bytes + i * kLaneBytes, kLaneBytes);
 }
 inline Lanes load_lanes(const uint8_t* src) {
   Lanes x;
@@ -179,6 +188,9 @@ inline Lanes splat_lanes(T value) {
 }
 inline Lanes splat32(int32_t x) { return splat_lanes(x); }
 inline Lanes splat16(int16_t x) { return splat_lanes(x); }
+inline Lanes either(const Lanes& a, const Lanes& b) {
+  return each<uint8_t>(a, b, [](uint8_t x, uint8_t y) { return x | y; });
+}
 inline Lanes shuffle_bytes(const Lanes& x, const Lanes& control) {
   Lanes result;
   for (int i = 0; i < kVectorBytes; ++i) {
@@ -218,10 +230,27 @@ inline Lanes zip8_low(const Lanes& a, const Lanes& b) { return zip_lanes<uint8_t
 inline Lanes zip8_high(const Lanes& a, const Lanes& b) { return zip_lanes<uint8_t, true>(a, b); }
 inline Lanes zip16_low(const Lanes& a, const Lanes& b) { return zip_lanes<uint16_t, false>(a, b); }
 inline Lanes zip16_high(const Lanes& a, const Lanes& b) { return zip_lanes<uint16_t, true>(a, b); }
-inline Lanes zip32_low(const Lanes& a, const Lanes& b) { return zip_lanes<uint32_t, false>(a, b); }
-inline Lanes zip32_high(const Lanes& a, const Lanes& b) { return zip_lanes<uint32_t, true>(a, b); }
-inline Lanes zip64_low(const Lanes& a, const Lanes& b) { return zip_lanes<uint64_t, false>(a, b); }
-inline Lanes zip64_high(const Lanes& a, const Lanes& b) { return zip_lanes<uint64_t, true>(a, b); }
+
+inline Lanes widen_bytes(const uint8_t* src) {
+  LaneValues<uint16_t> result;
+  for (int i = 0; i < result.kCount; ++i) result.values[i] = src[i];
+  return result.lanes();
+}
+inline Lanes permute16(const Lanes& x, const Lanes& index) {
+  const LaneValues<uint16_t> values(x), places(index);
+  LaneValues<uint16_t> result;
+  for (int i = 0; i < result.kCount; ++i) result.values[i] = values.values[places.values[i]];
+  return result.lanes();
+}
+inline Lanes gather_quarters(const Lanes& x) {
+  const LaneValues<uint32_t> values(x);
+  LaneValues<uint32_t> result;
+  for (int i = 0; i < result.kCount; ++i) result.values[i] = values.values[i % kLaneCount * 4 + i / kLaneCount];
+  return result.lanes();
+}
+inline void store_quarters(uint8_t* dst, int64_t stride, const Lanes& x) {
+  for (int i = 0; i < 4; ++i) std::memcpy(dst + i * stride, x.bytes + i * kVectorBytes / 4, kVectorBytes / 4);
+}
 
 #endif
 
