@@ -105,8 +105,8 @@ def _readable(i: int, image: Tensor, out: Tensor) -> Tensor:
 
 @op("resized_crops_", mutates_args=("out",))
 def _resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, bicubic: bool) -> None:
-    windows = windows.tolist()
-    for i, (image, (top, left, height, width)) in enumerate(zip(images, windows)):
+    numbers = windows.tolist()
+    for i, (image, (top, left, height, width)) in enumerate(zip(images, numbers)):
         rows, columns = image.shape[0] if image.ndim == 3 else image.shape[0] // 3 * 2, image.shape[1]
         fits = top >= 0 and left >= 0 and top + height <= rows and left + width <= columns
         if not (fits and height >= 1 and width >= 1):
@@ -115,7 +115,7 @@ def _resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, bicu
             check.fail("resized_crops_", f"windows[{i}] must be {inside}, got {window}", RuntimeError)
     if out.numel() == 0:
         return
-    for result, image, window in zip(out, images, windows):
+    for result, image, window in zip(out, images, numbers):
         if image.ndim == 3:
             result.copy_(resample_plane(image.permute(2, 0, 1), window, result.shape[1:], bicubic))
         else:
