@@ -229,6 +229,7 @@ def _loader(run: Run, source: Source, device: torch.device, workers: int, engine
         training.batch_size // (world * training.accumulate),
         seed=options.seed,
         workers=workers,
+        worker_kind=options.worker_kind,
         device=device,
         engine=engine,
         rank=distributed.rank(),

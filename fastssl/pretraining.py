@@ -39,7 +39,7 @@ from fastssl.train.loop import train
 from fastssl.train.trainer import Trainer
 
 CHANGEABLE = {  # settings that may change when a run is resumed; all others are fixed when it starts
-    *("data", "workers", "engine", "device", "max_bad", "knn_every"),
+    *("data", "workers", "worker_kind", "engine", "device", "max_bad", "knn_every"),
     *("epochs", "shard", "recompute", "compile", "graph", "max_skipped"),
     *("log_every", "checkpoint_every", "keep_last", "keep_every", "profile", "tensorboard", "wandb"),
 }

@@ -138,7 +138,9 @@ class Options:
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """random seed of initial weights, order, augmentations and masks"""
     workers: Annotated[int | None, WORKERS] = None
-    """processes (dali: threads) that load data; by default a quarter of the cores, or up to 8 with a GPU"""
+    """processes or threads (dali: threads) that load data; by default a quarter of the cores, or up to 8 with a GPU"""
+    worker_kind: Literal["auto", "process", "thread"] = "auto"
+    """kind of workers of the torchvision engine; auto: threads on a Python without its global lock"""
     engine: str = "auto"
     """loader engine: torchvision, device (crops and colours on the GPU), dali, or auto (dali on a GPU if it is
     installed)"""

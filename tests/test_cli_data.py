@@ -12,6 +12,7 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.contact_sheet import GAP, make_contact_sheet
 from fastssl.data.findings import scan
 from fastssl.data.loader import has_dali
+from fastssl.data.parts import Parts
 from fastssl.data.source import open_source
 from fastssl.data.split import NOTHING_HELD_OUT
 from fastssl.data.timing import measure_throughput
@@ -234,6 +235,8 @@ def test_bench_prints_a_row_for_each_recipe_and_engine(monkeypatch, capsys):
         0.05,
         "--batch-size",
         16,
+        "--step-rate",
+        1,
     )
     said = capsys.readouterr().out
     for name, engine in itertools.product(("moco_v2", "evaluation"), ENGINES):
@@ -241,6 +244,14 @@ def test_bench_prints_a_row_for_each_recipe_and_engine(monkeypatch, capsys):
         rate, cpu = (float(cell.replace(",", "")) for cell in line.split("│")[3:5])
         assert rate > 0
         assert cpu > 0
+
+    for part in (*Parts._fields, "all", "images/s a core", "whole loader"):
+        (line,) = [line for line in said.splitlines() if line.startswith(f"│ {part}")]
+        values = [float(cell.split()[0].replace(",", "")) for cell in line.split("│")[2:4]]
+        assert min(values) >= 0
+        assert part in ("read", "decode", "crop", "colours") or min(values) > 0
+    assert re.search(r"^A core makes [\d,]+ images/s of moco_v2, ", said, re.M)
+    assert "The step takes 1 images/s: 1 core feeds it, there are " in said
 
 
 def test_recipes_by_name(tmp_path):
@@ -276,7 +287,11 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
     refused(monkeypatch, "bench: --seconds must be at least 0, got nan", *bench, "--seconds", "nan")
     refused(monkeypatch, "bench: --engine must name at least one, got none", *bench, "--engine")
     refused(monkeypatch, "data: unknown engine 'x', there are torchvision, device, dali", *bench, "--engine", "x")
+    refused(monkeypatch, "bench: --step-rate must be above 0, got 0.0", *bench, "--step-rate", 0)
+    refused(monkeypatch, "data: --worker-kind must be auto, process or thread, got 'x'", *bench, "--worker-kind", "x")
     (tmp_path / "x.jpg").write_bytes(b"")
+    broken = ("bench", "--data", f"folder:{tmp_path}")
+    refused(monkeypatch, "bench: none of the images to measure can be decoded, see fastssl data check", *broken)
     to = ("--to", tmp_path / "no" / "x.png")
     refused(monkeypatch, f"data: --to must be in a folder that exists, got {tmp_path}/no/x.png", *show, *to)
     refused(monkeypatch, "data: none of the images to show can be decoded", "data", "show", f"folder:{tmp_path}")

@@ -214,11 +214,11 @@ def _build_engine(
     augmentation: Augmentation,
     batch_size: int,
     seed: int,
-    workers_and_kind: tuple[int, str],
+    workers_of_kind: tuple[int, str],
     device: torch.device,
     train: bool,
 ) -> Engine:
-    workers, kind = workers_and_kind
+    workers, kind = workers_of_kind
     if name == "torchvision":
         from .torchvision import Engine as TorchvisionEngine
 

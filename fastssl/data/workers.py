@@ -1,9 +1,8 @@
 """Workers that make batches: how they are started, and one sentence when one is lost or memory is full.
 
 Processes make batches in shared memory, see `shared.py`. What has no room there goes through /dev/shm, of which Docker
-gives a container 64 MB by default. Threads need neither: on a Python without its global lock they are the better choice.
-With the lock, it lets one thread at a time run what is not decoding or arithmetic, and the step of a run must wait for
-it too.
+gives a container 64 MB by default. Threads need neither. Python's global lock lets one thread at a time run what is not
+decoding or arithmetic, and the step of a run waits for it too; so threads are the choice on a Python without that lock.
 """
 
 import contextlib

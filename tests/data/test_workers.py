@@ -118,6 +118,10 @@ def test_a_lost_worker_of_somebody_else_is_still_torch_s_error():
         time.sleep(2)
 
 
+def _with_small_slots(build, *args, batch_bytes, **options):
+    return build(*args, batch_bytes=1, **options)
+
+
 def small_ring(monkeypatch):
     """Slots without room for a batch: it goes through /dev/shm."""
     monkeypatch.setattr(
@@ -327,5 +331,5 @@ def test_the_kind_of_workers(monkeypatch):
     for has_lock, kind in ((True, "process"), (False, "thread")):
         monkeypatch.setattr(sys, "_is_gil_enabled", lambda has_lock=has_lock: has_lock, raising=False)
         assert choose_kind("auto") == kind
-    with pytest.raises(ValueError, match="^data: --worker-kind must be auto, process or thread, got 'fibre'$"):
+    with pytest.raises(ValueError, match=r"^data: --worker-kind must be auto, process or thread, got 'fibre'$"):
         Loader(Numbers(8), plain((8, 8)), 4, worker_kind="fibre")

@@ -1,0 +1,154 @@
+"""Where a loader's time goes: each part of its work alone, on a sample, with one thread of this process."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .augmentation import Augmentation
+from .decoding import ImageFile
+from .draws import draw, mix
+from .loader import Loader
+from .source import BadImage, Source
+from .torchvision import change_colours, make_batch
+
+PIXELS = 1 << 27  # of a sample at most: 400 MB
+
+
+class Parts(NamedTuple):
+    """Milliseconds per image of each part of a loader's work, for all views of it."""
+
+    read: float  # wall time, as a disk or a network may be waited for; the others are processor time
+    decode: float
+    crop: float  # crop, resize, draws and labels
+    colours: float  # jitter, grayscale, blur, solarize and flip
+    normalise: float  # bytes to normalised floats; with the copy to the GPU, if there is one
+
+    @property
+    def a_core(self) -> float:
+        """Images per second of one core that does it all; a GPU normalises by itself."""
+        return 1000 / sum(self)
+
+    @property
+    def a_worker(self) -> float:
+        """Images per second of one worker, which does all but normalise."""
+        return 1000 / (sum(self) - self.normalise)
+
+
+class Sample(NamedTuple):
+    """Some images of a source."""
+
+    files: Source  # the bytes or pixels that the source gives, in memory
+    pixels: Source  # decoded
+    read: float  # seconds to read them, once: a second time they would come from the system's memory
+    sides: list[int]  # shorter side of each, in pixels
+
+    @property
+    def side(self) -> int:
+        """Median of the shorter sides."""
+        return int(np.median(self.sides))
+
+
+class _InMemory(Source):
+    """Images that were read."""
+
+    classes, size, shards = None, None, None
+
+    def __init__(self, images: list[np.ndarray]):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, index: int) -> np.ndarray:
+        return self._images[index]
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def label(self, index: int) -> int:
+        return -1
+
+
+def take_sample(source: Source, count: int, seed: int = 0) -> Sample:
+    """Reads images from all over a source, at most `count`, and fewer if they are large.
+
+    Raises:
+        ValueError: none of them can be decoded.
+    """
+    files, pixels, sides, seconds, total = [], [], [], 0.0, 0
+    for index in np.random.default_rng(seed).permutation(len(source))[:count].tolist():
+        start = time.perf_counter()
+        try:
+            data = source.read(index)
+            seconds += time.perf_counter() - start
+            image = ImageFile(data, source.name(index))
+            decoded = image.pixels()
+        except BadImage:
+            continue
+        files.append(data)
+        pixels.append(np.ascontiguousarray(decoded.permute(1, 2, 0).numpy()))
+        sides.append(min(image.size))
+        total += decoded[0].numel()
+        if total > PIXELS:
+            break
+    if not files:
+        raise ValueError("bench: none of the images to measure can be decoded, see fastssl data check")
+    return Sample(_InMemory(files), _InMemory(pixels), seconds, sides)
+
+
+def measure_parts(sample: Sample, augmentation: Augmentation, device: torch.device, seconds: float) -> Parts:
+    """Measures each part for about a third of `seconds`, and takes the fastest time.
+
+    What crops and decodes is measured as the engine does it, in batches from memory: decoding is the time that the
+    batch takes longer from files than from pixels.
+    """
+    count = len(sample.sides)
+    indices, seeds = np.arange(count), mix(0, 0, np.arange(count))
+    views = [torch.empty(count, 3, *view.size, dtype=torch.uint8) for view in augmentation.views]
+    draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
+
+    def batch_from(source: Source) -> Callable[[], object]:
+        return lambda: make_batch(source, augmentation, 0, 0, indices, True)
+
+    def colours() -> None:
+        for view, drawn, pixels in zip(augmentation.views, draws, views):
+            change_colours(pixels, view, drawn)
+
+    loader = Loader(sample.pixels, augmentation, count, device=device)
+    samples = make_batch(sample.pixels, augmentation, 0, 0, indices, True)
+
+    def normalise() -> None:
+        loader._to_batch(samples)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with _one_thread():
+        work = (batch_from(sample.files), batch_from(sample.pixels), colours, normalise)
+        from_files, from_pixels, coloured, normalised = (_fastest(part, seconds / 4) for part in work)
+    parts = (sample.read, from_files - from_pixels, from_pixels - coloured, coloured, normalised)
+    return Parts(*(1000 * max(0.0, part) / count for part in parts))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest(part: Callable[[], object], seconds: float) -> float:
+    """Least processor time of this thread, in seconds, of several calls."""
+    part()
+    times, end = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.thread_time()
+        part()
+        times.append(time.thread_time() - start)
+    return min(times)
