@@ -45,7 +45,7 @@ from .table import PAGE, insert, present, write_or_check
 KEPT = RESULTS / "loader"
 AUGMENTATIONS = ("mae", "moco_v2", "dino", "evaluation")
 SIDE = 400  # pixels of the photographs' shorter side
-WORKERS, BATCH, ROUNDS, SECONDS, COPIES = 2, 32, 3, 1.5, 100
+WORKERS, BATCH, ROUNDS, SECONDS, COPIES = 2, 32, 3, 1.2, 100
 
 
 def photographs() -> list[Image.Image]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
@@ -23,12 +24,11 @@ import fastssl.ops
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
 from fastssl.data.decoding import open_image
 from fastssl.data.draws import draw, mix, windows
-from fastssl.data.loader import Loader
+from fastssl.data.loader import Loader, has_dali
 from fastssl.data.pack_format import header_bytes, index_bytes, record_bytes, scan
 from fastssl.data.packing import KINDS, Encoding, write_pack
 from fastssl.data.source import SPLITS, Source, open_source
-from fastssl.data.torchvision import change_colours, resample
-from fastssl.machine import installed_engines
+from fastssl.data.torchvision import change_colours
 from fastssl.run import find_augmentation
 
 from .loader_clock import cpu_seconds, memory_mb, release_memory, tree
@@ -134,7 +134,7 @@ def memory(root: Path) -> Iterator[dict]:
     augmentation = find_augmentation("mae", open_source(f"folder:{root}"))
     with tempfile.TemporaryDirectory() as home:
         write_pack({"train": open_source(f"folder:{root}")}, Path(home, "images.pack"), Encoding())
-        cases = [("folder", engine) for engine in installed_engines()] + [("pack", "torchvision")]
+        cases = [("folder", "torchvision"), ("pack", "torchvision"), *([("folder", "dali")] if has_dali() else [])]
         for kind, engine in cases:
             source = f"folder:{root}" if kind == "folder" else f"pack:{home}/images.pack"
             loader = Loader(open_source(source), augmentation, BATCH, workers=WORKERS, engine=engine)
@@ -184,12 +184,19 @@ def _steps(source: Source, images: np.ndarray) -> Iterator[tuple[str, Callable[[
             steps = list(zip(batches, views, draws))
             yield f"colours and flips of `{name}`, `augment_`", lambda s=steps: [change_colours(*step) for step in s]
         yield f"floats of `{name}`, torch", lambda b=batches: [x.float().sub_(MEAN).div_(STD) for x in b]
+        if hasattr(fastssl.ops, "normalise"):
+            facts = IMAGENET_MEAN, IMAGENET_STD, torch.float32
+            yield (
+                f"floats of `{name}`, `normalise`",
+                lambda b=batches, f=facts: [fastssl.ops.normalise(x, *f) for x in b],
+            )
 
 
 def _torch_crops(pixels: list[torch.Tensor], views: tuple[View, ...], boxes: list[np.ndarray]) -> None:
     for view, box in zip(views, boxes):
-        for image, window in zip(pixels, box.tolist()):
-            resample(image.permute(2, 0, 1), view, window)
+        for image, (top, left, height, width) in zip(pixels, box.tolist()):
+            window = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+            F.interpolate(window, view.size, mode=view.interpolation, antialias=True)
 
 
 def _our_crops(
