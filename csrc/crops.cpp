@@ -464,15 +464,16 @@ Image image_of(const Tensor& tensor, size_t i) {
   return {static_cast<const uint8_t*>(tensor.const_data_ptr()), height, tensor.size(1), tensor.stride(0), planes};
 }
 
+// Window i; its numbers are of type T, int64 or float64.
+template <typename T>
 Window window_of(const Tensor& windows, const Image& image, int64_t i) {
-  int64_t numbers[4];
-  copy_row(numbers, static_cast<const int64_t*>(windows.const_data_ptr()) + i * windows.stride(0), windows.stride(1),
-           4);
+  T numbers[4];
+  copy_row(numbers, static_cast<const T*>(windows.const_data_ptr()) + i * windows.stride(0), windows.stride(1), 4);
   const auto [top, left, height, width] = numbers;
-  const auto inside = [](int64_t begin, int64_t length, int64_t size) {
+  const auto inside = [](T begin, T length, T size) {
     return begin >= 0 && begin < size && length >= 1 && length <= size - begin;
   };
-  if (!inside(top, height, image.height) || !inside(left, width, image.width))
+  if (!inside(top, height, T(image.height)) || !inside(left, width, T(image.width)))
     fail("windows[" + std::to_string(i) + "] must be inside its image of " + std::to_string(image.height) + "×" +
          std::to_string(image.width) + " pixels and have at least one, got [" + std::to_string(top) + ", " +
          std::to_string(left) + ", " + std::to_string(height) + ", " + std::to_string(width) + "]");
@@ -487,7 +488,8 @@ void resized_crops_(Tensor out, std::vector<Tensor> images, Tensor windows, bool
   std::vector<Window> places;
   for (int64_t b = 0; b < batch; ++b) {
     sources.push_back(image_of(images[b], b));
-    places.push_back(window_of(windows, sources[b], b));
+    places.push_back(windows.scalar_type() == ScalarType::Double ? window_of<double>(windows, sources[b], b)
+                                                                 : window_of<int64_t>(windows, sources[b], b));
   }
   if (out.numel() == 0) return;
   torch::stable::parallel_for(0, batch, grain(3 * height * width), [&](int64_t begin, int64_t end) {

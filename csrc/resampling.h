@@ -28,7 +28,7 @@ inline double cubic(double x) {
   return 0;
 }
 
-// The window along one axis, in pixels of a plane, multiples of 1/2, and the size of the result.
+// The window along one axis, in pixels of a plane, and the size of the result.
 struct Span {
   double begin, length;
   int64_t size;

@@ -86,6 +86,15 @@ def available_engine(name: str, device: torch.device) -> str:
     return select_engine(name, device)
 
 
+def jpeg_decoder() -> str:
+    """The package that decodes JPEGs."""
+    try:
+        from fastssl.data.jpeg import DECODER
+    except ImportError:
+        return "none: Pillow is not installed"
+    return DECODER
+
+
 def facts() -> dict[str, str]:
     """Versions of packages, processor, kernels, GPU."""
     from fastssl.ops import dispatch
@@ -98,6 +107,7 @@ def facts() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    versions["jpeg decoder"] = jpeg_decoder()
     versions["processor"] = f"{platform.machine()}, {cores()} cores, {torch.get_num_threads()} threads"
     versions["kernels"] = f"native {level}" if level else "none: this build has no native kernels"
     if level:

@@ -1,5 +1,6 @@
 """Preparation of a run: whatever may be refused is refused here, before anything is written."""
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -224,7 +225,7 @@ def _loader(run: Run, source: Source, device: torch.device, workers: int, engine
         )
     return Loader(
         source,
-        run.config.augmentation,
+        dataclasses.replace(run.config.augmentation, reduced=not options.full_decode),
         training.batch_size // (world * training.accumulate),
         seed=options.seed,
         workers=workers,

@@ -142,6 +142,8 @@ class Options:
     engine: str = "auto"
     """loader engine: torchvision, device (crops and colours on the GPU), dali, or auto (dali on a GPU if it is
     installed)"""
+    full_decode: bool = False
+    """decode all JPEGs in full; else large ones are decoded at 1/2, 1/4 or 1/8 where the views need no more pixels"""
     weights: Path | None = None
     """file with initial weights: a whole checkpoint of the method, or an encoder of timm, torchvision, Hugging Face or
     another method"""

@@ -32,12 +32,12 @@ from .tile import ARCHITECTURES, Launch, card, power_of_2
 
 CROPS = dict.fromkeys(ARCHITECTURES, Launch(4, 1024))  # warps of a program, bytes that it writes of a channel
 
-# Columns of the tables; all numbers are int64.
-AXIS_COLUMNS = (
-    6  # half pixels before the window, its length in half pixels, pixels, crop's pixels, weights, first weight
-)
-PLANE_COLUMNS = 8  # address, strides of rows, pixels and channels, channels, rows, axis, place in the scratch memory
-CROP_COLUMNS = 8  # 1 for YUV, then three channels' places in the scratch memory, then their axes
+# Columns of the tables of `Plan`:
+# axes    where the window begins in its first pixel, and its length in pixels, both as the bits of float64; pixels that
+#         it touches, pixels of the crop, weights of one of them, place of the first weight
+# planes  address of the window, strides of rows, pixels and channels, channels, rows, axis of its rows, first row in
+#         the scratch memory
+# crops   1 for YUV, first rows of the three channels in the scratch memory, axes of their columns, 0
 _CHROMA = tl.constexpr(128)
 
 
@@ -65,7 +65,7 @@ def crop_weights_kernel(
     """The weights of an axis of a window: all have as many binary places as 16 bits leave to the largest."""
     axis = tl.program_id(0).to(tl.int64)
     row = axes_ptr + axis * 6
-    fraction, length = tl.load(row).to(tl.float64) * 0.5, tl.load(row + 1).to(tl.float64) * 0.5
+    fraction, length = tl.load(row).to(tl.float64, bitcast=True), tl.load(row + 1).to(tl.float64, bitcast=True)
     size, out, taps, first = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     scale = length / out.to(tl.float64)
     wide = tl.maximum(scale, 1.0)
@@ -281,21 +281,16 @@ def plan(images: Sequence[Tensor], windows: Tensor, size: tuple[int, int], bicub
     origin = images[0].data_ptr()
     facts = [(x.data_ptr() - origin, x.stride(0), *x.shape[:2], 3 if x.ndim == 3 else 1) for x in images]
     address, stride, height, width, channels = torch.tensor(facts).unbind(1)
-    top, left, rows, columns = windows.unbind(1)
-    one, none = torch.ones_like(top), torch.zeros_like(top)
-    corner = address + top * stride + left * channels
-    planes = torch.stack([corner, stride, channels, one, channels, rows], 1)
-    axes = torch.stack([none, 2 * columns, columns, none, 2 * rows, rows], 1)
-    if yuv:  # U and V have a quarter of the pixels; their windows may begin and end in the middle of one
-        y0, x0, y1, x1 = top // 2, left // 2, (top + rows + 1) // 2, (left + columns + 1) // 2
+    one, none = torch.ones_like(address), torch.zeros_like(address)
+    x, y, axes = _axes(windows.double())
+    planes = torch.stack([address + y * stride + x * channels, stride, channels, one, channels, axes[:, 1, 2]], 1)
+    if yuv:  # U and V have a quarter of the pixels
         luma, stride = height * 2 // 3 * width, width // 2
-        corner = address + luma + y0 * stride + x0
-        chroma = torch.stack([corner, stride, one, luma // 4, 2 * one, y1 - y0], 1)
-        halves = torch.stack([left % 2, columns, x1 - x0, top % 2, rows, y1 - y0], 1)
+        x, y, halves = _axes(windows.double() / 2)
+        chroma = torch.stack([address + luma + y * stride + x, stride, one, luma // 4, 2 * one, halves[:, 1, 2]], 1)
         planes, axes = torch.cat([planes, chroma[yuv]]), torch.cat([axes, halves[yuv]])
-    axes = axes.view(-1, 2, 3)
     outputs = torch.tensor([size[1], size[0]]).expand(len(axes), 2)
-    support = (2 if bicubic else 1) * (axes[..., 1] / 2 / outputs.double()).clamp(min=1)
+    support = (2 if bicubic else 1) * (axes.view(torch.float64)[..., 1] / outputs).clamp(min=1)
     counts = 2 * support.float().ceil().long() + 1  # in float32, as torch has it
     first, weights = _places(counts * outputs)
     axes = torch.cat([axes, torch.stack([outputs, counts, first], -1)], -1)
@@ -308,6 +303,15 @@ def plan(images: Sequence[Tensor], windows: Tensor, size: tuple[int, int], bicub
     axis, third = 2 * number + 1, second + channel[number]
     crops = torch.stack([is_yuv, place[:B], second, third, 2 * torch.arange(B) + 1, axis, axis, none], 1)
     return Plan(axes.view(-1, 6), planes, crops, weights, scratch)
+
+
+def _axes(windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First column and first row of windows [B, 4] float64, and the first columns [B, 2, 3] of the table of axes."""
+    begin, length = windows[:, :2].flip(1), windows[:, 2:].flip(1)
+    fraction = begin - begin.floor()
+    floats = torch.stack([fraction, length], -1).view(torch.int64)
+    x, y = begin.long().unbind(1)
+    return x, y, torch.cat([floats, (fraction + length).ceil().long()[..., None]], -1)
 
 
 def _places(sizes: Tensor) -> tuple[Tensor, int]:

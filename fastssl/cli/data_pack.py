@@ -1,4 +1,4 @@
-"""`fastssl data pack`: the images of a source in one file."""
+"""`fastssl data pack`: the images of a source in one file, or in shards."""
 
 import dataclasses
 import tempfile
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, check_ranges
+from fastssl.data.jpeg import DECODER
 from fastssl.data.packing import Encoding, write_pack
 from fastssl.data.source import SPLITS, Source, Subset, open_source
 from fastssl.data.timing import cores, measure_throughput
@@ -23,22 +24,33 @@ from .flags import parse
 
 SAMPLE = 64  # images from which sizes and speeds are estimated
 SECONDS = 1.0  # to read each choice
-CHOICES = (Encoding("copy"), Encoding("jpeg", 256), Encoding("jpeg", 320), Encoding("jpeg", 512), Encoding("rgb", 256))
+CHOICES = (
+    Encoding("copy"),
+    Encoding("jpeg", 256),
+    Encoding("jpeg", 320),
+    Encoding("jpeg", 512),
+    Encoding("yuv", 256),
+    Encoding("yuv", 320),
+    Encoding("rgb", 256),
+)
 NAMED_BAD = 10  # largest number of undecodable images that are named
 
 
 @dataclasses.dataclass
 class Flags:
-    """Writes the images of both splits of a source into one file, pack:FILE, smaller and faster to read."""
+    """Writes the images of both splits of a source into a file, pack:FILE, smaller and faster to read."""
 
     source: tyro.conf.Positional[str]
     """source of images: folder:PATH, webdataset:SHARDS, …"""
     out: Path | None = None
     """file to write, which must not exist; an interrupted one is continued"""
-    kind: Literal["jpeg", "rgb", "copy"] = "jpeg"
-    """jpeg: encoded anew unless small enough; rgb: pixels, which need no decoding; copy: the files as they are"""
+    kind: Literal["jpeg", "yuv", "rgb", "copy"] = "jpeg"
+    """jpeg: encoded anew unless small enough; yuv: pixels of 1.5 bytes, which need no decoding; rgb: of 3 bytes; copy:
+    the files as they are"""
     side: Annotated[int, AT_LEAST_1] = 320
-    """length of the shorter side in pixels that larger images are resized to, for jpeg and rgb"""
+    """length of the shorter side in pixels that larger images are resized to, except for copy"""
+    shards: Annotated[int, AT_LEAST_1] = 1
+    """number of files to write, FILE-00000-of-…; pack:FILE opens them all"""
     quality: Annotated[int, AT_LEAST_1] = 90
     """quality of the JPEGs, 1 to 95"""
     workers: Annotated[int, NOT_NEGATIVE] = min(8, cores())
@@ -78,6 +90,7 @@ def _pack(sources: dict[str, Source], flags: Flags, out: Path) -> None:
             workers=flags.workers,
             name=flags.source,
             progress=lambda done, total: bar.update(task, completed=done),
+            shards=flags.shards,
         )
     for line in packed.bad[:NAMED_BAD]:
         print(f"left out: {line}")
@@ -93,7 +106,7 @@ def _estimate(sources: dict[str, Source], flags: Flags) -> None:
     sample = Subset(train, range(0, len(train), -(-len(train) // SAMPLE)))
     chosen = Encoding(flags.kind, flags.side, flags.quality)
     choices = list(dict.fromkeys([chosen, *(choice._replace(quality=flags.quality) for choice in CHOICES)]))
-    title = f"{total:,} images, estimated from {len(sample)}; views of MoCo v2 on one core"
+    title = f"{total:,} images, estimated from {len(sample)}; views of MoCo v2 on one core; JPEGs by {DECODER}"
     table = Table("choice", "GB", "images/s when read", "minutes to write", title=title)
     table.add_row("the source", "–", f"{_speed(train, sample):,.0f}", "–")
     with tempfile.TemporaryDirectory() as folder:

@@ -67,6 +67,9 @@ class Augmentation:
     """The views of one training sample, all made from one decoded image."""
 
     views: tuple[View, ...]
+    reduced: bool = (
+        True  # decode a large JPEG at a fraction of its size where the views need no more, see `decoding.py`
+    )
 
 
 def asymmetric_views(view: View, blur_p: tuple[float, ...], solarize_p: tuple[float, ...]) -> Augmentation:
@@ -78,8 +81,11 @@ def asymmetric_views(view: View, blur_p: tuple[float, ...], solarize_p: tuple[fl
 
 
 def evaluation(size: tuple[int, int], centre: float = 0.875) -> Augmentation:
-    """An undistorted centre crop, at any size; the papers' protocol takes 224 pixels of a side of 256."""
-    return Augmentation((View(size=size, centre=centre, interpolation="bicubic"),))
+    """An undistorted centre crop, at any size; the papers' protocol takes 224 pixels of a side of 256.
+
+    The images are decoded in full.
+    """
+    return Augmentation((View(size=size, centre=centre, interpolation="bicubic"),), reduced=False)
 
 
 def multi_crop(

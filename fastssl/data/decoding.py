@@ -1,12 +1,14 @@
-"""Decodes image files to pixels with Pillow, which opens the formats of `formats.py` alone.
+"""Decodes image files to pixels: JPEGs as `jpeg.py` describes, the other formats of `formats.py` with Pillow.
 
-Values of more than 8 bits are scaled as `values.py` describes. DALI has the same libjpeg-turbo and gives the same
-pixels. torchvision's decode_jpeg would save a copy of the pixels, about a tenth of the time, but torchvision plans to
-remove it.
+Values of more than 8 bits are scaled as `values.py` describes. DALI has libjpeg-turbo too and gives the same pixels.
+
+An image in memory is RGB [H, W, 3], or planes [3·H/2, W] of even H and W: Y [H, W], then Cb and Cr [H/2, W/2] each, one
+after the other; full-range BT.601 as in a JPEG, with half the colours' resolution in both directions.
 """
 
 import io
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,13 @@ from torch import Tensor
 from fastssl.text import printable
 
 from .formats import READABLE
+from .jpeg import SCALES, decode_jpeg
 from .source import BadImage, BadSource, Source
 from .values import Values, find_values, to_bytes
 
 MAX_PIXELS = 2 * 89_478_485  # Pillow's limit against decompression bombs: half a gigabyte
 ORIENTATION, TRANSPOSED = 0x0112, {5, 6, 7, 8}  # EXIF's tag, and its values that exchange height and width
+MIRRORED, UPSIDE_DOWN = {2, 3, 6, 7}, {3, 4, 7, 8}  # values that then exchange left and right, or top and bottom
 # Pillow keeps the high byte of colours of 16 bits. Layout of their pixels: one that makes it keep the low byte.
 NATIVE = "L" if sys.byteorder == "little" else "B"
 LOW_BYTE = {
@@ -30,6 +34,8 @@ LOW_BYTE = {
     for bands in ("RGB", "RGBA", "RGBX", "CMYK")
     for order, swapped in {"B": "L", "L": "B", "N": "B" if NATIVE == "L" else "L"}.items()
 }
+JPEGS = ("JPEG", "MPO")  # MPO: a JPEG followed by more pictures
+MARGIN = 1.5  # smallest window in a reduced image, as a multiple of the view's sides
 FULL_RANGE = {"PPM", "JPEG2000"}  # these formats state the largest value, and Pillow scales it to 65,535
 
 
@@ -39,15 +45,16 @@ WHITE_IS_ZERO, UNSIGNED, SIGNED = 0, 1, 2
 
 
 class ImageFile:
-    """An image file with its header read, or an array of pixels. `pixels` decodes it.
+    """An image file with its header read, or an array of pixels. `pixels` and `raster` decode it.
 
     Attributes:
         size: (height, width) of the upright image.
         orientation: EXIF's orientation of the stored pixels, 1 to 8; 1 for an array.
-        format, mode: names that Pillow gives them, such as "PNG" and "I;16"; "pixels" and "RGB" for an array.
+        format, mode: names that Pillow gives them, such as "PNG" and "I;16"; "pixels" for an array, and "RGB", or "YUV"
+            for planes.
 
     Args:
-        data: bytes [N] of a file, or pixels [H, W, 3], uint8 and writable.
+        data: bytes [N] of a file, or uint8 pixels [H, W, 3] or planes [3·H/2, W].
         name: the image in errors.
 
     Raises:
@@ -61,11 +68,16 @@ class ImageFile:
         self.format: str | None
         self._image: Image.Image | None = None
         self._values: Values | None = None  # of an image of more than 8 bits, once it is decoded
-        if data.dtype != np.uint8 or not (data.ndim == 1 or (data.ndim == 3 and data.shape[2] == 3)):
+        if data.dtype != np.uint8 or not (data.ndim == 1 or _is_rgb(data) or _is_planes(data)):
             got = f"{data.dtype} {list(data.shape)} for {printable(name)}"
-            raise BadSource(f"data: read must give uint8, pixels [H, W, 3] or the bytes [N] of a file, got {got}")
+            raise BadSource(
+                "data: read must give uint8, pixels [H, W, 3] or planes [3·H/2, W] of even H and W, or the bytes [N] "
+                f"of a file, got {got}"
+            )
         if data.ndim == 3:
             self.size, self.format, self.mode = (data.shape[0], data.shape[1]), "pixels", "RGB"
+        elif data.ndim == 2:
+            self.size, self.format, self.mode = (data.shape[0] // 3 * 2, data.shape[1]), "pixels", "YUV"
         elif not len(data):
             raise BadImage(f"{printable(name)}: the file is empty")
         else:
@@ -94,10 +106,25 @@ class ImageFile:
         Raises:
             BadImage: the file can't be decoded or is truncated.
         """
+        if self.data.ndim == 2:
+            return torch.from_numpy(planes_to_rgb(self.data)).permute(2, 0, 1)
+        return self.raster().permute(2, 0, 1)
+
+    def raster(self, scale: int = 1) -> Tensor:
+        """Upright pixels as they are in memory, uint8: RGB [H, W, 3], or planes [3·H/2, W] where they are given.
+
+        Args:
+            scale: number that both sides are divided by, rounded up: 1, or what `find_scale` returned.
+
+        Raises:
+            BadImage: the file can't be decoded or is truncated.
+        """
         if self._image is None:
-            return torch.from_numpy(self.data).permute(2, 0, 1)
+            return torch.from_numpy(self.data)
         try:
             image, layouts = self._image, _layouts(self._image)  # decoding forgets the layouts
+            if self.format in JPEGS:
+                return torch.from_numpy(_upright(self._decode_jpeg(scale), self.orientation))
             if self.orientation != 1:
                 image = ImageOps.exif_transpose(image)  # decodes, and fails on a truncated file
             if image.mode.startswith(("I", "F")) or self._is_signed():
@@ -109,11 +136,37 @@ class ImageFile:
                 raise BadImage(f"{printable(self.name)}: {reason}")
             if image.mode != "RGB":
                 image = image.convert("RGB")
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # decodes an image that is stored upright
+            return torch.from_numpy(np.array(image))  # decodes an image that is stored upright
         except BadImage:
             raise
         except Exception as error:
             raise self._bad_image(error) from error
+
+    def _decode_jpeg(self, scale: int) -> np.ndarray:
+        """Pixels [H, W, 3] of a JPEG as stored."""
+        image: Any = self._image
+        size = (image.height, image.width)
+        pixels = decode_jpeg(self.data, size, image.mode, scale)
+        if pixels is None:
+            if scale > 1:
+                image = self._open()  # which stays reduced
+                image.draft(None, (size[1] // scale, size[0] // scale))
+            pixels = np.array(image.convert("RGB"))
+        return pixels
+
+    def find_scale(self, needed: float) -> int:
+        """The largest of 1, 2, 4 and 8 that the image can be reduced by when it is decoded, and that is needed at most.
+
+        Only JPEGs can be reduced; turned or mirrored ones by a number that divides their sides, since the blocks of
+        pixels that become one begin at the first pixel that is stored.
+        """
+        if self._image is None or self.format not in JPEGS:
+            return 1
+        for scale in SCALES:
+            divides = not (self.size[0] % scale or self.size[1] % scale)
+            if scale <= min(needed, *self.size) and (divides or self.orientation == 1):
+                return scale
+        return 1
 
     def values(self, pixels: Tensor) -> Values:
         """Smallest and largest stored value, and the rule by which they became bytes.
@@ -190,6 +243,70 @@ def open_image(source: Source, index: int) -> ImageFile:
         BadImage: the image can't be read, is no image or has too many pixels.
     """
     return ImageFile(source.read(index), source.name(index))
+
+
+def decode_for_views(
+    image: ImageFile, windows: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]]
+) -> tuple[Tensor, list[list[float]]]:
+    """Pixels for several views of an image, reduced as far as all of them allow, and the views' windows in them.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if each window then still has `MARGIN` times as many pixels in
+    height and width as its view. The windows are those of the whole image, divided by that number, not rounded: so they
+    show the same part of it. A view differs from that of the whole image by about 0.5 of 255 in the mean of its pixels.
+
+    Args:
+        image: the image.
+        windows: top, left, height and width of each view's window, pixels of the whole image.
+        sizes: (height, width) of each view.
+
+    Returns: pixels as `ImageFile.raster` gives them, and windows.
+
+    Raises:
+        BadImage: the file can't be decoded.
+    """
+    allowed = min(min(w[2] / size[0], w[3] / size[1]) for w, size in zip(windows, sizes)) / MARGIN
+    scale = image.find_scale(allowed)
+    return image.raster(scale), [[number / scale for number in window] for window in windows]
+
+
+def planes_to_rgb(planes: np.ndarray) -> np.ndarray:
+    """Planes [3·H/2, W] as RGB [H, W, 3]; colours are interpolated linearly between their centres, as in libjpeg."""
+    height, width = planes.shape[0] // 3 * 2, planes.shape[1]
+    luma, chroma = planes[:height], planes[height:].reshape(2, height // 2, width // 2)
+    parts = [Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR) for plane in chroma]
+    return np.array(Image.merge("YCbCr", [Image.fromarray(luma), *parts]).convert("RGB"))
+
+
+def rgb_to_planes(picture: Image.Image) -> np.ndarray:
+    """A picture in RGB as planes [3·H/2, W]; odd sides are made even by repeating the last row or column."""
+    width, height = picture.size
+    if height % 2 or width % 2:
+        pixels = np.pad(np.asarray(picture), ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+        picture = Image.fromarray(pixels)
+    luma, *chroma = picture.convert("YCbCr").split()
+    parts = [np.asarray(luma), *(np.asarray(plane.reduce(2)) for plane in chroma)]
+    return np.concatenate([part.reshape(-1) for part in parts]).reshape(-1, luma.width)
+
+
+def _is_rgb(data: np.ndarray) -> bool:
+    return data.ndim == 3 and data.shape[2] == 3
+
+
+def _is_planes(data: np.ndarray) -> bool:
+    return data.ndim == 2 and data.shape[0] % 3 == 0 and data.shape[1] % 2 == 0
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels [H, W, 3] turned as EXIF's orientation says."""
+    if orientation == 1:
+        return pixels
+    if orientation in TRANSPOSED:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in MIRRORED:
+        pixels = pixels[:, ::-1]
+    if orientation in UPSIDE_DOWN:
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _orientation(image: Image.Image) -> int:

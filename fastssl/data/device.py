@@ -5,7 +5,7 @@ memory. On a GPU that block is copied from page-locked memory in one transfer; `
 views there. Draws, windows and pixels are those of the torchvision engine.
 """
 
-import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,24 +14,23 @@ import torch
 from torch import Tensor
 
 from fastssl.ops import resized_crops_
+from fastssl.ops.crops import planes_of
 
 from .augmentation import Augmentation
 from .decoding import ImageFile, open_image
 from .draws import draw, mix
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .source import BadImage, Source, read_extras
-from .torchvision import Batches, BatchSampler, change_colours, windows_of
+from .torchvision import FILES_IN_MEMORY, Batches, BatchSampler, change_colours, decode, windows_of
 from .workers import Workers
-
-HEADERS = 8  # images whose sizes are looked at to know how much memory a batch takes
 
 
 class Decoded(NamedTuple):
     """A batch of decoded images, on the CPU."""
 
     memory: Tensor  # [N] uint8, the parts of the images that their views need, one after the other
-    images: Tensor  # [B, 3] int64, of each part: place in the memory, height, width
-    windows: Tensor  # [views, B, 4] int64: top, left, height, width in the part
+    images: Tensor  # [B, 4] int64, where each part is in the memory, see `images_in`
+    windows: Tensor  # [views, B, 4] float64: top, left, height, width in the part
     index: Tensor  # type: ignore[assignment]  # [B] int64; hides the method of a tuple
     label: Tensor  # [B] int64
     seed: Tensor  # [B] int64
@@ -52,7 +51,7 @@ class Engine:
         batch_size: images of the largest batch.
 
     Memory: on the device, the parts of the images of a batch, and its views; in page-locked memory and in the shared
-        memory of each worker two batches of parts; in a worker also the files of a batch.
+        memory of each worker two batches of parts.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class Engine:
         self._batches = Workers(
             Batches(source, augmentation, seed, fill_in, decode_batch),
             workers=workers,
-            batch_bytes=batch_size * _mean_bytes(source) if workers else 0,
+            batch_bytes=3 * batch_size * math.prod(source.size) if source.size else 0,  # at most, where it is known
             batch_size=None,
             sampler=self._sampler,
             persistent_workers=workers > 0,
@@ -99,40 +98,38 @@ def decode_batch(
 ) -> Decoded:
     """Decodes the images of these numbers [B].
 
-    Memory: holds the files of the batch, the parts that its views need, and the pixels of one image.
+    Memory: holds `FILES_IN_MEMORY` files, the pixels of one image, and twice the parts that the views need.
     """
     seeds = mix(seed, epoch, indices)
     draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
-    files: dict[int, ImageFile] = {}  # by row of the batch
-    bad: list[tuple[int, str]] = []
-    for row, index in enumerate(indices.tolist()):
-        try:
-            files[row] = open_image(source, index)
-        except BadImage as error:
-            bad.append((index, str(error)))
-    windows = {row: np.array(of_views) for row, of_views in windows_of(augmentation, draws, files)}
-    boxes = {row: _box(of_views) for row, of_views in windows.items()}
-    places = np.cumsum([0, *(3 * height * width for _, _, height, width in boxes.values())]).tolist()
-    memory = torch.empty(places[-1], dtype=torch.uint8)
-    images: dict[int, tuple[int, int, int]] = {}  # of those that can be decoded: place, height, width
+    parts: dict[int, Tensor] = {}  # by row of the batch, of the images that can be decoded
+    windows: dict[int, Tensor] = {}
     extras: dict[int, dict[str, np.ndarray]] = {}
-    for (row, (top, left, height, width)), place in zip(boxes.items(), places):
-        try:
-            pixels = files.pop(row).pixels().permute(1, 2, 0)
-            extras[row] = read_extras(source, int(indices[row]))
-        except BadImage as error:
-            bad.append((int(indices[row]), str(error)))
-            continue
-        images[row] = place, height, width
-        part = memory[place : place + 3 * height * width].view(height, width, 3)
-        part.copy_(pixels[top : top + height, left : left + width])
-        windows[row][:, :2] -= (top, left)
-    rows = fill_in_rows(list(images), len(indices)) if bad and fill_in else list(images)
-    indices, seeds, no_windows = indices[rows], seeds[rows], np.zeros((0, len(draws), 4), np.int64)
+    bad: list[tuple[int, str]] = []
+    for first in range(0, len(indices), FILES_IN_MEMORY):
+        files: dict[int, ImageFile] = {}
+        for row in range(first, min(first + FILES_IN_MEMORY, len(indices))):
+            try:
+                files[row] = open_image(source, int(indices[row]))
+            except BadImage as error:
+                bad.append((int(indices[row]), str(error)))
+        for row, in_file in windows_of(augmentation, draws, files):
+            try:
+                pixels, in_pixels = decode(files[row], augmentation, in_file)
+                extras[row] = read_extras(source, int(indices[row]))
+            except BadImage as error:
+                bad.append((int(indices[row]), str(error)))
+                continue
+            parts[row], windows[row] = cut(pixels, torch.tensor(in_pixels, dtype=torch.float64))
+    good = list(parts)
+    rows = fill_in_rows(good, len(indices)) if bad and fill_in else good
+    images = dict(zip(good, _places(list(parts.values()))))
+    memory = torch.cat([torch.empty(0, dtype=torch.uint8), *(parts.pop(row).flatten() for row in good)])
+    indices, seeds, no_windows = indices[rows], seeds[rows], torch.zeros(len(draws), 0, 4, dtype=torch.float64)
     return Decoded(
         memory,
-        torch.tensor([images[row] for row in rows], dtype=torch.int64).view(-1, 3),
-        torch.from_numpy(np.array([windows[row] for row in rows]) if rows else no_windows).transpose(0, 1).contiguous(),
+        torch.tensor([images[row] for row in rows], dtype=torch.int64).view(-1, 4),
+        torch.stack([windows[row] for row in rows], 1) if rows else no_windows,
         torch.from_numpy(indices),
         labels_of(source, indices),
         torch.from_numpy(seeds),
@@ -141,29 +138,39 @@ def decode_batch(
     )
 
 
+def cut(image: Tensor, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of the smallest part of an image that has all windows, and the windows in it.
+
+    Args:
+        image: RGB [H, W, 3], or planes [3·H/2, W]: then the part has even sides and begins at even pixels.
+        windows: [views, 4] float64: top, left, height, width.
+    """
+    step = 1 if image.ndim == 3 else 2
+    corner = (windows[:, :2].amin(0) / step).floor() * step
+    end = ((windows[:, :2] + windows[:, 2:]).amax(0) / step).ceil() * step
+    (top, left), (bottom, right) = corner.long().tolist(), end.long().tolist()
+    moved = windows - torch.cat([corner, torch.zeros(2)])
+    if image.ndim == 3:
+        return image[top:bottom, left:right].clone(memory_format=torch.contiguous_format), moved
+    luma, *chroma = planes_of(image)
+    planes = [luma[top:bottom, left:right], *(x[top // 2 : bottom // 2, left // 2 : right // 2] for x in chroma)]
+    return torch.cat([plane.flatten() for plane in planes]).view(-1, right - left), moved
+
+
 def images_in(memory: Tensor, places: Tensor) -> list[Tensor]:
-    """Images [H, W, 3] as views of the memory that holds them.
+    """Images, RGB [H, W, 3] or planes [3·H/2, W], as views of the memory that holds them.
 
     Args:
         memory: [N] uint8.
-        places: [B, 3] int64: where each begins, height, width.
+        places: [B, 4] int64: where each begins, and its shape; 0 as the third number of that for planes.
     """
-    return [memory[p : p + 3 * height * width].view(height, width, 3) for p, height, width in places.tolist()]
+    return [
+        memory[place : place + rows * columns * (channels or 1)].view((rows, columns, channels)[: 3 if channels else 2])
+        for place, rows, columns, channels in places.tolist()
+    ]
 
 
-def _box(windows: np.ndarray) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the smallest part of an image that has all windows [views, 4]."""
-    top, left = windows[:, :2].min(0).tolist()
-    bottom, right = (windows[:, :2] + windows[:, 2:]).max(0).tolist()
-    return top, left, bottom - top, right - left
-
-
-def _mean_bytes(source: Source) -> int:
-    """Bytes of an image's pixels: of all, where they have one size, else the mean of the first that can be opened."""
-    if source.size is not None:
-        return 3 * source.size[0] * source.size[1]
-    sizes = []
-    for index in range(min(HEADERS, len(source))):
-        with contextlib.suppress(BadImage):
-            sizes.append(open_image(source, index).size)
-    return sum(3 * height * width for height, width in sizes) // max(1, len(sizes))
+def _places(images: list[Tensor]) -> list[tuple[int, ...]]:
+    """The rows of `images_in`'s table for images that lie one after the other."""
+    ends = np.cumsum([image.numel() for image in images]).tolist()
+    return [(end - image.numel(), *image.shape, *[0] * (3 - image.ndim)) for end, image in zip(ends, images)]

@@ -7,10 +7,17 @@
     index    the fields of all records as a safetensors file, with the header's JSON in its metadata
     trailer  "FSSLEND0", offset of the index (8), its bytes (8), its CRC-32 (4), zeros (4)
 
-A record whose height is 0 holds an image file, else pixels [height, width, 3] of bytes. Its JSON has the name, the
+A record whose height is 0 holds an image file, else pixels: RGB [height, width, 3], or, in half as many bytes, planes
+[3·height/2, width] of an even height and width, as `decoding.py` describes them. Its JSON has the name, the
 identity, the label and the split of the image, the size and the CRC-32 of its extras (a safetensors file), or the
 reason why it could not be decoded; such a record has no bytes. The index makes opening fast, and holds nothing that the
 records don't: of a file that is cut off or whose index is damaged, the records are read one by one.
+
+The checksum of an image is verified when a process reads it for the first time, and that of its extras always. Later
+reads of the process return the mapped memory itself: they would find what the first one found.
+
+Shards are such files, each with a part of the images. The numbers of the images go on from shard to shard, and each
+header says which shard of how many it is.
 """
 
 import json
@@ -62,8 +69,9 @@ def header_bytes(header: dict[str, Any]) -> bytes:
 
 
 def record_bytes(number: int, image: np.ndarray, facts: dict[str, Any], extras: bytes = b"") -> bytes:
-    """A record of an image: bytes [N] of a file, or pixels [H, W, 3]; an empty array for one that can't be decoded."""
-    height, width = image.shape[:2] if image.ndim == 3 else (0, 0)
+    """A record of an image: bytes [N] of a file, RGB [H, W, 3] or planes [3·H/2, W]; an empty array for a bad one."""
+    height, width = image.shape[:2] if image.ndim > 1 else (0, 0)
+    height = height * 2 // 3 if image.ndim == 2 else height
     facts = {**facts, "extras": [len(extras), zlib.crc32(extras)]} if extras else facts
     text, data = json.dumps(facts).encode(), image.tobytes()
     rest = RECORD.pack(b"", 0, number, len(data), len(text), height, width, zlib.crc32(data))[8:]
@@ -234,6 +242,22 @@ def _read_record(data: mmap.mmap | bytes, start: int) -> tuple[Record | None, in
     if end > len(data):
         return None, 0
     return Record(number, begin, size, height, width, image_crc, facts), -(-end // 8) * 8
+
+
+def shape_of(size: int, height: int, width: int) -> tuple[int, ...] | None:
+    """Shape of an image of `size` bytes in a record, whose height and width are these; None if they don't agree."""
+    if not height:
+        return (size,)
+    if size == 3 * height * width:
+        return height, width, 3
+    if 2 * size == 3 * height * width and not (height % 2 or width % 2):
+        return 3 * height // 2, width
+    return None
+
+
+def shard_path(path: Path, shard: int, shards: int) -> Path:
+    """The file of a shard, such as photos-00000-of-00004.pack of photos.pack; the path itself if there is only one."""
+    return path if shards == 1 else path.with_name(f"{path.stem}-{shard:05d}-of-{shards:05d}{path.suffix}")
 
 
 def _padded(data: bytes) -> bytes:

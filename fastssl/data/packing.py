@@ -1,4 +1,4 @@
-"""Writing of packs (`pack_format.py`): images are made smaller and encoded in worker processes, and the file can be
+"""Writing of packs (`pack_format.py`): images are made smaller and encoded in worker processes, and files can be
 continued after an interruption."""
 
 import fcntl
@@ -11,23 +11,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastssl.text import printable
 
-from .decoding import ImageFile
-from .pack_format import Record, header_bytes, index_bytes, record_bytes, scan
+from .decoding import MARGIN, ImageFile, rgb_to_planes
+from .pack_format import Record, header_bytes, index_bytes, record_bytes, scan, shard_path
 from .source import SPLITS, BadImage, Source, identity, read_extras
 from .workers import Workers
 
-KINDS = ("jpeg", "rgb", "copy")
+KINDS = ("jpeg", "yuv", "rgb", "copy")
 
 
 class Encoding(NamedTuple):
     """How images are stored."""
 
-    kind: str = "jpeg"  # "jpeg"; "rgb" for pixels, which need no decoding; "copy" for the files as they are
+    kind: str = "jpeg"  # one of `KINDS`: yuv and rgb are pixels, which need no decoding; copy: the files as they are
     side: int = 320  # largest length of the shorter side in pixels; larger images are made smaller
     quality: int = 90  # of JPEG, 1 to 95
 
@@ -42,28 +44,44 @@ class Packed(NamedTuple):
 
 
 def encode(image: ImageFile, encoding: Encoding) -> np.ndarray:
-    """The image as it is stored: bytes [N] of a file, or pixels [H, W, 3].
+    """The image as it is stored: bytes [N] of a file, RGB [H, W, 3] or planes [3·H/2, W].
 
-    An upright JPEG that is small enough is kept as it is. Others are resized with Pillow's bicubic filter.
+    An upright JPEG that is small enough is kept as it is. Others are resized with an antialiased bicubic filter, large
+    JPEGs from a reduced image of at least `MARGIN` times the size.
 
     Raises:
         BadImage: the image can't be decoded.
     """
-    small = min(image.size) <= encoding.side
-    pixels = image.pixels()  # also of what is copied: a pack holds no image that can't be decoded
-    keep = encoding.kind == "jpeg" and image.format == "JPEG" and image.orientation == 1 and small
-    if encoding.kind == "copy" or keep:
+    kind, side = encoding.kind, encoding.side
+    small = min(image.size) <= side
+    keep = kind == "jpeg" and image.format == "JPEG" and image.orientation == 1 and small
+    if kind == "copy" or keep:
+        image.raster()  # a pack holds no image that can't be decoded
         return image.data
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    if kind == "yuv" and image.data.ndim == 2 and small:
+        return image.data
+    scale = image.find_scale(min(image.size) / side / MARGIN)
+    pixels = image.pixels() if image.data.ndim == 2 else image.raster(scale).permute(2, 0, 1)
     if not small:
-        scale = encoding.side / min(picture.size)
-        size = [max(encoding.side, round(side * scale)) for side in picture.size]
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-    if encoding.kind == "rgb":
+        pixels = _resize(pixels, image.size, side, even=kind == "yuv")
+    picture = Image.merge(
+        "RGB", [Image.fromarray(plane) for plane in pixels.contiguous().numpy()]
+    )  # fast to interleave
+    if kind == "rgb":
         return np.array(picture)
+    if kind == "yuv":
+        return rgb_to_planes(picture)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=encoding.quality)
     return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def _resize(pixels: Tensor, size: tuple[int, int], side: int, even: bool) -> Tensor:
+    """Pixels [3, H, W] of an image of this size, whose shorter side becomes `side`, or the next even number."""
+    step = 1 + even
+    ratio = side / min(size)
+    new = [-(-max(side, round(length * ratio)) // step) * step for length in size]
+    return F.interpolate(pixels[None], new, mode="bicubic", antialias=True)[0]
 
 
 def write_pack(
@@ -74,55 +92,112 @@ def write_pack(
     workers: int = 0,
     name: str = "",
     progress: Callable[[int, int], object] = lambda done, total: None,
+    shards: int = 1,
 ) -> Packed:
-    """Writes the images of a source to one file, `path`; until it is whole its name ends in .part.
+    """Writes the images of a source to one file, `path`, or to several; until one is whole its name ends in .part.
 
-    A .part file of the same source and encoding is continued after its last intact record.
+    A .part file of the same source and encoding is continued after its last intact record, and whole shards are kept.
 
     Args:
         sources: {"train": …, "test": …}, or one of them.
-        path: the file to write, which must not exist.
+        path: the file to write, which must not exist; with shards the name that `shard_path` derives theirs from.
         encoding: how images are stored.
         workers: processes that decode and encode; 0 for this one.
         name: the source, as in `open_source`, stored in the file.
         progress: called with the number of images done and of all.
+        shards: number of files.
 
     Raises:
         ValueError: the file exists, can't be written, or a .part file holds other images; another process writes it;
-            no image can be decoded.
+            there are more shards than images; no image can be decoded.
     """
-    numbers = {split: sources[split] for split in SPLITS if split in sources}
-    header: dict[str, Any] = {
-        "source": name,
-        "encoding": encoding._asdict(),
-        "images": [len(numbers[split]) if split in numbers else 0 for split in SPLITS],
-        "classes": [numbers[split].classes if split in numbers else None for split in SPLITS],
-        "notes": [list(getattr(numbers.get(split), "notes", ())) for split in SPLITS],
-    }
+    sources = {split: sources[split] for split in SPLITS if split in sources}
+    total = sum(map(len, sources.values()))
+    if shards > max(1, total):
+        raise ValueError(f"data: --shards must be at most the number of images, {total:,}, got {shards:,}")
     if path.exists():
         raise ValueError(f"data: --out {printable(path)} exists: choose another name, or remove it")
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            _lock(file, part)
-            records = _continue(file, part, header)
-            continued, total = len(records), sum(header["images"])
-            for data in _encoded(numbers, encoding, {record.number for record in records}, workers):
-                begin = file.tell()
-                file.write(data)
-                records += [record._replace(offset=record.offset + begin) for record in scan(data, 0)]
-                progress(len(records), total)
-            if not any("bad" not in record.facts for record in records):
-                raise ValueError(f"data: none of the {total:,} images of {printable(name)} can be decoded")
-            file.write(index_bytes(records, header, file.tell()))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        part.rename(path)
-    except OSError as error:
-        raise ValueError(f"data: --out {printable(path)} can't be written ({error.strerror or error})") from error
-    bad = [record.facts["bad"] for record in records if "bad" in record.facts]
-    return Packed(len(records) - len(bad), bad, size, continued)
+    written: list[Record] = []
+    bytes_written = continued = 0
+    for shard in range(shards):
+        numbers = range(total * shard // shards, total * (shard + 1) // shards)
+        header = {"source": name, "encoding": encoding._asdict(), **_describe(sources, numbers)}
+        file = shard_path(path, shard, shards)
+        try:
+            with _Part(file, {**header, "shard": [shard, shards]}) as part:
+                done = {record.number for record in part.records}
+                continued += len(done)
+                for data in _encoded(sources, encoding, [n for n in numbers if n not in done], workers):
+                    part.write(data)
+                    progress(len(written) + len(part.records), total)
+                written += part.records
+                if shard == shards - 1 and not any("bad" not in record.facts for record in written):
+                    raise ValueError(f"data: none of the {total:,} images of {printable(name)} can be decoded")
+                bytes_written += part.finish()
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"data: --out {printable(file)} can't be written ({reason})") from error
+    bad = [record.facts["bad"] for record in written if "bad" in record.facts]
+    return Packed(len(written) - len(bad), bad, bytes_written, continued)
+
+
+def _describe(sources: dict[str, Source], numbers: range) -> dict[str, Any]:
+    """Fields of a header on the images with these numbers, which count through both splits."""
+    images, first = [], 0
+    for split in SPLITS:
+        count = len(sources[split]) if split in sources else 0
+        images.append(len(range(max(first, numbers.start), min(first + count, numbers.stop))))
+        first += count
+    return {
+        "images": images,
+        "classes": [sources[split].classes if split in sources else None for split in SPLITS],
+        "notes": [list(getattr(sources.get(split), "notes", ())) for split in SPLITS],
+    }
+
+
+class _Part:
+    """A file that is written, named .part until it is whole, and continued after its last intact record.
+
+    Args:
+        path: its final name.
+        header: its header. A whole shard with the same one is left as it is.
+
+    Attributes:
+        records: those in the file.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]):
+        self._path, self._header, self._part = path, header, path.with_name(f"{path.name}.part")
+        self._whole = path.exists()
+
+    def __enter__(self) -> "_Part":
+        path = self._path if self._whole else self._part
+        self._file = open(os.open(path, os.O_RDWR if self._whole else os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            _lock(self._file, path)
+            self.records = _continue(self._file, path, self._header, cut=not self._whole)
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def write(self, data: bytes) -> None:
+        """Appends the record of an image."""
+        begin = self._file.tell()
+        self._file.write(data)
+        self.records += [record._replace(offset=record.offset + begin) for record in scan(data, 0)]
+
+    def finish(self) -> int:
+        """Appends the index and gives the file its name; returns its size."""
+        if not self._whole:
+            self._file.write(index_bytes(self.records, self._header, self._file.tell()))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._part.rename(self._path)
+        return self._file.seek(0, os.SEEK_END)
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
 
 def _lock(file: Any, part: Path) -> None:
@@ -132,8 +207,8 @@ def _lock(file: Any, part: Path) -> None:
         raise ValueError(f"data: another process is writing {printable(part)}") from error
 
 
-def _continue(file: Any, part: Path, header: dict[str, Any]) -> list[Record]:
-    """Records of an interrupted call; the file then ends behind the last of them, or behind a new header."""
+def _continue(file: Any, part: Path, header: dict[str, Any], cut: bool) -> list[Record]:
+    """Records of an interrupted call; with `cut` the file then ends behind the last, or behind a new header."""
     start = header_bytes(header)
     file.seek(0)
     found = file.read(len(start))
@@ -149,6 +224,8 @@ def _continue(file: Any, part: Path, header: dict[str, Any]) -> list[Record]:
         if records:
             last = records[-1]
             end = -(-(last.offset + last.size + last.facts.get("extras", [0])[0]) // 8) * 8
+    if not cut:
+        return records
     file.truncate(min(end, file.seek(0, os.SEEK_END)))
     if not records:
         file.seek(0)
@@ -183,11 +260,10 @@ class _Encoded(Dataset):
         return record_bytes(number, image, facts, extras)
 
 
-def _encoded(sources: dict[str, Source], encoding: Encoding, done: set[int], workers: int) -> Iterator[bytes]:
-    """The record of each image that is not done, in order."""
-    total = sum(map(len, sources.values()))
-    todo = np.array([number for number in range(total) if number not in done], dtype=np.int64)
-    if len(todo):
+def _encoded(sources: dict[str, Source], encoding: Encoding, numbers: list[int], workers: int) -> Iterator[bytes]:
+    """The record of each image with these numbers, in order."""
+    if numbers:
+        todo = np.array(numbers, dtype=np.int64)
         yield from Workers(_Encoded(sources, encoding, todo), workers=workers, batch_size=None)
 
 

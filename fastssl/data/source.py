@@ -50,7 +50,9 @@ class Source(Protocol):
         ...
 
     def read(self, index: int) -> np.ndarray:
-        """Pixels [H, W, 3] or the bytes [N] of an image file, uint8 and writable. `decoding.ImageFile` decodes both.
+        """Pixels [H, W, 3], planes [3·H/2, W] (`decoding.py`) or the bytes [N] of an image file.
+
+        They are uint8, writable and only read by others. `decoding.ImageFile` decodes all three.
 
         Raises:
             BadImage: the image can't be read.

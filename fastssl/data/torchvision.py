@@ -5,7 +5,7 @@ changes the colours of a whole batch.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from fastssl.ops import ColourLaw, augment_, resized_crops_
 
 from .augmentation import COLOUR_LAWS, Augmentation, View
-from .decoding import ImageFile, open_image
+from .decoding import ImageFile, decode_for_views, open_image
 from .draws import Draws, draw, mix, windows
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .source import BadImage, BadSource, Source, read_extras
@@ -87,15 +87,17 @@ def make_batch(
                 files[row] = open_image(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
-        for row, view_windows in windows_of(augmentation, draws, files):
+        for row, in_file in windows_of(augmentation, draws, files):
             try:
-                pixels = files[row].pixels().permute(1, 2, 0)
+                pixels, in_pixels = decode(files[row], augmentation, in_file)
                 extras[row] = read_extras(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
                 continue
-            for view, window, batch in zip(augmentation.views, view_windows, views):
-                resized_crops_(batch[row : row + 1], [pixels], torch.tensor([window]), view.interpolation)
+            for view, window, batch in zip(augmentation.views, in_pixels, views):
+                resized_crops_(
+                    batch[row : row + 1], [pixels], torch.tensor([window], dtype=torch.float64), view.interpolation
+                )
     rows = list(extras)
     if bad:
         rows = fill_in_rows(rows, len(indices)) if fill_in else rows
@@ -106,6 +108,15 @@ def make_batch(
     stacked = stack_extras(source, indices, [extras[row] for row in rows])
     labels = labels_of(source, indices)
     return Samples(views, torch.from_numpy(indices), labels, torch.from_numpy(seeds), stacked, bad)
+
+
+def decode(
+    image: ImageFile, augmentation: Augmentation, windows: Sequence[Sequence[float]]
+) -> tuple[Tensor, Sequence[Sequence[float]]]:
+    """Pixels of an image, reduced if the augmentation allows it, and the views' windows in them."""
+    if augmentation.reduced:
+        return decode_for_views(image, windows, [view.size for view in augmentation.views])
+    return image.raster(), windows
 
 
 def change_colours(pixels: Tensor, view: View, draws: Draws) -> None:

@@ -208,7 +208,12 @@ def train_official(
         )
     view = View(size, crop=(0.08, 1.0), interpolation=official.interpolation, flip_p=0.5)
     loader = Loader(
-        train, Augmentation((view,)), official.batch_size // official.pieces, seed=seed, max_bad=1.0, **loading
+        train,
+        Augmentation((view,), reduced=False),
+        official.batch_size // official.pieces,
+        seed=seed,
+        max_bad=1.0,
+        **loading,
     )
     with torch.no_grad():
         width = features(torch.zeros(1, 3, *size, device=device)).shape[1]

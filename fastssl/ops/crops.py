@@ -29,7 +29,8 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
     Equals, for an RGB image and its window,
     ``F.interpolate(image.permute(2, 0, 1)[None, :, top : top + height, left : left + width], (h, w),
     mode=interpolation, antialias=True)[0]`` of uint8 on a CPU, to the bit: along rows, then along columns, each with
-    integer weights and rounded to bytes. Pixels outside the window have no influence.
+    integer weights and rounded to bytes. Pixels outside the window have no influence. A window may begin and end inside
+    of pixels, as it does in an image that was reduced when it was decoded.
 
     Planes of YCbCr are resampled one by one, those of colour in the window of half the numbers, which may begin and end
     in the middle of a pixel; the results are converted to RGB by the integers of libjpeg, rounded once more.
@@ -39,7 +40,7 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
         images: B tensors uint8, of any sizes, on the device of `out`: RGB [H, W, 3], or the planes Y, U and V of YCbCr
             4:2:0 in one block [3·H/2, W]: Y is [H, W], then U and V, each [H/2, W/2]; full range, as in JPEG. H and W
             are even there. One image may be in the list several times.
-        windows: [B, 4] int64 on the CPU: top, left, height, width in pixels of the image (of Y).
+        windows: [B, 4] int64 or float64, on the CPU: top, left, height, width in pixels of the image (of Y).
         interpolation: "bilinear" or "bicubic".
 
     Raises:
@@ -60,7 +61,8 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
     if len(images) != len(out):
         check.fail("resized_crops_", f"images must hold {len(out)} tensors like out, got {len(images)}")
     check.tensor("resized_crops_", "windows", windows, "B 4", **{"B": len(out), "4": 4})
-    check.index("resized_crops_", windows=windows)
+    if windows.dtype != torch.float64:
+        check.index("resized_crops_", windows=windows)
     if not windows.is_cpu and not (windows.is_meta and out.is_meta):
         check.fail("resized_crops_", f"windows must be on the cpu, whatever the device of out, got {windows.device}")
     if interpolation not in MODES:
@@ -103,16 +105,17 @@ def _readable(i: int, image: Tensor, out: Tensor) -> Tensor:
 
 @op("resized_crops_", mutates_args=("out",))
 def _resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, bicubic: bool) -> None:
-    windows = windows.tolist()
-    for i, (image, (top, left, height, width)) in enumerate(zip(images, windows)):
+    numbers = windows.tolist()
+    for i, (image, (top, left, height, width)) in enumerate(zip(images, numbers)):
         rows, columns = image.shape[0] if image.ndim == 3 else image.shape[0] // 3 * 2, image.shape[1]
-        if not (0 <= top < top + height <= rows and 0 <= left < left + width <= columns):
+        fits = top >= 0 and left >= 0 and top + height <= rows and left + width <= columns
+        if not (fits and height >= 1 and width >= 1):
             inside = f"inside its image of {rows}×{columns} pixels and have at least one"
             window = [top, left, height, width]
             check.fail("resized_crops_", f"windows[{i}] must be {inside}, got {window}", RuntimeError)
     if out.numel() == 0:
         return
-    for result, image, window in zip(out, images, windows):
+    for result, image, window in zip(out, images, numbers):
         if image.ndim == 3:
             result.copy_(resample_plane(image.permute(2, 0, 1), window, result.shape[1:], bicubic))
         else:
@@ -144,7 +147,7 @@ def resample_plane(plane: Tensor, window: Sequence[float], size: Sequence[int], 
 
     Args:
         plane: the pixels.
-        window: top, left, height, width: multiples of 1/2.
+        window: top, left, height, width.
         size: (h, w).
         bicubic: the kernel is the cubic with a = −1/2, not the triangle.
     """
@@ -170,7 +173,7 @@ def axis_weights(offset: float, length: float, size: int, bicubic: bool) -> tupl
     of the axis fits 16 bits.
 
     Args:
-        offset: where the window begins in its first pixel: 0, or 1/2 in planes of half the size.
+        offset: where the window begins in its first pixel, from 0 to 1: 1/2 for odd numbers in planes of half the size.
         length: of the window, in pixels.
         size: pixels of the result.
         bicubic: the kernel.

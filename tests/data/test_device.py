@@ -1,5 +1,7 @@
 """The engine whose workers only decode, on a CPU: bit-equal batches of the torchvision engine."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from fastssl.data.augmentation import Augmentation, View, evaluation, multi_crop
 from fastssl.data.draws import draw, mix, windows
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
+from fastssl.data.workers import LostWorker
 from fastssl.methods import mae, moco_v3
 from tests.data.test_extras import Captioned
 from tests.support.loaders import digest, poison
@@ -63,6 +66,42 @@ def test_workers_ranks_and_resume(images):
         assert one == two
 
 
+class Planes(Captioned):
+    """Planes of YUV and pixels by turns, of several sizes."""
+
+    def read(self, index):
+        random, height, width = np.random.default_rng(index), 20 + 2 * (index % 5), 34 - 2 * (index % 7)
+        shape = (height * 3 // 2, width) if index % 3 else (height, width, 3)
+        return random.integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("crop", [(0.05, 0.3), (0.3, 1.0), None], ids=str)
+def test_planes_are_sent_as_planes(crop):
+    """Parts of planes begin and end at even pixels, windows anywhere."""
+    source, augmentation = Planes(12), Augmentation((View((9, 7), crop=crop), View((30, 40), crop=crop, flip_p=0.5)))
+    assert digests(source, augmentation, "device") == digests(source, augmentation, "torchvision")
+    decoded = device.decode_batch(source, augmentation, 0, 0, np.arange(12), True)
+    assert [shape[2] for shape in decoded.images[:, 1:].tolist()] == [3, 0, 0] * 4
+    images = device.images_in(decoded.memory, decoded.images)
+    assert [image.ndim for image in images] == [3, 2, 2] * 4
+    assert sum(image.numel() for image in images) == len(decoded.memory)
+
+
+def test_large_jpegs_are_reduced(tmp_path):
+    """By the same number as in the torchvision engine; the parts of reduced images are sent."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for i, size in enumerate([(300, 200), (640, 481), (97, 333), (1200, 900)]):
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(tmp_path / f"{i}.jpg", quality=90)
+    source = open_source(f"folder:{tmp_path}::labels=none")
+    augmentation = Augmentation(
+        (View((12, 20), crop=(0.2, 1.0), interpolation="bicubic"), View((8, 8), crop=(0.1, 0.3)))
+    )
+    expected = [digest(batch) for batch in Loader(source, augmentation, 2).epoch(0)]
+    assert [digest(batch) for batch in Loader(source, augmentation, 2, engine="device").epoch(0)] == expected
+    decoded = device.decode_batch(source, augmentation, 0, 0, np.array([3]), True)
+    assert len(decoded.memory) < 3 * 1200 * 900 / 16 and (decoded.windows % 1).any()
+
+
 def test_extras_of_good_images_alone():
     source = Captioned(24, bad=[5, 11], encoded=True, unreadable=[3])
     augmentation = Augmentation((View((8, 8), crop=(0.3, 1.0)),))
@@ -79,7 +118,7 @@ def test_a_worker_sends_the_parts_that_the_views_need():
     assert np.array_equal(decoded.windows.numpy()[..., :2], whole[..., :2] - corner)
     assert np.array_equal(decoded.windows.numpy()[..., 2:], whole[..., 2:])
     shapes = (whole[..., :2] + whole[..., 2:]).max(0) - corner
-    assert np.array_equal(decoded.images.numpy()[:, 1:], shapes)
+    assert np.array_equal(decoded.images.numpy()[:, 1:], np.column_stack([shapes, [3] * 6]))
     assert len(decoded.memory) == 3 * shapes.prod(1).sum() < 0.6 * 6 * 64 * 64 * 3
     for part, (top, left), (height, width), index in zip(
         device.images_in(decoded.memory, decoded.images), corner, shapes, range(6)
@@ -93,12 +132,18 @@ def test_images_that_fill_in_are_sent_once():
     assert len(decoded.images) == 8 and len(set(decoded.images[:, 0].tolist())) == 4
     assert decoded.index.tolist() == [0, 5, 6, 7] * 2 and [index for index, _ in decoded.bad] == [1, 2, 3, 4]
     none = device.decode_batch(Captioned(2, bad=[0, 1]), Augmentation((View((8, 8)),)), 0, 0, np.arange(2), True)
-    assert none.windows.shape == (1, 0, 4) and none.images.shape == (0, 3) and len(none.bad) == 2
+    assert none.windows.shape == (1, 0, 4) and none.images.shape == (0, 4) and len(none.bad) == 2
 
 
-def test_the_shared_memory_that_batches_need_is_known_at_the_start(images):
-    assert device._mean_bytes(open_source("shapes:count=6,size=64")) == 3 * 64 * 64
-    assert images.size is None and device._mean_bytes(images) == 3 * 40 * 60  # the first eight files, but for bad ones
+def test_too_small_a_shared_memory_is_refused_at_the_start(monkeypatch):
+    """Where images have one size; otherwise a worker that finds it full is named."""
+    free = os.statvfs_result((4096, 4096, 1000, 20, 20, 0, 0, 0, 0, 255))  # 80 kB
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
+    loader = Loader(open_source("shapes:count=24,size=64"), AUGMENTATIONS["mae"], 6, engine="device", workers=2)
+    with pytest.raises(
+        LostWorker, match=r"^data: 2 workers keep up to 5 batches of 0.1 MB in /dev/shm, which has 0.1 MB"
+    ):
+        loader.epoch(0)
 
 
 def test_views_are_made_on_the_device_of_the_loader():

@@ -317,7 +317,16 @@ def test_a_stated_range(tmp_path):
     )
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 1), np.uint8), np.zeros((4, 4))])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 1), np.uint8),
+        np.zeros((4, 4)),
+        np.zeros((4, 4), np.uint8),  # no planes: 3 · height / 2 rows
+        np.zeros((6, 3), np.uint8),  # planes of an odd width
+    ],
+)
 def test_a_source_of_your_own_must_give_bytes(pixels):
     """Floats from 0 to 1 would become black."""
 

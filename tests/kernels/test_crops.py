@@ -10,7 +10,7 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.source import open_source
 from fastssl.kernels import crops as kernels
 from fastssl.ops import crops, dispatch, resized_crops_
-from tests.kernels.interpreter import triton_on_cpu
+from tests.kernels.interpreter import triton_on_cpu, watch
 from tests.support import kernel_model as model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
@@ -59,6 +59,24 @@ def test_every_scale(interpolation):
     image = rgb(4, 90)
     widths = [1, 2, 3, 4, 5, 7, 15, 31, 90]
     check([image] * len(widths), [[1, 90 - w, 3, w] for w in widths], (3, 3), interpolation)
+
+
+@both
+def test_windows_that_begin_and_end_inside_of_pixels(interpolation):
+    """As in an image that was reduced by 2, 4 or 8 when it was decoded."""
+    images, bicubic, size = [rgb(12, 15), yuv(12, 14), rgb(3, 3)], interpolation == "bicubic", (7, 8)
+    windows = [[1.125, 2.5, 9.75, 11.875], [0.25, 3.875, 11.5, 8.0], [1.5, 0.5, 1.0, 2.5]]
+    found, expected = (torch.zeros(3, 3, *size, dtype=torch.uint8) for _ in range(2))
+    with watch({f"images[{i}]": image for i, image in enumerate(images)}):
+        kernels.resized_crops_(found, images, torch.tensor(windows, dtype=torch.float64), bicubic)
+    for image, window, crop in zip(images, windows, expected):
+        if image.ndim == 3:
+            crop.copy_(crops.resample_plane(image.permute(2, 0, 1), window, size, bicubic))
+        else:
+            halves = [number / 2 for number in window]
+            parts = zip(crops.planes_of(image), (window, halves, halves))
+            crop.copy_(crops.rgb_of_ycbcr(*(crops.resample_plane(plane, w, size, bicubic) for plane, w in parts)))
+    assert torch.equal(found, expected)
 
 
 @both
@@ -117,6 +135,7 @@ def test_the_plan_gives_each_plane_its_own_scratch_memory():
     assert planes[:, 7].tolist() == [0, 30, 40] and scratch == 30 + 10 + 12
     assert table[:, 1:4].tolist() == [[0, 10, 20], [30, 40, 46]]
     assert weights == int((axes[:, 4] * axes[:, 3]).sum())
+    assert axes[4:, 0].view(torch.float64).tolist() == [0.5, 0.5] and axes[4:, 2].tolist() == [7, 6]
 
 
 def test_views_of_the_engine_that_crops_on_the_device():
