@@ -113,14 +113,14 @@ def decode_batch(
                 files[row] = open_image(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
-        for row, of_views in windows_of(augmentation, draws, files):
+        for row, in_file in windows_of(augmentation, draws, files):
             try:
-                pixels, of_views = decode(files[row], augmentation, of_views)
+                pixels, in_pixels = decode(files[row], augmentation, in_file)
                 extras[row] = read_extras(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
                 continue
-            parts[row], windows[row] = cut(pixels, torch.tensor(of_views, dtype=torch.float64))
+            parts[row], windows[row] = cut(pixels, torch.tensor(in_pixels, dtype=torch.float64))
     good = list(parts)
     rows = fill_in_rows(good, len(indices)) if bad and fill_in else good
     images = dict(zip(good, _places(list(parts.values()))))

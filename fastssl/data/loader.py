@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastssl.contract import Batch
+from fastssl.ops import normalise
 from fastssl.text import printable
 
-from .augmentation import Augmentation
+from .augmentation import Augmentation, View
 from .lab import rgb_to_lab
 from .order import Order
 from .samples import Engine, Layout, Samples, describe
 from .source import BadSource, Source
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ENGINES = ("torchvision", "device", "dali")
 
 
@@ -41,8 +44,10 @@ class Loader:
         bad_files: file to which the names of images that can't be decoded are appended. In training they are replaced
             by others of the batch, in evaluation they are left out.
         max_bad: largest share of the source (of this rank's part of it) that may be bad.
+        dtype: dtype of the views: float32, bfloat16 or float16, rounded once.
 
     Raises:
+        TypeError: the dtype is another one.
         ValueError: the batch is larger than the source, or the engine is unknown or not installed; while iterating, too
             many images are bad, the source's extras differ between images, or a worker process is lost (`LostWorker`).
     """
@@ -62,6 +67,7 @@ class Loader:
         world: int = 1,
         bad_files: Path | None = None,
         max_bad: float = 0.01,
+        dtype: torch.dtype = torch.float32,
     ):
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("world", world, 1)):
             if value < least:
@@ -73,20 +79,15 @@ class Loader:
             raise ValueError(
                 f"data: the batch of {batch_size}{per_rank} is larger than the data, which has {len(source)} images"
             )
-        self.device = torch.device(device)
+        if dtype not in DTYPES:
+            raise TypeError(f"data: dtype must be float32, bfloat16 or float16, got {dtype}".replace("torch.", ""))
+        self.device, self.dtype = torch.device(device), dtype
         self.augmentation, self.bad_files, self.max_bad, self.total = augmentation, bad_files, max_bad, len(source)
         self._bad: set[int] = set()
         self._order = Order(len(source), batch_size, seed, train, source.shards, rank, world)
         self._epochs_begun, self._world = 0, world
         self._layout: Layout | None = None  # of the source's extras, known from the first batch
         self._engine = _build_engine(engine, source, augmentation, batch_size, seed, workers, self.device, train)
-        self._mean_and_std = [
-            tuple(
-                torch.tensor(v, device=self.device).view(1, 3, 1, 1) * (255 if view.colour_space == "rgb" else 1)
-                for v in (view.mean, view.std)
-            )
-            for view in augmentation.views
-        ]
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -124,16 +125,23 @@ class Loader:
 
     def _to_batch(self, samples: Samples) -> Batch:
         """Copies a batch to the device; bytes become normalised floats."""
-        values = [view.to(self.device, non_blocking=True).float() for view in samples.views]
-        spaces = [view.colour_space for view in self.augmentation.views]
-        values = [rgb_to_lab(view / 255) if space == "lab" else view for view, space in zip(values, spaces)]
-        views = tuple(view.sub_(mean).div_(std) for view, (mean, std) in zip(values, self._mean_and_std))
+        views = tuple(
+            self._to_floats(pixels.to(self.device, non_blocking=True), view)
+            for pixels, view in zip(samples.views, self.augmentation.views)
+        )
         # these are copied on a CPU too: a tensor in a worker's shared memory holds a file open
         index, label, seed, *extras = (
             tensor.to(self.device, non_blocking=True, copy=True)
             for tensor in (samples.index, samples.label, samples.seed, *samples.extras.values())
         )
         return Batch(views, index, label, seed, dict(zip(samples.extras, extras)))
+
+    def _to_floats(self, pixels: Tensor, view: View) -> Tensor:
+        """Normalised floats [B, 3, H, W] of bytes, in the view's colour space."""
+        if view.colour_space == "rgb":
+            return normalise(pixels, view.mean, view.std, self.dtype)
+        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (view.mean, view.std))
+        return rgb_to_lab(pixels.float() / 255).sub_(mean).div_(std).to(self.dtype)
 
     def _on_copy_stream(self, batches: Iterator[Samples]) -> Iterator[Batch]:
         """Makes, copies and normalises on a separate stream, while the GPU computes the previous step."""

@@ -1,7 +1,7 @@
-"""The engine on torchvision, which works on every machine.
+"""The engine with torchvision's augmentations, which works on every machine.
 
-Worker processes decode each image once, `resized_crops_` resamples every view of it, and `augment_` changes the colours
-of a whole batch.
+Worker processes decode each image once, `resized_crops_` resamples every view of it as torchvision does, and `augment_`
+changes the colours of a whole batch.
 """
 
 import itertools
@@ -87,14 +87,14 @@ def make_batch(
                 files[row] = open_image(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
-        for row, view_windows in windows_of(augmentation, draws, files):
+        for row, in_file in windows_of(augmentation, draws, files):
             try:
-                pixels, view_windows = decode(files[row], augmentation, view_windows)
+                pixels, in_pixels = decode(files[row], augmentation, in_file)
                 extras[row] = read_extras(source, int(indices[row]))
             except BadImage as error:
                 bad.append((int(indices[row]), str(error)))
                 continue
-            for view, window, batch in zip(augmentation.views, view_windows, views):
+            for view, window, batch in zip(augmentation.views, in_pixels, views):
                 resized_crops_(
                     batch[row : row + 1], [pixels], torch.tensor([window], dtype=torch.float64), view.interpolation
                 )

@@ -67,10 +67,11 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
         check.fail("resized_crops_", f"windows must be on the cpu, whatever the device of out, got {windows.device}")
     if interpolation not in MODES:
         check.fail("resized_crops_", f"interpolation must be bilinear or bicubic, got {interpolation!r}")
-    if not _is_dense(out):
+    if not (out.is_contiguous() or _is_dense(out)):
         strides = f"shape {list(out.shape)} and strides {list(out.stride())}"
         check.fail("resized_crops_", f"out must have contiguous images that share no memory, got {strides}")
-    images = [_readable(f"images[{i}]", image, out) for i, image in enumerate(images)]
+    for i, image in enumerate(images):
+        images[i] = _readable(i, image, out)
     _resized_crops_(out, images, windows, interpolation == "bicubic")
     return out
 
@@ -86,25 +87,26 @@ def _is_dense(out: Tensor) -> bool:
     return not out.numel() or (out[0].is_contiguous() and (len(out) == 1 or out.stride(0) >= size))
 
 
-def _readable(name: str, image: Tensor, out: Tensor) -> Tensor:
-    """The image, checked, with contiguous pixels in each row; planes in one block."""
-    check.is_tensor("resized_crops_", name, image)
-    _check_bytes(name, image)
-    check.same_device("resized_crops_", out=out, **{name: image})
-    shape = image.shape
-    if not (image.ndim == 3 and shape[2] == 3) and not (image.ndim == 2 and shape[0] % 3 == 0 == shape[1] % 2):
+def _readable(i: int, image: Tensor, out: Tensor) -> Tensor:
+    """Image i of a list, checked, with contiguous pixels in each row; planes in one block."""
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.device != out.device:
+        check.is_tensor("resized_crops_", f"images[{i}]", image)
+        _check_bytes(f"images[{i}]", image)
+        check.same_device("resized_crops_", **{"out": out, f"images[{i}]": image})
+    shape, strides = image.shape, image.stride()
+    is_rgb = len(shape) == 3 and shape[2] == 3
+    if not is_rgb and not (len(shape) == 2 and shape[0] % 3 == 0 == shape[1] % 2):
         expected = "RGB [H, W, 3], or planes [3·H/2, W] of 4:2:0 with even H and W"
-        check.fail("resized_crops_", f"{name} must be {expected}, got {list(shape)}")
-    if torch._C._is_alias_of(image, out):  # type: ignore[attr-defined]
-        check.separate("resized_crops_", {"out": out}, {name: image})
-    rows_are_dense = image.ndim == 3 and image.stride(2) == 1 and image.stride(1) == 3
-    return image if rows_are_dense or image.is_contiguous() else image.contiguous()
+        check.fail("resized_crops_", f"images[{i}] must be {expected}, got {list(shape)}")
+    if not torch.compiler.is_compiling() and torch._C._is_alias_of(image, out):  # type: ignore[attr-defined]
+        check.separate("resized_crops_", {"out": out}, {f"images[{i}]": image})
+    return image if (is_rgb and strides[1:] == (3, 1)) or image.is_contiguous() else image.contiguous()
 
 
 @op("resized_crops_", mutates_args=("out",))
 def _resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, bicubic: bool) -> None:
-    windows = windows.tolist()
-    for i, (image, (top, left, height, width)) in enumerate(zip(images, windows)):
+    numbers = windows.tolist()
+    for i, (image, (top, left, height, width)) in enumerate(zip(images, numbers)):
         rows, columns = image.shape[0] if image.ndim == 3 else image.shape[0] // 3 * 2, image.shape[1]
         fits = top >= 0 and left >= 0 and top + height <= rows and left + width <= columns
         if not (fits and height >= 1 and width >= 1):
@@ -113,7 +115,7 @@ def _resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, bicu
             check.fail("resized_crops_", f"windows[{i}] must be {inside}, got {window}", RuntimeError)
     if out.numel() == 0:
         return
-    for result, image, window in zip(out, images, windows):
+    for result, image, window in zip(out, images, numbers):
         if image.ndim == 3:
             result.copy_(resample_plane(image.permute(2, 0, 1), window, result.shape[1:], bicubic))
         else:

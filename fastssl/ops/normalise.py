@@ -17,6 +17,7 @@ def _kernels():
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def normalise(
@@ -53,16 +54,22 @@ def normalise(
 
 
 def _times_255(name: str, values: Sequence[float]) -> list[float]:
-    """255 times each of three numbers, as computed in float32."""
+    """255 times each of three numbers in float32, to be rounded to it."""
     if not isinstance(values, (list, tuple)) or any(isinstance(v, (bool, Tensor)) for v in values):
         check.fail("normalise", f"{name} must be three numbers, got {values!r:.80}", TypeError)
     check.number("normalise", **{f"{name}[{i}]": value for i, value in enumerate(values)})
     if len(values) != 3:
         check.fail("normalise", f"{name} must be three numbers, got {len(values)}")
-    products = (torch.tensor(values, dtype=torch.float32) * 255).tolist()
-    if not all(abs(product) < float("inf") for product in products):
+    products = [255 * _to_24_bits(value) for value in values]
+    if not all(abs(product) < FLOAT32_MAX for product in products):
         check.fail("normalise", f"{name} must be finite, and 255 times it in float32, got {list(values)}")
     return products
+
+
+def _to_24_bits(x: float) -> float:
+    """x as float32 rounds it, by Dekker's splitting, which torch.compile traces."""
+    product = x * (2**29 + 1)
+    return product - (product - x)
 
 
 @op("normalise")

@@ -48,6 +48,25 @@ def _augment(n: random.Random) -> Arguments:
     }
 
 
+def _crops(n: random.Random) -> Arguments:
+    images, windows = [], []
+    for _ in range(n.randint(1, 3)):
+        height, width = 2 * n.randint(1, 20), 2 * n.randint(1, 20)
+        shape = n.choice([(height, width, 3), (3 * height // 2, width)])
+        images.append(torch.randint(256, shape, dtype=torch.uint8))
+        top, left = n.randrange(height), n.randrange(width)
+        windows.append([top, left, n.randint(1, height - top), n.randint(1, width - left)])
+    out = torch.zeros(len(images), 3, n.randint(1, 40), n.randint(1, 40), dtype=torch.uint8)
+    drawn = {"out": out, "images": images, "windows": torch.tensor(windows)}
+    return drawn | {"interpolation": n.choice(["bilinear", "bicubic"])}
+
+
+def _normalise(n: random.Random) -> Arguments:
+    pixels = torch.randint(256, (n.randint(1, 3), 3, n.randint(1, 9), n.randint(1, 40)), dtype=torch.uint8)
+    dtype = n.choice([torch.float32, torch.bfloat16, torch.float16])
+    return {"pixels": pixels, "mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1), "dtype": dtype}
+
+
 def _block_mask(n: random.Random) -> Arguments:
     batch, rows, columns = n.randint(1, 5), n.randint(1, 9), n.randint(1, 9)
     count = torch.rand(batch) * rows * columns
@@ -217,11 +236,13 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "linear": _linear,
     "linear_cross_entropy": _linear_cross_entropy,
     "masked_patch_mse": _masked_patch_mse,
+    "normalise": _normalise,
     "nt_xent": _nt_xent,
     "patchify": lambda n: dict(zip(("images", "patch"), _images(n))),
     "prototype_lse": _prototype_lse,
     "random_masking": lambda n: {"noise": torch.rand(n.randint(1, 3), n.randint(5, 40)), "keep": n.randint(1, 5)},
     "residual_norm": _residual_norm,
+    "resized_crops_": _crops,
     "restore_tokens": _restore_tokens,
     "sampled_scores": _sampled_scores,
     "sampled_info_nce": _sampled,

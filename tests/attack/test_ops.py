@@ -183,7 +183,7 @@ def test_layouts_change_nothing(name, seed):
     arguments = CALLS[name](random.Random(seed))
     if name != "prototype_lse":
         arguments = needing_gradients(arguments)
-    if name in ("augment_", "enqueue_", "ema_update_", "update_bank_"):
+    if name in ("augment_", "enqueue_", "ema_update_", "resized_crops_", "update_bank_"):
         pytest.skip("an op in place: the mutations cover its layouts")
     for argument, value in arguments.items():
         if not isinstance(value, Tensor):
