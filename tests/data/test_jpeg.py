@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from fastssl.data import jpeg
-from fastssl.data.decoding import MARGIN, ImageFile, reduction
+from fastssl.data.decoding import MARGIN, ImageFile, decode_for_views
 from fastssl.data.source import BadImage
 from fastssl.machine import facts
 
@@ -105,12 +105,14 @@ def test_views_keep_their_pixels():
     """Each window in the reduced image has at least `MARGIN` times the pixels of its view's sides."""
     image = ImageFile(encoded(picture(480, 640)), "x")
     windows, sizes = [(0, 0, 480, 640), (10, 20, 200, 150)], [(64, 64), (32, 32)]
-    scale = image.find_scale(reduction(windows, sizes))
-    assert scale == 2
+    pixels, places = decode_for_views(image, windows, sizes)
+    scale = 2
+    assert pixels.shape == (240, 320, 3) and places == [[number / 2 for number in window] for window in windows]
     for chosen, fits in ((scale, True), (2 * scale, False)):
         sides = [(w[2] / chosen / s[0], w[3] / chosen / s[1]) for w, s in zip(windows, sizes)]
         assert (min(map(min, sides)) >= MARGIN) == fits
-    assert image.find_scale(reduction(windows, [(64, 64), (200, 200)])) == 1  # a view larger than its window
+    whole, same = decode_for_views(image, windows, [(64, 64), (200, 200)])  # a view larger than its window
+    assert whole.shape == (480, 640, 3) and same == [list(window) for window in windows]
 
 
 @pytest.mark.parametrize("scale", [1, 2, 8])
