@@ -61,8 +61,9 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
     if len(images) != len(out):
         check.fail("resized_crops_", f"images must hold {len(out)} tensors like out, got {len(images)}")
     check.tensor("resized_crops_", "windows", windows, "B 4", **{"B": len(out), "4": 4})
-    if windows.dtype != torch.float64:
-        check.index("resized_crops_", windows=windows)
+    if windows.dtype not in (torch.int64, torch.float64):
+        got = check.dtype_name(windows.dtype)
+        check.fail("resized_crops_", f"windows must be int64 or float64, got {got}", TypeError)
     if not windows.is_cpu and not (windows.is_meta and out.is_meta):
         check.fail("resized_crops_", f"windows must be on the cpu, whatever the device of out, got {windows.device}")
     if interpolation not in MODES:

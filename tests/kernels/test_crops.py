@@ -109,6 +109,8 @@ def test_windows_outside_of_their_image_are_refused_before_anything_is_written()
         )
         with triton_on_cpu(), pytest.raises(RuntimeError, match=sentence):
             resized_crops_(out, images, torch.tensor([[0, 0, 5, 6], wrong]))
+    with triton_on_cpu(), pytest.raises(RuntimeError, match=r"windows\[0\] must be inside"):
+        resized_crops_(out, images, torch.tensor([[0, torch.nan, 2, 2], [0, 0, 2, 2]], dtype=torch.float64))
     assert not out.any()
     with triton_on_cpu() as seen:
         resized_crops_(out[:0], [], torch.zeros(0, 4, dtype=torch.int64))

@@ -290,7 +290,7 @@ def test_error_sentences():
     refuses(f"{expected} [10, 12]", ValueError, images=[bytes_of(10, 12)])
     refuses(f"{expected} [12, 11]", ValueError, images=[bytes_of(12, 11)])
     refuses("windows must have shape [B=1, 4], got [4]", ValueError, windows=windows[0])
-    refuses("windows must be int64, got int32", TypeError, windows=windows.int())
+    refuses("windows must be int64 or float64, got int32", TypeError, windows=windows.int())
     refuses("interpolation must be bilinear or bicubic, got 'nearest'", ValueError, interpolation="nearest")
     strided = torch.zeros(1, 3, 4, 8, dtype=torch.uint8)[..., ::2]
     refuses(
