@@ -68,7 +68,7 @@ FAMILIES = (
         "bank",
         "scores",
     ),
-    *("correspondence", "prototypes", "attention", "augment", "dropin"),
+    *("correspondence", "prototypes", "attention", "augment", "crops", "dropin"),
 )
 
 LEGEND = """\

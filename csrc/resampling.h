@@ -5,6 +5,8 @@
 
 namespace fastssl {
 
+constexpr double kTouch = 0x1p-20;  // least part of a pixel that counts: less may be an error of rounding
+
 // A product that is rounded by itself: the compiler may not fuse it with an addition, because the weights must not
 // depend on the instruction set.
 inline double product(double a, double b) {
@@ -49,7 +51,7 @@ struct Axis {
   void build(const Span& span, bool bicubic) {
     const double pixel = std::floor(span.begin), offset = span.begin - pixel;
     origin = int64_t(pixel);
-    pixels = int64_t(std::ceil(offset + span.length));
+    pixels = int64_t(std::ceil(offset + span.length - kTouch));
     const double scale = span.length / double(span.size), inverse = scale >= 1 ? 1 / scale : 1;
     const double support = (bicubic ? 2 : 1) * std::max(scale, 1.0);
     const int64_t widest = 2 * int64_t(std::ceil(float(support))) + 1;

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .tile import ARCHITECTURES, Launch, card, power_of_2
 
+TOUCH = 2**-20  # least part of a pixel that counts: less may be an error of rounding
 CROPS = dict.fromkeys(ARCHITECTURES, Launch(4, 1024))  # warps of a program, bytes that it writes of a channel
 
 # Columns of the tables of `Plan`:
@@ -311,7 +312,7 @@ def _axes(windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     fraction = begin - begin.floor()
     floats = torch.stack([fraction, length], -1).view(torch.int64)
     x, y = begin.long().unbind(1)
-    return x, y, torch.cat([floats, (fraction + length).ceil().long()[..., None]], -1)
+    return x, y, torch.cat([floats, (fraction + length - TOUCH).ceil().long()[..., None]], -1)
 
 
 def _places(sizes: Tensor) -> tuple[Tensor, int]:

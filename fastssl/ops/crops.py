@@ -18,6 +18,7 @@ def _kernels():
 
 
 MODES = ("bilinear", "bicubic")
+TOUCH = 2**-20  # least part of a pixel that counts: less may be an error of rounding
 MOST_BITS = 22  # of a weight's fraction, where all weights are small
 # YCbCr → RGB as in JPEG (BT.601, full range), in units of 2^-16
 RED_OF_V, GREEN_OF_U, GREEN_OF_V, BLUE_OF_U = 91_881, -22_554, -46_802, 116_130
@@ -181,7 +182,7 @@ def axis_weights(offset: float, length: float, size: int, bicubic: bool) -> tupl
 
     Returns: weights [size, n] float64 of integer value, of the n pixels that the window touches; bits.
     """
-    count = math.ceil(offset + length)
+    count = math.ceil(offset + length - TOUCH)
     scale = length / size
     reach = 2 if bicubic else 1
     support = reach * max(scale, 1)

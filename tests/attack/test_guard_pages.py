@@ -53,7 +53,7 @@ for name, op in public_ops().items():
         torch.manual_seed(seed + number)
         drawn = CALLS[name](random.Random(seed + number))
         dtype = (torch.float32, torch.bfloat16, torch.float64)[number % 3]
-        in_place = name in ("augment_", "enqueue_", "ema_update_", "update_bank_")
+        in_place = name in ("augment_", "enqueue_", "ema_update_", "resized_crops_", "update_bank_")
         print(name, number, file=sys.stderr)
         for at_end in (True, False):
             cast = {

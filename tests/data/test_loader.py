@@ -109,6 +109,24 @@ def test_pixels_are_normalised(engine):
 
 
 @engines
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("space", ["rgb", "lab"])
+def test_views_of_16_bits_are_the_rounded_floats(engine, dtype, space):
+    source, augmentation = open_source("shapes:count=4"), Augmentation((View((32, 32), colour_space=space),))
+    wide, narrow = (
+        next(iter(Loader(source, augmentation, 4, engine=engine, dtype=d).epoch(0))).views[0]
+        for d in (torch.float32, dtype)
+    )
+    assert (wide.dtype, narrow.dtype) == (torch.float32, dtype)
+    assert torch.equal(narrow, wide.to(dtype))
+
+
+def test_a_dtype_that_is_not_offered_is_refused():
+    sentence = "data: dtype must be float32, bfloat16 or float16, got float64"
+    refused(sentence, TypeError, Loader, open_source("shapes:count=4"), TWO, 4, dtype=torch.float64)
+
+
+@engines
 def test_multi_crop_has_views_of_two_sizes(engine):
     (batch,) = Loader(open_source("shapes:count=4"), multi_crop((32, 48), (16, 16), 3), 4, engine=engine).epoch(0)
     assert [tuple(view.shape) for view in batch.views] == [(4, 3, 32, 48)] * 2 + [(4, 3, 16, 16)] * 3

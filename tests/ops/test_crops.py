@@ -51,7 +51,9 @@ def planes_of(image):
 
 def crop(images, windows, size, mode="bilinear"):
     out = torch.full((len(images), 3, *size), 77, dtype=torch.uint8)
-    assert resized_crops_(out, images, torch.tensor(windows), mode) is out
+    are_whole = all(isinstance(number, int) for window in windows for number in window)
+    windows = torch.tensor(windows, dtype=torch.int64 if are_whole else torch.float64)
+    assert resized_crops_(out, images, windows, mode) is out
     return out
 
 
@@ -343,3 +345,43 @@ def test_malformed_calls_of_the_op_itself_are_refused():
     for images in ([], [image[:, ::2]], [bytes_of(15, 24)[:, ::2]], [bytes_of(10, 12)], [image.int()]):
         with pytest.raises(RuntimeError, match=r"^resized_crops_: images"):
             crops._resized_crops_(out, images, windows, False)
+
+
+@pytest.mark.parametrize("kind", ["rgb", "planes"])
+@every_mode
+def test_windows_that_begin_and_end_inside_of_pixels(kind, mode, seed):
+    """As float64, up to the last bit before the end of the image; whole numbers give the bits of integers."""
+    n = random.Random(seed)
+    for _ in range(40):
+        height, width = (2 * n.randint(1, 40) for _ in range(2))
+        image = bytes_of(height, width, 3) if kind == "rgb" else bytes_of(height // 2 * 3, width)
+        top, left = n.choice([0, n.uniform(0, height - 1)]), n.choice([n.uniform(0, width - 1), 0.1])
+        h, w = (
+            n.choice([height - top, n.uniform(1, height - top)]),
+            n.choice([width - left, n.uniform(1, width - left)]),
+        )
+        size = (n.randint(1, 50), n.randint(1, 90))
+        assert_same(crop([image], [[top, left, h, w]], size, mode), plain([image], [[top, left, h, w]], size, mode))
+        whole = [int(top), int(left), int(h), int(w)]
+        windows = torch.tensor([whole], dtype=torch.float64)
+        out = torch.zeros(1, 3, *size, dtype=torch.uint8)
+        assert_same(resized_crops_(out, [image], windows, mode), crop([image], [whole], size, mode))
+
+
+def test_a_window_moves_its_pixels_by_parts_of_a_pixel():
+    """A ramp, cut at its value: the crop begins where the window does."""
+    ramp = torch.arange(100, dtype=torch.uint8)[None, :, None].expand(8, 100, 3).contiguous()
+    for left in (10, 10.25, 10.5, 10.75):
+        made = crop([ramp], [[1, left, 6, 60.0]], (6, 15))[0, 0, 3].float()
+        expected = left + 4 * (torch.arange(15) + 0.5) - 0.5
+        assert (made - expected)[1:-1].abs().max() <= 0.51
+
+
+def test_windows_that_are_no_numbers_are_refused():
+    out, image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), bytes_of(10, 12, 3)
+    for bad in (float("nan"), float("inf"), -1e-9, 9.5, 1e300):
+        for place in (0, 2):
+            window = torch.tensor([[0.0, 0.0, 2.0, 2.0]], dtype=torch.float64)
+            window[0, place] = bad if place == 0 or bad != 9.5 else 0.99
+            with pytest.raises(RuntimeError, match=r"^resized_crops_: windows\[0\] must be inside its image of 10×12 "):
+                resized_crops_(out, [image], window)

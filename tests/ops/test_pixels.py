@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastssl.ops import dispatch, normalise
-from fastssl.ops.normalise import DTYPES, _normalise
+from fastssl.ops.pixels import DTYPES, _normalise
 from tests.support.close import assert_same
 from tests.support.contract import compiles, equals_body, opcheck, refused, sparse, torch_threads
 

@@ -1,4 +1,4 @@
-// Bytes of images as normalised floats (fastssl/ops/normalise.py).
+// Bytes of images as normalised floats (fastssl/ops/pixels.py).
 //
 // Bound by memory: 5 bytes a value in float32, 3 in 16 bits. The formula is that of plain torch, so results are the
 // same to the bit: the division is hidden behind the memory.

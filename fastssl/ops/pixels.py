@@ -11,9 +11,9 @@ from .dispatch import fake, op, register_triton
 
 def _kernels():
     """The Triton kernels, imported at the first call on a GPU."""
-    from fastssl.kernels import normalise
+    from fastssl.kernels import pixels
 
-    return normalise
+    return pixels
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
