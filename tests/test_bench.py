@@ -94,6 +94,15 @@ def test_the_faster_kind_of_workers_is_named():
         assert "kind thread" not in advice(rates={"process": 1000.0, "thread": 1090.0}, step_rate=rate)[-1]
 
 
+def test_a_loader_that_something_else_holds_up_is_named():
+    held_up = (
+        "16 cores 4,324. The whole loader makes 320 with 2 workers, so other programs use the cores, or the disk is"
+    )
+    assert held_up in advice(rates={"process": 320.0}, workers=2)[0]
+    assert advice(rates={"process": 330.0}, workers=2)[0].endswith("16 cores 4,324.")
+    assert held_up.replace("2 workers", "4 workers") in advice(rates={"process": 320.0}, workers=4)[0]
+
+
 def test_a_sample_passes_over_bad_images_and_keeps_to_its_memory(monkeypatch):
     sample = take_sample(Numbers(40, bad=range(20), encoded=True), 40)
     assert (len(sample.files), len(sample.pixels), sample.side) == (20, 20, 8)

@@ -112,6 +112,7 @@ def _situation(
         engine,
         installed_engines(),
         step_rate,
+        flags.workers,
         rates[name, engine] if flags.workers and engine != "dali" else {},
     )
 

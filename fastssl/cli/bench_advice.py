@@ -8,6 +8,7 @@ from fastssl.data.parts import Parts
 LARGE = 2.0  # shorter side of an image over that of a view, from which a smaller copy saves most of the decoding
 PACK_SIDE = 10 / 7  # the same of a pack: 320 pixels for views of 224
 SLOW_READ = 0.25  # share of the time from which reading is worth a sentence
+SLOW_WHOLE = 0.6  # throughput of the loader over that of its parts, below which something else holds it up
 FASTER = 1.1  # throughput of one kind of workers over the other from which it is worth a sentence
 
 
@@ -24,6 +25,7 @@ class Situation(NamedTuple):
     engine: str  # that was measured, torchvision or another
     engines: tuple[str, ...]  # those that are installed
     step_rate: float | None = None  # images per second that the step takes
+    workers: int = 0
     rates: dict[str, float] = {}  # noqa: RUF012 - {kind of workers: images per second of the whole loader}
 
 
@@ -31,6 +33,13 @@ def advise(seen: Situation) -> list[str]:
     """Sentences: what the cores make, how many the step needs, and what to change if there are too few."""
     rate = seen.parts.a_worker if seen.gpu else seen.parts.a_core
     made = f"A core makes {rate:,.0f} images/s of {seen.augmentation}, {_cores(seen.cores)} {rate * seen.cores:,.0f}."
+    used = min(seen.workers, seen.cores)
+    whole = max(seen.rates.values(), default=math.inf)
+    if whole < SLOW_WHOLE * rate * used:
+        made += (
+            f" The whole loader makes {whole:,.0f} with {seen.workers} workers, so other programs use "
+            "the cores, or the disk is waited for."
+        )
     if seen.step_rate is None:
         how = "whether that is enough: give the step's rate as --step-rate IMAGES/S, or measure it with --method NAME"
         return [made, f"To see {how}.", *_faster(seen)]

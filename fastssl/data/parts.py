@@ -146,7 +146,8 @@ def _one_thread() -> Iterator[None]:
 def _fastest(part: Callable[[], object], seconds: float) -> float:
     """Least processor time of this thread, in seconds, of several calls."""
     part()
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
         start = time.thread_time()
         part()

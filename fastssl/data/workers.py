@@ -200,7 +200,8 @@ class _Threads:
         self._cancel(self._pending)
         self._pool = pool = self._pool or self._start()
         keys: Iterator[Any] = iter(range(len(self._dataset)) if self._keys is None else self._keys)
-        self._pending = pending = deque()
+        pending: deque[Future] = deque()
+        self._pending = pending
 
         def begin(count: int) -> None:
             pending.extend(pool.submit(self._make, key) for key in itertools.islice(keys, count))

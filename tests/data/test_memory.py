@@ -37,12 +37,12 @@ def memory() -> float:
     return kilobytes / 1e3
 
 
-def trend(folder: str, engine: str, workers: int, keep: bool) -> list[float]:
+def trend(folder: str, engine: str, workers: int, keep: bool, kind: str) -> list[float]:
     """MB after each of a hundred epochs, where every tenth epoch's batches are kept on request."""
     augmentation = Augmentation(
         (View((64, 64), crop=(0.2, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), blur_p=0.5, flip_p=0.5),) * 2
     )
-    loader = Loader(open_source(f"folder:{folder}"), augmentation, 32, workers=workers, engine=engine)
+    loader = Loader(open_source(f"folder:{folder}"), augmentation, 32, workers=workers, engine=engine, worker_kind=kind)
     kept, after = [], []
     for epoch in range(100):
         for batch in loader.epoch(epoch):
@@ -53,13 +53,13 @@ def trend(folder: str, engine: str, workers: int, keep: bool) -> list[float]:
     return after
 
 
-def measure(folder: Path, engine: str, workers: int, keep: bool = False) -> list[float]:
+def measure(folder: Path, engine: str, workers: int, keep: bool = False, kind: str = "process") -> list[float]:
     """`trend` in a new process: forked from a large one, workers copy its memory page by page, which looks like growth
     for a long time."""
     pixels = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
     for i in range(96):
         Image.fromarray(np.roll(pixels, i, 0)).save(folder / f"{i}.jpg")
-    call = f"trend({str(folder)!r}, {engine!r}, {workers}, {keep})"
+    call = f"trend({str(folder)!r}, {engine!r}, {workers}, {keep}, {kind!r})"
     script = f"import json; from tests.data.test_memory import trend; print(json.dumps({call}))"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
@@ -81,6 +81,12 @@ def least_growth(after: list[float]) -> float:
 @engines
 def test_memory_is_flat(tmp_path, engine, workers):
     assert least_growth(measure(tmp_path, engine, workers)) < 6
+
+
+@linux
+@pytest.mark.slow
+def test_memory_of_threads_is_flat(tmp_path):
+    assert least_growth(measure(tmp_path, "torchvision", 2, kind="thread")) < 6
 
 
 @linux

@@ -1,4 +1,4 @@
-"""Workers that are killed, and shared memory that is too small: one sentence within seconds, no hang."""
+"""Workers: batches arrive unchanged; one that is killed, or too little memory, is one sentence within seconds."""
 
 import multiprocessing
 import os
@@ -241,6 +241,20 @@ def test_a_batch_stays_until_the_next_but_one_is_asked_for():
             assert held.index.tolist() == list(range(4 * at, 4 * at + 4))
             assert torch.equal(held.views[0][:, 0, 0, 0], (held.index % 256).to(torch.uint8))
         previous = current
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux, which lists a process's memory")
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_twenty_epochs_take_no_more_files_and_memory_than_two(kind):
+    def held():
+        with open("/proc/self/maps") as maps:
+            return len(os.listdir("/proc/self/fd")), sum("/dev/zero" in line or "/dev/shm" in line for line in maps)
+
+    loader, after = Loader(Numbers(40), plain((8, 8)), 4, workers=2, worker_kind=kind), []
+    for epoch in range(20):
+        assert len(indices(loader, epoch)) == 40
+        after.append(held())
+    assert after[1] == after[-1]
 
 
 def test_a_ring_carries_every_dtype_and_shape():
