@@ -82,19 +82,6 @@ inline Vec<Bf16x2> round_to_pairs(Vec<float> first, Vec<float> second) {
 #endif
 }
 
-// Packs values [rows, kPanelWidth] as pairs of rows, [depth][kPanelWidth], in place, with zeros beyond the last row.
-inline void pack_pairs_in_place(float* values, int64_t rows, int64_t depth) {
-  constexpr int64_t kWidth = kPanelWidth<Bf16x2>;
-  auto* pairs = reinterpret_cast<Bf16x2*>(values);  // read and written as vectors only, which may alias
-  for (int64_t i = 0; i < depth; ++i)
-    for (int64_t lane = 0; lane < kWidth; lane += kLanes<float>) {
-      const float* row = values + 2 * i * kWidth + lane;
-      const Vec<float> first = 2 * i < rows ? load(row) : Vec<float>{};
-      const Vec<float> second = 2 * i + 1 < rows ? load(row + kWidth) : Vec<float>{};
-      store(pairs + i * kWidth + lane, round_to_pairs(first, second));
-    }
-}
-
 // Packs rows as pairs of rows: [count, words] -> panels [2 words / kPanelWidth][panel_rows][kPanelWidth], of which this
 // fills count / 2 rows.
 inline void pack_row_pairs(const Bf16x2* rows, int64_t words, int64_t count, Bf16x2* panels, int64_t panel_rows) {

@@ -128,6 +128,8 @@ void batch_dkeys(const Matrix& q, const Matrix& keys, double tau, int64_t label_
                const int64_t positive = label_offset + query + i - first_key - key;
                if (0 <= positive && positive < key_panels * kPanelWidth<P>) row[positive] -= upstream;
              }
+             if constexpr (std::is_same_v<P, Bf16x2>)
+               store_weights<P>(logits, queries, [](Vec<T> weight, int) { return weight; });
            });
     sums.copy_rows(count, width, dkeys + first_key * width, width);
   });

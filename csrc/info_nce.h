@@ -71,13 +71,11 @@ void update_softmax(T* logits, int64_t count, int64_t query, T scale, const T* p
       shift[v] = logit > shift[v] ? logit : shift[v];  // a NaN does not reach the maximum, but it reaches the sum
       rank[v] -= logit > positives[v];
     }
-  for (int64_t j = 0; j < count; ++j)
-    for (int v = 0; v < 2; ++v) {
-      T* logit = logits + j * kGroup<P> + v * kVector;
-      const Vec<T> weight = exp2((load(logit) - shift[v]) * scale);
-      sum[v] += weight;
-      store(logit, weight);
-    }
+  store_weights<P>(logits, count, [&](Vec<T> logit, int v) {
+    const Vec<T> weight = exp2((logit - shift[v]) * scale);
+    sum[v] += weight;
+    return weight;
+  });
   for (int v = 0; v < 2; ++v) {
     const int64_t first = query + v * kVector;
     const Vec<T> decay = exp2((old_shift[v] - shift[v]) * scale);

@@ -175,9 +175,33 @@ struct Sums {
   }
 };
 
+// Replaces the logits of one panel by weights(logits, vector of the panel), in bfloat16 by pairs of keys: [count,
+// kGroup]
+// -> [count / 2 rounded up, kGroup].
+template <typename P, typename Weights>
+void store_weights(Accumulator<P>* logits, int64_t count, const Weights& weights) {
+  using T = Accumulator<P>;
+  if constexpr (std::is_same_v<P, Bf16x2>) {
+    auto* pairs = reinterpret_cast<P*>(logits);  // written as vectors only, which may alias
+    for (int64_t j = 0; j < count; j += 2)
+      for (int v = 0; v < 2; ++v) {
+        const T* logit = logits + j * kGroup<P> + v * kLanes<T>;
+        const Vec<T> first = weights(load(logit), v);
+        const Vec<T> second = j + 1 < count ? weights(load(logit + kGroup<P>), v) : Vec<T>{};
+        store(pairs + j / 2 * kGroup<P> + v * kLanes<T>, round_to_pairs(first, second));
+      }
+  } else {
+    for (int64_t j = 0; j < count; ++j)
+      for (int v = 0; v < 2; ++v) {
+        T* logit = logits + j * kGroup<P> + v * kLanes<T>;
+        store(logit, weights(load(logit), v));
+      }
+  }
+}
+
 // For each block of the keys [begin, end) and each group of `panels` panels of queries:
 //   logits[key, query] = key · query                        [kKeyBlock, kGroup]
-//   epilogue(logits, first key, keys, first query, panels)  replaces the logits by weights
+//   epilogue(logits, first key, keys, first query, panels)  replaces the logits by weights, as store_weights does
 //   sums[query] += Σ_key weights[key, query] key            unless sums.data is null
 template <typename T, typename Epilogue>
 void stream(const Matrix& keys, int64_t begin, int64_t end, const T* query_panels, int64_t queries, Sums<T> sums,
@@ -230,9 +254,11 @@ void stream(const Matrix& keys, int64_t begin, int64_t end, const Bf16x2* query_
       multiply_bf16<false>(padded_count, words, rows, stride, query_panels + query * words, scratch.weights, kPanel);
       epilogue(scratch.weights, first, count, query, 1);
       if (!sums.data) continue;
-      pack_pairs_in_place(scratch.weights, count, padded_count / 2);
-      multiply_bf16<true>(padded, padded_count / 2, scratch.columns, Scratch<Bf16x2>::kColumnStride,
-                          reinterpret_cast<const Bf16x2*>(scratch.weights), sums.data + query * padded, kPanel);
+      auto* weights = reinterpret_cast<Bf16x2*>(scratch.weights);
+      for (int64_t i = (count + 1) / 2 * kPanel; i < padded_count / 2 * kPanel; i += kLanes<float>)
+        store(weights + i, Vec<Bf16x2>{});
+      multiply_bf16<true>(padded, padded_count / 2, scratch.columns, Scratch<Bf16x2>::kColumnStride, weights,
+                          sums.data + query * padded, kPanel);
     }
   }
 }
