@@ -109,12 +109,12 @@ class RoundedWeights:
     @torch.no_grad()
     def refresh(self) -> None:
         """Rounds the weights again that were used since the last call, and forgets others."""
-        entries = [entry for key, entry in self._copies.items() if key in self._used]
-        entries = [(weight, copy) for weight, copy, (_, address) in entries if address == weight.data_ptr()]
-        for weight, copy in entries:
-            copy.copy_(weight)
-        self._copies = {id(weight): (weight, copy, _state(weight)) for weight, copy in entries}
+        used = [entry for key, entry in self._copies.items() if key in self._used]
+        self._copies.clear()
         self._used.clear()
+        for weight, copy, (_, address) in used:
+            if address == weight.data_ptr():
+                self._copies[id(weight)] = weight, copy.copy_(weight), _state(weight)
 
     def get(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The copy of a weight in a dtype; made if there is none, or the weight has changed."""
