@@ -17,9 +17,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     - GPUs, float64, and Intel's processors: what `F.linear` calls, which is cuBLAS, MKL, and oneDNN for 16 bits, with
       tiles (AMX) where the processor has them.
-    - float32 on other processors: oneDNN's inner product. `F.linear` calls MKL, which takes AVX-512 on Intel's
-      processors alone; where AVX2 is the most, MKL stays for products with a transposed matrix, which oneDNN packs
-      slowly there.
+    - float32 on other processors: oneDNN's inner product. `F.linear` calls MKL, which reached the rate of AVX2 on an
+      AMD EPYC with AVX-512, half of oneDNN's. Where AVX2 is the most, MKL stays for products with a transposed matrix,
+      which oneDNN packs slowly there.
     - bfloat16 on other processors with AVX-512: oneDNN's inner product, except for gradients of weights, for which
       `F.linear` is faster.
     - 16 bits that torch's library does not support natively, such as bfloat16 with AVX2: a float32 product between
