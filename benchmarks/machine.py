@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from fastssl.machine import keep_freed_memory as keep_freed_memory
 from fastssl.ops import dispatch
+from fastssl.ops.products import product
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -119,8 +120,8 @@ def bandwidth() -> float:
 
 @functools.cache
 def product_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product. On a CPU, that of the faster of `@` and a 1×1
-    convolution: torch calls different libraries for the two, whose speeds differ widely on some processors."""
+    """Floating-point operations per second of a matrix product. On a CPU, that of the fastest of `@`, a 1×1
+    convolution and the library that `linear` uses, whose speeds differ widely on some processors."""
     n = 8192 if DEVICE.type == "cuda" else 1024
     a, b = torch.ones(2, n, n, device=DEVICE, dtype=dtype).unbind()
     seconds = _best(lambda: a @ b)
@@ -132,7 +133,7 @@ def product_rate(dtype: torch.dtype) -> float:
     if DEVICE.type == "cpu":
         pixels = b.reshape(1, n, 32, n // 32).to(memory_format=torch.channels_last)
         kernel = a.reshape(n, n, 1, 1)
-        seconds = min(seconds, _best(lambda: F.conv2d(pixels, kernel)))
+        seconds = min(seconds, _best(lambda: F.conv2d(pixels, kernel)), _best(lambda: product(a, b)))
     return 2 * n**3 / seconds
 
 

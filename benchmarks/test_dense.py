@@ -1,10 +1,14 @@
-"""Linear layers of MAE's ViT-B and its decoder, forward and backward: single layers, and an MLP with its GELU."""
+"""Linear layers of MAE's ViT-B and its decoder, forward and backward: single layers, and an MLP with its GELU.
+
+As in the trainer's step, weights are rounded once a call, by `RoundedWeights`.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastssl.ops import linear
+from fastssl.ops.products import RoundedWeights
 
 from .harness import DTYPES, Case, compare, forward_backward
 from .machine import DEVICE
@@ -15,6 +19,18 @@ MLPS = [(800, 768), (3152, 512)]  # tokens, width
 
 def weights(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [(torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
+
+
+def rounding(run):
+    """`run` with weights rounded once, as in a step."""
+    rounded = RoundedWeights()
+
+    def step():
+        rounded.refresh()
+        with rounded:
+            return run()
+
+    return step
 
 
 def measure(benchmark, op, size, dtype, ours, official, inputs, operations, **baselines):
@@ -35,10 +51,9 @@ def measure(benchmark, op, size, dtype, ours, official, inputs, operations, **ba
         Case(
             op=op,
             size=f"{size}, {dtype_name}{' autocast' if dtype == torch.bfloat16 else ''}, forward + backward",
-            kernel="linear_fwd",
-            contestants={
-                name: contestant(forward) for name, forward in {"ours": ours, "official": official, **baselines}.items()
-            },
+            kernel="gelu_fwd",
+            contestants={"ours": rounding(contestant(ours))}
+            | {name: contestant(forward) for name, forward in {"official": official, **baselines}.items()},
             expected=forward_backward(official, *inputs, upstream=upstream.float()),
             operations=operations,
             dtype=dtype,
@@ -61,6 +76,7 @@ def test_linear(benchmark, tokens, depth, columns, dtype):
         lambda: F.linear(*inputs),
         inputs,
         6 * tokens * depth * columns,
+        **{"torch.compile": torch.compile(lambda: F.linear(*inputs), dynamic=False)},
     )
 
 

@@ -17,9 +17,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     - GPUs, float64, and Intel's processors: what `F.linear` calls, which is cuBLAS, MKL, and oneDNN for 16 bits, with
       tiles (AMX) where the processor has them.
-    - float32 on other processors: oneDNN's inner product. `F.linear` calls MKL, which takes AVX-512 on Intel's
-      processors alone; where AVX2 is the most, MKL stays for products with a transposed matrix, which oneDNN packs
-      slowly there.
+    - float32 on other processors: oneDNN's inner product. `F.linear` calls MKL, which reached the rate of AVX2 on an
+      AMD EPYC with AVX-512, half of oneDNN's. Where AVX2 is the most, MKL stays for products with a transposed matrix,
+      which oneDNN packs slowly there.
     - bfloat16 on other processors with AVX-512: oneDNN's inner product, except for gradients of weights, for which
       `F.linear` is faster.
     - 16 bits that torch's library does not support natively, such as bfloat16 with AVX2: a float32 product between
@@ -109,12 +109,12 @@ class RoundedWeights:
     @torch.no_grad()
     def refresh(self) -> None:
         """Rounds the weights again that were used since the last call, and forgets others."""
-        entries = [entry for key, entry in self._copies.items() if key in self._used]
-        entries = [(weight, copy) for weight, copy, (_, address) in entries if address == weight.data_ptr()]
-        for weight, copy in entries:
-            copy.copy_(weight)
-        self._copies = {id(weight): (weight, copy, _state(weight)) for weight, copy in entries}
+        used = [entry for key, entry in self._copies.items() if key in self._used]
+        self._copies.clear()
         self._used.clear()
+        for weight, copy, (_, address) in used:
+            if address == weight.data_ptr():
+                self._copies[id(weight)] = weight, copy.copy_(weight), _state(weight)
 
     def get(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The copy of a weight in a dtype; made if there is none, or the weight has changed."""
