@@ -81,9 +81,8 @@ torch, lightly or another package, fastest first, and × of the fastest; † whe
 *limit*: the time that the row's bytes or operations take at the memory bandwidth or matrix-product rate measured in
 the same run; left out for small sizes. What stays in a cache can be faster than the limit. *memory*: peak memory of one
 call beyond its inputs, in MB: ours / official / fastest other. *busy*: other programs used this share of the processors
-during the measurement, so no ratio is stated. *default allocation*, where it was measured: ours in ms, × official
-and × best torch in a process that leaves memory to the C library; in the other columns freed memory stays in the
-process."""
+during the measurement, so no ratio is stated. *default allocation*, where it was measured: ours in ms, × official and ×
+best torch in a process that leaves memory to the C library; in the other columns freed memory stays in the process."""
 
 HEADER = (
     "op",
