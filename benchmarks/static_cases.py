@@ -255,7 +255,7 @@ def _augmentation() -> list[Case]:
 
 
 def _crops() -> list[Case]:
-    """MAE's crops of photographs of 400 × 600 pixels, RGB and YUV, and DINO's small ones; windows are on the CPU."""
+    """MAE's crops of photographs of 400 × 600 pixels, and DINO's small ones; windows are on the CPU."""
     cases, images = [], [meta(400, 600, 3, dtype=torch.uint8)] * 256
     for name, window, side, bicubic in (
         ("bicubic", (380, 380), 224, True),

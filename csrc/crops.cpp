@@ -433,23 +433,17 @@ Image image_of(const Tensor& tensor, size_t i) {
   const bool fits = tensor.is_cpu() && tensor.scalar_type() == ScalarType::Byte &&
                     (planes ? tensor.size(0) % 3 == 0 && tensor.size(1) % 2 == 0 && tensor.is_contiguous()
                             : tensor.dim() == 3 && tensor.size(2) == 3 && dense(2, 1) && dense(1, 3));
-  if (!fits)
-    fail("images[" + std::to_string(i) +
-         "] must be uint8 on the CPU, [H, W, 3] or planes [3·H/2, W], with "
-         "contiguous pixels");
+  if (!fits) fail("images[" + std::to_string(i) + "] must be uint8 on the CPU, RGB or planes, with contiguous pixels");
   const int64_t height = planes ? tensor.size(0) / 3 * 2 : tensor.size(0);
   return {static_cast<const uint8_t*>(tensor.const_data_ptr()), height, tensor.size(1), tensor.stride(0), planes};
 }
 
-// Window i; its numbers are of type T, int64 or float64.
-template <typename T>
+template <typename T>  // of the numbers: int64 or float64
 Window window_of(const Tensor& windows, const Image& image, int64_t i) {
   T numbers[4];
   copy_row(numbers, static_cast<const T*>(windows.const_data_ptr()) + i * windows.stride(0), windows.stride(1), 4);
   const auto [top, left, height, width] = numbers;
-  const auto inside = [](T begin, T length, T size) {
-    return begin >= 0 && begin < size && length >= 1 && length <= size - begin;
-  };
+  const auto inside = [](T begin, T length, T size) { return begin >= 0 && length >= 1 && length <= size - begin; };
   if (!inside(top, height, T(image.height)) || !inside(left, width, T(image.width)))
     fail("windows[" + std::to_string(i) + "] must be inside its image of " + std::to_string(image.height) + "×" +
          std::to_string(image.width) + " pixels and have at least one, got [" + std::to_string(top) + ", " +

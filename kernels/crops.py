@@ -259,7 +259,7 @@ def _check_windows(images: Sequence[Tensor], windows: Tensor) -> None:
     """Raises unless every window has pixels and lies inside its image: the kernels read what it names."""
     sizes = torch.tensor([(x.shape[0] if x.ndim == 3 else x.shape[0] // 3 * 2, x.shape[1]) for x in images])
     corner, size = windows[:, :2], windows[:, 2:]
-    wrong = ((corner < 0) | (size < 1) | (corner + size > sizes.view(-1, 2))).any(1)
+    wrong = ~((corner >= 0) & (size >= 1) & (corner + size <= sizes.view(-1, 2))).all(1)  # NaN is wrong too
     if bool(wrong.any()):
         i = int(wrong.nonzero()[0])
         inside = f"inside its image of {sizes[i, 0]}×{sizes[i, 1]} pixels and have at least one"

@@ -64,9 +64,9 @@ def test_every_scale(interpolation):
 @both
 def test_windows_that_begin_and_end_inside_of_pixels(interpolation):
     """As in an image that was reduced by 2, 4 or 8 when it was decoded."""
-    images, bicubic, size = [rgb(12, 15), yuv(12, 14), rgb(3, 3)], interpolation == "bicubic", (7, 8)
-    windows = [[1.125, 2.5, 9.75, 11.875], [0.25, 3.875, 11.5, 8.0], [1.5, 0.5, 1.0, 2.5]]
-    found, expected = (torch.zeros(3, 3, *size, dtype=torch.uint8) for _ in range(2))
+    images, bicubic, size = [rgb(12, 15), yuv(12, 14), rgb(3, 3), rgb(9, 9)], interpolation == "bicubic", (7, 8)
+    windows = [[1.125, 2.5, 9.75, 11.875], [0.25, 3.875, 11.5, 8.0], [1.5, 0.5, 1.0, 2.5], [0.7, 0.1, 1.3 + 1e-9, 2.9]]
+    found, expected = (torch.zeros(4, 3, *size, dtype=torch.uint8) for _ in range(2))
     with watch({f"images[{i}]": image for i, image in enumerate(images)}):
         kernels.resized_crops_(found, images, torch.tensor(windows, dtype=torch.float64), bicubic)
     for image, window, crop in zip(images, windows, expected):
@@ -109,6 +109,8 @@ def test_windows_outside_of_their_image_are_refused_before_anything_is_written()
         )
         with triton_on_cpu(), pytest.raises(RuntimeError, match=sentence):
             resized_crops_(out, images, torch.tensor([[0, 0, 5, 6], wrong]))
+    with triton_on_cpu(), pytest.raises(RuntimeError, match=r"windows\[0\] must be inside"):
+        resized_crops_(out, images, torch.tensor([[0, torch.nan, 2, 2], [0, 0, 2, 2]], dtype=torch.float64))
     assert not out.any()
     with triton_on_cpu() as seen:
         resized_crops_(out[:0], [], torch.zeros(0, 4, dtype=torch.int64))
