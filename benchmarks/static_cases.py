@@ -22,7 +22,7 @@ from fastssl.kernels import (
     queue,
     tile,
 )
-from fastssl.kernels.pixels import normalise_pixels
+from fastssl.kernels.pixels import normalise
 from tests.support import kernel_model as model
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -272,7 +272,7 @@ def _crops() -> list[Case]:
     for dtype in (FP32, BF16):
         moved = model.normalise(pixels.numel(), dtype.itemsize)
         args = (pixels, scales, scales, dtype)
-        cases.append(Case("normalise", f"B=256, 224², {NAMES[dtype]}", normalise_pixels, args, lambda _, m=moved: m))
+        cases.append(Case("normalise", f"B=256, 224², {NAMES[dtype]}", normalise, args, lambda _, m=moved: m))
     return cases
 
 

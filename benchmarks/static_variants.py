@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from fastssl.kernels import bank, batchnorm, block_masks, contrastive, crops, gelu, masking, patches, queue, tile
-from fastssl.kernels.pixels import normalise_pixels
+from fastssl.kernels.pixels import normalise
 
 from .static_cases import BF16, FP16, FP32, FP64, NAMES, Case, both_directions, feature_maps, ids, meta, prototype_cases
 
@@ -120,7 +120,7 @@ def _planes_and_other_sizes() -> list[Case]:
             size = f"RGB and YUV to {height} × {width}, {'bicubic' if bicubic else 'bilinear'}"
             cases.append(Case("resized_crops_", size, crops.resized_crops_, (out, images, windows, bicubic)))
     args = (meta(2, 3, 5, 7, dtype=torch.uint8), [0.5, 0.4, 0.3], [0.5, 0.4, 0.3], FP16)
-    return [*cases, Case("normalise", "fp16", normalise_pixels, args)]
+    return [*cases, Case("normalise", "fp16", normalise, args)]
 
 
 def _ones() -> list[Case]:
@@ -155,7 +155,7 @@ def _ones() -> list[Case]:
             crops.resized_crops_,
             (pixels, [meta(1, 1, 3, dtype=torch.uint8)], torch.tensor([[0, 0, 1, 1]]), False),
         ),
-        "normalise": (normalise_pixels, (pixels, [0.0, 1.0, 0.0], [1.0, 1.0, 1.0], BF16)),
+        "normalise": (normalise, (pixels, [0.0, 1.0, 0.0], [1.0, 1.0, 1.0], BF16)),
         "sampled_info_nce": (bank.sampled_info_nce_fwd, (q, q, ids(1, 2), tau, True)),
         "sampled_nce": (bank.sampled_nce_fwd, (q, q, ids(1, 1), tau, tau, True)),
         "update_bank_": (bank.update_bank_, (q, ids(1), q, 1.0)),

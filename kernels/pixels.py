@@ -41,7 +41,7 @@ def normalise_kernel(
     tl.store(out_ptr + plane * pixels + pixel, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def normalise_pixels(pixels: Tensor, offset: list[float], scale: list[float], dtype: torch.dtype) -> Tensor:
+def normalise(pixels: Tensor, offset: list[float], scale: list[float], dtype: torch.dtype) -> Tensor:
     out = torch.empty(pixels.shape, dtype=dtype, device=pixels.device)
     if not pixels.numel():
         return out

@@ -86,4 +86,4 @@ def _(pixels, offset, scale, dtype):
     return pixels.new_empty(pixels.shape, dtype=dtype)
 
 
-register_triton(_normalise, lambda: _kernels().normalise_pixels)
+register_triton(_normalise, lambda: _kernels().normalise)
