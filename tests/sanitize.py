@@ -71,7 +71,10 @@ def run(variant: str, arguments: list[str]) -> int:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch free some memory only at exit
         "ATEN_CPU_CAPABILITY": "default" if variant == "baseline" else "avx2",  # also skips tests/ops/test_levels
     }
-    options = ["-q", "-x", "-s", "-k", "not contract and not compile and not error_sentences and not golden"]
+    # The sanitizers' checks divide blocks of code, so the compiler fuses fewer multiplications with additions, and not
+    # the same ones everywhere. Logits of 10^30 that are computed twice then differ, by far more than an exponent may.
+    left_out = ("contract", "compile", "error_sentences", "golden", "extreme_temperatures and 1e-30")
+    options = ["-q", "-x", "-s", "-k", " and ".join(f"not ({words})" for words in left_out)]
     command = [sys.executable, "-m", "pytest", "-p", "tests.sanitize", "tests/ops", *options, *arguments]
     print(f"-- {variant}", flush=True)
     return subprocess.run(command, env=environment, cwd=ROOT).returncode

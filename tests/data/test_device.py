@@ -1,5 +1,6 @@
 """The engine whose workers only decode, on a CPU: bit-equal batches of the torchvision engine."""
 
+import multiprocessing
 import os
 
 import numpy as np
@@ -139,6 +140,7 @@ def test_too_small_a_shared_memory_is_refused_at_the_start(monkeypatch):
     """Where images have one size; otherwise a worker that finds it full is named."""
     free = os.statvfs_result((4096, 4096, 1000, 20, 20, 0, 0, 0, 0, 255))  # 80 kB
     monkeypatch.setattr(os, "statvfs", lambda path: free)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "forkserver")  # forked workers need no folder
     loader = Loader(open_source("shapes:count=24,size=64"), AUGMENTATIONS["mae"], 6, engine="device", workers=2)
     with pytest.raises(
         LostWorker, match=r"^data: 2 workers keep up to 5 batches of 0.1 MB in /dev/shm, which has 0.1 MB"
