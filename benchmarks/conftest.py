@@ -19,7 +19,10 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     benchmarks = [item for item in items if item.path.parent == Path(__file__).parent]
-    if benchmarks and not config.getoption("--default-allocation"):  # not in a session of benchmarks/tests alone
+    by_default = config.getoption(
+        "--default-allocation", default=False
+    )  # pytest may find this file too late for options
+    if benchmarks and not by_default:  # not in a session of benchmarks/tests alone
         keep_freed_memory()
     for item in benchmarks:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))

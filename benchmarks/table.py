@@ -109,15 +109,25 @@ def add_run(raw_path: Path, results: Path, default_path: Path | None = None) -> 
     A second run, with --default-allocation, adds its times to the rows of the first.
     """
     raw, rows = _raw_rows(raw_path)
-    defaults = {(row["op"], row["size"]): row for row in (_raw_rows(default_path)[1] if default_path else [])}
+    facts = raw["machine_info"]["fastssl"]
+    defaults = {}
+    if default_path:
+        default_raw, default_rows = _raw_rows(default_path)
+        if _undated(default_raw["machine_info"]["fastssl"]) != _undated(facts):
+            raise Problem(f"{default_path} must be of the same machine and software as {raw_path}: run `make bench`")
+        defaults = {(row["op"], row["size"]): row for row in default_rows}
     for row in rows:
         if default := defaults.get((row["op"], row["size"])):
             row["default_allocation"] = {key: default[key] for key in ("ms", "ratio", "busy")}
-    facts = raw["machine_info"]["fastssl"]
     measured = {row["family"] for row in rows}
     return store.add(
         results, facts["machine"], facts["environment"], rows, replaces=lambda row: row["family"] in measured
     )
+
+
+def _undated(facts: dict) -> dict:
+    """Machine and software of a run, without its date."""
+    return {**facts, "environment": {**facts["environment"], "date": None}}
 
 
 def _raw_rows(path: Path) -> tuple[dict, list[dict]]:
@@ -228,6 +238,8 @@ def main(
     parser.add_argument("--default-allocation", type=Path, help="JSON file of a run with pytest --default-allocation")
     either.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a table is out of date")
     options = parser.parse_args(arguments)
+    if options.default_allocation and not options.raw:
+        parser.error("--default-allocation must come with the run whose rows it completes, got no other file")
     summary, page = pages
     try:
         if options.raw:

@@ -18,7 +18,7 @@ MLPS = [(800, 768), (3152, 512)]  # tokens, width
 
 
 def weights(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    return [(torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
+    return [torch.nn.Parameter(torch.randn(shape, device=DEVICE) / shape[-1] ** 0.5) for shape in shapes]
 
 
 def rounding(run):
@@ -51,7 +51,7 @@ def measure(benchmark, op, size, dtype, ours, official, inputs, operations, **ba
         Case(
             op=op,
             size=f"{size}, {dtype_name}{' autocast' if dtype == torch.bfloat16 else ''}, forward + backward",
-            kernel="gelu_fwd",
+            kernel="gelu_fwd" if "GELU" in op else "product",
             contestants={"ours": rounding(contestant(ours))}
             | {name: contestant(forward) for name, forward in {"official": official, **baselines}.items()},
             expected=forward_backward(official, *inputs, upstream=upstream.float()),

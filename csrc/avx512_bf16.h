@@ -51,13 +51,6 @@ inline NormalBf16 normal_bf16(Vec<float> x) {
   return {x < 0.0f ? tail : 1.0f - tail, exponential};
 }
 
-inline Vec<float> gelu_bf16(Vec<float> x) { return x * normal_bf16(x).distribution; }
-
-inline Vec<float> gelu_derivative_bf16(Vec<float> x) {
-  const NormalBf16 n = normal_bf16(x);
-  return n.distribution + x * n.exponential * 0.3989422804f;
-}
-
 }  // namespace fastssl
 
 #endif

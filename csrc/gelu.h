@@ -29,13 +29,6 @@ inline Normal normal(Vec<float> x) {
   return {x < 0.0f ? tail : 1.0f - tail, exponential};
 }
 
-inline Vec<float> gelu(Vec<float> x) { return x * normal(x).distribution; }
-
-inline Vec<float> gelu_derivative(Vec<float> x) {
-  const Normal n = normal(x);
-  return n.distribution + x * n.exponential * 0.3989422804f;
-}
-
 inline Vec<double> gelu(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] *= 0.5 * std::erfc(-x[i] * M_SQRT1_2);
   return x;

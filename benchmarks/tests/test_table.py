@@ -70,7 +70,7 @@ def test_times_with_default_allocation_are_a_column_where_they_were_measured(pag
     rows = [row for run in document["runs"] for row in run["rows"] if row["family"] == "masking"][:2]
     machine = {"machine": document["machine"], "environment": document["runs"][0]["environment"]}
 
-    def raw(name, rows):
+    def raw(name, rows, machine=machine):
         entries = [{"fullname": "benchmarks/test_masking.py::test", "extra_info": row} for row in rows]
         path = tmp_path / name
         path.write_text(json.dumps({"machine_info": {"fastssl": machine}, "benchmarks": entries}))
@@ -82,3 +82,12 @@ def test_times_with_default_allocation_are_a_column_where_they_were_measured(pag
     assert [line for line in lines if line.endswith("| 7.00 · 2.1× · 2.1× |")]
     others = [line for line in table.render([path]).splitlines() if f"| {rows[1]['size']} |" in line]
     assert others and all(line.endswith("| – |") for line in others)
+    elsewhere = raw("elsewhere.json", [slow], {**machine, "machine": {**document["machine"], "slug": "new"}})
+    with pytest.raises(table.Problem, match="must be of the same machine and software"):
+        table.add_run(raw("kept.json", rows), results, elsewhere)
+
+
+def test_times_with_default_allocation_alone_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        table.main(["--default-allocation", "default.json"])
+    assert "--default-allocation must come with the run whose rows it completes" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import autocast_dtype, first_order, has_kernel
+from .dispatch import Function, autocast_dtype, first_order, has_kernel
 from .gelu import gelu_bwd_, gelu_fwd
 from .products import FEWEST, has_inner_product, product, rounded
 
@@ -45,6 +45,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
         check.same_device("linear", x=x, bias=bias)
     if dtype := autocast_dtype(x):
         x = x.to(dtype)
+        if weight.dtype == torch.float64:  # which autocast leaves as it is
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype == torch.float64:
+            bias = bias.to(dtype)
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         dtypes = f"{weight.dtype}" + (f" and {bias.dtype}" if bias is not None else "")
         check.fail("linear", f"weight and bias must have x's dtype {x.dtype} outside autocast, got {dtypes}", TypeError)
@@ -63,7 +67,7 @@ def backend(x: Tensor, weight: Tensor, gelu: bool = False) -> str:
     return "ours" if gelu or x.dtype != weight.dtype or has_inner_product(x.dtype) else "torch"
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, gelu):
         ctx.save_for_backward(x, weight)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import acc_dtype, fake, first_order, has_kernel, op, register_triton
+from .dispatch import Function, acc_dtype, fake, first_order, has_kernel, op, register_triton
 
 
 def _kernels():
@@ -84,7 +84,7 @@ def _(dy, x, bias):
 register_triton(_bias_gelu_bwd, lambda: _kernels().bias_gelu_bwd)
 
 
-class _BiasGelu(torch.autograd.Function):
+class _BiasGelu(Function):
     @staticmethod
     def forward(ctx, x, bias):
         ctx.save_for_backward(x, bias)

@@ -5,6 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from .dispatch import fake, op, processor_maker
 
@@ -17,10 +18,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     - GPUs, float64, and Intel's processors: what `F.linear` calls, which is cuBLAS, MKL, and oneDNN for 16 bits, with
       tiles (AMX) where the processor has them.
-    - float32 on other processors: oneDNN's inner product. `F.linear` calls MKL, which reached the rate of AVX2 on an
+    - float32 on other processors where `F.linear` calls MKL: oneDNN's inner product. MKL reached the rate of AVX2 on an
       AMD EPYC with AVX-512, half of oneDNN's. Where AVX2 is the most, MKL stays for products with a transposed matrix,
       which oneDNN packs slowly there.
-    - bfloat16 on other processors with AVX-512: oneDNN's inner product, except for gradients of weights, for which
+    - bfloat16 on these processors with AVX-512: oneDNN's inner product, except for gradients of weights, for which
       `F.linear` is faster.
     - 16 bits that torch's library does not support natively, such as bfloat16 with AVX2: a float32 product between
       conversions. torch would emulate each operation.
@@ -66,8 +67,13 @@ def choose_library() -> None:
 
 
 def inner_product_dtypes(maker: str | None) -> set[torch.dtype]:
-    """Dtypes of which oneDNN's inner product computes large products, by the maker of the CPU."""
-    if maker in (None, "intel") or not torch.backends.mkldnn.is_available():
+    """Dtypes of which oneDNN's inner product computes large products, by the maker of the CPU.
+
+    None on Intel's, where torch has no MKL (on ARM, of which nothing was measured), and in a torch without this op,
+    which is none of its public ones.
+    """
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if maker in (None, "intel") or not has_both or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return set()
     return {torch.float32, torch.bfloat16} if is_native(torch.bfloat16) else {torch.float32}
 
@@ -84,9 +90,11 @@ def is_native(dtype: torch.dtype) -> bool:
 class RoundedWeights:
     """16-bit copies of float32 weights, made once a step instead of for each product: ``with rounded_weights:``.
 
-    Inside the context `linear` takes copies from here. `refresh` rounds the weights again; between two calls of it a
-    weight that is changed in place or replaced is noticed by torch's version counter and its address. The copies take
-    2 bytes per weight and belong to no module, so no state dict holds them.
+    Inside the context `linear` takes copies of parameters from here; a weight that is computed, or detached as in a
+    block that is recomputed, is rounded for each product. `refresh` rounds the parameters again. Between two calls of
+    it torch's version counter and the address show that a parameter was changed or replaced. The counter leaves out
+    writes through ``.data`` and those of fused optimizers: call `refresh` after them. The copies take 2 bytes per
+    weight and belong to no module, so no state dict holds them.
 
     Args:
         keep: False keeps no copies, for weights that are sharded over ranks and exist during their products alone.
@@ -96,15 +104,17 @@ class RoundedWeights:
         self.keep = keep
         self._copies: dict[int, tuple[Tensor, Tensor, tuple[int, int]]] = {}  # id(weight) → weight, copy, its state
         self._used: set[int] = set()  # ids since the last refresh
+        self._outer: list[RoundedWeights | None] = []  # what was current before each entry
 
     def __enter__(self) -> "RoundedWeights":
         global _current
-        self._outer, _current = _current, self
+        self._outer.append(_current)
+        _current = self
         return self
 
     def __exit__(self, *_: object) -> None:
         global _current
-        _current = self._outer
+        _current = self._outer.pop()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -120,7 +130,8 @@ class RoundedWeights:
         """The copy of a weight in a dtype; made if there is none, or the weight has changed."""
         entry = self._copies.get(id(weight))
         if entry is None or entry[1].dtype != dtype or entry[2] != _state(weight):
-            entry = weight, weight.detach().to(dtype), _state(weight)
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be rounded into again
+                entry = weight, weight.detach().to(dtype), _state(weight)
             if self.keep:
                 self._copies[id(weight)] = entry
         self._used.add(id(weight))
@@ -138,6 +149,6 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in a dtype: itself, a copy of `RoundedWeights`, or a new one."""
     if weight.dtype == dtype:
         return weight
-    if torch.compiler.is_compiling() or _current is None or not weight.is_leaf:
+    if torch.compiler.is_compiling() or _current is None or type(weight) is not Parameter or weight.is_inference():
         return weight.to(dtype)
     return _current.get(weight, dtype)

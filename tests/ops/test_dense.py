@@ -1,4 +1,5 @@
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -125,6 +126,20 @@ def test_autocast_casts_like_torch_and_keeps_gradients_in_float32(dtype):
     for result, truth, plain in zip(found, truths, plains):
         assert_as_exact_on_average(result.to(dtype), truth, plain)
     assert found[2].dtype == found[3].dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [4, 70])
+@pytest.mark.parametrize("fewest", [1, 64])
+def test_autocast_takes_weights_of_any_dtype(monkeypatch, fewest, rows):
+    """Also float64, which torch's autocast leaves as it is, and refuses beside 16 bits."""
+    monkeypatch.setattr(module, "FEWEST", fewest)
+    for dtypes in itertools.product(dict(DTYPES), repeat=2):
+        x, *parameters = torch.randn(rows, 5), *(torch.randn(s).to(d) for s, d in zip([(3, 5), (3,)], dtypes))
+        weight, bias = (parameter.requires_grad_() for parameter in parameters)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear(x, weight, bias)
+        y.sum().backward()
+        assert (y.dtype, weight.grad.dtype, bias.grad.dtype) == (torch.bfloat16, *dtypes)
 
 
 def test_backend(monkeypatch):

@@ -5,6 +5,8 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
 
 from fastssl.ops import dispatch, linear
 from tests.support.close import assert_as_exact_on_average, assert_same
@@ -51,6 +53,8 @@ def test_processors_with_the_inner_product(monkeypatch):
         monkeypatch.setattr(module, "is_native", lambda dtype, native=native: native)
         for maker, dtypes in (("amd", with_inner), ("other", with_inner), ("intel", set()), (None, set())):
             assert module.inner_product_dtypes(maker) == dtypes
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert module.inner_product_dtypes("other") == set()
     monkeypatch.undo()
     here = module.inner_product_dtypes(dispatch.processor_maker())
     assert {dtype for dtype in FLOATS if module.has_inner_product(dtype)} == here
@@ -68,7 +72,7 @@ def test_products_by_the_inner_product(monkeypatch, capability, counts):
 
 def test_rounded_weights():
     rounded = module.RoundedWeights()
-    weight = torch.randn(6, 8, requires_grad=True)
+    weight = Parameter(torch.randn(6, 8))
     assert module.rounded(weight, torch.float32) is weight
     with rounded:
         copy = module.rounded(weight, torch.bfloat16)
@@ -81,7 +85,7 @@ def test_rounded_weights():
 
 def test_changed_weights_are_noticed():
     rounded = module.RoundedWeights()
-    weight = torch.randn(6, 8, requires_grad=True)
+    weight = Parameter(torch.randn(6, 8))
 
     def current():
         with rounded, torch.no_grad():
@@ -102,7 +106,7 @@ def test_changed_weights_are_noticed():
 
 
 def test_gradients_with_rounded_weights(monkeypatch):
-    x, weight, upstream = torch.randn(70, 8), torch.randn(6, 8, requires_grad=True), torch.randn(70, 6)
+    x, weight, upstream = torch.randn(70, 8), Parameter(torch.randn(6, 8)), torch.randn(70, 6)
     rounded, gradients = module.RoundedWeights(), []
     for context in (rounded, rounded, torch.enable_grad()):
         leaf = x.clone().requires_grad_()
@@ -117,7 +121,7 @@ def test_gradients_with_rounded_weights(monkeypatch):
 
 
 def test_copies_of_unused_weights_are_dropped():
-    rounded, weights = module.RoundedWeights(), [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+    rounded, weights = module.RoundedWeights(), [Parameter(torch.randn(6, 8)) for _ in range(2)]
     with rounded:
         for weight in weights:
             module.rounded(weight, torch.bfloat16)
@@ -128,3 +132,43 @@ def test_copies_of_unused_weights_are_dropped():
     with module.RoundedWeights(keep=False) as none:
         assert_same(module.rounded(weights[0], torch.bfloat16), weights[0].detach().bfloat16())
     assert not none._copies
+
+
+def test_computed_weights_have_no_copies():
+    """Each is a tensor of its own, which a copy would keep in memory until the next step."""
+    rounded, weight = module.RoundedWeights(), Parameter(torch.randn(6, 8))
+    with rounded, torch.no_grad():
+        assert_same(module.rounded(weight * 2, torch.bfloat16), (weight * 2).bfloat16())
+        module.rounded(weight[:3], torch.bfloat16)
+    assert not rounded._copies
+
+
+def test_recomputed_blocks_have_one_copy_a_weight():
+    rounded, weight, x = module.RoundedWeights(), Parameter(torch.randn(6, 8)), torch.randn(70, 8)
+    for _ in range(2):
+        rounded.refresh()
+        with rounded, torch.autocast("cpu", torch.bfloat16):
+            checkpoint(linear, x, weight, use_reentrant=False).sum().backward()
+        assert list(rounded._copies) == [id(weight)]
+
+
+def test_copies_made_in_inference_mode():
+    """They serve the training after it; parameters that were made there, without a version counter, have none."""
+    rounded, weight = module.RoundedWeights(), Parameter(torch.randn(6, 8))
+    with torch.inference_mode(), rounded:
+        copy = module.rounded(weight, torch.bfloat16)
+        module.rounded(Parameter(torch.randn(6, 8), requires_grad=False), torch.bfloat16)
+    assert not copy.is_inference()
+    assert list(rounded._copies) == [id(weight)]
+    rounded.refresh()
+    with rounded:
+        assert module.rounded(weight, torch.bfloat16) is copy
+
+
+def test_a_context_may_be_entered_twice():
+    rounded, weight = module.RoundedWeights(), Parameter(torch.randn(6, 8))
+    with rounded:
+        with rounded:
+            copy = module.rounded(weight, torch.bfloat16)
+        assert module.rounded(weight, torch.bfloat16) is copy
+    assert module.rounded(weight, torch.bfloat16) is not copy
