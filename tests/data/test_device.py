@@ -69,6 +69,8 @@ def test_workers_ranks_and_resume(images):
 class Planes(Captioned):
     """Planes of YUV and pixels by turns, of several sizes."""
 
+    size = None
+
     def read(self, index):
         random, height, width = np.random.default_rng(index), 20 + 2 * (index % 5), 34 - 2 * (index % 7)
         shape = (height * 3 // 2, width) if index % 3 else (height, width, 3)
@@ -139,6 +141,7 @@ def test_too_small_a_shared_memory_is_refused_at_the_start(monkeypatch):
     """Where images have one size; otherwise a worker that finds it full is named."""
     free = os.statvfs_result((4096, 4096, 1000, 20, 20, 0, 0, 0, 0, 255))  # 80 kB
     monkeypatch.setattr(os, "statvfs", lambda path: free)
+    monkeypatch.setattr("fastssl.data.workers.multiprocessing.get_start_method", lambda: "spawn")  # a fork needs none
     loader = Loader(open_source("shapes:count=24,size=64"), AUGMENTATIONS["mae"], 6, engine="device", workers=2)
     with pytest.raises(
         LostWorker, match=r"^data: 2 workers keep up to 5 batches of 0.1 MB in /dev/shm, which has 0.1 MB"
