@@ -27,14 +27,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from .shared import Ring, Sent, map_tensors, pin_in_this_thread
+from .shared import NoSharedMemory, Ring, Sent, map_tensors, pin_in_this_thread
 
 SHARED_MEMORY = "/dev/shm"
 KINDS = ("auto", "process", "thread")
 PREFETCH = 2  # batches that each worker makes ahead
-HELD = (
-    2  # batches that the reader may still read when the next one is begun: the one it has, and one on its way to a GPU
-)
+HELD = 2  # batches that stay readable while later ones are made: the reader's last one, and the one before it
 WAYS_OUT = (
     f"use fewer --workers or smaller batches, or give the machine or container more memory ({SHARED_MEMORY} of a "
     "container: docker run --shm-size=8g)"
@@ -273,7 +271,7 @@ class _InSlots(Dataset):
         number, key = key
         try:
             return self._ring.make(number, lambda: self._dataset[key])
-        except (RuntimeError, MemoryError, OSError) as error:
+        except NoSharedMemory as error:
             return _no_shared_memory(error)
 
 
