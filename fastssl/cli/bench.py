@@ -185,9 +185,8 @@ def _table_of_parts(
     parts: dict[str, Parts], sample: Sample, rates: dict[tuple[str, str], dict[str, float]], workers: int
 ) -> Table:
     """A row for each part, a column for each augmentation."""
-    images = f"{len(sample.sides)} images of {sample.side} pixels"
-    title = f"ms per image on one core and share: {images} (engine torchvision; JPEGs by {DECODER})"
-    table = Table("part", *parts, title=title)
+    title = f"ms per image on one core and share, {len(sample.sides)} images of {sample.side} pixels (torchvision)"
+    table = Table("part", *parts, title=title, caption=f"JPEGs by {DECODER}")
     for part in Parts._fields:
         cells = [f"{getattr(of, part):.2f} {getattr(of, part) / sum(of):>4.0%}" for of in parts.values()]
         table.add_row(part, *cells)

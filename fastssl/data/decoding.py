@@ -154,8 +154,8 @@ class ImageFile:
             pixels = np.array(image.convert("RGB"))
         return pixels
 
-    def find_scale(self, needed: float) -> int:
-        """The largest of 1, 2, 4 and 8 that the image can be reduced by when it is decoded, and that is needed at most.
+    def find_scale(self, most: float) -> int:
+        """The largest of 1, 2, 4 and 8, at most `most`, by which decoding can reduce the sides of the image.
 
         Only JPEGs can be reduced; turned or mirrored ones by a number that divides their sides, since the blocks of
         pixels that become one begin at the first pixel that is stored.
@@ -164,7 +164,7 @@ class ImageFile:
             return 1
         for scale in SCALES:
             divides = not (self.size[0] % scale or self.size[1] % scale)
-            if scale <= min(needed, *self.size) and (divides or self.orientation == 1):
+            if scale <= min(most, *self.size) and (divides or self.orientation == 1):
                 return scale
         return 1
 

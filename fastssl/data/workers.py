@@ -107,7 +107,12 @@ class Workers:
             dataset = _InSlots(dataset, self._ring)
             options["sampler"] = _WithSlots(options["sampler"], self._ring.slots)
         self._loader: DataLoader = DataLoader(
-            dataset, num_workers=workers, collate_fn=_Sharing(collate), worker_init_fn=_freeze_garbage, **options
+            dataset,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            collate_fn=_Sharing(collate),
+            worker_init_fn=_freeze_garbage,
+            **options,
         )
 
     def __len__(self) -> int:
