@@ -140,7 +140,7 @@ class Options:
     workers: Annotated[int | None, WORKERS] = None
     """processes or threads (dali: threads) that load data; by default a quarter of the cores, or up to 8 with a GPU"""
     worker_kind: Literal["auto", "process", "thread"] = "auto"
-    """kind of workers of the torchvision engine; auto: threads on a Python without its global lock"""
+    """kind of workers of the engines torchvision and device; auto: threads on a Python without its global lock"""
     engine: str = "auto"
     """loader engine: torchvision, device (crops and colours on the GPU), dali, or auto (dali on a GPU if it is
     installed)"""

@@ -54,13 +54,13 @@ def test_without_a_step_the_way_to_measure_it_is_named():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({}, "Decoding takes 75%: fastssl data pack folder:A --out FILE.pack --kind rgb --side 320 leaves none, for"),
+        ({}, "Decoding takes 75%: fastssl data pack folder:A --out FILE.pack --kind yuv --side 320 leaves none, for"),
         ({"image_side": 1024}, "so pack them smaller with fastssl data pack folder:A --out FILE.pack --side 320."),
         (
             {"view_side": 96, "image_side": 200},
             "pack them smaller with fastssl data pack folder:A --out FILE.pack --side 160",
         ),
-        ({"source": "pack:A.pack"}, "pack the images again with --kind rgb, which needs no decoding but several times"),
+        ({"source": "pack:A.pack"}, "pack the images again with --kind yuv, which needs no decoding but several times"),
     ],
 )
 def test_decoding_is_saved_by_a_pack(changes, sentence):
@@ -105,12 +105,10 @@ def test_a_loader_that_something_else_holds_up_is_named():
 
 def test_a_sample_passes_over_bad_images_and_keeps_to_its_memory(monkeypatch):
     sample = take_sample(Numbers(40, bad=range(20), encoded=True), 40)
-    assert (len(sample.files), len(sample.pixels), sample.side) == (20, 20, 8)
-    for index in range(20):
-        assert sample.pixels.read(index).shape == (8, 8, 3)
-        assert sample.files.read(index).ndim == 1
-    monkeypatch.setattr("fastssl.data.parts.PIXELS", 5 * 64 - 1)
-    assert len(take_sample(Numbers(40), 40).files) == 5
+    assert (len(sample.images), sample.side) == (20, 8)
+    assert all(sample.images.read(index).ndim == 1 for index in range(20))
+    monkeypatch.setattr("fastssl.data.parts.BYTES", 5 * 3 * 64 - 1)
+    assert len(take_sample(Numbers(40), 40).images) == 5
 
 
 def test_parts_are_measured_alone():

@@ -12,6 +12,7 @@ from rich.table import Table
 from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, check_ranges
 from fastssl.contract import Batch, PreparesEpochs
 from fastssl.data.augmentation import Augmentation
+from fastssl.data.jpeg import DECODER
 from fastssl.data.loader import Loader
 from fastssl.data.parts import Parts, Sample, measure_parts, take_sample
 from fastssl.data.source import Source, open_source
@@ -185,7 +186,7 @@ def _table_of_parts(
 ) -> Table:
     """A row for each part, a column for each augmentation."""
     title = f"ms per image on one core and share, {len(sample.sides)} images of {sample.side} pixels (torchvision)"
-    table = Table("part", *parts, title=title)
+    table = Table("part", *parts, title=title, caption=f"JPEGs by {DECODER}")
     for part in Parts._fields:
         cells = [f"{getattr(of, part):.2f} {getattr(of, part) / sum(of):>4.0%}" for of in parts.values()]
         table.add_row(part, *cells)

@@ -77,7 +77,7 @@ def _faster(seen: Situation) -> list[str]:
 def _pack(seen: Situation) -> str:
     """The pack that saves decoding."""
     if seen.source.startswith("pack:"):
-        return "pack the images again with --kind rgb, which needs no decoding but several times the disk"
+        return "pack the images again with --kind yuv, which needs no decoding but several times the disk"
     side = max(1, math.ceil(seen.view_side * PACK_SIDE / 32)) * 32
     call = f"fastssl data pack {seen.source} --out FILE.pack"
     if seen.image_side > LARGE * seen.view_side:
@@ -85,7 +85,7 @@ def _pack(seen: Situation) -> str:
             f"images of {seen.image_side} pixels are large for views of {seen.view_side}, so pack them smaller with "
             f"{call} --side {side}"
         )
-    return f"{call} --kind rgb --side {side} leaves none, for several times the disk"
+    return f"{call} --kind yuv --side {side} leaves none, for several times the disk"
 
 
 def _kind(seen: Situation) -> list[str]:

@@ -67,9 +67,7 @@ class Augmentation:
     """The views of one training sample, all made from one decoded image."""
 
     views: tuple[View, ...]
-    reduced: bool = (
-        True  # decode a large JPEG at a fraction of its size where the views need no more, see `decoding.py`
-    )
+    reduced: bool = True  # decode large JPEGs at 1/2, 1/4 or 1/8 of their size where the views need no more pixels
 
 
 def asymmetric_views(view: View, blur_p: tuple[float, ...], solarize_p: tuple[float, ...]) -> Augmentation:

@@ -20,7 +20,7 @@ def make_contact_sheet(
     Args:
         source: images, of which `rows` are shown, evenly spread over the source; bad ones are left out.
         augmentation: all its views are shown.
-        engine: "torchvision" or "dali".
+        engine: one of `loader.ENGINES`.
         rows: number of images.
         columns: number of draws (epochs) of each image.
         seed: seed of the draws.

@@ -7,6 +7,7 @@ On a CPU, DALI decodes and resamples, and `augment_` changes the colours: the ex
 operators 9 ms per image. `colours_in_graph=True` runs the whole graph of a GPU on a CPU, for comparisons in tests.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,8 @@ class Engine:
         fill_in: bool,
         colours_in_graph: bool | None = None,
     ):
-        self.source, self.augmentation, self.seed, self.fill_in = source, augmentation, seed, fill_in
+        self.source, self.seed, self.fill_in = source, seed, fill_in
+        self.augmentation = dataclasses.replace(augmentation, reduced=False)  # in `_recover` too: DALI decodes in full
         self.colours = device.type == "cuda" if colours_in_graph is None else colours_in_graph
         gpu = None if device.type == "cpu" else device.index
         if device.type == "cuda" and gpu is None:

@@ -149,13 +149,13 @@ class ImageFile:
         pixels = decode_jpeg(self.data, size, image.mode, scale)
         if pixels is None:
             if scale > 1:
-                image = self._open()  # which stays reduced
+                image = self._open()  # anew, since `draft` changes an image for good
                 image.draft(None, (size[1] // scale, size[0] // scale))
             pixels = np.array(image.convert("RGB"))
         return pixels
 
-    def find_scale(self, needed: float) -> int:
-        """The largest of 1, 2, 4 and 8 that the image can be reduced by when it is decoded, and that is needed at most.
+    def find_scale(self, most: float) -> int:
+        """The largest of 1, 2, 4 and 8, at most `most`, by which decoding can reduce the sides of the image.
 
         Only JPEGs can be reduced; turned or mirrored ones by a number that divides their sides, since the blocks of
         pixels that become one begin at the first pixel that is stored.
@@ -164,7 +164,7 @@ class ImageFile:
             return 1
         for scale in SCALES:
             divides = not (self.size[0] % scale or self.size[1] % scale)
-            if scale <= min(needed, *self.size) and (divides or self.orientation == 1):
+            if scale <= min(most, *self.size) and (divides or self.orientation == 1):
                 return scale
         return 1
 
@@ -241,8 +241,17 @@ def open_image(source: Source, index: int) -> ImageFile:
 
     Raises:
         BadImage: the image can't be read, is no image or has too many pixels.
+        BadSource: it is planes of another size than the source's.
     """
-    return ImageFile(source.read(index), source.name(index))
+    data = source.read(index)
+    image = ImageFile(data, source.name(index))
+    if data.ndim == 2 and source.size not in (None, image.size):  # grey pixels [H, W] look like planes
+        (height, width), got = image.size, f"{list(data.shape)} for {printable(image.name)}"
+        expected = f"planes [3·H/2, W] of the source's size, {source.size[0]}×{source.size[1]}"
+        raise BadSource(
+            f"data: read must give {expected}, got {got}, which is {height}×{width}: repeat grey pixels as [H, W, 3]"
+        )
+    return image
 
 
 def decode_for_views(

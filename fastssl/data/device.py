@@ -17,12 +17,11 @@ from fastssl.ops import resized_crops_
 from fastssl.ops.crops import planes_of
 
 from .augmentation import Augmentation
-from .decoding import ImageFile, open_image
 from .draws import draw, mix
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .shared import empty
-from .source import BadImage, Source, read_extras
-from .torchvision import FILES_IN_MEMORY, Batches, BatchSampler, change_colours, decode, windows_of
+from .source import Source
+from .torchvision import Batches, BatchSampler, change_colours, decode_images
 from .workers import Workers
 
 
@@ -102,7 +101,7 @@ def decode_batch(
 ) -> Decoded:
     """Decodes the images of these numbers [B].
 
-    Memory: holds `FILES_IN_MEMORY` files, the pixels of one image, and twice the parts that the views need.
+    Memory: holds the files and pixels that `decode_images` does, and twice the parts that the views need.
     """
     seeds = mix(seed, epoch, indices)
     draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
@@ -110,21 +109,9 @@ def decode_batch(
     windows: dict[int, Tensor] = {}
     extras: dict[int, dict[str, np.ndarray]] = {}
     bad: list[tuple[int, str]] = []
-    for first in range(0, len(indices), FILES_IN_MEMORY):
-        files: dict[int, ImageFile] = {}
-        for row in range(first, min(first + FILES_IN_MEMORY, len(indices))):
-            try:
-                files[row] = open_image(source, int(indices[row]))
-            except BadImage as error:
-                bad.append((int(indices[row]), str(error)))
-        for row, in_file in windows_of(augmentation, draws, files):
-            try:
-                pixels, in_pixels = decode(files[row], augmentation, in_file)
-                extras[row] = read_extras(source, int(indices[row]))
-            except BadImage as error:
-                bad.append((int(indices[row]), str(error)))
-                continue
-            parts[row], windows[row] = cut(pixels, torch.tensor(in_pixels, dtype=torch.float64))
+    for row, pixels, in_pixels, arrays in decode_images(source, augmentation, draws, indices, bad):
+        parts[row], windows[row] = cut(pixels, torch.tensor(in_pixels, dtype=torch.float64))
+        extras[row] = arrays
     good = list(parts)
     rows = fill_in_rows(good, len(indices)) if bad and fill_in else good
     images = dict(zip(good, _places(list(parts.values()))))

@@ -1,4 +1,4 @@
-"""JPEGs at full size, or at 1/2, 1/4 or 1/8 of it, by the decoder that takes the least time.
+"""Decodes JPEGs at full size, or at 1/2, 1/4 or 1/8 of it, by the decoder that takes the least time.
 
 simplejpeg and Pillow contain the same library, libjpeg-turbo, and both are used with its default, the accurate inverse
 transform and smooth upsampling of the colours: their pixels are equal, so a run may be resumed with either. simplejpeg

@@ -8,6 +8,7 @@ workers.
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Loader:
         device: device of the batches. Pixels are copied as bytes and become normalised floats there.
         train: shuffle, and leave out the incomplete batch; else the source's order, complete.
         engine: "torchvision", "device" (crops and colours on the device of the batches) or "dali". All have the same
-            order and the same draws. Pixels of the first two are equal, DALI's differ slightly by its resampling.
+            order and the same draws. Pixels of the first two are equal; DALI's differ slightly, as it resamples by its
+            own rules and decodes all JPEGs in full.
         rank, world: number of this rank, and number of ranks, see `Order`.
         bad_files: file to which the names of images that can't be decoded are appended. In training they are replaced
             by others of the batch, in evaluation they are left out.
@@ -90,9 +92,18 @@ class Loader:
         self._order = Order(len(source), batch_size, seed, train, source.shards, rank, world)
         self._epochs_begun, self._world = 0, world
         self._layout: Layout | None = None  # of the source's extras, known from the first batch
-        kind = choose_kind(worker_kind)
+        lab_views = {view for view in augmentation.views if view.colour_space == "lab"}
+        self._lab_constants = {view: self._mean_and_std(view) for view in lab_views}
         self._engine = _build_engine(
-            engine, source, augmentation, batch_size, seed, (workers, kind), self.device, train
+            engine,
+            source,
+            augmentation,
+            seed,
+            workers=workers,
+            worker_kind=choose_kind(worker_kind),
+            device=self.device,
+            fill_in=train,
+            batch_size=batch_size,
         )
 
     def __len__(self) -> int:
@@ -110,7 +121,7 @@ class Loader:
             raise ValueError(f"data: start must be a batch of the epoch, 0 … {len(self)}, got {start}")
         self._epochs_begun += 1
         samples = self._check_samples(self._engine.run(number, self._order.batches(number, start)), self._epochs_begun)
-        return map(self._to_batch, samples) if self.device.type == "cpu" else self._on_copy_stream(samples)
+        return map(self.to_batch, samples) if self.device.type == "cpu" else self._on_copy_stream(samples)
 
     def _check_samples(self, batches: Iterator[Samples], epoch_begun: int) -> Iterator[Samples]:
         """The batches with at least one image, once bad images are noted and extras are checked."""
@@ -129,7 +140,7 @@ class Loader:
                     f"(the last: {printable(samples.bad[-1][1])})"
                 )
 
-    def _to_batch(self, samples: Samples) -> Batch:
+    def to_batch(self, samples: Samples) -> Batch:
         """Copies a batch to the device; bytes become normalised floats."""
         views = tuple(
             self._to_floats(pixels.to(self.device, non_blocking=True), view)
@@ -146,8 +157,13 @@ class Loader:
         """Normalised floats [B, 3, H, W] of bytes, in the view's colour space."""
         if view.colour_space == "rgb":
             return normalise(pixels, view.mean, view.std, self.dtype)
-        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (view.mean, view.std))
+        mean, std = self._lab_constants[view]
         return rgb_to_lab(pixels.float() / 255).sub_(mean).div_(std).to(self.dtype)
+
+    def _mean_and_std(self, view: View) -> tuple[Tensor, Tensor]:
+        """Constants on the device, made once: making them there waits for it."""
+        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (view.mean, view.std))
+        return mean, std
 
     def _on_copy_stream(self, batches: Iterator[Samples]) -> Iterator[Batch]:
         """Makes, copies and normalises on a separate stream, while the GPU computes the previous step."""
@@ -161,7 +177,7 @@ class Loader:
             if previous is not None:
                 copied.synchronize()  # usually no wait; after it DALI may reuse the memory of the previous samples
             with torch.cuda.stream(stream):
-                batch, previous = self._to_batch(samples), samples
+                batch, previous = self.to_batch(samples), samples
                 copied.record()
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(stream)
@@ -208,42 +224,21 @@ def has_dali() -> bool:
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
-def _build_engine(
-    name: str,
-    source: Source,
-    augmentation: Augmentation,
-    batch_size: int,
-    seed: int,
-    workers_of_kind: tuple[int, str],
-    device: torch.device,
-    train: bool,
-) -> Engine:
-    workers, kind = workers_of_kind
+def _build_engine(name: str, source: Source, augmentation: Augmentation, seed: int, **options: Any) -> Engine:
+    """The engine with this name; `options` are those of the torchvision engine."""
     if name == "torchvision":
         from .torchvision import Engine as TorchvisionEngine
 
-        pin = device.type == "cuda"
-        return TorchvisionEngine(
-            source, augmentation, seed, workers=workers, pin=pin, fill_in=train, batch_size=batch_size, worker_kind=kind
-        )
+        return TorchvisionEngine(source, augmentation, seed, **options)
     if name == "device":
         from .device import Engine as DeviceEngine
 
-        return DeviceEngine(
-            source,
-            augmentation,
-            seed,
-            workers=workers,
-            device=device,
-            fill_in=train,
-            batch_size=batch_size,
-            worker_kind=kind,
-        )
+        return DeviceEngine(source, augmentation, seed, **options)
     if name != "dali":
         raise ValueError(f"data: unknown engine {name!r}, there are {', '.join(ENGINES)}")
     if not has_dali():
         raise ValueError("data: the engine dali is not installed: pip install 'fastssl-engine[dali]' (Linux)")
     from .dali import Engine as DaliEngine
 
-    threads = max(1, workers)
-    return DaliEngine(source, augmentation, seed, batch_size=batch_size, threads=threads, device=device, fill_in=train)
+    del options["worker_kind"]  # DALI has threads
+    return DaliEngine(source, augmentation, seed, threads=max(1, options.pop("workers")), **options)

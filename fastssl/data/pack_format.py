@@ -56,9 +56,7 @@ class Index(NamedTuple):
     """All images of a pack that can be read."""
 
     header: dict[str, Any]
-    columns: dict[
-        str, np.ndarray
-    ]  # [N] each: number, offset, size, height, width, crc, label, split, extras_…; strings
+    columns: dict[str, np.ndarray]  # as `columns_of` makes them
     notes: list[str]  # sentences on damage
 
 
@@ -86,7 +84,7 @@ def index_bytes(records: list[Record], header: dict[str, Any], offset: int) -> b
 
 
 def columns_of(records: list[Record]) -> dict[str, np.ndarray]:
-    """Fields of the records whose image can be decoded, one array each."""
+    """Fields of the records whose image can be decoded, an array [N] each; names and identities as bytes and ends."""
     good = [record for record in records if "bad" not in record.facts]
 
     def column(values: list[int]) -> np.ndarray:
@@ -239,7 +237,7 @@ def _read_record(data: mmap.mmap | bytes, start: int) -> tuple[Record | None, in
         return None, 0
     facts = json.loads(text)
     end = begin + size + facts.get("extras", [0])[0]
-    if end > len(data):
+    if not begin + size <= end <= len(data):
         return None, 0
     return Record(number, begin, size, height, width, image_crc, facts), -(-end // 8) * 8
 

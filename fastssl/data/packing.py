@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from fastssl.text import printable
 
-from .decoding import MARGIN, ImageFile, rgb_to_planes
+from .decoding import MARGIN, ImageFile, open_image, rgb_to_planes
 from .pack_format import Record, header_bytes, index_bytes, record_bytes, scan, shard_path
 from .source import SPLITS, BadImage, Source, identity, read_extras
 from .workers import Workers
@@ -46,8 +46,8 @@ class Packed(NamedTuple):
 def encode(image: ImageFile, encoding: Encoding) -> np.ndarray:
     """The image as it is stored: bytes [N] of a file, RGB [H, W, 3] or planes [3·H/2, W].
 
-    An upright JPEG that is small enough is kept as it is. Others are resized with an antialiased bicubic filter, large
-    JPEGs from a reduced image of at least `MARGIN` times the size.
+    An upright JPEG that is small enough is kept as it is. Others are resized with an antialiased bicubic filter; large
+    JPEGs are first decoded at 1/2, 1/4 or 1/8, to at least `MARGIN` times the new size.
 
     Raises:
         BadImage: the image can't be decoded.
@@ -64,9 +64,8 @@ def encode(image: ImageFile, encoding: Encoding) -> np.ndarray:
     pixels = image.pixels() if image.data.ndim == 2 else image.raster(scale).permute(2, 0, 1)
     if not small:
         pixels = _resize(pixels, image.size, side, even=kind == "yuv")
-    picture = Image.merge(
-        "RGB", [Image.fromarray(plane) for plane in pixels.contiguous().numpy()]
-    )  # fast to interleave
+    planes = [Image.fromarray(plane) for plane in pixels.contiguous().numpy()]
+    picture = Image.merge("RGB", planes)  # a fast way to interleave
     if kind == "rgb":
         return np.array(picture)
     if kind == "yuv":
@@ -252,7 +251,7 @@ class _Encoded(Dataset):
         facts["split"] = SPLITS.index(split)
         extras = b""
         try:
-            image = encode(ImageFile(source.read(index), name), self.encoding)
+            image = encode(open_image(source, index), self.encoding)
             arrays = read_extras(source, index)
             extras = safetensors.numpy.save(arrays) if arrays else b""
         except BadImage as error:

@@ -12,10 +12,11 @@ from .augmentation import Augmentation
 from .decoding import ImageFile
 from .draws import draw, mix
 from .loader import Loader
+from .samples import Samples
 from .source import BadImage, Source
-from .torchvision import change_colours, make_batch
+from .torchvision import change_colours, decode_images, make_batch
 
-PIXELS = 1 << 27  # of a sample at most: 400 MB
+BYTES = 1 << 28  # of a sample at most, as the source gives it
 
 
 class Parts(NamedTuple):
@@ -41,8 +42,7 @@ class Parts(NamedTuple):
 class Sample(NamedTuple):
     """Some images of a source."""
 
-    files: Source  # the bytes or pixels that the source gives, in memory
-    pixels: Source  # decoded
+    images: Source  # the bytes or pixels that the source gives, in memory
     read: float  # seconds to read them, once: a second time they would come from the system's memory
     sides: list[int]  # shorter side of each, in pixels
 
@@ -79,57 +79,58 @@ def take_sample(source: Source, count: int, seed: int = 0) -> Sample:
     Raises:
         ValueError: none of them can be decoded.
     """
-    files, pixels, sides, seconds, total = [], [], [], 0.0, 0
+    images, sides, seconds, total = [], [], 0.0, 0
     for index in np.random.default_rng(seed).permutation(len(source))[:count].tolist():
         start = time.perf_counter()
         try:
             data = source.read(index)
             seconds += time.perf_counter() - start
             image = ImageFile(data, source.name(index))
-            decoded = image.pixels()
+            image.raster()
         except BadImage:
             continue
-        files.append(data)
-        pixels.append(np.ascontiguousarray(decoded.permute(1, 2, 0).numpy()))
+        images.append(data)
         sides.append(min(image.size))
-        total += decoded[0].numel()
-        if total > PIXELS:
+        total += data.nbytes
+        if total > BYTES:
             break
-    if not files:
+    if not images:
         raise ValueError("bench: none of the images to measure can be decoded, see fastssl data check")
-    return Sample(_InMemory(files), _InMemory(pixels), seconds, sides)
+    return Sample(_InMemory(images), seconds, sides)
 
 
 def measure_parts(sample: Sample, augmentation: Augmentation, device: torch.device, seconds: float) -> Parts:
-    """Measures each part for about a third of `seconds`, and takes the fastest time.
+    """Measures each part for about a quarter of `seconds`, and takes the fastest time.
 
-    What crops and decodes is measured as the engine does it, in batches from memory: decoding is the time that the
-    batch takes longer from files than from pixels.
+    Images are in memory. Crops take what a whole batch takes longer than decoding and colours alone.
     """
     count = len(sample.sides)
     indices, seeds = np.arange(count), mix(0, 0, np.arange(count))
     views = [torch.empty(count, 3, *view.size, dtype=torch.uint8) for view in augmentation.views]
     draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
 
-    def batch_from(source: Source) -> Callable[[], object]:
-        return lambda: make_batch(source, augmentation, 0, 0, indices, True)
+    def make() -> Samples:
+        return make_batch(sample.images, augmentation, 0, 0, indices, True)
+
+    def decode() -> None:
+        for _ in decode_images(sample.images, augmentation, draws, indices, []):
+            pass
 
     def colours() -> None:
         for view, drawn, pixels in zip(augmentation.views, draws, views):
             change_colours(pixels, view, drawn)
 
-    loader = Loader(sample.pixels, augmentation, count, device=device)
-    samples = make_batch(sample.pixels, augmentation, 0, 0, indices, True)
+    loader, samples = Loader(sample.images, augmentation, count, device=device), make()
 
     def normalise() -> None:
-        loader._to_batch(samples)
+        loader.to_batch(samples)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     with _one_thread():
-        work = (batch_from(sample.files), batch_from(sample.pixels), colours, normalise)
-        from_files, from_pixels, coloured, normalised = (_fastest(part, seconds / 4) for part in work)
-    parts = (sample.read, from_files - from_pixels, from_pixels - coloured, coloured, normalised)
+        work = (make, decode, colours, normalise)
+        whole, decoded, coloured, normalised = (_fastest(part, seconds / 4) for part in work)
+    parts = (sample.read, decoded, whole - decoded - coloured, coloured, normalised)
     return Parts(*(1000 * max(0.0, part) / count for part in parts))
 
 

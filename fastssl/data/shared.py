@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes, of a cache line
-ROOM = (
-    1 << 18
-)  # bytes of a slot beside the pixels, for numbers, labels and seeds: pages that are never written are free
+# bytes of a slot beside the pixels, for numbers, labels and seeds; pages that are never written take no memory
+ROOM = 1 << 18
 
 _current = threading.local()  # `slot`: where this worker makes its batch; `pinned`: True if a GPU will copy it
 _rings: "weakref.WeakValueDictionary[int, Ring]" = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+
+
+class NoSharedMemory(MemoryError):
+    """There is no shared memory for a tensor that does not fit in its slot."""
 
 
 class Ring:
@@ -51,7 +54,7 @@ class Ring:
         """Makes a batch in a slot and returns what the main process needs to find it there; an error as it is.
 
         Raises:
-            RuntimeError, OSError: the batch is larger than the slot, and there is no shared memory for the rest.
+            NoSharedMemory: the batch is larger than the slot, and there is no shared memory for the rest.
         """
         _current.slot = slot = _Slot(self.slot(number))
         try:
@@ -112,7 +115,10 @@ class _Slot:
         if not (0 <= begin < len(self._memory) and tensor.is_contiguous()):
             copy = self.take(tensor.shape, tensor.dtype)
             if copy is None:
-                return tensor.share_memory_()
+                try:
+                    return tensor.share_memory_()
+                except (RuntimeError, OSError) as error:
+                    raise NoSharedMemory(str(error)) from error
             tensor = copy.copy_(tensor)
             begin = tensor.data_ptr() - self._memory.data_ptr()
         return Place(begin, tuple(tensor.shape), tensor.dtype)

@@ -1,7 +1,7 @@
-"""The engine with torchvision's augmentations, which works on every machine.
+"""The engine with torchvision's augmentations, which works on every machine, without the package torchvision.
 
-Worker processes decode each image once, `resized_crops_` resamples every view of it as torchvision does, and `augment_`
-changes the colours of a whole batch.
+Workers decode each image once, `resized_crops_` resamples every view of it as torchvision does, and `augment_` changes
+the colours of a whole batch.
 """
 
 import itertools
@@ -27,14 +27,14 @@ FILES_IN_MEMORY = 16  # files of a batch that are in memory at a time
 
 
 class Engine:
-    """Makes batches with torchvision.
+    """Makes batches in workers, on the CPU.
 
     Args:
         source: the images.
         augmentation: the views to make of each image.
         seed: seed of all draws.
         workers: processes or threads that make batches; 0 makes them in this process, with torch's threads.
-        pin: copy batches to page-locked memory, from which a GPU copies them asynchronously.
+        device: to which batches will be copied. For a GPU they lie in page-locked memory, copied while a step runs.
         fill_in: replace images that can't be decoded by others of the batch; else they are left out.
         batch_size: images of the largest batch.
         worker_kind: "process" or "thread".
@@ -47,7 +47,7 @@ class Engine:
         seed: int,
         *,
         workers: int,
-        pin: bool,
+        device: torch.device,
         fill_in: bool,
         batch_size: int,
         worker_kind: str = "process",
@@ -62,7 +62,7 @@ class Engine:
             batch_size=None,
             sampler=self._sampler,
             persistent_workers=workers > 0,
-            pin_memory=pin,
+            pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # the global generator would advance in every epoch, and again after a resume
         )
 
@@ -84,24 +84,11 @@ def make_batch(
     views = [empty(len(indices), 3, *view.size) for view in augmentation.views]
     extras: dict[int, dict[str, np.ndarray]] = {}  # by row of the batch, of the images that can be decoded
     bad: list[tuple[int, str]] = []
-    for first in range(0, len(indices), FILES_IN_MEMORY):
-        files: dict[int, ImageFile] = {}  # by row of the batch
-        for row in range(first, min(first + FILES_IN_MEMORY, len(indices))):
-            try:
-                files[row] = open_image(source, int(indices[row]))
-            except BadImage as error:
-                bad.append((int(indices[row]), str(error)))
-        for row, in_file in windows_of(augmentation, draws, files):
-            try:
-                pixels, in_pixels = decode(files[row], augmentation, in_file)
-                extras[row] = read_extras(source, int(indices[row]))
-            except BadImage as error:
-                bad.append((int(indices[row]), str(error)))
-                continue
-            for view, window, batch in zip(augmentation.views, in_pixels, views):
-                resized_crops_(
-                    batch[row : row + 1], [pixels], torch.tensor([window], dtype=torch.float64), view.interpolation
-                )
+    for row, pixels, in_pixels, arrays in decode_images(source, augmentation, draws, indices, bad):
+        extras[row] = arrays
+        for view, window, batch in zip(augmentation.views, in_pixels, views):
+            crop = batch[row : row + 1]
+            resized_crops_(crop, [pixels], torch.tensor([window], dtype=torch.float64), view.interpolation)
     rows = list(extras)
     if bad:
         rows = fill_in_rows(rows, len(indices)) if fill_in else rows
@@ -114,13 +101,37 @@ def make_batch(
     return Samples(views, torch.from_numpy(indices), labels, torch.from_numpy(seeds), stacked, bad)
 
 
-def decode(
-    image: ImageFile, augmentation: Augmentation, windows: Sequence[Sequence[float]]
-) -> tuple[Tensor, Sequence[Sequence[float]]]:
-    """Pixels of an image, reduced if the augmentation allows it, and the views' windows in them."""
-    if augmentation.reduced:
-        return decode_for_views(image, windows, [view.size for view in augmentation.views])
-    return image.raster(), windows
+def decode_images(
+    source: Source, augmentation: Augmentation, draws: list[Draws], indices: np.ndarray, bad: list[tuple[int, str]]
+) -> Iterator[tuple[int, Tensor, Sequence[Sequence[float]], dict[str, np.ndarray]]]:
+    """Decodes the images of a batch one by one, reduced if the augmentation allows it.
+
+    Args:
+        source: the images.
+        augmentation: the views that will be made.
+        draws: of each view, for the whole batch.
+        indices: [B] numbers of the images.
+        bad: gets (number, "PATH: reason") of those that can't be decoded.
+
+    Yields: of each of the others its row of the batch, pixels, the views' windows in them, and extras.
+    """
+    sizes = [view.size for view in augmentation.views]
+    for first in range(0, len(indices), FILES_IN_MEMORY):
+        files: dict[int, ImageFile] = {}  # by row
+        for row in range(first, min(first + FILES_IN_MEMORY, len(indices))):
+            try:
+                files[row] = open_image(source, int(indices[row]))
+            except BadImage as error:
+                bad.append((int(indices[row]), str(error)))
+        for row, in_file in _windows_of(augmentation, draws, files):
+            try:
+                file = files[row]
+                decoded = decode_for_views(file, in_file, sizes) if augmentation.reduced else (file.raster(), in_file)
+                extras = read_extras(source, int(indices[row]))
+            except BadImage as error:
+                bad.append((int(indices[row]), str(error)))
+                continue
+            yield row, *decoded, extras
 
 
 def change_colours(pixels: Tensor, view: View, draws: Draws) -> None:
@@ -134,7 +145,7 @@ def law_of(view: View) -> ColourLaw:
     return ColourLaw(view.grayscale_first, **COLOUR_LAWS[view.colour_law])
 
 
-def windows_of(
+def _windows_of(
     augmentation: Augmentation, draws: list[Draws], files: dict[int, ImageFile]
 ) -> Iterator[tuple[int, Sequence[Sequence[float]]]]:
     """(row, window of each view) for several files at once, to save calls of NumPy."""

@@ -27,14 +27,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from .shared import Ring, Sent, map_tensors, pin_in_this_thread
+from .shared import NoSharedMemory, Ring, Sent, map_tensors, pin_in_this_thread
 
 SHARED_MEMORY = "/dev/shm"
 KINDS = ("auto", "process", "thread")
 PREFETCH = 2  # batches that each worker makes ahead
-HELD = (
-    2  # batches that the reader may still read when the next one is begun: the one it has, and one on its way to a GPU
-)
+HELD = 2  # batches that stay readable while later ones are made: the reader's last one, and the one before it
 WAYS_OUT = (
     f"use fewer --workers or smaller batches, or give the machine or container more memory ({SHARED_MEMORY} of a "
     "container: docker run --shm-size=8g)"
@@ -109,7 +107,12 @@ class Workers:
             dataset = _InSlots(dataset, self._ring)
             options["sampler"] = _WithSlots(options["sampler"], self._ring.slots)
         self._loader: DataLoader = DataLoader(
-            dataset, num_workers=workers, collate_fn=_Sharing(collate), worker_init_fn=_freeze_garbage, **options
+            dataset,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            collate_fn=_Sharing(collate),
+            worker_init_fn=_freeze_garbage,
+            **options,
         )
 
     def __len__(self) -> int:
@@ -273,7 +276,7 @@ class _InSlots(Dataset):
         number, key = key
         try:
             return self._ring.make(number, lambda: self._dataset[key])
-        except (RuntimeError, MemoryError, OSError) as error:
+        except NoSharedMemory as error:
             return _no_shared_memory(error)
 
 

@@ -70,6 +70,8 @@ def test_workers_ranks_and_resume(images):
 class Planes(Captioned):
     """Planes of YUV and pixels by turns, of several sizes."""
 
+    size = None
+
     def read(self, index):
         random, height, width = np.random.default_rng(index), 20 + 2 * (index % 5), 34 - 2 * (index % 7)
         shape = (height * 3 // 2, width) if index % 3 else (height, width, 3)

@@ -1,6 +1,7 @@
 """Packs: the same images, labels, names and splits as their source, whatever happens to the file."""
 
 import io
+import itertools
 import json
 import pickle
 import random
@@ -294,6 +295,15 @@ def test_a_pack_with_right_checksums_and_wrong_content_is_refused(tmp_path):
     opens_as({**header, "classes": None}, columns)
     opens_as({**header, "notes": [[1], []]}, columns)
     opens_as([], columns)
+
+
+def test_extras_that_end_before_they_begin_are_damage():
+    """As an attacker would write them: the next record would be the same one, for ever."""
+    image, facts = np.zeros((4, 4, 3), np.uint8), {"name": "x", "identity": "x", "label": -1, "split": 0}
+    record = pack_format.record_bytes(1, image, facts)
+    hostile = pack_format.record_bytes(0, image, {**facts, "extras": [-500, 0]})
+    found = list(itertools.islice(pack_format.scan(hostile + record, 0), 3))
+    assert [one.number for one in found] == [1]
 
 
 def test_planes_are_the_colours_of_the_image(folder, tmp_path):

@@ -338,6 +338,23 @@ def test_a_source_of_your_own_must_give_bytes(pixels):
         list(Loader(Own(4), Augmentation((View((8, 8)),)), 4).epoch(0))
 
 
+def test_grey_pixels_are_not_taken_for_planes():
+    """[24, 24] could be the planes of 16×24 pixels; a source that states the size of its images says what they are."""
+
+    class Grey(Numbers):
+        size = (24, 24)
+
+        def read(self, index):
+            return np.zeros((24, 24), np.uint8)
+
+    sentence = (
+        "data: read must give planes [3·H/2, W] of the source's size, 24×24, got [24, 24] for image 0, which is 16×24: "
+        "repeat grey pixels as [H, W, 3]"
+    )
+    with pytest.raises(BadSource, match=f"^{re.escape(sentence)}$"):
+        next(Loader(Grey(1), Augmentation((View((8, 8)),)), 1).epoch(0))
+
+
 def test_formats_outside_of_the_table_are_not_opened(tmp_path, monkeypatch):
     """An EPS would start Ghostscript when it is decoded."""
     from PIL import EpsImagePlugin

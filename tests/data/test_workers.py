@@ -145,6 +145,17 @@ def test_a_batch_that_does_not_fit_in_shared_memory_is_one_sentence(monkeypatch)
     assert re.fullmatch(expected, sentence)  # in one line
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_error_of_a_source_is_not_taken_for_a_full_memory(count):
+    class Wrong(Numbers):
+        def read(self, index):
+            raise RuntimeError("a bug of the source")
+
+    with pytest.raises(RuntimeError, match="a bug of the source") as caught:
+        next(Loader(Wrong(8), plain((8, 8)), 4, workers=count).epoch(0))
+    assert "/dev/shm" not in str(caught.value)
+
+
 def memory(monkeypatch, free, total=64 << 20):
     state = SimpleNamespace(f_bavail=free // 4096, f_frsize=4096, f_blocks=total // 4096)
     monkeypatch.setattr(workers.os, "statvfs", lambda path: state)
