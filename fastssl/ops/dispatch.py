@@ -277,11 +277,18 @@ _cpu_library: ctypes.CDLL | None = None
 
 
 def load_cpu_library(path: str | Path) -> None:
-    """Loads a library of C++ kernels, which replace those loaded before."""
+    """Loads a library of C++ kernels, which replace those loaded before.
+
+    Raises:
+        ImportError: the library was built from older sources.
+    """
     global _cpu_library
     torch.ops.load_library(path)
-    _cpu_library = ctypes.CDLL(str(path))
-    _cpu_library.fastssl_choose_bf16_products.restype = ctypes.c_char_p
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "fastssl_choose_bf16_products"):
+        raise ImportError(f"fastssl: {path} is older than the Python code: run `pip install -e .` again to build it")
+    library.fastssl_choose_bf16_products.restype = ctypes.c_char_p
+    _cpu_library = library
 
 
 def bf16_products() -> str:

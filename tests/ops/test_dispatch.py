@@ -84,6 +84,13 @@ def test_products_that_do_not_exist_change_nothing():
         dispatch.choose_bf16_products(before)
 
 
+def test_a_library_of_an_earlier_build_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(dispatch.ctypes, "CDLL", lambda path: object())
+    with pytest.raises(ImportError, match=r"^fastssl: old\.so is older than the Python code: run `pip install -e \.`"):
+        dispatch.load_cpu_library("old.so")
+
+
 def test_has_kernel_and_reference():
     assert dispatch.has_kernel("enqueue_", "cpu")
     assert not dispatch.has_kernel("enqueue_", "mps")
