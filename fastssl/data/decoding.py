@@ -315,7 +315,7 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = pixels[:, ::-1]
     if orientation in UPSIDE_DOWN:
         pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
+    return pixels.copy()  # `np.ascontiguousarray` leaves the negative stride of a side of one pixel
 
 
 def _orientation(image: Image.Image) -> int:

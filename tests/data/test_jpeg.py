@@ -73,7 +73,7 @@ def test_pillow_decodes_only_what_simplejpeg_leaves():
         assert (jpeg.decode_jpeg(data, *header(data)) is None) == (kind == "CMYK")
 
 
-@pytest.mark.parametrize("size", [(64, 48), (61, 43)])
+@pytest.mark.parametrize("size", [(64, 48), (61, 43), (1, 9), (9, 1), (1, 1)])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation(size, orientation):
     data = turned(picture(*size), orientation)
