@@ -75,6 +75,14 @@ def installed_engines() -> tuple[str, ...]:
     return tuple(engine for engine in ENGINES if engine != "dali" or has_dali())
 
 
+def compared_engines() -> tuple[str, ...]:
+    """The installed engines that are worth measuring here: "device" only beside a GPU.
+
+    On a CPU it makes the torchvision engine's views in one process instead of in the workers.
+    """
+    return tuple(engine for engine in installed_engines() if engine != "device" or torch.cuda.is_available())
+
+
 def available_engine(name: str, device: torch.device) -> str:
     """The loader engine of a run that was started on another machine: torchvision, with a notice, if DALI is missing.
 

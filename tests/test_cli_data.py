@@ -5,6 +5,7 @@ import re
 import time
 
 import numpy as np
+import torch
 from PIL import Image
 
 import fastssl
@@ -22,7 +23,7 @@ from tests.support import toy_method
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison
 
-ENGINES = ["torchvision", "device", *(["dali"] if has_dali() else [])]
+ENGINES = ["torchvision", *(["device"] if torch.cuda.is_available() else []), *(["dali"] if has_dali() else [])]
 
 
 def test_check_counts_sizes_formats_and_names_bad_files(monkeypatch, capsys, tmp_path):

@@ -18,7 +18,7 @@ from fastssl.data.parts import Parts, Sample, measure_parts, take_sample
 from fastssl.data.source import Source, open_source
 from fastssl.data.timing import Throughput, cores, measure_throughput
 from fastssl.data.workers import choose_kind
-from fastssl.machine import installed_engines
+from fastssl.machine import compared_engines, installed_engines
 from fastssl.pretraining import preset_config
 from fastssl.run import find_augmentation, method_module
 from fastssl.train.config import Execution
@@ -38,7 +38,7 @@ class Flags:
     """source of images: folder:PATH, webdataset:SHARDS, …"""
     augmentation: tuple[str, ...] = ("mae", "moco_v2", "moco_v3", "evaluation")
     """augmentations: methods, multi_crop, evaluation"""
-    engine: tuple[str, ...] = installed_engines()
+    engine: tuple[str, ...] = compared_engines()
     """loader engines: torchvision, device, dali"""
     workers: Annotated[int, NOT_NEGATIVE] = min(2, cores())
     """processes or threads that load data"""

@@ -17,7 +17,7 @@ from fastssl.data.formats import SUFFIXES
 from fastssl.data.listing import PREVIEW, RUNS
 from fastssl.data.source import SPLITS, Source, open_source
 from fastssl.data.timing import Throughput, cores
-from fastssl.machine import installed_engines
+from fastssl.machine import compared_engines
 from fastssl.run import find_augmentation
 from fastssl.text import printable
 
@@ -93,7 +93,7 @@ def _check(words: list[str]) -> None:
         console.print(block, soft_wrap=isinstance(block, Text))
     if flags.bad_files:
         _write_bad_files(flags.bad_files, bad_images(sides))
-    source, engines = next(iter(sources.values())), installed_engines()
+    source, engines = next(iter(sources.values())), compared_engines()
     if flags.seconds and next(iter(sides.values())).findings.good:
         console.print(f"\naugmentation of MoCo v2, {flags.workers} workers")
         augmentation, batch_size = find_augmentation("moco_v2", source), min(64, len(source))

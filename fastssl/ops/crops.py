@@ -29,9 +29,10 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
 
     Equals, for an RGB image and its window,
     ``F.interpolate(image.permute(2, 0, 1)[None, :, top : top + height, left : left + width], (h, w),
-    mode=interpolation, antialias=True)[0]`` of uint8 on a CPU, to the bit: along rows, then along columns, each with
-    integer weights and rounded to bytes. Pixels outside the window have no influence. A window may begin and end inside
-    of pixels, as it does in an image that was reduced when it was decoded.
+    mode=interpolation, antialias=True)[0]`` of uint8 on a CPU, to the bit (torch without vector instructions is wrong
+    for results one pixel wide): along rows, then along columns, each with integer weights and rounded to bytes. Pixels
+    outside the window have no influence. A window may begin and end inside of pixels, as it does in an image that was
+    reduced when it was decoded.
 
     Planes of YCbCr are resampled one by one, those of colour in the window of half the numbers, which may begin and end
     in the middle of a pixel; the results are converted to RGB by the integers of libjpeg, rounded once more.

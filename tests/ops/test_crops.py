@@ -65,7 +65,11 @@ def plain(images, windows, size, mode="bilinear"):
 def by_torch(image, window, size, mode):
     top, left, height, width = window
     cropped = image.permute(2, 0, 1)[None, :, top : top + height, left : left + width]
-    return F.interpolate(cropped, size, mode=mode, antialias=True)
+    if size[1] > 1:
+        return F.interpolate(cropped, size, mode=mode, antialias=True)
+    # torch's code without vector instructions is wrong for a single column, which therefore has a copy beside it
+    column = F.interpolate(cropped, (height, 1), mode=mode, antialias=True)
+    return F.interpolate(torch.cat([column] * 2, 3), (size[0], 2), mode=mode, antialias=True)[..., :1]
 
 
 @every_case
