@@ -2,7 +2,7 @@
 //
 // A task is one head of one sample. Scores are computed for one group of queries at a time and stored as [keys,
 // queries]: lanes are queries, so the softmax over keys is lane-wise. q, k and v are read through their strides; 16-bit
-// dtypes are converted to float32 first, except bfloat16 on processors with AVX-512's bf16 dot product
+// dtypes are converted to float32 first, except bfloat16 on processors with tiles (AMX) or AVX-512's bf16 dot product
 // (attention_bf16.h).
 //
 // Operations: 4 B H Lq Lk E forward, 10 B H Lq Lk E backward. Memory per thread: scores of one group of queries, and
@@ -240,12 +240,13 @@ std::tuple<Tensor, Tensor> forward(const Heads& q, const Heads& k, const Heads& 
     lse = empty({q.batch, q.heads, q.length}, kDtype<T>);
     S* output = data<S>(out);
     T* log_sums = data<T>(lse);
-#if defined(FASTSSL_BF16_DOT)
     if constexpr (std::is_same_v<S, BFloat16>)
-      return for_each_head(q, 4.0 * k.length, forward_bf16_bytes(q, k, v), [&](int64_t task, char* scratch) {
-        forward_bf16(q, k, v, task, scale, output, log_sums, scratch);
-      });
-#endif
+      if (uses_bf16_products())
+        return with_bf16_products([&](auto tiles) {
+          for_each_head(q, 4.0 * k.length, forward_bf16_bytes<tiles>(q, k, v), [&](int64_t task, char* scratch) {
+            forward_bf16<tiles>(q, k, v, task, scale, output, log_sums, scratch);
+          });
+        });
     for_each_head(q, 4.0 * k.length, forward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* scratch) {
       forward_head<T, S>(q, k, v, task, scale, output, log_sums, reinterpret_cast<T*>(scratch));
     });
@@ -254,27 +255,28 @@ std::tuple<Tensor, Tensor> forward(const Heads& q, const Heads& k, const Heads& 
 }
 
 template <typename S>
-void backward(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out,
-              [[maybe_unused]] const Tensor& lse, double scale, const Gradients<S>& gradients) {
+void backward(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const Tensor& lse,
+              double scale, const Gradients<S>& gradients) {
   using T = ComputeType<S>;
   if (q.length == 0) {  // without queries the gradients are zero
     for (S* gradient : {gradients.k, gradients.v}) std::fill_n(gradient, k.batch * k.length * k.heads * k.width, S(0));
     return;
   }
-#if defined(FASTSSL_BF16_DOT)
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    STD_TORCH_CHECK(lse.is_contiguous(), "attention: lse must be contiguous");
-    const float* log_sums = static_cast<const float*>(lse.const_data_ptr());
-    const int64_t bytes =
-        std::max(backward_bf16_bytes(q, k, v, out, dout), backward_scratch<T>(q, k) * int64_t(sizeof(T)));
-    return for_each_head(q, 10.0 * k.length, bytes, [&](int64_t task, char* scratch) {
-      if (are_exact(log_sums + task * q.length, q.length))
-        backward_bf16(dout, q, k, v, out, log_sums, task, scale, gradients, scratch);
-      else  // computes the softmax again, without them
-        backward_head<T, S>(dout, q, k, v, out, task, scale, gradients, reinterpret_cast<T*>(scratch));
-    });
-  }
-#endif
+  if constexpr (std::is_same_v<S, BFloat16>)
+    if (uses_bf16_products()) {
+      STD_TORCH_CHECK(lse.is_contiguous(), "attention: lse must be contiguous");
+      const float* log_sums = static_cast<const float*>(lse.const_data_ptr());
+      return with_bf16_products([&](auto tiles) {
+        const int64_t bytes =
+            std::max(backward_bf16_bytes<tiles>(q, k, v, out, dout), backward_scratch<T>(q, k) * int64_t(sizeof(T)));
+        for_each_head(q, 10.0 * k.length, bytes, [&](int64_t task, char* scratch) {
+          if (are_exact(log_sums + task * q.length, q.length))
+            backward_bf16<tiles>(dout, q, k, v, out, log_sums, task, scale, gradients, scratch);
+          else  // computes the softmax again, without them
+            backward_head<T, S>(dout, q, k, v, out, task, scale, gradients, reinterpret_cast<T*>(scratch));
+        });
+      });
+    }
   for_each_head(q, 10.0 * k.length, backward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* scratch) {
     backward_head<T, S>(dout, q, k, v, out, task, scale, gradients, reinterpret_cast<T*>(scratch));
   });

@@ -45,31 +45,31 @@ class TileScope {
 
 template <typename Tiles, bool kAccumulate>
 void multiply_panel_on_tiles(int64_t rows, int64_t depth, const Bf16x2* a, int64_t a_stride, const Bf16x2* b, float* c,
-                             int64_t c_stride) {
+                             int64_t c_stride, int64_t b_stride) {
   constexpr int kWidth = kPanelWidth<Bf16x2>, N = kWidth > kTileWords ? 2 : 1;
   for (; rows > kTileRows16; rows -= 2 * kTileRows16, a += 2 * kTileRows16 * a_stride, c += 2 * kTileRows16 * c_stride)
-    multiply_tiles<Tiles, 2, N, kAccumulate>(depth, a, a_stride, b, kWidth, c, c_stride);
-  if (rows > 0) multiply_tiles<Tiles, 1, N, kAccumulate>(depth, a, a_stride, b, kWidth, c, c_stride);
+    multiply_tiles<Tiles, 2, N, kAccumulate>(depth, a, a_stride, b, b_stride, c, c_stride);
+  if (rows > 0) multiply_tiles<Tiles, 1, N, kAccumulate>(depth, a, a_stride, b, b_stride, c, c_stride);
 }
 
 // C[rows, kPanelWidth] = A[rows, depth] B[depth, kPanelWidth], or C += A B, inside a TileScope.
 template <bool kAccumulate>
 void multiply_bf16(int64_t rows, int64_t depth, const Bf16x2* a, int64_t a_stride, const Bf16x2* b, float* c,
-                   int64_t c_stride) {
+                   int64_t c_stride, int64_t b_stride = kPanelWidth<Bf16x2>) {
   switch (bf16_products.load(std::memory_order_relaxed)) {
     case Bf16Products::kNone: return;
     case Bf16Products::kDot:
 #if defined(FASTSSL_BF16_DOT)
-      multiply_panel<kAccumulate>(rows, depth, Operand<Bf16x2>{a, a_stride, 1}, b, kPanelWidth<Bf16x2>, c, c_stride);
+      multiply_panel<kAccumulate>(rows, depth, Operand<Bf16x2>{a, a_stride, 1}, b, b_stride, c, c_stride);
 #endif
       return;
     case Bf16Products::kTiles:
 #if defined(FASTSSL_TILES)
-      multiply_panel_on_tiles<HardwareTiles, kAccumulate>(rows, depth, a, a_stride, b, c, c_stride);
+      multiply_panel_on_tiles<HardwareTiles, kAccumulate>(rows, depth, a, a_stride, b, c, c_stride, b_stride);
 #endif
       return;
     case Bf16Products::kTwin:
-      return multiply_panel_on_tiles<TwinTiles, kAccumulate>(rows, depth, a, a_stride, b, c, c_stride);
+      return multiply_panel_on_tiles<TwinTiles, kAccumulate>(rows, depth, a, a_stride, b, c, c_stride, b_stride);
   }
 }
 

@@ -292,12 +292,12 @@ def load_cpu_library(path: str | Path) -> None:
 
 
 def bf16_products() -> str:
-    """What multiplies bfloat16 in the contrastive C++ kernels now, one of BF16_PRODUCTS."""
+    """What multiplies bfloat16 in the C++ kernels of attention and contrastive losses now, one of BF16_PRODUCTS."""
     return BF16_PRODUCTS[_cpu_library.fastssl_bf16_products()] if _cpu_library else "float32"
 
 
 def choose_bf16_products(name: str) -> str | None:
-    """Chooses what multiplies bfloat16 in the contrastive C++ kernels; returns None, or why it cannot be used.
+    """Chooses what multiplies bfloat16 in the C++ kernels of attention and contrastive losses; None, or why it cannot.
 
     Args:
         name: "tiles" (AMX), "dot" (AVX-512), "twin" (tiles in plain C++: for tests) or "float32".

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastssl.ops import attention, attention_packed, dispatch
@@ -26,6 +26,7 @@ from tests.support.contract import (
     sparse,
     torch_threads,
 )
+from tests.support.products import EVERY_PRODUCT
 
 # B, L, H, E
 SIZES = [(1, 1, 1, 1), (2, 13, 3, 8), (1, 63, 2, 80), (2, 197, 2, 32), (0, 5, 2, 4), (3, 50, 2, 64), (1, 512, 1, 17)]
@@ -81,7 +82,7 @@ def check_exact(q, k, v, dout, scale):
         assert_exact(ours, truth, plain, name)
 
 
-def check_rounding(q, k, v, dout, scale):
+def check_rounding(q, k, v, dout, scale, rounding=2.0**-9):
     """Output and gradients in bfloat16 differ from float64's by at most three roundings of the terms of their sums: of
     weights or gradients of scores, of the output in the row sum of the softmax's gradient, and of the result."""
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -101,7 +102,7 @@ def check_rounding(q, k, v, dout, scale):
     results = (found, *_attention_bwd(dout, q, k, v, found, lse, scale))
     for name, ours, exact, term in zip(("out", "dq", "dk", "dv"), results, truth, terms):
         assert ours.dtype == q.dtype and ours.is_contiguous()
-        excess = ((ours.double() - exact).abs() - 3.01 * 2.0**-9 * term).amax() if ours.numel() else 0
+        excess = ((ours.double() - exact).abs() - 3.01 * rounding * term).amax() if ours.numel() else 0
         assert excess <= 1e-30, f"{name}: {excess:.3e} beyond the bound of rounding"
 
 
@@ -109,6 +110,74 @@ def check_rounding(q, k, v, dout, scale):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_op_errs_no_more_than_torch(dtype, size):
     check_exact(*packed(*size, dtype), torch.randn(size).to(dtype), size[3] ** -0.5)
+
+
+@EVERY_PRODUCT
+@pytest.mark.parametrize("size", [*SIZES, (2, 50, 2, 32), (1, 33, 1, 70), (1, 129, 2, 64)], ids=str)
+def test_bfloat16_errs_no_more_than_torch(products, size):
+    """On tiles too, in plain C++ where the processor has none, with padding along every dimension."""
+    check_exact(*packed(*size, torch.bfloat16), torch.randn(size).bfloat16(), size[3] ** -0.5)
+
+
+@EVERY_PRODUCT
+@pytest.mark.parametrize("lengths", [(5, 50), (50, 5), (1, 197), (197, 3)], ids=str)
+def test_bfloat16_with_keys_of_another_length(products, lengths):
+    q, dout = (torch.randn(2, lengths[0], 2, 64).bfloat16() for _ in range(2))
+    k, v = (torch.randn(2, lengths[1], 2, 64).bfloat16() for _ in range(2))
+    check_exact(q, k, v, dout, 0.125)
+
+
+@EVERY_PRODUCT
+@given(
+    batch=st.integers(1, 2),
+    lengths=st.tuples(st.integers(1, 140), st.integers(1, 140)),
+    width=st.integers(1, 70),
+    scale=st.sampled_from([0.1, 1.0, 0.0, -0.5]),
+)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixture is constant
+def test_any_shape_in_bfloat16(products, batch, lengths, width, scale):
+    torch.manual_seed(0)
+    q, dout = (torch.randn(batch, lengths[0], 2, width).bfloat16() for _ in range(2))
+    k, v = (torch.randn(batch, lengths[1], 2, width).bfloat16() for _ in range(2))
+    check_rounding(q, k, v, dout, scale, 2.0**-8)  # the most that one rounding to 8 bits can change
+
+
+@EVERY_PRODUCT
+def test_bfloat16_packed_strided_and_on_two_threads(products):
+    """Equal bits from one packed tensor, from copies with the width first, and on one thread and two."""
+    qkv, dout = joint(3, 70, 5, 33, torch.bfloat16), torch.randn(3, 70, 5, 33).bfloat16()
+    strided = [x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for x in (*qkv.unbind(2), dout)]
+    results = []
+    for threads in (1, 2):
+        with torch_threads(threads):
+            out, lse = _attention_packed_fwd(qkv, 0.2)
+            results.append((out, lse, *_attention_packed_bwd(dout, qkv, out, lse, 0.2).unbind(2)))
+            found, lse = _attention_fwd(*strided[:3], 0.2)
+            results.append((found, lse, *_attention_bwd(strided[3], *strided[:3], found, lse, 0.2)))
+    for result in results[1:]:
+        for ours, first in zip(result, results[0], strict=True):
+            assert_same(ours, first)
+
+
+@EVERY_PRODUCT
+@pytest.mark.parametrize("scale", [1e9, -1e9])
+def test_bfloat16_with_huge_scores(products, scale):
+    check_huge_scores(torch.bfloat16, scale)
+
+
+@EVERY_PRODUCT
+def test_bfloat16_nan_propagates_within_its_query_and_key(products):
+    q, k, v = (x.clone() for x in packed(1, 20, 1, 8, torch.bfloat16))
+    q[0, 3] = float("nan")
+    out, lse = _attention_fwd(q, k, v, 1.0)
+    others = [i for i in range(20) if i != 3]
+    assert out[0, 3].isnan().all() and out[0, others].isfinite().all()
+    dq, dk, dv = _attention_bwd(v, q, k, v, out, lse, 1.0)
+    assert dq[0, 3].isnan().all() and dq[0, others].isfinite().all() and dk.isnan().all() and dv.isnan().all()
+    v[0, 19, 0, 2] = float("inf")  # the last key, beside zeros of the padding
+    out, _ = _attention_fwd(q, k, v, 1.0)
+    columns = [i for i in range(8) if i != 2]
+    assert (out[0, others, :, 2] == float("inf")).all() and out[0, others][..., columns].isfinite().all()
 
 
 @given(
@@ -318,6 +387,10 @@ def test_packed_under_autocast():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e9, -1e9])
 def test_huge_scores_choose_one_key(dtype, scale):
+    check_huge_scores(dtype, scale)
+
+
+def check_huge_scores(dtype, scale):
     """Weights are 0 or 1: the result is a row of v, and its gradient the sum over the queries that chose it."""
     q, k, v = (torch.randn(2, length, 3, 16).to(dtype) for length in (40, 37, 37))
     v.requires_grad_()

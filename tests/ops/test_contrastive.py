@@ -1,4 +1,3 @@
-import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +21,7 @@ from tests.support.contract import (
     torch_threads,
 )
 from tests.support.memory import peak_memory
+from tests.support.products import EVERY_PRODUCT, multiplying_bfloat16_by
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FLOATS = st.sampled_from(DTYPES)
@@ -147,25 +147,6 @@ def check_exact(q, k, queue, tau, label_offset):
             assert_exact(result, truth[name], plain[name], name)
 
 
-@contextlib.contextmanager
-def multiplying_bfloat16_by(name):
-    before = dispatch.bf16_products()
-    if reason := dispatch.choose_bf16_products(name):
-        pytest.skip(reason)
-    try:
-        yield
-    finally:
-        dispatch.choose_bf16_products(before)
-
-
-@pytest.fixture
-def products(request):
-    """What multiplies bfloat16; skips the test where the processor or the library lacks it."""
-    with multiplying_bfloat16_by(request.param):
-        yield request.param
-
-
-EVERY_PRODUCT = pytest.mark.parametrize("products", dispatch.BF16_PRODUCTS, indirect=True)
 SIZES = pytest.mark.parametrize("size", [(13, 63, 5), (32, 1000, 128), (197, 197, 64), (300, 1111, 100)], ids=str)
 
 
