@@ -136,7 +136,8 @@ def test_batch_info_nce(benchmark, batch, keys_gradient, dtype, width=256):
         return batch_info_nce(unit(raw_q), unit(raw_keys), TAU).loss.mean()
 
     contestants = {"ours": forward_backward(ours, *inputs), "official": forward_backward(official, *inputs)}
-    if hasattr(F, "linear_cross_entropy"):
+    # On a CPU it rounds the loss itself to bfloat16, which is not accurate enough to be compared.
+    if hasattr(F, "linear_cross_entropy") and (DEVICE == "cuda" or dtype == "fp32"):
         options = torch.nn.LinearCrossEntropyOptions()
 
         def linear_cross_entropy():
