@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
-import torch.nn.functional as F
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastssl.ops import resized_crops_
 from fastssl.text import printable
 
 from .decoding import MARGIN, ImageFile, open_image, rgb_to_planes
@@ -60,10 +61,7 @@ def encode(image: ImageFile, encoding: Encoding) -> np.ndarray:
         return image.data
     if kind == "yuv" and image.data.ndim == 2 and small:
         return image.data
-    scale = image.find_scale(min(image.size) / side / MARGIN)
-    pixels = image.pixels() if image.data.ndim == 2 else image.raster(scale).permute(2, 0, 1)
-    if not small:
-        pixels = _resize(pixels, image.size, side, even=kind == "yuv")
+    pixels = image.pixels() if small else _resize(image, side, even=kind == "yuv")
     planes = [Image.fromarray(plane) for plane in pixels.contiguous().numpy()]
     picture = Image.merge("RGB", planes)  # a fast way to interleave
     if kind == "rgb":
@@ -75,12 +73,19 @@ def encode(image: ImageFile, encoding: Encoding) -> np.ndarray:
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
-def _resize(pixels: Tensor, size: tuple[int, int], side: int, even: bool) -> Tensor:
-    """Pixels [3, H, W] of an image of this size, whose shorter side becomes `side`, or the next even number."""
-    step = 1 + even
-    ratio = side / min(size)
-    new = [-(-max(side, round(length * ratio)) // step) * step for length in size]
-    return F.interpolate(pixels[None], new, mode="bicubic", antialias=True)[0]
+def _resize(image: ImageFile, side: int, even: bool) -> Tensor:
+    """The image as RGB [3, H, W] uint8, whose shorter side is `side`; with `even` both sides are rounded up to even.
+
+    Raises:
+        BadImage: the image can't be decoded.
+    """
+    height, width = image.size
+    scale = image.find_scale(min(image.size) / side / MARGIN)
+    window = torch.tensor([[0, 0, height / scale, width / scale]], dtype=torch.float64)
+    step, ratio = 1 + even, side / min(image.size)
+    size = [-(-max(side, round(length * ratio)) // step) * step for length in image.size]
+    pixels = torch.empty(1, 3, *size, dtype=torch.uint8)
+    return resized_crops_(pixels, [image.raster(scale)], window, "bicubic")[0]
 
 
 def write_pack(
