@@ -21,8 +21,7 @@ from .draws import draw, mix
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .shared import empty
 from .source import Source
-from .torchvision import Batches, BatchSampler, change_colours, decode_images
-from .workers import Workers
+from .torchvision import Batches, BatchStream, change_colours, decode_images
 
 
 class Decoded(NamedTuple):
@@ -67,23 +66,14 @@ class Engine:
         batch_size: int,
         worker_kind: str = "process",
     ):
-        self._augmentation, self._device, self._sampler = augmentation, device, BatchSampler()
-        self._batches = Workers(
-            Batches(source, augmentation, seed, fill_in, decode_batch),
-            workers=workers,
-            batch_bytes=3 * batch_size * math.prod(source.size) if source.size else 0,  # at most, where it is known
-            kind=worker_kind,
-            batch_size=None,
-            sampler=self._sampler,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # as in the torchvision engine
-        )
+        self._augmentation, self._device = augmentation, device
+        batch_bytes = 3 * batch_size * math.prod(source.size) if source.size else 0  # at most, where it is known
+        batches = Batches(source, augmentation, seed, fill_in, decode_batch)
+        self._stream = BatchStream(batches, batch_bytes, workers, worker_kind, device)
 
     def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Samples]:
         """Makes the batches of these image numbers, in their order. An unfinished earlier run ends."""
-        self._sampler.epoch, self._sampler.batches = epoch, batches
-        return map(self._make_views, iter(self._batches))
+        return map(self._make_views, self._stream.run(epoch, batches))
 
     def _make_views(self, decoded: Decoded) -> Samples:
         """The views of a batch; on a GPU, on the current stream and without waiting for it."""

@@ -146,7 +146,7 @@ class Loader:
             self._to_floats(pixels.to(self.device, non_blocking=True), view)
             for pixels, view in zip(samples.views, self.augmentation.views)
         )
-        # these are copied on a CPU too: a tensor in a worker's shared memory holds a file open
+        # these are copied on a CPU too: a worker makes a later batch in the same memory
         index, label, seed, *extras = (
             tensor.to(self.device, non_blocking=True, copy=True)
             for tensor in (samples.index, samples.label, samples.seed, *samples.extras.values())

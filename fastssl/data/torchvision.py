@@ -53,23 +53,12 @@ class Engine:
         worker_kind: str = "process",
     ):
         batch_bytes = batch_size * sum(3 * view.size[0] * view.size[1] for view in augmentation.views)
-        self._sampler = BatchSampler()
-        self._batches = Workers(
-            Batches(source, augmentation, seed, fill_in, make_batch),
-            workers=workers,
-            batch_bytes=batch_bytes,
-            kind=worker_kind,
-            batch_size=None,
-            sampler=self._sampler,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # the global generator would advance in every epoch, and again after a resume
-        )
+        batches = Batches(source, augmentation, seed, fill_in, make_batch)
+        self._stream = BatchStream(batches, batch_bytes, workers, worker_kind, device)
 
     def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Samples]:
-        """Makes the batches of these image numbers, in their order."""
-        self._sampler.epoch, self._sampler.batches = epoch, batches
-        return iter(self._batches)
+        """Makes the batches of these image numbers, in their order. An unfinished earlier run ends."""
+        return self._stream.run(epoch, batches)
 
 
 def make_batch(
@@ -154,19 +143,6 @@ def _windows_of(
     return zip(rows, zip(*by_view))
 
 
-class BatchSampler(Sampler):
-    """A sampler of whole batches: (epoch, image numbers). The workers are persistent, so each batch has its epoch."""
-
-    epoch: int = 0
-    batches: list[np.ndarray] = []  # noqa: RUF012 - replaced, never changed
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        return zip(itertools.repeat(self.epoch), self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
 class Batches(Dataset):
     """A dataset whose samples are whole batches, as `make` returns them.
 
@@ -183,3 +159,47 @@ class Batches(Dataset):
             return error if type(error) is BadSource else ValueError(str(error))  # others may not be picklable
         except MemoryError as error:
             return LostWorker(f"data: no memory for a batch ({error}): {WAYS_OUT}")
+
+
+class BatchStream:
+    """Batches that workers make, epoch by epoch.
+
+    Args:
+        batches: makes them.
+        batch_bytes: size of the pixels of a batch; 0 where it is not known.
+        workers: number of workers; 0 makes the batches in this process.
+        worker_kind: "process" or "thread".
+        device: to which batches will be copied; for a GPU they are in page-locked memory.
+    """
+
+    def __init__(self, batches: Batches, batch_bytes: int, workers: int, worker_kind: str, device: torch.device):
+        self._sampler = _BatchSampler()
+        self._workers = Workers(
+            batches,
+            workers=workers,
+            batch_bytes=batch_bytes,
+            kind=worker_kind,
+            batch_size=None,
+            sampler=self._sampler,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # the global generator would advance in every epoch, and again after a resume
+        )
+
+    def run(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Any]:
+        """The batches of these image numbers, in their order, as `Batches.make` returns them."""
+        self._sampler.epoch, self._sampler.batches = epoch, batches
+        return iter(self._workers)
+
+
+class _BatchSampler(Sampler):
+    """A sampler of whole batches: (epoch, image numbers). The workers are persistent, so each batch has its epoch."""
+
+    epoch: int = 0
+    batches: list[np.ndarray] = []  # noqa: RUF012 - replaced, never changed
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        return zip(itertools.repeat(self.epoch), self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
