@@ -48,17 +48,21 @@ def test_a_cpu_computes_the_step_on_the_same_cores():
 def test_without_a_step_the_way_to_measure_it_is_named():
     told = advice()
     assert told[1].startswith("To see whether that is enough: give the step's rate as --step-rate IMAGES/S, or")
-    assert told[2].startswith("Decoding takes 75%: ")
+    assert told[2].startswith("Decoding takes 75% of the time: ")
 
 
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({}, "Decoding takes 75%: fastssl data pack folder:A --out FILE.pack --kind yuv --side 320 leaves none, for"),
-        ({"image_side": 1024}, "so pack them smaller with fastssl data pack folder:A --out FILE.pack --side 320."),
+        (
+            {},
+            "Decoding takes 75% of the time: a pack of pixels needs none, for several times the disk: "
+            "fastssl data pack folder:A --out FILE.pack --kind yuv --side 320",
+        ),
+        ({"image_side": 1024}, "so pack them smaller: fastssl data pack folder:A --out FILE.pack --side 320"),
         (
             {"view_side": 96, "image_side": 200},
-            "pack them smaller with fastssl data pack folder:A --out FILE.pack --side 160",
+            "pack them smaller: fastssl data pack folder:A --out FILE.pack --side 160",
         ),
         ({"source": "pack:A.pack"}, "pack the images again with --kind yuv, which needs no decoding but several times"),
     ],
@@ -73,16 +77,19 @@ def test_decoding_is_saved_by_a_pack(changes, sentence):
 
 
 def test_crops_go_to_the_gpu_if_an_engine_does_them_there():
-    assert advice(CROPPING)[2] == "Crops and colours take 90%: smaller or fewer views, or more cores."
+    assert advice(CROPPING)[2] == "Crops and colours take 90% of the time: smaller or fewer views, or more cores."
     engines = ("torchvision", "dali")
-    assert advice(CROPPING, engines=engines)[2] == "Crops and colours take 90%: --engine dali does that on the GPU."
+    told = advice(CROPPING, engines=engines)[2]
+    assert told == "Crops and colours take 90% of the time: --engine dali does that on the GPU."
     assert "more cores" in advice(CROPPING, engines=engines, gpu=False)[2]
     assert "more cores" in advice(CROPPING, engines=engines, engine="dali")[2]
 
 
 def test_slow_reading_is_named():
     slow = DECODING._replace(read=9.0)
-    assert advice(slow)[-1].startswith("Reading takes 70%: pack it on a fast disk, or use more workers than cores")
+    assert advice(slow)[-1].startswith(
+        "Reading takes 70% of the time: pack it on a fast disk, or use more workers than cores"
+    )
     assert "copy it to a disk of this machine" in advice(slow, source="pack:A.pack")[-1]
 
 

@@ -60,32 +60,34 @@ def _faster(seen: Situation) -> list[str]:
     shares = {name: value / total for name, value in parts._asdict().items()}
     told = []
     if shares["decode"] >= max(shares["crop"], shares["colours"]):
-        told.append(f"Decoding takes {shares['decode']:.0%}: {_pack(seen)}.")
+        told.append(f"Decoding takes {shares['decode']:.0%} of the time: {_pack(seen)}")
     if shares["read"] >= SLOW_READ:
         place = "copy it to a disk of this machine" if seen.source.startswith("pack:") else "pack it on a fast disk"
-        told.append(f"Reading takes {shares['read']:.0%}: {place}, or use more workers than cores, as they wait.")
+        told.append(
+            f"Reading takes {shares['read']:.0%} of the time: {place}, or use more workers than cores, as they wait."
+        )
     augmented = shares["crop"] + shares["colours"]
     other = next((name for name in seen.engines if name not in (seen.engine, "torchvision")), "")
     if augmented > shares["decode"]:
         way = (
             f"--engine {other} does that on the GPU" if seen.gpu and other else "smaller or fewer views, or more cores"
         )
-        told.append(f"Crops and colours take {augmented:.0%}: {way}.")
+        told.append(f"Crops and colours take {augmented:.0%} of the time: {way}.")
     return [*told, *_kind(seen)]
 
 
 def _pack(seen: Situation) -> str:
-    """The pack that saves decoding."""
+    """The pack that saves decoding: the end of a sentence, without a full stop behind a command to copy."""
     if seen.source.startswith("pack:"):
-        return "pack the images again with --kind yuv, which needs no decoding but several times the disk"
+        return "pack the images again with --kind yuv, which needs no decoding but several times the disk."
     side = max(1, math.ceil(seen.view_side * PACK_SIDE / 32)) * 32
     call = f"fastssl data pack {seen.source} --out FILE.pack"
     if seen.image_side > LARGE * seen.view_side:
         return (
-            f"images of {seen.image_side} pixels are large for views of {seen.view_side}, so pack them smaller with "
+            f"images of {seen.image_side} pixels are large for views of {seen.view_side}, so pack them smaller: "
             f"{call} --side {side}"
         )
-    return f"{call} --kind yuv --side {side} leaves none, for several times the disk"
+    return f"a pack of pixels needs none, for several times the disk: {call} --kind yuv --side {side}"
 
 
 def _kind(seen: Situation) -> list[str]:
