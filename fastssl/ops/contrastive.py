@@ -10,8 +10,8 @@ attention whose values are its keys. So one pass over the keys computes loss, ra
 The kernels take all four dtypes and any strides, also mixed, and give the same bits every time, the C++ ones on any
 number of threads. On GPUs the softmax of 16-bit inputs is rounded to their dtype before it is multiplied with the keys,
 as in flash attention, and so is that of bfloat16 on CPUs with bfloat16 instructions (levels avx512 and amx); loss and
-rank do not depend on that. The GPU kernels multiply float32 as exactly as float32 does,
-unless torch is allowed to use tf32 (`torch.set_float32_matmul_precision`).
+rank do not depend on that. The GPU kernels multiply float32 as exactly as float32 does, unless torch is allowed to use
+tf32 (`torch.set_float32_matmul_precision`).
 """
 
 from typing import NamedTuple
