@@ -20,7 +20,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-import fastssl.ops
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, View
 from fastssl.data.decoding import open_image
 from fastssl.data.draws import draw, mix, windows
@@ -29,6 +28,7 @@ from fastssl.data.pack_format import header_bytes, index_bytes, record_bytes, sc
 from fastssl.data.packing import KINDS, Encoding, write_pack
 from fastssl.data.source import SPLITS, Source, open_source
 from fastssl.data.torchvision import change_colours
+from fastssl.ops import normalise, resized_crops_
 from fastssl.run import find_augmentation
 
 from .loader_clock import cpu_seconds, memory_mb, release_memory, tree
@@ -175,21 +175,15 @@ def _steps(source: Source, images: np.ndarray) -> Iterator[tuple[str, Callable[[
         boxes = [windows(view, drawn, sizes) for view, drawn in zip(views, draws)]
         batches = [torch.zeros(BATCH, 3, *view.size, dtype=torch.uint8) for view in views]
         yield f"crops of `{name}`, torch", lambda v=views, b=boxes: _torch_crops(pixels, v, b)
-        if hasattr(fastssl.ops, "resized_crops_"):
-            yield (
-                f"crops of `{name}`, `resized_crops_`",
-                lambda v=views, b=boxes, o=batches: _our_crops(pixels, v, b, o),
-            )
+        yield f"crops of `{name}`, `resized_crops_`", lambda v=views, b=boxes, o=batches: _our_crops(pixels, v, b, o)
         if any(any(view.jitter) or view.flip_p for view in views):
             steps = list(zip(batches, views, draws))
             yield f"colours and flips of `{name}`, `augment_`", lambda s=steps: [change_colours(*step) for step in s]
         yield f"floats of `{name}`, torch", lambda b=batches: [x.float().sub_(MEAN).div_(STD) for x in b]
-        if hasattr(fastssl.ops, "normalise"):
-            facts = IMAGENET_MEAN, IMAGENET_STD, torch.float32
-            yield (
-                f"floats of `{name}`, `normalise`",
-                lambda b=batches, f=facts: [fastssl.ops.normalise(x, *f) for x in b],
-            )
+        yield (
+            f"floats of `{name}`, `normalise`",
+            lambda b=batches: [normalise(x, IMAGENET_MEAN, IMAGENET_STD) for x in b],
+        )
 
 
 def _torch_crops(pixels: list[torch.Tensor], views: tuple[View, ...], boxes: list[np.ndarray]) -> None:
@@ -203,7 +197,7 @@ def _our_crops(
     pixels: list[torch.Tensor], views: tuple[View, ...], boxes: list[np.ndarray], batches: list[torch.Tensor]
 ) -> None:
     for view, box, out in zip(views, boxes, batches):
-        fastssl.ops.resized_crops_(out, pixels, torch.from_numpy(np.asarray(box, np.int64)), view.interpolation)
+        resized_crops_(out, pixels, torch.from_numpy(np.asarray(box, np.int64)), view.interpolation)
 
 
 def _best(run: Callable[[], object]) -> float:
