@@ -20,7 +20,7 @@ class Cost(NamedTuple):
 
     images_per_second: float
     cpu_seconds: float  # per 1,000 images, of this process and those it started, without their start
-    memory_mb: float  # peak while it ran, beyond what this process held before
+    memory_mb: float  # peak while it ran, beyond what this process and those it had started held before
     others: float  # share of the processors that other programs used meanwhile
 
 
@@ -75,7 +75,7 @@ def cost(start: Callable[[], Batches], seconds: float, warm_up: int, turns: int)
         turns: batches that are counted at a time: workers take turns, so as many as there are workers.
     """
     release_memory()
-    before = memory_mb([os.getpid()])
+    before = memory_mb(tree())  # also of processes that were started before, and live on
     batches, peak = start(), 0.0
     for _ in range(warm_up):
         next(batches)
