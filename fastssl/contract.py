@@ -165,6 +165,7 @@ class MatchesText(Protocol):
     def match(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Scores [B] of pairs of normalised images [B, 3, H, W] and texts [B, L]; the greater, the better they match.
 
-        Scores are logarithms of odds: a pair that matches as likely as not scores 0.
+        One image [1, 3, H, W] pairs with all B texts, and need be encoded only once. Scores are logarithms of odds: a
+        pair that matches as likely as not scores 0.
         """
         ...
