@@ -39,6 +39,7 @@ from fastssl.train.records import read_records, rewrite_records
 
 if TYPE_CHECKING:
     from fastssl.eval.labels import Accuracy
+    from fastssl.eval.retrieval import Recall
 
 PATH_SOURCES = ("folder", "webdataset", "pack", "arrays", "idx", "cifar10", "cifar100")  # their argument is a path
 OBJECTS = "python"  # stands for the source's name where the sources were given as Python objects
@@ -356,6 +357,47 @@ class Run:
         from fastssl.evaluation import finetune
 
         return finetune(self, labels, seed, data, device, settings)
+
+    def zeroshot(
+        self,
+        classes: str | Path | Sequence[str] | None = None,
+        templates: str | Path | Sequence[str] | None = None,
+        data: str | Sources | None = None,
+        device: str = "auto",
+    ) -> "Accuracy":
+        """Accuracy without training on labels: an image gets the class whose sentences are nearest to it.
+
+        For methods of images and text. Images are held-out ones.
+
+        Args:
+            classes: names in the order of the labels, as a list or a UTF-8 text file with one a line; the source's own
+                by default, with blanks for underscores.
+            templates: sentences with ``{}`` for the name, as a list or such a file; `eval.prompts.TEMPLATES` by
+                default.
+            data, device: as for `knn`.
+
+        Raises:
+            ValueError: the method has no text, the source no labels, or names or templates are not as described.
+        """
+        from fastssl.evaluation import zeroshot
+
+        return zeroshot(self, classes, templates, data, device)
+
+    def retrieval(self, rerank: int = 0, data: str | Sources | None = None, device: str = "auto") -> "Recall":
+        """Shares of held-out images that find one of their captions among the first 1, 5 and 10, and the reverse.
+
+        For methods of images and text. Captions with equal tokens are one text, which belongs to all of their images.
+
+        Args:
+            rerank: number of the best ones that the method sorts again by judging image and text together; 0 for none.
+            data, device: as for `knn`.
+
+        Raises:
+            ValueError: the method has no text or cannot judge pairs, or the source has no captions.
+        """
+        from fastssl.evaluation import retrieval
+
+        return retrieval(self, rerank, data, device)
 
     @torch.no_grad()
     def embed(
