@@ -143,3 +143,29 @@ class SchedulesMomentum(Protocol):
     def momentum_at(self, progress: float) -> float:
         """Momentum coefficient of the momentum encoder's update at `progress`."""
         ...
+
+
+@runtime_checkable
+class EmbedsText(Protocol):
+    """A method of images and text, with one space for both: a caption lies near the images that it describes."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit vectors [B, D] of normalised images [B, 3, H, W]."""
+        ...
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Unit vectors [B, D] of texts [B, L] int64: token ids of the method's tokenizer (`config.text`), padded."""
+        ...
+
+
+@runtime_checkable
+class MatchesText(Protocol):
+    """A method of images and text that also judges a pair by both together, to rank the best pairs again."""
+
+    def match(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Scores [B] of pairs of normalised images [B, 3, H, W] and texts [B, L]; the greater, the better they match.
+
+        One image [1, 3, H, W] pairs with all B texts, and need be encoded only once. Scores are logarithms of odds: a
+        pair that matches as likely as not scores 0.
+        """
+        ...
