@@ -18,7 +18,7 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.text import TextInput
 from fastssl.nn import CLIPLoss
-from fastssl.nn.two_towers import CLIP_SIZES, TwoTowers, clip_towers, size_of
+from fastssl.nn.two_towers import CLIP_SIZES, Towers, clip_towers, size_of
 from fastssl.train.config import Training
 
 OFFICIAL = "open_clip"  # layout of the reference checkpoint
@@ -88,7 +88,7 @@ class Config:
 def build(config: Config) -> "CLIP":
     size = size_of(CLIP_SIZES, config.backbone, config.patch_size, "clip")
     text = config.vocabulary, config.text_length
-    return CLIP(clip_towers(size, config.image_size, *text, config.quick_gelu), math.log(config.max_logit_scale))
+    return CLIP(clip_towers(size, config.image_size, *text, config.quick_gelu), config.max_logit_scale)
 
 
 def parameter_groups(method: "CLIP") -> list[dict]:
@@ -105,23 +105,37 @@ class CLIP(nn.Module):
     """Image and text tower (the paper's figure 3).
 
     Args:
-        towers: see `TwoTowers`.
-        max_logit_scale: largest logarithm of the factor of cosines, None for no limit.
+        towers: their outputs are made unit vectors.
+        max_logit_scale: largest factor of the cosines; None for no limit.
+        logit_scale: initial factor of the cosines.
+        logit_bias: initial number added to logits; None for none.
+        norm_eps: number added to the length of a vector before it is divided by that.
     """
 
-    def __init__(self, towers: TwoTowers, max_logit_scale: float | None = math.log(100)):
+    def __init__(
+        self,
+        towers: Towers,
+        max_logit_scale: float | None = 100.0,
+        logit_scale: float = 1 / 0.07,
+        logit_bias: float | None = None,
+        norm_eps: float = 0.0,
+    ):
         super().__init__()
-        self.towers, self.max_logit_scale, self.criterion = towers, max_logit_scale, CLIPLoss()
+        self.visual, self.projection, self.text = towers
+        self.max_logit_scale, self.norm_eps, self.criterion = max_logit_scale, norm_eps, CLIPLoss()
+        # vectors of one element, since FSDP2 refuses scalars
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(logit_scale)]))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor([logit_bias]))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images, texts = self.embed_images(batch.views[0]), self.embed_text(batch.extras["tokens"])
-        scale = self.towers.logit_scale.exp()
+        scale = self.logit_scale.exp()
         with record_function("loss"):
             of_images, of_texts = self.criterion.directions(images, texts, scale)
             loss = (of_images.loss.mean() + of_texts.loss.mean()) / 2
         top1 = {"top1_image_to_text": of_images.rank, "top1_text_to_image": of_texts.rank}
         metrics = {name: (rank == 0).float().mean() for name, rank in top1.items()}
-        return loss, {**metrics, "logit_scale": scale.detach()}
+        return loss, {**metrics, "logit_scale": scale.detach()[0]}
 
     def before_step(self, progress: float) -> None:
         """CLIP has no scheduled values."""
@@ -130,21 +144,25 @@ class CLIP(nn.Module):
     def after_step(self, progress: float) -> None:
         """Keep the factor of cosines between 1 and its limit."""
         if self.max_logit_scale is not None:
-            self.towers.logit_scale.clamp_(0, self.max_logit_scale)
+            self.logit_scale.clamp_(0, math.log(self.max_logit_scale))
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit vectors [B, D] of normalised images [B, 3, H, W]."""
-        return self.towers.embed_images(images)
+        return self._unit(self.projection(self.visual(images)))
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """Unit vectors [B, D] of texts [B, L] int64: token ids of the method's tokenizer, padded."""
-        return self.towers.embed_text(tokens)
+        return self._unit(self.text(tokens))
+
+    def _unit(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x / (x.norm(dim=1, keepdim=True) + self.norm_eps)
 
     @property
     def encoder(self) -> nn.Module:
         """The image tower, without the projection; names of timm."""
-        return self.towers.visual
+        return self.visual
 
     def features(self, images: Tensor) -> Tensor:
         """Features of the image tower [B, F], before the projection."""
-        return self.encoder(images)
+        return self.visual(images)

@@ -16,7 +16,7 @@ from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.text import TextInput
 from fastssl.methods import clip
 from fastssl.nn import SigLIPLoss
-from fastssl.nn.two_towers import SIGLIP_SIZES, TwoTowers, siglip_towers, size_of
+from fastssl.nn.two_towers import SIGLIP_SIZES, Towers, siglip_towers, size_of
 from fastssl.train.config import Training
 
 OFFICIAL = "open_clip"  # layout of the reference checkpoint
@@ -73,7 +73,7 @@ class Config:
 def build(config: Config) -> "SigLIP":
     size = size_of(SIGLIP_SIZES, config.backbone, config.patch_size, "siglip")
     text = config.vocabulary, config.text_length
-    return SigLIP(siglip_towers(size, config.image_size, *text, config.logit_bias, config.exact_gelu))
+    return SigLIP(siglip_towers(size, config.image_size, *text, config.exact_gelu), config.logit_bias)
 
 
 parameter_groups = clip.parameter_groups
@@ -83,16 +83,17 @@ class SigLIP(clip.CLIP):
     """Image and text tower (the paper's algorithm 1).
 
     Args:
-        towers: see `TwoTowers`; with a `logit_bias`.
+        towers: their outputs are made unit vectors.
+        logit_bias: initial number added to logits.
     """
 
-    def __init__(self, towers: TwoTowers):
-        super().__init__(towers, max_logit_scale=None)
+    def __init__(self, towers: Towers, logit_bias: float = -10.0):
+        super().__init__(towers, None, logit_scale=10.0, logit_bias=logit_bias, norm_eps=1e-8)
         self.criterion = SigLIPLoss()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images, texts = self.embed_images(batch.views[0]), self.embed_text(batch.extras["tokens"])
-        scale, bias = self.towers.logit_scale.exp(), self.towers.logit_bias
+        scale = self.logit_scale.exp()
         with record_function("loss"):
-            loss = self.criterion(images, texts, scale, bias)
-        return loss, {"logit_scale": scale.detach(), "logit_bias": bias.detach()}
+            loss = self.criterion(images, texts, scale, self.logit_bias)
+        return loss, {"logit_scale": scale.detach()[0], "logit_bias": self.logit_bias.detach()[0]}

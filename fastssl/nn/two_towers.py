@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .block import Block, Mlp
 from .linear import Linear
@@ -52,46 +51,15 @@ def size_of(sizes: dict[str, Size], backbone: str, patch_size: int | None, owner
     return sizes[backbone]._replace(patch=patch_size or sizes[backbone].patch)
 
 
-class TwoTowers(nn.Module):
-    """A ViT with a projection and a `TextTower`, for images and texts in one space.
+class Towers(NamedTuple):
+    """Networks for images and texts in one space."""
 
-    Args:
-        visual: images → features [B, F].
-        projection: features → the common space [B, D].
-        text: token ids → the common space [B, D].
-        logit_scale: initial logarithm of the factor of cosines.
-        logit_bias: initial number added to logits; None for none.
-        norm_eps: number added to the norm of a vector before the division by it.
-    """
-
-    def __init__(
-        self,
-        visual: ViT,
-        projection: nn.Module,
-        text: TextTower,
-        logit_scale: float,
-        logit_bias: float | None = None,
-        norm_eps: float = 0.0,
-    ):
-        super().__init__()
-        self.visual, self.projection, self.text, self.norm_eps = visual, projection, text, norm_eps
-        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
-        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """Unit vectors [B, D] of normalised images [B, 3, H, W]."""
-        return self._unit(self.projection(self.visual(images)))
-
-    def embed_text(self, tokens: Tensor) -> Tensor:
-        """Unit vectors [B, D] of texts [B, L] int64: token ids of the method's tokenizer, padded."""
-        return self._unit(self.text(tokens))
-
-    def _unit(self, x: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x / (x.norm(dim=1, keepdim=True) + self.norm_eps)
+    visual: ViT  # images [B, 3, H, W] → features [B, F]
+    projection: nn.Module  # features → the common space [B, D]
+    text: TextTower  # token ids [B, L] → the common space [B, D]
 
 
-def clip_towers(size: Size, image_size: tuple[int, int], vocabulary: int, length: int, quick_gelu: bool) -> TwoTowers:
+def clip_towers(size: Size, image_size: tuple[int, int], vocabulary: int, length: int, quick_gelu: bool) -> Towers:
     """CLIP's towers with its initial weights: those of the image tower's blocks are torch's defaults.
 
     Source: Radford et al., 2021 (CLIP), section 2.4, and its code.
@@ -100,9 +68,8 @@ def clip_towers(size: Size, image_size: tuple[int, int], vocabulary: int, length
     how = {"pos_embed": "learn", "pre_norm": True, "norm_eps": 1e-5, "mlp": act}
     visual = ViT(image_size, size.patch, 3, size.dim, size.depth, size.heads, **how)
     sizes = size.text_dim, size.text_depth, size.text_heads, size.out_dim
-    towers = TwoTowers(
-        visual, Linear(size.dim, size.out_dim, bias=False), TextTower(vocabulary, length, *sizes, mlp=act), _log(1 / 0.07)
-    )
+    text = TextTower(vocabulary, length, *sizes, mlp=act)
+    projection = Linear(size.dim, size.out_dim, bias=False)
     for module in visual.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.reset_parameters()
@@ -110,9 +77,9 @@ def clip_towers(size: Size, image_size: tuple[int, int], vocabulary: int, length
             nn.init.xavier_uniform_(module.attn.qkv.weight)
             nn.init.zeros_(module.attn.qkv.bias)
             nn.init.zeros_(module.attn.proj.bias)
-    for x in (visual.cls_token, visual.pos_embed, towers.projection.weight):
+    for x in (visual.cls_token, visual.pos_embed, projection.weight):
         nn.init.normal_(x, std=size.dim**-0.5)
-    text, width, depth = towers.text, size.text_dim, size.text_depth
+    width, depth = size.text_dim, size.text_depth
     nn.init.normal_(text.token_embedding.weight, std=0.02)
     nn.init.normal_(text.positional_embedding, std=0.01)
     for block in text.blocks:
@@ -123,12 +90,12 @@ def clip_towers(size: Size, image_size: tuple[int, int], vocabulary: int, length
         nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
         nn.init.normal_(block.mlp.fc2.weight, std=width**-0.5 * (2 * depth) ** -0.5)
     nn.init.normal_(text.projection.weight, std=width**-0.5)
-    return towers
+    return Towers(visual, projection, text)
 
 
 def siglip_towers(
-    size: Size, image_size: tuple[int, int], vocabulary: int, length: int, bias: float, exact_gelu: bool = False
-) -> TwoTowers:
+    size: Size, image_size: tuple[int, int], vocabulary: int, length: int, exact_gelu: bool = False
+) -> Towers:
     """SigLIP's towers with the initial weights of its code, which are flax's defaults.
 
     Source: Zhai et al., 2023 (SigLIP), section 4, and its code.
@@ -139,8 +106,7 @@ def siglip_towers(
     sizes = size.text_dim, size.text_depth, size.text_heads, size.out_dim
     options = {"mlp_ratio": size.mlp_ratio, "causal": False, "pool": "last", "mlp": act, "norm_eps": 1e-6, "bias": True}
     text = TextTower(vocabulary, length, *sizes, **options)
-    towers = TwoTowers(visual, nn.Identity(), text, _log(10), bias, norm_eps=1e-8)
-    for module in towers.modules():
+    for module in (*visual.modules(), *text.modules()):
         if isinstance(module, Block):
             for weight in module.attn.qkv.weight.detach().chunk(3):  # q, k and v as three matrices
                 nn.init.xavier_uniform_(weight)
@@ -158,7 +124,7 @@ def siglip_towers(
     nn.init.normal_(visual.pos_embed, std=size.dim**-0.5)
     nn.init.normal_(text.token_embedding.weight, std=size.text_dim**-0.5)
     nn.init.normal_(text.positional_embedding, std=size.text_dim**-0.5)
-    return towers
+    return Towers(visual, nn.Identity(), text)
 
 
 def _lecun_normal_(layer: nn.Linear | nn.Conv2d) -> None:
@@ -166,7 +132,3 @@ def _lecun_normal_(layer: nn.Linear | nn.Conv2d) -> None:
     std = layer.weight[0].numel() ** -0.5 / 0.87962566103423978
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(layer.bias)
-
-
-def _log(x: float) -> float:
-    return float(torch.tensor(x, dtype=torch.float64).log())
