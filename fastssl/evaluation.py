@@ -39,7 +39,7 @@ class Frozen(NamedTuple):
     method: nn.Module
     step: int  # steps of the checkpoint
     device: torch.device
-    loading: dict[str, Any]  # device, workers and engine for loading images
+    loading: dict[str, Any]  # how images are normalised, and device, workers and engine for loading them
 
 
 def load_frozen(run: Run, device: str = "auto") -> Frozen:
@@ -427,6 +427,7 @@ def _refuse_ranks(command: str) -> None:
 
 
 def _loading(run: Run, device: torch.device) -> dict[str, Any]:
-    """Device, workers and engine for loading images."""
+    """How images are normalised, and device, workers and engine for loading them."""
     workers = share_cores(run.options.workers, device, distributed.local_world_size())
-    return {"device": device, "workers": workers, "engine": available_engine(run.options.engine, device)}
+    engine = available_engine(run.options.engine, device)
+    return {"device": device, "workers": workers, "engine": engine, **run.normalisation}

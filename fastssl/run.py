@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.bounds import NOT_NEGATIVE, Range, check_ranges
+from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.source import Source, expand_user, open_source
 from fastssl.files import write_atomically
 from fastssl.method_modules import method_module
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 PATH_SOURCES = ("folder", "webdataset", "pack", "arrays", "idx", "cifar10", "cifar100")  # their argument is a path
 OBJECTS = "python"  # stands for the source's name where the sources were given as Python objects
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 EVALUATIONS = {"evaluation": str, "step": int, "accuracy": float}  # fields of every line of evaluations.jsonl
 WORKERS = Range(0, 1024)  # more processes than any machine has cores for would only fill its memory
 Sources = tuple[Source, Source]  # training and held-out split
@@ -145,6 +147,12 @@ class Run:
         return size or self.config.augmentation.views[0].size
 
     @property
+    def normalisation(self) -> dict[str, tuple[float, float, float]]:
+        """{"mean", "std"} by which the method's first view is normalised; ImageNet's for views that are not RGB."""
+        view = self.config.augmentation.views[0]
+        return {"mean": view.mean, "std": view.std} if view.colour_space == "rgb" else IMAGENET
+
+    @property
     def backbone(self) -> str:
         """Name of the backbone; "" for a method without that field."""
         return getattr(self.config, "backbone", "")
@@ -242,7 +250,7 @@ class Run:
     def encoder(self) -> nn.Module:
         """The pretrained encoder in evaluation mode, on the CPU: images [B, 3, H, W] → features [B, F].
 
-        Images are normalised with `fastssl.data.augmentation.IMAGENET_MEAN` and `IMAGENET_STD`; (H, W) is `image_size`.
+        Images are normalised by `normalisation`; (H, W) is `image_size`.
         Its state dict has the names of timm or torchvision.
         """
         return self.load().encoder.eval()

@@ -162,12 +162,6 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
     name = "eval: name an evaluation: knn, linear, finetune, zeroshot or retrieval, got"
     refused(monkeypatch, f"{name} nothing", "eval")
     refused(monkeypatch, f"{name} probe", "eval", "probe", pretrained)
-        monkeypatch,
-        "eval: name an evaluation: knn, linear, finetune, zeroshot or retrieval, got probe",
-        "eval",
-        "probe",
-        pretrained,
-    )
     for command in ("knn", "linear", "finetune"):
         sentence = f"run: {tmp_path} is not a run folder: it has no config.json"
         refused(monkeypatch, sentence, "eval", command, tmp_path)

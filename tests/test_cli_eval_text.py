@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastssl import evaluation
+from fastssl.data.augmentation import Augmentation, View
 from fastssl.methods import mae
 from fastssl.run import open_run
 from tests.support import toy_text
@@ -148,3 +149,20 @@ def test_labels_and_abilities_are_needed(monkeypatch, folder):
     ):
         opened.zeroshot()
     assert not (folder / "evaluations.jsonl").exists()
+
+
+def test_images_are_normalised_as_in_training(monkeypatch, folder):
+    """A method of images and text often has other numbers than ImageNet's."""
+    mean, std = (0.5, 0.4, 0.3), (0.1, 0.2, 0.25)
+    own = Augmentation((View((32, 32), mean=mean, std=std),))
+    monkeypatch.setattr(toy_text.Config, "augmentation", property(lambda config: own))
+    source, seen = Colours("test"), []
+    monkeypatch.setattr(toy_text.ColourWords, "embed_images", lambda self, x: seen.append(x) or x.mean((2, 3)))
+    monkeypatch.setattr(toy_text.ColourWords, "features", lambda self, x: seen.append(x) or x.mean((2, 3)))
+    opened = open_run(folder)
+    pixels = torch.stack([torch.from_numpy(source.read(i)) for i in range(30)]).permute(0, 3, 1, 2) / 255
+    wanted = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    opened.zeroshot()
+    torch.testing.assert_close(seen[-1], wanted)
+    opened.knn(k=1)
+    torch.testing.assert_close(seen[-1], wanted)

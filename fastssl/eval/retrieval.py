@@ -114,7 +114,7 @@ def retrieve(
         size: (height, width) in pixels of the method's images.
         texts: makes batches of tokens.
         rerank: number of the best ones that `method.match` sorts again; 0 for none.
-        loading: `device`, `workers` and `engine`, as for `Loader`.
+        loading: `mean`, `std`, `device`, `workers` and `engine`, as for `evaluation_loader`.
 
     Raises:
         ValueError: none of the images can be decoded, or vectors are not finite.

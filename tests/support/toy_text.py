@@ -1,4 +1,4 @@
-"""A method of images and text from outside the package, which knows the words of colours without training, and others hardly."""
+"""A method of images and text from outside the package, which knows the words of colours without training."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
