@@ -54,8 +54,8 @@ def pretrain(
     Args:
         method: a method of `fastssl.methods`, such as dino or mae, the dotted name of your own module, or
             that module; fastssl/contract.py describes what it must define.
-        data: source of images: digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH,
-            cifar100:PATH, package.module:ARGUMENT, or a pair of sources (training, held-out).
+        data: source of images: digits, shapes, captions, folder:PATH, webdataset:SHARDS, csv:FILE, arrays:FILE,
+            idx:PATH, cifar10:PATH, package.module:ARGUMENT and others, or a pair of sources (training, held-out).
         preset: "paper" for the paper's numbers, "small" for minutes on a laptop; by default "small" where all images
             have one size of at most 64 pixels.
         folder: the run folder, runs/METHOD-DATA by default.
@@ -253,7 +253,7 @@ def _train(
     if not is_new:
         on_all_ranks(lambda: distributed.rank() == 0 and lock.acquire())
     prepared = on_all_ranks(lambda: prepare(run, changes, allow_changed_data, device))
-    source, test, method, loader, state, fingerprints, data_changes = prepared
+    source, test, method, loader, state, fingerprints, data_changes, text_notes = prepared
     trainer = Trainer(
         method,
         training,
@@ -272,7 +272,7 @@ def _train(
         _announce_resume(run, trainer, state, changes, data_changes)
     notes = dict.fromkeys(note for split in (source, test) for note in getattr(split, "notes", ()))
     sides = describe_sides({"training": source.classes is not None, "held-out": test.classes is not None})
-    for note in (*notes, *sides):
+    for note in (*notes, *sides, *text_notes):
         print_once(note)
     run.id = distributed.all_gather_object(run.id)[0]  # the first rank's, which is in config.json
     evaluate = functools.partial(_evaluate, run, trainer, device, test)

@@ -8,6 +8,7 @@ reduced to one. It is then cut into words: runs of letters, single digits, runs 
 import functools
 import heapq
 import html
+import importlib.metadata
 import re
 import sys
 import unicodedata
@@ -44,7 +45,7 @@ class ClipTokenizer:
         self._word_ids = functools.lru_cache(65_536)(self._encode_word)
         self.start, self.end = self._ids[START], self._ids[END]
         self.vocabulary = len(self._symbols)
-        self.identity = f"clip {SHA256['clip_bpe']} {unicodedata.unidata_version}"
+        self.identity = f"clip {SHA256['clip_bpe']} {unicodedata.unidata_version} {_ftfy_version()}"
 
     def encode(self, text: str, length: int | None = None) -> list[int]:
         """Ids of a text between those of the start and the end; cut to `length`, the end included.
@@ -117,6 +118,13 @@ def _clean(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower()
 
 
+def _ftfy_version() -> str:
+    try:
+        return importlib.metadata.version("ftfy")
+    except importlib.metadata.PackageNotFoundError:
+        return "without ftfy"
+
+
 def _alphabet() -> dict[int, str]:
     """A visible letter for each byte, in the vocabulary's order: Latin-1's own where they are visible, then others."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -133,8 +141,9 @@ def _word_pattern() -> re.Pattern[str]:
         codes = list(group)
         ranges[kind] = ranges.get(kind, "") + f"{_escape(codes[0])}-{_escape(codes[-1])}"
     letters, numbers = ranges["L"], ranges["N"]
+    none = r"\s\u0345"  # in no word: blanks, and the iota below a vowel, a mark whose upper case is a letter
     special = f"{re.escape(START)}|{re.escape(END)}"
-    return re.compile(rf"{special}|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[{letters}]+|[{numbers}]|[^\s{letters}{numbers}]+")
+    return re.compile(rf"{special}|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[{letters}]+|[{numbers}]|[^{none}{letters}{numbers}]+")
 
 
 def _escape(code: int) -> str:
