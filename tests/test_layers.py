@@ -52,7 +52,17 @@ MAY_IMPORT = {
     "report": {*VALUES, "extras", "run", "ops", "data", "train.records", "eval"},
     # `Run` calls evaluation, pretraining, report and weights inside its methods; they import `Run`
     "method_modules": {"methods", "data"},
-    "run": {*VALUES, "extras", "settings", "method_modules", "data", "eval.labels", "train", *RUN_ACTIONS},
+    "run": {
+        *VALUES,
+        "extras",
+        "settings",
+        "method_modules",
+        "data",
+        "eval.labels",
+        "eval.retrieval",
+        "train",
+        *RUN_ACTIONS,
+    },
     "evaluation": {
         *VALUES,
         "settings",

@@ -172,7 +172,7 @@ def finetune(
         config: optimizer, schedule and augmentation.
         size: (height, width) in pixels.
         seed: random seed of order, augmentation and drop path; global generators are left unchanged.
-        loading: `device`, `workers` and `engine`, as for `Loader`.
+        loading: `mean`, `std`, `device`, `workers` and `engine`, as for `evaluation_loader`.
 
     Raises:
         MissingExtra: timm is not installed.
@@ -184,7 +184,7 @@ def finetune(
         raise ValueError(f"eval: --batch-size must be at most the {len(train)} labelled images, got {batch}")
     if (config.mixup or config.cutmix) and micro % 2:
         raise ValueError(f"eval: mixup and cutmix take pairs: --batch-size over --accumulate must be even, got {micro}")
-    device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size))
+    device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size, loading))
     with _seed_generators(seed, device):
         loader = Workers(
             pictures,
@@ -300,7 +300,7 @@ def _collate(samples: list[tuple[Tensor, int] | int]) -> _Batch:
     return _Batch(torch.stack(images), torch.tensor(labels), bad)
 
 
-def _transform(config: Finetune, size: tuple[int, int]):
+def _transform(config: Finetune, size: tuple[int, int], loading: dict[str, Any]):
     from timm.data import create_transform
 
     return create_transform(
@@ -311,8 +311,8 @@ def _transform(config: Finetune, size: tuple[int, int]):
         color_jitter=None,
         auto_augment=None if config.randaugment == "none" else config.randaugment,
         interpolation="bicubic",
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=loading.get("mean", IMAGENET_MEAN),
+        std=loading.get("std", IMAGENET_STD),
         re_prob=config.erasing,
         re_mode="pixel",
         re_count=1,
