@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "distributed",
         "data.augmentation",
         "data.lab",
+        "data.text",
         "train.config",
         "train.schedule",
         "eval.protocols",

@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 
 import fastssl.data.sources
+from fastssl.text import printable
 
 SPLITS = ("train", "test")
 MAX_CLASSES = 1_000_000
@@ -37,7 +38,7 @@ class Source(Protocol):
     """Images by number.
 
     A source is picklable, and the same number always gives the same image. A class that inherits from `Source` gets its
-    `notes`, `identity` and `extras`; other classes with the same attributes are sources too, also without these three.
+    `notes`, `identity`, `extras` and `captions`; others with the same attributes are sources too, also without these.
     """
 
     classes: list[str] | None  # names of the labels; None: no image has a label
@@ -84,6 +85,37 @@ class Source(Protocol):
             BadImage: the arrays can't be read; the image is then treated as one that can't be decoded.
         """
         return {}
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Texts that describe the image, one or several; none by default.
+
+        Blank ones do not count. Methods that learn from images and text train with one of them in each epoch.
+        """
+        return ()
+
+
+def read_captions(source: Source, index: int) -> tuple[str, ...]:
+    """``source.captions(index)`` without blank ones; () for a source without that method.
+
+    Raises:
+        BadSource: the captions are no tuple or list of texts.
+    """
+    if not hasattr(source, "captions"):
+        return ()
+    captions = source.captions(index)
+    if not isinstance(captions, tuple | list) or not all(isinstance(caption, str) for caption in captions):
+        name = printable(source.name(index))
+        raise BadSource(
+            f"data: captions of an image must be a tuple of texts, got {printable(repr(captions)[:80])} for {name}"
+        )
+    return tuple(caption for caption in captions if caption.strip())
+
+
+def has_captions(source: Source) -> bool:
+    """True if an image of the source has a caption. Reads captions up to the first one."""
+    if getattr(type(source), "captions", Source.captions) is Source.captions:
+        return False
+    return any(read_captions(source, index) for index in range(len(source)))
 
 
 def read_extras(source: Source, index: int) -> dict[str, np.ndarray]:
@@ -140,6 +172,9 @@ class Subset(Source):
 
     def extras(self, index: int) -> dict[str, np.ndarray]:
         return read_extras(self.source, self.indices[index])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return read_captions(self.source, self.indices[index])
 
 
 def source_names() -> list[str]:
