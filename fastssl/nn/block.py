@@ -16,12 +16,19 @@ from .linear import Linear
 from .norm import ResidualNorm
 
 
-class Mlp(nn.Module):
-    """Linear, GELU, Linear.
+def gelu_mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
+    """``fc2(gelu(fc1(x)))``, the exact GELU; fc1 has a bias.
 
     On a GPU the first bias is added by the GELU, whose backward pass sums its gradient (`ops.bias_gelu`); on a CPU the
     second layer computes the GELU of its input, again in the backward pass (`ops.linear`).
     """
+    if gelu.backend(x) == "kernel":
+        return fc2(bias_gelu(fc1(x, add_bias=False), fc1.bias))
+    return fc2(fc1(x), gelu=True)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear; see `gelu_mlp`."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -29,9 +36,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if gelu.backend(x) == "kernel":
-            return self.fc2(bias_gelu(self.fc1(x, add_bias=False), self.fc1.bias))
-        return self.fc2(self.fc1(x), gelu=True)
+        return gelu_mlp(x, self.fc1, self.fc2)
 
 
 class SwiGLU(nn.Module):
