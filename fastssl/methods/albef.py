@@ -17,7 +17,6 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.text import TextInput
 from fastssl.distributed import world_size
-from fastssl.eval.protocols import Official
 from fastssl.milestones import MILESTONE
 from fastssl.nn.bert import BERT_SIZES, PAD, VOCABULARY, BertForMaskedLM
 from fastssl.nn.fusion import Encoded, FusionNetwork
