@@ -16,6 +16,7 @@ from fastssl.data.augmentation import evaluation
 from fastssl.data.fingerprint import Fingerprint, describe_changes, read_fingerprint, take_fingerprint
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source
+from fastssl.data.token_table import TokenTable, build_table, with_captions
 from fastssl.extras import MissingExtra, need
 from fastssl.machine import available_engine, keep_freed_memory, select_engine, share_cores
 from fastssl.run import Run, open_run
@@ -42,6 +43,7 @@ class Prepared(NamedTuple):
     state: dict[str, Any] | None  # checkpoint to continue from
     fingerprints: dict[str, Fingerprint]  # by the names of their files; on the first rank
     data_changes: list[str]  # how the images differ from those that the run was started with
+    notes: tuple[str, ...]  # sentences on the captions
 
 
 def on_all_ranks(check: Callable[[], T]) -> T:
@@ -63,7 +65,7 @@ def on_all_ranks(check: Callable[[], T]) -> T:
 def prepare(
     run: Run, changes: dict[str, tuple[Any, Any]] | None, allow_changed_data: bool, device: torch.device
 ) -> Prepared:
-    """Opens the data and builds the method and the loader. Writes nothing."""
+    """Opens the data and builds the method and the loader. Writes nothing but cached tokens of captions."""
     options, training = run.options, run.config.training
     check_sharding(training, options.execution)
     if options.execution.tensorboard:
@@ -78,9 +80,12 @@ def prepare(
         run.metrics(), run.evaluations()  # names lines without a record; raises where these are no files
         state = _state_to_resume(run)
     source, test = run.source("train"), run.source("test")
+    text = getattr(run.config, "text", None)
+    if text is not None:
+        source = with_captions(source)
     fingerprints, data_changes = {}, []
     if distributed.rank() == 0:
-        fingerprints = {TRAINING: take_fingerprint(source), HELD_OUT: take_fingerprint(test)}
+        fingerprints = {TRAINING: take_fingerprint(source, text is not None), HELD_OUT: take_fingerprint(test)}
         data_changes = _changes_of_data(run, changes, fingerprints, allow_changed_data)
     rows = getattr(run.config, "images", None)
     if rows is not None and rows < len(source):
@@ -91,7 +96,8 @@ def prepare(
     method = _build_method(run, state, device)
     chosen_now = changes is None or "engine" in changes
     engine = (select_engine if chosen_now else available_engine)(options.engine, device)
-    loader = _loader(run, source, device, workers, engine)
+    tokens = build_table(source, text) if text is not None else None
+    loader = _loader(run, source, tokens, device, workers, engine)
     if isinstance(method, PreparesEpochs):
         method.check_images(len(source), len(loader) // training.accumulate * training.batch_size)
     count = continue_count(state, len(loader) // training.accumulate)
@@ -101,7 +107,8 @@ def prepare(
             f"pretrain: --epochs must be at least {done + (begun > 0)}, which {run.folder} has begun, got "
             f"{training.epochs}"
         )
-    return Prepared(source, test, method, loader, state, fingerprints, data_changes)
+    notes = () if tokens is None else tokens.notes()
+    return Prepared(source, test, method, loader, state, fingerprints, data_changes, notes)
 
 
 def claim_folder(run: Run, trainer: Trainer, lock: Lock, is_new: bool) -> None:
@@ -211,7 +218,9 @@ def _build_method(run: Run, state: dict | None, device: torch.device) -> torch.n
     return method.to(device)
 
 
-def _loader(run: Run, source: Source, device: torch.device, workers: int, engine: str) -> Loader:
+def _loader(
+    run: Run, source: Source, tokens: TokenTable | None, device: torch.device, workers: int, engine: str
+) -> Loader:
     """Loader of this rank's micro-batches."""
     options, training, world = run.options, run.config.training, distributed.world_size()
     if training.batch_size > len(source):
@@ -236,6 +245,7 @@ def _loader(run: Run, source: Source, device: torch.device, workers: int, engine
         world=world,
         bad_files=run.folder / "bad_files.txt",
         max_bad=options.max_bad,
+        tokens=tokens,
     )
 
 

@@ -263,7 +263,7 @@ def _train(
     if not is_new:
         on_all_ranks(lambda: distributed.rank() == 0 and lock.acquire())
     prepared = on_all_ranks(lambda: prepare(run, changes, allow_changed_data, device))
-    source, test, method, loader, state, fingerprints, data_changes = prepared
+    source, test, method, loader, state, fingerprints, data_changes, text_notes = prepared
     trainer = Trainer(
         method,
         training,
@@ -282,7 +282,7 @@ def _train(
         _announce_resume(run, trainer, state, changes, data_changes)
     notes = dict.fromkeys(note for split in (source, test) for note in getattr(split, "notes", ()))
     sides = describe_sides({"training": source.classes is not None, "held-out": test.classes is not None})
-    for note in (*notes, *sides):
+    for note in (*notes, *sides, *text_notes):
         print_once(note)
     run.id = distributed.all_gather_object(run.id)[0]  # the first rank's, which is in config.json
     evaluate = functools.partial(_evaluate, run, trainer, device, test)

@@ -18,7 +18,7 @@ import numpy as np
 from fastssl.files import write_atomically
 from fastssl.text import printable
 
-from .source import BadImage, Source, identity
+from .source import BadImage, Source, identity, read_captions
 
 MAX_NAMES = 8 << 20  # largest size of the compressed names
 EXAMINED = 64  # images whose content is compared
@@ -37,6 +37,7 @@ class Fingerprint:
         examined: [M] numbers of the images whose content is known.
         content: [M] uint64 of these images' content; that of no bytes for one that cannot be read.
         names: the identities; empty if they are too long to be kept.
+        captions: [N] uint64 of each image's captions; empty if the run does not learn from them.
     """
 
     def __init__(
@@ -48,13 +49,15 @@ class Fingerprint:
         examined: np.ndarray,
         content: np.ndarray,
         names: list[str],
+        captions: np.ndarray,
     ):
         self.hashes, self.labels, self.classes, self.shards = hashes, labels, classes, shards
-        self.examined, self.content, self.names = examined, content, names
+        self.examined, self.content, self.names, self.captions = examined, content, names, captions
 
     def write(self, path: Path) -> None:
         """Writes an .npz, atomically."""
-        arrays = {name: getattr(self, name) for name in ("hashes", "labels", "shards", "examined", "content")}
+        columns = ("hashes", "labels", "shards", "examined", "content", "captions")
+        arrays = {name: getattr(self, name) for name in columns}
         classes = zlib.compress(json.dumps(self.classes).encode())
         names = zlib.compress(json.dumps(self.names).encode(), 1)
         with write_atomically(path, "wb") as file:
@@ -66,8 +69,8 @@ class Fingerprint:
             )
 
 
-def take_fingerprint(source: Source) -> Fingerprint:
-    """The fingerprint of a source; takes a few seconds for a million images."""
+def take_fingerprint(source: Source, with_captions: bool = False) -> Fingerprint:
+    """The fingerprint of a source, of its captions too if asked; takes a few seconds for a million images."""
     count, names = len(source), []
     hashes, labels = np.empty(count, "<u8"), np.empty(count, np.int64)
     for start in range(0, count, CHUNK):
@@ -79,7 +82,8 @@ def take_fingerprint(source: Source) -> Fingerprint:
     examined = np.argsort(hashes, kind="stable")[:EXAMINED]  # a choice that stays when other images come and go
     content = _hashes(_content(source, number) for number in examined.tolist())
     shards = np.empty(0, np.int64) if source.shards is None else np.asarray(source.shards, np.int64)
-    return Fingerprint(hashes, labels, list(source.classes or []), shards, examined, content, names)
+    texts = (json.dumps(read_captions(source, number)).encode() for number in range(count if with_captions else 0))
+    return Fingerprint(hashes, labels, list(source.classes or []), shards, examined, content, names, _hashes(texts))
 
 
 def read_fingerprint(path: Path) -> Fingerprint | None:
@@ -97,6 +101,7 @@ def read_fingerprint(path: Path) -> Fingerprint | None:
             columns = {name: arrays[name] for name in ("hashes", "labels", "shards", "examined", "content")}
             classes = json.loads(zlib.decompress(arrays["classes"].tobytes()))
             names = json.loads(zlib.decompress(packed)) if (packed := arrays["names"].tobytes()) else []
+            columns["captions"] = arrays["captions"] if "captions" in arrays else np.empty(0, np.uint64)
     except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(
             f"data: {path}, the fingerprint of the run's data, is damaged ({error}): remove it to go on without one"
@@ -120,6 +125,10 @@ def describe_changes(old: Fingerprint, new: Fingerprint) -> list[str]:
     relabelled = _class_names(new)[rows] != _class_names(old)[old_rows]
     if relabelled.any():
         changes.append(f"{relabelled.sum()} with another label{_some(new.names, rows[relabelled])}")
+    if len(old.captions) and len(new.captions):
+        other = old.captions[old_rows] != new.captions[rows]
+        if other.any():
+            changes.append(f"{other.sum()} with other captions{_some(new.names, rows[other])}")
     if changed := _changed_content(old, new):
         changes.append(f"{len(changed)} of {len(old.examined)} examined with other content{_some(new.names, changed)}")
     if not changes and not np.array_equal(old.hashes, new.hashes):

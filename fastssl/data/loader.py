@@ -22,6 +22,7 @@ from .lab import rgb_to_lab
 from .order import Order
 from .samples import Engine, Layout, Samples, describe
 from .source import BadSource, Source
+from .token_table import TokenTable
 from .workers import choose_kind
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +50,7 @@ class Loader:
         max_bad: largest share of the source (of this rank's part of it) that may be bad.
         worker_kind: "process", "thread", or "auto": threads on a Python without its global lock. DALI has threads.
         dtype: dtype of the views: float32, bfloat16 or float16, rounded once.
+        tokens: token ids of the source's captions, which become ``extras["tokens"]`` of the batches.
 
     Raises:
         TypeError: the dtype is another one.
@@ -73,6 +75,7 @@ class Loader:
         max_bad: float = 0.01,
         worker_kind: str = "auto",
         dtype: torch.dtype = torch.float32,
+        tokens: TokenTable | None = None,
     ):
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("world", world, 1)):
             if value < least:
@@ -86,7 +89,7 @@ class Loader:
             )
         if dtype not in DTYPES:
             raise TypeError(f"data: dtype must be float32, bfloat16 or float16, got {dtype}".replace("torch.", ""))
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.tokens = torch.device(device), dtype, tokens
         self.augmentation, self.bad_files, self.max_bad, self.total = augmentation, bad_files, max_bad, len(source)
         self._bad: set[int] = set()
         self._order = Order(len(source), batch_size, seed, train, source.shards, rank, world)
@@ -151,7 +154,11 @@ class Loader:
             tensor.to(self.device, non_blocking=True, copy=True)
             for tensor in (samples.index, samples.label, samples.seed, *samples.extras.values())
         )
-        return Batch(views, index, label, seed, dict(zip(samples.extras, extras)))
+        batch = Batch(views, index, label, seed, dict(zip(samples.extras, extras)))
+        if self.tokens is not None:  # gathered here: no engine and no worker sees text
+            tokens = self.tokens.gather(samples.index, samples.seed)
+            batch.extras["tokens"] = tokens.to(self.device, non_blocking=True)
+        return batch
 
     def _to_floats(self, pixels: Tensor, view: View) -> Tensor:
         """Normalised floats [B, 3, H, W] of bytes, in the view's colour space."""
@@ -191,6 +198,8 @@ class Loader:
         layout: Layout = {key: (value.dtype, tuple(value.shape[1:])) for key, value in samples.extras.items()}
         if self._layout is None:
             self._layout = layout
+            if self.tokens is not None and "tokens" in layout:
+                raise BadSource("data: extras of a source with captions must have other keys than tokens")
         if layout != self._layout:
             raise BadSource(
                 f"data: extras must have the same keys, shapes and dtypes for every image, got {describe(layout)} in a "

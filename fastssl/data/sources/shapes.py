@@ -98,33 +98,66 @@ class Shapes(Source):
 
     def read(self, index: int) -> np.ndarray:
         random = np.random.Generator(np.random.Philox(key=[self._seed, self._first + index]))
-        side = self._side * SUPERSAMPLING
         grey = GREYS[random.integers(len(GREYS))]
-        canvas = Image.new("RGB", (side, side), (grey, grey, grey))
-        red, green, blue = (round(255 * value) for value in colorsys.hsv_to_rgb(random.uniform(), 0.75, 0.8))
-        radius = side * random.uniform(0.26, 0.42)
-        x, y = random.uniform(radius, side - radius, 2)
+        hue = random.uniform()
+        radius = random.uniform(0.26, 0.42)
+        x, y = random.uniform(radius, 1 - radius, 2)
         angle = random.uniform(-MAX_ROTATION, MAX_ROTATION)
-        rotation = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
-        stencil = Image.new("L", canvas.size)
-        draw = ImageDraw.Draw(stencil)
-        for outline, fill in zip(self._outlines[self.label(index)], (255, 0)):
-            points = radius * np.asarray(outline) @ rotation
-            draw.polygon([(x + dx, y + dy) for dx, dy in points], fill=fill)
-        canvas.paste((red, green, blue), mask=stencil)
-        return np.array(canvas.reduce(SUPERSAMPLING))
+        return draw_shape(self._outlines[self.label(index)], self._side, grey, hue, radius, (x, y), angle)
 
 
-def open_split(argument: str, split: str) -> Shapes:
+def draw_shape(
+    outlines: tuple[Points, ...],
+    side: int,
+    grey: int,
+    hue: float,
+    radius: float,
+    centre: tuple[float, float],
+    angle: float,
+) -> np.ndarray:
+    """Pixels [side, side, 3] uint8 of a coloured shape on a grey background.
+
+    Args:
+        outlines: one of `SHAPES`.
+        side: height and width in pixels.
+        grey: value of the background, 0 to 255.
+        hue: colour of the shape, 0 to 1.
+        radius: of the shape, as a share of the side.
+        centre: of the shape (from the left, from the top), as shares of the side.
+        angle: rotation in radians.
+    """
+    side *= SUPERSAMPLING
+    canvas = Image.new("RGB", (side, side), (grey, grey, grey))
+    red, green, blue = (round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.75, 0.8))
+    rotation = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+    stencil = Image.new("L", canvas.size)
+    draw = ImageDraw.Draw(stencil)
+    for outline, fill in zip(outlines, (255, 0)):
+        points = side * (np.asarray(centre) + radius * np.asarray(outline) @ rotation)
+        draw.polygon([(x, y) for x, y in points], fill=fill)
+    canvas.paste((red, green, blue), mask=stencil)
+    return np.array(canvas.reduce(SUPERSAMPLING))
+
+
+def read_settings(argument: str, split: str, source: str) -> dict[str, int]:
+    """The settings count, size and seed of a source of drawn images, from the text behind its colon.
+
+    Raises:
+        ValueError: a setting is unknown or out of its limits.
+    """
     settings = {"count": 4096 if split == "train" else 1000, "size": 32, "seed": 0}
     for setting in filter(None, argument.split(",")):
         name, _, value = setting.partition("=")
         if name not in settings or not value.isdecimal():
-            raise ValueError(f"data: shapes takes count=N, size=N and seed=N, got {printable(setting)!r}")
+            raise ValueError(f"data: {source} takes count=N, size=N and seed=N, got {printable(setting)!r}")
         low, high = LIMITS[name]
         number = int(value[:20])  # more digits are too many in any case
         if len(value) > 20 or not low <= number <= high:
-            raise ValueError(f"data: shapes takes a {name} from {low:,} to {high:,}, got {printable(setting[:60])!r}")
+            raise ValueError(f"data: {source} takes a {name} from {low:,} to {high:,}, got {printable(setting[:60])!r}")
         if name != "count" or split == "train":  # the size of the test split is fixed
             settings[name] = number
-    return Shapes(split, **settings)
+    return settings
+
+
+def open_split(argument: str, split: str) -> Shapes:
+    return Shapes(split, **read_settings(argument, split, "shapes"))

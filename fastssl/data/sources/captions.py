@@ -1,0 +1,93 @@
+"""`captions`: drawn shapes with captions, such as "a small red star on a dark background, upper left", made on demand.
+
+    captions                                 4,096 training and 1,000 test images of 32×32
+    captions:count=20000,size=64,seed=1      another number of training images, size and seed
+
+Each image has one of ten shapes, eight colours, two sizes, two backgrounds and nine places: 2,880 combinations, each in
+three phrasings. Training images have random combinations; those of the test split are all different, so that there is
+one right answer when captions are searched. The label is the shape. Captions name places and colours, so a method must
+neither flip images nor change their colours, and crop little.
+"""
+
+import numpy as np
+
+from ..source import Source
+from .shapes import GREYS, MAX_ROTATION, SHAPES, TEST_OFFSET, draw_shape, read_settings
+
+HUES = {"red": 0, "orange": 28, "yellow": 55, "green": 120, "cyan": 180, "blue": 225, "purple": 275, "pink": 320}
+HUE_SPREAD = 5  # degrees around those above
+RADII = {"small": (0.12, 0.15), "large": (0.22, 0.25)}  # shares of the side
+BACKGROUNDS = dict(zip(("dark", "light"), GREYS))
+PLACES = {  # centre of the shape from the left and from the top, shares of the side
+    f"{row} {column}": (x, y)
+    for row, y in (("upper", 0.26), ("centre", 0.5), ("lower", 0.74))
+    for column, x in (("left", 0.26), ("middle", 0.5), ("right", 0.74))
+}
+PLACE_SPREAD = 0.02
+COMBINATIONS = (len(HUES), len(RADII), len(BACKGROUNDS), len(PLACES))
+PHRASINGS = (
+    "a {size} {hue} {shape} on a {background} background, {place}",
+    "{place}: one {hue} {shape}, {size}, the background is {background}",
+    "a {background} picture with one {shape} in the {place}, {hue} and {size}",
+)
+
+
+class Captions(Source):
+    """Drawn images of one split with captions.
+
+    Args:
+        split: "train" or "test".
+        count: number of images; of the test split at most 2,880.
+        size: height and width in pixels.
+        seed: seed of all random numbers.
+    """
+
+    def __init__(self, split: str, count: int, size: int, seed: int):
+        self._count, self._side, self._seed, self._is_test = count, size, seed, split == "test"
+        self._outlines, total = list(SHAPES.values()), int(np.prod(COMBINATIONS))
+        shuffles = (self._random(index, TEST_OFFSET + 2**32).permutation(total) for index in range(len(SHAPES)))
+        self._test_order = np.stack(list(shuffles))  # combinations of the test images of each shape
+        self.classes, self.size, self.shards = list(SHAPES), (size, size), None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def label(self, index: int) -> int:
+        return index % len(SHAPES)
+
+    def name(self, index: int) -> str:
+        return f"captions, image {index}"
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        hue, size, background, place = self._combination(index, self._random(index))
+        words = {"shape": self.classes[self.label(index)], "hue": hue, "size": size, "background": background}
+        return tuple(phrasing.format(place=place, **words) for phrasing in PHRASINGS)
+
+    def read(self, index: int) -> np.ndarray:
+        random = self._random(index)
+        hue, size, background, place = self._combination(index, random)
+        degrees = HUES[hue] + random.uniform(-HUE_SPREAD, HUE_SPREAD)
+        radius = random.uniform(*RADII[size])
+        x, y = np.asarray(PLACES[place]) + random.uniform(-PLACE_SPREAD, PLACE_SPREAD, 2)
+        angle = random.uniform(-MAX_ROTATION, MAX_ROTATION)
+        outlines, grey = self._outlines[self.label(index)], BACKGROUNDS[background]
+        return draw_shape(outlines, self._side, grey, degrees % 360 / 360, radius, (x, y), angle)
+
+    def _random(self, index: int, first: int = 0) -> np.random.Generator:
+        """Random numbers of an image; other ones for the order of the test split."""
+        return np.random.Generator(np.random.Philox(key=[self._seed, (first or TEST_OFFSET * self._is_test) + index]))
+
+    def _combination(self, index: int, random: np.random.Generator) -> tuple[str, str, str, str]:
+        """Colour, size, background and place, drawn first of an image's random numbers."""
+        number = random.integers(self._test_order.shape[1])
+        if self._is_test:
+            number = self._test_order[self.label(index), index // len(SHAPES)]
+        choices = (HUES, RADII, BACKGROUNDS, PLACES)
+        hue, size, background, place = (
+            list(names)[chosen] for names, chosen in zip(choices, np.unravel_index(number, COMBINATIONS))
+        )
+        return hue, size, background, place
+
+
+def open_split(argument: str, split: str) -> Captions:
+    return Captions(split, **read_settings(argument, split, "captions"))
