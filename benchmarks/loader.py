@@ -32,7 +32,7 @@ from fastssl.data.loader import Loader
 from fastssl.data.packing import KINDS, Encoding, write_pack
 from fastssl.data.source import open_source
 from fastssl.machine import installed_engines
-from fastssl.run import find_augmentation
+from fastssl.method_modules import find_augmentation
 
 from . import loader_facts, store
 from .loader_clock import Batches, Cost, cost

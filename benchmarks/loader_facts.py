@@ -28,8 +28,8 @@ from fastssl.data.pack_format import header_bytes, index_bytes, record_bytes, sc
 from fastssl.data.packing import KINDS, Encoding, write_pack
 from fastssl.data.source import SPLITS, Source, open_source
 from fastssl.data.torchvision import change_colours
+from fastssl.method_modules import find_augmentation
 from fastssl.ops import normalise, resized_crops_
-from fastssl.run import find_augmentation
 
 from .loader_clock import cpu_seconds, memory_mb, release_memory, tree
 from .machine import OtherPrograms

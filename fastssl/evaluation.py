@@ -16,8 +16,9 @@ from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.machine import available_engine, select_device, share_cores
+from fastssl.method_modules import SMALL, method_module
 from fastssl.milestones import shorten
-from fastssl.run import SMALL, Run, Sources, method_module
+from fastssl.run import Run, Sources
 from fastssl.settings import differences, update
 from fastssl.text import printable
 from fastssl.train.checkpoint import load_model

@@ -18,20 +18,10 @@ from fastssl.eval.labels import labelled
 from fastssl.eval.reconstruction import first_images, save_snapshot
 from fastssl.evaluation import note_knn
 from fastssl.machine import facts, select_device
+from fastssl.method_modules import has_small_images, method_module, method_name_of, method_names
 from fastssl.milestones import adopt, check_milestones, describe_scaled, milestone_epochs, shorten
 from fastssl.preparation import claim_folder, on_all_ranks, prepare, print_once, stored_run, taken, training_images
-from fastssl.run import (
-    Options,
-    Run,
-    Sources,
-    absolute_data,
-    has_small_images,
-    method_module,
-    method_name_of,
-    method_names,
-    open_run,
-    sources_name,
-)
+from fastssl.run import Options, Run, Sources, absolute_data, open_run, sources_name
 from fastssl.settings import differences, flag, update
 from fastssl.text import printable
 from fastssl.train.lock import Lock

@@ -16,26 +16,21 @@ report.html          the report that `fastssl report` writes
 """
 
 import dataclasses
-import importlib
-import inspect
 import json
-import pkgutil
 import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-import fastssl.methods
 from fastssl.bounds import NOT_NEGATIVE, Range, check_ranges
-from fastssl.data.augmentation import Augmentation, evaluation, multi_crop
 from fastssl.data.source import Source, expand_user, open_source
 from fastssl.files import write_atomically
+from fastssl.method_modules import method_module
 from fastssl.settings import from_json
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution
@@ -47,53 +42,9 @@ if TYPE_CHECKING:
 
 PATH_SOURCES = ("folder", "webdataset", "pack", "arrays", "idx", "cifar10", "cifar100")  # their argument is a path
 OBJECTS = "python"  # stands for the source's name where the sources were given as Python objects
-AUGMENTATIONS = {"multi_crop": multi_crop, "evaluation": evaluation}  # augmentations that belong to no method
 EVALUATIONS = {"evaluation": str, "step": int, "accuracy": float}  # fields of every line of evaluations.jsonl
 WORKERS = Range(0, 1024)  # more processes than any machine has cores for would only fill its memory
-SMALL = 64  # largest side in pixels for which the preset `small` is the default
 Sources = tuple[Source, Source]  # training and held-out split
-
-
-def method_names() -> list[str]:
-    """Names of the methods in fastssl/methods."""
-    return sorted(module.name for module in pkgutil.iter_modules(fastssl.methods.__path__))
-
-
-def method_module(name: str) -> ModuleType:
-    """The module of a method: a name of `method_names`, or a dotted module name such as ``my_package.my_method``.
-
-    Raises:
-        ValueError: the method is unknown, cannot be imported, or has no `Config` and `build(config)` (see contract.py).
-    """
-    if "." not in name or not all(part.isidentifier() for part in name.split(".")):
-        if name not in method_names():
-            raise ValueError(
-                f"pretrain: unknown method {name!r}, there are {', '.join(method_names())}, or your own module: "
-                "package.module"
-            )
-        return importlib.import_module(f"fastssl.methods.{name}")
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"pretrain: the method {name} cannot be imported ({error}); PYTHONPATH must list the folder of its package"
-        ) from error
-    for member in ("Config", "build"):
-        if not hasattr(module, member):
-            raise ValueError(f"pretrain: the method {name} must define {member}: fastssl/contract.py lists its parts")
-    return module
-
-
-def method_name_of(method: str | ModuleType) -> str:
-    """The name of a method, as `method_module` takes it."""
-    if not inspect.ismodule(method):
-        return method
-    name = method.__name__
-    if name.startswith("fastssl.methods."):
-        return name.rpartition(".")[2]
-    if "." not in name:
-        raise ValueError(f"pretrain: the method's module must be part of a package (package.module), got {name}")
-    return name
 
 
 def absolute_data(spec: str) -> str:
@@ -106,24 +57,6 @@ def absolute_data(spec: str) -> str:
         return spec
     paths = argument.split(",") if name == "arrays" else [argument]
     return f"{name}:" + ",".join(str(expand_user(path).absolute()) if path else path for path in paths)
-
-
-def find_augmentation(name: str, source: Source, size: tuple[int, int] | None = None) -> Augmentation:
-    """The augmentation of a method, of its preset `small` for small images, or one of `AUGMENTATIONS`."""
-    if name in AUGMENTATIONS:
-        return AUGMENTATIONS[name](size or (224, 224))
-    if name not in method_names() and "." not in name:
-        raise ValueError(
-            f"data: unknown augmentation {name!r}, there are {', '.join((*method_names(), *AUGMENTATIONS))}"
-        )
-    config = method_module(name).Config
-    chosen = config.small() if has_small_images(source) else config.paper()
-    return (dataclasses.replace(chosen, image_size=size) if size else chosen).augmentation
-
-
-def has_small_images(source: Source) -> bool:
-    """Whether all images of a source have one size, of at most `SMALL` pixels."""
-    return source.size is not None and max(source.size) <= SMALL
 
 
 @dataclass

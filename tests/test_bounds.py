@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 import pytest
 
 from fastssl.bounds import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
-from fastssl.run import Options, method_module, method_names
+from fastssl.method_modules import method_module, method_names
+from fastssl.run import Options
 from fastssl.train.config import Execution, Training
 from tests.support import toy_method
 

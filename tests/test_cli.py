@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastssl.data.source import source_names
-from fastssl.run import method_names
+from fastssl.method_modules import method_names
 from tests.support.command import refused, run
 
 FAST = ["--epochs", "1", "--batch-size", "32", "--workers", "0"]

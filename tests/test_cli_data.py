@@ -17,8 +17,8 @@ from fastssl.data.parts import Parts
 from fastssl.data.source import open_source
 from fastssl.data.split import NOTHING_HELD_OUT
 from fastssl.data.timing import measure_throughput
+from fastssl.method_modules import find_augmentation, method_names
 from fastssl.methods import moco_v2, moco_v3
-from fastssl.run import find_augmentation, method_names
 from tests.support import toy_method
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison

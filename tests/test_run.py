@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from fastssl.data.source import open_source
+from fastssl.method_modules import find_augmentation, method_module, method_name_of
 from fastssl.methods import mae, moco_v2, moco_v3
-from fastssl.run import Options, Run, absolute_data, find_augmentation, method_module, method_name_of, open_run
+from fastssl.run import Options, Run, absolute_data, open_run
 from tests.support import toy_method
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastssl.contract import Batch
+from fastssl.method_modules import method_module
 from fastssl.methods import (
     barlow_twins,
     byol,
@@ -29,7 +30,6 @@ from fastssl.methods import (
     vicreg,
 )
 from fastssl.nn.vit import ViT
-from fastssl.run import method_module
 from fastssl.weights import FORMATS, export, load_initial_weights, load_weights, read_weights
 from tests.support.contract import refused
 

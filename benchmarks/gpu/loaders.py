@@ -15,7 +15,7 @@ from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 from fastssl.data.timing import cores, measure_throughput
 from fastssl.machine import installed_engines
-from fastssl.run import find_augmentation
+from fastssl.method_modules import find_augmentation
 
 from .record import Clock, Record
 

@@ -78,7 +78,7 @@ def _run(words: list[str]) -> None:
 
 def _help() -> str:
     from fastssl.data.source import source_names
-    from fastssl.run import method_names
+    from fastssl.method_modules import method_names
 
     lines = textwrap.wrap(", ".join([*method_names(), "or your own module: package.module"]), 100)
     methods = "\n           ".join(lines)

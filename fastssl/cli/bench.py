@@ -19,8 +19,8 @@ from fastssl.data.source import Source, open_source
 from fastssl.data.timing import Throughput, cores, measure_throughput
 from fastssl.data.workers import choose_kind
 from fastssl.machine import compared_engines, installed_engines
+from fastssl.method_modules import find_augmentation, method_module
 from fastssl.pretraining import preset_config
-from fastssl.run import find_augmentation, method_module
 from fastssl.train.config import Execution
 from fastssl.train.trainer import Trainer
 

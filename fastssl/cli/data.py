@@ -18,7 +18,7 @@ from fastssl.data.listing import PREVIEW, RUNS
 from fastssl.data.source import SPLITS, Source, open_source
 from fastssl.data.timing import Throughput, cores
 from fastssl.machine import compared_engines
-from fastssl.run import find_augmentation
+from fastssl.method_modules import find_augmentation
 from fastssl.text import printable
 
 from . import data_pack

@@ -15,7 +15,7 @@ from fastssl.data.jpeg import DECODER
 from fastssl.data.packing import Encoding, write_pack
 from fastssl.data.source import SPLITS, Source, Subset, open_source
 from fastssl.data.timing import cores, measure_throughput
-from fastssl.run import find_augmentation
+from fastssl.method_modules import find_augmentation
 from fastssl.text import printable
 
 from .bench import loader_speed

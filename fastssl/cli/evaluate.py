@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from fastssl import distributed, evaluation
 from fastssl.eval.labels import Accuracy
-from fastssl.run import SMALL, Run
+from fastssl.method_modules import SMALL
+from fastssl.run import Run
 from fastssl.settings import flatten
 from fastssl.text import printable
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import tyro
 
+from fastssl.method_modules import method_module, method_names
 from fastssl.milestones import shorten
 from fastssl.pretraining import check_method, new_run, preset_config, replace_options, resume_run, start
-from fastssl.run import Options, absolute_data, method_module, method_names, open_run
+from fastssl.run import Options, absolute_data, open_run
 from fastssl.settings import differences
 
 from .flags import first_pass, parse

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,33 @@ from fastssl.data.loader import Loader
 from fastssl.data.source import Source
 from fastssl.distributed import all_gather, all_gather_object, rank, world_size
 from fastssl.nn import ViT
+
+
+def evaluation_loader(
+    source: Source,
+    size: tuple[int, int],
+    batch_size: int = 256,
+    part: tuple[int, int] = (0, 1),
+    centre: float | None = None,
+    **loading: Any,
+) -> Loader:
+    """A loader of every image that can be decoded, in the source's order, one centre crop each.
+
+    Args:
+        source: the images.
+        size: (height, width) of the crops in pixels.
+        batch_size: images a batch.
+        part: (rank, world): the part of the images, which may be empty.
+        centre: share of the sides that a crop takes. None: the papers' evaluation, the centre of 224 pixels of a side
+            of 256 in proportion for another `size`, and of images no larger than `size` the whole (1.0).
+        loading: `device`, `workers` and `engine`, as for `Loader`.
+    """
+    small = source.size is not None and max(source.size) <= max(size)
+    augmentation = evaluation(size, centre=centre or (1.0 if small else 0.875))
+    number, world = part
+    return Loader(
+        source, augmentation, batch_size, train=False, rank=number, world=world, max_bad=world, **loading
+    )
 
 
 @torch.no_grad()
@@ -24,11 +52,9 @@ def extract(
     device: torch.device | str = "cpu",
     engine: str = "torchvision",
     part: tuple[int, int] = (0, 1),
+    centre: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(features [N, F] float32, labels [N], indices [N]) of every image that can be decoded.
-
-    Images are cropped as in the papers' evaluation, which takes the undistorted centre of 224 pixels of a side of 256,
-    in proportion for another `size`. Of images no larger than `size` the largest window with its aspect ratio is taken.
 
     Args:
         features: normalised images [B, 3, H, W] → [B, F], such as a method's `features` in evaluation mode.
@@ -37,25 +63,14 @@ def extract(
         batch_size: images a batch.
         workers, device, engine: as for `Loader`.
         part: (rank, world): the part of the images to extract, which may be empty.
+        centre: as for `evaluation_loader`.
 
     Raises:
         ValueError: none of the images can be decoded.
     """
-    small = source.size is not None and max(source.size) <= max(size)
-    augmentation = evaluation(size, centre=1.0 if small else 0.875)
-    number, world = part
-    loader = Loader(
-        source,
-        augmentation,
-        batch_size,
-        workers=workers,
-        device=device,
-        train=False,
-        engine=engine,
-        rank=number,
-        world=world,
-        max_bad=world,
-    )
+    world = part[1]
+    loading = {"workers": workers, "device": device, "engine": engine, "centre": centre}
+    loader = evaluation_loader(source, size, batch_size, part, **loading)
     parts = [(features(batch.views[0]).float(), batch.label, batch.index) for batch in loader.epoch(0)]
     if not parts and world == 1:
         raise ValueError("features: none of the images can be decoded")

@@ -77,6 +77,31 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> Tensor:
     return torch.cat([_unpack(keys)[1] for keys in tiles])
 
 
+@torch.no_grad()
+def nearest_on_all_ranks(bank: Tensor, tags: Tensor, queries: Tensor, k: int) -> Tensor:
+    """Tags [M, k] of the features of all ranks' banks nearest to each query by cosine, nearest first.
+
+    Among equally near ones the smaller tag comes first. Each rank passes its part of bank and queries, of any size; all
+    get the rows of all queries, in rank order. Queries are gathered, the bank is not. At most N tags are returned.
+
+    Args:
+        bank: [N, F], queries: [M, F], floating point; computed in float32. tags: [N] int64, 0 … 2³² − 1, one of each row.
+        k: most neighbours of a query.
+
+    Raises:
+        ValueError: features are not finite.
+
+    Memory: TILE × (TILE + k) keys of 8 bytes and what is returned, beside copies of bank and, on ranks, queries.
+    """
+    parts = all_gather_object((len(bank), bool(bank.isfinite().all() and queries.isfinite().all())))
+    if not all(finite for _, finite in parts):
+        raise ValueError("eval: features must be finite, some of them are not")
+    bank, k = F.normalize(bank.float(), dim=1), min(k, sum(count for count, _ in parts))
+    tiles = all_gather_uneven(queries).split(TILE)
+    keys = (_merge_ranks(_nearest(bank, tags, F.normalize(tile.float(), dim=1), k)) for tile in tiles)
+    return torch.cat([_unpack(tile)[1] for tile in keys])
+
+
 def _nearest(bank: Tensor, tags: Tensor, queries: Tensor, k: int) -> Tensor:
     """Keys [T, k] int64 of the nearest rows of the bank [N, F], descending; `NONE` where N < k.
 

@@ -21,7 +21,7 @@ from fastssl.data.loader import Loader
 from fastssl.data.packing import Encoding, write_pack
 from fastssl.data.source import BadImage, Source, Subset, identity, open_source
 from fastssl.data.sources import pack as pack_source
-from fastssl.run import find_augmentation
+from fastssl.method_modules import find_augmentation
 from tests.support.command import refused, run
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastssl.run import method_names
+from fastssl.method_modules import method_names
 from tests.support.every_command import use_every_command
 
 # Commands and formats that a method has no use for, because of its encoder: two networks, another norm, LayerScale.

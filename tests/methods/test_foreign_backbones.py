@@ -16,9 +16,9 @@ import fastssl
 from fastssl.contract import Batch
 from fastssl.distributed import all_mean, rank, world_size
 from fastssl.eval.protocols import Finetune
+from fastssl.method_modules import method_module, method_names
 from fastssl.methods import densecl, moco_v3, simsiam, swav
 from fastssl.nn import accelerate
-from fastssl.run import method_module, method_names
 from fastssl.weights import load_weights
 from tests.support.command import run
 from tests.support.every_command import DATA, TINY, use_every_command

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastssl.run import method_module, open_run
+from fastssl.method_modules import method_module
+from fastssl.run import open_run
 from fastssl.weights import GENERAL_FORMATS
 from tests.support.command import run
 

@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fastssl.contract import Batch
+from fastssl.method_modules import method_module
 from fastssl.methods import densecl, mae, moco_v2, moco_v3
 from fastssl.nn import MomentumEncoder
-from fastssl.run import method_module
 from fastssl.train.graph import check_graph
 from tests.support import toy_method
 from tests.support.small_methods import SMALL

@@ -5,8 +5,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastssl.contract import Batch
+from fastssl.method_modules import method_module
 from fastssl.methods import densecl, mae, moco_v1, moco_v2, moco_v3
-from fastssl.run import method_module
 from fastssl.train.profile import times_of_parts
 from tests.support import toy_method
 from tests.support.small_methods import SMALL

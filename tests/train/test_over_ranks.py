@@ -16,8 +16,8 @@ from fastssl.contract import PreparesEpochs, TrainingImages
 from fastssl.data.augmentation import evaluation
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
+from fastssl.method_modules import method_module
 from fastssl.preparation import on_all_ranks
-from fastssl.run import method_module
 from fastssl.train import checkpoint
 from fastssl.train.config import Execution
 from fastssl.train.log import read_metrics
