@@ -16,7 +16,7 @@ HUGGING_FACE_EPS = 1e-12  # default `layer_norm_eps` of Hugging Face's ViT and V
 
 def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without the parts of names that wrappers add, and without DINO's "backbone."; DenseCL's second copy
-    of its backbone is left out.
+    of its backbone is left out, and what `with_repeated_names` adds.
 
     Raises:
         ValueError: two names become the same.
@@ -26,12 +26,39 @@ def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     names = {plain_name(name) for name in state}
     for name, x in state.items():
         short = plain_name(name)
-        if "backbone." in name and f"encoder_q.0.{short}" in names:
+        if ("backbone." in name and f"encoder_q.0.{short}" in names) or _is_repeated(name, state):
             continue
         if short in plain:
             raise ValueError(f"{sources[short]} and {name} are one name, {short}, without the wrappers' parts")
         plain[short], sources[short] = x, name
     return plain
+
+
+_DECODER, _POSITIONS = "cls.predictions.decoder.", "bert.embeddings.position_ids"
+
+
+def with_repeated_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with all names of Hugging Face's BERT of version 4: the decoder's weights, which are those of the
+    word embeddings and of the bias, and the numbers of positions."""
+    more: dict[str, Tensor] = {}
+    for name in state:
+        bert = name.removesuffix("bert.embeddings.word_embeddings.weight")
+        if bert == name:
+            continue
+        positions = len(state[f"{bert}bert.embeddings.position_embeddings.weight"])
+        more |= {f"{bert}{_POSITIONS}": torch.arange(positions)[None], f"{bert}{_DECODER}weight": state[name]}
+        more[f"{bert}{_DECODER}bias"] = state[f"{bert}cls.predictions.bias"]
+    return state | more
+
+
+def _is_repeated(name: str, state: dict[str, Tensor]) -> bool:
+    """True for what `with_repeated_names` adds."""
+    if name.endswith(_POSITIONS):
+        return True
+    bert, found, part = name.partition(_DECODER)
+    original = {"weight": "bert.embeddings.word_embeddings.weight", "bias": "cls.predictions.bias"}.get(part)
+    first = state.get(f"{bert}{original}") if found else None
+    return first is not None and torch.equal(first, state[name])
 
 
 def plain_name(name: str) -> str:

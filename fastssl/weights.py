@@ -13,6 +13,7 @@ DINOv2 and of Hugging Face's ViTMAE.
                  "dino_loss": {…}}
     densecl      the whole model, as DenseCL's official checkpoints: {"state_dict": …}, without their second copy of the
                  backbone, which is left out of a file too
+    albef        the whole model, as ALBEF's official checkpoints: {"model": …}, with the names that they have twice
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
 
 Files are .safetensors for timm and safetensors, and .pth for the others, readable by ``torch.load(weights_only=True)``.
@@ -30,7 +31,7 @@ from fastssl.files import write_atomically
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.text import printable
 from fastssl.weight_files import WeightsFile, read_file
-from fastssl.weight_names import plain_name, timm_to_torchvision
+from fastssl.weight_names import plain_name, timm_to_torchvision, with_repeated_names
 
 GENERAL_FORMATS = ("timm", "torchvision", "safetensors")  # layouts that every method can be exported to
 REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict in the file, prefix of its names
@@ -41,6 +42,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "vicreg": ("model", "module."),
     "swav": ("state_dict", "module."),
     "densecl": ("state_dict", ""),
+    "albef": ("model", ""),
 }
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
     "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
@@ -53,13 +55,15 @@ HEADS = (
     *("projector.", "bn.", "projection_head.", "prototypes."),  # Barlow Twins, VICReg, SwAV: encoders without a prefix
     *("bank.", "criterion."),  # InstDisc, likewise
 )
+PAIR_QUEUES = ("image_queue", "text_queue")
 METHOD_PARTS = (
     *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments"),
     *("encoder_q.1.", "contexts.", "losses.", "bank_", "criterion_"),  # DenseCL, CPC, CMC
     *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
+    *("visual_encoder_m.", "text_encoder", "text_proj", "vision_proj", "itm_head.", "temp", *PAIR_QUEUES),  # ALBEF
 )
-ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
-STARTED_ANEW = ("queue", "memory.", "assignments", "bank", "criterion")  # what a run fills by itself
+ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.", "visual_encoder.")
+STARTED_ANEW = ("queue", *PAIR_QUEUES, "memory.", "assignments", "bank", "criterion")  # what a run fills by itself
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -92,6 +96,7 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
     content: dict[str, Any] = state  # torchvision
     if layout in REFERENCE_FORMATS:
         key, prefix = REFERENCE_FORMATS[layout]
+        state = with_repeated_names(state) if layout == "albef" else state
         content = {key: {f"{prefix}{name}": x for name, x in state.items()}}
         content |= {"arch": arch} if key == "state_dict" else {}
     for part, prefix in PARTED_FORMATS.get(layout, {}).items():
@@ -340,6 +345,7 @@ def _momentum_encoders(method: nn.Module) -> list[tuple[str, MomentumEncoder, st
                 continue
             own = list(child.state_dict())
             same = [n for n, c in children.items() if c is not child and list(c.state_dict()) == own]
+            same = [name.removesuffix("_m")] if name.removesuffix("_m") in same and name.endswith("_m") else same
             if len(same) != 1:
                 raise ValueError(
                     f"weights: {prefix}{name} of {type(method).__name__} follows a module with the same names of "
@@ -385,7 +391,7 @@ def _parts(names: set[str]) -> str:
         elif f"{first}." in (*ENCODERS, "student.", "teacher."):
             parts.add(f"{first}.{second}")
         else:
-            parts.add("queue" if first == "queue_ptr" else first)
+            parts.add("queue" if first in ("queue_ptr", *PAIR_QUEUES) else first)
     *most, last = sorted(parts) or [""]
     return f"{', '.join(most)} and {last}" if most else last
 

@@ -30,12 +30,19 @@ ACTIVATIONS = {"gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}  # of an MLP wh
 MLPS = ("gelu", *ACTIVATIONS, "swiglu")
 
 
-class Mlp(nn.Module):
-    """Linear, activation, Linear. The activation is GELU, or one of `ACTIVATIONS`, which torch computes.
+def gelu_mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
+    """``fc2(gelu(fc1(x)))``, the exact GELU; fc1 has a bias.
 
-    With GELU, on a GPU the first bias is added by the GELU, whose backward pass sums its gradient (`ops.bias_gelu`); on a CPU the
+    On a GPU the first bias is added by the GELU, whose backward pass sums its gradient (`ops.bias_gelu`); on a CPU the
     second layer computes the GELU of its input, again in the backward pass (`ops.linear`).
     """
+    if gelu.backend(x) == "kernel":
+        return fc2(bias_gelu(fc1(x, add_bias=False), fc1.bias))
+    return fc2(fc1(x), gelu=True)
+
+
+class Mlp(nn.Module):
+    """Linear, activation, Linear. The activation is GELU (`gelu_mlp`), or one of `ACTIVATIONS`, which torch computes."""
 
     def __init__(self, dim: int, hidden: int, activation: str = "gelu"):
         super().__init__()
@@ -46,9 +53,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.activation is not None:
             return self.fc2(self.activation(self.fc1(x)))
-        if gelu.backend(x) == "kernel":
-            return self.fc2(bias_gelu(self.fc1(x, add_bias=False), self.fc1.bias))
-        return self.fc2(self.fc1(x), gelu=True)
+        return gelu_mlp(x, self.fc1, self.fc2)
 
 
 class SwiGLU(nn.Module):

@@ -37,6 +37,9 @@ class Training:
     """learning rate at the start of the warm-up, for a batch of 256 images"""
     warmup_includes_peak: bool = False
     """reach the peak learning rate in the last step of the warm-up (SwAV, DINO), not in the step after it"""
+    warmup_stair: Annotated[int, NOT_NEGATIVE] = 0
+    """steps of a stair, of which 20 lead from --warmup-lr to the peak in the first epoch, instead of --warmup-epochs;
+    from the second epoch on the learning rate follows the cosine once per epoch (ALBEF); 0 for none"""
     lr_end: Annotated[float, NOT_NEGATIVE] = 0.0
     """learning rate at the end of the cosine schedule, for a batch of 256 images"""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
@@ -62,7 +65,8 @@ class Training:
 
         Raises:
             ValueError: a value is out of range, a milestone (warm-up, learning-rate drop, end of freezing) lies at or
-                after the last epoch, or --freeze-epochs is given without --freeze, or --lr-end with --lr-drops.
+                after the last epoch, or --freeze-epochs is given without --freeze, --lr-end with --lr-drops, or
+                --warmup-stair with another schedule.
         """
         check_ranges(self, owner)
         check_milestones(self, owner)
@@ -70,6 +74,9 @@ class Training:
             raise ValueError(
                 f"{owner}: --lr-end must be 0 with --lr-drops, got {self.lr_end:g}: it ends a cosine schedule"
             )
+        if self.warmup_stair and (self.warmup_epochs or self.lr_drops):
+            other = "--warmup-epochs" if self.warmup_epochs else "--lr-drops"
+            raise ValueError(f"{owner}: --warmup-stair must be 0 with {other}, got {self.warmup_stair}: choose one")
         if self.freeze_epochs and not self.freeze:
             raise ValueError(
                 f"{owner}: --freeze-epochs must be 0 without --freeze, got {self.freeze_epochs:g}: name parameters or "

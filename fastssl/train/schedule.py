@@ -4,6 +4,8 @@ import math
 
 from .config import Training
 
+STAIRS = 20  # of ALBEF's warm-up
+
 
 def cosine_schedule(start: float, end: float, progress: float) -> float:
     """Value on half a cosine from `start` to `end`; progress from 0 to 1.
@@ -33,9 +35,17 @@ def learning_rate(training: Training, epoch: float, steps_per_epoch: float = mat
     `steps_per_epoch` tells which step is the last of a warm-up that includes the peak.
 
     Source: He et al., 2021 (MAE), appendix A.1, table 8; with ``lr_by_epoch`` the code of MoCo v2, which changes the
-        learning rate once per epoch; with ``lr_drops`` He et al., 2020 (MoCo), section 4.
+        learning rate once per epoch; with ``lr_drops`` He et al., 2020 (MoCo), section 4; with ``warmup_stair`` the
+        code of ALBEF.
     """
     peak, end = peak_learning_rate(training), peak_learning_rate(training, training.lr_end)
+    if training.warmup_stair:
+        if epoch >= 1:
+            return cosine_schedule(peak, end, math.floor(epoch) / training.epochs)
+        start = peak_learning_rate(training, training.warmup_lr)
+        done = epoch * steps_per_epoch - 1 + 1e-6 if epoch else 0.0  # the code sets the rate after a step
+        stair = math.floor(min(max(done, 0.0) / training.warmup_stair, STAIRS))
+        return start + (peak - start) * stair / STAIRS
     epoch = math.floor(epoch) if training.lr_by_epoch else epoch
     if epoch < training.warmup_epochs:
         start = peak_learning_rate(training, training.warmup_lr)

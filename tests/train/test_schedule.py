@@ -58,6 +58,19 @@ def test_golden_learning_rates_of_other_methods(name):
         )
 
 
+def test_golden_learning_rates_of_albef():
+    """Epochs of 2,350 steps: 20 stairs of 100 steps, each from the step after every 100th, then a cosine by epoch."""
+    golden, _ = read("schedules_text")
+    training = Training(30, 512, "adamw", 5e-5, 0.02, warmup_lr=5e-6, lr_end=5e-6, warmup_stair=100)
+    rates = [learning_rate(training, step / 2350, 2350) for step in range(2350)]
+    assert rates[:3] == pytest.approx(golden["albef.epoch0_first_steps"].tolist(), rel=1e-12)
+    assert rates[::50] == pytest.approx(golden["albef.epoch0_lr_every50"].tolist(), rel=1e-12)
+    assert [step for step in range(1, 2350) if rates[step] != rates[step - 1]] == list(range(101, 2002, 100))
+    by_epoch = [learning_rate(training, epoch + 0.3, 2350) for epoch in range(1, 30)]
+    assert by_epoch == pytest.approx(golden["albef.epoch_lr"].tolist(), rel=1e-12)
+    assert learning_rate(training, 0.5) == 1e-4  # of endless epochs
+
+
 def test_a_warmup_that_includes_the_peak_may_have_one_step():
     training = Training(10, 256, "larc", 0.3, 0.0, warmup_epochs=1, warmup_lr=0.1, warmup_includes_peak=True)
     assert learning_rate(training, 0.0, 1) == learning_rate(training, 1.0, 1) == 0.3
