@@ -34,4 +34,4 @@ def test_learning_rates():
     for name, warmup in (("beit.lr", 10), ("beit.lr_warmup_steps", 7)):
         ours = torch.tensor(t.learning_rates(1.5e-3, 1e-5, warmup, 40), dtype=torch.float64)
         torch.testing.assert_close(ours, golden[name], rtol=1e-12, atol=0)
-        assert ours[warmup - 1] == ours[warmup] == 1.5e-3
+        assert ours[warmup - 1] == pytest.approx(1.5e-3) == ours[warmup]
