@@ -1,4 +1,4 @@
-"""Softmax attention on [B, L, H, E], which may be strided views of one packed qkv tensor."""
+"""Softmax attention on [B, L, H, E], which may be strided views of one packed qkv tensor, with or without a bias."""
 
 import functools
 import importlib
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import check
+from .attention_bias import AttentionBias, AttentionPackedBias, check_bias, plain_backward, plain_forward
 from .dispatch import Function, acc_dtype, autocast_dtype, fake, first_order, has_kernel, op, register_triton
 
 
@@ -35,14 +36,16 @@ CUDNN_FIRST = [  # torch takes the first that supports a call
 WIDEST = {2: 128, 4: 64, 8: 64}  # {bytes of an element: widest head of the GPU kernels}; the C++ kernel takes any
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Softmax attention of every query over all keys, without mask or dropout.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Softmax attention of every query over the keys, without dropout.
 
-    Equals ``F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)``,
-    computed by our kernels for sequences of up to 512 tokens. Longer sequences, and heads too wide for a GPU kernel
-    (over 128, over 64 in float32 and float64), go to xformers where it is installed and supports the call, else to
-    torch. cuDNN's forward pass runs in place of our kernel where it was measured to be faster and there is no gradient
-    (`cudnn_is_faster`). `backend` returns which one runs.
+    Equals ``F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias, is_causal=causal,
+    scale=scale).transpose(1, 2)``, computed by our kernels for sequences of up to 512 tokens, causal ones by torch.
+    Longer sequences, and heads too wide for a GPU kernel (over 128, over 64 in float32 and float64), go to xformers
+    where it is installed and supports the call, else to torch. cuDNN's forward pass runs in place of our kernel where
+    it was measured to be faster and there is no gradient (`cudnn_is_faster`). `backend` returns which one runs.
     The kernels take all four dtypes and any strides, and give the same bits every time, on any number of threads.
     Where ATEN_CPU_CAPABILITY keeps torch below AVX-512 on a processor with AMX, torch's fused kernel for 16-bit tensors
     raises, and its unfused formula (with all scores in memory) runs in its place.
@@ -52,15 +55,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
             [B, L, 3, H, E] need no copy. Keys and values may have another length than the queries, at least 1.
             Gradient to all three. Under autocast they are first converted to its dtype, as by torch, except float64.
         scale: factor of the scores, E^-0.5 if None.
+        bias: [H, L, M], or [B, H, L, M] for M keys, of any floating dtype and strides, is added to the scaled scores:
+            relative positions, or a mask of zeros and −∞. Gradient, for [H, L, M] summed over the batch. Autocast
+            leaves its dtype. A query whose biases are all −∞ gives NaN (0 where torch computes it).
+        causal: True lets query i see the keys 0 to i only; L must be M then, and bias None.
 
     Returns: [B, L, H, E] contiguous, in that dtype. Scores and softmax in float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape or device does not fit, or scale is not in −1e30 … 1e30. TypeError: dtypes differ or are not
-            floating.
+        ValueError: a shape or device does not fit, scale is not in −1e30 … 1e30, or causal is given with a bias.
+            TypeError: dtypes differ or are not floating.
 
     Memory: the C++ kernel holds the scores of 96 queries of one head at a time, for each thread, forward and backward;
-        a GPU kernel holds no scores in global memory. Both keep one number a query for the gradient.
+        a GPU kernel holds no scores in global memory. Both keep one number a query for the gradient. No kernel holds a
+        [B, H, L, M] tensor for a bias [H, L, M]; torch, for longer sequences, does.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1; Dosovitskiy et al., 2021 (ViT).
     """
@@ -73,20 +81,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if k.shape[1] == 0 or width == 0:
         check.fail("attention", f"k must have at least one token and E at least 1, got {list(k.shape)}")
     scale = width**-0.5 if scale is None else scale
-    name = backend(q, k, v)
+    if bias is not None or causal:
+        check_bias("attention", q, k, bias, causal)
+    name = backend(q, k, v, bias, causal)
     if name == "kernel":
-        return _Attention.apply(q, k, v, scale)
+        if bias is None:
+            return _Attention.apply(q, k, v, scale)
+        return AttentionBias.apply(q, k, v, bias, scale)
     if name == "xformers":
         return _fmha().memory_efficient_attention(q, k, v, scale=scale).contiguous()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    bias = None if bias is None else bias.to(q.dtype).expand(q.shape[0], -1, -1, -1)
+    call = functools.partial(F.scaled_dot_product_attention, q, k, v, bias, is_causal=causal, scale=scale)
     if name == "cudnn":
         with sdpa_kernel(CUDNN_FIRST, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            out = call()
     elif q.device.type == "cpu" and q.element_size() == 2 and not FUSED_16_BIT:
         with sdpa_kernel(SDPBackend.MATH):
-            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            out = call()
     else:
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        out = call()
     return out.transpose(1, 2).contiguous()
 
 
@@ -108,21 +122,22 @@ def _check_scale(op_name: str, scale: float) -> None:
         check.fail(op_name, f"scale must be between -1e30 and 1e30, got {scale}")
 
 
-def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
+def attention_packed(qkv: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
     """`attention` of the queries, keys and values in one tensor, whose gradient is one tensor too.
 
-    Equals ``attention(*qkv.unbind(2), scale)``, with the same choice of backend. There autograd stacks the gradients of
-    q, k and v into that of qkv; here the kernels on CPUs and GPUs write them into it.
+    Equals ``attention(*qkv.unbind(2), scale, bias)``, with the same choice of backend. There autograd stacks the
+    gradients of q, k and v into that of qkv; here the kernels on CPUs and GPUs write them into it.
 
     Args:
         qkv: [B, L, 3, H, E] of any floating dtype and strides, L at least 1. Gradient. Under autocast it is first
             converted to its dtype, except float64.
         scale: factor of the scores, E^-0.5 if None.
+        bias: [H, L, L] or [B, H, L, L], added to the scaled scores, as by `attention`. Gradient.
 
     Returns: [B, L, H, E] contiguous, in that dtype.
 
     Raises:
-        ValueError: the shape does not fit. TypeError: the dtype is not floating.
+        ValueError: a shape does not fit. TypeError: a dtype is not floating.
 
     Memory and source: as `attention`.
     """
@@ -130,9 +145,13 @@ def attention_packed(qkv: Tensor, scale: float | None = None) -> Tensor:
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     scale = qkv.shape[4] ** -0.5 if scale is None else scale
     q, k, v = qkv.unbind(2)
-    if backend(q, k, v) == "kernel":
-        return _AttentionPacked.apply(qkv, scale)
-    return attention(q, k, v, scale)
+    if bias is not None:
+        check_bias("attention_packed", q, k, bias, False)
+    if backend(q, k, v, bias) == "kernel":
+        if bias is None:
+            return _AttentionPacked.apply(qkv, scale)
+        return AttentionPackedBias.apply(qkv, bias, scale)
+    return attention(q, k, v, scale, bias)
 
 
 @check.once_a_signature
@@ -145,16 +164,19 @@ def _check_packed(qkv: Tensor, scale: float | None) -> None:
         check.fail("attention_packed", f"qkv must have at least one token and E at least 1, got {list(qkv.shape)}")
 
 
-def backend(q: Tensor, k: Tensor, v: Tensor) -> str:
+def backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False) -> str:
     """The implementation that `attention` uses for these tensors: "kernel", "cudnn", "xformers" or "torch"."""
-    if q.is_cuda and has_kernel("attention_fwd", "cuda"):
+    if causal:
+        return "torch"
+    kernel = "attention_fwd" if bias is None else "attention_bias_fwd"
+    if q.is_cuda and bias is None and has_kernel(kernel, "cuda"):
         with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if not with_grad and cudnn_is_faster(q, k) and _capability(q.device.index or 0) == (9, 0):
             return "cudnn"
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
-    if has_kernel("attention_fwd", q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
+    if has_kernel(kernel, q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
         return "kernel"
-    if q.is_cuda and not torch.compiler.is_compiling() and _fmha() is not None:
+    if q.is_cuda and bias is None and not torch.compiler.is_compiling() and _fmha() is not None:
         call = _fmha().Inputs(query=q, key=k, value=v)
         directions = (_fmha().ALL_FW_OPS, _fmha().ALL_BW_OPS if torch.is_grad_enabled() else _fmha().ALL_FW_OPS)
         if all(any(operator.supports(call) for operator in operators) for operators in directions):
@@ -188,14 +210,7 @@ def _fmha() -> Any:
 @op("attention_fwd")
 def _attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out [B, L, H, E], lse [B, H, L] of the scaled scores, float32 or wider)."""
-    return _forward(q, k, v, scale)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, scale)
-    weights = scores.softmax(-1)
-    out = torch.einsum("bhlm,bmhe->blhe", weights, v.to(weights.dtype)).to(q.dtype)
-    return out.contiguous(), scores.logsumexp(-1)
+    return plain_forward(q, k, v, None, scale)
 
 
 @fake(_attention_fwd)
@@ -212,23 +227,8 @@ def _attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in q's dtype; the softmax is recomputed from q and k, on GPUs also from lse."""
-    dq, dk, dv = _backward(dout, q, k, v, out, lse, scale)
+    dq, dk, dv, _ = plain_backward(dout, q, k, v, None, out, lse, scale)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
-
-
-def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = lse.dtype
-    dout = dout.to(dtype)
-    weights = _scores(q, k, scale).softmax(-1)  # scores less a rounded lse of 10⁹ would be no weights
-    dv = torch.einsum("bhlm,blhe->bmhe", weights, dout)
-    dweights = torch.einsum("blhe,bmhe->bhlm", dout, v.to(dtype))
-    row_dot = (dout * out.to(dtype)).sum(-1).transpose(1, 2).unsqueeze(-1)  # [B, H, L, 1]
-    dscores = weights * (dweights - row_dot) * scale
-    dq = torch.einsum("bhlm,bmhe->blhe", dscores, k.to(dtype))
-    dk = torch.einsum("bhlm,blhe->bmhe", dscores, q.to(dtype))
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
 @fake(_attention_bwd)
@@ -243,7 +243,7 @@ register_triton(_attention_bwd, lambda: _kernels().attention_bwd)
 def _attention_packed_fwd(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`_attention_fwd` of qkv [B, L, 3, H, E]."""
     q, k, v = qkv.unbind(2)
-    return _forward(q, k, v, scale)
+    return plain_forward(q, k, v, None, scale)
 
 
 @fake(_attention_packed_fwd)
@@ -259,7 +259,7 @@ register_triton(_attention_packed_fwd, lambda: _kernels().attention_packed_fwd)
 def _attention_packed_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """The gradient of qkv, [B, L, 3, H, E] contiguous."""
     q, k, v = qkv.unbind(2)
-    return torch.stack(_backward(dout, q, k, v, out, lse, scale), 2)
+    return torch.stack(plain_backward(dout, q, k, v, None, out, lse, scale)[:3], 2)
 
 
 @fake(_attention_packed_bwd)
@@ -296,9 +296,3 @@ class _AttentionPacked(Function):
     @first_order("attention_packed")
     def backward(ctx, dout):
         return _attention_packed_bwd(dout, *ctx.saved_tensors, ctx.scale), None
-
-
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Scaled scores [B, H, L, M] in float32 or wider."""
-    dtype = acc_dtype(q)
-    return torch.einsum("blhe,bmhe->bhlm", q.to(dtype), k.to(dtype)) * scale
