@@ -121,7 +121,7 @@ def test_error_sentences_of_views():
     refused("augmentation: centre must be above 0 and at most 1, got 1.5", ValueError, View, (8, 8), centre=1.5)
     refused("augmentation: blur_sigma must be a range above 0, got 0 2", ValueError, View, (8, 8), blur_sigma=(0, 2))
     refused(
-        "augmentation: interpolation must be bilinear or bicubic, got 'nearest'",
+        "augmentation: interpolation must be bilinear, bicubic or lanczos, got 'nearest'",
         ValueError,
         View,
         (8, 8),

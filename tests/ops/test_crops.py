@@ -262,9 +262,9 @@ def test_empty(shape):
 
 def test_contract():
     windows = torch.tensor([[1, 2, 7, 6], [3, 3, 4, 5]])
-    for bicubic in (False, True):
+    for kernel in range(3):
         out = torch.zeros(2, 3, 6, 7, dtype=torch.uint8)
-        opcheck(crops._resized_crops_, out, [bytes_of(9, 8, 3), bytes_of(12, 10)], windows, bicubic)
+        opcheck(crops._resized_crops_, out, [bytes_of(9, 8, 3), bytes_of(12, 10)], windows, kernel)
 
 
 def test_it_compiles():
@@ -297,7 +297,7 @@ def test_error_sentences():
     refuses(f"{expected} [12, 11]", ValueError, images=[bytes_of(12, 11)])
     refuses("windows must have shape [B=1, 4], got [4]", ValueError, windows=windows[0])
     refuses("windows must be int64 or float64, got int32", TypeError, windows=windows.int())
-    refuses("interpolation must be bilinear or bicubic, got 'nearest'", ValueError, interpolation="nearest")
+    refuses("interpolation must be bilinear, bicubic or lanczos, got 'nearest'", ValueError, interpolation="nearest")
     strided = torch.zeros(1, 3, 4, 8, dtype=torch.uint8)[..., ::2]
     refuses(
         "out must have contiguous images that share no memory, got shape [1, 3, 4, 4] and strides [96, 32, 8, 2]",
