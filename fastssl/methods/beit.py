@@ -1,7 +1,7 @@
 """BEiT: predict the codes of masked patches, which a frozen tokenizer computes from the same crop in another size.
 
-Bao et al., "BEiT: BERT Pre-Training of Image Transformers", 2022, arXiv:2106.08254. Names in the state dict are those of
-the official code; the tokenizer is not in it.
+Bao et al., "BEiT: BERT Pre-Training of Image Transformers", 2022, arXiv:2106.08254. Names in the state dict are those
+of the official code; the tokenizer is not in it.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -19,10 +18,10 @@ from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation,
 from fastssl.distributed import all_mean
 from fastssl.eval.protocols import Finetune
 from fastssl.nn.beit import BEIT_SIZES, Beit, beit_
-from fastssl.nn.code_head import CodeHead
 from fastssl.nn.dvae import load_tokenizer
 from fastssl.nn.patch_masks import masked_rows
 from fastssl.nn.sharing import shared_copy
+from fastssl.nn.visual_tokens import CodeHead, codes_of_pixels, pixels_of_codes
 from fastssl.ops import block_mask, patchify
 from fastssl.train.config import Training
 
@@ -158,21 +157,14 @@ class BEiT(Beit):
 
     def __init__(self, config: Config, tokenizer: nn.Module | None):
         dim, depth, heads, patch = BEIT_SIZES[config.backbone]
-        super().__init__(
-            config.image_size,
-            patch,
-            3,
-            dim,
-            depth,
-            heads,
-            fc_norm=False,
-            relative_bias=config.relative_bias,
-            abs_pos=config.abs_pos,
-            init_values=config.layer_scale,
-            mask_token=True,
-            drop_path_rate=config.drop_path,
+        options: dict[str, Any] = {"relative_bias": config.relative_bias, "abs_pos": config.abs_pos, "fc_norm": False}
+        options |= {"init_values": config.layer_scale, "drop_path_rate": config.drop_path, "mask_token": True}
+        super().__init__(config.image_size, patch, 3, dim, depth, heads, **options)
+        self.length, self.mask_patches, self.mask_min = (
+            self.grid[0] * self.grid[1],
+            config.mask_patches,
+            config.mask_min,
         )
-        self.length, self.mask_patches, self.mask_min = self.grid[0] * self.grid[1], config.mask_patches, config.mask_min
         self.__dict__["tokenizer"] = tokenizer  # no child: neither trained nor saved
         self.lm_head = CodeHead(dim, 8192 if tokenizer is None else tokenizer.vocabulary)
         beit_(self.lm_head)
@@ -228,20 +220,11 @@ class BEiT(Beit):
         mask [B, L]: 0 kept, 1 removed. The mask follows from the first column of `noise` [B, L], random if None."""
         noise = torch.rand(len(images), 1, device=images.device) if noise is None else noise
         mask = self.masks((noise[:, 0] * 2**24).long())
-        tokens = self.forward_features(images, mask)[:, 1:]
-        codes = self.codes(self.for_tokenizer(images))
-        codes = self.lm_head.predict(tokens.flatten(0, 1)).view_as(codes).where(mask, codes)
-        decoded = F.interpolate(self.tokenizer.pixels(codes.unflatten(1, self.grid)), self.img_size, mode="area")
-        mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-        return patchify((decoded - mean) / std, self.patch_size), mask.float()
-
-    def for_tokenizer(self, images: Tensor) -> Tensor:
-        """Images as the tokenizer takes them, from ones normalised for the encoder."""
-        mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-        size = [self.tokenizer.stride * side for side in self.grid]
-        pixels = F.interpolate(images * std + mean, size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (self.tokenizer.mean, self.tokenizer.std))
-        return (pixels - mean) / std
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        codes = codes_of_pixels(self.tokenizer, images * std + mean, self.grid)
+        predicted = self.lm_head.predict(self.forward_features(images, mask)[:, 1:].flatten(0, 1)).view_as(codes)
+        pixels = pixels_of_codes(self.tokenizer, predicted.where(mask.view_as(codes), codes), self.img_size)
+        return patchify((pixels - mean) / std, self.patch_size), mask.float()
 
     @property
     def encoder(self) -> Beit:

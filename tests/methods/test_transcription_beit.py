@@ -25,7 +25,9 @@ def test_golden_numbers(name):
     torch.testing.assert_close(loss.detach(), golden["loss"], rtol=1e-9, atol=0)
     loss.backward()
     for key, expected in part(golden, "grad.").items():
-        torch.testing.assert_close(state[key].grad, expected, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            state[key].grad, expected, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def test_learning_rates():

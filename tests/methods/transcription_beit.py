@@ -102,7 +102,7 @@ def learning_rates(peak: float, end: float, warmup: int, steps: int) -> list[flo
 def run(
     state: State, steps: list[Step], size: Size, rates: list[float], decay: float, clip: float
 ) -> tuple[list[Tensor], State]:
-    """The loss of each step, and the weights after the last one: AdamW written out, after clipping the whole gradient."""
+    """Losses, and the weights after the last step. AdamW is written out, and the whole gradient is clipped."""
     p = {name: x.clone() for name, x in state.items() if x.is_floating_point()}
     first, second = ({name: torch.zeros_like(x) for name, x in p.items()} for _ in range(2))
     losses = []
