@@ -156,7 +156,7 @@ def test_views_are_one_crop_for_encoder_and_tokenizer(tokenizer):
     shrunk = torch.nn.functional.interpolate(pixels, (24, 24), mode="bicubic", antialias=True)
     assert (shrunk - (images * std + mean)).abs().mean() < 0.02
     codes = method.codes(second)
-    assert codes.shape == (16, 36) and len(codes.unique()) >= 3
+    assert codes.shape == (16, 36) and len(codes.unique()) > 8
     assert torch.equal(codes, load_tokenizer(tokenizer).codes(second).flatten(1))
 
 
