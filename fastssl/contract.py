@@ -13,6 +13,7 @@ A method is a module of `fastssl.methods`, or any other importable module that d
 and optionally
 
     linear_probe(backbone)     the paper's linear evaluation, an `eval.protocols.Official`
+    finetuning(backbone)       the paper's fine-tuning, an `eval.protocols.Finetune`; MAE's or SwAV's by default
     OFFICIAL                   layout of the reference checkpoint, a format of `fastssl export`
     parameter_groups(method)   groups for the optimizer, where the paper treats some parameters differently: dicts of
                                "params" and optional factors "lr_scale" and "weight_decay_scale", "constant_lr" and

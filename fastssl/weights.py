@@ -11,6 +11,7 @@ DINOv2 and of Hugging Face's ViTMAE.
                  for VICReg
     dino         the whole model, as DINO's official checkpoints: {"student": {"module.…": …}, "teacher": {…},
                  "dino_loss": {…}}
+    beit         the whole model without its tokenizer, as BEiT's official checkpoints: {"model": …}
     densecl      the whole model, as DenseCL's official checkpoints: {"state_dict": …}, without their second copy of the
                  backbone, which is left out of a file too
     albef        the whole model, as ALBEF's official checkpoints: {"model": …}, with the names that they have twice
@@ -43,6 +44,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "swav": ("state_dict", "module."),
     "densecl": ("state_dict", ""),
     "albef": ("model", ""),
+    "beit": ("model", ""),
 }
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
     "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
@@ -51,7 +53,7 @@ FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS, *PARTED_FORMATS)
 LONGEST_NAME = 200  # characters of a name that an error shows
 # Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
 HEADS = (
-    *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head."),
+    *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head.", "lm_head."),
     *("projector.", "bn.", "projection_head.", "prototypes."),  # Barlow Twins, VICReg, SwAV: encoders without a prefix
     *("bank.", "criterion."),  # InstDisc, likewise
 )
@@ -62,7 +64,11 @@ METHOD_PARTS = (
     *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
     *("visual_encoder_m.", "text_encoder", "text_proj", "vision_proj", "itm_head.", "temp", *PAIR_QUEUES),  # ALBEF
 )
-ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.", "visual_encoder.")
+ENCODERS = (
+    *("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone."),
+    "visual_encoder.",
+)
+DERIVED = ("num_batches_tracked", "relative_position_index")  # ends of names that a file may lack
 STARTED_ANEW = ("queue", *PAIR_QUEUES, "memory.", "assignments", "bank", "criterion")  # what a run fills by itself
 
 
@@ -197,7 +203,7 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     followers = [path for path, part in method.named_modules() if isinstance(part, MomentumEncoder)]
     momentum_names = {name for name in names if name.startswith(tuple(f"{plain_name(path)}." for path in followers))}
     remade = momentum_names | {name for name in names if name.startswith(STARTED_ANEW) or _is_centre(name)}
-    missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
+    missing = {name for name in names - given if not name.endswith(DERIVED)}
     has_decoder = any(name.startswith("decoder_") for name in given & names)
     notes: list[str] = []
     sizes = {plain_name(name): x.shape for name, x in method.state_dict().items()}
@@ -277,7 +283,7 @@ def _check_whole(module: nn.Module, file: WeightsFile) -> None:
 
 
 def _check_names(file: str, missing: set[str], unexpected: set[str], remedy: str) -> None:
-    missing = {name for name in missing if not name.endswith("num_batches_tracked")}  # files older than these counts
+    missing = {name for name in missing if not name.endswith(DERIVED)}
     for names, verb in ((missing, "lacks"), (unexpected, "has beside the model")):
         if names:
             raise ValueError(f"weights: {file} {verb} {_first(names)}{remedy}")
@@ -384,9 +390,10 @@ def _origins(fresh: set[str], copied: list[str]) -> str:
 def _parts(names: set[str]) -> str:
     """Names of weights as names of parts: "encoder_q.fc and queue"."""
     parts = set()
+    has_decoder = any(name.startswith("decoder_") for name in names)
     for name in names:
         first, second, *_ = [*name.split("."), ""]
-        if name.startswith(("decoder_", "mask_token")):
+        if name.startswith("decoder_") or (has_decoder and name == "mask_token"):
             parts.add("decoder")
         elif f"{first}." in (*ENCODERS, "student.", "teacher."):
             parts.add(f"{first}.{second}")

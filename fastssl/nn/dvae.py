@@ -119,6 +119,7 @@ class Encoder(nn.Module):
         layers["output"] = _output(widths[-1], vocabulary, low_precision=False)
         self.blocks = nn.Sequential(layers)
         self.num_features = widths[-1]
+        self.decoder: nn.Module | None = None  # of a tokenizer that `load_tokenizer` found with one
         scale = torch.tensor(std) / torch.tensor(MAPPED_STD)
         shift = (torch.tensor(mean) - torch.tensor(MAPPED_MEAN)) / torch.tensor(MAPPED_STD)
         self.is_mapped = (tuple(mean), tuple(std)) == (MAPPED_MEAN, MAPPED_STD)
@@ -152,6 +153,13 @@ class Encoder(nn.Module):
     def codes(self, images: Tensor) -> Tensor:
         """Codes [B, h, w] int64 of normalised images [B, 3, H, W], those of the largest logits."""
         return self.logits(images).argmax(1)
+
+    @torch.no_grad()
+    def pixels(self, codes: Tensor) -> Tensor:
+        """Images [B, 3, H, W] from 0 to 1 that the tokenizer's decoder makes of codes [B, h, w] int64."""
+        if self.decoder is None:
+            raise ValueError("tokenizer: decoder must be in its file to make pixels of codes, got an encoder alone")
+        return unmap_pixels(self.decoder.pixels(codes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [B, F]: the mean over the places of what the last convolution gets."""
@@ -264,7 +272,8 @@ def load_tokenizer(path: str | Path) -> nn.Module:
 
     ``tokenizer.codes(images)`` gives the codes [B, h, w] int64 of images [B, 3, H, W] that are normalised by
     ``tokenizer.mean`` and ``tokenizer.std``; H and W are ``tokenizer.stride`` times h and w; codes are below
-    ``tokenizer.vocabulary``.
+    ``tokenizer.vocabulary``. Where the run or file has a decoder, ``tokenizer.pixels(codes)`` makes images of codes;
+    else ``tokenizer.decoder`` is None.
 
     Args:
         path: folder of a run of the method `dvae`, whose averaged weights are taken; or a weights file of one, of
@@ -283,20 +292,30 @@ def load_tokenizer(path: str | Path) -> nn.Module:
         raise ValueError(f"tokenizer: {name} is neither the folder of a run of dvae nor a weights file")
     for prefix in ("ema.encoder.", "encoder.", ""):
         if f"{prefix}blocks.output.conv.w" in state:
-            weights = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(f"{prefix}blocks.")}
+            weights = _part(state, prefix)
+            decoded = _part(state, prefix.replace("encoder.", "decoder.")) if prefix else {}
             break
     else:
         raise ValueError(
             f"tokenizer: {name} has no encoder of DALL-E's discrete autoencoder (blocks.output.conv.w): name the "
             "folder of a run of dvae, or the public encoder converted as docs/methods.md describes"
         )
-    encoder = Encoder(*_sizes(weights))
+    sizes = _sizes(weights)
+    encoder = Encoder(*sizes)
     try:
         encoder.load_state_dict(weights)
+        if decoded:
+            encoder.decoder = Decoder(*sizes, inner=decoded["blocks.input.w"].shape[0])
+            encoder.decoder.load_state_dict(decoded)
     except RuntimeError as error:
         reason = printable(str(error).splitlines()[-1].strip())
         raise ValueError(f"tokenizer: {name} does not fit DALL-E's encoder: {reason}") from error
     return encoder.float().requires_grad_(False).eval()
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights of a network, without the prefix of their names."""
+    return {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(f"{prefix}blocks.")}
 
 
 def _sizes(weights: dict[str, Tensor]) -> tuple[int, int, int, int]:
