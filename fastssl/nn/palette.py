@@ -90,7 +90,8 @@ class Palette(nn.Module):
         return ((images.flatten(2) * std + mean) * 255).round().transpose(1, 2)
 
     def sample(self, images: Tensor, index: Tensor, count: int) -> Tensor:
-        """Some pixels [M, 3] of images, from 0 to 255 in float64: of all `count` images about `PIXELS` together.
+        """Some pixels [M, 3] of images, from 0 to 255 in float64: of all `count` images about `PIXELS` together, and all
+        pixels where they have no more.
 
         Args:
             images: [B, 3, H, W] normalised.
@@ -99,7 +100,9 @@ class Palette(nn.Module):
         """
         chosen = index % -(-count // PIXELS) == 0
         pixels, index = self.bytes(images[chosen]).double(), index[chosen]
-        places = seeded_noise(max(1, PIXELS // count), _PLACES, index).double() * pixels.shape[1]
+        if (many := max(1, PIXELS // count)) >= pixels.shape[1]:
+            return pixels.reshape(-1, 3)
+        places = seeded_noise(many, _PLACES, index).double() * pixels.shape[1]
         return pixels.gather(1, places.long()[..., None].expand(-1, -1, 3)).reshape(-1, 3)
 
 
