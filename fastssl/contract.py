@@ -170,3 +170,19 @@ class MatchesText(Protocol):
         pair that matches as likely as not scores 0.
         """
         ...
+
+
+@runtime_checkable
+class Completes(Protocol):
+    """A method that draws the rest of images."""
+
+    def complete(self, images: Tensor, temperature: float = 1.0, seed: int = 0) -> Tensor:
+        """Normalised images [N, 3, H, W] whose upper ⌊H / 2⌋ lines are those of `images`, with what the method keeps
+        of their colours, and whose other lines are drawn.
+
+        Args:
+            images: [N, 3, H, W] normalised.
+            temperature: above 0; smaller values draw what is likely.
+            seed: another seed draws other lines; an image's lines depend on it and on the image's place in `images`.
+        """
+        ...

@@ -11,7 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastssl.text import printable
-from fastssl.weight_names import HUGGING_FACE_EPS, is_hugging_face, plain_names, student_and_teacher, to_timm
+from fastssl.weight_names import (
+    HUGGING_FACE_EPS,
+    from_image_gpt,
+    is_hugging_face,
+    is_image_gpt,
+    plain_names,
+    student_and_teacher,
+    to_timm,
+)
 
 
 class WeightsFile(NamedTuple):
@@ -45,6 +53,7 @@ def read_file(
             if state:
                 return WeightsFile(name, state, None)
         state = plain_names(_state_of(content, name))
+        state = from_image_gpt(state) if is_image_gpt(state) else state
     except ValueError as error:
         prefix = "" if str(error).startswith("weights: ") else f"weights: {name}: "
         raise ValueError(f"{prefix}{printable(error)}") from error

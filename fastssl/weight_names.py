@@ -1,6 +1,7 @@
 """Names of weights: those of other libraries in timm's, and without what wrappers of modules add."""
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -228,3 +229,41 @@ def rename(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in patterns:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+_IMAGE_GPT_LAYERS = re.compile(r"(.*\bh\.\d+\.(?:attn|mlp)\.c_(?:attn|proj|fc))\.(weight|bias)")
+_IMAGE_GPT_MASKS = re.compile(r"(.*\bh\.\d+\.attn)\.(?:masked_)?bias")  # in files of older versions
+
+
+def is_image_gpt(names: Iterable[str]) -> bool:
+    """True for names of Hugging Face's ImageGPT: its layers have biases, and ours have none."""
+    return any(name.endswith("h.0.attn.c_attn.bias") for name in names)
+
+
+def from_image_gpt(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of Hugging Face's ImageGPT in the names and layout of iGPT here: weights transposed, no biases.
+
+    Raises:
+        ValueError: a bias is not zero.
+    """
+    converted = {}
+    for name, x in state.items():
+        layer = _IMAGE_GPT_LAYERS.fullmatch(name)
+        if layer and layer[2] == "bias" and x.count_nonzero():
+            raise ValueError(f"{name} must be zero, since iGPT has no biases, got up to {x.abs().max():.3g}")
+        if _IMAGE_GPT_MASKS.fullmatch(name) or (layer and layer[2] == "bias"):
+            continue
+        beside = name.startswith(("transformer.", "lm_head.", "palette."))
+        converted[name if beside else f"transformer.{name}"] = x.T.contiguous() if layer and x.ndim == 2 else x
+    return converted
+
+
+def to_image_gpt(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of `from_image_gpt`; biases are zeros."""
+    converted = {}
+    for name, x in state.items():
+        layer = _IMAGE_GPT_LAYERS.fullmatch(name)
+        converted[name] = x.T.contiguous() if layer else x
+        if layer:
+            converted[f"{layer[1]}.bias"] = x.new_zeros(len(x))
+    return converted

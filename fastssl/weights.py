@@ -15,9 +15,11 @@ DINOv2 and of Hugging Face's ViTMAE.
     densecl      the whole model, as DenseCL's official checkpoints: {"state_dict": …}, without their second copy of the
                  backbone, which is left out of a file too
     albef        the whole model, as ALBEF's official checkpoints: {"model": …}, with the names that they have twice
+    imagegpt     the whole model in a .safetensors, with the names of Hugging Face's ImageGPT, and iGPT's palette
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
 
-Files are .safetensors for timm and safetensors, and .pth for the others, readable by ``torch.load(weights_only=True)``.
+Files are .safetensors for timm, imagegpt and safetensors, and .pth for the others, readable by
+``torch.load(weights_only=True)``.
 """
 
 import sys
@@ -32,7 +34,7 @@ from fastssl.files import write_atomically
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.text import printable
 from fastssl.weight_files import WeightsFile, read_file
-from fastssl.weight_names import plain_name, timm_to_torchvision, with_repeated_names
+from fastssl.weight_names import plain_name, timm_to_torchvision, to_image_gpt, with_repeated_names
 
 GENERAL_FORMATS = ("timm", "torchvision", "safetensors")  # layouts that every method can be exported to
 REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict in the file, prefix of its names
@@ -49,7 +51,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
     "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
 }
-FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS, *PARTED_FORMATS)
+FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS, *PARTED_FORMATS, "imagegpt")
 LONGEST_NAME = 200  # characters of a name that an error shows
 # Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
 HEADS = (
@@ -69,7 +71,15 @@ ENCODERS = (
     "visual_encoder.",
 )
 DERIVED = ("num_batches_tracked", "relative_position_index")  # ends of names that a file may lack
-STARTED_ANEW = ("queue", *PAIR_QUEUES, "memory.", "assignments", "bank", "criterion")  # what a run fills by itself
+STARTED_ANEW = (
+    "queue",
+    *PAIR_QUEUES,
+    "memory.",
+    "assignments",
+    "bank",
+    "criterion",
+    "palette.",
+)  # what a run fills by itself
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -94,7 +104,8 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
     state = _encoder_state(method, layout) if layout in ("timm", "torchvision") else method.state_dict()
     state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
     path = _without_suffix(path)
-    if layout in ("timm", "safetensors"):
+    state = to_image_gpt(state) if layout == "imagegpt" else state
+    if layout in ("timm", "imagegpt", "safetensors"):
         path = path.with_name(f"{path.name}.safetensors")
         save_file(state, path, {"format": "pt", "architecture": arch})
         return path
@@ -120,6 +131,8 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
     if any(name.startswith("l_to_ab.") for name in state):
         reason = "neither timm nor torchvision has CMC's two encoders"
         raise ValueError(f"export: {reason}: use --format safetensors")
+    if "transformer.wte.weight" in state:
+        raise ValueError("export: neither timm nor torchvision has iGPT: use --format imagegpt or safetensors")
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")
@@ -262,7 +275,7 @@ def _load_encoder(module: nn.Module, encoder: nn.Module, file: WeightsFile) -> t
         kind = type(encoder).__name__
         raise ValueError(f"weights: {file.name} has no weights of a {kind}, but {_first(set(file.state))}")
     remedy = " (build the encoder with the options of the one in the file)"
-    _check_names(file.name, expected - set(state), unexpected, remedy)
+    _check_names(file.name, expected - set(state) - _given_palette(encoder), unexpected, remedy)
     _momentum_encoders(module)  # raises before anything is loaded
     _load(encoder, state, file.name)
     return left_out, _copy_to_momentum_encoders(module, encoder)
@@ -272,7 +285,7 @@ def _check_whole(module: nn.Module, file: WeightsFile) -> None:
     """Checks that the file has the names of the whole module."""
     expected, given = set(_real_names(module)), set(file.state)
     encoder = set(_real_names(getattr(module, "encoder", module)))
-    missing, unexpected = expected - given, given - expected
+    missing, unexpected = expected - given - _given_palette(module), given - expected
     if missing and given == encoder <= expected:
         remedy = " (it holds an encoder alone: encoder_only=True loads that)"
     elif not missing and all(map(_is_optional, unexpected)):
@@ -280,6 +293,12 @@ def _check_whole(module: nn.Module, file: WeightsFile) -> None:
     else:
         remedy = ""
     _check_names(file.name, missing, unexpected, remedy)
+
+
+def _given_palette(module: nn.Module) -> set[str]:
+    """Names of a palette that was set already: a file of Hugging Face has none."""
+    palette = getattr(module, "palette", None)
+    return {f"palette.{name}" for name in palette.state_dict()} if getattr(palette, "is_set", False) else set()
 
 
 def _check_names(file: str, missing: set[str], unexpected: set[str], remedy: str) -> None:
@@ -380,7 +399,9 @@ def _copy_to_momentum_encoders(method: nn.Module, encoder: nn.Module | None = No
 
 def _origins(fresh: set[str], copied: list[str]) -> str:
     """Where the parts of a method come from that are not in the file."""
-    phrases = []
+    palette = {name for name in fresh if name.startswith("palette.")}
+    phrases = ["the palette comes from --palette or k-means"] * bool(palette)
+    fresh = fresh - palette
     for names, origin in (({n for n in fresh if not _is_centre(n)}, "random"), (set(filter(_is_centre, fresh)), "0")):
         parts = _parts(names)
         phrases += [f"{parts} {'start' if ' and ' in parts else 'starts'} at {origin}"] * bool(names)

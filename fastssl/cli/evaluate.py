@@ -188,7 +188,7 @@ def _print_accuracy(name: str, run: Run, accuracy: Accuracy | None, flags: Any, 
 
 def _label_words(flags: Any) -> list[str]:
     """What an evaluation with fewer than all labels used."""
-    if flags.labels == 1:
+    if getattr(flags, "labels", 1) == 1:
         return []
     amount = f"{flags.labels:.3g} of the labels" if flags.labels < 1 else f"{flags.labels:g} labels"
     return [f"{amount}, seed {flags.seed}"]

@@ -6,12 +6,12 @@ from typing import Any
 
 import jinja2
 
-from fastssl.contract import RanksNegatives
+from fastssl.contract import Completes, RanksNegatives
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.files import write_atomically
 from fastssl.run import Run
 
-from . import attention_maps, command, curves, feature_map, images, ranks, tables
+from . import attention_maps, command, completions, curves, feature_map, images, ranks, tables
 from .feature_map import Projection
 from .parts import Section, Text, short
 from .pictures import COLOURS
@@ -19,6 +19,7 @@ from .run_data import MAPPED, RunData, names_of
 
 TEXTS = {
     "reconstructions": "Held-out images. The model gets the patches that are not grey and predicts the others.",
+    "completions": "Held-out images. The model gets the upper half and draws the lower half pixel by pixel.",
     "attention": "Held-out images, and the places that the last block of the ViT attends to.",
     "patches": "Held-out images, and the features of their places: places with similar features have similar colours.",
     "neighbours": "A held-out image at the left, then the training images with the nearest features by cosine. "
@@ -29,6 +30,7 @@ TEXTS = {
 }
 TITLES = {
     "reconstructions": "Reconstructions",
+    "completions": "Completions",
     "attention": "Attention of the last block",
     "patches": "Features of places as colours",
     "neighbours": "Nearest neighbours",
@@ -91,6 +93,8 @@ def _picture_parts(run: RunData, projection: Projection) -> dict[str, list[Any]]
     run.load()
     parts = {"reconstructions": run.attempt(lambda: images.reconstructions(run))}
     if run.method is not None and run.test_source is not None:
+        if isinstance(run.method, Completes):
+            parts["completions"] = run.attempt(lambda: completions.completions(run))
         parts["attention"] = run.attempt(lambda: attention_maps.attention(run))
         parts["patches"] = run.attempt(lambda: attention_maps.patch_colours(run))
         table = run.attempt(lambda: run.features(run.test_source, MAPPED))
