@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import Function, acc_dtype, fake, first_order, op
+from .dispatch import Function, acc_dtype, fake, first_order, op, register_triton
 
 
 def _kernels():
@@ -79,6 +79,9 @@ def _(q, k, v, bias, scale):
     return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=acc_dtype(q))
 
 
+register_triton(_attention_bias_fwd, lambda: _kernels().attention_bias_fwd)
+
+
 @op("attention_bias_bwd")
 def _attention_bias_bwd(
     dout: Tensor,
@@ -102,6 +105,9 @@ def _(dout, q, k, v, bias, out, lse, scale, with_dbias):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
+register_triton(_attention_bias_bwd, lambda: _kernels().attention_bias_bwd)
+
+
 @op("attention_packed_bias_fwd")
 def _attention_packed_bias_fwd(qkv: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`_attention_bias_fwd` of qkv [B, L, 3, H, E]."""
@@ -113,6 +119,9 @@ def _attention_packed_bias_fwd(qkv: Tensor, bias: Tensor, scale: float) -> tuple
 def _(qkv, bias, scale):
     batch, length, _, heads, width = qkv.shape
     return qkv.new_empty(batch, length, heads, width), qkv.new_empty(batch, heads, length, dtype=acc_dtype(qkv))
+
+
+register_triton(_attention_packed_bias_fwd, lambda: _kernels().attention_packed_bias_fwd)
 
 
 @op("attention_packed_bias_bwd")
@@ -128,6 +137,9 @@ def _attention_packed_bias_bwd(
 @fake(_attention_packed_bias_bwd)
 def _(dout, qkv, bias, out, lse, scale, with_dbias):
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape if with_dbias else (0,))
+
+
+register_triton(_attention_packed_bias_bwd, lambda: _kernels().attention_packed_bias_bwd)
 
 
 def _dbias(dscores: Tensor, bias: Tensor, wanted: bool) -> Tensor:
