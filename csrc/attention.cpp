@@ -159,11 +159,12 @@ void forward_head(const Heads& q, const Heads& k, const Heads& v, int64_t task, 
   for (int64_t first = 0; first < q.length; first += group) {
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
     pack_rows(queries.row(first), queries.stride, count, width, T(!bias && scale < 0 ? -1 : 1), panels);
-    compute_scores(keys, k.length, width, panels, lanes, scores, group);
-    compute_weights(scores, k.length, group, lanes, scale, bias.from(first), log_sums);
+    const int64_t visible = bias.visible(first, count, k.length);
+    compute_scores(keys, visible, width, panels, lanes, scores, group);
+    compute_weights(scores, visible, group, lanes, scale, bias.from(first), log_sums);
     const OutputRows<T, S> output{out + ((sample * q.length + first) * q.heads + head) * width, outputs, stride, width};
     for (int64_t c = 0; c < padded; c += kPanelWidth<T>)
-      multiply_chunked(false, count, k.length, Operand<T>{scores, 1, group}, values.data + c, values.stride,
+      multiply_chunked(false, count, visible, Operand<T>{scores, 1, group}, values.data + c, values.stride,
                        output.data() + c, output.data_stride());
     output.store_converted(count);
     for (int64_t i = 0; i < count; ++i) lse[task * q.length + first + i] = log_sums[i];
@@ -214,18 +215,25 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
     pack_rows(queries.row(first), queries.stride, count, width, T(!bias && scale < 0 ? -1 : 1), q_panels);
     pack_rows(upstream.row(first), upstream.stride, count, width, T(1), dout_panels);
     for (int64_t i = 0; i < count; ++i) row_dot[i] = T(dot(upstream.row(first + i), outputs.row(first + i), width));
-    compute_scores(keys, k.length, width, q_panels, lanes, scores, group);
-    compute_scores(values, k.length, width, dout_panels, lanes, dweights, group);
-    compute_weights(scores, k.length, group, lanes, scale, bias.from(first), log_sums);
-    softmax_backward(scores, dweights, k.length, group, lanes, T(scale), row_dot, bias.from(first));
+    const int64_t visible = bias.visible(first, count, k.length), seen = bias.seen(first, k.length);
+    compute_scores(keys, visible, width, q_panels, lanes, scores, group);
+    compute_scores(values, visible, width, dout_panels, lanes, dweights, group);
+    compute_weights(scores, visible, group, lanes, scale, bias.from(first), log_sums);
+    softmax_backward(scores, dweights, visible, group, lanes, T(scale), row_dot, bias.from(first));
     const OutputRows<T, S> output_q{gradients.q + gradients.offset(q, sample, first, head), sums_q,
                                     gradients.token_stride, width};
     for (int64_t c = 0; c < padded; c += kPanelWidth<T>) {
-      multiply_chunked(first > 0, k.length, count, Operand<T>{scores, group, 1}, upstream.row(first) + c,
-                       upstream.stride, output_v.data() + c, output_v.data_stride());
-      multiply_chunked(first > 0, k.length, count, Operand<T>{dweights, group, 1}, queries.row(first) + c,
-                       queries.stride, output_k.data() + c, output_k.data_stride());
-      multiply_chunked(false, count, k.length, Operand<T>{dweights, 1, group}, keys.data + c, keys.stride,
+      // The first group that sees a key writes its sums, later ones add to them.
+      for (const auto& [begin, end] : {std::pair(int64_t(0), seen), std::pair(seen, visible)}) {
+        if (begin == end) continue;
+        multiply_chunked(end == seen, end - begin, count, Operand<T>{scores + begin * group, group, 1},
+                         upstream.row(first) + c, upstream.stride, output_v.data() + begin * output_v.data_stride() + c,
+                         output_v.data_stride());
+        multiply_chunked(end == seen, end - begin, count, Operand<T>{dweights + begin * group, group, 1},
+                         queries.row(first) + c, queries.stride, output_k.data() + begin * output_k.data_stride() + c,
+                         output_k.data_stride());
+      }
+      multiply_chunked(false, count, visible, Operand<T>{dweights, 1, group}, keys.data + c, keys.stride,
                        output_q.data() + c, output_q.data_stride());
     }
     output_q.store_converted(count);
@@ -249,7 +257,7 @@ void for_each_head(const Heads& q, const BiasOf& bias, double operations, int64_
   if (bias.input) return for_each_biased_head<T>(q, Bias(*bias.input), bias.gradient, operations, bytes, body);
   const Tensor workspace = empty({torch::stable::get_num_threads() * size}, ScalarType::Byte);
   for_tasks(tasks, operations, data<char>(workspace), size,
-            [&](int64_t task, char* scratch) { body(task, HeadBias<T>{}, scratch); });
+            [&](int64_t task, char* scratch) { body(task, HeadBias<T>{nullptr, nullptr, 0, bias.causal}, scratch); });
 }
 
 std::tuple<Tensor, Tensor> forward(const Heads& q, const Heads& k, const Heads& v, ScalarType dtype, double scale,
@@ -313,7 +321,11 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double sc
 }
 
 std::tuple<Tensor, Tensor> attention_bias_fwd(Tensor q, Tensor k, Tensor v, Tensor bias, double scale) {
-  return forward(q, k, v, q.scalar_type(), scale, {&bias});
+  return forward(q, k, v, q.scalar_type(), scale, {&bias, nullptr, false});
+}
+
+std::tuple<Tensor, Tensor> attention_causal_fwd(Tensor q, Tensor k, Tensor v, double scale) {
+  return forward(q, k, v, q.scalar_type(), scale, {nullptr, nullptr, true});
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -335,6 +347,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor q, Tensor k
   return backward(dout, q, k, v, out, lse, scale);
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_causal_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                        Tensor lse, double scale) {
+  return backward(dout, q, k, v, out, lse, scale, {nullptr, nullptr, true});
+}
+
 // An uninitialised gradient of the bias; without `wanted` an empty tensor.
 Tensor empty_gradient(const Tensor& bias, bool wanted) {
   if (!wanted) return empty({0}, bias.scalar_type());
@@ -346,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bias_bwd(Tensor dout, Tenso
                                                               Tensor out, Tensor lse, double scale, bool with_dbias) {
   Tensor dbias = empty_gradient(bias, with_dbias);
   auto [dq, dk, dv] =
-      backward(dout, q, k, v, out, lse, scale, {&bias, with_dbias ? dbias.mutable_data_ptr() : nullptr});
+      backward(dout, q, k, v, out, lse, scale, {&bias, with_dbias ? dbias.mutable_data_ptr() : nullptr, false});
   return {dq, dk, dv, dbias};
 }
 
@@ -355,7 +372,7 @@ std::tuple<Tensor, Tensor> attention_packed_fwd(Tensor qkv, double scale) {
 }
 
 std::tuple<Tensor, Tensor> attention_packed_bias_fwd(Tensor qkv, Tensor bias, double scale) {
-  return forward({qkv, 0}, {qkv, 1}, {qkv, 2}, qkv.scalar_type(), scale, {&bias});
+  return forward({qkv, 0}, {qkv, 1}, {qkv, 2}, qkv.scalar_type(), scale, {&bias, nullptr, false});
 }
 
 Tensor backward_packed(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale,
@@ -379,7 +396,7 @@ std::tuple<Tensor, Tensor> attention_packed_bias_bwd(Tensor dout, Tensor qkv, Te
                                                      double scale, bool with_dbias) {
   Tensor dbias = empty_gradient(bias, with_dbias);
   void* gradient = with_dbias ? dbias.mutable_data_ptr() : nullptr;
-  return {backward_packed(dout, qkv, out, lse, scale, {&bias, gradient}), dbias};
+  return {backward_packed(dout, qkv, out, lse, scale, {&bias, gradient, false}), dbias};
 }
 
 }  // namespace
@@ -390,6 +407,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("attention_bwd", TORCH_BOX(&fastssl::attention_bwd));
   m.impl("attention_packed_fwd", TORCH_BOX(&fastssl::attention_packed_fwd));
   m.impl("attention_packed_bwd", TORCH_BOX(&fastssl::attention_packed_bwd));
+  m.impl("attention_causal_fwd", TORCH_BOX(&fastssl::attention_causal_fwd));
+  m.impl("attention_causal_bwd", TORCH_BOX(&fastssl::attention_causal_bwd));
   m.impl("attention_bias_fwd", TORCH_BOX(&fastssl::attention_bias_fwd));
   m.impl("attention_bias_bwd", TORCH_BOX(&fastssl::attention_bias_bwd));
   m.impl("attention_packed_bias_fwd", TORCH_BOX(&fastssl::attention_packed_bias_fwd));

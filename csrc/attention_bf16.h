@@ -202,10 +202,10 @@ void compute_scores(int64_t keys, [[maybe_unused]] int64_t queries, int64_t dept
   find_maxima(s.scores, keys, sign, s.max);
 }
 
-// The outputs of one panel, rounded, each query's divided by the sum of its weights.
+// The outputs of one panel, rounded, each query's divided by the sum of its weights; the first `keys` have weights.
 template <bool kTiles>
-void store_outputs(int64_t keys, int64_t queries, int64_t width, const ForwardScratch<kTiles>& s, BFloat16* out,
-                   int64_t stride) {
+void store_outputs(int64_t all_keys, int64_t keys, int64_t queries, int64_t width, const ForwardScratch<kTiles>& s,
+                   BFloat16* out, int64_t stride) {
   const int64_t padded = whole_tiles(width);
   alignas(64) float factors[kWidth];
   for (int64_t i = 0; i < kWidth; ++i) factors[i] = 1.0f / s.sums[i];
@@ -215,7 +215,7 @@ void store_outputs(int64_t keys, int64_t queries, int64_t width, const ForwardSc
     return store_rows(s.outputs, padded, queries, width, factors, out, stride);
   }
 #endif
-  multiply_bf16<false>(padded, whole_tiles(keys) / 2, s.values, column_stride(keys), s.weights, s.outputs, kWidth);
+  multiply_bf16<false>(padded, whole_tiles(keys) / 2, s.values, column_stride(all_keys), s.weights, s.outputs, kWidth);
   store_columns(s.outputs, queries, width, factors, out, stride);
 }
 
@@ -233,15 +233,18 @@ void forward_bf16(const Heads& q, const Heads& k, const Heads& v, int64_t task, 
   for (int64_t first = 0; first < q.length; first += kWidth) {
     const int64_t count = std::min(kWidth, q.length - first), lanes = count <= kVector ? kVector : kWidth;
     pack_lanes(queries, first, depth, s.queries);
-    compute_scores<kTiles>(k.length, count, depth, padded, !bias && scale < 0 ? -1.0f : 1.0f, s);
-    if (bias) add_bias(s.scores, k.length, kWidth, lanes, float(scale), bias.from(first), s.max);
+    const int64_t visible = bias.visible(first, count, k.length);
+    if (kTiles && bias.causal)
+      std::fill(s.weights + (visible + 1) / 2 * kWidth, s.weights + whole_tiles(visible) / 2 * kWidth, 0);
+    compute_scores<kTiles>(visible, count, depth, padded, !bias && scale < 0 ? -1.0f : 1.0f, s);
+    if (bias) add_bias(s.scores, visible, kWidth, lanes, float(scale), bias.from(first), s.max);
     const double factor = bias ? 1 : std::abs(scale);  // of the scores
-    (count <= kVector ? compute_weights<1> : compute_weights<2>)(s.scores, k.length, s.max, float(factor * kLog2E),
+    (count <= kVector ? compute_weights<1> : compute_weights<2>)(s.scores, visible, s.max, float(factor * kLog2E),
                                                                  s.weights, s.sums);
     for (int64_t i = 0; i < count; ++i)
       lse[task * q.length + first + i] = float(double(s.max[i]) * factor + std::log(double(s.sums[i])));
     BFloat16* dst = out + (sample * q.length + first) * stride + head * width;
-    store_outputs<kTiles>(k.length, count, width, s, dst, stride);
+    store_outputs<kTiles>(k.length, visible, count, width, s, dst, stride);
   }
 }
 

@@ -75,10 +75,11 @@ struct Panel {  // a panel of queries with their upstream gradients
       Vec<float> weight[2], gradient[2];
 #pragma GCC unroll 2
       for (int n = 0; n < 2; ++n) {
-        const uint16_t bits = h == 0 || has_second ? uint16_t(valid >> (n * kVector)) : 0;
+        uint16_t bits = h == 0 || has_second ? uint16_t(valid >> (n * kVector)) : 0;
+        if (bias.causal) bits &= ~first_bits(std::max<int64_t>(0, j + h - bias.first - n * kVector));
         const int64_t place = (j + h) * bias.stride + n * kVector;  // in the bias
         Vec<float> score = scores[h][n] * float(scale * kLog2E) - load(lse + n * kVector);
-        if (bias && bits) score += load(bias.values + place) * float(kLog2E);
+        if (bias.values && bits) score += load(bias.values + place) * float(kLog2E);
         const Vec<float> difference = products[h][n] - load(row_dot + n * kVector);
         weight[n] = masked(exp2_bf16(score), bits);
         gradient[n] = masked(weight[n] * scale * difference, bits);
@@ -166,10 +167,10 @@ void compute_gradients(const Panel& panel, const BackwardScratch<kTiles>& s, int
   }
 }
 
-// dq of the `count` queries of a group.
+// dq of the `count` queries of a group, of which the first `keys` have gradients.
 template <bool kTiles>
-void store_query_gradients(int64_t keys, int64_t count, int64_t width, const BackwardScratch<kTiles>& s, BFloat16* dq,
-                           int64_t stride) {
+void store_query_gradients(int64_t all_keys, int64_t keys, int64_t count, int64_t width,
+                           const BackwardScratch<kTiles>& s, BFloat16* dq, int64_t stride) {
   const int64_t padded = whole_tiles(width);
 #if defined(FASTSSL_BF16_DOT)
   if constexpr (!kTiles) {
@@ -178,8 +179,8 @@ void store_query_gradients(int64_t keys, int64_t count, int64_t width, const Bac
   }
 #endif
   for (int64_t lane = 0; lane < count; lane += kWidth) {
-    multiply_bf16<false>(padded, whole_tiles(keys) / 2, s.key_rows, column_stride(keys), s.gradient_pairs + lane, s.dq,
-                         kWidth, s.group);
+    multiply_bf16<false>(padded, whole_tiles(keys) / 2, s.key_rows, column_stride(all_keys), s.gradient_pairs + lane,
+                         s.dq, kWidth, s.group);
     store_columns(s.dq, std::min(kWidth, count - lane), width, nullptr, dq + lane * stride, stride);
   }
 }
@@ -214,6 +215,7 @@ void backward_bf16(const Heads& dout, const Heads& q, const Heads& k, const Head
   pack_head<kTiles>(queries, keys, values, upstream, s);
   for (int64_t first = 0; first < q.length; first += s.group) {
     const int64_t count = std::min(s.group, q.length - first), padded_count = whole_tiles(count);
+    const int64_t visible = bias.visible(first, count, k.length), seen = bias.seen(first, k.length);
     for (int64_t lane = 0; lane < padded_count; lane += kWidth) {
       const int64_t panel_queries = std::clamp<int64_t>(count - lane, 0, kWidth);
       Bf16x2 *q_panel = s.queries + lane * depth, *dout_panel = s.upstream + lane * depth;
@@ -235,15 +237,20 @@ void backward_bf16(const Heads& dout, const Heads& q, const Heads& k, const Head
                         float(scale),
                         first_bits(panel_queries),
                         bias.from(first + lane)};
-      compute_gradients<kTiles>(panel, s, lane, k.length);
+      compute_gradients<kTiles>(panel, s, lane, visible);
     }
     const int64_t pairs = kTiles ? padded_count / 2 : (count + 1) / 2, row = first / 2 * padded;
-    multiply_panels<kTiles>(first > 0, k.length, pairs, {s.weights, s.group / 2, 1}, s.upstream_rows + row, padded,
-                            s.dv);
-    multiply_panels<kTiles>(first > 0, k.length, pairs, {s.gradients, s.group / 2, 1}, s.query_rows + row, padded,
-                            s.dk);
+    // The first group that sees a key writes its sums, later ones add to them.
+    for (const auto& [begin, end] : {std::pair(int64_t(0), seen), std::pair(seen, visible)}) {
+      if (begin == end) continue;
+      const int64_t offset = begin * s.group / 2;
+      multiply_panels<kTiles>(end == seen, end - begin, pairs, {s.weights + offset, s.group / 2, 1},
+                              s.upstream_rows + row, padded, s.dv + begin * padded);
+      multiply_panels<kTiles>(end == seen, end - begin, pairs, {s.gradients + offset, s.group / 2, 1},
+                              s.query_rows + row, padded, s.dk + begin * padded);
+    }
     BFloat16* dq = gradients.q + gradients.offset(q, sample, first, head);
-    store_query_gradients<kTiles>(k.length, count, width, s, dq, gradients.token_stride);
+    store_query_gradients<kTiles>(k.length, visible, count, width, s, dq, gradients.token_stride);
   }
   const int64_t key_offset = gradients.offset(k, sample, 0, head);
   store_rows(s.dk, padded, k.length, width, nullptr, gradients.k + key_offset, gradients.token_stride);

@@ -22,26 +22,44 @@ constexpr int64_t kSumTasks = 64, kMostSamples = 64;
 constexpr int64_t kBiasLanes = 32;  // a transposed bias has whole panels of queries
 static_assert(kBiasLanes % kPanelWidth<float> == 0);
 
+// What is added to the scores of one head: a bias, transposed, [keys, stride], or −∞ for the keys after a query, or
+// nothing.
 template <typename T>
-struct HeadBias {  // of one head, transposed: [keys, stride]; of none, null
+struct HeadBias {
   const T* values = nullptr;
   T* gradient = nullptr;  // to which the kernel adds; null where it is not needed
   int64_t stride = 0;
+  bool causal = false;
+  int64_t first = 0;  // the query of the first lane
 
-  explicit operator bool() const { return values; }
+  explicit operator bool() const { return values || causal; }
   HeadBias from(int64_t query) const {
-    if (!values) return {};
-    return {values + query, gradient ? gradient + query : nullptr, stride};
+    HeadBias bias = *this;
+    bias.first = query;
+    if (values) bias.values += query;
+    if (gradient) bias.gradient += query;
+    return bias;
   }
+  // The keys that `count` queries from `query` on see, of `keys`.
+  int64_t visible(int64_t query, int64_t count, int64_t keys) const {
+    return causal ? std::min(keys, query + count) : keys;
+  }
+  // The keys that the queries before `query` saw.
+  int64_t seen(int64_t query, int64_t keys) const { return causal || query == 0 ? query : keys; }
 };
 
 // Replaces scores of `lanes` queries by score · scale + bias; finds their maxima over the keys unless `maxima` is null.
 template <typename T>
 void add_bias(T* scores, int64_t keys, int64_t group, int64_t lanes, T scale, const HeadBias<T>& bias, T* maxima) {
+  Vec<T> lane_index;
+  for (int i = 0; i < kLanes<T>; ++i) lane_index[i] = T(i);
   for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
     Vec<T> max = splat(T(-INFINITY));
     for (int64_t j = 0; j < keys; ++j) {
-      const Vec<T> score = load(scores + j * group + lane) * scale + load(bias.values + j * bias.stride + lane);
+      Vec<T> score = load(scores + j * group + lane) * scale;
+      if (bias.values) score += load(bias.values + j * bias.stride + lane);
+      if (bias.causal && j > bias.first + lane)
+        score = lane_index < T(j - bias.first - lane) ? splat(T(-INFINITY)) : score;
       max = score > max ? score : max;  // a NaN does not reach the maximum, but it reaches the sum
       store(scores + j * group + lane, score);
     }
@@ -117,9 +135,10 @@ struct Bias {
   }
 };
 
-struct BiasOf {  // a call's bias and the memory of its gradient; null where there is none
+struct BiasOf {  // a call's bias and the memory of its gradient, null where there is none; or a causal mask
   const Tensor* input = nullptr;
   void* gradient = nullptr;
+  bool causal = false;
 };
 
 // Runs body(task, bias of its head, scratch) for every head of every sample, with `bytes` of scratch, and writes the
@@ -145,7 +164,9 @@ void for_each_biased_head(const Heads& q, const Bias& bias, void* gradient, doub
   for_tasks(heads * parts, operations, data<char>(workspace), thread_bytes, [&](int64_t task, char* scratch) {
     const int64_t head = task / parts, first = task % parts * samples;
     T* own = reinterpret_cast<T*>(scratch + scratch_bytes);
-    HeadBias<T> head_bias{bias.shared ? values + head * size : own, nullptr, bias.stride};
+    HeadBias<T> head_bias;
+    head_bias.values = bias.shared ? values + head * size : own;
+    head_bias.stride = bias.stride;
     if (gradient) {
       head_bias.gradient = bias.shared ? sums + task * size : own + size;
       std::fill_n(head_bias.gradient, size, T(0));

@@ -1,4 +1,4 @@
-"""Attention with an additive bias [H, L, M] or [B, H, L, M], and the plain-torch bodies of all attention."""
+"""Attention with an additive bias [H, L, M] or [B, H, L, M], causal attention, and the plain-torch bodies of both."""
 
 import torch
 from torch import Tensor
@@ -149,6 +149,37 @@ def _dbias(dscores: Tensor, bias: Tensor, wanted: bool) -> Tensor:
     return (dscores if bias.dim() == 4 else dscores.sum(0)).to(bias.dtype).contiguous()
 
 
+@op("attention_causal_fwd")
+def _attention_causal_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`_attention_fwd` where query i sees the keys 0 to i."""
+    return plain_forward(q, k, v, _causal_bias(q), scale)
+
+
+@fake(_attention_causal_fwd)
+def _(q, k, v, scale):
+    batch, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=acc_dtype(q))
+
+
+@op("attention_causal_bwd")
+def _attention_causal_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in q's dtype."""
+    dq, dk, dv, _ = plain_backward(dout, q, k, v, _causal_bias(q), out, lse, scale)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@fake(_attention_causal_bwd)
+def _(dout, q, k, v, out, lse, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _causal_bias(q: Tensor) -> Tensor:
+    length = q.shape[1]
+    return torch.full((length, length), float("-inf"), dtype=acc_dtype(q), device=q.device).triu(1)
+
+
 class AttentionBias(Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, scale):
@@ -179,3 +210,17 @@ class AttentionPackedBias(Function):
         with_dbias = ctx.needs_input_grad[1]
         dqkv, dbias = _attention_packed_bias_bwd(dout, *ctx.saved_tensors, ctx.scale, with_dbias)
         return dqkv, dbias if with_dbias else None, None
+
+
+class AttentionCausal(Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, lse = _attention_causal_fwd(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @first_order("attention")
+    def backward(ctx, dout):
+        return *_attention_causal_bwd(dout, *ctx.saved_tensors, ctx.scale), None
