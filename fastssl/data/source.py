@@ -113,7 +113,7 @@ def read_captions(source: Source, index: int) -> tuple[str, ...]:
 
 def has_captions(source: Source) -> bool:
     """True if an image of the source has a caption. Reads captions up to the first one."""
-    if getattr(type(source), "captions", Source.captions) is Source.captions:
+    if getattr(getattr(source, "captions", None), "__func__", None) is Source.captions:
         return False
     return any(read_captions(source, index) for index in range(len(source)))
 
