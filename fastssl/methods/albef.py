@@ -22,7 +22,7 @@ from fastssl.nn.bert import BERT_SIZES, PAD, VOCABULARY, BertForMaskedLM
 from fastssl.nn.fusion import Encoded, FusionNetwork
 from fastssl.nn.masking import seeded_noise
 from fastssl.nn.pairs import PairQueue, distilled_contrast, hard_negatives
-from fastssl.nn.sharing import save_child_unprefixed, shared_copy
+from fastssl.nn.sharing import save_as_scalar, save_child_unprefixed, shared_copy
 from fastssl.nn.token_masks import IGNORED, mask_tokens
 from fastssl.nn.vit import DINO_SIZES, ViT, dino_vit
 from fastssl.train.config import Training, check_images_at_once
@@ -45,7 +45,7 @@ class Config:
     """height and width of the images in pixels"""
     text_model: str = "bert_base"
     """text and multimodal encoder: bert_mini or bert_base, whose upper half of layers reads the image"""
-    length: Annotated[int, AT_LEAST_1] = 25
+    text_length: Annotated[int, AT_LEAST_1] = 25
     """most tokens of a caption"""
     dim: Annotated[int, AT_LEAST_1] = 256
     """dimension of the embeddings that are contrasted"""
@@ -87,7 +87,7 @@ class Config:
         so there is no flip, and a crop is nearly the whole image."""
         training = Training(20, 64, "adamw", lr=2e-3, weight_decay=0.02, warmup_epochs=1)
         views = {"image_size": (32, 32), "crop_min": 0.9, "flip_p": 0.0}
-        sizes = {"text_model": "bert_mini", "length": 32, "dim": 64, "queue_size": 1024}
+        sizes = {"text_model": "bert_mini", "text_length": 32, "dim": 64, "queue_size": 1024}
         return cls("vit_mini", **views, **sizes, ema_momentum=0.99, dropout=0.0, training=training)
 
     @property
@@ -98,7 +98,7 @@ class Config:
 
     @property
     def text(self) -> TextInput:
-        return TextInput("bert", self.length, separator=False, clean=True)
+        return TextInput("bert", self.text_length, separator=False, clean=True)
 
 
 def build(config: Config) -> "ALBEF":
@@ -123,7 +123,7 @@ def parameter_groups(method: "ALBEF") -> list[dict]:
     positions, as in the official code."""
     groups: tuple[list, list] = [], []
     for name, p in method.named_parameters():
-        groups[p.ndim == 1 or name.endswith(".bias")].append(p)
+        groups[(p.ndim == 1 and name != "temp") or name.endswith(".bias")].append(p)
     return [{"params": groups[0]}, {"params": groups[1], "weight_decay_scale": 0.0}]
 
 
@@ -133,7 +133,8 @@ class ALBEF(FusionNetwork):
     def __init__(self, visual_encoder: ViT, text_encoder: BertForMaskedLM, config: Config):
         super().__init__(visual_encoder, text_encoder, config.dim, config.ema_momentum)
         self.config = config
-        self.temp = nn.Parameter(torch.tensor(config.tau))
+        self.temp = nn.Parameter(torch.tensor([config.tau]))  # FSDP2 refuses scalars
+        save_as_scalar(self, "temp")
         self.queue = PairQueue(config.dim, config.queue_size)
         save_child_unprefixed(self, "queue")
         self.register_buffer("alpha", torch.tensor(0.0), persistent=False)
@@ -159,7 +160,7 @@ class ALBEF(FusionNetwork):
             self.pending.append((twin.image_z, twin.text_z))
         with record_function("loss"):
             loss = self.contrast(student, twin)
-        metrics = {"temp": self.temp.detach().clone(), "loss_itc": loss.detach()}
+        metrics = {"temp": self.temp.detach()[0].clone(), "loss_itc": loss.detach()}
         negatives = self.negatives(student, twin, batch.seed) if config.itm_weight else None
         matched, completed = self.fuse(student, is_token, negatives)
         if matched is not None:

@@ -52,6 +52,17 @@ def save_child_unprefixed(module: nn.Module, child: str) -> None:
     module.register_load_state_dict_pre_hook(add)
 
 
+def save_as_scalar(module: nn.Module, name: str) -> None:
+    """From now on state dicts of `module` hold its parameter `name`, of one element, as a scalar."""
+
+    def reshape(state: dict, prefix: str, shape: tuple[int, ...]) -> None:
+        if prefix + name in state:
+            state[prefix + name] = state[prefix + name].reshape(shape)
+
+    module.register_state_dict_post_hook(lambda _, state, prefix, metadata: reshape(state, prefix, ()))
+    module.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: reshape(state, prefix, (1,)))
+
+
 def headless(module: nn.Module, head: str) -> nn.Module:
     """A copy that shares everything with `module` except the child named `head`, which is replaced by the identity."""
     copy = shared_copy(module, without=(head,))
