@@ -54,8 +54,8 @@ def pretrain(
     Args:
         method: a method of `fastssl.methods`, such as dino or mae, the dotted name of your own module, or
             that module; fastssl/contract.py describes what it must define.
-        data: source of images: digits, shapes, folder:PATH, webdataset:SHARDS, arrays:FILE, idx:PATH, cifar10:PATH,
-            cifar100:PATH, package.module:ARGUMENT, or a pair of sources (training, held-out).
+        data: source of images: digits, shapes, captions, folder:PATH, webdataset:SHARDS, csv:FILE, arrays:FILE,
+            idx:PATH, cifar10:PATH, package.module:ARGUMENT and others, or a pair of sources (training, held-out).
         preset: "paper" for the paper's numbers, "small" for minutes on a laptop; by default "small" where all images
             have one size of at most 64 pixels.
         folder: the run folder, runs/METHOD-DATA by default.

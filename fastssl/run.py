@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from fastssl.eval.labels import Accuracy
     from fastssl.eval.retrieval import Recall
 
-PATH_SOURCES = ("folder", "webdataset", "pack", "arrays", "idx", "cifar10", "cifar100")  # their argument is a path
+PATH_SOURCES = (  # their argument is a path
+    *("folder", "webdataset", "pack", "arrays", "idx", "cifar10", "cifar100", "csv", "tsv", "coco"),
+)
 OBJECTS = "python"  # stands for the source's name where the sources were given as Python objects
 IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 EVALUATIONS = {"evaluation": str, "step": int, "accuracy": float}  # fields of every line of evaluations.jsonl
@@ -67,8 +69,8 @@ class Options:
     """Options of a run that do not depend on its method."""
 
     data: str
-    """source of images: digits, shapes, folder:PATH, webdataset:SHARDS, pack:FILE, arrays:FILE, idx:PATH, cifar10:PATH,
-    cifar100:PATH, or package.module:ARGUMENT for your own source"""
+    """source of images: digits, shapes, captions, emoji, folder:PATH, webdataset:SHARDS, pack:FILE, csv:FILE, tsv:FILE,
+    coco:PATH, arrays:FILE, idx:PATH, cifar10:PATH, cifar100:PATH, or package.module:ARGUMENT for your own source"""
     folder: Path | None = None
     """folder of the run; runs/METHOD-DATA by default"""
     seed: Annotated[int, NOT_NEGATIVE] = 0

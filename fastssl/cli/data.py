@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from fastssl.bounds import AT_LEAST_1, NOT_NEGATIVE, check_ranges
-from fastssl.data.contact_sheet import make_contact_sheet
+from fastssl.data.contact_sheet import make_contact_sheet, shown_images
 from fastssl.data.findings import scan
 from fastssl.data.formats import SUFFIXES
 from fastssl.data.listing import PREVIEW, RUNS
-from fastssl.data.source import SPLITS, Source, open_source
+from fastssl.data.source import SPLITS, Source, open_source, read_captions
 from fastssl.data.timing import Throughput, cores
 from fastssl.machine import compared_engines
 from fastssl.method_modules import find_augmentation
@@ -119,6 +119,9 @@ def _show(words: list[str]) -> None:
     _check_place(flags.to, source)
     make_contact_sheet(source, augmentation, flags.engine, flags.rows, flags.columns, flags.seed).save(flags.to)
     print(flags.to)
+    for index in shown_images(source, flags.rows):
+        if captions := read_captions(source, index):
+            print(f"{printable(source.name(index))}: {' | '.join(map(printable, captions))}")
 
 
 def _check_place(path: Path, source: Source) -> None:

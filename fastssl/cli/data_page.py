@@ -14,6 +14,7 @@ from fastssl.text import listed, printable
 
 NAMED_BAD = 20  # bad files that are printed; --bad-files FILE names all
 NAMED_CLASSES = 20  # classes whose names are printed
+LONGEST_CAPTION = 200  # characters that are printed
 NAMED_KINDS = 10  # formats and modes that are printed
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 SIDES = {"train": "training", "test": "held-out"}
@@ -58,6 +59,8 @@ def page(sides: dict[str, Side], notes: Sequence[str]) -> Iterator[Table | Text]
         yield Text(f"names of the classes: {listed(names, NAMED_CLASSES)}")
     if any(side.findings.good for side in sides.values()):
         yield _kinds(sides)
+    if examples := list(dict.fromkeys(text for side in sides.values() for text in side.findings.examples)):
+        yield Text("\n".join(f"caption  {printable(text[:LONGEST_CAPTION])}" for text in examples))
     notes = [*notes, *describe_sides({name: bool(side.classes()) for name, side in sides.items()})]
     if notes:
         yield Text("\n".join(f"note  {note}" for note in notes))
@@ -78,6 +81,8 @@ def _facts(sides: dict[str, Side]) -> Table:
         table.add_column(name, justify="left")
     present = {name for side in sides.values() for name in (*side.classes(), *(side.source.classes or ()))}
     columns = [_column(side, sorted(present - side.classes().keys())) for side in sides.values()]
+    if any(len(side.findings.words) for side in sides.values()):
+        columns = [column | _caption_facts(side.findings) for column, side in zip(columns, sides.values())]
     for name in columns[0]:
         table.add_row(name, *(Text(column[name]) for column in columns))
     return table
@@ -98,6 +103,14 @@ def _column(side: Side, missing: list[str]) -> dict[str, str]:
     for name, lengths in (("height", found.heights), ("width", found.widths)):
         facts[name] = _spread(lengths)
     return facts | {"size": _bytes(found.bytes), "size per image": _bytes(found.bytes / max(1, found.good))}
+
+
+def _caption_facts(found: Findings) -> dict[str, str]:
+    return {
+        "without a caption": f"{(found.captions == 0).sum():,}",
+        "captions of an image": _spread(found.captions[found.captions > 0]),
+        "words of a caption": _spread(found.words),
+    }
 
 
 def _spread(lengths: np.ndarray) -> str:

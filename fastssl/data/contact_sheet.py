@@ -28,7 +28,7 @@ def make_contact_sheet(
     Raises:
         ValueError: none of the images can be decoded.
     """
-    indices = np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int).tolist()
+    indices = shown_images(source, rows)
     loader = Loader(Subset(source, indices), augmentation, rows, seed=seed, engine=engine, max_bad=1.0, train=False)
     batches = [batch for epoch in range(columns) for batch in loader.epoch(epoch)]  # one batch per epoch
     if not batches:
@@ -47,6 +47,11 @@ def make_contact_sheet(
             left += tile.shape[2] + GAP
         top += max(tile.shape[1] for tile in row) + GAP
     return canvas
+
+
+def shown_images(source: Source, rows: int) -> list[int]:
+    """Numbers of the images in the rows of a contact sheet, but for bad ones."""
+    return np.linspace(0, len(source) - 1, min(rows, len(source))).astype(int).tolist()
 
 
 def _to_bytes(pixels: Tensor, view: View) -> Tensor:

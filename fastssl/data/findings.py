@@ -7,9 +7,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .decoding import open_image
-from .source import BadImage, Source
+from .source import BadImage, Source, read_captions
 from .workers import Workers
 
+EXAMPLES = 3  # captions that are shown
 T = TypeVar("T")
 
 
@@ -35,6 +36,9 @@ class Findings(NamedTuple):
     bytes: int  # size of all good files
     labels: Counter[int]  # images of each class, bad ones too; −1 for no label
     bad: list[str]  # "PATH: reason" of the images that can't be decoded
+    captions: np.ndarray  # [len(source)] int64, captions of each image
+    words: np.ndarray  # words of each caption
+    examples: list[str]  # captions of the first captioned images
 
 
 def scan(source: Source, workers: int = 0) -> Findings:
@@ -61,7 +65,19 @@ def scan(source: Source, workers: int = 0) -> Findings:
         total_bytes += length
     heights, widths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
     labels = Counter(source.label(index) for index in range(len(source)))
-    return Findings(len(sizes), formats, values, heights, widths, total_bytes, labels, bad)
+    return Findings(len(sizes), formats, values, heights, widths, total_bytes, labels, bad, *_scan_captions(source))
+
+
+def _scan_captions(source: Source) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(captions of each image, words of each caption, the first captions)."""
+    counts, words, examples = np.zeros(len(source), np.int64), [], []
+    for index in range(len(source)):
+        captions = read_captions(source, index)
+        counts[index] = len(captions)
+        words += [len(caption.split()) for caption in captions]
+        if captions and len(examples) < EXAMPLES:
+            examples.append(captions[0])
+    return counts, np.array(words, dtype=np.int64), examples
 
 
 class _Facts(Dataset):

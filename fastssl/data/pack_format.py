@@ -9,9 +9,9 @@
 
 A record whose height is 0 holds an image file, else pixels: RGB [height, width, 3], or, in half as many bytes, planes
 [3·height/2, width] of an even height and width, as `decoding.py` describes them. Its JSON has the name, the
-identity, the label and the split of the image, the size and the CRC-32 of its extras (a safetensors file), or the
-reason why it could not be decoded; such a record has no bytes. The index makes opening fast, and holds nothing that the
-records don't: of a file that is cut off or whose index is damaged, the records are read one by one.
+identity, the label, the split and the captions of the image, the size and the CRC-32 of its extras (a safetensors
+file), or the reason why it could not be decoded; such a record has no bytes. The index makes opening fast, and holds
+nothing that the records don't: of a file that is cut off or whose index is damaged, the records are read one by one.
 
 The checksum of an image is verified when a process reads it for the first time, and that of its extras always. Later
 reads of the process return the mapped memory itself: they would find what the first one found.
@@ -49,7 +49,7 @@ class Record(NamedTuple):
     height: int  # of pixels; 0 for an image file
     width: int
     crc: int  # CRC-32 of the image
-    facts: dict[str, Any]  # name, identity, label, split, extras: [bytes, CRC-32], or bad: reason
+    facts: dict[str, Any]  # name, identity, label, split, captions, extras: [bytes, CRC-32], or bad: reason
 
 
 class Index(NamedTuple):
@@ -95,8 +95,11 @@ def columns_of(records: list[Record]) -> dict[str, np.ndarray]:
     columns["split"] = column([r.facts["split"] for r in good])
     extras = [r.facts.get("extras", [0, 0]) for r in good]
     columns["extras_size"], columns["extras_crc"] = column([e[0] for e in extras]), column([e[1] for e in extras])
-    for name in ("name", "identity"):
-        encoded = [r.facts[name].encode("utf-8", "surrogateescape") for r in good]
+    texts = {name: [r.facts[name] for r in good] for name in ("name", "identity")}
+    if any("captions" in r.facts for r in good):
+        texts["captions"] = [json.dumps(r.facts.get("captions", [])) for r in good]
+    for name, strings in texts.items():
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         columns[name] = np.frombuffer(b"".join(encoded) or b"\0", np.uint8)
         columns[f"{name}_end"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     bad = [r for r in records if "bad" in r.facts]
@@ -150,7 +153,7 @@ def _check(index: Index, length: int) -> None:
     lengths = [columns[name] for name in ("offset", "size", "extras_size", "height", "width")]
     if any((x < 0).any() or (x > length).any() for x in lengths) or (end + columns["extras_size"] > length).any():
         raise TypeError(f"images beyond the end at {length}, from {start.min()} to {end.max()}")
-    for name in ("name", "identity"):
+    for name in ("name", "identity", *(("captions",) if "captions" in columns else ())):
         ends = columns[f"{name}_end"]
         if ends.shape != (count + 1,) or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] > columns[name].size:
             raise TypeError(f"{name}_end is not ascending")

@@ -21,7 +21,7 @@ from fastssl.text import printable
 
 from .decoding import MARGIN, ImageFile, open_image, rgb_to_planes
 from .pack_format import Record, header_bytes, index_bytes, record_bytes, scan, shard_path
-from .source import SPLITS, BadImage, Source, identity, read_extras
+from .source import SPLITS, BadImage, Source, identity, read_captions, read_extras
 from .workers import Workers
 
 KINDS = ("jpeg", "yuv", "rgb", "copy")
@@ -254,6 +254,8 @@ class _Encoded(Dataset):
         name = source.name(index)
         facts: dict[str, Any] = {"name": name, "identity": identity(source, index), "label": source.label(index)}
         facts["split"] = SPLITS.index(split)
+        if captions := read_captions(source, index):
+            facts["captions"] = captions
         extras = b""
         try:
             image = encode(open_image(source, index), self.encoding)

@@ -8,6 +8,7 @@ A case is a kind and a number: its random choices follow (seed, kind, number) al
 a sentence; everything else is written to its line as a failure. Who starts the process watches the time.
 """
 
+import csv
 import gzip
 import io
 import json
@@ -27,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fastssl.cli.data_page import Side, bad_images, page
@@ -34,8 +36,10 @@ from fastssl.data import decoding, listing, numpy_files, packing, reading
 from fastssl.data.findings import scan
 from fastssl.data.fingerprint import take_fingerprint
 from fastssl.data.formats import FORMATS, READABLE
-from fastssl.data.source import BadSource, open_source
+from fastssl.data.source import BadSource, has_captions, open_source
 from fastssl.data.sources import arrays, idx
+from fastssl.data.text import TextInput
+from fastssl.data.token_table import build_table, with_captions
 from fastssl.text import printable
 
 MEMORY = 100_000_000  # bytes that the sources are told this machine has
@@ -118,8 +122,10 @@ def write_tar(rng: random.Random, root: Path) -> str:
                 members = {
                     "jpg": encoded(rng, "JPEG"),
                     "cls": str(rng.choice((number % 2, -1))).encode(),
-                    "json": b"{}",
+                    "json": rng.choice((b"{}", json.dumps({"caption": caption(rng)}).encode())),
                 }
+                if rng.random() < 0.3:
+                    members["txt"] = caption(rng).encode(errors="surrogateescape")
                 for extension, data in members.items():
                     info = tarfile.TarInfo(f"{key}.{extension}")
                     info.size = len(data)
@@ -178,6 +184,44 @@ def write_packed(rng: random.Random, root: Path) -> str:
     return f"pack:{root}/x.pack"
 
 
+def caption(rng: random.Random) -> str:
+    return rng.choice((*NAMES, "a red star", "", 'two\tblue "discs", left', "\0", "é" * 300))
+
+
+def write_table(kind: str) -> Callable[[random.Random, Path], str]:
+    delimiter = "," if kind == "csv" else "\t"
+
+    def write(rng: random.Random, root: Path) -> str:
+        paths = [f"{number}.png" for number in range(4)]
+        for path in paths:
+            (root / path).write_bytes(encoded(rng, "PNG"))
+        rows = [
+            (rng.choice((*paths, *NAMES)), caption(rng).replace("\0", ""), rng.choice(("train", "val")))
+            for _ in range(9)
+        ]
+        buffer = io.StringIO()
+        csv.writer(buffer, delimiter=delimiter).writerows([("path", "caption", rng.choice(("split", "x"))), *rows])
+        text = buffer.getvalue().encode("utf-8", "surrogateescape")
+        (root / f"x.{kind}").write_bytes(text if rng.random() < 0.8 else text.decode(errors="replace").encode("utf-16"))
+        return f"{kind}:{root}/x.{kind}{rng.choice(('', '', '::caption=caption', '::image=caption'))}"
+
+    return write
+
+
+def write_coco(rng: random.Random, root: Path) -> str:
+    for split in ("train2017", "val2017"):
+        (root / split).mkdir()
+        names = [f"{number}.jpg" for number in range(4)]
+        for name in names:
+            (root / split / name).write_bytes(encoded(rng, "JPEG"))
+        images = [{"id": number, "file_name": rng.choice((name, *NAMES))} for number, name in enumerate(names)]
+        annotations = [{"image_id": rng.randrange(4), "caption": rng.choice((caption(rng), None, 3))} for _ in range(9)]
+        (root / "annotations").mkdir(exist_ok=True)
+        content = json.dumps({"images": images, "annotations": annotations})
+        (root / "annotations" / f"captions_{split}.json").write_text(content)
+    return rng.choice((f"coco:{root}", f"coco:{root}/annotations/captions_val2017.json"))
+
+
 KINDS: dict[str, Callable[[random.Random, Path], str]] = {
     **{format.lower(): image_writer(format, FORMATS[format][0]) for format in READABLE if format in Image.SAVE},
     "tree": write_tree,
@@ -186,6 +230,9 @@ KINDS: dict[str, Callable[[random.Random, Path], str]] = {
     "npy": write_npy,
     "idx": write_idx,
     "pack": write_packed,
+    "csv": write_table("csv"),
+    "tsv": write_table("tsv"),
+    "coco": write_coco,
 }
 
 
@@ -422,7 +469,10 @@ def open_everything(spec: str) -> str:
         list(page({split: side}, source.notes))
         if any(SECRET in source.read(number).tobytes() for number in range(len(source)) if not is_bad(source, number)):
             raise Failure("the content of a file that the source was not given")
-        take_fingerprint(source)
+        take_fingerprint(source, with_captions=True)
+        if has_captions(source):
+            source = with_captions(source)
+            build_table(source, TextInput("bert", 16)).gather(torch.arange(len(source)), torch.arange(len(source)))
         outcome = "bad images" if findings.bad or outcome == "bad images" else "images"
     return outcome
 

@@ -169,8 +169,11 @@ def test_error_sentences(tmp_path):
         open_source,
         "cifar",
     )
-    embedded, of_files = ["digits", "shapes"], ["arrays", "cifar10", "cifar100", "folder", "idx", "pack", "webdataset"]
-    assert source_names() == sorted(embedded + of_files)
+    embedded, of_files = (
+        ["captions", "digits", "emoji", "shapes"],
+        ["arrays", "cifar10", "cifar100", "folder", "idx", "pack"],
+    )
+    assert source_names() == sorted([*embedded, *of_files, "coco", "csv", "tsv", "webdataset"])
     refused(f"data: {tmp_path / 'no'} is not a folder", ValueError, open_source, f"folder:{tmp_path / 'no'}")
     suffixes = ", ".join(SUFFIXES)
     refused(

@@ -6,6 +6,7 @@ like an image that can't be decoded. A pack that is cut off, or whose index is d
 images that are intact. Shards are opened by the name that was given as --out, or by the path of one of them alone.
 """
 
+import json
 import mmap
 import re
 import sys
@@ -20,7 +21,7 @@ from fastssl.text import printable
 
 from ..pack_format import Index, read_index, shape_of, shard_path
 from ..reading import open_regular
-from ..source import BadImage, Source, Strings, expand_user
+from ..source import BadImage, BadSource, Source, Strings, expand_user
 
 SPLIT_NUMBERS = {"train": 0, "test": 1}
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0x40)  # in mmap from Python 3.13 on
@@ -47,6 +48,15 @@ class Pack(Source):
         self._names, self._identities = (
             Strings([text for index, chosen in zip(indices, rows) for text in _strings(index.columns, name, chosen)])
             for name in ("name", "identity")
+        )
+        self._captions = Strings(
+            [
+                text
+                for index, chosen in zip(indices, rows)
+                for text in (
+                    _strings(index.columns, "captions", chosen) if "captions" in index.columns else [""] * len(chosen)
+                )
+            ]
         )
         header = indices[0].header
         self.classes = header["classes"][number]
@@ -87,6 +97,12 @@ class Pack(Source):
             return {}
         start = int(self._columns["offset"][index] + self._columns["size"][index])
         return safetensors.numpy.load(self._part(index, start, size, crc).tobytes())
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        try:
+            return tuple(json.loads(self._captions[index] or "[]"))
+        except (ValueError, TypeError) as error:
+            raise BadSource(f"data: {printable(self.name(index))}: its captions are damaged") from error
 
     def _part(self, index: int, offset: int, size: int, crc: int | None) -> np.ndarray:
         """Bytes [N] of the file, compared with a checksum. They are the mapped memory; writing to them copies it."""

@@ -7,17 +7,20 @@
 
 A sample is all files with the same name up to the first dot: `n01/7.jpg`, and `n01/7.cls` with the number of the class.
 Of several images the one without a further dot is taken, `7.jpg` before `7.left.jpg`, else the first by name.
-A sample without it, or with −1, has no label: its image trains, and evaluations leave it out. In a folder, shards whose
-names have the word `train` and shards with `test`, `val` or another name of `split.TEST_NAMES` are the splits; else a
-fifth of each class is held out, see `split.hold_out`. The position of each image in its shard is cached, so any
-image can be read directly, and a run resumes in the middle of an epoch without reading the images before. An epoch
-takes the shards in random order and shuffles their images in a buffer, so files are read almost from start to end.
+Its captions are the text of `7.txt`, or the text or texts under "caption" or "captions" in `7.json`.
+A sample without `7.cls`, or with −1, has no label: its image trains, and evaluations leave it out. In a folder, shards
+whose names have the word `train` and shards with `test`, `val` or another name of `split.TEST_NAMES` are the splits;
+else a fifth of each class is held out, or of all images if there are captions and no labels, see `split.hold_out`. The
+position of each image in its shard is cached, so any image can be read directly, and a run resumes in the middle of an
+epoch without reading the images before. An epoch takes the shards in random order and shuffles their images in a
+buffer, so files are read almost from start to end.
 """
 
 import hashlib
 import http.client
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -34,6 +37,7 @@ import numpy as np
 from fastssl.files import write_atomically
 from fastssl.text import printable
 
+from ..captioned import decode_text, describe_dropped, usable_captions
 from ..formats import SUFFIXES
 from ..numpy_files import Npz
 from ..reading import open_regular, read_image_file
@@ -44,6 +48,7 @@ SPLIT = f"(?<![a-z])({'|'.join((*TRAIN_NAMES, *TEST_NAMES))})(?![a-z])"  # word 
 TIMEOUT = 60  # seconds to wait for data from a server
 MAX_SHARDS = 1_000_000  # of a pattern
 MAX_HEADER, MAX_LABEL = 2**20, 64  # bytes of a tar header with a long name, and of a label
+CAPTIONS, MAX_TEXT = ("txt", "json"), 2**20  # extensions of captions; bytes of a longer file, which is passed over
 
 
 class _Shard(NamedTuple):
@@ -53,8 +58,10 @@ class _Shard(NamedTuple):
     sizes: np.ndarray  # [N] int64, bytes
     labels: np.ndarray  # [N] int64, −1 without a label
     names: np.ndarray  # [N] str, as objects: a long name must not lengthen all others
+    captions: np.ndarray  # [N] str, a JSON list of the captions of each image, "" for none
     taken: np.ndarray  # [K] str, extension and number of the images, such as "jpg 1000"
     passed: np.ndarray  # [L] str, the same of the members that are passed over
+    dropped: np.ndarray  # [M] str, reason and number of the captions that can't be used, such as "blank 3"
 
 
 class WebDataset(Source):
@@ -70,11 +77,12 @@ class WebDataset(Source):
     def __init__(self, paths: list[Path], files: np.ndarray, images: _Shard, rows: np.ndarray):
         self._paths, self._names = [str(path) for path in paths], Strings(images.names[rows].tolist())
         self._files, self._labels = files[rows], images.labels[rows]
+        self._captions = Strings(images.captions[rows].tolist())
         self._offsets, self._sizes = images.offsets[rows], images.sizes[rows]
         self.classes = class_names(images.labels, self._paths[0])
         self.size = None
         self.shards = np.concatenate([[0], np.cumsum(np.bincount(self._files, minlength=len(paths)))])
-        self.notes = _describe_members(images)
+        self.notes = (*_describe_members(images), *describe_dropped(_count(images.dropped)))
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -84,6 +92,9 @@ class WebDataset(Source):
 
     def name(self, index: int) -> str:
         return f"{self._paths[self._files[index]]}: {self._names[index]}"
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return tuple(json.loads(self._captions[index] or "[]"))
 
     def identity(self, index: int) -> str:
         return _identity(Path(self._paths[self._files[index]]), self._names[index])
@@ -111,9 +122,12 @@ def open_split(argument: str, split: str) -> WebDataset:
         raise ValueError(_describe_lack(pattern, options.get("image_key"), shards))
     images = _Shard(*(np.concatenate(column) for column in zip(*shards)))
     identities = (_identity(paths[file], name) for file, name in zip(files.tolist(), images.names.tolist()))
-    rows = np.arange(len(files)) if is_split else hold_out(identities, images.labels, split, argument)
+    labelled, captioned = bool((images.labels >= 0).any()), any(images.captions)
+    labels = images.labels if labelled or not captioned else np.zeros(len(files), np.int64)
+    rows = np.arange(len(files)) if is_split else hold_out(identities, labels, split, argument)
     source = WebDataset(paths, files, images, rows)
-    source.notes += describe_labels(images.labels, source.classes, held_out=not is_split)
+    if labelled or not captioned:
+        source.notes += describe_labels(images.labels, source.classes, held_out=not is_split)
     return source
 
 
@@ -208,7 +222,7 @@ def _download(name: str, copy: Path) -> None:
 def _index(path: Path, image_key: str) -> _Shard:
     """Index of a shard's images, cached until the size or the modification time of the file changes."""
     stat = path.stat()
-    name = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {image_key} {SUFFIXES}"
+    name = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {image_key} {SUFFIXES} captions"
     key = hashlib.sha256(os.fsencode(name)).hexdigest()[:24]
     cache = cache_folder() / f"shard-{key}.npz"
     try:
@@ -250,9 +264,10 @@ def _read_index(cache: Path, length: int) -> _Shard:
     if any(x.ndim != 1 or x.dtype != (np.int64 if i < 3 else np.uint8) for i, x in enumerate(shard)):
         raise ValueError(f"data: {printable(cache)} is no index of a shard")
     shard = _Shard(*shard[:3], *map(_as_strings, shard[3:]))
-    fits = len({len(column) for column in shard[:4]}) == 1 and all(
-        re.fullmatch(r"(?s).* \d{1,15}", count) for count in (*shard.taken, *shard.passed)
+    fits = len({len(column) for column in shard[:5]}) == 1 and all(
+        re.fullmatch(r"(?s).* \d{1,15}", count) for count in (*shard.taken, *shard.passed, *shard.dropped)
     )
+    fits = fits and all(map(_is_list_of_texts, shard.captions.tolist()))
     inside = (shard.offsets >= 0) & (shard.sizes >= 0) & (shard.sizes <= length - shard.offsets)
     if not fits or not inside.all() or ((shard.labels < -1) | (shard.labels >= MAX_CLASSES)).any():
         raise ValueError(f"data: {printable(cache)} is no index of this shard")
@@ -272,6 +287,8 @@ def _scan(path: Path, image_key: str) -> _Shard:
     positions: dict[str, tuple[int, int]] = {}  # (offset, size) of each member; a hard link has those of its target
     images: dict[str, tuple[tuple[bool, str], int, int, str]] = {}  # by sample: (rank, offset, size, name)
     labels: dict[str, int] = {}  # by sample
+    captions: dict[str, tuple[str, list[str]]] = {}  # by sample: the extension, and what it gave
+    dropped: Counter[str] = Counter()
     found: Counter[str] = Counter()  # members by extension
     try:
         with open_regular(path) as opened, _Headers(opened) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -290,6 +307,10 @@ def _scan(path: Path, image_key: str) -> _Shard:
                 if extension == "cls":
                     labels[sample] = _parse_label(tar, member, path)
                     continue
+                if extension in CAPTIONS and not member.issparse() and member.size <= MAX_TEXT:
+                    texts = _parse_captions(tar, member, extension)
+                    if texts is not None and captions.get(sample, ("json",))[0] == "json":  # .txt before .json
+                        captions[sample] = (extension, usable_captions(texts, dropped))
                 found[extension if not member.issparse() else f"{extension} (sparse)"] += 1
                 rank = ("." in extension, extension)
                 is_chosen = extension == image_key if image_key else f".{extension}".endswith(SUFFIXES)
@@ -309,14 +330,16 @@ def _scan(path: Path, image_key: str) -> _Shard:
         raise ValueError(f"data: {printable(path)} is damaged or truncated at byte {end:,}")
     ranks, offsets, sizes, names = zip(*images.values()) if images else ((), (), (), ())
     taken = Counter(extension for _, extension in ranks)
+    used = Counter(captions[sample][0] for sample in images if sample in captions)
     return _Shard(
         np.array(offsets, dtype=np.int64),
         np.array(sizes, dtype=np.int64),
         np.array([labels.get(sample, -1) for sample in images], dtype=np.int64),
         np.array(names, dtype=object),
+        np.array([json.dumps(captions[sample][1]) if sample in captions else "" for sample in images], dtype=object),
         *(
             np.array([f"{name} {count}" for name, count in counts.items()], dtype=object)
-            for counts in (taken, found - taken)
+            for counts in (taken, found - taken - used, dropped)
         ),
     )
 
@@ -371,3 +394,26 @@ def _parse_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> i
             f"label, got {got}"
         )
     return label
+
+
+def _parse_captions(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> list[Any] | None:
+    """The captions in a member as they were read; None if it is JSON without captions."""
+    content = tar.extractfile(member)
+    text = decode_text(b"" if content is None else content.read(MAX_TEXT))
+    if extension == "txt":
+        return [text]
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    found = [facts[key] for key in ("caption", "captions") if key in facts] if isinstance(facts, dict) else []
+    return None if not found else found[0] if isinstance(found[0], list) else found[:1]
+
+
+def _is_list_of_texts(text: str) -> bool:
+    """True for what `_scan` writes for the captions of an image."""
+    try:
+        texts = json.loads(text or "[]")
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(texts, list) and all(isinstance(caption, str) for caption in texts)
