@@ -73,10 +73,10 @@ def clip_towers(size: Size, image_size: tuple[int, int], vocabulary: int, length
     for module in visual.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.reset_parameters()
-        if isinstance(module, Block):
-            nn.init.xavier_uniform_(module.attn.qkv.weight)
-            nn.init.zeros_(module.attn.qkv.bias)
-            nn.init.zeros_(module.attn.proj.bias)
+    for block in visual.blocks:
+        nn.init.xavier_uniform_(block.attn.qkv.weight)
+        nn.init.zeros_(block.attn.qkv.bias)
+        nn.init.zeros_(block.attn.proj.bias)
     for x in (visual.cls_token, visual.pos_embed, projection.weight):
         nn.init.normal_(x, std=size.dim**-0.5)
     width, depth = size.text_dim, size.text_depth

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import check
-from .dispatch import Function, acc_dtype, fake, first_order, op
+from .dispatch import Function, acc_dtype, fake, first_order, op, register_triton
+
+
+def _kernels():
+    """The Triton kernels, imported at the first call on a GPU."""
+    from fastssl.kernels import pairwise
+
+    return pairwise
 
 
 def pairwise_sigmoid(
@@ -97,6 +104,9 @@ def _(q, keys, scale, bias, label_offset, with_grad):
         return q.new_empty(shape if with_grad else 0, dtype=acc_dtype(q))
 
     return q.new_empty((), dtype=acc_dtype(q)), empty(*q.shape), empty(*keys.shape), empty(), empty()
+
+
+register_triton(_pairwise_sigmoid_fwd, lambda: _kernels().pairwise_sigmoid_fwd)
 
 
 class _PairwiseSigmoid(Function):
