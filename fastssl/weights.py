@@ -11,7 +11,8 @@ DINOv2 and of Hugging Face's ViTMAE.
                  for VICReg
     dino         the whole model, as DINO's official checkpoints: {"student": {"module.…": …}, "teacher": {…},
                  "dino_loss": {…}}
-    beit         the whole model without its tokenizer, as BEiT's official checkpoints: {"model": …}
+    beit         the whole model without its tokenizer, as BEiT's official checkpoints: {"model": …}; simmim is the same
+                 for SimMIM
     densecl      the whole model, as DenseCL's official checkpoints: {"state_dict": …}, without their second copy of the
                  backbone, which is left out of a file too
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
@@ -43,6 +44,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "swav": ("state_dict", "module."),
     "densecl": ("state_dict", ""),
     "beit": ("model", ""),
+    "simmim": ("model", ""),
 }
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
     "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
@@ -58,7 +60,7 @@ HEADS = (
 METHOD_PARTS = (
     *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments"),
     *("encoder_q.1.", "contexts.", "losses.", "bank_", "criterion_"),  # DenseCL, CPC, CMC
-    *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
+    *("decoder.", "student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
 )
 ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
 DERIVED = ("num_batches_tracked", "relative_position_index")  # ends of names that a file may lack
