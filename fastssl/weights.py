@@ -64,7 +64,7 @@ METHOD_PARTS = (
 )
 ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
 DERIVED = ("num_batches_tracked", "relative_position_index")  # ends of names that a file may lack
-STARTED_ANEW = ("queue", "memory.", "assignments", "bank", "criterion")  # what a run fills by itself
+STARTED_ANEW = ("queue", "memory.", "assignments", "bank", "criterion", "counts")  # what a run fills by itself
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -114,6 +114,8 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
     if any(name.startswith("l_to_ab.") for name in state):
         reason = "neither timm nor torchvision has CMC's two encoders"
         raise ValueError(f"export: {reason}: use --format safetensors")
+    if "blocks.output.conv.w" in state:
+        raise ValueError(f"export: {layout} has no encoder like that of DALL-E: use --format safetensors")
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")

@@ -30,10 +30,10 @@ def resized_crops_(out: Tensor, images: Sequence[Tensor], windows: Tensor, inter
     Equals, for an RGB image and its window,
     ``F.interpolate(image.permute(2, 0, 1)[None, :, top : top + height, left : left + width], (h, w),
     mode=interpolation, antialias=True)[0]`` of uint8 on a CPU, to the bit (torch without vector instructions is wrong
-    for results one pixel wide): along rows, then along columns, each with integer weights and rounded to bytes. Lanczos
-    is within 1 of Pillow's ``resize((w, h), Image.Resampling.LANCZOS, (left, top, left + width, top + height))``, whose
-    weights have more bits. Pixels outside the window have no influence. A window may begin and end inside of pixels, as
-    it does in an image that was reduced when it was decoded.
+    for results one pixel wide): along rows, then along columns, each with integer weights and rounded to bytes. Pixels
+    outside the window have no influence. A window may begin and end inside of pixels, as it does in an image that was
+    reduced when it was decoded. Lanczos, which torch lacks, is Pillow's along rows and then along columns (one call of
+    Pillow 13 begins with the cheaper axis), within 2 of 255 for weights of fewer bits; 98 of 100 bytes are equal.
 
     Planes of YCbCr are resampled one by one, those of colour in the window of half the numbers, which may begin and end
     in the middle of a pixel; the results are converted to RGB by the integers of libjpeg, rounded once more.
@@ -207,8 +207,9 @@ def _kernel(x: Tensor, kernel: int) -> Tensor:
     if kernel == 0:
         return torch.where(x < 1, 1 - x, 0)
     if kernel == 2:
-        turns = math.pi * x
-        lobes = torch.sin(turns) * torch.sin(turns / 3) * 3 / (turns * turns)
+        angle = math.pi * x
+        square = torch.sin(angle / 3) ** 2  # sin πx by the triple angle: the other implementations take one sine, too
+        lobes = square * (9 - 12 * square) / (angle * angle)
         return torch.where(x == 0, 1, torch.where(x < 3, lobes, 0))
     a = -0.5
     near = ((a + 2) * x - (a + 3)) * x * x + 1
