@@ -256,7 +256,7 @@ def _augmentation() -> list[Case]:
 
 
 def _crops() -> list[Case]:
-    """Crops of photographs of 400 × 600 pixels: MAE's, DINO's small ones, those of BEiT's tokenizer; windows are on the CPU."""
+    """Crops of photographs of 400 × 600 pixels, as of MAE, DINO and BEiT's tokenizer; windows are on the CPU."""
     cases, images = [], [meta(400, 600, 3, dtype=torch.uint8)] * 256
     for name, window, side in (
         ("bicubic", (380, 380), 224),

@@ -126,6 +126,15 @@ class Reconstructs(Protocol):
 
 
 @runtime_checkable
+class Autoencodes(Protocol):
+    """A method that makes codes of images, and images of codes."""
+
+    def autoencode(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] as their codes show them, normalised alike."""
+        ...
+
+
+@runtime_checkable
 class RanksNegatives(Protocol):
     """A method that contrasts a query with one positive key and many negative keys."""
 

@@ -11,7 +11,8 @@ DINOv2 and of Hugging Face's ViTMAE.
                  for VICReg
     dino         the whole model, as DINO's official checkpoints: {"student": {"module.…": …}, "teacher": {…},
                  "dino_loss": {…}}
-    beit         the whole model without its tokenizer, as BEiT's official checkpoints: {"model": …}
+    beit         the whole model without its tokenizer, as BEiT's official checkpoints: {"model": …}; simmim is the same
+                 for SimMIM
     densecl      the whole model, as DenseCL's official checkpoints: {"state_dict": …}, without their second copy of the
                  backbone, which is left out of a file too
     albef        the whole model, as ALBEF's official checkpoints: {"model": …}, with the names that they have twice
@@ -47,6 +48,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "densecl": ("state_dict", ""),
     "albef": ("model", ""),
     "beit": ("model", ""),
+    "simmim": ("model", ""),
 }
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
     "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
@@ -63,7 +65,7 @@ PAIR_QUEUES = ("image_queue", "text_queue")
 METHOD_PARTS = (
     *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments"),
     *("encoder_q.1.", "contexts.", "losses.", "bank_", "criterion_"),  # DenseCL, CPC, CMC
-    *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
+    *("decoder.", "student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
     *("visual_encoder_m.", "text_encoder", "text_proj", "vision_proj", "itm_head.", "temp", *PAIR_QUEUES),  # ALBEF
 )
 ENCODERS = (
@@ -71,15 +73,9 @@ ENCODERS = (
     "visual_encoder.",
 )
 DERIVED = ("num_batches_tracked", "relative_position_index")  # ends of names that a file may lack
-STARTED_ANEW = (
-    "queue",
-    *PAIR_QUEUES,
-    "memory.",
-    "assignments",
-    "bank",
-    "criterion",
-    "palette.",
-)  # what a run fills by itself
+STARTED_ANEW = (  # what a run fills by itself
+    *("queue", *PAIR_QUEUES, "memory.", "assignments", "bank", "criterion", "palette.", "counts"),
+)
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -133,6 +129,8 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
         raise ValueError(f"export: {reason}: use --format safetensors")
     if "transformer.wte.weight" in state:
         raise ValueError("export: neither timm nor torchvision has iGPT: use --format imagegpt or safetensors")
+    if "blocks.output.conv.w" in state:
+        raise ValueError(f"export: {layout} has no encoder like that of DALL-E: use --format safetensors")
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")

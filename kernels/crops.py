@@ -9,7 +9,7 @@ equal those of the CPU. Images are found through a table of addresses and stride
                  crop once; weights, two bytes each, from the caches
     operations   a multiplication and an addition for each weight and value. Loads from the caches: rows a byte at a
                  time, at 32 a clock and multiprocessor half as long as the bytes take for triangles, as long for
-                 cubics, 1.5 times for Lanczos' kernel; columns eight bytes at a time, where the width is a multiple of 16
+                 cubics, 1.5 times for Lanczos; columns eight bytes at a time, where the width is a multiple of 16
 
 Scratch or one pass: a program that makes a tile of the crop from its part of the window writes no scratch, and repeats
 the rows that tiles share. That saves 6 of 13 bytes of a window of 380² for a crop of 224² (predicted on an H100, 256 of

@@ -47,10 +47,10 @@ def build_classifier(
     """The method's encoder with a new classifier: timm's VisionTransformer with our attention, our ResNet, or the
     network of timm or torchvision that the method was trained with.
 
-    The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's
-    and BEiT's code; its initial weights are normal(0, 2e-5). The encoder's own last norm and head are left out. A `Beit`
-    becomes timm's, and where its blocks share a table of relative positions, each gets a copy. The classifier of the
-    others is `fc`.
+    The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's and
+    BEiT's code; its initial weights are normal(0, 2e-5). The encoder's own last norm and head are left out. A `Beit`
+    becomes timm's; where its blocks share a table of relative positions, each gets a copy. The classifier of the others
+    is `fc`.
 
     Args:
         method: a method whose `encoder` is a `ViT`, a ResNet in torchvision's names, or a `ForeignNetwork`.
@@ -161,8 +161,8 @@ def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:
     """Parameter groups with `weight_decay` and `lr_scale`.
 
     The scale is layer_decay^(depth + 1 − i) for block i = 1 … depth of a ViT, i = 0 for class token, positions and
-    patch embedding, and i = depth + 1 for what follows the blocks; times `head_lr` for the classifier. Tables of relative
-    positions are decayed, as in BEiT's code and unlike timm's.
+    patch embedding, and i = depth + 1 for what follows the blocks; times `head_lr` for the classifier. Tables of
+    relative positions are decayed, as in BEiT's code and not in timm's.
 
     Source: Clark et al., 2020 (ELECTRA); Bao et al., 2021 (BEiT), whose code MAE uses; computed here by timm.
     """

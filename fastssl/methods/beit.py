@@ -4,6 +4,7 @@ Bao et al., "BEiT: BERT Pre-Training of Image Transformers", 2022, arXiv:2106.08
 of the official code; the tokenizer is not in it.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,11 +18,12 @@ from fastssl.contract import Batch
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation, View
 from fastssl.distributed import all_mean
 from fastssl.eval.protocols import Finetune
-from fastssl.nn.beit import BEIT_SIZES, Beit, beit_
+from fastssl.nn.beit import BEIT_SIZES, Beit, beit_, decay_groups, patch_size_for
 from fastssl.nn.dvae import load_tokenizer
 from fastssl.nn.patch_masks import masked_rows
 from fastssl.nn.sharing import shared_copy
 from fastssl.nn.visual_tokens import CodeHead, codes_of_pixels, pixels_of_codes
+from fastssl.nn.vit import without_mask_token
 from fastssl.ops import block_mask, patchify
 from fastssl.train.config import Training
 
@@ -93,7 +95,7 @@ class Config:
                 "beit: --tokenizer must name a run of dvae, or a weights file of one or of DALL-E's encoder, got none: "
                 "fastssl pretrain dvae trains one"
             )
-        tokenizer, (rows, columns) = load_tokenizer(self.tokenizer), _grid(self)
+        tokenizer, patch = load_tokenizer(self.tokenizer), patch_size_for("beit", self.backbone, self.image_size)
         view = View(
             self.image_size,
             crop=(self.crop_min, 1.0),
@@ -101,8 +103,8 @@ class Config:
             jitter=(*self.jitter, 0.0),
             flip_p=self.flip_p,
         )
-        size = tokenizer.stride * rows, tokenizer.stride * columns
-        second = View(size, interpolation="lanczos", mean=tokenizer.mean, std=tokenizer.std, same_crop=True)
+        height, width = (tokenizer.stride * side // patch for side in self.image_size)
+        second = View((height, width), interpolation="lanczos", mean=tokenizer.mean, std=tokenizer.std, same_crop=True)
         return Augmentation((view, second))
 
 
@@ -114,31 +116,16 @@ def finetuning(backbone: str) -> Finetune:
 def parameter_groups(method: nn.Module) -> list[dict]:
     """Vectors, biases, class token and absolute positions have no weight decay; mask token and bias tables have it. The
     gradient is clipped as a whole."""
-    groups: tuple[list, list] = [], []
-    for name, p in method.named_parameters():
-        exempt = p.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in ("cls_token", "pos_embed")
-        groups[exempt].append(p)
-    return [{"params": groups[0], "part": "all"}, {"params": groups[1], "part": "all", "weight_decay_scale": 0.0}]
-
-
-def _grid(config: Config) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    if config.backbone not in BEIT_SIZES:
-        raise ValueError(f"beit: unknown backbone {config.backbone!r}, there are {', '.join(BEIT_SIZES)}")
-    patch, (height, width) = BEIT_SIZES[config.backbone][-1], config.image_size
-    if height % patch or width % patch:
-        raise ValueError(
-            f"beit: --image-size must be divisible by the patch size {patch} of {config.backbone}, got {height} {width}"
-        )
-    return height // patch, width // patch
+    return decay_groups(method, ("cls_token", "pos_embed"))
 
 
 def build(config: Config) -> "BEiT":
-    patches, (rows, columns) = config.mask_patches, _grid(config)
-    if not config.mask_min <= patches < rows * columns:
+    patch = patch_size_for("beit", config.backbone, config.image_size)
+    patches, length = config.mask_patches, math.prod(config.image_size) // patch**2
+    if not config.mask_min <= patches < length:
         raise ValueError(
             f"beit: --mask-patches must be at least --mask-min {config.mask_min}, else most masks are empty, and below "
-            f"the {rows * columns} patches of an image, got {patches}"
+            f"the {length} patches of an image, got {patches}"
         )
     # An encoder is evaluated without its tokenizer too; training asks for it by `augmentation`.
     has_tokenizer = config.tokenizer is not None and Path(config.tokenizer).exists()
@@ -229,9 +216,7 @@ class BEiT(Beit):
     @property
     def encoder(self) -> Beit:
         """The ViT without mask token and head, in timm's names; its features are the mean of the patches."""
-        copy: Any = shared_copy(self, Beit, without=("lm_head", "mask_token"))
-        copy.mask_token = None
-        return copy
+        return without_mask_token(shared_copy(self, Beit, without=("lm_head",)))
 
     def _apply(self, fn, recurse: bool = True) -> "BEiT":
         """Moves the tokenizer too, as `to` does with children."""

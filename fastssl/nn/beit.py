@@ -268,3 +268,27 @@ def rescale_(blocks: nn.ModuleList) -> None:
     for i, block in enumerate(blocks, 1):
         for layer in (block.attn.proj, block.mlp.fc2):
             layer.weight.div_(math.sqrt(2 * i))
+
+
+def decay_groups(method: nn.Module, without: tuple[str, ...]) -> list[dict]:
+    """Groups for the optimizer: vectors, biases and the named weights have no weight decay; the gradient is clipped as
+    a whole."""
+    groups: tuple[list, list] = [], []
+    for name, p in method.named_parameters():
+        groups[p.ndim <= 1 or name.endswith(".bias") or name.rpartition(".")[2] in without].append(p)
+    return [{"params": groups[0], "part": "all"}, {"params": groups[1], "part": "all", "weight_decay_scale": 0.0}]
+
+
+def patch_size_for(method: str, backbone: str, image_size: tuple[int, int]) -> int:
+    """The patch size of a backbone.
+
+    Raises:
+        ValueError: the backbone is none of `BEIT_SIZES`, or its patches do not divide the images.
+    """
+    if backbone not in BEIT_SIZES:
+        raise ValueError(f"{method}: unknown backbone {backbone!r}, there are {', '.join(BEIT_SIZES)}")
+    patch, (height, width) = BEIT_SIZES[backbone][-1], image_size
+    if height % patch or width % patch:
+        of = f"the patch size {patch} of {backbone}"
+        raise ValueError(f"{method}: --image-size must be divisible by {of}, got {height} {width}")
+    return patch

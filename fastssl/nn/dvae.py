@@ -18,7 +18,10 @@ from fastssl.text import printable
 from fastssl.train import checkpoint
 from fastssl.weight_files import read_file
 
+from .masking import splitmix64
+
 EPS = 0.1  # pixels from 0 to 1 become values from EPS to 1 − EPS, whose logits are finite
+NOISE_AT_ONCE = 2**20  # values of noise that are made together
 MAPPED_MEAN, MAPPED_STD = (-0.125,) * 3, (1.25,) * 3  # the same as a normalisation: (x + 0.125) / 1.25 = 0.8·x + 0.1
 
 
@@ -197,6 +200,54 @@ class Decoder(nn.Module):
         return x[:, :3].sigmoid()
 
 
+class DiscreteVAE(nn.Module):
+    """Encoder and decoder: images → logits → codes → pixels."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    @torch.no_grad()
+    def autoencode(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] as their codes show them, normalised alike."""
+        return self.encoder.unmapped(self.decoder.pixels(self.encoder.codes(images)))
+
+    def losses(self, images: Tensor, gumbel: Tensor, tau: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean of the negative logarithms of the pixels' densities; mean divergence of the codes of a place from
+        uniform ones; and the most likely codes [B, h, w].
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            gumbel: noise [B, V, h, w] of `relax`, which overwrites it.
+            tau: temperature.
+        """
+        logits = self.encoder.logits(images)
+        relaxed, divergence = relax(logits, gumbel.to(logits.dtype), tau)
+        values = self.encoder.mapped(images).clamp(EPS, 1 - EPS)  # pixels outside 0 … 1 have no density
+        nll = logit_laplace_nll(self.decoder(relaxed), values)
+        return nll.mean(), divergence.mean(), logits.detach().argmax(1)
+
+
+def gumbel_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Gumbel noise [B, *shape] float32, −ln(−ln u), a function of the seeds alone: equal on every device and rank.
+
+    u has 24 random bits, and is at least 2^-25.
+
+    Args:
+        seeds: [B] int64.
+        shape: of the noise of a sample.
+
+    Memory: the result, and 64 bytes for each value of `NOISE_AT_ONCE` or of one sample.
+    """
+    count = math.prod(shape)
+    noise = torch.empty(len(seeds), count, device=seeds.device)
+    at_once = max(1, NOISE_AT_ONCE // count)
+    for part, some in zip(noise.split(at_once), seeds.split(at_once)):
+        bits = splitmix64(some, (count + 1) // 2).view(torch.int32)[:, :count]
+        torch.mul((bits >> 8) & 0xFFFFFF, 2.0**-24, out=part)
+    return noise.clamp_(min=2.0**-25).log_().neg_().log_().neg_().view(len(seeds), *shape)
+
+
 def map_pixels(pixels: Tensor) -> Tensor:
     """Pixels from 0 to 1 as values from EPS to 1 − EPS."""
     return (1 - 2 * EPS) * pixels + EPS
@@ -238,8 +289,8 @@ def relax(logits: Tensor, gumbel: Tensor, tau: Tensor | float) -> tuple[Tensor, 
 
     Returns: relaxed codes [B, V, h, w], which add up to 1; Kullback-Leibler divergence [B, h, w] from p to 1/V.
 
-    Memory: beside the logits and the result one tensor of their size at a time, two in the backward pass. The
-        expressions above keep five.
+    Memory: logits, result, and for intermediate values one tensor of their size at a time. With noise and gradients the
+        peak is 5 such tensors beside the logits, where the expressions above take 7.
 
     Source: Jang et al., 2017; Maddison et al., 2017 (the Gumbel-softmax); Ramesh et al., 2021 (DALL-E), section 2.1.
     """

@@ -109,7 +109,7 @@ def test_every_vit_is_fine_tuned_as_it_is(options):
 
 @pytest.mark.parametrize("kind", ["shared", "block", "none"])
 def test_beit_is_fine_tuned_as_timms(kind):
-    """Each block gets a copy of a shared table; pooled patches are normalised by a new layer, the classifier is small."""
+    """Each block gets a copy of a shared table; a new layer normalises pooled patches; the classifier is small."""
     vit = Beit((8, 12), 4, 3, 32, 2, 2, fc_norm=False, relative_bias=kind, abs_pos=kind == "none").eval()
     for x in vit.parameters():
         torch.nn.init.normal_(x, std=0.3)
