@@ -90,8 +90,8 @@ class Palette(nn.Module):
         return ((images.flatten(2) * std + mean) * 255).round().transpose(1, 2)
 
     def sample(self, images: Tensor, index: Tensor, count: int) -> Tensor:
-        """Some pixels [M, 3] of images, from 0 to 255 in float64: of all `count` images about `PIXELS` together, and all
-        pixels where they have no more.
+        """Some pixels [M, 3] of images, from 0 to 255 in float64: of all `count` images about `PIXELS` together, and
+        all pixels where they have no more.
 
         Args:
             images: [B, 3, H, W] normalised.

@@ -1,5 +1,6 @@
 """iGPT: golden numbers of the official code, replay of a transcription, palette, completions, weights."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -9,16 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastssl import distributed
 from fastssl.contract import Batch, Completes, Method, PreparesEpochs, TrainingImages
 from fastssl.methods import igpt
 from fastssl.methods.igpt import AutoregressiveIGPT, MaskedIGPT
 from fastssl.nn.igpt import ImageGPT
-from fastssl.nn.palette import Palette
+from fastssl.nn.palette import Palette, fit_palette, spread_colours
 from fastssl.train.config import Execution, Training
 from fastssl.train.trainer import Trainer
 from fastssl.weights import export, load_initial_weights, load_weights
 from tests.methods import transcription_igpt as t
 from tests.support.golden import part, read
+from tests.support.ranks import run_ranks
 
 OBJECTIVES = {"ar": "autoregressive", "bert": "bert"}
 
@@ -203,7 +206,7 @@ def test_bert_without_a_masked_pixel_is_no_nan():
     _, method = tiny(objective="bert")
     method = with_random_head(method)
     codes, masked = torch.randint(9, (2, 24)), torch.zeros(2, 24, dtype=torch.bool)
-    assert float(method.masked_loss(codes, masked)) == 0.0
+    assert not method.masked_loss(codes, masked).detach()
     masked[1, :5] = True
     loss = method.masked_loss(codes, masked)
     torch.testing.assert_close(loss, method.masked_loss(codes[1:], masked[1:]) / 2)
@@ -308,6 +311,76 @@ def test_a_palette_from_a_file(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"^palette: .* cannot be read .No such file"):
         method.check_images(100, 96)
+
+
+@pytest.mark.exhaustive
+def test_the_palette_does_not_depend_on_the_ranks():
+    """Bit for bit, though each rank sees its part of the pixels in an order of its own."""
+    pixels = torch.randint(256, (500, 3), generator=torch.Generator().manual_seed(0)).double()
+    expected = fit_palette(pixels, 7)
+    for found in run_ranks(3, fit_on_a_rank, pixels):
+        assert torch.equal(found, expected)
+    few = fit_palette(pixels[:3].repeat(9, 1), 7)
+    assert float(torch.cdist(pixels[:3] / 127.5 - 1, few.double()).amin(1).max()) < 0.01
+    with pytest.raises(ValueError, match=r"^palette: k-means needs pixels, got none"):
+        fit_palette(pixels[:0], 7)
+
+
+def fit_on_a_rank(pixels):
+    parts = (pixels[400:].flip(0), pixels[:0], pixels[:400].flip(0))
+    return fit_palette(parts[distributed.rank()], 7)
+
+
+def test_a_palette_covers_its_pixels_better_than_random_ones():
+    generator = torch.Generator().manual_seed(0)
+    pixels = (torch.randn(3000, 3, generator=generator) * 30 + 128).clamp(0, 255).round().double()
+    found = fit_palette(pixels, 16)
+    errors = [torch.cdist(pixels / 127.5 - 1, p.double()).amin(1).square().mean() for p in (found, spread_colours(16))]
+    drawn = pixels[torch.randperm(3000, generator=generator)[:16]] / 127.5 - 1
+    errors.append(torch.cdist(pixels / 127.5 - 1, drawn).amin(1).square().mean())
+    assert errors[0] < 0.75 * errors[2] < errors[1]
+
+
+def test_sampled_pixels_depend_on_the_images_alone(monkeypatch):
+    monkeypatch.setattr("fastssl.nn.palette.PIXELS", 40)
+    palette, images = Palette(4, (0, 0, 0), (1, 1, 1)), torch.rand(20, 3, 5, 5)
+    whole = palette.sample(images, torch.arange(20), 20)
+    halves = [palette.sample(images[i], i, 20) for i in torch.arange(20).split(10)]
+    assert torch.equal(whole, torch.cat(halves)) and whole.shape == (40, 3)
+    few = palette.sample(images, torch.arange(20), 100)  # every third image, a pixel each
+    assert few.shape == (7, 3)
+
+
+def test_a_step_stores_no_attention_matrix():
+    """At 1,024 places: for the backward pass of either objective nothing as large as [B, H, L, L] is kept."""
+    for objective in OBJECTIVES.values():
+        config = dataclasses.replace(igpt.Config.small(), image_size=(32, 32), objective=objective)
+        method, largest = with_random_head(igpt.build(config)), 0
+
+        def note(x):
+            nonlocal largest
+            largest = max(largest, x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            method(Batch((torch.randn(1, 3, 32, 32),), *[torch.arange(1)] * 3))
+        assert largest <= 1024 * 4 * 64 < 4 * 1024 * 1024
+
+
+def test_a_resumed_trainer_gives_the_same_bits():
+    for objective in OBJECTIVES.values():
+        torch.manual_seed(0)
+        config, method = tiny(objective=objective)
+        method.palette.prepare([(torch.randn(40, 3, 6, 4), torch.arange(40))], 40)
+        batches = [Batch((torch.randn(4, 3, 6, 4),), *[torch.arange(4) + i] * 3) for i in range(6)]
+        trainer = Trainer(method, config.training, Execution(), 4)
+        losses = [trainer.step(iter([batch])).loss for batch in batches[:3]]
+        state = copy.deepcopy(trainer.state())
+        losses += [trainer.step(iter([batch])).loss for batch in batches[3:]]
+        resumed = Trainer(tiny(objective=objective)[1], config.training, Execution(), 4, state=state)
+        assert [resumed.step(iter([batch])).loss for batch in batches[3:]] == losses[3:]
+        for name, x in method.state_dict().items():
+            assert torch.equal(resumed.method.state_dict()[name], x), name
 
 
 @pytest.mark.parametrize(

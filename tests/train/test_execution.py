@@ -45,7 +45,7 @@ def losses(trainer, batch, steps=3):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["mae", "moco_v3, ViT"])
+@pytest.mark.parametrize("name", ["mae", "moco_v3, ViT", "igpt"])
 def test_recomputed_activations_change_no_loss(name, precision):
     kept = losses(*begin(name, precision=precision))
     recomputed = losses(*begin(name, precision=precision, recompute=True))

@@ -27,6 +27,7 @@ RUNS = {
     "invaspread": "--epochs 3",
     "instdisc": "--epochs 30",
     "dinov2": "--epochs 4",
+    "igpt": "--epochs 6",
 }
 DATA = {"instdisc": "shapes:count=1024"}  # an epoch renews a row of the bank once
 LONG = RUNS.keys() - {"mae", "moco_v3"}  # a reconstructing and a contrastive method stay in `make test`

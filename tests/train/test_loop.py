@@ -19,6 +19,7 @@ from fastssl.methods import (
     densecl,
     dino,
     dinov2,
+    igpt,
     mae,
     moco_v2,
     moco_v3,
@@ -257,6 +258,7 @@ def tiny(module, **changes):
         (dinov2, {"prototypes": 48}),
         (swav, {"queue_size": 64, "queue_start": 0}),
         (deepcluster_v2, {}),
+        (igpt, {}),
         (barlow_twins, {"dim": 16, "training": Training(1, 8, "lars", 0.1, 1e-4)}),
     ],
 )

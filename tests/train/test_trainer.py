@@ -7,6 +7,7 @@ import torch
 
 from fastssl.contract import (
     Batch,
+    Completes,
     DefersUpdates,
     Method,
     PreparesEpochs,
@@ -24,6 +25,7 @@ from fastssl.methods import (
     dino,
     dinov2,
     ibot,
+    igpt,
     mae,
     moco_v1,
     moco_v2,
@@ -290,12 +292,13 @@ def test_methods_fulfil_the_contract():
         swav: {DefersUpdates},
         deepcluster: {PreparesEpochs},
         deepcluster_v2: {DefersUpdates, PreparesEpochs},
+        igpt: {PreparesEpochs, Completes},
         toy_method: {DefersUpdates},
     }
     for module, expected in abilities.items():
         method = module.build(module.Config.small())
         assert isinstance(method, Method)
-        optional = (Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates, PreparesEpochs)
+        optional = (Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates, PreparesEpochs, Completes)
         assert {ability for ability in optional if isinstance(method, ability)} == expected
 
 
