@@ -149,11 +149,17 @@ class Strings:
 
 
 class Subset(Source):
-    """Images of a source selected by their numbers, renumbered from 0."""
+    """Images of a source selected by their numbers, renumbered from 0.
 
-    def __init__(self, source: Source, indices: Sequence[int]):
+    Args:
+        source: the images.
+        indices: numbers of the selected ones.
+        shards: first of the selected images of each shard, and their number, see `Source.shards`.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int], shards: np.ndarray | None = None):
         self.source, self.indices, self.classes, self.size = source, indices, source.classes, source.size
-        self.shards = None
+        self.shards = shards
 
     def __len__(self) -> int:
         return len(self.indices)

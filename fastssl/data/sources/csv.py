@@ -72,8 +72,8 @@ def _rows(path: Path, kind: str) -> Iterator[list[str]]:
     text = read_text(path).replace("\0", "\N{REPLACEMENT CHARACTER}")  # the reader of Python 3.10 refuses a NUL
     lines = io.StringIO(text, newline="")
     csv.field_size_limit(LONGEST_FIELD)
-    options = {} if kind == "csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(lines, **options)
+    delimiter = "," if kind == "csv" else "\t"
+    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if kind == "csv" else csv.QUOTE_NONE)
     try:
         for row in reader:
             yield row if kind == "csv" else [_unquoted(field) for field in row]
