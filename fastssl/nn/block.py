@@ -33,19 +33,19 @@ MLPS = ("gelu", *ACTIVATIONS, "swiglu")
 class Mlp(nn.Module):
     """Linear, activation, Linear. The activation is GELU, or one of `ACTIVATIONS`, which torch computes.
 
-    With GELU, on a GPU the first bias is added by the GELU, whose backward pass sums its gradient (`ops.bias_gelu`); on a CPU the
-    second layer computes the GELU of its input, again in the backward pass (`ops.linear`).
+    With GELU, on a GPU the first bias is added by the GELU, whose backward pass sums its gradient (`ops.bias_gelu`); on
+    a CPU the second layer computes the GELU of its input, again in the backward pass (`ops.linear`).
     """
 
     def __init__(self, dim: int, hidden: int, activation: str = "gelu"):
         super().__init__()
         self.fc1 = Linear(dim, hidden)
-        self.activation = ACTIVATIONS.get(activation)
+        self.activation = activation
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.activation is not None:
-            return self.fc2(self.activation(self.fc1(x)))
+        if activation := ACTIVATIONS.get(self.activation):
+            return self.fc2(activation(self.fc1(x)))
         if gelu.backend(x) == "kernel":
             return self.fc2(bias_gelu(self.fc1(x, add_bias=False), self.fc1.bias))
         return self.fc2(self.fc1(x), gelu=True)

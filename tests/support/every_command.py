@@ -36,7 +36,8 @@ def use_every_command(
         with pytest.raises(SystemExit, match=rf"^fastssl: {start}: .*(encoder|has no|needs|has the names)"):
             run(monkeypatch, *command)
 
-    run(monkeypatch, "pretrain", method, *TINY, "--folder", folder, *words)
+    data = DATA.replace("shapes", "captions") if hasattr(method_module(method).Config, "text") else DATA
+    run(monkeypatch, "pretrain", method, *(data if word == DATA else word for word in TINY), "--folder", folder, *words)
     first = open_run(folder).state()["step"]
     assert first >= 1
     run(monkeypatch, "eval", "knn", folder, "--k", "5")
@@ -47,7 +48,7 @@ def use_every_command(
     if hasattr(module, "linear_probe"):
         run(monkeypatch, "eval", "linear", folder, "--protocol", "official", *SHORT)
     assert {"knn", "linear", "finetune"} - set(refused) <= set(accuracies(folder))
-    run(monkeypatch, "embed", folder, DATA, "--out", folder / "features.npz")
+    run(monkeypatch, "embed", folder, data, "--out", folder / "features.npz")
     features = np.load(folder / "features.npz")["features"]
     assert len(features) >= 48 and np.isfinite(features).all()
     official = getattr(module, "OFFICIAL", None)
