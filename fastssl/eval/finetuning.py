@@ -21,7 +21,7 @@ from fastssl.data.workers import Workers
 from fastssl.extras import need
 from fastssl.nn import accelerate
 from fastssl.nn.backbones import ForeignNetwork, build_backbone
-from fastssl.nn.block import Block, SwiGLU
+from fastssl.nn.block import Block, SwiGLU, gelu_tanh, quick_gelu
 from fastssl.nn.vit import ConvStem, ViT
 from fastssl.train.schedule import learning_rate
 
@@ -47,8 +47,8 @@ def build_classifier(
     network of timm or torchvision that the method was trained with.
 
     The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's
-    code; its initial weights are normal(0, 2e-5). The encoder's own last norm, pooling and head are left
-    out. The classifier of the others is `fc`.
+    code; its initial weights are normal(0, 2e-5). The encoder's own last norm, pooling and head are left out. The
+    classifier of the others is `fc`.
 
     Args:
         method: a method whose `encoder` is a `ViT`, a ResNet in torchvision's names, or a `ForeignNetwork`.
@@ -64,9 +64,8 @@ def build_classifier(
     state = encoder.timm_state() if isinstance(encoder, ViT) else encoder.state_dict()
     if isinstance(encoder, ViT):
         model, new = _vit(encoder, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
-        state = {
-            name: x for name, x in state.items() if not name.startswith(("norm.", "fc_norm.", "attn_pool.", "head."))
-        }
+        left_out = ("norm.", "fc_norm.", "head.", "attn_pool.")
+        state = {name: x for name, x in state.items() if not name.startswith(left_out)}
     elif backbone.startswith("resnet") or isinstance(encoder, ForeignNetwork):
         model = build_backbone(backbone, classes, small_images, image_size=getattr(encoder, "image_size", None))
         new = {f"fc.{name}" for name in model.fc.state_dict()}
@@ -118,12 +117,13 @@ def _block_options(block: Block, width: int) -> dict[str, Any]:
     """Arguments of timm's VisionTransformer for blocks like this one."""
     from timm.layers import GELUTanh, Mlp, QuickGELU, SwiGLUPacked
 
-    activations = {"gelu": nn.GELU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU}
+    layers = {gelu_tanh: GELUTanh, quick_gelu: QuickGELU}  # of the activations of `block.Mlp` that are not exact GELU
+    activation = nn.SiLU if isinstance(block.mlp, SwiGLU) else layers.get(block.mlp.activation, nn.GELU)
     return {
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / width,
         "mlp_layer": SwiGLUPacked if isinstance(block.mlp, SwiGLU) else Mlp,
-        "act_layer": nn.SiLU if isinstance(block.mlp, SwiGLU) else activations[block.mlp.activation],
+        "act_layer": activation,
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "init_values": None if block.ls1 is None else 1.0,  # LayerScale, whose factors come from the state dict

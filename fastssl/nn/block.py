@@ -40,12 +40,12 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, activation: str = "gelu"):
         super().__init__()
         self.fc1 = Linear(dim, hidden)
-        self.activation = activation
+        self.activation = ACTIVATIONS.get(activation)
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if activation := ACTIVATIONS.get(self.activation):
-            return self.fc2(activation(self.fc1(x)))
+        if self.activation is not None:
+            return self.fc2(self.activation(self.fc1(x)))
         if gelu.backend(x) == "kernel":
             return self.fc2(bias_gelu(self.fc1(x, add_bias=False), self.fc1.bias))
         return self.fc2(self.fc1(x), gelu=True)

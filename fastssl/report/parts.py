@@ -38,6 +38,15 @@ class Tiles:
 
 
 @dataclass
+class Answers:
+    """Images, each beside the texts that were found for it, with marks."""
+
+    rows: list[tuple[Tile, list[tuple[str, bool]]]]  # (image, [(text, whether it is right)])
+    crisp: bool  # show pixels as squares
+    kind = "answers"
+
+
+@dataclass
 class Table:
     """A table of text; numbers are aligned right."""
 
