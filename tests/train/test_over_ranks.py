@@ -68,6 +68,8 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
 
     def cast(batches):
         for batch in batches:
+            if text is not None:  # fewer tokens than the tokenizer has, which take as long as both towers
+                batch.extras["tokens"] %= config.vocabulary
             yield batch._replace(views=tuple(view.double() for view in batch.views)) if double else batch
 
     def epoch_of(epoch, start):
