@@ -91,7 +91,7 @@ def _pairwise_sigmoid_fwd(
     negated_BM.diagonal(label_offset)[:B].neg_()
     loss = -F.logsigmoid(-negated_BM).sum() / B
     if not with_grad:
-        return loss, *(q.new_empty(0) for _ in range(4))
+        return loss, q.new_empty(0), q.new_empty(0), q.new_empty(0), q.new_empty(0)
     weights_BM = logits_BM.sigmoid()
     weights_BM.diagonal(label_offset)[:B].copy_(-(-positive_B).sigmoid())
     weights_BM /= B

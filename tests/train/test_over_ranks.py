@@ -145,7 +145,7 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, name, accumu
 
 
 # methods with state of each kind stay in `make test`: queues, a bank, clusters, centres; and one without
-STATEFUL = ("byol", "instdisc", "swav", "deepcluster_v2", "ibot")
+STATEFUL = ("byol", "instdisc", "swav", "deepcluster_v2", "ibot", "clip")
 
 
 @pytest.mark.slow
