@@ -110,7 +110,7 @@ def test_open_clip_reads_the_export_of_clip(quick_gelu, tmp_path):
     method = small(clip, quick_gelu=quick_gelu).eval()
     path = export(method, "open_clip", tmp_path / "weights")
     vision = {"layers": 4, "width": 128, "head_width": 32, "patch_size": 4, "image_size": 8}
-    text = {"context_length": 12, "vocab_size": 60, "width": 128, "heads": 4, "layers": 3}
+    text = {"context_length": 12, "vocab_size": 60, "width": 128, "heads": 4, "layers": 2}
     model = open_clip.model.CLIP(128, vision, text, quick_gelu).eval()
     model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     images, tokens = torch.randn(3, 3, 8, 8), torch.randint(60, (3, 12))

@@ -26,14 +26,14 @@ class Size(NamedTuple):
 
 # Radford et al., 2021, table 20, and open_clip's ViT-H-14; vit_mini is not from a paper.
 CLIP_SIZES = {
-    "vit_mini": Size(128, 4, 4, 4, 128, 3, 4, 128),
+    "vit_mini": Size(128, 4, 4, 4, 128, 2, 4, 128),
     "vit_base": Size(768, 12, 12, 32, 512, 12, 8, 512),
     "vit_large": Size(1024, 24, 16, 14, 768, 12, 12, 768),
     "vit_huge": Size(1280, 32, 16, 14, 1024, 24, 16, 1024),
 }
 # Zhai et al., 2023: both towers have one size; So400m by Alabdulmohsin et al., 2023.
 SIGLIP_SIZES = {
-    "vit_mini": Size(128, 4, 4, 4, 128, 3, 4, 128),
+    "vit_mini": Size(128, 4, 4, 4, 128, 2, 4, 128),
     "vit_base": Size(768, 12, 12, 16, 768, 12, 12, 768),
     "vit_large": Size(1024, 24, 16, 16, 1024, 24, 16, 1024),
     "vit_so400m": Size(1152, 27, 16, 14, 1152, 27, 16, 1152, 3.7362),  # 4,304 hidden values
