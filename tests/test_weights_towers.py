@@ -1,5 +1,7 @@
 """Weights of CLIP and SigLIP: files of OpenAI, open_clip, timm and big_vision, and exports that these read."""
 
+import functools
+
 import numpy as np
 import pytest
 import timm
@@ -37,10 +39,13 @@ def test_the_image_tower_has_timms_names_and_features(name, tmp_path):
     method = small(MODULES[name]).eval()
     size = {"img_size": 8, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "num_classes": 0}
     if name == "clip":
-        model = timm.models.VisionTransformer(**size, pre_norm=True, norm_layer=lambda d: nn.LayerNorm(d, 1e-5))
+        model = timm.models.VisionTransformer(
+            **size, pre_norm=True, norm_layer=functools.partial(nn.LayerNorm, eps=1e-5)
+        )
     else:
-        tanh = lambda: nn.GELU(approximate="tanh")  # noqa: E731
-        model = timm.models.VisionTransformer(**size, class_token=False, global_pool="map", act_layer=tanh)
+        model = timm.models.VisionTransformer(
+            **size, class_token=False, global_pool="map", act_layer=timm.layers.GELUTanh
+        )
     path, images = export(method, "timm", tmp_path / "tower"), torch.randn(2, 3, 8, 8)
     load_weights(model, path)
     torch.testing.assert_close(model.eval()(images), method.features(images), rtol=1e-5, atol=1e-5)

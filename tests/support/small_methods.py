@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the test
     "simclr_v1": {"hidden": 32, "dim": 16},
     "simclr_v2": {"hidden": 32, "dim": 16},
