@@ -71,6 +71,10 @@ struct PairOperand {
   int64_t end(int64_t g) const { return std::min(count, (g + 1) * group); }
 };
 
+// Values of the depth that are summed at a time: short sums round less than one long chain. A factor of 100, as in CLIP
+// and SigLIP, turns the rounding of a logit into that of its weight.
+constexpr int64_t kDepth = 128;
+
 // Calls body(logits [keys, queries.group], first key, keys, first query, queries) for each tile of logits between two
 // groups.
 template <typename P, typename T = Accumulator<P>, typename Body>
@@ -84,8 +88,11 @@ void for_each_tile(const PairOperand<P>& q, const PairOperand<P>& k, int64_t que
         multiply_bf16<false>(round_up<int64_t>(keys, kTileRows16), q.depth, k.operands + key * k.depth, k.depth,
                              q.panels + (query + p) * q.depth, logits + p, q.group);
       else
-        multiply_panel<false>(keys, q.width, Operand<T>{k.rows + key * k.width, k.width, 1},
-                              q.panels + (query + p) * q.width, kPanelWidth<T>, logits + p, q.group);
+        for (int64_t d = 0; d < q.width; d += kDepth) {
+          const auto multiply = d ? multiply_panel<true, 2, T> : multiply_panel<false, 2, T>;
+          multiply(keys, std::min(kDepth, q.width - d), Operand<T>{k.rows + key * k.width + d, k.width, 1},
+                   q.panels + (query + p) * q.width + d * kPanelWidth<T>, kPanelWidth<T>, logits + p, q.group);
+        }
     body(logits, key, keys, query, queries);
   }
 }

@@ -17,6 +17,7 @@ DINOv2 and of Hugging Face's ViTMAE.
                  backbone, which is left out of a file too
     albef        the whole model, as ALBEF's official checkpoints: {"model": …}, with the names that they have twice
     imagegpt     the whole model in a .safetensors, with the names of Hugging Face's ImageGPT, and iGPT's palette
+    open_clip    the whole model of CLIP or SigLIP, as open_clip's checkpoints: {"state_dict": …}
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
 
 Files are .safetensors for timm, imagegpt and safetensors, and .pth for the others, readable by
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from fastssl.files import write_atomically
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.text import printable
+from fastssl.tower_names import to_open_clip
 from fastssl.weight_files import WeightsFile, read_file
 from fastssl.weight_names import plain_name, timm_to_torchvision, to_image_gpt, with_repeated_names
 
@@ -49,6 +51,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "albef": ("model", ""),
     "beit": ("model", ""),
     "simmim": ("model", ""),
+    "open_clip": ("state_dict", ""),
 }
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
     "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
@@ -67,10 +70,11 @@ METHOD_PARTS = (
     *("encoder_q.1.", "contexts.", "losses.", "bank_", "criterion_"),  # DenseCL, CPC, CMC
     *("decoder.", "student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
     *("visual_encoder_m.", "text_encoder", "text_proj", "vision_proj", "itm_head.", "temp", *PAIR_QUEUES),  # ALBEF
+    *("text.", "projection.", "logit_scale", "logit_bias"),  # CLIP, SigLIP
 )
 ENCODERS = (
     *("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone."),
-    "visual_encoder.",
+    *("visual_encoder.", "visual."),
 )
 DERIVED = ("num_batches_tracked", "relative_position_index")  # ends of names that a file may lack
 STARTED_ANEW = (  # what a run fills by itself
@@ -99,6 +103,7 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
         raise ValueError(f"export: {type(method).__name__} has no weights in the format {layout}: use {formats}")
     state = _encoder_state(method, layout) if layout in ("timm", "torchvision") else method.state_dict()
     state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+    state = to_open_clip(state) if layout == "open_clip" else state
     path = _without_suffix(path)
     state = to_image_gpt(state) if layout == "imagegpt" else state
     if layout in ("timm", "imagegpt", "safetensors"):
@@ -163,7 +168,7 @@ def _without_suffix(path: Path | str) -> Path:
 
 
 def load_weights(module: nn.Module, path: Path | str, encoder_only: bool = False) -> None:
-    """Loads a file that `export`, timm, torchvision, Hugging Face or the official code wrote, strictly.
+    """Loads a file that `export`, timm, torchvision, Hugging Face, open_clip or the official code wrote, strictly.
 
     What layer norms add to the variance is set to the number of the file if that is another: 1e-12 for Hugging Face's
     ViT and ViTMAE, or `layer_norm_eps` of a config.json beside it. A file does not tell the number of heads.

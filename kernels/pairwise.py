@@ -22,8 +22,8 @@ from torch import Tensor
 from .contrastive_plan import plan
 from .tile import LOG2E, acc_dtype, card, contiguous_rows, dot_in_chunks, load_tile, operand_dtype
 
-# Derivatives lie between −1 and 1, most of them near 0: in float16 they are multiplied by this, so that few are below its
-# normal numbers.
+# Derivatives lie between −1 and 1, most of them near 0: in float16 they are multiplied by this, so that few are below
+# its normal numbers.
 FLOAT16_UNIT = 16384.0
 
 
@@ -120,9 +120,9 @@ def pairwise_sigmoid_kernel(
             sums = tl.dot(weights, others, sums, input_precision=PRECISION, out_dtype=ACC_DTYPE)
     partial = part.to(tl.int64) * R + row
     if WITH_LOSS:
-        if tl.program_id(2) == 0:
-            tl.store(loss_ptr + partial, losses, mask=in_r)
-            tl.store(slope_ptr + partial, slopes, mask=in_r)
+        in_loss = in_r & (tl.program_id(2) == 0)
+        tl.store(loss_ptr + partial, losses, mask=in_loss)
+        tl.store(slope_ptr + partial, slopes, mask=in_loss)
     if WITH_SUMS:
         mask = in_r[:, None] & (column < D)[None, :]
         tl.store(sums_ptr + partial[:, None] * D + column[None, :], sums / unit, mask=mask)

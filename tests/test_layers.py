@@ -91,8 +91,9 @@ MAY_IMPORT = {
         "weights",
         "distributed",
     },
-    "weights": {*VALUES, "weight_files", "weight_names", "nn.momentum"},
-    "weight_files": {*VALUES, "weight_names"},
+    "weights": {*VALUES, "weight_files", "weight_names", "tower_names", "nn.momentum"},
+    "weight_files": {*VALUES, "weight_names", "tower_names"},
+    "tower_names": {"weight_names"},  # names of CLIP's and SigLIP's towers
     "weight_names": set(),  # names of other libraries
     "machine": {"data", "ops", "_C"},
     "cli": {

@@ -22,7 +22,7 @@ from fastssl.extras import need
 from fastssl.nn import accelerate
 from fastssl.nn.backbones import ForeignNetwork, build_backbone
 from fastssl.nn.beit import TABLE, Beit
-from fastssl.nn.block import Block, SwiGLU
+from fastssl.nn.block import Block, SwiGLU, gelu_tanh, quick_gelu
 from fastssl.nn.vit import ConvStem, ViT
 from fastssl.train.schedule import learning_rate
 
@@ -48,7 +48,8 @@ def build_classifier(
     network of timm or torchvision that the method was trained with.
 
     The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's and
-    BEiT's code; its initial weights are normal(0, 2e-5). The encoder's own last norm and head are left out. A `Beit`
+    BEiT's code; its initial weights are normal(0, 2e-5). The encoder's own last norm, pooling and head are left
+    out. A `Beit`
     becomes timm's; where its blocks share a table of relative positions, each gets a copy. The classifier of the others
     is `fc`.
 
@@ -69,7 +70,8 @@ def build_classifier(
         model, new = build(encoder, classes, drop_path), new | {"fc_norm.weight", "fc_norm.bias"}
         if (table := state.pop(f"rel_pos_bias.{TABLE}", None)) is not None:
             state |= {f"blocks.{i}.attn.{TABLE}": table for i in range(len(encoder.blocks))}
-        state = {name: x for name, x in state.items() if not name.startswith(("norm.", "fc_norm.", "head."))}
+        left_out = ("norm.", "fc_norm.", "head.", "attn_pool.")
+        state = {name: x for name, x in state.items() if not name.startswith(left_out)}
     elif backbone.startswith("resnet") or isinstance(encoder, ForeignNetwork):
         model = build_backbone(backbone, classes, small_images, image_size=getattr(encoder, "image_size", None))
         new = {f"fc.{name}" for name in model.fc.state_dict()}
@@ -143,13 +145,15 @@ def _beit(vit: Beit, classes: int, drop_path: float) -> nn.Module:
 
 def _block_options(block: Block, width: int) -> dict[str, Any]:
     """Arguments of timm's VisionTransformer for blocks like this one."""
-    from timm.layers import Mlp, SwiGLUPacked
+    from timm.layers import GELUTanh, Mlp, QuickGELU, SwiGLUPacked
 
+    layers = {gelu_tanh: GELUTanh, quick_gelu: QuickGELU}  # of the activations of `block.Mlp` that are not exact GELU
+    activation = nn.SiLU if isinstance(block.mlp, SwiGLU) else layers.get(block.mlp.activation, nn.GELU)
     return {
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / width,
         "mlp_layer": SwiGLUPacked if isinstance(block.mlp, SwiGLU) else Mlp,
-        "act_layer": nn.SiLU if isinstance(block.mlp, SwiGLU) else nn.GELU,
+        "act_layer": activation,
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "init_values": None if block.ls1 is None else 1.0,  # LayerScale, whose factors come from the state dict

@@ -1,7 +1,8 @@
 """SigLIP: whether an image and a caption belong together, by a logistic loss of each pair of the batch; ViTs.
 
-Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, arXiv:2303.15343. The recipe of its WebLI models is not
-public. Official weights load (.npz of big_vision, timm's and open_clip's files), and exports have open_clip's names.
+Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, arXiv:2303.15343. The recipe of its WebLI models is
+not public. Official weights load (.npz of big_vision, timm's and open_clip's files), and exports have open_clip's
+names.
 """
 
 from dataclasses import dataclass, field
@@ -55,8 +56,8 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(20, 128, "adamw", lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.95), warmup_epochs=1)
-        return cls("vit_mini", image_size=(32, 32), text_length=32, logit_bias=-4.8, training=training)
+        training = Training(16, 128, "adamw", lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.95), warmup_epochs=1)
+        return cls("vit_mini", 8, (32, 32), text_length=24, logit_bias=-4.8, training=training)
 
     @property
     def augmentation(self) -> Augmentation:

@@ -1,6 +1,6 @@
 """Image and text towers of CLIP and SigLIP: sizes and initial weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -26,14 +26,14 @@ class Size(NamedTuple):
 
 # Radford et al., 2021, table 20, and open_clip's ViT-H-14; vit_mini is not from a paper.
 CLIP_SIZES = {
-    "vit_mini": Size(128, 4, 4, 4, 128, 3, 4, 128),
+    "vit_mini": Size(128, 4, 4, 4, 128, 2, 4, 128),
     "vit_base": Size(768, 12, 12, 32, 512, 12, 8, 512),
     "vit_large": Size(1024, 24, 16, 14, 768, 12, 12, 768),
     "vit_huge": Size(1280, 32, 16, 14, 1024, 24, 16, 1024),
 }
 # Zhai et al., 2023: both towers have one size; So400m by Alabdulmohsin et al., 2023.
 SIGLIP_SIZES = {
-    "vit_mini": Size(128, 4, 4, 4, 128, 3, 4, 128),
+    "vit_mini": Size(128, 4, 4, 4, 128, 2, 4, 128),
     "vit_base": Size(768, 12, 12, 16, 768, 12, 12, 768),
     "vit_large": Size(1024, 24, 16, 16, 1024, 24, 16, 1024),
     "vit_so400m": Size(1152, 27, 16, 14, 1152, 27, 16, 1152, 3.7362),  # 4,304 hidden values
@@ -64,11 +64,11 @@ def clip_towers(size: Size, image_size: tuple[int, int], vocabulary: int, length
 
     Source: Radford et al., 2021 (CLIP), section 2.4, and its code.
     """
-    act = "quick_gelu" if quick_gelu else "gelu"
-    how = {"pos_embed": "learn", "pre_norm": True, "norm_eps": 1e-5, "mlp": act}
-    visual = ViT(image_size, size.patch, 3, size.dim, size.depth, size.heads, **how)
+    act: Any = "quick_gelu" if quick_gelu else "gelu"
+    how: dict[str, Any] = {"pos_embed": "learn", "pre_norm": True, "norm_eps": 1e-5, "mlp": act}
+    visual: Any = ViT(image_size, size.patch, 3, size.dim, size.depth, size.heads, **how)
     sizes = size.text_dim, size.text_depth, size.text_heads, size.out_dim
-    text = TextTower(vocabulary, length, *sizes, mlp=act)
+    text: Any = TextTower(vocabulary, length, *sizes, mlp=act)
     projection = Linear(size.dim, size.out_dim, bias=False)
     for module in visual.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -101,11 +101,24 @@ def siglip_towers(
     Source: Zhai et al., 2023 (SigLIP), section 4, and its code.
     """
     act = "gelu" if exact_gelu else "gelu_tanh"
-    how = {"class_token": False, "pos_embed": "learn", "global_pool": "map", "mlp": act, "mlp_ratio": size.mlp_ratio}
-    visual = ViT(image_size, size.patch, 3, size.dim, size.depth, size.heads, **how)
+    how: dict[str, Any] = {
+        "class_token": False,
+        "pos_embed": "learn",
+        "global_pool": "map",
+        "mlp": act,
+        "mlp_ratio": size.mlp_ratio,
+    }
+    visual: Any = ViT(image_size, size.patch, 3, size.dim, size.depth, size.heads, **how)
     sizes = size.text_dim, size.text_depth, size.text_heads, size.out_dim
-    options = {"mlp_ratio": size.mlp_ratio, "causal": False, "pool": "last", "mlp": act, "norm_eps": 1e-6, "bias": True}
-    text = TextTower(vocabulary, length, *sizes, **options)
+    options: dict[str, Any] = {
+        "mlp_ratio": size.mlp_ratio,
+        "causal": False,
+        "pool": "last",
+        "mlp": act,
+        "norm_eps": 1e-6,
+        "bias": True,
+    }
+    text: Any = TextTower(vocabulary, length, *sizes, **options)
     for module in (*visual.modules(), *text.modules()):
         if isinstance(module, Block):
             for weight in module.attn.qkv.weight.detach().chunk(3):  # q, k and v as three matrices
@@ -127,7 +140,7 @@ def siglip_towers(
     return Towers(visual, nn.Identity(), text)
 
 
-def _lecun_normal_(layer: nn.Linear | nn.Conv2d) -> None:
+def _lecun_normal_(layer: Any) -> None:
     """flax's default: a normal of variance 1 / inputs, truncated at twice the deviation before that is corrected."""
     std = layer.weight[0].numel() ** -0.5 / 0.87962566103423978
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)

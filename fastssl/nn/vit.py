@@ -300,7 +300,7 @@ class ViT(nn.Module):
             x = patches.mean(1)
         elif pool == "max":
             x = patches.amax(1)
-        elif pool == "map":
+        elif self.attn_pool is not None and pool == "map":
             x = self.attn_pool(x)
         elif pool == "avgmax":
             x = 0.5 * (patches.amax(1) + patches.mean(1))

@@ -31,7 +31,7 @@ def batch_of(images, tokens) -> Batch:
 
 
 def small(module, **changes):
-    config = dataclasses.replace(module.Config.small(), vocabulary=60, text_length=12, **changes)
+    config = dataclasses.replace(module.Config.small(), patch_size=4, vocabulary=60, text_length=12, **changes)
     config.image_size = (8, 8)
     return module.build(config)
 

@@ -7,13 +7,17 @@ from tests.support.every_command import use_every_command
 
 # Commands and formats that a method has no use for, because of its encoder: two networks, another norm, LayerScale.
 REFUSED = {
-    **{"cmc": {"finetune", "timm", "torchvision"}, "cpc": {"finetune"}, "dinov2": {"torchvision"}},
     "igpt": {"finetune", "timm", "torchvision"},
+    "cmc": {"finetune", "timm", "torchvision"},
+    "cpc": {"finetune"},
+    "dinov2": {"torchvision"},
+    "clip": {"torchvision"},
+    "siglip": {"torchvision"},
 }
 
 
 # one of each kind stays in `make test`
-ALWAYS = ("mae", "moco_v2", "simclr_v1", "byol", "cmc", "cpc", "densecl", "deepcluster", "swav", "dinov2")
+ALWAYS = ("mae", "moco_v2", "simclr_v1", "byol", "cmc", "cpc", "densecl", "deepcluster", "swav", "dinov2", "clip")
 
 
 @pytest.mark.slow

@@ -1,5 +1,10 @@
 """Sizes at which the preset `small` of each method takes milliseconds, for tests of every method."""
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the test
     "simclr_v1": {"hidden": 32, "dim": 16},
     "simclr_v2": {"hidden": 32, "dim": 16},
@@ -19,7 +24,17 @@ SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the te
         **{"koleo_weight": 0.0, "mask_probability": 1.0, "mask_ratio": (0.3, 0.3), "centering": "sinkhorn_knopp"},
     },
     "swav": {"prototypes": 12, "hidden": 16, "dim": 8, "queue_size": 64, "queue_start": 0},
+    "clip": {"vocabulary": 60},
+    "siglip": {"vocabulary": 60},
     "deepcluster": {"clusters": 6, "components": 8},
     "deepcluster_v2": {"prototypes": (6, 5), "hidden": 16, "dim": 8},
     "igpt": {"image_size": (8, 8), "colours": 9},
 }
+
+
+def extras_of(config: Any, images: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What a batch has beside its views: token ids for a method of images and text."""
+    text = getattr(config, "text", None)
+    if text is None:
+        return {}
+    return {"tokens": torch.randint(config.vocabulary, (images, text.length)).to(device)}

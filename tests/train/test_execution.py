@@ -11,7 +11,7 @@ from fastssl.methods import densecl, mae, moco_v2, moco_v3
 from fastssl.nn import MomentumEncoder
 from fastssl.train.graph import check_graph
 from tests.support import toy_method
-from tests.support.small_methods import SMALL
+from tests.support.small_methods import SMALL, extras_of
 from tests.support.trainers import constant_rate_trainer
 
 METHODS = {
@@ -37,7 +37,7 @@ def begin(name, **execution):
         setattr(config, key, value)
     trainer = constant_rate_trainer(module.build(config), config.training, 0.01, **execution)
     views = tuple(torch.randn(8, 3, *config.image_size) for _ in config.augmentation.views)
-    return trainer, Batch(views, torch.arange(8), torch.arange(8), torch.arange(8))
+    return trainer, Batch(views, torch.arange(8), torch.arange(8), torch.arange(8), extras_of(config, 8))
 
 
 def losses(trainer, batch, steps=3):

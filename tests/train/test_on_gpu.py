@@ -9,7 +9,7 @@ from fastssl.method_modules import method_module
 from fastssl.methods import densecl, mae, moco_v1, moco_v2, moco_v3
 from fastssl.train.profile import times_of_parts
 from tests.support import toy_method
-from tests.support.small_methods import SMALL
+from tests.support.small_methods import SMALL, extras_of
 from tests.support.trainers import constant_rate_trainer
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +37,8 @@ def begin(name, device="cuda", accumulate=1, **execution):
     method = module.build(config)
     views = tuple(torch.randn(16, 3, *config.image_size).to(device) for _ in config.augmentation.views)
     trainer = constant_rate_trainer(method.to(device), config.training, 0.001, **execution)
-    return trainer, Batch(views, *(torch.arange(16, device=device) for _ in range(3)))
+    numbers = (torch.arange(16, device=device) for _ in range(3))
+    return trainer, Batch(views, *numbers, extras_of(config, 16, device))
 
 
 def losses(trainer, batch, steps=3):
@@ -112,7 +113,13 @@ def test_steps_with_a_graph_equal_steps_without(name, precision):
         for i in range(7):
             size = 8 if i == 5 else 16
             views = tuple(torch.randn(size, *x.shape[1:], generator=noise, device="cuda") for x in batch.views)
-            part = Batch(views, batch.index[:size], batch.label[:size], batch.seed[:size])
+            part = Batch(
+                views,
+                batch.index[:size],
+                batch.label[:size],
+                batch.seed[:size],
+                {k: x[:size] for k, x in batch.extras.items()},
+            )
             results.append(trainer.step(iter([part])).loss)
         return torch.stack(results).cpu(), trainer.state()["model"]
 
