@@ -62,7 +62,16 @@ METHOD_PARTS = (
     *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
     *("visual_encoder_m.", "text_encoder", "text_proj", "vision_proj", "itm_head.", "temp", *PAIR_QUEUES),  # ALBEF
 )
-ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.", "visual_encoder.")
+ENCODERS = (
+    "",
+    "encoder_q.",
+    "encoder_q.0.",
+    "base_encoder.",
+    "online.",
+    "encoder.",
+    "teacher.backbone.",
+    "visual_encoder.",
+)
 STARTED_ANEW = ("queue", *PAIR_QUEUES, "memory.", "assignments", "bank", "criterion")  # what a run fills by itself
 
 

@@ -36,9 +36,7 @@ def evaluation_loader(
     small = source.size is not None and max(source.size) <= max(size)
     augmentation = evaluation(size, centre=centre or (1.0 if small else 0.875))
     number, world = part
-    return Loader(
-        source, augmentation, batch_size, train=False, rank=number, world=world, max_bad=world, **loading
-    )
+    return Loader(source, augmentation, batch_size, train=False, rank=number, world=world, max_bad=world, **loading)
 
 
 @torch.no_grad()

@@ -135,10 +135,12 @@ def retrieve(
     k = max(*KS, rerank)
     texts_of_images = nearest_on_all_ranks(text_vectors, tags, vectors, k)[order.argsort()]
     images_of_texts = nearest_on_all_ranks(vectors, mine, text_vectors, k)
-    found = Retrieved(
-        images, captions._replace(pairs=captions.pairs.to(device)), texts_of_images, images_of_texts
+    found = Retrieved(images, captions._replace(pairs=captions.pairs.to(device)), texts_of_images, images_of_texts)
+    return (
+        _rerank(found, method, rerank, evaluation_loader(source, size, 32, part, WHOLE, **loading), texts)
+        if rerank
+        else found
     )
-    return _rerank(found, method, rerank, evaluation_loader(source, size, 32, part, WHOLE, **loading), texts) if rerank else found
 
 
 def _of_images(captions: Captions, images: Tensor) -> Captions:
