@@ -333,7 +333,7 @@ def same(one, two, bound):
     ],
 )
 def test_two_ranks_equal_two_micro_batches_of_one_process(shard, changes):
-    """As in the code, a rank contrasts with its own pairs and the queue, so its part of a batch is a micro-batch. Losses,
+    """As in the code, a rank contrasts with its own pairs and the queue: its part of a batch is a micro-batch. Losses,
     queues in the order of the whole batch, weights; the draws follow the samples."""
     one = trained(3, accumulate=2, **changes)
     for two in run_ranks(2, _call, 3, {"shard": shard, **changes}):

@@ -15,6 +15,7 @@ from fastssl.contract import (
     SchedulesMomentum,
 )
 from fastssl.methods import (
+    albef,
     barlow_twins,
     byol,
     cpc,
@@ -291,6 +292,7 @@ def test_methods_fulfil_the_contract():
         deepcluster: {PreparesEpochs},
         deepcluster_v2: {DefersUpdates, PreparesEpochs},
         toy_method: {DefersUpdates},
+        albef: {SchedulesMomentum, DefersUpdates},
     }
     for module, expected in abilities.items():
         method = module.build(module.Config.small())
