@@ -55,7 +55,7 @@ def largest_difference(ours, theirs):
 
 @pytest.mark.exhaustive
 def test_twelve_steps_equal_the_transcription():
-    """Losses, the student's weights and the queues. The trainer moves the twins after its last step, the code before its
+    """Losses, the weights and the queues. The trainer moves the twins after its last step, the code before its
     next one, so they are one update ahead."""
     (ours, state), (theirs, final), initial = replay()
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
