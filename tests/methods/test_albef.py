@@ -366,3 +366,15 @@ def test_recomputing_blocks_repeats_their_dropout():
         gradients.append([p.grad for p in method.parameters() if p.requires_grad])
     for one, two in zip(*gradients):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.exhaustive
+def test_torch_compile_captures_the_method_as_one_graph():
+    """Forward and loss without a graph break, and the same values: nothing waits for the number of masked tokens."""
+    method, batch = small(), batch_of()
+    torch._dynamo.reset()
+    expected, _ = method(batch)
+    loss, _ = torch.compile(method, fullgraph=True, backend="aot_eager")(batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
