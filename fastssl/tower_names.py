@@ -74,8 +74,8 @@ def _reshape(name: str, x: Tensor) -> Tensor:
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of our CLIP in the names of OpenAI's and open_clip's, or of our SigLIP in those of open_clip's, which
-    has timm's ViT as image tower."""
+    """A state dict of our CLIP in the names of OpenAI's and open_clip's, or of our SigLIP in those of open_clip's,
+    which has timm's ViT as image tower."""
     is_clip = "projection.weight" in state
     theirs: dict[str, Tensor] = {}
     for name, x in state.items():

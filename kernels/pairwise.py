@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .contrastive_plan import plan
-from .tile import LOG2E, TRITON_DTYPES, acc_dtype, card, contiguous_rows, dot_in_chunks, load_tile, operand_dtype
+from .tile import LOG2E, acc_dtype, card, contiguous_rows, dot_in_chunks, load_tile, operand_dtype
 
-# Derivatives lie between −1 and 1, most of them near 0: in float16 they are multiplied by this, so that few are below its
-# normal numbers.
+# Derivatives lie between −1 and 1, most of them near 0: in float16 they are multiplied by this, so that few are below
+# its normal numbers.
 FLOAT16_UNIT = 16384.0
 
 
@@ -31,7 +31,7 @@ FLOAT16_UNIT = 16384.0
 def _softplus(x, ACC_DTYPE: tl.constexpr):
     """log(1 + e^x) and its derivative σ(x)."""
     t = tl.exp2(-tl.abs(x) * LOG2E)
-    if ACC_DTYPE == tl.float64:
+    if tl.float64 == ACC_DTYPE:
         one_and_t = 1 + t
         log1p = tl.where(one_and_t == 1, t, tl.log(one_and_t) * t / tl.where(one_and_t == 1, 1, one_and_t - 1))
     else:  # 2·artanh(t / (2 + t)), since a GPU's logarithm is inexact near 1
@@ -120,9 +120,9 @@ def pairwise_sigmoid_kernel(
             sums = tl.dot(weights, others, sums, input_precision=PRECISION, out_dtype=ACC_DTYPE)
     partial = part.to(tl.int64) * R + row
     if WITH_LOSS:
-        if tl.program_id(2) == 0:
-            tl.store(loss_ptr + partial, losses, mask=in_r)
-            tl.store(slope_ptr + partial, slopes, mask=in_r)
+        in_loss = in_r & (tl.program_id(2) == 0)
+        tl.store(loss_ptr + partial, losses, mask=in_loss)
+        tl.store(slope_ptr + partial, slopes, mask=in_loss)
     if WITH_SUMS:
         mask = in_r[:, None] & (column < D)[None, :]
         tl.store(sums_ptr + partial[:, None] * D + column[None, :], sums / unit, mask=mask)

@@ -1,7 +1,8 @@
 """SigLIP: whether an image and a caption belong together, by a logistic loss of each pair of the batch; ViTs.
 
-Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, arXiv:2303.15343. The recipe of its WebLI models is not
-public. Official weights load (.npz of big_vision, timm's and open_clip's files), and exports have open_clip's names.
+Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, arXiv:2303.15343. The recipe of its WebLI models is
+not public. Official weights load (.npz of big_vision, timm's and open_clip's files), and exports have open_clip's
+names.
 """
 
 from dataclasses import dataclass, field

@@ -33,8 +33,8 @@ MLPS = ("gelu", *ACTIVATIONS, "swiglu")
 class Mlp(nn.Module):
     """Linear, activation, Linear. The activation is GELU, or one of `ACTIVATIONS`, which torch computes.
 
-    With GELU, on a GPU the first bias is added by the GELU, whose backward pass sums its gradient (`ops.bias_gelu`); on a CPU the
-    second layer computes the GELU of its input, again in the backward pass (`ops.linear`).
+    With GELU, on a GPU the first bias is added by the GELU, whose backward pass sums its gradient (`ops.bias_gelu`); on
+    a CPU the second layer computes the GELU of its input, again in the backward pass (`ops.linear`).
     """
 
     def __init__(self, dim: int, hidden: int, activation: str = "gelu"):

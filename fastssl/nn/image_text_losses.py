@@ -21,9 +21,9 @@ class CLIPLoss(nn.Module):
     Every rank contrasts its own images with the texts of all ranks, and its own texts with the images of all, with
     gradient to all: open_clip's ``local_loss=True, gather_with_grad=True``. The mean of the ranks' losses and of their
     gradients, as DistributedDataParallel computes it, is that of the whole batch exactly. Of open_clip's other settings
-    the default gives both towers 1 / world of the gradient, beside a whole one for the scale; ``local_loss`` alone gives
-    another direction, since keys get no gradient; and ``gather_with_grad`` alone is right, with all logits on all ranks.
-    The batches of all ranks must have the same size. No logits are kept.
+    the default gives both towers 1 / world of the gradient, beside a whole one for the scale; ``local_loss`` alone
+    gives another direction, since keys get no gradient; and ``gather_with_grad`` alone is right, with all logits on all
+    ranks. The batches of all ranks must have the same size. No logits are kept.
 
     Args:
         gather: contrast with the features of all ranks; False for this rank's alone.
@@ -65,9 +65,9 @@ class SigLIPLoss(nn.Module):
     """SigLIP's loss: ``loss = criterion(image_features, text_features, logit_scale, logit_bias)``. Replaces open_clip's
     `SigLipLoss`.
 
-    Every rank compares its own images with the texts of all ranks, and divides by the number of its own. The mean of the
-    ranks' losses and of their gradients is that of the whole batch exactly, as with open_clip's exchanges of neighbours.
-    The batches of all ranks must have the same size. No logits are kept.
+    Every rank compares its own images with the texts of all ranks, and divides by the number of its own. The mean of
+    the ranks' losses and of their gradients is that of the whole batch exactly, as with open_clip's exchanges of
+    neighbours. The batches of all ranks must have the same size. No logits are kept.
 
     Args:
         gather: compare with the texts of all ranks; False for this rank's alone.

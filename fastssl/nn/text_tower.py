@@ -65,10 +65,8 @@ class TextTower(nn.Module):
         self._check(tokens)
         length = tokens.shape[1]
         x, delta = self.token_embedding(tokens) + self.positional_embedding[:length], None
-        if self.pool == "end":
-            ids = tokens.argmax(1, keepdim=True)
-        else:
-            ids = tokens.new_full((len(tokens), 1), length - 1)
+        last = tokens.new_full((len(tokens), 1), length - 1)
+        ids = tokens.argmax(1, keepdim=True) if self.pool == "end" else last
         for block in self.blocks[:-1]:
             x, delta = block(x, delta)
         x, delta = self.blocks[-1](x, delta, ids)

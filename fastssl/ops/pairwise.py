@@ -1,9 +1,9 @@
 """The logistic loss of all pairs of a batch (SigLIP).
 
-With logits s_ij = scale · q_i·k_j + bias and z_ij = 1 for the pairs that belong together, else −1, the loss of a pair is
-log(1 + exp(−z_ij s_ij)). There is no sum over a row inside the logarithm, so one pass over tiles of logits computes the
-loss and all its gradients, ∂loss/∂s_ij = σ(s_ij) − [z_ij = 1]: three products of B·M·D multiplications where a softmax
-takes four. The plain-torch body holds all logits in memory; a kernel does not.
+With logits s_ij = scale · q_i·k_j + bias and z_ij = 1 for the pairs that belong together, else −1, the loss of a pair
+is log(1 + exp(−z_ij s_ij)). There is no sum over a row inside the logarithm, so one pass over tiles of logits computes
+the loss and all its gradients, ∂loss/∂s_ij = σ(s_ij) − [z_ij = 1]: three products of B·M·D multiplications where a
+softmax takes four. The plain-torch body holds all logits in memory; a kernel does not.
 
 The kernels take all four dtypes and any strides, also mixed, and give the same bits every time, the C++ ones on any
 number of threads. In 16 bits the derivatives of the logits are rounded to the inputs' dtype before they are multiplied
@@ -31,9 +31,9 @@ def pairwise_sigmoid(
     """Logistic loss of all pairs of queries and keys, of which (i, ``label_offset + i``) belong together.
 
     Equals ``logits = scale * q @ keys.T + bias``, ``z = -ones(B, M)`` with 1 at ``[i, label_offset + i]``,
-    ``-F.logsigmoid(z * logits).sum() / B``: a sum over pairs, divided by the number of queries. SigLIP compares cosines,
-    so normalise rows to unit length first. Over ranks, pass the keys of all and ``label_offset = rank * B``: the mean of
-    the ranks' losses is the loss of the whole batch.
+    ``-F.logsigmoid(z * logits).sum() / B``: a sum over pairs, divided by the number of queries. SigLIP compares
+    cosines, so normalise rows to unit length first. Over ranks, pass the keys of all and ``label_offset = rank * B``:
+    the mean of the ranks' losses is the loss of the whole batch.
 
     Args:
         q: [B, D] any floating dtype, B ≥ 1. Gradient.
@@ -49,7 +49,8 @@ def pairwise_sigmoid(
         ValueError: a shape or device does not fit, or a query's key lies outside keys.
         TypeError: an argument is not floating.
 
-    Memory: a kernel needs O((B + M)·D). Gradients are computed in the forward pass, and kept. The plain-torch body makes
+    Memory: a kernel needs O((B + M)·D). Gradients are computed in the forward pass, and kept. The plain-torch body
+    makes
         logits [B, M] and their derivatives.
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, algorithm 1.
