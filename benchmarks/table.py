@@ -67,6 +67,7 @@ FAMILIES = (
         "gelu",
         "batchnorm",
         "contrastive",
+        "pairwise",
         "bank",
         "scores",
     ),

@@ -4,6 +4,7 @@
 // is computed once for both views: for N views of width D, N² D operations forward and 3 N² D backward. Without the
 // symmetry they would be 2 N² D and 4 N² D. Memory: packed copies of the views, and one tile of logits per thread.
 #include "info_nce.h"
+#include "pairs.h"
 
 namespace fastssl {
 namespace {
@@ -11,17 +12,6 @@ namespace {
 // Queries of info_nce_fwd at once: their packed copies and partial results take 5 MB at D = 128. Tasks have at most
 // kMaxQueries of them in any case, so the keys are not read more often.
 constexpr int64_t kRowsAtOnce = 2048;
-
-// Calls body(P{}) with the type of the operands: pairs of bfloat16 values where all tensors are bfloat16 and the
-// processor multiplies these, else the compute type of `like`.
-template <typename Body>
-auto with_operand_type(const Tensor& like, std::initializer_list<const Tensor*> tensors, const Body& body) {
-  const auto is_bf16 = [](const Tensor* x) { return x->scalar_type() == ScalarType::BFloat16; };
-  if (uses_bf16_products() && like.scalar_type() != ScalarType::Double &&
-      std::all_of(tensors.begin(), tensors.end(), is_bf16))
-    return body(Bf16x2{});
-  return with_compute_type(like, body);
-}
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_fwd(Tensor q, Tensor k, Tensor queue, Tensor tau, bool with_grad) {
   return with_operand_type(q, {&q, &k, &queue}, [&](auto type) {
@@ -166,114 +156,25 @@ void tournament(int64_t groups, const RunRound& run_round) {
     });
 }
 
-// The views as operands of their products with each other.
+// The views, as operands of their products with each other.
 template <typename P>
-struct Views {
+struct Views : PairOperand<P> {
   using T = Accumulator<P>;
-  static constexpr bool kPairs = std::is_same_v<P, Bf16x2>;
-  static constexpr int64_t kBlock = kKeyBlock<T>;  // keys of a tile of logits
-  static constexpr int64_t kMaxGroup = 4 * kGroup<T>;
-  static constexpr int64_t kAlignment = kPairs ? std::max(32, kPanelWidth<P>) : kPanelWidth<P>;  // of groups
-  T* rows;                                                                                       // [N, D]
-  P* operands;  // the rows as pairs, [padded N, padded D / 2]; else `rows`
-  P* panels;    // rows packed as lanes, [padded N / kPanelWidth][depth][kPanelWidth]
-  P* columns;   // columns packed in panels, [padded D / kPanelWidth][N, or pairs of rows][kPanelWidth]
-  int64_t count, width, padded, padded_count, depth, operand_stride, group, groups;
   double scale;  // log2 e / |τ|
 
-  static int64_t size(int64_t count, int64_t width) {
-    const int64_t padded = padded_width<P>(width), padded_count = round_up(count, kAlignment);
-    if (kPairs) return count * width + 3 * padded_count * padded / 2;
-    return (count + padded_count) * width + count * padded;
-  }
   Views(const Matrix& z, double tau, T* memory)
-      : rows(memory), count(z.rows), width(z.width), padded(padded_width<P>(z.width)),
-        padded_count(round_up(count, kAlignment)), depth(kPairs ? padded / 2 : width), operand_stride(depth),
-        group(choose_group(z.rows)), groups((z.rows + group - 1) / group), scale(kLog2E / std::abs(tau)) {
-    operands = reinterpret_cast<P*>(rows + (kPairs ? count * width : 0));
-    panels = operands + (kPairs ? padded_count : count) * depth;
-    columns = panels + padded_count * depth;
-    const T sign = tau < 0 ? T(-1) : T(1);
-    for_tasks(padded_count / kAlignment, 50.0 * count * width, rows, 0, [&](int64_t task, T*) {
-      const int64_t first = task * kAlignment, row_count = std::min(kAlignment, count - first);
-      widen(z, first, row_count, rows + first * width);
-      if constexpr (kPairs) {
-        P* pairs = operands + first * depth;
-        copy_pairs(z, first, row_count, kAlignment, sign, pairs);
-        for (int64_t p = 0; p < kAlignment; p += kPanelWidth<P>)
-          pack_rows(pairs + p * depth, depth, kPanelWidth<P>, depth, P(1), panels + (first + p) * depth);
-        copy_pairs(z, first, row_count, kAlignment, 1, pairs);
-        pack_row_pairs(pairs, depth, kAlignment, columns + first / 2 * kPanelWidth<P>, padded_count / 2);
-      } else {
-        pack_rows(rows + first * width, width, row_count, width, sign, panels + first * width);
-        pack_columns(rows + first * width, row_count, width, columns + first * kPanelWidth<P>, count);
-      }
-    });
-  }
-  // Size of a group. There are 4 groups, or 8, 16, …, until a group has at most kMaxGroup views: a round of the
-  // tournament has half as many tasks as there are groups.
-  static int64_t choose_group(int64_t count) {
-    int64_t groups = 4;
-    while (count > groups * kMaxGroup) groups *= 2;
-    return std::max(kAlignment, round_up<int64_t>((count + groups - 1) / groups, kAlignment));
-  }
-  int64_t first(int64_t g) const { return g * group; }
-  int64_t end(int64_t g) const { return std::min(count, (g + 1) * group); }
-  int64_t positive(int64_t i) const { return (i + count / 2) % count; }
+      : PairOperand<P>(z, tau < 0 ? T(-1) : T(1), memory), scale(kLog2E / std::abs(tau)) {}
+  int64_t positive(int64_t i) const { return (i + this->count / 2) % this->count; }
 
-  // Calls body(logits [keys, group], first key, keys, first query, queries) for the logits between two groups.
-  template <typename Body>
-  void for_each_tile(int64_t query_group, int64_t key_group, T* logits, const Body& body) const {
-    const int64_t query = first(query_group), queries = end(query_group) - query;
-    for (int64_t key = first(key_group); key < end(key_group); key += kBlock) {
-      const int64_t keys = std::min(kBlock, end(key_group) - key);
-      for (int64_t p = 0; p < queries; p += kPanelWidth<P>)
-        if constexpr (kPairs)
-          multiply_bf16<false>(round_up<int64_t>(keys, kTileRows16), depth, operands + key * depth, depth,
-                               panels + (query + p) * depth, logits + p, group);
-        else
-          multiply_panel<false>(keys, width, Operand<T>{rows + key * width, width, 1}, panels + (query + p) * width,
-                                kPanelWidth<T>, logits + p, group);
-      body(logits, key, keys, query, queries);
-    }
-  }
-  // Values of a thread's tile: logits, and in bfloat16 their weights as pairs, twice.
-  static constexpr int64_t kTileSize = kBlock * kMaxGroup * (kPairs ? 2 : 1);
-
-  // sums[query] += Σ_key weights[key, query] z[key], and, unless both groups are the same, the sums of the keys. The
-  // weights are [keys, group]; `memory` behind them is scratch.
-  void add_products(T* weights, int64_t key, int64_t keys, int64_t query, int64_t queries, bool same, T* sums) const {
-    if constexpr (kPairs) {
-      const int64_t padded_keys = round_up<int64_t>(keys, 32), padded_queries = round_up<int64_t>(queries, 32);
-      P *by_key = reinterpret_cast<P*>(weights + kBlock * kMaxGroup), *by_query = by_key + kBlock * kMaxGroup / 2;
-      round_rows(weights, group, keys, padded_keys, queries, padded_queries, by_key);
-      transpose_bf16(by_key, padded_queries / 2, padded_keys, padded_queries / 2, by_query, padded_keys / 2);
-      for (int64_t c = 0; c < padded; c += kPanelWidth<P>) {
-        const P* panel = columns + c * padded_count / 2;
-        multiply_bf16<true>(padded_queries, padded_keys / 2, by_query, padded_keys / 2,
-                            panel + key / 2 * kPanelWidth<P>, sums + query * padded + c, padded);
-        if (!same)
-          multiply_bf16<true>(padded_keys, padded_queries / 2, by_key, padded_queries / 2,
-                              panel + query / 2 * kPanelWidth<P>, sums + key * padded + c, padded);
-      }
-    } else {
-      for (int64_t c = 0; c < padded; c += kPanelWidth<P>) {
-        const P* panel = columns + c * count;
-        multiply_panel<true>(queries, keys, Operand<T>{weights, 1, group}, panel + key * kPanelWidth<P>, kPanelWidth<P>,
-                             sums + query * padded + c, padded);
-        if (!same)
-          multiply_panel<true>(keys, queries, Operand<T>{weights, group, 1}, panel + query * kPanelWidth<P>,
-                               kPanelWidth<P>, sums + key * padded + c, padded);
-      }
-    }
-  }
   // Calls body(a, b, logits) for every pair a ≤ b of groups, in the rounds of a tournament.
   template <typename Body>
   void for_each_pair(T* tiles, const Body& body) const {
+    const int64_t groups = this->groups, group = this->group;
     tournament(groups, [&](int64_t pairs, const auto& pair) {
-      for_tasks(pairs, 2.0 * pairs * group * group * width, tiles, kTileSize, [&](int64_t index, T* logits) {
+      const double operations = 2.0 * pairs * group * group * this->width;
+      for_tasks(pairs, operations, tiles, PairOperand<P>::kTileSize, [&](int64_t index, T* logits) {
         const auto [a, b] = pair(index);
-        [[maybe_unused]] const std::conditional_t<kPairs, TileScope, int> scope{};
+        [[maybe_unused]] const PairScope<P> scope{};
         if (b < groups) body(a, b, logits);
       });
     });
@@ -285,7 +186,7 @@ struct Views {
 template <typename P, typename T = Accumulator<P>>
 void sum_negatives(const Views<P>& z, T shift, T* tiles, T* sums) {
   z.for_each_pair(tiles, [&](int64_t a, int64_t b, T* memory) {
-    z.for_each_tile(a, b, memory, [&](T* logits, int64_t key, int64_t keys, int64_t query, int64_t queries) {
+    for_each_tile(z, z, a, b, memory, [&](T* logits, int64_t key, int64_t keys, int64_t query, int64_t queries) {
       for (int64_t i = 0; i < queries; ++i)
         for (const int64_t excluded : {z.positive(query + i), query + i})
           if (key <= excluded && excluded < key + keys) logits[(excluded - key) * z.group + i] = T(kExcluded);
@@ -318,7 +219,7 @@ template <typename P, typename T = Accumulator<P>>
 void nt_xent_gradient(const Views<P>& z, const T* shift, const T* rest, const T* upstream, T* tiles, T* sums) {
   const SplitDouble<T> scale(z.scale);
   z.for_each_pair(tiles, [&](int64_t a, int64_t b, T* memory) {
-    z.for_each_tile(a, b, memory, [&](T* weights, int64_t key, int64_t keys, int64_t query, int64_t queries) {
+    for_each_tile(z, z, a, b, memory, [&](T* weights, int64_t key, int64_t keys, int64_t query, int64_t queries) {
       const int64_t lanes = round_up<int64_t>(queries, kLanes<T>);
       for (int64_t j = 0; j < keys; ++j) {
         T* row = weights + j * z.group;
@@ -337,7 +238,7 @@ void nt_xent_gradient(const Views<P>& z, const T* shift, const T* rest, const T*
           weights[positive * z.group + i] -= upstream[query + i] + upstream[key + positive];
         if (0 <= self && self < keys) weights[self * z.group + i] = 0;
       }
-      z.add_products(weights, key, keys, query, queries, a == b, sums);
+      add_products(z, z, weights, key, keys, query, queries, sums, a == b ? nullptr : sums);
     });
   });
 }

@@ -37,6 +37,17 @@ struct Matrix {  // a tensor [rows, width] of any floating dtype and strides
         row_stride(tensor.stride(0)), column_stride(tensor.stride(1)) {}
 };
 
+// Calls body(P{}) with the type of the operands: pairs of bfloat16 values where all tensors are bfloat16 and the
+// processor multiplies these, else the compute type of `like`.
+template <typename Body>
+auto with_operand_type(const Tensor& like, std::initializer_list<const Tensor*> tensors, const Body& body) {
+  const auto is_bf16 = [](const Tensor* x) { return x->scalar_type() == ScalarType::BFloat16; };
+  if (uses_bf16_products() && like.scalar_type() != ScalarType::Double &&
+      std::all_of(tensors.begin(), tensors.end(), is_bf16))
+    return body(Bf16x2{});
+  return with_compute_type(like, body);
+}
+
 // Rows [first, first + count) of a matrix.
 inline Matrix part_of(Matrix matrix, int64_t first, int64_t count) {
   with_float_type(matrix.dtype, "rows", [&](auto type) {

@@ -1,20 +1,26 @@
 """Evaluation of a run: loads its encoder, opens the data, and notes the results in evaluations.jsonl."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastssl import distributed
+from fastssl.contract import EmbedsText, MatchesText
 from fastssl.data.source import Source
 from fastssl.eval.embedding import Embedding
 from fastssl.eval.features import block_features, extract, extract_on_all_ranks, features_of
 from fastssl.eval.knn import knn_accuracy
 from fastssl.eval.labels import Accuracy, labelled, labelled_subset
 from fastssl.eval.linear import sweep, train_official
+from fastssl.eval.prompts import Lines, class_names, read_templates
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
+from fastssl.eval.retrieval import WHOLE, Recall, captioned, retrieve
 from fastssl.eval.spectrum import measure_spectrum
+from fastssl.eval.texts import Texts
+from fastssl.eval.zeroshot import build_prompts, class_features, zeroshot_accuracy
 from fastssl.machine import available_engine, select_device, share_cores
 from fastssl.method_modules import SMALL, method_module
 from fastssl.milestones import shorten
@@ -33,7 +39,7 @@ class Frozen(NamedTuple):
     method: nn.Module
     step: int  # steps of the checkpoint
     device: torch.device
-    loading: dict[str, Any]  # device, workers and engine for loading images
+    loading: dict[str, Any]  # how images are normalised, and device, workers and engine for loading them
 
 
 def load_frozen(run: Run, device: str = "auto") -> Frozen:
@@ -207,6 +213,103 @@ def embed(
     return Embedding(*(torch.cat(column) for column in zip(*tables)), names, splits)
 
 
+@distributed.group_scope()
+def zeroshot(
+    run: Run,
+    classes: Lines | None = None,
+    templates: Lines | None = None,
+    data: str | Sources | None = None,
+    device: str = "auto",
+) -> Accuracy:
+    """Classifies held-out images by sentences about the classes; see `Run.zeroshot`. On several ranks each embeds its
+    part of images and sentences."""
+    texts, source = _texts(run, "zeroshot"), run.source("test", data)
+    test, name = labelled(source), run.data_name(data)
+    if not len(test):
+        raise ValueError(f"eval zeroshot: the held-out split of {printable(name)} has no labels to compare with")
+    names, sentences = class_names(classes, test.classes, name), read_templates(templates)
+    prompts = build_prompts(names, sentences, texts)
+    frozen = load_frozen(run, device)
+    _need_ability(run, frozen.method, EmbedsText, "zeroshot")
+    _tell_left_out(len(source) - len(test), len(source), "label")
+    part = (distributed.rank(), distributed.world_size())
+    images, labels, _ = extract(
+        frozen.method.embed_images, test, run.image_size, part=part, centre=WHOLE, **frozen.loading
+    )
+    features = class_features(frozen.method.embed_text, prompts, texts, frozen.device)
+    accuracy = zeroshot_accuracy(images, labels, features)
+    facts = {"classes": _name_of_lines(classes), "templates": _name_of_lines(templates)}
+    _note(run, frozen.step, "zeroshot", accuracy.top1, data, **facts, top5=_rounded(accuracy.top5))
+    return accuracy
+
+
+@distributed.group_scope()
+def retrieval(run: Run, rerank: int = 0, data: str | Sources | None = None, device: str = "auto") -> Recall:
+    """Searches held-out texts for images and images for texts; see `Run.retrieval`. On several ranks each embeds its
+    part of both."""
+    check_evaluation(rerank=rerank)
+    texts, test = _texts(run, "retrieval"), run.source("test", data)
+    source, captions = captioned(test, texts.encode)
+    if not len(source):
+        name = printable(run.data_name(data))
+        raise ValueError(f"eval retrieval: the held-out split of {name} has no captions to search for")
+    frozen = load_frozen(run, device)
+    _need_ability(run, frozen.method, EmbedsText, "retrieval")
+    if rerank and not isinstance(frozen.method, MatchesText):
+        raise ValueError(
+            f"eval retrieval: --rerank is for methods that judge pairs of an image and a text, such as albef, and "
+            f"{run.method_name} does not: leave it out"
+        )
+    _tell_left_out(len(test) - len(source), len(test), "caption")
+    recall = retrieve(frozen.method, source, captions, run.image_size, texts, rerank, **frozen.loading).recall()
+    for direction, shares in (("image to text", recall.image_to_text), ("text to image", recall.text_to_image)):
+        results = {f"r{k}": round(share, 4) for k, share in shares.items() if k > 1}
+        results |= {"images": recall.images, "texts": recall.texts}
+        _note(run, frozen.step, "retrieval", shares[1], data, results, direction=direction, rerank=rerank or None)
+    return recall
+
+
+def _texts(run: Run, evaluation: str) -> Texts:
+    """Reads texts as the run's method does.
+
+    Raises:
+        ValueError: the method has no text.
+    """
+    text = getattr(run.config, "text", None)
+    if text is None:
+        raise ValueError(
+            f"eval {evaluation}: the run must be of a method of images and text, such as clip, got {run.method_name}: "
+            "use eval knn or eval linear"
+        )
+    return Texts(text)
+
+
+def _need_ability(run: Run, method: nn.Module, ability: type, evaluation: str) -> None:
+    """Checks that the method has the functions of a protocol.
+
+    Raises:
+        ValueError: it lacks them.
+    """
+    if not isinstance(method, ability):
+        raise ValueError(
+            f"eval {evaluation}: the method {run.method_name} must have the functions of fastssl.contract."
+            f"{ability.__name__}, got {type(method).__name__} without them"
+        )
+
+
+def _tell_left_out(count: int, total: int, lack: str) -> None:
+    """Says on the first rank how many held-out images are left out, if there are any."""
+    if count and distributed.rank() == 0:
+        print(f"eval: {count:,} of {total:,} images of the held-out split have no {lack} and are left out")
+
+
+def _name_of_lines(lines: Lines | None) -> str | None:
+    """What evaluations.jsonl says of a text file, or of lines that were given as a list."""
+    if lines is None:
+        return None
+    return str(Path(lines).expanduser().absolute()) if isinstance(lines, str | Path) else f"{len(lines)} in a list"
+
+
 def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch.device) -> None:
     """Notes and prints the kNN accuracy (k = 20) of a method during its run, if both splits have labels, and how many
     dimensions its features use.
@@ -324,6 +427,7 @@ def _refuse_ranks(command: str) -> None:
 
 
 def _loading(run: Run, device: torch.device) -> dict[str, Any]:
-    """Device, workers and engine for loading images."""
+    """How images are normalised, and device, workers and engine for loading them."""
     workers = share_cores(run.options.workers, device, distributed.local_world_size())
-    return {"device": device, "workers": workers, "engine": available_engine(run.options.engine, device)}
+    engine = available_engine(run.options.engine, device)
+    return {"device": device, "workers": workers, "engine": engine, **run.normalisation}

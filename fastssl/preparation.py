@@ -83,6 +83,8 @@ def prepare(
     text = getattr(run.config, "text", None)
     if text is not None:
         source = with_captions(source)
+        if options.execution.graph:  # it needs batches of one shape
+            text = dataclasses.replace(text, trim=False)
     fingerprints, data_changes = {}, []
     if distributed.rank() == 0:
         fingerprints = {TRAINING: take_fingerprint(source, text is not None), HELD_OUT: take_fingerprint(test)}

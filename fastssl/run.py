@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.bounds import NOT_NEGATIVE, Range, check_ranges
+from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.source import Source, expand_user, open_source
 from fastssl.files import write_atomically
 from fastssl.method_modules import method_module
@@ -39,11 +40,13 @@ from fastssl.train.records import read_records, rewrite_records
 
 if TYPE_CHECKING:
     from fastssl.eval.labels import Accuracy
+    from fastssl.eval.retrieval import Recall
 
 PATH_SOURCES = (  # their argument is a path
     *("folder", "webdataset", "pack", "arrays", "idx", "cifar10", "cifar100", "csv", "tsv", "coco"),
 )
 OBJECTS = "python"  # stands for the source's name where the sources were given as Python objects
+IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 EVALUATIONS = {"evaluation": str, "step": int, "accuracy": float}  # fields of every line of evaluations.jsonl
 WORKERS = Range(0, 1024)  # more processes than any machine has cores for would only fill its memory
 Sources = tuple[Source, Source]  # training and held-out split
@@ -146,6 +149,12 @@ class Run:
         return size or self.config.augmentation.views[0].size
 
     @property
+    def normalisation(self) -> dict[str, tuple[float, float, float]]:
+        """{"mean", "std"} by which the method's first view is normalised; ImageNet's for views that are not RGB."""
+        view = self.config.augmentation.views[0]
+        return {"mean": view.mean, "std": view.std} if view.colour_space == "rgb" else IMAGENET
+
+    @property
     def backbone(self) -> str:
         """Name of the backbone; "" for a method without that field."""
         return getattr(self.config, "backbone", "")
@@ -243,7 +252,7 @@ class Run:
     def encoder(self) -> nn.Module:
         """The pretrained encoder in evaluation mode, on the CPU: images [B, 3, H, W] → features [B, F].
 
-        Images are normalised with `fastssl.data.augmentation.IMAGENET_MEAN` and `IMAGENET_STD`; (H, W) is `image_size`.
+        Images are normalised by `normalisation`; (H, W) is `image_size`.
         Its state dict has the names of timm or torchvision.
         """
         return self.load().encoder.eval()
@@ -358,6 +367,47 @@ class Run:
         from fastssl.evaluation import finetune
 
         return finetune(self, labels, seed, data, device, settings)
+
+    def zeroshot(
+        self,
+        classes: str | Path | Sequence[str] | None = None,
+        templates: str | Path | Sequence[str] | None = None,
+        data: str | Sources | None = None,
+        device: str = "auto",
+    ) -> "Accuracy":
+        """Accuracy without training on labels: an image gets the class whose sentences are nearest to it.
+
+        For methods of images and text. Images are held-out ones.
+
+        Args:
+            classes: names in the order of the labels, as a list or a UTF-8 text file with one a line; the source's own
+                by default, with blanks for underscores.
+            templates: sentences with ``{}`` for the name, as a list or such a file; `eval.prompts.TEMPLATES` by
+                default.
+            data, device: as for `knn`.
+
+        Raises:
+            ValueError: the method has no text, the source no labels, or names or templates are not as described.
+        """
+        from fastssl.evaluation import zeroshot
+
+        return zeroshot(self, classes, templates, data, device)
+
+    def retrieval(self, rerank: int = 0, data: str | Sources | None = None, device: str = "auto") -> "Recall":
+        """Shares of held-out images that find one of their captions among the first 1, 5 and 10, and the reverse.
+
+        For methods of images and text. Captions with equal tokens are one text, which belongs to all of their images.
+
+        Args:
+            rerank: number of the best ones that the method sorts again by judging image and text together; 0 for none.
+            data, device: as for `knn`.
+
+        Raises:
+            ValueError: the method has no text or cannot judge pairs, or the source has no captions.
+        """
+        from fastssl.evaluation import retrieval
+
+        return retrieval(self, rerank, data, device)
 
     @torch.no_grad()
     def embed(

@@ -2,15 +2,19 @@
 
 import json
 import pickle
+import warnings
+import zipfile
 from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fastssl.text import printable
+from fastssl.tower_names import to_towers
 from fastssl.weight_names import HUGGING_FACE_EPS, is_hugging_face, plain_names, student_and_teacher, to_timm
 
 
@@ -28,7 +32,8 @@ def read_file(
     """The state dict of a file, with the names of timm unless they are those of the module to load.
 
     Args:
-        path: .safetensors, or any other file for ``torch.load(weights_only=True)``.
+        path: .safetensors, .npz (big_vision's SigLIP), or any other file for ``torch.load(weights_only=True)``, also a
+            TorchScript archive (OpenAI's CLIP).
         names: names of the module to load; a file with these, or with those of a student and a teacher where the module
             has them, keeps them.
         own_names: keep the file's names in any case.
@@ -50,6 +55,7 @@ def read_file(
         raise ValueError(f"{prefix}{printable(error)}") from error
     if own_names or set(state) == names:
         return WeightsFile(name, state, None)
+    state = to_towers(state)
     return WeightsFile(name, to_timm(state, fold), _hugging_face_eps(path) if is_hugging_face(state) else None)
 
 
@@ -69,6 +75,13 @@ def _read_content(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in arrays.items()}
+        if _is_torchscript(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated; such files remain
+                return dict(torch.jit.load(path, map_location="cpu").state_dict())
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and key errors of a damaged file have no common base
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
@@ -78,6 +91,14 @@ def _read_content(path: Path) -> Any:
                 "torch.save({k: v for k, v in c.items() if isinstance(v, dict)}, 'clean.pth') makes a file without that"
             ) from error
         raise ValueError(f"weights: {name} is damaged or no weights file ({type(error).__name__})") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    """True for an archive of torch.jit, whose code Python does not run when it is read."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _state_of(content: Any, name: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ DINOv2 and of Hugging Face's ViTMAE.
                  "dino_loss": {…}}
     densecl      the whole model, as DenseCL's official checkpoints: {"state_dict": …}, without their second copy of the
                  backbone, which is left out of a file too
+    open_clip    the whole model of CLIP or SigLIP, as open_clip's checkpoints: {"state_dict": …}
     albef        the whole model, as ALBEF's official checkpoints: {"model": …}, with the names that they have twice
     safetensors  the whole model in a .safetensors, with the names of `state_dict()`
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from fastssl.files import write_atomically
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.text import printable
+from fastssl.tower_names import to_open_clip
 from fastssl.weight_files import WeightsFile, read_file
 from fastssl.weight_names import plain_name, timm_to_torchvision, with_repeated_names
 
@@ -42,6 +44,7 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "vicreg": ("model", "module."),
     "swav": ("state_dict", "module."),
     "densecl": ("state_dict", ""),
+    "open_clip": ("state_dict", ""),
     "albef": ("model", ""),
 }
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
@@ -60,17 +63,12 @@ METHOD_PARTS = (
     *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments"),
     *("encoder_q.1.", "contexts.", "losses.", "bank_", "criterion_"),  # DenseCL, CPC, CMC
     *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
+    *("text.", "projection.", "logit_scale", "logit_bias"),  # CLIP, SigLIP
     *("visual_encoder_m.", "text_encoder", "text_proj", "vision_proj", "itm_head.", "temp", *PAIR_QUEUES),  # ALBEF
 )
 ENCODERS = (
-    "",
-    "encoder_q.",
-    "encoder_q.0.",
-    "base_encoder.",
-    "online.",
-    "encoder.",
-    "teacher.backbone.",
-    "visual_encoder.",
+    *("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone."),
+    *("visual.", "visual_encoder."),
 )
 STARTED_ANEW = ("queue", *PAIR_QUEUES, "memory.", "assignments", "bank", "criterion")  # what a run fills by itself
 
@@ -96,6 +94,7 @@ def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> 
         raise ValueError(f"export: {type(method).__name__} has no weights in the format {layout}: use {formats}")
     state = _encoder_state(method, layout) if layout in ("timm", "torchvision") else method.state_dict()
     state = {name: x.detach().cpu().contiguous() for name, x in state.items()}
+    state = to_open_clip(state) if layout == "open_clip" else state
     path = _without_suffix(path)
     if layout in ("timm", "safetensors"):
         path = path.with_name(f"{path.name}.safetensors")
@@ -155,7 +154,7 @@ def _without_suffix(path: Path | str) -> Path:
 
 
 def load_weights(module: nn.Module, path: Path | str, encoder_only: bool = False) -> None:
-    """Loads a file that `export`, timm, torchvision, Hugging Face or the official code wrote, strictly.
+    """Loads a file that `export`, timm, torchvision, Hugging Face, open_clip or the official code wrote, strictly.
 
     What layer norms add to the variance is set to the number of the file if that is another: 1e-12 for Hugging Face's
     ViT and ViTMAE, or `layer_norm_eps` of a config.json beside it. A file does not tell the number of heads.

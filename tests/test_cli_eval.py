@@ -144,6 +144,7 @@ def test_help(monkeypatch, capsys, pretrained):
         "fastssl eval knn",
         "fastssl eval linear",
         "fastssl eval finetune",
+        "fastssl eval zeroshot",
     ]
     for words, shown in {
         ("knn",): "--k",
@@ -158,8 +159,9 @@ def test_help(monkeypatch, capsys, pretrained):
 
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
-    refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got nothing", "eval")
-    refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got probe", "eval", "probe", pretrained)
+    name = "eval: name an evaluation: knn, linear, finetune, zeroshot or retrieval, got"
+    refused(monkeypatch, f"{name} nothing", "eval")
+    refused(monkeypatch, f"{name} probe", "eval", "probe", pretrained)
     for command in ("knn", "linear", "finetune"):
         sentence = f"run: {tmp_path} is not a run folder: it has no config.json"
         refused(monkeypatch, sentence, "eval", command, tmp_path)

@@ -52,7 +52,17 @@ MAY_IMPORT = {
     "report": {*VALUES, "extras", "run", "ops", "data", "train.records", "eval"},
     # `Run` calls evaluation, pretraining, report and weights inside its methods; they import `Run`
     "method_modules": {"methods", "data"},
-    "run": {*VALUES, "extras", "settings", "method_modules", "data", "eval.labels", "train", *RUN_ACTIONS},
+    "run": {
+        *VALUES,
+        "extras",
+        "settings",
+        "method_modules",
+        "data",
+        "eval.labels",
+        "eval.retrieval",
+        "train",
+        *RUN_ACTIONS,
+    },
     "evaluation": {
         *VALUES,
         "settings",
@@ -80,8 +90,9 @@ MAY_IMPORT = {
         "weights",
         "distributed",
     },
-    "weights": {*VALUES, "weight_files", "weight_names", "nn.momentum"},
-    "weight_files": {*VALUES, "weight_names"},
+    "weights": {*VALUES, "weight_files", "weight_names", "tower_names", "nn.momentum"},
+    "weight_files": {*VALUES, "weight_names", "tower_names"},
+    "tower_names": {"weight_names"},  # names of CLIP's and SigLIP's towers
     "weight_names": set(),  # names of other libraries
     "machine": {"data", "ops", "_C"},
     "cli": {

@@ -15,8 +15,9 @@ from fastssl.data.augmentation import Augmentation
 from fastssl.data.jpeg import DECODER
 from fastssl.data.loader import Loader
 from fastssl.data.parts import Parts, Sample, measure_parts, take_sample
-from fastssl.data.source import Source, open_source
+from fastssl.data.source import Source, Subset, open_source
 from fastssl.data.timing import Throughput, cores, measure_throughput
+from fastssl.data.token_table import build_table, with_captions
 from fastssl.data.workers import choose_kind
 from fastssl.machine import compared_engines, installed_engines
 from fastssl.method_modules import find_augmentation, method_module
@@ -164,7 +165,12 @@ def measure_step(name: str, source: Source, batch_size: int, precision: Any) -> 
     trainer = Trainer(method, training, Execution(precision=precision), 1000, parameter_groups=groups)
     numbers = torch.arange(batch_size, device=device) % len(source)
     views = tuple(torch.randn(batch_size, 3, *view.size, device=device) for view in config.augmentation.views)
-    batch = Batch(views, numbers, torch.full_like(numbers, -1), numbers)
+    extras = {}
+    if text := getattr(config, "text", None):
+        images = with_captions(Subset(source, range(min(batch_size, len(source)))))
+        chosen = torch.arange(batch_size) % len(images)
+        extras["tokens"] = build_table(images, text).gather(chosen, chosen).to(device)
+    batch = Batch(views, numbers, torch.full_like(numbers, -1), numbers, extras)
 
     def run_step() -> None:
         trainer.step(iter([batch]))

@@ -1,6 +1,7 @@
 """`fastssl eval`: evaluations of a run's encoder."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from fastssl import distributed, evaluation
@@ -18,8 +19,12 @@ HELP = """fastssl eval: accuracy of a run's encoder, on the run's data or anothe
   fastssl eval linear RUN    linear classifier on frozen features: a quick sweep, or the paper's protocol
   fastssl eval finetune RUN  encoder and classifier trained end to end
 
+  of methods of images and text:
+  fastssl eval zeroshot RUN  sentences about the classes are compared with held-out images: no training
+  fastssl eval retrieval RUN captions are found for held-out images, and images for captions
+
   fastssl eval linear RUN --help lists every option with its default. linear and finetune take --labels 0.01 or 0.1 for
-  few labels; knn and linear also run under torchrun.
+  few labels; knn, linear, zeroshot and retrieval also run under torchrun.
 """
 
 
@@ -50,6 +55,24 @@ class KnnFlags(DataFlags):
 
 
 @dataclass
+class ZeroshotFlags(DataFlags):
+    """Accuracy without labels of a method of images and text: an image gets the class whose sentences are nearest."""
+
+    classes: Path | None = None
+    """text file with a name a line, in the order of the labels; the source's own names by default"""
+    templates: Path | None = None
+    """text file with a sentence a line, with {} for the name; a few of all-purpose ones by default"""
+
+
+@dataclass
+class RetrievalFlags(DataFlags):
+    """Retrieval of a method of images and text: captions found for held-out images, and images found for captions."""
+
+    rerank: int = 0
+    """number of the best ones that the method sorts again by judging image and text together (albef); 0 for none"""
+
+
+@dataclass
 class FirstFlags:
     """The flags of `eval linear` and `eval finetune` on which the defaults of the others depend."""
 
@@ -58,13 +81,16 @@ class FirstFlags:
 
 
 def command(words: list[str]) -> None:
-    """fastssl eval knn|linear|finetune RUN"""
-    commands = {"knn": _knn, "linear": _linear, "finetune": _finetune}
+    """fastssl eval knn|linear|finetune|zeroshot|retrieval RUN"""
+    commands = {"knn": _knn, "linear": _linear, "finetune": _finetune, "zeroshot": _zeroshot, "retrieval": _retrieval}
     if words in (["-h"], ["--help"]):
         print(HELP)
         return
     if not words or words[0] not in commands:
-        raise ValueError(f"eval: name an evaluation: knn, linear or finetune, got {words[0] if words else 'nothing'}")
+        *names, last = commands
+        raise ValueError(
+            f"eval: name an evaluation: {', '.join(names)} or {last}, got {words[0] if words else 'nothing'}"
+        )
     commands[words[0]](words[1:])
 
 
@@ -121,6 +147,25 @@ def _finetune(words: list[str]) -> None:
     _print_accuracy("finetune", run, accuracy, flags)
 
 
+def _zeroshot(words: list[str]) -> None:
+    flags, run = parse_for_run(lambda run: ZeroshotFlags, words, "fastssl eval zeroshot")
+    accuracy = run.zeroshot(flags.classes, flags.templates, flags.data, flags.device)
+    if distributed.rank() == 0:
+        _print_accuracy("zero-shot", run, accuracy, flags)
+
+
+def _retrieval(words: list[str]) -> None:
+    flags, run = parse_for_run(lambda run: RetrievalFlags, words, "fastssl eval retrieval")
+    recall = run.retrieval(flags.rerank, flags.data, flags.device)
+    if distributed.rank() > 0:
+        return
+    again = f", the first {flags.rerank} sorted again" if flags.rerank else ""
+    sizes = f"{recall.images:,} images, {recall.texts:,} texts{again}"
+    print(printable(f"retrieval of {run.folder} on {run.data_name(flags.data)}: {sizes}"))
+    for direction, shares in (("image to text", recall.image_to_text), ("text to image", recall.text_to_image)):
+        print(f"{direction}: " + " · ".join(f"R@{k} {share:.1%}" for k, share in shares.items()))
+
+
 def _print_accuracy(name: str, run: Run, accuracy: Accuracy | None, flags: Any, *details: str) -> None:
     """Prints an accuracy on the first rank, the only one that has it."""
     if accuracy is None:
@@ -128,7 +173,8 @@ def _print_accuracy(name: str, run: Run, accuracy: Accuracy | None, flags: Any, 
     top5 = "" if accuracy.top5 is None else f", top-5 {accuracy.top5:.1%}"
     setting = run.evaluations()[-1].get("setting")
     details = [*details, *([setting] if setting else [])]
-    details += [f"{flags.labels:.3g} of the labels"] if flags.labels < 1 else []
+    labels = getattr(flags, "labels", 1)
+    details += [f"{labels:.3g} of the labels"] if labels < 1 else []
     detail_text = f" ({', '.join(details)})" if details else ""
     data = run.data_name(flags.data)
     text = f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{detail_text}"

@@ -78,12 +78,18 @@ def asymmetric_views(view: View, blur_p: tuple[float, ...], solarize_p: tuple[fl
     return Augmentation(tuple(replace(view, blur_p=blur, solarize_p=sun) for blur, sun in zip(blur_p, solarize_p)))
 
 
-def evaluation(size: tuple[int, int], centre: float = 0.875) -> Augmentation:
+def evaluation(
+    size: tuple[int, int],
+    centre: float = 0.875,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> Augmentation:
     """An undistorted centre crop, at any size; the papers' protocol takes 224 pixels of a side of 256.
 
     The images are decoded in full.
     """
-    return Augmentation((View(size=size, centre=centre, interpolation="bicubic"),), reduced=False)
+    view = View(size=size, centre=centre, interpolation="bicubic", mean=mean, std=std)
+    return Augmentation((view,), reduced=False)
 
 
 def multi_crop(

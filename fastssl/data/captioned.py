@@ -15,7 +15,7 @@ from .source import BadImage, Source, Strings
 from .split import hold_out
 
 MARKS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))  # first bytes of text in UTF-16
-SHARE_OF_MEMORY = 8  # a list of captions takes several times its size in memory
+SHARE_OF_MEMORY = 16  # a list of captions takes several times its size in memory
 
 
 def decode_text(data: bytes) -> str:

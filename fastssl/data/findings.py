@@ -70,7 +70,9 @@ def scan(source: Source, workers: int = 0) -> Findings:
 
 def _scan_captions(source: Source) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(captions of each image, words of each caption, the first captions)."""
-    counts, words, examples = np.zeros(len(source), np.int64), [], []
+    counts = np.zeros(len(source), np.int64)
+    words: list[int] = []
+    examples: list[str] = []
     for index in range(len(source)):
         captions = read_captions(source, index)
         counts[index] = len(captions)

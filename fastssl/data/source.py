@@ -113,7 +113,7 @@ def read_captions(source: Source, index: int) -> tuple[str, ...]:
 
 def has_captions(source: Source) -> bool:
     """True if an image of the source has a caption. Reads captions up to the first one."""
-    if getattr(type(source), "captions", Source.captions) is Source.captions:
+    if getattr(getattr(source, "captions", None), "__func__", None) is Source.captions:
         return False
     return any(read_captions(source, index) for index in range(len(source)))
 
@@ -149,11 +149,17 @@ class Strings:
 
 
 class Subset(Source):
-    """Images of a source selected by their numbers, renumbered from 0."""
+    """Images of a source selected by their numbers, renumbered from 0.
 
-    def __init__(self, source: Source, indices: Sequence[int]):
+    Args:
+        source: the images.
+        indices: numbers of the selected ones.
+        shards: first of the selected images of each shard, and their number, see `Source.shards`.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int], shards: np.ndarray | None = None):
         self.source, self.indices, self.classes, self.size = source, indices, source.classes, source.size
-        self.shards = None
+        self.shards = shards
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -95,9 +95,8 @@ def with_captions(source: Source) -> Source:
     if has_one.all():
         return source
     rows = np.flatnonzero(has_one)
-    subset = Subset(source, array("q", rows.tolist()))  # in one piece: workers would copy a list's many numbers
-    if source.shards is not None:
-        subset.shards = np.searchsorted(rows, source.shards)
+    shards = None if source.shards is None else np.searchsorted(rows, source.shards)
+    subset = Subset(source, array("q", rows.tolist()), shards)  # in one piece: workers would copy a list's numbers
     missing = total - len(rows)
     verb = "has no caption and is" if missing == 1 else "have no caption and are"
     subset.notes = (*getattr(source, "notes", ()), f"{missing:,} of {total:,} training images {verb} left out")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.data.augmentation import evaluation
+from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, evaluation
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source
 from fastssl.distributed import all_gather, all_gather_object, rank, world_size
@@ -20,6 +20,8 @@ def evaluation_loader(
     batch_size: int = 256,
     part: tuple[int, int] = (0, 1),
     centre: float | None = None,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
     **loading: Any,
 ) -> Loader:
     """A loader of every image that can be decoded, in the source's order, one centre crop each.
@@ -31,10 +33,11 @@ def evaluation_loader(
         part: (rank, world): the part of the images, which may be empty.
         centre: share of the sides that a crop takes. None: the papers' evaluation, the centre of 224 pixels of a side
             of 256 in proportion for another `size`, and of images no larger than `size` the whole (1.0).
+        mean, std: what pixels are normalised by.
         loading: `device`, `workers` and `engine`, as for `Loader`.
     """
     small = source.size is not None and max(source.size) <= max(size)
-    augmentation = evaluation(size, centre=centre or (1.0 if small else 0.875))
+    augmentation = evaluation(size, centre or (1.0 if small else 0.875), mean, std)
     number, world = part
     return Loader(source, augmentation, batch_size, train=False, rank=number, world=world, max_bad=world, **loading)
 
@@ -46,11 +49,8 @@ def extract(
     size: tuple[int, int],
     *,
     batch_size: int = 256,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    engine: str = "torchvision",
     part: tuple[int, int] = (0, 1),
-    centre: float | None = None,
+    **loading: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(features [N, F] float32, labels [N], indices [N]) of every image that can be decoded.
 
@@ -59,15 +59,13 @@ def extract(
         source: images to extract.
         size: (height, width) in pixels that `features` takes.
         batch_size: images a batch.
-        workers, device, engine: as for `Loader`.
         part: (rank, world): the part of the images to extract, which may be empty.
-        centre: as for `evaluation_loader`.
+        loading: `centre`, `mean`, `std`, `device`, `workers` and `engine`, as for `evaluation_loader`.
 
     Raises:
         ValueError: none of the images can be decoded.
     """
-    world = part[1]
-    loading = {"workers": workers, "device": device, "engine": engine, "centre": centre}
+    world, device = part[1], loading.get("device", "cpu")
     loader = evaluation_loader(source, size, batch_size, part, **loading)
     parts = [(features(batch.views[0]).float(), batch.label, batch.index) for batch in loader.epoch(0)]
     if not parts and world == 1:
@@ -85,7 +83,7 @@ def extract_on_all_ranks(
 
     Args:
         features, source, size: as for `extract`.
-        loading: `device`, `workers` and `engine`, as for `Loader`.
+        loading: as for `extract`.
     """
     table = extract(features, source, size, part=(rank(), world_size()), **loading)
     x, labels, index = map(all_gather_uneven, table)

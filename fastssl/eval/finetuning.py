@@ -21,7 +21,7 @@ from fastssl.data.workers import Workers
 from fastssl.extras import need
 from fastssl.nn import accelerate
 from fastssl.nn.backbones import ForeignNetwork, build_backbone
-from fastssl.nn.block import Block, SwiGLU
+from fastssl.nn.block import Block, SwiGLU, gelu_tanh, quick_gelu
 from fastssl.nn.vit import ConvStem, ViT
 from fastssl.train.schedule import learning_rate
 
@@ -47,8 +47,8 @@ def build_classifier(
     network of timm or torchvision that the method was trained with.
 
     The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's
-    code; its initial weights are normal(0, 2e-5). The encoder's own last norm and head are left out. The classifier of
-    the others is `fc`.
+    code; its initial weights are normal(0, 2e-5). The encoder's own last norm, pooling and head are left out. The
+    classifier of the others is `fc`.
 
     Args:
         method: a method whose `encoder` is a `ViT`, a ResNet in torchvision's names, or a `ForeignNetwork`.
@@ -64,7 +64,8 @@ def build_classifier(
     state = encoder.timm_state() if isinstance(encoder, ViT) else encoder.state_dict()
     if isinstance(encoder, ViT):
         model, new = _vit(encoder, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
-        state = {name: x for name, x in state.items() if not name.startswith(("norm.", "fc_norm.", "head."))}
+        left_out = ("norm.", "fc_norm.", "head.", "attn_pool.")
+        state = {name: x for name, x in state.items() if not name.startswith(left_out)}
     elif backbone.startswith("resnet") or isinstance(encoder, ForeignNetwork):
         model = build_backbone(backbone, classes, small_images, image_size=getattr(encoder, "image_size", None))
         new = {f"fc.{name}" for name in model.fc.state_dict()}
@@ -114,13 +115,15 @@ def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
 
 def _block_options(block: Block, width: int) -> dict[str, Any]:
     """Arguments of timm's VisionTransformer for blocks like this one."""
-    from timm.layers import Mlp, SwiGLUPacked
+    from timm.layers import GELUTanh, Mlp, QuickGELU, SwiGLUPacked
 
+    layers = {gelu_tanh: GELUTanh, quick_gelu: QuickGELU}  # of the activations of `block.Mlp` that are not exact GELU
+    activation = nn.SiLU if isinstance(block.mlp, SwiGLU) else layers.get(block.mlp.activation, nn.GELU)
     return {
         "num_heads": block.attn.num_heads,
         "mlp_ratio": block.mlp.fc1.out_features / width,
         "mlp_layer": SwiGLUPacked if isinstance(block.mlp, SwiGLU) else Mlp,
-        "act_layer": nn.SiLU if isinstance(block.mlp, SwiGLU) else nn.GELU,
+        "act_layer": activation,
         "qkv_bias": block.attn.qkv.bias is not None,
         "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "init_values": None if block.ls1 is None else 1.0,  # LayerScale, whose factors come from the state dict
@@ -172,7 +175,7 @@ def finetune(
         config: optimizer, schedule and augmentation.
         size: (height, width) in pixels.
         seed: random seed of order, augmentation and drop path; global generators are left unchanged.
-        loading: `device`, `workers` and `engine`, as for `Loader`.
+        loading: `mean`, `std`, `device`, `workers` and `engine`, as for `evaluation_loader`.
 
     Raises:
         MissingExtra: timm is not installed.
@@ -184,7 +187,7 @@ def finetune(
         raise ValueError(f"eval: --batch-size must be at most the {len(train)} labelled images, got {batch}")
     if (config.mixup or config.cutmix) and micro % 2:
         raise ValueError(f"eval: mixup and cutmix take pairs: --batch-size over --accumulate must be even, got {micro}")
-    device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size))
+    device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size, loading))
     with _seed_generators(seed, device):
         loader = Workers(
             pictures,
@@ -300,7 +303,7 @@ def _collate(samples: list[tuple[Tensor, int] | int]) -> _Batch:
     return _Batch(torch.stack(images), torch.tensor(labels), bad)
 
 
-def _transform(config: Finetune, size: tuple[int, int]):
+def _transform(config: Finetune, size: tuple[int, int], loading: dict[str, Any]):
     from timm.data import create_transform
 
     return create_transform(
@@ -311,8 +314,8 @@ def _transform(config: Finetune, size: tuple[int, int]):
         color_jitter=None,
         auto_augment=None if config.randaugment == "none" else config.randaugment,
         interpolation="bicubic",
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=loading.get("mean", IMAGENET_MEAN),
+        std=loading.get("std", IMAGENET_STD),
         re_prob=config.erasing,
         re_mode="pixel",
         re_count=1,

@@ -85,7 +85,8 @@ def nearest_on_all_ranks(bank: Tensor, tags: Tensor, queries: Tensor, k: int) ->
     get the rows of all queries, in rank order. Queries are gathered, the bank is not. At most N tags are returned.
 
     Args:
-        bank: [N, F], queries: [M, F], floating point; computed in float32. tags: [N] int64, 0 … 2³² − 1, one of each row.
+        bank: [N, F], queries: [M, F], floating point; computed in float32.
+        tags: [N] int64, 0 … 2³² − 1, one of each row of the bank.
         k: most neighbours of a query.
 
     Raises:

@@ -196,7 +196,7 @@ def train_official(
         official: optimizer, schedule and augmentation of the probe.
         size: (height, width) in pixels.
         seed: random seed of initial weights, order and crops.
-        loading: `device`, `workers` and `engine`, as for `Loader`.
+        loading: `mean`, `std`, `device`, `workers` and `engine`, as for `evaluation_loader`.
 
     Raises:
         ValueError: the batch is larger than the data.
@@ -206,14 +206,15 @@ def train_official(
         raise ValueError(
             f"eval: --batch-size must be at most the {len(train)} labelled images, got {official.batch_size}"
         )
-    view = View(size, crop=(0.08, 1.0), interpolation=official.interpolation, flip_p=0.5)
+    colours = {name: loading[name] for name in ("mean", "std") if name in loading}
+    view = View(size, crop=(0.08, 1.0), interpolation=official.interpolation, flip_p=0.5, **colours)
     loader = Loader(
         train,
         Augmentation((view,), reduced=False),
         official.batch_size // official.pieces,
         seed=seed,
         max_bad=1.0,
-        **loading,
+        **{name: value for name, value in loading.items() if name not in colours},
     )
     with torch.no_grad():
         width = features(torch.zeros(1, 3, *size, device=device)).shape[1]

@@ -45,7 +45,7 @@ def class_names(given: Lines | None, classes: Sequence[str], data: str) -> list[
     return names
 
 
-def templates(given: Lines | None) -> list[str]:
+def read_templates(given: Lines | None) -> list[str]:
     """Sentences with the place ``{}`` for the name of a class; None for `TEMPLATES`.
 
     Raises:

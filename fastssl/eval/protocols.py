@@ -238,10 +238,11 @@ class _Evaluation:
     tau: Annotated[float, POSITIVE] = 1.0
     labels: Annotated[float, SHARE] = 1.0
     seed: Annotated[int, NOT_NEGATIVE] = 0
+    rerank: Annotated[int, NOT_NEGATIVE] = 0
 
 
 def check_evaluation(**numbers: Any) -> None:
-    """Checks any of the numbers k, tau, labels and seed.
+    """Checks any of the numbers k, tau, labels, seed and rerank.
 
     Raises:
         ValueError: a number is out of range; one sentence with the flag, its range, and the value.

@@ -4,7 +4,7 @@ import itertools
 import re
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,10 +50,12 @@ def reconstruct(mae: nn.Module, images: Tensor) -> Reconstruction:
     return Reconstruction(*(pixels(unpatchify(part, patch, height, width)) for part in parts))
 
 
-def pixels(images: Tensor) -> Tensor:
+def pixels(
+    images: Tensor, mean: tuple[float, float, float] = IMAGENET_MEAN, std: tuple[float, float, float] = IMAGENET_STD
+) -> Tensor:
     """Pixels of normalised images: [N, 3, H, W] float32, clamped to 0..1."""
-    mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images * std + mean).clamp(0, 1)
+    mean_of_channels, scale = (images.new_tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    return (images * scale + mean_of_channels).clamp(0, 1)
 
 
 def as_bytes(images: Tensor) -> np.ndarray:
@@ -61,16 +63,22 @@ def as_bytes(images: Tensor) -> np.ndarray:
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def first_images(source: Source, size: tuple[int, int], count: int = 10) -> Tensor:
+def first_images(source: Source, size: tuple[int, int], count: int = 10, **normalisation: Any) -> Tensor:
     """The first images that can be decoded, as in evaluation: [≤ count, 3, H, W] float32, normalised, on the CPU.
 
     torch's generator is left unchanged, so that an evaluation does not affect the run.
+
+    Args:
+        source: the images.
+        size: (height, width) in pixels.
+        count: most images.
+        normalisation: `mean` and `std`, ImageNet's by default.
 
     Raises:
         ValueError: none of the images can be decoded.
     """
     good = itertools.islice((index for index in range(len(source)) if _decodes(source, index)), count)
-    images, *_ = extract(lambda images: images, Subset(source, list(good)), size, batch_size=count)
+    images, *_ = extract(lambda images: images, Subset(source, list(good)), size, batch_size=count, **normalisation)
     return images
 
 

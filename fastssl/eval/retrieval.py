@@ -114,7 +114,7 @@ def retrieve(
         size: (height, width) in pixels of the method's images.
         texts: makes batches of tokens.
         rerank: number of the best ones that `method.match` sorts again; 0 for none.
-        loading: `device`, `workers` and `engine`, as for `Loader`.
+        loading: `mean`, `std`, `device`, `workers` and `engine`, as for `evaluation_loader`.
 
     Raises:
         ValueError: none of the images can be decoded, or vectors are not finite.
@@ -135,12 +135,11 @@ def retrieve(
     k = max(*KS, rerank)
     texts_of_images = nearest_on_all_ranks(text_vectors, tags, vectors, k)[order.argsort()]
     images_of_texts = nearest_on_all_ranks(vectors, mine, text_vectors, k)
-    found = Retrieved(images, captions._replace(pairs=captions.pairs.to(device)), texts_of_images, images_of_texts)
-    return (
-        _rerank(found, method, rerank, evaluation_loader(source, size, 32, part, WHOLE, **loading), texts)
-        if rerank
-        else found
-    )
+    captions = captions._replace(pairs=captions.pairs.to(device))
+    found = Retrieved(images, captions, texts_of_images, images_of_texts)
+    if not rerank:
+        return found
+    return _rerank(found, method, rerank, evaluation_loader(source, size, 32, part, WHOLE, **loading), texts)
 
 
 def _of_images(captions: Captions, images: Tensor) -> Captions:
@@ -175,6 +174,8 @@ def _rerank(found: Retrieved, method: MatchesText, k: int, loader: Any, texts: T
                     tokens = texts.batch([rows[text] for text in (own % len(rows)).tolist()], device)
                     parts.append((own, method.match(image[None], tokens).float()))
     scored, scores = (all_gather_uneven(torch.cat(column)) for column in zip(*parts))
+    if not scores.isfinite().all():
+        raise ValueError("eval retrieval: scores of match must be finite, some of them are not")
     table = torch.full((len(keys),), -torch.inf, device=device)
     table[torch.searchsorted(keys, scored)] = scores
     return found._replace(

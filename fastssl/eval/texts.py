@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastssl.data.text import TextInput
+from fastssl.data.token_table import MOST_CHARACTERS, STEP
 from fastssl.data.tokenizers import tokenizer_of
 
 BATCH = 256  # texts in one pass of a text tower
-MULTIPLE = 8  # lengths of trimmed batches, as in training
 Row = tuple[int, ...]  # the token ids of a text, without padding
 
 
@@ -25,13 +25,13 @@ class Texts:
 
     def encode(self, text: str) -> Row:
         """The tokens of a text, cut to the method's length."""
-        return tuple(self._tokenizer.encode(text, self.text.length))
+        return tuple(self._tokenizer.encode(text[:MOST_CHARACTERS], self.text.length))
 
     def batch(self, rows: Sequence[Row], device: torch.device | str = "cpu") -> Tensor:
         """Padded tokens [B, L] int64 of texts, cut to the longest text as the method's batches are in training."""
         length = self.text.length
         if self.text.trim:
-            length = min(length, -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE)
+            length = min(length, -(-max(map(len, rows)) // STEP) * STEP)
         padding = [self._tokenizer.pad] * length
         return torch.tensor([[*row, *padding[len(row) :]] for row in rows], device=device)
 

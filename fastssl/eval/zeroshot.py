@@ -30,8 +30,8 @@ def build_prompts(names: Sequence[str], templates: Sequence[str], texts: Texts) 
             same, name = printable(names[before][:60]), printable(names[number][:60])
             raise ValueError(
                 f'eval zeroshot: classes must differ in their names, got "{same}" for class {before} and "{name}" for '
-                f"class {number}, the same {texts.text.length} tokens or fewer to the tokenizer {texts.text.tokenizer}: "
-                "tell them apart in --classes FILE"
+                f"class {number}, equal tokens to the method (tokenizer {texts.text.tokenizer}, at most "
+                f"{texts.text.length} a text): tell them apart in --classes FILE"
             )
     return prompts
 
@@ -53,7 +53,8 @@ def class_features(
         texts: makes batches of rows.
         device: device of the tokens.
 
-    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, section 3.1.4.
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, section
+    3.1.4.
     """
     count, number, world = len(prompts), rank(), world_size()
     mine = prompts[number * count // world : (number + 1) * count // world]

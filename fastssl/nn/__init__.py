@@ -4,6 +4,7 @@ from .attention import Attention
 from .bank import BankNCE, MemoryBank, draw_rows
 from .decoupled import DCLLoss, DCLWLoss
 from .heads import DINOHead, FactoredLogits
+from .image_text_losses import CLIPLoss, SigLIPLoss
 from .koleo import KoLeoLoss
 from .losses import InfoNCELoss, NTXentLoss, l2_normalize
 from .masking import MaskedPatchLoss, random_masking, seeded_noise

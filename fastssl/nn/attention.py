@@ -113,7 +113,8 @@ class Attention(nn.Module):
 
 
 class TorchvisionAttention(nn.Module):
-    """Self-attention with the parameters and names of torch's `nn.MultiheadAttention`, as torchvision's ViT calls it.
+    """Self-attention with the parameters and names of torch's `nn.MultiheadAttention`, as torchvision's ViT and
+    open_clip's towers call it. With a mask, such as the causal one of a text tower, it is computed by torch.
 
     Args:
         module: its parameters are shared, not copied.
@@ -129,9 +130,18 @@ class TorchvisionAttention(nn.Module):
         self.out_proj = module.out_proj
         self.training = module.training
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False) -> tuple[Tensor, None]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         if not query is key is value or need_weights:
             raise ValueError("TorchvisionAttention: query, key and value must be one tensor, and need_weights False")
-        qkv = ops.linear(query, self.in_proj_weight, self.in_proj_bias)
-        out = ops.attention_packed(qkv.unflatten(2, (3, self.num_heads, -1)))
+        qkv = ops.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.num_heads, -1))
+        if attn_mask is None:
+            out = ops.attention_packed(qkv)
+        else:
+            mask = attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
+            # torch's module leaves out pairs with True, its function those with False
+            mask = ~mask if mask.dtype == torch.bool else mask.to(qkv.dtype)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
         return self.out_proj(out.flatten(2)), None

@@ -16,6 +16,20 @@ from .linear import Linear
 from .norm import ResidualNorm
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """``x * sigmoid(1.702 * x)``, the GELU of OpenAI's CLIP; one tensor is kept for the gradient."""
+    return F.silu(x * 1.702) * (1 / 1.702)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU, flax's default and SigLIP's."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}  # of an MLP whose second layer has no fused GELU
+MLPS = ("gelu", *ACTIVATIONS, "swiglu")
+
+
 def gelu_mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
     """``fc2(gelu(fc1(x)))``, the exact GELU; fc1 has a bias.
 
@@ -28,14 +42,17 @@ def gelu_mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear; see `gelu_mlp`."""
+    """Linear, activation, Linear. The activation is GELU (`gelu_mlp`), or one of `ACTIVATIONS`, which torch computes."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, activation: str = "gelu"):
         super().__init__()
         self.fc1 = Linear(dim, hidden)
+        self.activation = ACTIVATIONS.get(activation)
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.activation is not None:
+            return self.fc2(self.activation(self.fc1(x)))
         return gelu_mlp(x, self.fc1, self.fc2)
 
 
@@ -83,8 +100,9 @@ class Block(nn.Module):
         qkv_bias: bias of the packed projection to queries, keys and values.
         qk_norm: layer norm of the queries and keys of each head.
         init_values: initial value of LayerScale's factors; None for no LayerScale.
-        mlp: "gelu" for `Mlp`, "swiglu" for `SwiGLU`.
+        mlp: "gelu", "gelu_tanh" or "quick_gelu" for `Mlp` with that activation, "swiglu" for `SwiGLU`.
         norm_eps: number added to the variance in all layer norms.
+        causal: a token attends to itself and to those before it alone.
 
     Source: Dosovitskiy et al., 2021 (ViT), equations 2 and 3.
     """
@@ -98,18 +116,21 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         qk_norm: bool = False,
         init_values: float | None = None,
-        mlp: Literal["gelu", "swiglu"] = "gelu",
+        mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu",
         norm_eps: float = 1e-6,
+        causal: bool = False,
     ):
         super().__init__()
-        if mlp not in ("gelu", "swiglu"):
-            raise ValueError(f"Block: mlp must be 'gelu' or 'swiglu', got {mlp!r}")
+        if mlp not in MLPS:
+            raise ValueError(f"Block: mlp must be one of {', '.join(map(repr, MLPS))}, got {mlp!r}")
         norm = functools.partial(nn.LayerNorm, eps=norm_eps)
+        self.causal = causal
         self.norm1 = ResidualNorm(dim, norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, norm_layer=norm)
         self.ls1 = None if init_values is None else LayerScale(dim, init_values)
         self.norm2 = ResidualNorm(dim, norm_eps)
-        self.mlp = (Mlp if mlp == "gelu" else SwiGLU)(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = SwiGLU(dim, hidden) if mlp == "swiglu" else Mlp(dim, hidden, mlp)
         self.ls2 = None if init_values is None else LayerScale(dim, init_values)
 
     def forward(
@@ -137,7 +158,7 @@ class Block(nn.Module):
             x = _add_subset_branch(x, attention, self.ls1, kept[0])
             return _add_subset_branch(x, mlp, self.ls2, kept[1]), None
         x, y = self.norm1(x, delta)
-        y = self.attn(y)
+        y = self.attn(y, is_causal=self.causal) if self.causal else self.attn(y)
         if ids is not None:
             x, y = keep_tokens(x, ids), keep_tokens(y, ids)
         attention_factor, mlp_factor = (None, None) if drop_path is None else drop_path.unbind(0)

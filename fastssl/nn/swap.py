@@ -15,6 +15,8 @@ TIMM_MODULES = ("timm.layers.attention", "timm.models.vision_transformer")  # wh
 NAMES = ("Attention", "MemEffAttention")  # of classes like timm's: those of the official MAE and DINOv2
 ARGUMENTS = {"attn_mask", "is_causal", "attn_bias"}  # of `Attention.forward`, beside the tokens
 TIMM_PARTS = {"qkv", "attn_drop", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"}  # its submodules
+OPEN_CLIP_BLOCKS = {("open_clip.transformer", "ResidualAttentionBlock")}
+POOLING = ("AttentionPoolLatent",)  # timm's class whose few queries are no tokens: it stays as it is
 HOOKS = (  # attributes in which a module keeps its hooks
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -31,12 +33,14 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
     """Replaces the attention of a vision transformer by `Attention`, in place: same parameters, same results to
     rounding.
 
-    Supported are timm's `Attention`, the self-attention of torchvision's `EncoderBlock`, and any module named
+    Supported are timm's `Attention`, the self-attention of torchvision's `EncoderBlock` and of open_clip's
+    `ResidualAttentionBlock`, and any module named
     `Attention` or `MemEffAttention` with the parts and names of timm's, as in the official MAE and DINOv2, if a copy of
     it gives the same results as the engine's on random tokens. Any other attention is refused by name, and nothing is
     replaced then. Optimizers and state dicts are not affected: parameters, their names and order stay. Afterwards the
     model can be compiled and exported, but not scripted or traced, nor differentiated twice. Batches with a mask, such
-    as padded ones of timm's NaFlexViT, are computed by torch, as before.
+    as padded ones of timm's NaFlexViT and open_clip's texts, are computed by torch, as before. SigLIP's pooling by one
+    query (timm's `AttentionPoolLatent`) stays as it is.
 
     Args:
         model: a model of timm or torchvision, or a module that contains such blocks.
@@ -97,6 +101,9 @@ def _find_attention(model: nn.Module, leave: Collection[str]) -> Iterator[tuple[
 def _is_attention(name: str, module: nn.Module) -> bool:
     if isinstance(module, nn.ModuleList | nn.Sequential | nn.Identity | nn.Dropout | nn.Linear):
         return False
+    cls = type(module)
+    if cls.__name__ in POOLING or (cls.__module__, cls.__name__) in OPEN_CLIP_BLOCKS:
+        return False
     has_attention_name = name in ("attn", "attention", "self_attn", "self_attention")
     return has_attention_name or bool(re.search("attn|attention", type(module).__name__, re.IGNORECASE))
 
@@ -132,8 +139,13 @@ def _refusal(module: nn.Module, parent: nn.Module) -> str | None:
 
 
 def _torchvision_refusal(module: nn.MultiheadAttention, parent: nn.Module) -> str | None:
-    if type(parent).__module__ != "torchvision.models.vision_transformer":
-        return "is called in an unsupported way: only torchvision's EncoderBlock is supported"
+    kind = type(parent).__module__, type(parent).__name__
+    crosses = hasattr(parent, "ln_1_kv")  # of CoCa's decoder
+    if kind[0] != "torchvision.models.vision_transformer" and (kind not in OPEN_CLIP_BLOCKS or crosses):
+        return (
+            "is called in an unsupported way: torchvision's EncoderBlock and open_clip's ResidualAttentionBlock are "
+            "supported"
+        )
     if module.dropout:
         return f"drops attention weights (dropout={module.dropout}), which the kernels do not"
     plain = module.batch_first and module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastssl.ops import check, patchify
 
+from .attention_pool import AttentionPool
 from .block import Block, drop_path_factors, drop_path_subsets
 from .linear import Linear
 from .norm import ResidualNorm
@@ -34,7 +35,7 @@ MOCO_V3_SIZES = {
     "vit_conv_small": (384, 11, 12, 16),
     "vit_conv_base": (768, 11, 12, 16),
 }
-POOLS = ("token", "avg", "max", "avgmax", "")  # values of `global_pool`, as in timm
+POOLS = ("token", "avg", "max", "avgmax", "map", "")  # values of `global_pool`, as in timm
 
 
 class ViT(nn.Module):
@@ -57,8 +58,8 @@ class ViT(nn.Module):
         img_size: (height, width) or one number for a square, divisible by patch_size.
         patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio: as in timm.
         num_classes: number of outputs of `head`; 0 for no classifier: the model then returns features.
-        global_pool: features of an image: "token" for the class token, "avg", "max" or "avgmax" over the patches, ""
-            for all tokens [B, N, D].
+        global_pool: features of an image: "token" for the class token, "avg", "max" or "avgmax" over the patches, "map"
+            for `attn_pool`, an `AttentionPool` (SigLIP), "" for all tokens [B, N, D].
         qkv_bias, qk_norm, init_values, norm_eps: see `Block`; init_values=None for no LayerScale.
         class_token: prepend a class token.
         pos_embed: "sincos" for fixed positions, "learn" for trained ones, "none" for no positions.
@@ -77,7 +78,7 @@ class ViT(nn.Module):
         drop_path_rate: rate of stochastic depth in training: 0 in the first block, linear to this in the last.
         drop_path_subset: DINOv2's stochastic depth: each branch of each block is computed for a random subset of
             exactly B·(1 − drop_path_rate) samples, see `drop_path_subsets`.
-        mlp: "gelu" or "swiglu", see `Block`. timm's mlp_ratio counts both halves of SwiGLU.
+        mlp: see `Block`; timm's mlp_ratio counts both halves of SwiGLU.
         conv_stem: embed by a `ConvStem`; patch_size is 16 then.
         row_first: MoCo v3's order of fixed positions, see `sincos_positions`.
 
@@ -118,7 +119,7 @@ class ViT(nn.Module):
         mask_token: bool = False,
         drop_path_rate: float = 0.0,
         drop_path_subset: bool = False,
-        mlp: Literal["gelu", "swiglu"] = "gelu",
+        mlp: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu",
         norm_eps: float = 1e-6,
         conv_stem: bool = False,
         row_first: bool = False,
@@ -132,7 +133,7 @@ class ViT(nn.Module):
         self.num_prefix_tokens = int(class_token) + reg_tokens
         # rows of pos_embed for prefix tokens, which are the first of them
         self.pos_prefix = 0 if no_embed_class else int(class_token) + reg_tokens * (not no_embed_reg)
-        self.global_pool = _check_pool(name, "global_pool", global_pool, class_token)
+        self.global_pool = _check_pool(name, "global_pool", global_pool, class_token, True)
         self.no_embed_reg = no_embed_reg and reg_tokens > 0 and not no_embed_class
         self.dynamic_img_size, self.pos_offset, self.pos_antialias = dynamic_img_size, pos_offset, pos_antialias
         self.drop_path_rate, self.drop_path_subset = drop_path_rate, drop_path_subset
@@ -158,6 +159,8 @@ class ViT(nn.Module):
         fc_norm = global_pool in ("avg", "max", "avgmax") if fc_norm is None else fc_norm
         self.norm = None if fc_norm else ResidualNorm(embed_dim, norm_eps)
         self.fc_norm = nn.LayerNorm(embed_dim, norm_eps) if fc_norm else None
+        pool = AttentionPool(embed_dim, num_heads, mlp_ratio, mlp, norm_eps) if global_pool == "map" else None
+        self.attn_pool = pool
         self.head: nn.Module = Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._cache: dict[tuple[int, int], tuple[Tensor, tuple, Tensor]] = {}  # results of `positions` by grid
         self.register_load_state_dict_pre_hook(_fit_tables)
@@ -287,7 +290,8 @@ class ViT(nn.Module):
 
     def features(self, images: Tensor, pool: str | None = None) -> Tensor:
         """[B, C, H, W] → features [B, D], the input of `head`; `pool` replaces `global_pool` if given."""
-        pool = self.global_pool if pool is None else _check_pool("features", "pool", pool, self.cls_token is not None)
+        has = self.cls_token is not None, self.attn_pool is not None
+        pool = self.global_pool if pool is None else _check_pool("features", "pool", pool, *has)
         x = self.forward_features(images)
         patches = x[:, self.num_prefix_tokens :]
         if pool == "token":
@@ -296,6 +300,8 @@ class ViT(nn.Module):
             x = patches.mean(1)
         elif pool == "max":
             x = patches.amax(1)
+        elif pool == "map":
+            x = self.attn_pool(x)
         elif pool == "avgmax":
             x = 0.5 * (patches.amax(1) + patches.mean(1))
         return x if self.fc_norm is None else self.fc_norm(x)
@@ -423,10 +429,11 @@ def without_mask_token(vit: ViT) -> ViT:
     return copy
 
 
-def _check_pool(name: str, argument: str, pool: str, class_token: bool) -> str:
-    pools = POOLS if class_token else POOLS[1:]
+def _check_pool(name: str, argument: str, pool: str, class_token: bool, attention: bool) -> str:
+    pools = [p for p in POOLS if (class_token or p != "token") and (attention or p != "map")]
     if pool not in pools:
-        remedy = "" if class_token or pool != "token" else " (without class token)"
+        missing = {"token": "class token", "map": "attn_pool"}.get(pool)
+        remedy = f" (without {missing})" if missing else ""
         raise ValueError(f"{name}: {argument} must be one of {', '.join(map(repr, pools))}, got {pool!r}{remedy}")
     return pool
 

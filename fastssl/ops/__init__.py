@@ -20,6 +20,7 @@ from .ema import ema_update_
 from .gelu import bias_gelu
 from .masking import Masking, keep_tokens, random_masking, restore_tokens
 from .norm import residual_norm
+from .pairwise import pairwise_sigmoid
 from .patches import keep_patches, masked_patch_mse, patchify, unpatchify
 from .pixels import normalise
 from .prototypes import PrototypeTargets, linear_cross_entropy, prototype_lse, soft_cross_entropy

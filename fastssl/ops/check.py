@@ -174,18 +174,25 @@ TAU = (1e-30, 1e30)  # the smallest and the largest temperature; sums of many 1/
 
 def temperature(op: str, tau: float | Tensor, like: Tensor) -> Tensor:
     """tau as a 0-dim tensor on the device of `like`. A number must be in the range `TAU`; a tensor's is not read."""
-    if isinstance(tau, Tensor):
-        if tau.numel() != 1:
-            fail(op, f"tau must be a number or a tensor with one element, got shape {list(tau.shape)}")
-        floating(op, tau=tau)
-        if tau.is_meta and not like.is_meta:
-            fail(op, f"tau must be on {like.device} or have a value there, got meta")
-        return tau.reshape(()).to(like.device)
-    number(op, tau=tau)
-    if not TAU[0] <= tau <= TAU[1]:
-        fail(op, f"tau must be > 0, from {TAU[0]} to {TAU[1]}, so that 1/tau is finite in float32, got {tau}")
+    if not isinstance(tau, Tensor):
+        number(op, tau=tau)
+        if not TAU[0] <= tau <= TAU[1]:
+            fail(op, f"tau must be > 0, from {TAU[0]} to {TAU[1]}, so that 1/tau is finite in float32, got {tau}")
+    return scalar(op, "tau", tau, like)
+
+
+def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A number, or a tensor with one element, as a 0-dim tensor on the device of `like`."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            fail(op, f"{name} must be a number or a tensor with one element, got shape {list(value.shape)}")
+        floating(op, **{name: value})
+        if value.is_meta and not like.is_meta:
+            fail(op, f"{name} must be on {like.device} or have a value there, got meta")
+        return value.reshape(()).to(like.device)
+    number(op, **{name: value})
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.full((), tau, dtype=dtype, device=like.device)
+    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -26,10 +26,13 @@ def attention(run: RunData) -> list[Text | Tiles]:
     vit = vit_of(run.method)
     if vit is None or run.test_source is None or np.prod(_grid(vit, run.size)) < FEWEST_PATCHES:
         return []
-    images = first_images(run.test_source, run.size, COLUMNS)
+    images = first_images(run.test_source, run.size, COLUMNS, **run.run.normalisation)
     maps = attention_of_last_block(vit, images.to(next(vit.parameters()).device))
     grid, heads = _grid(vit, run.size), maps.shape[1]
-    rows = [("input", as_bytes(pixels(images))), ("mean", heat(maps.mean(1).unflatten(1, grid), run.size))]
+    rows = [
+        ("input", as_bytes(pixels(images, **run.run.normalisation))),
+        ("mean", heat(maps.mean(1).unflatten(1, grid), run.size)),
+    ]
     rows += [(f"head {h + 1}", heat(maps[:, h].unflatten(1, grid), run.size)) for h in range(min(heads, MOST_HEADS))]
     shown = f" The first {MOST_HEADS} of {heads} heads." if heads > MOST_HEADS else ""
     token = "class token" if vit.cls_token is not None else "mean of the patches"
@@ -41,12 +44,12 @@ def patch_colours(run: RunData) -> list[Text | Tiles]:
     """Patch features of held-out images as colours: similar patches have similar colours. [] for a small map."""
     if run.test_source is None:
         return []
-    images = first_images(run.test_source, run.size, COLUMNS)
+    images = first_images(run.test_source, run.size, COLUMNS, **run.run.normalisation)
     features = feature_maps(run.method.encoder, images.to(next(run.method.parameters()).device))
     if features is None or features.shape[1] * features.shape[2] < FEWEST_PATCHES:
         return []
     colours, share = principal_colours(features)
-    rows = [("input", as_bytes(pixels(images))), ("features", _enlarge(colours, run.size))]
+    rows = [("input", as_bytes(pixels(images, **run.run.normalisation))), ("features", _enlarge(colours, run.size))]
     text = Text(f"The first three principal components, {share:.0%} of the variance, as red, green and blue.")
     return [text, tiles((name, row, numbered(name, row)) for name, row in rows)]
 

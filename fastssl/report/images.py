@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from fastssl.contract import Reconstructs
-from fastssl.data.source import Subset
+from fastssl.data.source import Source, Subset
 from fastssl.eval.features import extract
 from fastssl.eval.knn import nearest
 from fastssl.eval.reconstruction import as_bytes, first_images, pixels, read_snapshots, reconstruct
@@ -65,22 +65,22 @@ def neighbours(run: RunData, features: Tensor, numbers: list[int]) -> tuple[Tile
     for query, rows_of_bank in zip(queries, nearest(bank, features[queries], COLUMNS - 1).tolist()):
         index = numbers[query]
         label = run.test_source.label(index)
-        row = [tile(_image(run, run.test_source, index), _caption(run.test_source, index), "query")]
+        row = [tile(image_of(run, run.test_source, index), title_of(run.test_source, index), "query")]
         for number in (bank_numbers[i] for i in rows_of_bank):
             known = label >= 0 and run.train_source.label(number) >= 0
             mark = "other" if known and run.train_source.label(number) != label else ""
-            row.append(tile(_image(run, run.train_source, number), _caption(run.train_source, number), mark))
+            row.append(tile(image_of(run, run.train_source, number), title_of(run.train_source, number), mark))
         rows.append(("", row))
     return Tiles(rows, crisp=max(run.size) <= CRISP), len(bank)
 
 
-def _image(run: RunData, source, number: int) -> np.ndarray:
-    """The image as evaluation shows it to the encoder, uint8 [H, W, 3]."""
-    image, *_ = extract(lambda images: images, Subset(source, [number]), run.size)
+def image_of(run: RunData, source: Source, number: int, centre: float | None = None) -> np.ndarray:
+    """The image as evaluation shows it to the encoder, uint8 [H, W, 3]; `centre` as for `evaluation_loader`."""
+    image, *_ = extract(lambda images: images, Subset(source, [number]), run.size, centre=centre)
     return as_bytes(pixels(image))[0]
 
 
-def _caption(source, number: int) -> str:
+def title_of(source: Source, number: int) -> str:
     """Class and name of an image."""
     label = source.label(number)
     named = source.classes and 0 <= label < len(source.classes)

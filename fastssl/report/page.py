@@ -6,12 +6,12 @@ from typing import Any
 
 import jinja2
 
-from fastssl.contract import RanksNegatives
+from fastssl.contract import EmbedsText, RanksNegatives
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.files import write_atomically
 from fastssl.run import Run
 
-from . import attention_maps, command, curves, feature_map, images, ranks, tables
+from . import attention_maps, command, curves, feature_map, image_text, images, ranks, tables
 from .feature_map import Projection
 from .parts import Section, Text, short
 from .pictures import COLOURS
@@ -23,6 +23,9 @@ TEXTS = {
     "patches": "Held-out images, and the features of their places: places with similar features have similar colours.",
     "neighbours": "A held-out image at the left, then the training images with the nearest features by cosine. "
     "Images of another class are framed.",
+    "retrieval": "Held-out images and their captions, compared by cosine. ✓ marks an image's own caption; images "
+    "that do not belong to a text are framed.",
+    "zeroshot": "Held-out images get the class whose sentences are nearest, without any training on labels.",
     "map": "Features of held-out images, projected to two dimensions. Distances between far groups mean little.",
     "ranks": "Number of negatives that score above a query's positive, in evaluation mode, on augmented training "
     "images. At rank 0 the positive scores highest.",
@@ -32,6 +35,8 @@ TITLES = {
     "attention": "Attention of the last block",
     "patches": "Features of places as colours",
     "neighbours": "Nearest neighbours",
+    "retrieval": "Retrieved pairs",
+    "zeroshot": "Zero-shot classification",
     "map": "Map of the features",
     "ranks": "Ranks of the positives",
 }
@@ -97,6 +102,9 @@ def _picture_parts(run: RunData, projection: Projection) -> dict[str, list[Any]]
         if table:
             parts["neighbours"] = run.attempt(lambda: _neighbours(run, *table))
             parts["map"] = run.attempt(lambda: _map(run, *table, projection))
+        if isinstance(run.method, EmbedsText) and getattr(run.run.config, "text", None) is not None:
+            parts["retrieval"] = run.attempt(lambda: image_text.retrieved(run))
+            parts["zeroshot"] = run.attempt(lambda: image_text.confusions(run))
         if isinstance(run.method, RanksNegatives):
             parts["ranks"] = run.attempt(lambda: _ranks(run))
     run.release()
@@ -135,6 +143,8 @@ def _sections(runs: list[RunData], pictured: list[dict[str, list[Any]]]) -> list
     """Sections of the page from top to bottom, without empty ones."""
     evaluated = [part for part in (curves.knn(runs), tables.evaluations(runs)) if part]
     text = "Accuracy on held-out images: by votes of the nearest training images (kNN), or by a trained classifier."
+    if any(line["evaluation"] in ("zeroshot", "retrieval") for run in runs for line in run.evaluations):
+        text += " Zero-shot: by sentences about the classes. Retrieval: the share of first places that are right (R@1)."
     sections = [curves.training(runs), Section("evaluations", "Evaluations", text, evaluated)]
     for anchor, title in TITLES.items():
         columns = [(run, parts[anchor]) for run, parts in zip(runs, pictured) if anchor in parts]

@@ -34,7 +34,17 @@ class Tiles:
 
     rows: list[tuple[str, list[Tile]]]
     crisp: bool  # show pixels as squares
+    stacked: bool = False  # names above the images
     kind = "tiles"
+
+
+@dataclass
+class Answers:
+    """Images, each beside the texts that were found for it, with marks."""
+
+    rows: list[tuple[Tile, list[tuple[str, bool]]]]  # (image, [(text, whether it is right)])
+    crisp: bool  # show pixels as squares
+    kind = "answers"
 
 
 @dataclass

@@ -110,7 +110,9 @@ class RunData:
         step = -(-len(source) // count)
         part = Subset(source, range(0, len(source), step))
         device = next(self.method.parameters()).device
-        features, labels, index = extract(self.method.features, part, self.size, device=device)
+        features, labels, index = extract(
+            self.method.features, part, self.size, device=device, **self.run.normalisation
+        )
         return features.cpu(), labels.cpu(), [part.indices[i] for i in index.tolist()]
 
 

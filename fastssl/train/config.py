@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, check_ranges
+from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, check_ranges
 from fastssl.milestones import MILESTONE, check_milestones
 
 
@@ -29,6 +29,8 @@ class Training:
     """momentum coefficient of SGD and LARS"""
     betas: Annotated[tuple[float, float], BELOW_1] = (0.9, 0.999)
     """decay rates β1 and β2 of AdamW's moment estimates"""
+    eps: Annotated[float, POSITIVE] = 1e-8
+    """number that AdamW adds to the root of its second moment"""
     warmup_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 0
     """epochs of linear learning-rate warm-up"""
     warmup_lr: Annotated[float, NOT_NEGATIVE] = 0.0

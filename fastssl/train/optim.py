@@ -54,7 +54,7 @@ def build_optimizer(
     for group in groups:
         group["weight_decay"] = training.weight_decay * group["weight_decay_scale"]
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, betas=training.betas, eps=training.eps, fused=True)
     optimizer: torch.optim.Optimizer
     if training.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=training.momentum, fused=True)

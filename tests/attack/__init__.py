@@ -15,5 +15,5 @@
 Random choices follow FASTSSL_TEST_SEED, which pytest prints with every failure. `make test` runs a short share; the
 tests marked exhaustive run every mutation of every argument, and many pairs of them. A new op joins by a line in
 `ops.CALLS`: a test fails as long as that lacks one of `fastssl.ops`. A new kind of file joins by a line in
-`files.KINDS`; image formats join by themselves.
+`kinds.KINDS`; image formats join by themselves.
 """

@@ -172,6 +172,12 @@ def _nt_xent(n: random.Random) -> Arguments:
     return {"z1": unit(batch, width), "z2": unit(batch, width), "tau": 0.5}
 
 
+def _pairwise_sigmoid(n: random.Random) -> Arguments:
+    batch, offset, width = n.randint(1, 40), n.randint(0, 9), n.choice([2, 5, 16, 33])
+    keys = unit(batch + offset + n.randint(0, 9), width)
+    return {"q": unit(batch, width), "keys": keys, "scale": 10.0, "bias": -5.0, "label_offset": offset}
+
+
 def _dense_match(n: random.Random) -> Arguments:
     batch, width = n.randint(1, 40), n.choice([1, 5, 16, 33])
     return {"q": torch.randn(batch, width, n.randint(1, 20)), "k": torch.randn(batch, width, n.randint(1, 20))}
@@ -238,6 +244,7 @@ CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "masked_patch_mse": _masked_patch_mse,
     "normalise": _normalise,
     "nt_xent": _nt_xent,
+    "pairwise_sigmoid": _pairwise_sigmoid,
     "patchify": lambda n: dict(zip(("images", "patch"), _images(n))),
     "prototype_lse": _prototype_lse,
     "random_masking": lambda n: {"noise": torch.rand(n.randint(1, 3), n.randint(5, 40)), "keep": n.randint(1, 5)},

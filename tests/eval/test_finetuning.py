@@ -84,6 +84,8 @@ VARIANTS = {
     "norms of queries and keys": {"qk_norm": True, "qkv_bias": False},
     "SwiGLU and another eps": {"mlp": "swiglu", "norm_eps": 0.1},
     "CLIP": {"pre_norm": True, "pos_embed": "learn"},
+    "OpenAI's CLIP": {"pre_norm": True, "pos_embed": "learn", "mlp": "quick_gelu"},
+    "SigLIP": {"class_token": False, "pos_embed": "learn", "mlp": "gelu_tanh"},
     "no class token, no positions": {"class_token": False, "pos_embed": "none"},
     "any size": {"dynamic_img_size": True},
 }
@@ -101,6 +103,16 @@ def test_every_vit_is_fine_tuned_as_it_is(options):
     images = torch.randn(3, 3, 8, 12, dtype=torch.float64)
     expected = vit.double().features(images) @ model.head.weight.T
     torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_vit_that_pools_by_attention_is_fine_tuned_without_its_pooling():
+    vit = ViT((8, 12), 4, 3, 32, 2, 2, global_pool="map", class_token=False, mlp="gelu_tanh").eval()
+    model = build_classifier(Outsider(vit), "", 7).eval()
+    assert not [name for name in model.state_dict() if "attn_pool" in name]
+    images = torch.randn(3, 3, 8, 12)
+    with torch.no_grad():
+        tokens = vit.norm(model.forward_features(images))[1]
+        torch.testing.assert_close(vit.attn_pool(tokens), vit.features(images), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("splits", [1, 2])

@@ -6,11 +6,17 @@ from fastssl.method_modules import method_names
 from tests.support.every_command import use_every_command
 
 # Commands and formats that a method has no use for, because of its encoder: two networks, another norm, LayerScale.
-REFUSED = {"cmc": {"finetune", "timm", "torchvision"}, "cpc": {"finetune"}, "dinov2": {"torchvision"}}
+REFUSED = {
+    "cmc": {"finetune", "timm", "torchvision"},
+    "cpc": {"finetune"},
+    "dinov2": {"torchvision"},
+    "clip": {"torchvision"},
+    "siglip": {"torchvision"},
+}
 
 
 # one of each kind stays in `make test`
-ALWAYS = ("mae", "moco_v2", "simclr_v1", "byol", "cmc", "cpc", "densecl", "deepcluster", "swav", "dinov2")
+ALWAYS = ("mae", "moco_v2", "simclr_v1", "byol", "cmc", "cpc", "densecl", "deepcluster", "swav", "dinov2", "clip")
 
 
 @pytest.mark.slow

@@ -32,7 +32,6 @@ UNSUPPORTED = {
     f"{OTHER}, and 11 more",
     "beit_base_patch16_224": f"blocks.0.attn (timm.models.beit.Attention) {OTHER}, and 1 more",
     "cait_xxs24_224": f"blocks.0.attn (timm.models.cait.TalkingHeadAttn) {OTHER}, and 3 more",
-    "vit_base_patch16_siglip_224": f"attn_pool (timm.layers.attention_pool.AttentionPoolLatent) {OTHER}",
 }
 LEAVE = "; nothing was swapped (accelerate(model, leave=[…]) leaves modules by name)"
 
@@ -391,3 +390,39 @@ def test_attention_equals_timms():
         x,
         attn_bias=mask,
     )
+
+
+def test_timms_siglip_keeps_its_pooling():
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 0}
+    model = timm.models.VisionTransformer(**size, class_token=False, global_pool="map").eval()
+    images = torch.randn(2, 3, 16, 16)
+    expected = model(images)
+    assert accelerate(model) == ["blocks.0.attn", "blocks.1.attn"]
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_open_clips_towers_with_their_causal_mask():
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 4, "image_size": 8}
+    text = {"context_length": 12, "vocab_size": 60, "width": 32, "heads": 4, "layers": 2}
+    model = open_clip.model.CLIP(16, vision, text).eval()
+    images, tokens = torch.randn(2, 3, 8, 8), torch.randint(60, (2, 12))
+    expected = model.encode_image(images), model.encode_text(tokens)
+    names = accelerate(model)
+    assert names == [f"{side}transformer.resblocks.{i}.attn" for side in ("visual.", "") for i in range(2)]
+    for one, two in zip((model.encode_image(images), model.encode_text(tokens)), expected):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["float", "bool", "by head"])
+def test_masks_of_multihead_attention(kind):
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    mask = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    if kind != "bool":
+        mask = torch.zeros(9, 9).masked_fill(mask, float("-inf"))
+    if kind == "by head":
+        mask = mask.expand(8, 9, 9) + torch.randn(8, 1, 9)
+    x = torch.randn(2, 9, 32)
+    expected, _ = module(x, x, x, need_weights=False, attn_mask=mask)
+    ours, _ = TorchvisionAttention(module)(x, x, x, attn_mask=mask)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

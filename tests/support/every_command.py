@@ -11,7 +11,7 @@ from fastssl.run import open_run
 from fastssl.weights import GENERAL_FORMATS
 from tests.support.command import run
 
-DATA = "shapes:count=48,size=32"
+DATA, CAPTIONED = "shapes:count=48,size=32", "captions:count=48,size=32"
 TINY = ["--data", DATA, "--epochs", "1", "--batch-size", "16", "--workers", "0", "--no-tensorboard"]
 SHORT = ["--epochs", "1", "--batch-size", "16", "--warmup-epochs", "0"]
 
@@ -36,17 +36,24 @@ def use_every_command(
         with pytest.raises(SystemExit, match=rf"^fastssl: {start}: .*(encoder|has no|needs|has the names)"):
             run(monkeypatch, *command)
 
-    run(monkeypatch, "pretrain", method, *TINY, "--folder", folder, *words)
+    module = method_module(method)
+    has_text = hasattr(module.Config, "text")
+    tiny = [CAPTIONED if has_text and word == DATA else word for word in TINY]
+    run(monkeypatch, "pretrain", method, *tiny, "--folder", folder, *words)
     first = open_run(folder).state()["step"]
     assert first >= 1
     run(monkeypatch, "eval", "knn", folder, "--k", "5")
     run(monkeypatch, "eval", "linear", folder, "--optimizers", "lbfgs", "--epochs", "3")
     tuning = ["eval", "finetune", folder, *SHORT, "--labels", "0.5"]
     refuses("eval", *tuning) if "finetune" in refused else run(monkeypatch, *tuning)
-    module = method_module(method)
     if hasattr(module, "linear_probe"):
         run(monkeypatch, "eval", "linear", folder, "--protocol", "official", *SHORT)
-    assert {"knn", "linear", "finetune"} - set(refused) <= set(accuracies(folder))
+    evaluated = {"knn", "linear", "finetune"} - set(refused)
+    if has_text:
+        run(monkeypatch, "eval", "zeroshot", folder, "--data", CAPTIONED)
+        run(monkeypatch, "eval", "retrieval", folder, "--data", CAPTIONED)
+        evaluated |= {"zeroshot", "retrieval"}
+    assert evaluated <= set(accuracies(folder))
     run(monkeypatch, "embed", folder, DATA, "--out", folder / "features.npz")
     features = np.load(folder / "features.npz")["features"]
     assert len(features) >= 48 and np.isfinite(features).all()
@@ -61,6 +68,7 @@ def use_every_command(
     run(monkeypatch, "report", folder)
     page = (folder / "report.html").read_text()
     assert method in page and "Nearest neighbours" in page
+    assert ("Retrieved pairs" in page) == ("Zero-shot classification" in page) == has_text
     run(monkeypatch, "pretrain", "--resume", folder, "--epochs", "2")
     state = open_run(folder).state()
     assert state["step"] == 2 * first

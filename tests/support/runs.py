@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import torch
 
+from fastssl.method_modules import method_name_of
 from fastssl.run import Options, Run
 from fastssl.train.checkpoint import Checkpoints
 
@@ -22,7 +23,7 @@ LINE = {
 def make_run(folder, module, data, lines=3, trained=True, **own):
     """A run of the small preset with `lines` lines of metrics, one per epoch, which contain the values `own`. If
     `trained`, the run has a checkpoint."""
-    name = module.__name__.split(".")[-1]
+    name = method_name_of(module)
     run = Run(folder, name, Options(data), module.Config.small(), {"processor": "a fast one"})
     folder.mkdir(parents=True)
     run.save()

@@ -19,6 +19,8 @@ SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the te
         **{"koleo_weight": 0.0, "mask_probability": 1.0, "mask_ratio": (0.3, 0.3), "centering": "sinkhorn_knopp"},
     },
     "swav": {"prototypes": 12, "hidden": 16, "dim": 8, "queue_size": 64, "queue_start": 0},
+    "clip": {"patch_size": 8, "vocabulary": 60},
+    "siglip": {"patch_size": 8, "vocabulary": 60},
     "deepcluster": {"clusters": 6, "components": 8},
     "deepcluster_v2": {"prototypes": (6, 5), "hidden": 16, "dim": 8},
 }

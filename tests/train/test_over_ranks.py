@@ -16,6 +16,7 @@ from fastssl.contract import PreparesEpochs, TrainingImages
 from fastssl.data.augmentation import evaluation
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
+from fastssl.data.token_table import build_table
 from fastssl.method_modules import method_module
 from fastssl.preparation import on_all_ranks
 from fastssl.train import checkpoint
@@ -57,14 +58,18 @@ def trained(folder, name, *, epochs=1, resume=False, kill=None, changes=None, do
     method = method.double() if double else method
     torch.manual_seed(distributed.rank())
     world, rank = distributed.world_size(), distributed.rank()
-    source = open_source(f"shapes:count={48 if double else 96}")
-    loader = Loader(source, config.augmentation, 16 // world // accumulate, rank=rank, world=world)
+    text = getattr(config, "text", None)
+    source = open_source(f"{'shapes' if text is None else 'captions'}:count={48 if double else 96}")
+    tokens = None if text is None else build_table(source, text)
+    loader = Loader(source, config.augmentation, 16 // world // accumulate, rank=rank, world=world, tokens=tokens)
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     state = checkpoint.load(folder / "checkpoints", name) if resume else None
 
     def cast(batches):
         for batch in batches:
+            if text is not None:  # fewer tokens than the tokenizer has, which take as long as both towers
+                batch.extras["tokens"] %= config.vocabulary
             yield batch._replace(views=tuple(view.double() for view in batch.views)) if double else batch
 
     def epoch_of(epoch, start):

@@ -9,6 +9,8 @@ one right answer when captions are searched. The label is the shape. Captions na
 neither flip images nor change their colours, and crop little.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ..source import Source
@@ -82,7 +84,7 @@ class Captions(Source):
         number = random.integers(self._test_order.shape[1])
         if self._is_test:
             number = self._test_order[self.label(index), index // len(SHAPES)]
-        choices = (HUES, RADII, BACKGROUNDS, PLACES)
+        choices: tuple[Iterable[str], ...] = (HUES, RADII, BACKGROUNDS, PLACES)
         hue, size, background, place = (
             list(names)[chosen] for names, chosen in zip(choices, np.unravel_index(number, COMBINATIONS))
         )

@@ -59,7 +59,8 @@ def open_table(argument: str, split: str, kind: str) -> CaptionedFiles:
         captions.setdefault(row[image].strip(), []).append(row[caption])
         if of_split is not None:
             splits[row[image].strip()] = row[of_split].strip().lower()
-    notes = [f"{short:,} rows have too few fields and are passed over"] if short else []
+    verb = "row has too few fields and is" if short == 1 else "rows have too few fields and are"
+    notes = [f"{short:,} {verb} passed over"] if short else []
     given = _given_split(set(splits.values()), split)
     if given is not None:
         captions = {file: texts for file, texts in captions.items() if splits[file] in given}
@@ -68,10 +69,11 @@ def open_table(argument: str, split: str, kind: str) -> CaptionedFiles:
 
 def _rows(path: Path, kind: str) -> Iterator[list[str]]:
     """The fields of each row. Quotes of a TSV may enclose a field, and are then removed."""
-    lines = io.StringIO(read_text(path), newline="")
+    text = read_text(path).replace("\0", "\N{REPLACEMENT CHARACTER}")  # the reader of Python 3.10 refuses a NUL
+    lines = io.StringIO(text, newline="")
     csv.field_size_limit(LONGEST_FIELD)
-    options = {} if kind == "csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(lines, **options)
+    delimiter = "," if kind == "csv" else "\t"
+    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if kind == "csv" else csv.QUOTE_NONE)
     try:
         for row in reader:
             yield row if kind == "csv" else [_unquoted(field) for field in row]

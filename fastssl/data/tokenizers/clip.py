@@ -94,7 +94,8 @@ def merge_pairs(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[s
     queue = candidates(range(ends))
     heapq.heapify(queue)
     while queue:
-        lowest, changed = queue[0][0], []
+        lowest = queue[0][0]
+        changed: list[int] = []
         while queue and queue[0][0] == lowest:
             _, i, left, right = heapq.heappop(queue)
             j = after[i]

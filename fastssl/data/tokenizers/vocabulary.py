@@ -17,7 +17,7 @@ def read_vocabulary(name: str) -> list[str]:
         ValueError: the file is missing or damaged.
     """
     try:
-        content = gzip.decompress(files(__package__).joinpath("vocabularies", f"{name}.txt.gz").read_bytes())
+        content = gzip.decompress((files(__package__) / "vocabularies" / f"{name}.txt.gz").read_bytes())
         damage = "" if hashlib.sha256(content).hexdigest() == SHA256[name] else "its checksum differs"
     except (OSError, EOFError) as error:
         content, damage = b"", str(error)
