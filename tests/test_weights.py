@@ -98,8 +98,8 @@ def test_whole_models_come_back_bit_equal(name, tmp_path):
 
 
 def test_albef_checkpoints_have_the_official_layout(tmp_path):
-    """With the names that Hugging Face's BERT of version 4 has twice, without which the code's strict loading fails; its
-    image encoder loads into other methods, and a ViT into ALBEF, whose momentum encoders become copies."""
+    """With the names that Hugging Face's BERT of version 4 has twice, without which the code refuses it. Its encoder
+    loads into other methods, and a ViT into ALBEF, whose momentum encoders become copies."""
     method, (build, _) = randomise(METHODS["albef"][0]()), METHODS["albef"]
     path = export(method, "albef", tmp_path / "ALBEF")
     state = torch.load(path, weights_only=True)["model"]

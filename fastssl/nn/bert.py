@@ -8,7 +8,7 @@ A pass has four parts, which may be asked for one by one: `mode` is
     "predict"      embeddings to the logits of all tokens of the vocabulary
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,8 @@ class BertLayer(nn.Module):
         super().__init__()
         self.attention = BertAttention(dim, num_heads, dim, dropout)
         self.crossattention = None if image_dim is None else BertAttention(dim, num_heads, image_dim, dropout)
-        self.intermediate = nn.ModuleDict({"dense": Linear(dim, hidden)})
-        self.output = nn.ModuleDict({"dense": Linear(hidden, dim), "LayerNorm": ResidualNorm(dim, EPS)})
+        self.intermediate: Any = nn.ModuleDict({"dense": Linear(dim, hidden)})
+        self.output: Any = nn.ModuleDict({"dense": Linear(hidden, dim), "LayerNorm": ResidualNorm(dim, EPS)})
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, bias: Tensor, images: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
@@ -165,7 +165,7 @@ class BertForMaskedLM(nn.Module):
         layers = [BertLayer(*sizes, image_dim if i >= text_depth else None, dropout) for i in range(depth)]
         embeddings = BertEmbeddings(vocabulary, positions, dim, dropout)
         encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        self.bert = nn.ModuleDict({"embeddings": embeddings, "encoder": encoder})
+        self.bert: Any = nn.ModuleDict({"embeddings": embeddings, "encoder": encoder})
         self.cls = nn.ModuleDict({"predictions": PredictionHead(dim, vocabulary)})
         self.apply(_initialise)
 

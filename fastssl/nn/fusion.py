@@ -1,6 +1,6 @@
 """An image encoder, a text encoder and a multimodal one, with momentum twins (ALBEF)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +97,11 @@ class FusionNetwork(nn.Module):
             alpha: share of the twin's softmax in the targets.
             probability: that with which tokens were masked.
         """
+        bert_m: Any = self.text_encoder_m
         positions = masked_positions(targets, probability)
         with torch.no_grad():
-            hidden = self.text_encoder_m(twin.masked_text, is_token, twin.patches, mode="fusion")
-            twin_logits = self.text_encoder_m(hidden.flatten(0, 1)[positions], mode="predict")
+            hidden = bert_m(twin.masked_text, is_token, twin.patches, mode="fusion")
+            twin_logits = bert_m(hidden.flatten(0, 1)[positions], mode="predict")
         logits, rows = self.text_encoder(fused.flatten(0, 1)[positions], mode="predict"), targets.flatten()[positions]
         loss = distilled_token_loss(logits, twin_logits, rows, alpha)
         return loss, (logits.argmax(1) == rows).sum() / (rows >= 0).sum().clamp(min=1)

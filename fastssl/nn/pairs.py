@@ -81,9 +81,10 @@ def distilled_contrast(student: Tensor, twin: Tensor, keys: Tensor, tau: Tensor,
     if keys.shape[0] < batch:
         raise ValueError(f"{name}: keys must begin with those of the {batch} rows, got {keys.shape[0]} keys")
     twin, keys, constant = twin.detach(), keys.detach(), tau.detach()
+    twin_keys, twin_tau = keys.detach(), tau.detach()  # torch.compile takes no tensor twice
     scaled = student * (constant / tau)  # unchanged, and the way of the gradient to tau, which the ops do not have
     mass = prototype_lse(twin, keys, constant)
-    targets = PrototypeTargets(twin, keys, constant, -mass, mass.new_zeros(keys.shape[0]))
+    targets = PrototypeTargets(twin, twin_keys, twin_tau, -mass, mass.new_zeros(keys.shape[0]))
     soft = soft_cross_entropy(scaled, keys, constant, targets)
     hard = linear_cross_entropy(scaled, keys, constant, torch.arange(batch, device=keys.device))
     return (alpha * soft + (1 - alpha) * hard).mean()

@@ -53,11 +53,12 @@ def save_child_unprefixed(module: nn.Module, child: str) -> None:
 
 
 def save_as_scalar(module: nn.Module, name: str) -> None:
-    """From now on state dicts of `module` hold its parameter `name`, of one element, as a scalar."""
+    """From now on state dicts of `module` hold its parameter `name`, of one element, as a scalar. Where FSDP shards it,
+    all ranks must call `state_dict()` together."""
 
     def reshape(state: dict, prefix: str, shape: tuple[int, ...]) -> None:
-        if prefix + name in state:
-            state[prefix + name] = state[prefix + name].reshape(shape)
+        if (x := state.get(prefix + name)) is not None:
+            state[prefix + name] = (x.full_tensor() if hasattr(x, "full_tensor") else x).reshape(shape)
 
     module.register_state_dict_post_hook(lambda _, state, prefix, metadata: reshape(state, prefix, ()))
     module.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: reshape(state, prefix, (1,)))

@@ -34,20 +34,30 @@ def mask_tokens(ids: Tensor, noise: Tensor, probability: float, vocabulary: int)
 
 
 def masked_positions(targets: Tensor, probability: float) -> Tensor:
-    """Positions of the masked tokens in the flat batch, in a number that the host knows without a wait.
+    """Positions of the masked tokens in the flat batch.
 
-    The number is 8 standard deviations above the expected one: a batch with more, of which the last would be left out,
-    does not occur in 10¹⁴ batches. Positions of tokens that are not masked fill the rest.
+    On a CPU they are these alone. Elsewhere, and in torch.compile, the host does not wait for their number: there are 8
+    standard deviations more than expected, so that a batch with more, of which the last would be left out, does not
+    occur in 10¹⁴ batches. Positions of tokens that are not masked fill the rest.
 
     Args:
         targets: [B, L] int64, −100 where a token is not masked.
         probability: that of a token to be masked.
 
-    Returns: [C] int64, the masked ones first.
+    Returns: [C] int64, the masked ones first, at least one position.
     """
-    expected = targets.numel() * probability
-    count = min(targets.numel(), math.ceil(expected + 8 * math.sqrt(expected)) + 8)
-    return (targets.flatten() == IGNORED).byte().argsort(stable=True)[:count]
+    is_free = (targets.flatten() == IGNORED).byte()
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        count = max(len(is_free) - int(is_free.sum()), 1)
+    else:
+        count = most_masked(len(is_free), probability)
+    return is_free.argsort(stable=True)[:count]
+
+
+def most_masked(tokens: int, probability: float) -> int:
+    """The number of positions that `masked_positions` returns where it does not count them."""
+    expected = tokens * probability
+    return min(tokens, math.ceil(expected + 8 * math.sqrt(expected)) + 8)
 
 
 def distilled_token_loss(logits: Tensor, twin: Tensor, targets: Tensor, alpha: float | Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Images and texts: what a method finds for either, and which classes it takes for others."""
 
+import random
 from collections import Counter
 from typing import Any
 
-import numpy as np
 import torch
 
-from fastssl.data.source import Subset
+from fastssl.data.source import Source, Subset
 from fastssl.eval.features import extract
 from fastssl.eval.knn import nearest
 from fastssl.eval.labels import labelled
@@ -31,7 +31,7 @@ LONGEST = 160  # characters of a text
 def retrieved(run: RunData) -> list[Any]:
     """Held-out images with the texts found for them, and texts with the images; [] without captions."""
     texts = Texts(run.run.config.text)
-    source, captions = captioned(_spaced(run.test_source, SEARCHED), texts.encode)
+    source, captions = captioned(_sample(run.test_source, SEARCHED), texts.encode)
     if not len(source):
         return []
     found = retrieve(run.method, source, captions, run.size, texts, **_loading(run))
@@ -54,7 +54,7 @@ def retrieved(run: RunData) -> list[Any]:
         Text(f"Texts found for an image, the nearest first: the first is right for {recall.image_to_text[1]:.1%}."),
         Answers(answers, crisp=max(run.size) <= CRISP),
         Text(f"Images found for a text: the first is right for {recall.text_to_image[1]:.1%}."),
-        Tiles(rows, crisp=max(run.size) <= CRISP),
+        Tiles(rows, crisp=max(run.size) <= CRISP, stacked=True),
         Text(f"Searched: {recall.images:,} images, {recall.texts:,} texts."),
     ]
 
@@ -64,7 +64,7 @@ def confusions(run: RunData) -> list[Any]:
 
     Names and templates are those of the newest zero-shot evaluation on the run's data, else the defaults.
     """
-    test = labelled(_spaced(run.test_source, CLASSIFIED))
+    test = labelled(_sample(run.test_source, CLASSIFIED))
     if not len(test):
         return []
     lines = [line for line in run.evaluations if line["evaluation"] == "zeroshot"]
@@ -98,12 +98,13 @@ def confusions(run: RunData) -> list[Any]:
     return [Text(text), table]
 
 
-def _spaced(source: Any, most: int) -> Subset:
-    return Subset(source, range(0, len(source), -(-len(source) // most)))
+def _sample(source: Source, most: int) -> Subset:
+    """At most so many images. They are not evenly spaced: labels and captions may repeat with a period."""
+    return Subset(source, _some(len(source), most))
 
 
-def _some(count: int) -> list[int]:
-    return np.unique(np.linspace(0, count - 1, min(QUERIES, count)).astype(int)).tolist()
+def _some(count: int, most: int = QUERIES) -> list[int]:
+    return sorted(random.Random(0).sample(range(count), min(most, count)))
 
 
 def _loading(run: RunData) -> dict[str, Any]:

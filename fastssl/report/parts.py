@@ -34,6 +34,7 @@ class Tiles:
 
     rows: list[tuple[str, list[Tile]]]
     crisp: bool  # show pixels as squares
+    stacked: bool = False  # names above the images
     kind = "tiles"
 
 

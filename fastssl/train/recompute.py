@@ -10,8 +10,8 @@ def recompute_blocks(method: nn.Module) -> None:
     """Make each transformer block keep only its input, and run again in the backward pass.
 
     A block is an element of a ModuleList. Blocks without trained parameters, those of a momentum encoder, have no
-    backward pass and stay as they are. Random numbers of a block (drop path) are among its arguments, so the second run
-    needs no random state.
+    backward pass and stay as they are. Random numbers of drop path are among a block's arguments; a block with dropout
+    runs again with the random state of its first run.
 
     Raises:
         ValueError: the method has no such blocks. Those of a ResNet would update their running statistics twice.
@@ -23,4 +23,5 @@ def recompute_blocks(method: nn.Module) -> None:
     if not blocks:
         raise ValueError("train: --recompute is for transformers: this method has no blocks to recompute")
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        drops = any(isinstance(part, nn.Dropout) and part.p for part in block.modules())
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=drops)

@@ -1,4 +1,4 @@
-"""BERT with cross-attention: its modes, padding, and sharing of images. Golden numbers are in tests/methods/test_albef.py."""
+"""BERT with cross-attention: its modes, padding, sharing of images. tests/methods/test_albef.py has golden numbers."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from fastssl.nn.bert import CLS, MASK, PAD
 from fastssl.nn.masking import seeded_noise
 from fastssl.nn.pairs import PairQueue, distilled_contrast, hard_negatives, negative_weights
-from fastssl.nn.token_masks import IGNORED, distilled_token_loss, mask_tokens, masked_positions
+from fastssl.nn.token_masks import IGNORED, distilled_token_loss, mask_tokens, masked_positions, most_masked
 from tests.support.contract import refused
 
 
@@ -112,15 +112,21 @@ def test_masks_have_the_shares_of_bert():
     assert torch.equal(shorter[0], corrupted[:, :24])  # cutting a batch does not change its masks
 
 
-def test_all_masked_positions_are_gathered_and_their_number_is_known_before():
+def test_all_masked_positions_are_gathered_in_a_number_that_is_known_before_on_gpus(monkeypatch):
     targets = torch.full((64, 24), IGNORED)
     masked = torch.rand(64, 24) < 0.15
     targets[masked] = 7
+    expected = masked.flatten().nonzero()[:, 0]
+    assert torch.equal(masked_positions(targets, 0.15), expected)
+    assert masked_positions(torch.full((2, 3), IGNORED), 0.15).tolist() == [0]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     positions = masked_positions(targets, 0.15)
-    count = int(masked.sum())
-    assert torch.equal(positions[:count], masked.flatten().nonzero()[:, 0])
-    assert len(positions) == len(positions.unique()) == 360  # 230.4 + 8 · √230.4 + 8
+    assert torch.equal(positions[: len(expected)], expected)
+    assert len(positions) == len(positions.unique()) == most_masked(64 * 24, 0.15) == 360  # 230.4 + 8 · √230.4 + 8
     assert len(masked_positions(targets[:1], 0.15)) == 24
+    share = torch.distributions.Binomial(1536, torch.tensor(0.15).double())
+    beyond = share.log_prob(torch.arange(361, 1537).double()).exp().sum()
+    assert beyond < 1e-14
 
 
 def test_the_loss_of_masked_tokens():

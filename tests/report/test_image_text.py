@@ -35,8 +35,8 @@ def test_a_page_shows_pairs_and_confusions(tmp_path):
     page = Page(write_report([run]))
     check_self_contained(page)
     assert {"retrieval", "zeroshot"} <= set(page.sections)
-    for text in ("✓ a red square", "✗", "Searched: 27 images, 23 texts.", "100.0% of 30 images get their class", "R@1"):
-        assert text in page.text.replace("✓ ", "✓").replace("✓", "✓ ")
+    for text in ("✓", "✗", "Searched: 27 images, 23 texts.", "100.0% of 30 images get their class", "R@1"):
+        assert text in page.text
     assert "Left out" not in page.text
 
 

@@ -16,6 +16,7 @@ from fastssl.contract import (
     SchedulesMomentum,
 )
 from fastssl.methods import (
+    albef,
     barlow_twins,
     byol,
     clip,
@@ -298,6 +299,7 @@ def test_methods_fulfil_the_contract():
         clip: set(),
         siglip: set(),
         toy_method: {DefersUpdates},
+        albef: {SchedulesMomentum, DefersUpdates},
     }
     for module, expected in abilities.items():
         method = module.build(module.Config.small())
