@@ -217,7 +217,8 @@ def finetune(
         raise ValueError(f"eval: --batch-size must be at most the {len(train)} labelled images, got {batch}")
     if (config.mixup or config.cutmix) and micro % 2:
         raise ValueError(f"eval: mixup and cutmix take pairs: --batch-size over --accumulate must be even, got {micro}")
-    device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size, loading))
+    colours = {name: loading[name] for name in ("mean", "std") if name in loading}
+    device, pictures = torch.device(loading.get("device", "cpu")), Pictures(train, _transform(config, size, **colours))
     with _seed_generators(seed, device):
         loader = Workers(
             pictures,
@@ -333,7 +334,12 @@ def _collate(samples: list[tuple[Tensor, int] | int]) -> _Batch:
     return _Batch(torch.stack(images), torch.tensor(labels), bad)
 
 
-def _transform(config: Finetune, size: tuple[int, int], loading: dict[str, Any]):
+def _transform(
+    config: Finetune,
+    size: tuple[int, int],
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+):
     from timm.data import create_transform
 
     return create_transform(
@@ -344,8 +350,8 @@ def _transform(config: Finetune, size: tuple[int, int], loading: dict[str, Any])
         color_jitter=None,
         auto_augment=None if config.randaugment == "none" else config.randaugment,
         interpolation="bicubic",
-        mean=loading.get("mean", IMAGENET_MEAN),
-        std=loading.get("std", IMAGENET_STD),
+        mean=mean,
+        std=std,
         re_prob=config.erasing,
         re_mode="pixel",
         re_count=1,
