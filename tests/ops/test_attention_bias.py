@@ -60,7 +60,7 @@ def test_attention_is_the_formula(function, shared):
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "each sample"])
-@pytest.mark.parametrize("length", [21, 513])
+@pytest.mark.parametrize("length", [21, 1025])
 def test_packed_is_attention(length, shared):
     qkv, dout = torch.randn(2, length, 3, 2, 4).requires_grad_(), torch.randn(2, length, 2, 4)
     bias = torch.randn(*(() if shared else (2,)), 2, length, length).requires_grad_()
@@ -263,7 +263,7 @@ def test_causal_is_torchs():
     q, k, v, _ = operands(2, (17, 17), 2, 8, torch.float32)
     theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=0.3)
     torch.testing.assert_close(attention(q, k, v, 0.3, causal=True), theirs.transpose(1, 2))
-    long = torch.randn(1, 513, 3, 1, 4).unbind(2)
+    long = torch.randn(1, 2305, 3, 1, 4).unbind(2)
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in long), is_causal=True)
     assert torch.equal(attention(*long, causal=True), expected.transpose(1, 2))
     zero = attention(q, k, v, 0.0, causal=True)
