@@ -79,10 +79,10 @@ BIASED = [  # BEiT ViT-B, and windows of Swin-T's first and third stages
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 @pytest.mark.parametrize("batch, length, heads, width, dtype", BIASED)
 def test_attention_with_a_bias(benchmark, batch, length, heads, width, dtype, direction):
-    """A relative position bias [H, L, L], a parameter in float32, as timm's BEiT has it."""
+    """A relative position bias [H, L, L], as BEiT has it, with its gradient."""
     training = direction != "forward"
     qkv = torch.randn(batch, length, 3, heads, width, device=DEVICE).to(DTYPES[dtype]).requires_grad_(training)
-    bias = torch.randn(heads, length, length, device=DEVICE).requires_grad_(training)
+    bias = torch.randn(heads, length, length, device=DEVICE).to(DTYPES[dtype]).requires_grad_(training)
     upstream = torch.randn(batch, length, heads, width, device=DEVICE).to(DTYPES[dtype])
     wide, wide_upstream = qkv.detach().float().requires_grad_(training), upstream.float()
 
