@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fastssl.kernels import (
     attention,
+    attention_bias,
     bank,
     batchnorm,
     contrastive,
@@ -325,6 +326,30 @@ def attention_bwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90"
     blocks = math.ceil(L / block_l)
     requested = B * H * (blocks * (3 * tensor + L * acc) + 3 * tensor + L * acc + blocks * 2 * tensor + 5 * tensor)
     return Moved(requested, least, least, 14 * B * H * (blocks * block_l) ** 2 * width)
+
+
+def attention_bias_fwd(B: int, L: int, H: int, E: int, size: int, bias_size: int, arch: str = "sm_90") -> Moved:
+    """The same, and a bias [H, L, L] of elements of `bias_size` bytes, read again for each sample."""
+    plain, bias = attention_fwd(B, L, H, E, size, arch), H * L * L * bias_size
+    return Moved(plain.requested + B * bias, plain.moved + bias, plain.least + bias, plain.operations)
+
+
+def attention_bias_bwd(B: int, L: int, H: int, E: int, size: int, bias_size: int, arch: str = "sm_90") -> Moved:
+    """The same with the bias, and a second pass over all tensors for its gradient, by tiles and parts of the batch."""
+    plain, bias = attention_bwd(B, L, H, E, size, arch), H * L * L * bias_size
+    per_head = attention.backward_plan(L, L, E, size, arch).per_head
+    plan = attention_bias.bias_gradient_plan(B, L, L, H, E, size, True)
+    tiles, parts, acc, tensors = (
+        math.ceil(L / plan.block),
+        math.ceil(B / plan.samples),
+        max(4, size),
+        B * H * L * E * size,
+    )
+    written = bias if parts == 1 else parts * H * L * L * acc
+    requested = plain.requested + (2 if per_head else 3) * B * bias + tiles * (5 * tensors + B * H * L * acc) + written
+    moved = plain.moved + bias + 5 * tensors + B * H * L * acc + (written if parts == 1 else 2 * written + bias)
+    operations = plain.operations + 4 * B * H * (tiles * plan.block) ** 2 * plan.block_e
+    return Moved(requested, moved, plain.least + 2 * bias, operations)
 
 
 def prototype_lse(N: int, P: int, D: int, size: int, offset: bool, arch: str = "sm_90") -> Moved:
