@@ -74,6 +74,10 @@ class Config:
         )
     )
 
+    def __post_init__(self):
+        if self.tokenizer is not None:  # a run can be resumed and evaluated from any folder
+            self.tokenizer = str(Path(self.tokenizer).expanduser().absolute())
+
     @classmethod
     def paper(cls, backbone: str = "vit_base") -> "Config":
         return cls(backbone, layer_scale=1e-5 if backbone == "vit_large" else 0.1)

@@ -18,6 +18,7 @@ from fastssl import cli
 from fastssl.data.loader import has_dali
 from fastssl.train import checkpoint
 from tests.support.ranks import start_process
+from tests.support.tokenizers import tokenizer_file
 
 SMALL = ["--epochs", "2", "--batch-size", "32", "--no-tensorboard"]
 RUNS = {
@@ -30,6 +31,7 @@ RUNS = {
     "deepcluster_v2": ["deepcluster_v2", *SMALL, "--prototypes", "10", "8"],
     "cpc": ["cpc", *SMALL, "--candidates", "drawn", "--hidden", "16"],
     "densecl": ["densecl", *SMALL, "--queue-size", "100"],
+    "beit": ["beit", *SMALL, "--drop-path", "0.3", "--tokenizer", tokenizer_file()],
 }
 
 
@@ -106,6 +108,7 @@ def assert_same_run(broken: Path, whole: Path, name: str) -> None:
         pytest.param("deepcluster", 0, "torchvision", marks=pytest.mark.exhaustive),
         pytest.param("cpc", 0, "auto", marks=pytest.mark.exhaustive),
         pytest.param("densecl", 0, "auto", marks=pytest.mark.exhaustive),
+        pytest.param("beit", 0, "auto", marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):
