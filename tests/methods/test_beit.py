@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastssl import distributed
 from fastssl.contract import Batch, Reconstructs
@@ -194,6 +195,18 @@ def test_a_resumed_run_is_bit_equal(tokenizer):
         results.append((loss, {n: x.clone() for n, x in method.state_dict().items()}))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(x, results[1][1][name]) for name, x in results[0][1].items())
+
+
+def test_an_encoder_is_evaluated_without_its_tokenizer(tokenizer, tmp_path):
+    """The file may be gone, or hold no decoder; then there are no pictures of predictions."""
+    method, images = small(tokenizer).eval(), torch.randn(2, 3, 24, 24)
+    other = small(str(tmp_path / "gone")).eval()
+    other.load_state_dict(method.state_dict(), strict=True)
+    assert torch.equal(other.features(images), method.features(images))
+    assert not isinstance(other, Reconstructs)
+    encoder = {n: x for n, x in load_file(tokenizer).items() if n.startswith("encoder.")}
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    assert not isinstance(small(str(tmp_path / "encoder.safetensors")), Reconstructs)
 
 
 def test_masks_follow_the_seed(tokenizer):
