@@ -140,6 +140,7 @@ def _beit(vit: Beit, classes: int, drop_path: float) -> nn.Module:
         use_rel_pos_bias=vit.rel_pos_bias is not None or block.attn.has_table,
         head_init_scale=0.001,
     )
+    accelerate(model)
     return model
 
 

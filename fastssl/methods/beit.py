@@ -74,6 +74,10 @@ class Config:
         )
     )
 
+    def __post_init__(self):
+        if self.tokenizer is not None:  # a run can be resumed and evaluated from any folder
+            self.tokenizer = str(Path(self.tokenizer).expanduser().absolute())
+
     @classmethod
     def paper(cls, backbone: str = "vit_base") -> "Config":
         return cls(backbone, layer_scale=1e-5 if backbone == "vit_large" else 0.1)
@@ -127,9 +131,10 @@ def build(config: Config) -> "BEiT":
             f"beit: --mask-patches must be at least --mask-min {config.mask_min}, else most masks are empty, and below "
             f"the {length} patches of an image, got {patches}"
         )
-    # An encoder is evaluated without its tokenizer too; training asks for it by `augmentation`.
-    has_tokenizer = config.tokenizer is not None and Path(config.tokenizer).exists()
-    return BEiT(config, load_tokenizer(config.tokenizer) if has_tokenizer else None)
+    if config.tokenizer is None or not Path(config.tokenizer).exists():
+        return BEiT(config)  # which is evaluated without a tokenizer; `augmentation` asks for one for training
+    tokenizer = load_tokenizer(config.tokenizer)
+    return (BEiT if tokenizer.decoder is None else DecodingBEiT)(config, tokenizer)
 
 
 class BEiT(Beit):
@@ -137,12 +142,11 @@ class BEiT(Beit):
 
     Args:
         config: sizes, masks and drop path.
-        tokenizer: see `nn.dvae.load_tokenizer`; None if the method is not trained. It is not in the state dict.
+        tokenizer: see `nn.dvae.load_tokenizer`; None if the method is not trained, which then takes a state dict with
+            any number of codes. It is not in the state dict.
     """
 
-    norm_pix_loss = False  # `reconstruct` predicts pixels as they are
-
-    def __init__(self, config: Config, tokenizer: nn.Module | None):
+    def __init__(self, config: Config, tokenizer: Any = None):
         dim, depth, heads, patch = BEIT_SIZES[config.backbone]
         options: dict[str, Any] = {"relative_bias": config.relative_bias, "abs_pos": config.abs_pos, "fc_norm": False}
         options |= {"init_values": config.layer_scale, "drop_path_rate": config.drop_path, "mask_token": True}
@@ -153,7 +157,7 @@ class BEiT(Beit):
             config.mask_min,
         )
         self.__dict__["tokenizer"] = tokenizer  # no child: neither trained nor saved
-        self.lm_head = CodeHead(dim, 8192 if tokenizer is None else tokenizer.vocabulary)
+        self.lm_head = CodeHead(dim, None if tokenizer is None else tokenizer.vocabulary)
         beit_(self.lm_head)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,6 +205,23 @@ class BEiT(Beit):
             right = (self.lm_head.predict(x.detach()) == targets).sum() / mask.sum().clamp(min=1)
         return loss, {"code_accuracy": right}
 
+    @property
+    def encoder(self) -> Beit:
+        """The ViT without mask token and head, in timm's names; its features are the mean of the patches."""
+        return without_mask_token(shared_copy(self, Beit, without=("lm_head",)))
+
+    def _apply(self, fn, recurse: bool = True) -> "BEiT":
+        """Moves the tokenizer too, as `to` does with children."""
+        if self.tokenizer is not None:
+            self.tokenizer._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+class DecodingBEiT(BEiT):
+    """BEiT whose tokenizer has a decoder, which makes pixels of predicted codes."""
+
+    norm_pix_loss = False  # these are pixels as they are
+
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Patches decoded from predicted codes, and from the tokenizer's where no patch is masked [B, L, P]; and the
@@ -212,14 +233,3 @@ class BEiT(Beit):
         predicted = self.lm_head.predict(self.forward_features(images, mask)[:, 1:].flatten(0, 1)).view_as(codes)
         pixels = pixels_of_codes(self.tokenizer, predicted.where(mask.view_as(codes), codes), self.img_size)
         return patchify((pixels - mean) / std, self.patch_size), mask.float()
-
-    @property
-    def encoder(self) -> Beit:
-        """The ViT without mask token and head, in timm's names; its features are the mean of the patches."""
-        return without_mask_token(shared_copy(self, Beit, without=("lm_head",)))
-
-    def _apply(self, fn, recurse: bool = True) -> "BEiT":
-        """Moves the tokenizer too, as `to` does with children."""
-        if self.tokenizer is not None:
-            self.tokenizer._apply(fn)
-        return super()._apply(fn, recurse)

@@ -12,7 +12,17 @@ ROWS = 1024  # logits of so many features are computed at once for their largest
 
 
 class CodeHead(Linear):
-    """Linear layer from features to one logit for each code; state dict and initial weights are those of `Linear`."""
+    """Linear layer from features to one logit for each code; state dict and initial weights are those of `Linear`.
+
+    Args:
+        dim: width of the features.
+        codes: number of codes; None for DALL-E's 8,192, until a state dict is loaded, which may have any number.
+    """
+
+    def __init__(self, dim: int, codes: int | None = None):
+        super().__init__(dim, 8192 if codes is None else codes)
+        if codes is None:
+            self.register_load_state_dict_pre_hook(_resize)
 
     def cross_entropy(self, x: Tensor, codes: Tensor) -> Tensor:
         """Cross entropy [M] of the codes' softmax, in float32 or wider.
@@ -32,6 +42,15 @@ class CodeHead(Linear):
     def predict(self, x: Tensor) -> Tensor:
         """The most likely code of each feature, [M, D] → [M] int64."""
         return torch.cat([self(rows).argmax(1) for rows in x.split(ROWS)])
+
+
+def _resize(head: CodeHead, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Hook before `load_state_dict`: gives the head as many codes as the state dict has."""
+    weight = state.get(f"{prefix}weight")
+    if weight is not None and len(weight) != head.out_features:
+        head.out_features = len(weight)
+        head.weight = nn.Parameter(head.weight.new_empty(len(weight), head.in_features))
+        head.bias = nn.Parameter(head.bias.new_empty(len(weight)))
 
 
 @torch.no_grad()

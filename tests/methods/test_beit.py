@@ -1,9 +1,11 @@
 """BEiT: the official code's golden numbers, its recipe, and two ranks against one process."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastssl import distributed
 from fastssl.contract import Batch, Reconstructs
@@ -178,6 +180,35 @@ def batch_of(count, dtype=torch.float32, start=0):
     return Batch(tuple(views), torch.arange(count), None, start + torch.arange(count))
 
 
+def test_a_resumed_run_is_bit_equal(tokenizer):
+    """With drop path, whose random numbers are part of the state."""
+    results, states = [], {}
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        method = small(tokenizer, drop_path=0.3)
+        options = {"parameter_groups": beit.parameter_groups, "state": states.get(resumed)}
+        trainer = Trainer(method, method.config_training, Execution(), 4, **options)
+        for step in range(trainer.steps, 6):
+            if step == 3 and not resumed:
+                states[True] = copy.deepcopy(trainer.state())
+            loss = trainer.step(iter([batch_of(8, start=step)])).loss
+        results.append((loss, {n: x.clone() for n, x in method.state_dict().items()}))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(x, results[1][1][name]) for name, x in results[0][1].items())
+
+
+def test_an_encoder_is_evaluated_without_its_tokenizer(tokenizer, tmp_path):
+    """The file may be gone, or hold no decoder; then there are no pictures of predictions."""
+    method, images = small(tokenizer).eval(), torch.randn(2, 3, 24, 24)
+    other = small(str(tmp_path / "gone")).eval()
+    other.load_state_dict(method.state_dict(), strict=True)
+    assert torch.equal(other.features(images), method.features(images))
+    assert not isinstance(other, Reconstructs)
+    encoder = {n: x for n, x in load_file(tokenizer).items() if n.startswith("encoder.")}
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    assert not isinstance(small(str(tmp_path / "encoder.safetensors")), Reconstructs)
+
+
 def test_masks_follow_the_seed(tokenizer):
     method, seed = small(tokenizer), torch.arange(64)
     masks = method.masks(seed)
@@ -224,8 +255,8 @@ def test_refusals(tokenizer):
     config = beit.Config.small()
     wanted = "beit: --tokenizer must name a run of dvae, or a weights file of one or of DALL-E's encoder, got none: "
     refused(wanted + "fastssl pretrain dvae trains one", ValueError, lambda: config.augmentation)
-    sentence = "tokenizer: nowhere is neither the folder of a run of dvae nor a weights file"
-    refused(sentence, ValueError, lambda: dataclasses.replace(config, tokenizer="nowhere").augmentation)
+    sentence = "tokenizer: /nowhere is neither the folder of a run of dvae nor a weights file"
+    refused(sentence, ValueError, lambda: dataclasses.replace(config, tokenizer="/nowhere").augmentation)
     refused(
         "beit: --mask-patches must be at least --mask-min 4, else most masks are empty, and below the 36 patches of an "
         "image, got 3",

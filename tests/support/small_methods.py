@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.tokenizers import tokenizer_file
+
 SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the test
     "simclr_v1": {"hidden": 32, "dim": 16},
     "simclr_v2": {"hidden": 32, "dim": 16},
@@ -29,6 +31,8 @@ SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the te
     "deepcluster": {"clusters": 6, "components": 8},
     "deepcluster_v2": {"prototypes": (6, 5), "hidden": 16, "dim": 8},
     "igpt": {"image_size": (8, 8), "colours": 9},
+    "beit": {"tokenizer": tokenizer_file(), "image_size": (16, 16), "mask_patches": 6},
+    "simmim": {"image_size": (16, 16)},
 }
 
 

@@ -1,5 +1,7 @@
 """A tiny tokenizer with random weights, for tests of methods that predict its codes."""
 
+import functools
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,3 +24,13 @@ def save_tokenizer(path: Path, vocabulary: int = 24, groups: int = 4, seed: int 
     parts = {"encoder": encoder, "decoder": decoder}
     save_file({f"{part}.{n}": x for part, module in parts.items() for n, x in module.state_dict().items()}, path)
     return str(path)
+
+
+@functools.cache
+def tokenizer_file() -> str:
+    """The same for all tests of a process, which it removes at its end."""
+    _folders.append(tempfile.TemporaryDirectory(prefix="fastssl-tokenizer-"))
+    return save_tokenizer(Path(_folders[-1].name, "tokenizer.safetensors"))
+
+
+_folders: list[tempfile.TemporaryDirectory] = []
