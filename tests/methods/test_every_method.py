@@ -7,6 +7,7 @@ from tests.support.every_command import use_every_command
 
 # Commands and formats that a method has no use for, because of its encoder: two networks, another norm, LayerScale.
 REFUSED = {"cmc": {"finetune", "timm", "torchvision"}, "cpc": {"finetune"}, "dinov2": {"torchvision"}}
+REFUSED["dvae"] = {"finetune", "timm", "torchvision"}
 
 
 # one of each kind stays in `make test`

@@ -21,4 +21,5 @@ SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the te
     "swav": {"prototypes": 12, "hidden": 16, "dim": 8, "queue_size": 64, "queue_start": 0},
     "deepcluster": {"clusters": 6, "components": 8},
     "deepcluster_v2": {"prototypes": (6, 5), "hidden": 16, "dim": 8},
+    "dvae": {"width": 4, "codes": 24, "inner": 6},
 }

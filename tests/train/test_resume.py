@@ -30,6 +30,7 @@ RUNS = {
     "deepcluster_v2": ["deepcluster_v2", *SMALL, "--prototypes", "10", "8"],
     "cpc": ["cpc", *SMALL, "--candidates", "drawn", "--hidden", "16"],
     "densecl": ["densecl", *SMALL, "--queue-size", "100"],
+    "dvae": ["dvae", *SMALL, "--width", "4", "--codes", "24"],
 }
 
 
@@ -106,6 +107,7 @@ def assert_same_run(broken: Path, whole: Path, name: str) -> None:
         pytest.param("deepcluster", 0, "torchvision", marks=pytest.mark.exhaustive),
         pytest.param("cpc", 0, "auto", marks=pytest.mark.exhaustive),
         pytest.param("densecl", 0, "auto", marks=pytest.mark.exhaustive),
+        pytest.param("dvae", 0, "auto", marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):
