@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastssl.contract import (
-    Batch,
     Autoencodes,
+    Batch,
     DefersUpdates,
     Method,
     PreparesEpochs,
