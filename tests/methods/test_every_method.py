@@ -16,6 +16,7 @@ REFUSED = {
     "siglip": {"torchvision"},
     "beit": {"torchvision"},
     "simmim": {"torchvision"},
+    "dvae": {"finetune", "timm", "torchvision"},
 }
 
 

@@ -33,6 +33,7 @@ RUNS = {
     "densecl": ["densecl", *SMALL, "--queue-size", "100"],
     "igpt": ["igpt", *SMALL, "--colours", "16", "--image-size", "8", "8"],
     "beit": ["beit", *SMALL, "--drop-path", "0.3", "--tokenizer", tokenizer_file()],
+    "dvae": ["dvae", *SMALL, "--width", "4", "--codes", "24"],
 }
 
 
@@ -111,6 +112,7 @@ def assert_same_run(broken: Path, whole: Path, name: str) -> None:
         pytest.param("densecl", 0, "auto", marks=pytest.mark.exhaustive),
         pytest.param("igpt", 0, "torchvision", marks=pytest.mark.exhaustive),
         pytest.param("beit", 0, "auto", marks=pytest.mark.exhaustive),
+        pytest.param("dvae", 0, "auto", marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastssl.contract import (
+    Autoencodes,
     Batch,
     Completes,
     DefersUpdates,
@@ -26,6 +27,7 @@ from fastssl.methods import (
     densecl,
     dino,
     dinov2,
+    dvae,
     ibot,
     igpt,
     mae,
@@ -298,13 +300,22 @@ def test_methods_fulfil_the_contract():
         igpt: {PreparesEpochs, Completes},
         clip: set(),
         siglip: set(),
+        dvae: {DefersUpdates, Autoencodes},
         toy_method: {DefersUpdates},
         albef: {SchedulesMomentum, DefersUpdates},
     }
     for module, expected in abilities.items():
         method = module.build(module.Config.small())
         assert isinstance(method, Method)
-        optional = (Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates, PreparesEpochs, Completes)
+        optional = (
+            Autoencodes,
+            Reconstructs,
+            RanksNegatives,
+            SchedulesMomentum,
+            DefersUpdates,
+            PreparesEpochs,
+            Completes,
+        )
         assert {ability for ability in optional if isinstance(method, ability)} == expected
 
 
