@@ -12,7 +12,8 @@
 // rounding to float32 would double the error of the weights. Each task sums dk and dv of its own head: no atomics, and
 // the same bits on any number of threads.
 #include "attention_bf16.h"
-#include "heads.h"
+#include "attention_bf16_backward.h"
+#include "attention_bias.h"
 #include "microkernel.h"
 
 namespace fastssl {
@@ -71,8 +72,9 @@ void compute_scores(HeadRows<T> keys, int64_t count, int64_t width, const T* que
 
 // Softmax over keys for `lanes` queries: replaces scores by weights that sum to 1, and writes log Σ e^(score · scale)
 // to `log_sums`; scale ≥ 0. The maximum is subtracted before the multiplication: beside products of 10^9 their rounding
-// error would be an exponent of tens.
-template <typename T>
+// error would be an exponent of tens. With a bias (`kMasked`) weights below 2^-126 are 0, so that those of masked keys
+// are, and none is a slow denormal number.
+template <bool kMasked, typename T>
 void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale, T* log_sums) {
   const T factor = T(scale * kLog2E);
   for (int64_t lane = 0; lane < lanes; lane += kLanes<T>, scores += kLanes<T>) {
@@ -84,7 +86,9 @@ void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale
     for (int64_t begin = 0; begin < keys; begin += kSumChunk) {
       Vec<T> chunk{};
       for (int64_t j = begin; j < std::min(keys, begin + kSumChunk); ++j) {
-        const Vec<T> weight = exp2((load(scores + j * group) - max) * factor);
+        const Vec<T> exponent = (load(scores + j * group) - max) * factor;
+        Vec<T> weight = exp2(exponent);
+        if constexpr (kMasked) weight = exponent < T(-126) ? Vec<T>{} : weight;
         chunk += weight;
         store(scores + j * group, weight);
       }
@@ -132,9 +136,19 @@ void multiply_chunked(bool accumulate, int64_t rows, int64_t depth, Operand<T> a
                                                                             b_stride, c, c_stride);
 }
 
+// The scores of `compute_scores`, whose queries were multiplied by the sign of the scale unless there is a bias, become
+// weights, as by `softmax`.
+template <typename T>
+void compute_weights(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale, const HeadBias<T>& bias,
+                     T* log_sums) {
+  if (!bias) return softmax<false>(scores, keys, group, lanes, std::abs(scale), log_sums);
+  add_bias<T>(scores, keys, group, lanes, T(scale), bias, nullptr);
+  softmax<true>(scores, keys, group, lanes, 1, log_sums);
+}
+
 template <typename T, typename S>
-void forward_head(const Heads& q, const Heads& k, const Heads& v, int64_t task, double scale, S* out, T* lse,
-                  T* scratch) {
+void forward_head(const Heads& q, const Heads& k, const Heads& v, int64_t task, double scale, const HeadBias<T>& bias,
+                  S* out, T* lse, T* scratch) {
   const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, padded = padded_width<T>(width);
   const int64_t group = group_size<T>(q.length), stride = q.heads * width;
   T *scores = scratch, *panels = scores + k.length * group, *outputs = panels + group * width;
@@ -144,12 +158,13 @@ void forward_head(const Heads& q, const Heads& k, const Heads& v, int64_t task, 
   const HeadRows<T> values = head_rows<T, S>(v, sample, head, copies + (q.length + k.length) * padded);
   for (int64_t first = 0; first < q.length; first += group) {
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
-    pack_rows(queries.row(first), queries.stride, count, width, T(scale < 0 ? -1 : 1), panels);
-    compute_scores(keys, k.length, width, panels, lanes, scores, group);
-    softmax(scores, k.length, group, lanes, std::abs(scale), log_sums);
+    pack_rows(queries.row(first), queries.stride, count, width, T(!bias && scale < 0 ? -1 : 1), panels);
+    const int64_t visible = bias.visible(first, count, k.length);
+    compute_scores(keys, visible, width, panels, lanes, scores, group);
+    compute_weights(scores, visible, group, lanes, scale, bias.from(first), log_sums);
     const OutputRows<T, S> output{out + ((sample * q.length + first) * q.heads + head) * width, outputs, stride, width};
     for (int64_t c = 0; c < padded; c += kPanelWidth<T>)
-      multiply_chunked(false, count, k.length, Operand<T>{scores, 1, group}, values.data + c, values.stride,
+      multiply_chunked(false, count, visible, Operand<T>{scores, 1, group}, values.data + c, values.stride,
                        output.data() + c, output.data_stride());
     output.store_converted(count);
     for (int64_t i = 0; i < count; ++i) lse[task * q.length + first + i] = log_sums[i];
@@ -162,20 +177,23 @@ int64_t forward_scratch(const Heads& q, const Heads& k) {
   return group * (k.length + q.width + padded + 1) + (q.length + 2 * k.length) * padded + 16;
 }
 
-// Gradient of the scores, p (dp − Σ dout·out) scale, in place: `dweights` holds dp.
+// Gradient of the products, p (dp − Σ dout·out) scale, in place: `dweights` holds dp. Adds that of the scores to the
+// bias's.
 template <typename T>
 void softmax_backward(const T* weights, T* dweights, int64_t keys, int64_t group, int64_t lanes, T scale,
-                      const T* row_dot) {
+                      const T* row_dot, const HeadBias<T>& bias) {
   for (int64_t j = 0; j < keys; ++j)
     for (int64_t i = 0; i < lanes; i += kLanes<T>) {
       T* gradient = dweights + j * group + i;
-      store(gradient, load(weights + j * group + i) * (load(gradient) - load(row_dot + i)) * scale);
+      const Vec<T> dscore = load(weights + j * group + i) * (load(gradient) - load(row_dot + i));
+      store(gradient, dscore * scale);
+      if (T* sum = bias.gradient + j * bias.stride + i; bias.gradient) store(sum, load(sum) + dscore);
     }
 }
 
 template <typename T, typename S>
 void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out, int64_t task,
-                   double scale, const Gradients<S>& gradients, T* scratch) {
+                   double scale, const HeadBias<T>& bias, const Gradients<S>& gradients, T* scratch) {
   const int64_t sample = task / q.heads, head = task % q.heads, width = q.width, padded = padded_width<T>(width);
   const int64_t group = group_size<T>(q.length);
   T *scores = scratch, *dweights = scores + k.length * group, *q_panels = dweights + k.length * group;
@@ -194,21 +212,28 @@ void backward_head(const Heads& dout, const Heads& q, const Heads& k, const Head
   std::fill(row_dot, row_dot + group, T(0));  // including the lanes beyond the last query
   for (int64_t first = 0; first < q.length; first += group) {
     const int64_t count = std::min(group, q.length - first), lanes = round_up<int64_t>(count, kLanes<T>);
-    pack_rows(queries.row(first), queries.stride, count, width, T(scale < 0 ? -1 : 1), q_panels);
+    pack_rows(queries.row(first), queries.stride, count, width, T(!bias && scale < 0 ? -1 : 1), q_panels);
     pack_rows(upstream.row(first), upstream.stride, count, width, T(1), dout_panels);
     for (int64_t i = 0; i < count; ++i) row_dot[i] = T(dot(upstream.row(first + i), outputs.row(first + i), width));
-    compute_scores(keys, k.length, width, q_panels, lanes, scores, group);
-    compute_scores(values, k.length, width, dout_panels, lanes, dweights, group);
-    softmax(scores, k.length, group, lanes, std::abs(scale), log_sums);
-    softmax_backward(scores, dweights, k.length, group, lanes, T(scale), row_dot);
+    const int64_t visible = bias.visible(first, count, k.length), seen = bias.seen(first, k.length);
+    compute_scores(keys, visible, width, q_panels, lanes, scores, group);
+    compute_scores(values, visible, width, dout_panels, lanes, dweights, group);
+    compute_weights(scores, visible, group, lanes, scale, bias.from(first), log_sums);
+    softmax_backward(scores, dweights, visible, group, lanes, T(scale), row_dot, bias.from(first));
     const OutputRows<T, S> output_q{gradients.q + gradients.offset(q, sample, first, head), sums_q,
                                     gradients.token_stride, width};
     for (int64_t c = 0; c < padded; c += kPanelWidth<T>) {
-      multiply_chunked(first > 0, k.length, count, Operand<T>{scores, group, 1}, upstream.row(first) + c,
-                       upstream.stride, output_v.data() + c, output_v.data_stride());
-      multiply_chunked(first > 0, k.length, count, Operand<T>{dweights, group, 1}, queries.row(first) + c,
-                       queries.stride, output_k.data() + c, output_k.data_stride());
-      multiply_chunked(false, count, k.length, Operand<T>{dweights, 1, group}, keys.data + c, keys.stride,
+      // The first group that sees a key writes its sums, later ones add to them.
+      for (const auto& [begin, end] : {std::pair(int64_t(0), seen), std::pair(seen, visible)}) {
+        if (begin == end) continue;
+        multiply_chunked(end == seen, end - begin, count, Operand<T>{scores + begin * group, group, 1},
+                         upstream.row(first) + c, upstream.stride, output_v.data() + begin * output_v.data_stride() + c,
+                         output_v.data_stride());
+        multiply_chunked(end == seen, end - begin, count, Operand<T>{dweights + begin * group, group, 1},
+                         queries.row(first) + c, queries.stride, output_k.data() + begin * output_k.data_stride() + c,
+                         output_k.data_stride());
+      }
+      multiply_chunked(false, count, visible, Operand<T>{dweights, 1, group}, keys.data + c, keys.stride,
                        output_q.data() + c, output_q.data_stride());
     }
     output_q.store_converted(count);
@@ -223,16 +248,20 @@ int64_t backward_scratch(const Heads& q, const Heads& k) {
   return group * (2 * k.length + 2 * q.width + 2 + padded) + (4 * k.length + 3 * q.length) * padded + 16;
 }
 
-// Runs body(task, scratch) for every head of every sample, with `bytes` of scratch. `operations` is the number of
-// operations per query and per element of the head's width.
-template <typename Body>
-void for_each_head(const Heads& q, double operations, int64_t bytes, const Body& body) {
+// Runs body(task, bias of its head, scratch) for every head of every sample, with `bytes` of scratch. `operations` is
+// the number of operations per query and per element of the head's width.
+template <typename T, typename Body>
+void for_each_head(const Heads& q, const BiasOf& bias, double operations, int64_t bytes, const Body& body) {
   const int64_t tasks = q.batch * q.heads, size = round_up<int64_t>(bytes, 64);
+  operations *= double(tasks) * q.length * q.width;
+  if (bias.input) return for_each_biased_head<T>(q, Bias(*bias.input), bias.gradient, operations, bytes, body);
   const Tensor workspace = empty({torch::stable::get_num_threads() * size}, ScalarType::Byte);
-  for_tasks(tasks, operations * tasks * q.length * q.width, data<char>(workspace), size, body);
+  for_tasks(tasks, operations, data<char>(workspace), size,
+            [&](int64_t task, char* scratch) { body(task, HeadBias<T>{nullptr, nullptr, 0, bias.causal}, scratch); });
 }
 
-std::tuple<Tensor, Tensor> forward(const Heads& q, const Heads& k, const Heads& v, ScalarType dtype, double scale) {
+std::tuple<Tensor, Tensor> forward(const Heads& q, const Heads& k, const Heads& v, ScalarType dtype, double scale,
+                                   const BiasOf& bias = {}) {
   Tensor out = empty({q.batch, q.length, q.heads, q.width}, dtype), lse;
   with_float_type(dtype, "attention: q", [&](auto type) {
     using S = decltype(type);
@@ -243,76 +272,131 @@ std::tuple<Tensor, Tensor> forward(const Heads& q, const Heads& k, const Heads& 
     if constexpr (std::is_same_v<S, BFloat16>)
       if (uses_bf16_products())
         return with_bf16_products([&](auto tiles) {
-          for_each_head(q, 4.0 * k.length, forward_bf16_bytes<tiles>(q, k, v), [&](int64_t task, char* scratch) {
-            forward_bf16<tiles>(q, k, v, task, scale, output, log_sums, scratch);
-          });
+          for_each_head<T>(q, bias, 4.0 * k.length, forward_bf16_bytes<tiles>(q, k, v),
+                           [&](int64_t task, const HeadBias<T>& head_bias, char* scratch) {
+                             forward_bf16<tiles>(q, k, v, task, scale, head_bias, output, log_sums, scratch);
+                           });
         });
-    for_each_head(q, 4.0 * k.length, forward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* scratch) {
-      forward_head<T, S>(q, k, v, task, scale, output, log_sums, reinterpret_cast<T*>(scratch));
-    });
+    for_each_head<T>(q, bias, 4.0 * k.length, forward_scratch<T>(q, k) * sizeof(T),
+                     [&](int64_t task, const HeadBias<T>& head_bias, char* scratch) {
+                       forward_head<T, S>(q, k, v, task, scale, head_bias, output, log_sums,
+                                          reinterpret_cast<T*>(scratch));
+                     });
   });
   return {out, lse};
 }
 
 template <typename S>
 void backward(const Heads& dout, const Heads& q, const Heads& k, const Heads& v, const Heads& out, const Tensor& lse,
-              double scale, const Gradients<S>& gradients) {
+              double scale, const Gradients<S>& gradients, const BiasOf& bias = {}) {
   using T = ComputeType<S>;
   if (q.length == 0) {  // without queries the gradients are zero
     for (S* gradient : {gradients.k, gradients.v}) std::fill_n(gradient, k.batch * k.length * k.heads * k.width, S(0));
     return;
   }
+  const auto backward_task = [&](int64_t task, const HeadBias<T>& head_bias, char* scratch) {
+    backward_head<T, S>(dout, q, k, v, out, task, scale, head_bias, gradients, reinterpret_cast<T*>(scratch));
+  };
+  const int64_t bytes = backward_scratch<T>(q, k) * sizeof(T);
   if constexpr (std::is_same_v<S, BFloat16>)
     if (uses_bf16_products()) {
       STD_TORCH_CHECK(lse.is_contiguous(), "attention: lse must be contiguous");
       const float* log_sums = static_cast<const float*>(lse.const_data_ptr());
       return with_bf16_products([&](auto tiles) {
-        const int64_t bytes =
-            std::max(backward_bf16_bytes<tiles>(q, k, v, out, dout), backward_scratch<T>(q, k) * int64_t(sizeof(T)));
-        for_each_head(q, 10.0 * k.length, bytes, [&](int64_t task, char* scratch) {
-          if (are_exact(log_sums + task * q.length, q.length))
-            backward_bf16<tiles>(dout, q, k, v, out, log_sums, task, scale, gradients, scratch);
-          else  // computes the softmax again, without them
-            backward_head<T, S>(dout, q, k, v, out, task, scale, gradients, reinterpret_cast<T*>(scratch));
-        });
+        for_each_head<T>(q, bias, 10.0 * k.length, std::max(backward_bf16_bytes<tiles>(q, k, v, out, dout), bytes),
+                         [&](int64_t task, const HeadBias<T>& head_bias, char* scratch) {
+                           if (are_exact(log_sums + task * q.length, q.length))
+                             backward_bf16<tiles>(dout, q, k, v, out, log_sums, task, scale, head_bias, gradients,
+                                                  scratch);
+                           else  // computes the softmax again, without them
+                             backward_task(task, head_bias, scratch);
+                         });
       });
     }
-  for_each_head(q, 10.0 * k.length, backward_scratch<T>(q, k) * sizeof(T), [&](int64_t task, char* scratch) {
-    backward_head<T, S>(dout, q, k, v, out, task, scale, gradients, reinterpret_cast<T*>(scratch));
-  });
+  for_each_head<T>(q, bias, 10.0 * k.length, bytes, backward_task);
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double scale) {
   return forward(q, k, v, q.scalar_type(), scale);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                 double scale) {
+std::tuple<Tensor, Tensor> attention_bias_fwd(Tensor q, Tensor k, Tensor v, Tensor bias, double scale) {
+  return forward(q, k, v, q.scalar_type(), scale, {&bias, nullptr, false});
+}
+
+std::tuple<Tensor, Tensor> attention_causal_fwd(Tensor q, Tensor k, Tensor v, double scale) {
+  return forward(q, k, v, q.scalar_type(), scale, {nullptr, nullptr, true});
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& out, const Tensor& lse, double scale,
+                                            const BiasOf& bias = {}) {
   const auto empty_like = [](const Tensor& x) {
     return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
   };
   Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
   with_float_type(q.scalar_type(), "attention: q", [&](auto type) {
     using S = decltype(type);
-    backward<S>(dout, q, k, v, out, lse, scale, {data<S>(dq), data<S>(dk), data<S>(dv), q.size(2) * q.size(3)});
+    backward<S>(dout, q, k, v, out, lse, scale, {data<S>(dq), data<S>(dk), data<S>(dv), q.size(2) * q.size(3)}, bias);
   });
   return {dq, dk, dv};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                                                 double scale) {
+  return backward(dout, q, k, v, out, lse, scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_causal_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                        Tensor lse, double scale) {
+  return backward(dout, q, k, v, out, lse, scale, {nullptr, nullptr, true});
+}
+
+// An uninitialised gradient of the bias; without `wanted` an empty tensor.
+Tensor empty_gradient(const Tensor& bias, bool wanted) {
+  if (!wanted) return empty({0}, bias.scalar_type());
+  if (bias.dim() == 3) return empty({bias.size(0), bias.size(1), bias.size(2)}, bias.scalar_type());
+  return empty({bias.size(0), bias.size(1), bias.size(2), bias.size(3)}, bias.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bias_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor bias,
+                                                              Tensor out, Tensor lse, double scale, bool with_dbias) {
+  Tensor dbias = empty_gradient(bias, with_dbias);
+  auto [dq, dk, dv] =
+      backward(dout, q, k, v, out, lse, scale, {&bias, with_dbias ? dbias.mutable_data_ptr() : nullptr, false});
+  return {dq, dk, dv, dbias};
 }
 
 std::tuple<Tensor, Tensor> attention_packed_fwd(Tensor qkv, double scale) {
   return forward({qkv, 0}, {qkv, 1}, {qkv, 2}, qkv.scalar_type(), scale);
 }
 
-Tensor attention_packed_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, double scale) {
+std::tuple<Tensor, Tensor> attention_packed_bias_fwd(Tensor qkv, Tensor bias, double scale) {
+  return forward({qkv, 0}, {qkv, 1}, {qkv, 2}, qkv.scalar_type(), scale, {&bias, nullptr, false});
+}
+
+Tensor backward_packed(const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale,
+                       const BiasOf& bias = {}) {
   const int64_t part_width = qkv.size(3) * qkv.size(4);
   Tensor dqkv = empty({qkv.size(0), qkv.size(1), 3, qkv.size(3), qkv.size(4)}, qkv.scalar_type());
   with_float_type(qkv.scalar_type(), "attention: qkv", [&](auto type) {
     using S = decltype(type);
     S* gradient = data<S>(dqkv);
     backward<S>(dout, {qkv, 0}, {qkv, 1}, {qkv, 2}, out, lse, scale,
-                {gradient, gradient + part_width, gradient + 2 * part_width, 3 * part_width});
+                {gradient, gradient + part_width, gradient + 2 * part_width, 3 * part_width}, bias);
   });
   return dqkv;
+}
+
+Tensor attention_packed_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, double scale) {
+  return backward_packed(dout, qkv, out, lse, scale);
+}
+
+std::tuple<Tensor, Tensor> attention_packed_bias_bwd(Tensor dout, Tensor qkv, Tensor bias, Tensor out, Tensor lse,
+                                                     double scale, bool with_dbias) {
+  Tensor dbias = empty_gradient(bias, with_dbias);
+  void* gradient = with_dbias ? dbias.mutable_data_ptr() : nullptr;
+  return {backward_packed(dout, qkv, out, lse, scale, {&bias, gradient, false}), dbias};
 }
 
 }  // namespace
@@ -323,4 +407,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastssl, CPU, m) {
   m.impl("attention_bwd", TORCH_BOX(&fastssl::attention_bwd));
   m.impl("attention_packed_fwd", TORCH_BOX(&fastssl::attention_packed_fwd));
   m.impl("attention_packed_bwd", TORCH_BOX(&fastssl::attention_packed_bwd));
+  m.impl("attention_causal_fwd", TORCH_BOX(&fastssl::attention_causal_fwd));
+  m.impl("attention_causal_bwd", TORCH_BOX(&fastssl::attention_causal_bwd));
+  m.impl("attention_bias_fwd", TORCH_BOX(&fastssl::attention_bias_fwd));
+  m.impl("attention_bias_bwd", TORCH_BOX(&fastssl::attention_bias_bwd));
+  m.impl("attention_packed_bias_fwd", TORCH_BOX(&fastssl::attention_packed_bias_fwd));
+  m.impl("attention_packed_bias_bwd", TORCH_BOX(&fastssl::attention_packed_bias_bwd));
 }

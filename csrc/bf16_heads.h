@@ -79,7 +79,7 @@ inline Vec<float> multiply_add(Vec<Bf16x2> a, Vec<Bf16x2> b, Vec<float> c) {
 
 inline float sum_lanes(Vec<float> x) { return sum<float>(x); }
 
-inline Vec<float> exp2_bf16(Vec<float> x) { return exp2(x); }
+inline Vec<float> exp2_bf16(Vec<float> x) { return x < -126.0f ? Vec<float>{} : exp2(x); }
 
 #endif
 

@@ -21,66 +21,14 @@ the queries for dk and dv, and then over the keys for dq, with two more products
     bytes        by head 8·B·H·L·E·s; by block also q, dout and out again for each tile of keys, and k and v again for
                  each tile of queries, from the L2 cache
     operations   10·B·H·L²·E by head, 14 by block
-
-Tile sizes, forward: 256 queries by 32 keys on 8 warps hold all of a 197-token head, so that keys and values pass once;
-scores are 32 registers per thread, the result 64 at E = 64, which leaves room for two programs per multiprocessor at E
-= 32. 257 tokens take three programs of 128, not two of 256 that would idle half the time. On an H200 many small
-programs are faster: 219 µs with 64 queries and 64 keys, 331 µs with 256 and 32 (measured at B = 256, L = 197, H = 12, E
-= 64); what other blocks read again comes from the L2 cache. Backward, two tiles of scores and the gradient of the
-queries must be held at once: 256 queries of width 32 fit everywhere, of width 64 only where products read their
-operands from 148 kB of shared memory (Hopper, Blackwell). float32 is multiplied in three parts and float64 takes twice
-the registers: smaller tiles, and heads of up to 64.
 """
-
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    TRITON_DTYPES,
-    acc_dtype,
-    card,
-    choose,
-    contiguous_rows,
-    dot_precision,
-    power_of_2,
-    two_floats,
-)
-
-# {architecture: {bytes of an element: {widest head: (longest BLOCK_L, BLOCK_M, warps at that length, stages)}}}
-FWD = {"sm_80": {2: {64: (256, 32, 8, 2), 128: (128, 32, 8, 2)}, 4: {64: (64, 32, 8, 1)}, 8: {64: (32, 32, 4, 1)}}}
-FWD |= {arch: FWD["sm_80"] for arch in ("sm_100", "gfx942")}
-FWD["sm_90"] = FWD["sm_80"] | {2: {64: (64, 64, 4, 3), 128: (128, 32, 8, 2)}}  # measured, on an H200
-FWD["sm_120"] = FWD["sm_80"] | {8: {64: (16, 16, 8, 1)}}  # no tensor cores for float64
-
-# {architecture: {bytes of an element: {(BLOCK_L, BLOCK_E): (BLOCK_M, warps)}}}: where a program owns a head
-BWD_PER_HEAD = {
-    "sm_80": {2: {(64, 32): (32, 4), (128, 32): (32, 4), (256, 32): (32, 8), (64, 64): (32, 4), (128, 64): (32, 8)}}
-}
-BWD_PER_HEAD["sm_90"] = {  # measured, on an H200
-    2: {
-        (64, 32): (32, 4),
-        (128, 32): (32, 4),
-        (256, 32): (64, 8),
-        (64, 64): (64, 4),
-        (128, 64): (64, 8),
-        (256, 64): (32, 8),
-    }
-}
-BWD_PER_HEAD["sm_100"] = {2: BWD_PER_HEAD["sm_80"][2] | {(128, 64): (64, 8), (256, 64): (16, 8)}}
-BWD_PER_HEAD["sm_120"] = {2: BWD_PER_HEAD["sm_80"][2] | {(128, 64): (64, 8)}}
-BWD_PER_HEAD["gfx942"] = {2: BWD_PER_HEAD["sm_80"][2] | {(256, 32): (16, 8)}}
-
-# {architecture: {bytes of an element: {widest head: (BLOCK, warps, stages)}}}
-BWD_PER_BLOCK = {"sm_80": {2: {64: (64, 4, 1), 128: (32, 4, 1)}, 4: {64: (16, 4, 1)}, 8: {64: (16, 4, 1)}}}
-BWD_PER_BLOCK |= {arch: BWD_PER_BLOCK["sm_80"] for arch in ("sm_90", "sm_100")}
-BWD_PER_BLOCK["sm_120"] = BWD_PER_BLOCK["sm_80"] | {2: {64: (32, 4, 2), 128: (32, 4, 1)}, 8: {64: (16, 8, 1)}}
-BWD_PER_BLOCK["gfx942"] = BWD_PER_BLOCK["sm_80"] | {2: {64: (32, 4, 1), 128: (32, 8, 1)}}
+from .attention_plan import backward_plan, forward_plan
+from .tile import LN2, LOG2E, LOWEST, TRITON_DTYPES, acc_dtype, card, contiguous_rows, dot_precision, two_floats
 
 
 @triton.jit
@@ -111,6 +59,32 @@ def _store_rows(x_ptr, start, length, stride, E, x, BLOCK: tl.constexpr, BLOCK_E
 
 
 @triton.jit
+def _load_bias(
+    bias_ptr,
+    row_start,
+    start,
+    L,
+    M,
+    stride_l,
+    stride_m,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """[BLOCK_L, BLOCK_M] of one head's bias, zeros outside the tensor."""
+    row, column = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_M)
+    bias = tl.load(
+        bias_ptr
+        + tl.cast(row_start, tl.int64) * stride_l
+        + tl.cast(start, tl.int64) * stride_m
+        + (row[:, None] * stride_l + column[None, :] * stride_m),
+        mask=(row < L - row_start)[:, None] & (column < M - start)[None, :],
+        other=0.0,
+    )
+    return bias.to(ACC_DTYPE)
+
+
+@triton.jit
 def _head_ptr(x_ptr, head, H, stride_b, stride_h):
     """Pointer to the first value of a head; heads are numbered through the batch."""
     return x_ptr + (head // H).to(tl.int64) * stride_b + (head % H).to(tl.int64) * stride_h
@@ -121,6 +95,7 @@ def attention_fwd_kernel(
     q_ptr,  # [B, L, H, E]
     k_ptr,  # [B, M, H, E]
     v_ptr,  # [B, M, H, E]
+    bias_ptr,  # [B, H, L, M] if BIAS
     out_ptr,  # [B, L, H, E] contiguous, written
     lse_ptr,  # [B, H, L], written: log-sum-exp of the scaled scores
     L,
@@ -139,6 +114,11 @@ def attention_fwd_kernel(
     stride_vb,
     stride_vl,
     stride_vh,
+    stride_bb,
+    stride_bh,
+    stride_bl,
+    stride_bm,
+    BIAS: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -152,6 +132,7 @@ def attention_fwd_kernel(
     q_ptr = _head_ptr(q_ptr, head, H, stride_qb, stride_qh)
     k_ptr = _head_ptr(k_ptr, head, H, stride_kb, stride_kh)
     v_ptr = _head_ptr(v_ptr, head, H, stride_vb, stride_vh)
+    bias_ptr = _head_ptr(bias_ptr, head, H, stride_bb, stride_bh)
     out_ptr = _head_ptr(out_ptr, head, H, H * E * L, E)
 
     q = _load_rows(q_ptr, block_start, L, stride_ql, E, BLOCK_L, BLOCK_E)
@@ -162,6 +143,8 @@ def attention_fwd_kernel(
         k = _load_rows(k_ptr, start, M, stride_kl, E, BLOCK_M, BLOCK_E)
         v = _load_rows(v_ptr, start, M, stride_vl, E, BLOCK_M, BLOCK_E)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC_DTYPE) * scale
+        if BIAS:
+            scores += _load_bias(bias_ptr, block_start, start, L, M, stride_bl, stride_bm, ACC_DTYPE, BLOCK_L, BLOCK_M)
         scores = tl.where((tl.arange(0, BLOCK_M) < M - start)[None, :], scores, float("-inf"))  # [BLOCK_L, BLOCK_M]
         new_max = tl.maximum(running_max, tl.max(scores, 1))
         weights = tl.exp2((scores - new_max[:, None]) * LOG2E)  # rounding errors are small, because the difference is
@@ -182,15 +165,24 @@ def _softmax_and_gradient(
     dout,
     lse,
     row_dot,
+    bias_ptr,
+    row_start,
     start,
+    L,
     M,
     scale,
+    stride_bl,
+    stride_bm,
+    BIAS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):
     """(softmax weights, gradient of the scores without the factor `scale`) of a tile [queries, keys]."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC_DTYPE) * scale
+    if BIAS:
+        scores += _load_bias(bias_ptr, row_start, start, L, M, stride_bl, stride_bm, ACC_DTYPE, BLOCK_L, BLOCK_M)
     weights = tl.exp2((scores - lse[:, None]) * LOG2E)
     # A key beyond the end has score 0, which may be far above a row's sum; a query beyond the end has dout 0.
     weights = tl.where((tl.arange(0, BLOCK_M) < M - start)[None, :], weights, 0.0)
@@ -210,6 +202,7 @@ def attention_bwd_per_head_kernel(
     q_ptr,  # [B, L, H, E]
     k_ptr,  # [B, M, H, E]
     v_ptr,  # [B, M, H, E]
+    bias_ptr,  # [B, H, L, M] if BIAS
     out_ptr,  # [B, L, H, E] contiguous
     lse_ptr,  # [B, H, L]
     dq_ptr,  # [B, L, H, E], written
@@ -233,6 +226,11 @@ def attention_bwd_per_head_kernel(
     stride_vb,
     stride_vl,
     stride_vh,
+    stride_bb,
+    stride_bh,
+    stride_bl,
+    stride_bm,
+    BIAS: tl.constexpr,
     PACKED: tl.constexpr,  # 1, or 3 where dq, dk and dv are views of one [B, L, 3, H, E]
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -246,6 +244,7 @@ def attention_bwd_per_head_kernel(
     q_ptr = _head_ptr(q_ptr, head, H, stride_qb, stride_qh)
     k_ptr = _head_ptr(k_ptr, head, H, stride_kb, stride_kh)
     v_ptr = _head_ptr(v_ptr, head, H, stride_vb, stride_vh)
+    bias_ptr = _head_ptr(bias_ptr, head, H, stride_bb, stride_bh)
     dout_ptr = _head_ptr(dout_ptr, head, H, stride_db, stride_dh)
     out_ptr = _head_ptr(out_ptr, head, H, H * E * L, E)
     dq_ptr = _head_ptr(dq_ptr, head, H, PACKED * H * E * L, E)
@@ -263,8 +262,9 @@ def attention_bwd_per_head_kernel(
         k = _load_rows(k_ptr, start, M, stride_kl, E, BLOCK_M, BLOCK_E)
         v = _load_rows(v_ptr, start, M, stride_vl, E, BLOCK_M, BLOCK_E)
         weights, dscores = _softmax_and_gradient(
-            q, k, v, dout, lse, row_dot, start, M, scale, BLOCK_M, PRECISION, ACC_DTYPE
-        )
+            q, k, v, dout, lse, row_dot, bias_ptr, 0, start, L, M, scale, stride_bl, stride_bm, BIAS, BLOCK_L, BLOCK_M,
+            PRECISION, ACC_DTYPE,
+        )  # fmt: skip
         dv = tl.dot(tl.trans(weights.to(q.dtype)), dout, input_precision=PRECISION, out_dtype=ACC_DTYPE)
         dscores = dscores.to(q.dtype)
         dk = tl.dot(tl.trans(dscores), q, input_precision=PRECISION, out_dtype=ACC_DTYPE)
@@ -280,6 +280,7 @@ def attention_bwd_per_block_kernel(
     q_ptr,  # [B, L, H, E]
     k_ptr,  # [B, M, H, E]
     v_ptr,  # [B, M, H, E]
+    bias_ptr,  # [B, H, L, M] if BIAS
     out_ptr,  # [B, L, H, E] contiguous
     lse_ptr,  # [B, H, L]
     dq_ptr,  # [B, L, H, E], written
@@ -304,6 +305,11 @@ def attention_bwd_per_block_kernel(
     stride_vb,
     stride_vl,
     stride_vh,
+    stride_bb,
+    stride_bh,
+    stride_bl,
+    stride_bm,
+    BIAS: tl.constexpr,
     PACKED: tl.constexpr,  # 1, or 3 where dq, dk and dv are views of one [B, L, 3, H, E]
     ACC_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -318,6 +324,7 @@ def attention_bwd_per_block_kernel(
     q_ptr = _head_ptr(q_ptr, head, H, stride_qb, stride_qh)
     k_ptr = _head_ptr(k_ptr, head, H, stride_kb, stride_kh)
     v_ptr = _head_ptr(v_ptr, head, H, stride_vb, stride_vh)
+    bias_ptr = _head_ptr(bias_ptr, head, H, stride_bb, stride_bh)
     dout_ptr = _head_ptr(dout_ptr, head, H, stride_db, stride_dh)
     out_ptr = _head_ptr(out_ptr, head, H, H * E * L, E)
     dq_ptr = _head_ptr(dq_ptr, head, H, PACKED * H * E * L, E)
@@ -335,8 +342,9 @@ def attention_bwd_per_block_kernel(
         lse = tl.load(lse_ptr + start + row, mask=row < L - start, other=0.0)
         row_dot = _row_dot(out_ptr, dout, start, L, H * E, E, ACC_DTYPE, BLOCK, BLOCK_E)
         weights, dscores = _softmax_and_gradient(
-            q, k, v, dout, lse, row_dot, block_start, M, scale, BLOCK, PRECISION, ACC_DTYPE
-        )
+            q, k, v, dout, lse, row_dot, bias_ptr, start, block_start, L, M, scale, stride_bl, stride_bm, BIAS, BLOCK,
+            BLOCK, PRECISION, ACC_DTYPE,
+        )  # fmt: skip
         dv = tl.dot(tl.trans(weights.to(q.dtype)), dout, dv, input_precision=PRECISION, out_dtype=ACC_DTYPE)
         dk = tl.dot(tl.trans(dscores.to(q.dtype)), q, dk, input_precision=PRECISION, out_dtype=ACC_DTYPE)
     _store_rows(dk_ptr, block_start, M, PACKED * H * E, E, dk * scale, BLOCK, BLOCK_E)
@@ -350,17 +358,12 @@ def attention_bwd_per_block_kernel(
     for start in range(0, M, BLOCK):
         k = _load_rows(k_ptr, start, M, stride_kl, E, BLOCK, BLOCK_E)
         v = _load_rows(v_ptr, start, M, stride_vl, E, BLOCK, BLOCK_E)
-        _, dscores = _softmax_and_gradient(q, k, v, dout, lse, row_dot, start, M, scale, BLOCK, PRECISION, ACC_DTYPE)
+        _, dscores = _softmax_and_gradient(
+            q, k, v, dout, lse, row_dot, bias_ptr, block_start, start, L, M, scale, stride_bl, stride_bm, BIAS, BLOCK,
+            BLOCK, PRECISION, ACC_DTYPE,
+        )  # fmt: skip
         dq = tl.dot(dscores.to(q.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC_DTYPE)
     _store_rows(dq_ptr, block_start, L, PACKED * H * E, E, dq * scale, BLOCK, BLOCK_E)
-
-
-def _block_of_queries(L: int, longest: int) -> int:
-    """Queries of a program: all L up to `longest`, fewer where the last of several programs would be mostly idle."""
-    block, shortest = min(longest, power_of_2(L, 64)), min(longest, 64)
-    while block > shortest and triton.cdiv(L, block) * block > 4 / 3 * triton.cdiv(L, shortest) * shortest:
-        block //= 2
-    return block
 
 
 def _with_32_bit_rows(x: Tensor) -> Tensor:
@@ -368,46 +371,32 @@ def _with_32_bit_rows(x: Tensor) -> Tensor:
     return contiguous_rows(x) if x.stride(1) < 2**23 else x.contiguous()
 
 
-class Plan(NamedTuple):
-    """How a launch is cut into programs."""
-
-    per_head: bool  # in a backward pass, whether a program owns a whole head
-    block_l: int
-    block_m: int
-    block_e: int
-    warps: int
-    stages: int
-
-
-def forward_plan(L: int, E: int, size: int, arch: str) -> Plan:
-    """The forward pass over L queries of width E, `size` bytes an element."""
-    block_e = power_of_2(E, 32)
-    longest, block_m, warps, stages = choose(FWD[arch][size], block_e)
-    block_l = _block_of_queries(L, longest)
-    return Plan(False, block_l, block_m, block_e, max(4, warps * block_l // longest), stages)
-
-
-def backward_plan(L: int, M: int, E: int, size: int, arch: str) -> Plan:
-    """The backward pass of L queries and M keys of width E, `size` bytes an element."""
-    block_e, block_l = power_of_2(E, 32), power_of_2(L, 64)
-    if per_head := BWD_PER_HEAD[arch].get(size, {}).get((block_l, block_e)):
-        block_m, warps = per_head
-        return Plan(True, block_l, block_m, block_e, warps, 1)
-    block, warps, stages = choose(BWD_PER_BLOCK[arch][size], block_e)
-    return Plan(False, block, block, block_e, warps, stages)
+def bias_arguments(bias: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[int, ...], bool]:
+    """(bias, its strides of samples, heads, queries and keys, True); without one (q, zeros, False)."""
+    if bias is None:
+        return q, (0, 0, 0, 0), False
+    if max(bias.stride(-2) * bias.shape[-2], bias.stride(-1) * bias.shape[-1]) >= 2**30:  # offsets in a tile: 32 bits
+        bias = bias.contiguous()
+    return bias, ((0,) if bias.dim() == 3 else ()) + bias.stride(), True
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return launch_attention_fwd(q, k, v, None, scale)
+
+
+def launch_attention_fwd(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = _with_32_bit_rows(q), _with_32_bit_rows(k), _with_32_bit_rows(v)
     (B, L, H, E), M, sum_dtype = q.shape, k.shape[1], acc_dtype(q.dtype)
     out, lse = q.new_empty(B, L, H, E), q.new_empty(B, H, L, dtype=sum_dtype)
     if lse.numel():
         plan = forward_plan(L, E, q.element_size(), card(q).arch)
         blocks = triton.cdiv(L, plan.block_l)
+        bias, bias_strides, with_bias = bias_arguments(bias, q)
         attention_fwd_kernel[(B * H * blocks,)](
             q,
             k,
             v,
+            bias,
             out,
             lse,
             L,
@@ -419,6 +408,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
+            *bias_strides,
+            BIAS=with_bias,
             ACC_DTYPE=TRITON_DTYPES[sum_dtype],
             PRECISION=dot_precision(q.dtype),
             BLOCK_L=plan.block_l,
@@ -436,7 +427,7 @@ def attention_bwd(
     (B, L, H, E), M = q.shape, k.shape[1]
     dq, dk, dv = q.new_empty(B, L, H, E), q.new_empty(B, M, H, E), q.new_empty(B, M, H, E)
     if lse.numel():
-        launch_attention_bwd(dout, (q, k, v), out, lse, scale, (dq, dk, dv))
+        launch_attention_bwd(dout, (q, k, v), None, out, lse, scale, (dq, dk, dv))
     else:
         dk.zero_(), dv.zero_()
     return dq, dk, dv
@@ -449,20 +440,28 @@ def attention_packed_fwd(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def attention_packed_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     dqkv = qkv.new_empty(qkv.shape)
     if lse.numel():
-        launch_attention_bwd(dout, qkv.unbind(2), out, lse, scale, dqkv.unbind(2))
+        launch_attention_bwd(dout, qkv.unbind(2), None, out, lse, scale, dqkv.unbind(2))
     return dqkv
 
 
 def launch_attention_bwd(
-    dout: Tensor, inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor, scale: float, gradients: tuple[Tensor, ...]
+    dout: Tensor,
+    inputs: tuple[Tensor, ...],
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    gradients: tuple[Tensor, ...],
 ) -> None:
     """Writes the gradients of the inputs q, k and v: contiguous tensors, or the three views of a contiguous qkv."""
     dout, q, k, v = _with_32_bit_rows(dout), *map(_with_32_bit_rows, inputs)
     (B, L, H, E), M = q.shape, k.shape[1]
     plan = backward_plan(L, M, E, q.element_size(), card(q).arch)
-    arguments = (dout, q, k, v, out, lse, *gradients, L, M, H, E, *two_floats(scale))
-    strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    bias, bias_strides, with_bias = bias_arguments(bias, q)
+    arguments = (dout, q, k, v, bias, out, lse, *gradients, L, M, H, E, *two_floats(scale))
+    strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides)
     options = {
+        "BIAS": with_bias,
         "PACKED": gradients[0].stride(1) // (H * E),
         "ACC_DTYPE": TRITON_DTYPES[lse.dtype],
         "PRECISION": dot_precision(q.dtype),

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention, TorchvisionAttention
+from .biased_attention import BiasedAttention
 
 TIMM_MODULES = ("timm.layers.attention", "timm.models.vision_transformer")  # where timm defines its plain `Attention`
 NAMES = ("Attention", "MemEffAttention")  # of classes like timm's: those of the official MAE and DINOv2
 ARGUMENTS = {"attn_mask", "is_causal", "attn_bias"}  # of `Attention.forward`, beside the tokens
 TIMM_PARTS = {"qkv", "attn_drop", "q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"}  # its submodules
+BIASED_NAMES = ("Attention", "RelPosAttention", "WindowAttention")  # of timm's classes with an additive bias
+BIAS_ARGUMENTS = {"shared_rel_pos_bias", "shared_rel_pos", "mask"}  # of `BiasedAttention.forward`
+BIAS_PARTS = {"q_bias", "k_bias", "v_bias", "relative_position_bias_table", "relative_position_index", "rel_pos"}
 HOOKS = (  # attributes in which a module keeps its hooks
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -28,12 +32,13 @@ HOOKS = (  # attributes in which a module keeps its hooks
 
 
 def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
-    """Replaces the attention of a vision transformer by `Attention`, in place: same parameters, same results to
+    """Replaces the attention of a vision transformer by the engine's, in place: same parameters, same results to
     rounding.
 
     Supported are timm's `Attention`, the self-attention of torchvision's `EncoderBlock`, and any module named
-    `Attention` or `MemEffAttention` with the parts and names of timm's, as in the official MAE and DINOv2, if a copy of
-    it gives the same results as the engine's on random tokens. Any other attention is refused by name, and nothing is
+    `Attention` or `MemEffAttention` with the parts and names of timm's, as in the official MAE and DINOv2, or one with
+    an additive bias with those of timm's BEiT, Swin or relative-position ViT, if a copy of it gives the same results as
+    the engine's on random tokens. Any other attention is refused by name, and nothing is
     replaced then. Optimizers and state dicts are not affected: parameters, their names and order stay. Afterwards the
     model can be compiled and exported, but not scripted or traced, nor differentiated twice. Batches with a mask, such
     as padded ones of timm's NaFlexViT, are computed by torch, as before.
@@ -55,7 +60,7 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
     refusals: list[str] = []
     has_engine_attention = False
     for name, module in _find_attention(model, leave):
-        if isinstance(module, Attention | TorchvisionAttention):
+        if isinstance(module, Attention | BiasedAttention | TorchvisionAttention):
             has_engine_attention = True
             continue
         if not name:
@@ -68,7 +73,7 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
             if isinstance(module, nn.MultiheadAttention):
                 replacements[module] = TorchvisionAttention(module)
             else:
-                replacements[module] = Attention.from_module(module)
+                replacements[module] = _engine_class(module).from_module(module)
         swaps[name] = replacements[module]
     if refusals:
         more = f", and {len(refusals) - 1} more" if len(refusals) > 1 else ""
@@ -116,7 +121,9 @@ def _refusal(module: nn.Module, parent: nn.Module) -> str | None:
         return "takes rotary positions, which the kernels do not apply"
     parts = {name.split(".")[0] for name, _ in module.named_parameters()} | set(dict(module.named_children()))
     parts |= {name.split(".")[0] for name, _ in module.named_buffers()}
-    plain = type(module).__name__ in NAMES and {"qkv", "proj"} <= parts <= TIMM_PARTS
+    biased = _engine_class(module) is BiasedAttention
+    names, known = (BIASED_NAMES, TIMM_PARTS | BIAS_PARTS | {"softmax"}) if biased else (NAMES, TIMM_PARTS)
+    plain = type(module).__name__ in names and {"qkv", "proj"} <= parts <= known
     if not plain or not isinstance(module.qkv, nn.Linear) or not {"num_heads", "scale"} <= set(vars(module)):
         return "is not a supported kind of attention"
     rate = dropout.p if isinstance(dropout, nn.Dropout) else dropout
@@ -124,11 +131,19 @@ def _refusal(module: nn.Module, parent: nn.Module) -> str | None:
         return f"drops attention weights (attn_drop={rate}), which the kernels do not"
     if not isinstance(rate, int | float | nn.Identity | None):
         return f"changes its attention weights (attn_drop is a {type(dropout).__name__})"
-    unknown = [name for name, p in list(parameters.items())[1:] if name not in ARGUMENTS and p.kind != p.VAR_KEYWORD]
+    arguments = BIAS_ARGUMENTS if biased else ARGUMENTS
+    unknown = [name for name, p in list(parameters.items())[1:] if name not in arguments and p.kind != p.VAR_KEYWORD]
     if unknown:
         return f"takes the argument {unknown[0]}, which the engine's attention does not"
     plain_timm = type(module).__module__ in TIMM_MODULES and type(module).forward.__module__ in TIMM_MODULES
-    return None if plain_timm else _difference(module, module.qkv, ARGUMENTS & set(parameters))
+    return None if plain_timm else _difference(module, module.qkv, arguments & set(parameters))
+
+
+def _engine_class(module: nn.Module) -> type[Attention] | type[BiasedAttention]:
+    """What replaces a module: `BiasedAttention` where it has parts of a bias, or takes one."""
+    arguments = inspect.signature(module.forward).parameters
+    has_bias = any(getattr(module, part, None) is not None for part in BIAS_PARTS)
+    return BiasedAttention if has_bias or BIAS_ARGUMENTS & set(arguments) else Attention
 
 
 def _torchvision_refusal(module: nn.MultiheadAttention, parent: nn.Module) -> str | None:
@@ -174,8 +189,15 @@ def _trial(module: nn.Module, qkv: nn.Linear, arguments: set[str], dtype: torch.
         parameter.copy_(normal(*parameter.shape) * parameter.shape[-1] ** -0.5)
     if isinstance(getattr(reference, "proj_drop", None), nn.Dropout):
         reference.proj_drop.p = 0.0
-    attention = Attention.from_module(reference)
+    attention = _engine_class(module).from_module(reference)
     calls: list[tuple[bool, int, dict[str, Any]]] = [(False, 5, {}), (False, 300, {}), (True, 60, {})]
+    if isinstance(attention, BiasedAttention):
+        if (own := attention.position_bias()) is not None:  # for one number of tokens
+            calls = [(False, own.shape[2], {}), (True, own.shape[2], {})]
+        length = calls[0][1]
+        for name in arguments:
+            shape = (2, length, length) if name == "mask" else (1, reference.num_heads, length, length)
+            calls.append((False, length, {name: normal(*shape)}))
     if "attn_mask" in arguments:
         mask = (normal(2, 1, 9, 9) > 0) | torch.eye(9, dtype=torch.bool, device=device)
         calls.append((False, 9, {"attn_mask": mask}))

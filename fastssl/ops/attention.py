@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import check
-from .attention_bias import AttentionBias, AttentionPackedBias, check_bias, plain_backward, plain_forward
+from .attention_bias import (
+    AttentionBias,
+    AttentionCausal,
+    AttentionPackedBias,
+    check_bias,
+    plain_backward,
+    plain_forward,
+)
 from .dispatch import Function, acc_dtype, autocast_dtype, fake, first_order, has_kernel, op, register_triton
 
 
@@ -42,7 +49,7 @@ def attention(
     """Softmax attention of every query over the keys, without dropout.
 
     Equals ``F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias, is_causal=causal,
-    scale=scale).transpose(1, 2)``, computed by our kernels for sequences of up to 512 tokens, causal ones by torch.
+    scale=scale).transpose(1, 2)``, computed by our kernels for up to 512 tokens (causal attention on GPUs by torch).
     Longer sequences, and heads too wide for a GPU kernel (over 128, over 64 in float32 and float64), go to xformers
     where it is installed and supports the call, else to torch. cuDNN's forward pass runs in place of our kernel where
     it was measured to be faster and there is no gradient (`cudnn_is_faster`). `backend` returns which one runs.
@@ -85,6 +92,8 @@ def attention(
         check_bias("attention", q, k, bias, causal)
     name = backend(q, k, v, bias, causal)
     if name == "kernel":
+        if causal:
+            return AttentionCausal.apply(q, k, v, scale)
         if bias is None:
             return _Attention.apply(q, k, v, scale)
         return AttentionBias.apply(q, k, v, bias, scale)
@@ -166,17 +175,16 @@ def _check_packed(qkv: Tensor, scale: float | None) -> None:
 
 def backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False) -> str:
     """The implementation that `attention` uses for these tensors: "kernel", "cudnn", "xformers" or "torch"."""
-    if causal:
-        return "torch"
-    kernel = "attention_fwd" if bias is None else "attention_bias_fwd"
-    if q.is_cuda and bias is None and has_kernel(kernel, "cuda"):
+    kernel = "attention_causal_fwd" if causal else "attention_fwd" if bias is None else "attention_bias_fwd"
+    plain = bias is None and not causal
+    if q.is_cuda and plain and has_kernel(kernel, "cuda"):
         with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if not with_grad and cudnn_is_faster(q, k) and _capability(q.device.index or 0) == (9, 0):
             return "cudnn"
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
     if has_kernel(kernel, q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
         return "kernel"
-    if q.is_cuda and bias is None and not torch.compiler.is_compiling() and _fmha() is not None:
+    if q.is_cuda and plain and not torch.compiler.is_compiling() and _fmha() is not None:
         call = _fmha().Inputs(query=q, key=k, value=v)
         directions = (_fmha().ALL_FW_OPS, _fmha().ALL_BW_OPS if torch.is_grad_enabled() else _fmha().ALL_FW_OPS)
         if all(any(operator.supports(call) for operator in operators) for operators in directions):

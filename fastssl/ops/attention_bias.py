@@ -1,10 +1,10 @@
-"""Attention with an additive bias [H, L, M] or [B, H, L, M], and the plain-torch bodies of all attention."""
+"""Attention with an additive bias [H, L, M] or [B, H, L, M], causal attention, and the plain-torch bodies of both."""
 
 import torch
 from torch import Tensor
 
 from . import check
-from .dispatch import Function, acc_dtype, fake, first_order, op
+from .dispatch import Function, acc_dtype, fake, first_order, op, register_triton
 
 
 def _kernels():
@@ -79,6 +79,9 @@ def _(q, k, v, bias, scale):
     return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=acc_dtype(q))
 
 
+register_triton(_attention_bias_fwd, lambda: _kernels().attention_bias_fwd)
+
+
 @op("attention_bias_bwd")
 def _attention_bias_bwd(
     dout: Tensor,
@@ -102,6 +105,9 @@ def _(dout, q, k, v, bias, out, lse, scale, with_dbias):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
+register_triton(_attention_bias_bwd, lambda: _kernels().attention_bias_bwd)
+
+
 @op("attention_packed_bias_fwd")
 def _attention_packed_bias_fwd(qkv: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`_attention_bias_fwd` of qkv [B, L, 3, H, E]."""
@@ -113,6 +119,9 @@ def _attention_packed_bias_fwd(qkv: Tensor, bias: Tensor, scale: float) -> tuple
 def _(qkv, bias, scale):
     batch, length, _, heads, width = qkv.shape
     return qkv.new_empty(batch, length, heads, width), qkv.new_empty(batch, heads, length, dtype=acc_dtype(qkv))
+
+
+register_triton(_attention_packed_bias_fwd, lambda: _kernels().attention_packed_bias_fwd)
 
 
 @op("attention_packed_bias_bwd")
@@ -130,11 +139,45 @@ def _(dout, qkv, bias, out, lse, scale, with_dbias):
     return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape if with_dbias else (0,))
 
 
+register_triton(_attention_packed_bias_bwd, lambda: _kernels().attention_packed_bias_bwd)
+
+
 def _dbias(dscores: Tensor, bias: Tensor, wanted: bool) -> Tensor:
     """Gradient of a bias from that of the scores [B, H, L, M]."""
     if not wanted:
         return bias.new_empty(0)
     return (dscores if bias.dim() == 4 else dscores.sum(0)).to(bias.dtype).contiguous()
+
+
+@op("attention_causal_fwd")
+def _attention_causal_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`_attention_fwd` where query i sees the keys 0 to i."""
+    return plain_forward(q, k, v, _causal_bias(q), scale)
+
+
+@fake(_attention_causal_fwd)
+def _(q, k, v, scale):
+    batch, length, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=acc_dtype(q))
+
+
+@op("attention_causal_bwd")
+def _attention_causal_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in q's dtype."""
+    dq, dk, dv, _ = plain_backward(dout, q, k, v, _causal_bias(q), out, lse, scale)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@fake(_attention_causal_bwd)
+def _(dout, q, k, v, out, lse, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _causal_bias(q: Tensor) -> Tensor:
+    length = q.shape[1]
+    return torch.full((length, length), float("-inf"), dtype=acc_dtype(q), device=q.device).triu(1)
 
 
 class AttentionBias(Function):
@@ -167,3 +210,17 @@ class AttentionPackedBias(Function):
         with_dbias = ctx.needs_input_grad[1]
         dqkv, dbias = _attention_packed_bias_bwd(dout, *ctx.saved_tensors, ctx.scale, with_dbias)
         return dqkv, dbias if with_dbias else None, None
+
+
+class AttentionCausal(Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        out, lse = _attention_causal_fwd(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @first_order("attention")
+    def backward(ctx, dout):
+        return *_attention_causal_bwd(dout, *ctx.saved_tensors, ctx.scale), None

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastssl.nn import Attention, accelerate
 from fastssl.nn.attention import TorchvisionAttention
+from fastssl.nn.biased_attention import BiasedAttention
 from fastssl.nn.vit import ViT
 from tests.support.contract import refused
 
@@ -23,14 +24,24 @@ SUPPORTED = [  # registers, distillation, LayerScale, no class token, norms befo
     "vit_medium_patch16_gap_256",
     "vit_wee_patch16_reg1_gap_256",
 ]
+SMALL = {"img_size": 48, "embed_dim": 48, "num_heads": 3, "depth": 2}
+WINDOWS = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (1, 2)}
+BIASED = [  # architectures with an additive bias
+    ("beit_base_patch16_224", SMALL),
+    ("beit_base_patch16_224", SMALL | {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+    ("beitv2_base_patch16_224", SMALL | {"use_shared_rel_pos_bias": True}),
+    ("vit_relpos_small_patch16_224", SMALL | {"qk_norm": True}),
+    ("vit_relpos_small_patch16_224", SMALL | {"rel_pos_type": "bias", "class_token": True}),
+    ("vit_srelpos_small_patch16_224", SMALL),
+    ("swin_tiny_patch4_window7_224", WINDOWS),
+]
 ROTARY = "takes rotary positions, which the kernels do not apply"
 OTHER = "is not a supported kind of attention"
 UNSUPPORTED = {
     "eva02_tiny_patch14_224": f"blocks.0.attn (timm.models.eva.EvaAttention) {ROTARY}, and 1 more",
     "vit_base_patch16_rope_224": f"blocks.0.attn (timm.layers.attention.AttentionRope) {ROTARY}, and 1 more",
-    "swin_tiny_patch4_window7_224": "layers.0.blocks.0.attn (timm.models.swin_transformer.WindowAttention) "
-    f"{OTHER}, and 11 more",
-    "beit_base_patch16_224": f"blocks.0.attn (timm.models.beit.Attention) {OTHER}, and 1 more",
+    "swinv2_cr_tiny_224": f"stages.0.blocks.0.attn "
+    f"(timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention) {OTHER}, and 11 more",
     "cait_xxs24_224": f"blocks.0.attn (timm.models.cait.TalkingHeadAttn) {OTHER}, and 3 more",
     "vit_base_patch16_siglip_224": f"attn_pool (timm.layers.attention_pool.AttentionPoolLatent) {OTHER}",
 }
@@ -69,6 +80,39 @@ def test_supported_architectures_keep_their_results_weights_and_names(name):
     for key, gradient in gradients.items():
         assert (engine_gradients[key] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, key
     assert accelerate(model) == [], "a second call has nothing to replace"
+
+
+@pytest.mark.parametrize("name, options", BIASED, ids=str)
+def test_attention_with_a_bias_keeps_its_results_weights_and_names(name, options):
+    torch.manual_seed(1)
+    model = timm.create_model(name, pretrained=False, num_classes=7, **options).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else nn.init.normal_(parameter, 1.0, 0.1)
+    images = torch.randn(2, 3, options["img_size"], options["img_size"]).double()
+    names, parameters = list(model.state_dict()), dict(model.named_parameters())
+    out, gradients = results(model, images)
+    swapped = accelerate(model)
+    assert len(swapped) == (4 if "swin" in name else 2)
+    assert all(type(model.get_submodule(module)) is BiasedAttention for module in swapped)
+    assert list(model.state_dict()) == names
+    assert [name for name, _ in model.named_parameters()] == list(parameters)
+    assert all(p is parameters[key] for key, p in model.named_parameters())
+    torch.testing.assert_close(results(model, images), (out, gradients), rtol=1e-8, atol=1e-10)
+    assert accelerate(model) == [], "a second call has nothing to replace"
+    with pytest.raises(ValueError, match="must be called before accelerate"):
+        model.get_submodule(swapped[0]).set_window_size((2, 2))
+
+
+def test_a_bias_that_is_computed_in_another_way_is_refused():
+    class Attention(timm.models.beit.Attention):
+        def _get_rel_pos_bias(self):
+            return 2 * super()._get_rel_pos_bias()
+
+    model = timm.create_model("beit_base_patch16_224", **SMALL, num_classes=7)
+    model.blocks[1].attn = Attention(48, 3, qkv_bias=True, window_size=(3, 3))
+    reason = "gives other results than multi-head attention"
+    rejected = f"blocks.1.attn ({__name__}.Attention) {reason}"
+    refused(f"accelerate: {rejected}{LEAVE}", ValueError, accelerate, model)
 
 
 @pytest.mark.parametrize("options", [{"qk_norm": True}, {"scale_attn_norm": True}, {"attn_layer": "gated"}])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl.ops import attention, attention_packed
+from fastssl.ops import attention, attention_packed, dispatch
 from fastssl.ops.attention_bias import (
     AttentionBias,
     AttentionPackedBias,
@@ -13,8 +13,18 @@ from fastssl.ops.attention_bias import (
     _attention_packed_bias_bwd,
     _attention_packed_bias_fwd,
 )
-from tests.support.close import assert_same
-from tests.support.contract import compiles, gradcheck, opcheck, refused, refuses_second_derivative, rejects
+from tests.support.close import assert_exact, assert_same
+from tests.support.contract import (
+    compiles,
+    gradcheck,
+    opcheck,
+    refused,
+    refuses_second_derivative,
+    rejects,
+    sparse,
+    torch_threads,
+)
+from tests.support.products import EVERY_PRODUCT
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -103,3 +113,130 @@ def test_error_sentences():
     rejects(
         "attention_packed", "bias", "[3, 9, 7]", ValueError, attention_packed, torch.randn(2, 9, 3, 3, 8), None, bias
     )
+
+
+# B, (L, M), H, E
+SIZES = [(1, (1, 1), 1, 1), (3, (50, 50), 2, 64), (2, (13, 197), 3, 20), (0, (5, 4), 2, 4), (9, (97, 33), 1, 32)]
+
+
+def check_exact(q, k, v, bias, scale):
+    """Output and gradients are compared with float64, and their errors with those of the formula in the same dtypes."""
+    dout, results = torch.randn(q.shape).to(q.dtype), []
+    for wide, function in ((True, formula), (False, formula), (False, AttentionBias.apply)):
+        leaves = [(x.detach().double() if wide else x.detach()).requires_grad_() for x in (q, k, v, bias)]
+        arguments = leaves if function is formula else leaves[:4]
+        if function is formula:
+            out = formula(*arguments[:3], arguments[3].to(leaves[0].dtype), scale)
+        else:
+            out = function(*arguments, scale)
+        results.append([out, *torch.autograd.grad(out, leaves, dout.to(out.dtype))])
+    for name, truth, plain, ours in zip(("out", "dq", "dk", "dv", "dbias"), *results):
+        assert ours.is_contiguous() or name == "out"
+        assert_exact(ours, truth, plain, name)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "each sample"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_op_errs_no_more_than_torch(size, dtype, shared):
+    check_exact(*operands(*size, dtype, shared), size[3] ** -0.5)
+
+
+@EVERY_PRODUCT
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "each sample"])
+@pytest.mark.parametrize("size", [*SIZES, (2, (129, 70), 2, 33)], ids=str)
+def test_bfloat16_errs_no_more_than_torch(products, size, shared):
+    check_exact(*operands(*size, torch.bfloat16, shared), size[3] ** -0.5)
+
+
+@EVERY_PRODUCT
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64], ids=str)
+def test_bias_of_another_dtype(products, bias_dtype):
+    for dtype in DTYPES:
+        q, k, v, bias = operands(2, (20, 35), 2, 8, dtype, bias_dtype=bias_dtype)
+        out, lse = _attention_bias_fwd(q, k, v, bias, -0.3)
+        with dispatch.reference():
+            expected = _attention_bias_fwd(q, k, v, bias, -0.3)
+            gradients = _attention_bias_bwd(out, q, k, v, bias, out, lse, -0.3, True)
+        found = _attention_bias_bwd(out, q, k, v, bias, out, lse, -0.3, True)
+        tolerance = {"rtol": 3e-2, "atol": 2e-2} if dtype.itemsize == 2 else {"rtol": 2e-5, "atol": 2e-5}
+        for ours, theirs in zip((out, lse, *found), (*expected, *gradients), strict=True):
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@EVERY_PRODUCT
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_same_bits_from_any_strides_and_number_of_threads(products, dtype):
+    """Also from one bias expanded over the samples, whose gradient is not summed."""
+    q, k, v, bias = operands(70, (33, 20), 2, 17, dtype)
+    dout = torch.randn(q.shape).to(dtype)
+    biases = [bias, bias.permute(2, 1, 0).contiguous().permute(2, 1, 0), torch.stack([bias, bias], -1)[..., 0]]
+    results = []
+    for threads, given in ((1, bias), *((2, given) for given in biases), (2, bias.expand(70, -1, -1, -1))):
+        with torch_threads(threads):
+            out, lse = _attention_bias_fwd(q, k, v, given, 0.2)
+            results.append((out, lse, *_attention_bias_bwd(dout, q, k, v, given, out, lse, 0.2, True)))
+    *_, each = results.pop()
+    for result in results[1:]:
+        for ours, first in zip(result, results[0], strict=True):
+            assert_same(ours, first)
+    *_, dbias = results[0]
+    torch.testing.assert_close(
+        each.double().sum(0), dbias.double(), rtol=0.05 if dtype == torch.bfloat16 else 1e-4, atol=0.05
+    )
+
+
+@EVERY_PRODUCT
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_keys_have_no_weight_and_no_gradient(products, dtype):
+    q, k, v, bias = operands(2, (20, 37), 2, 16, dtype)
+    mask = torch.rand(20, 37) < 0.5
+    mask[:, 5] = False
+    bias[:, mask] = float("-inf")
+    bias[1, 3] = float("-inf")  # a query without keys
+    out, lse = _attention_bias_fwd(q, k, v, bias, 0.25)
+    dq, dk, _, dbias = _attention_bias_bwd(out.nan_to_num(), q, k, v, bias, out.nan_to_num(), lse, 0.25, True)
+    assert out[:, 3, 1].isnan().all() and out[:, 3, 0].isfinite().all() and out[:, 4:].isfinite().all()
+    assert dk[:, :, 1].isnan().any() and dk[:, :, 0].isfinite().all() and dq[:, 4:].isfinite().all()
+    assert not dbias[0][mask].any()
+    kept = formula(*(x.double()[:, :, :1] for x in (q, k, v)), bias[:1].double(), 0.25)
+    torch.testing.assert_close(out[:, :, :1].double(), kept, rtol=0.02, atol=0.02)
+
+
+def test_no_tensor_of_all_scores():
+    """The gradient of a shared bias holds the sums of a few parts, not [B, H, L, M]."""
+    q, k, v, bias = operands(512, (64, 64), 4, 4, torch.float32)
+    scores = 4 * 512 * 4 * 64 * 64
+    out, lse = _attention_bias_fwd(q, k, v, bias, 0.5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        _attention_bias_bwd(out, q, k, v, bias, out, lse, 0.5, True)
+    most = max(event.cpu_memory_usage for event in profile.events())
+    assert most < scores / 2
+
+
+def test_a_bias_without_gradient():
+    q, k, v, bias = operands(2, (9, 7), 2, 8)
+    *_, dbias = _attention_bias_bwd(q, q, k, v, bias, *_attention_bias_fwd(q, k, v, bias, 1.0), 1.0, False)
+    assert dbias.shape == (0,)
+    out = attention(q.requires_grad_(), k, v, bias=bias)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), q)[0] for x in (out, formula(q, k, v, bias, 8**-0.5))))
+
+
+def test_autocast_leaves_the_bias():
+    q, k, v, bias = operands(2, (9, 7), 2, 8, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, bias=bias.requires_grad_())
+        assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert bias.grad.dtype == torch.float32
+    assert_same(out, attention(*(x.bfloat16() for x in (q, k, v)), bias=bias))
+
+
+def test_offsets_beyond_32_bits():
+    near = torch.randn(2, 5, 7)
+    far = sparse((2, 5, 7), (2**31, 2**28, 1))
+    far.copy_(near)
+    q, k, v, _ = operands(1, (5, 7), 2, 8, torch.float32)
+    for x, y in zip(_attention_bias_fwd(q, k, v, far, 0.3), _attention_bias_fwd(q, k, v, near, 0.3)):
+        assert torch.equal(x, y)
