@@ -31,7 +31,7 @@ def test_the_report_completes_images(tmp_path, monkeypatch, objective):
         assert f"{row} 1" in alts and f"{row} 10" in alts
     data = RunData(run, "run", "#000")
     data.load()
-    _, rows = completions.completions(data)
+    _, rows = completions.completed_images(data)
     assert len(rows.rows) == 5 and rows.crisp
     images = torch.randn(2, 3, 6, 6)
     assert torch.equal(data.method.complete(images)[:, :, :3], data.method.complete(images, seed=1)[:, :, :3])
