@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.contract import Batch
-from fastssl.methods import dino, mae, moco_v2, moco_v3
+from fastssl.methods import dino, igpt, mae, moco_v2, moco_v3
 from fastssl.nn import NTXentLoss
 from fastssl.nn.masking import seeded_noise
 from fastssl.nn.resnet import ResNetMini
@@ -24,7 +24,7 @@ from fastssl.nn.vit import MOCO_V3_SIZES, SIZES
 from fastssl.train.config import Execution, Training
 from fastssl.train.trainer import Trainer
 
-from . import official, official_dino
+from . import official, official_dino, official_igpt
 from .machine import DEVICE
 
 TOTAL = 100_000  # steps of the run of which the first ones are measured
@@ -244,6 +244,20 @@ def dino_case(backbone: str, image_size: tuple[int, int], local_size: tuple[int,
     return Case(size, batch, training, ours, transcription, _views, make_batch, loop=official_dino.Loop)
 
 
+def igpt_case(backbone: str, image_size: tuple[int, int], batch: int, **changes) -> Case:
+    """Case of the autoregressive iGPT, with evenly spread colours as its palette."""
+    training = dataclasses.replace(igpt.Config.paper(backbone).training, batch_size=batch)
+    config = igpt.Config(backbone, image_size, training=training, **changes)
+    length, statistics = math.prod(image_size), (igpt.IMAGENET_MEAN, igpt.IMAGENET_STD)
+
+    def transcription(tuned: bool) -> nn.Module:
+        return official_igpt.IGPT(config.colours, length, igpt.SIZES[backbone], *statistics, tuned)
+
+    size = f"iGPT, {_name(backbone)}, {_pixels(image_size)}, B={batch}, {config.colours} colours"
+    make_batch = functools.partial(images, batch, image_size, 1)
+    return Case(size, batch, training, functools.partial(igpt.build, config), transcription, _views, make_batch)
+
+
 class Contrast(nn.Module):
     """A method that trains the projection head of SimCLR on given features."""
 
@@ -302,6 +316,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "moco_v3-vit-small": lambda: moco_v3_case("vit_small", (224, 224), _batch_size(16, 128)),
     "moco_v3-resnet50": lambda: moco_v3_case("resnet50", (224, 224), _batch_size(16, 128)),
     "dino-vit-small": lambda: dino_case("vit_small", (224, 224), (96, 96), _batch_size(8, 64)),
+    "igpt-small": lambda: igpt_case("igpt_small", (32, 32), _batch_size(1, 32)),
     "simclr-loss": lambda: simclr_case(_batch_size(1024, 4096), 512, 512, 256),
 }
 if DEVICE.type == "cuda":
@@ -353,6 +368,7 @@ def _resnet(name: str, dim: int, zero_init_residual: bool) -> nn.Module:
 
 def _name(backbone: str) -> str:
     known = {"vit_small": "ViT-S/16", "vit_base": "ViT-B/16", "vit_large": "ViT-L/16", "resnet50": "ResNet-50"}
+    known |= {"igpt_small": "iGPT-S"}
     return known.get(backbone, backbone)
 
 

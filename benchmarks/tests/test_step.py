@@ -8,7 +8,7 @@ import torch
 from benchmarks import step
 from benchmarks.floor import floor
 from benchmarks.harness import WrongResult
-from benchmarks.step_cases import dino_case, mae_case
+from benchmarks.step_cases import dino_case, igpt_case, mae_case
 from fastssl.train.profile import PARTS
 
 VARIANTS = {"official", "fused optimizer", "fused optimizer, plain attention"}
@@ -81,4 +81,12 @@ def test_dinos_official_step_is_ours():
     """Two steps on views of two sizes have the losses of the transcription, as written and tuned."""
     case = dino_case("vit_mini", (16, 16), (8, 8), 4, local_crops=3, prototypes=50, hidden=16, bottleneck=8)
     runs, _, failed = step.checked(case, case.batch(), "fp32", modes=())
+    assert set(runs) == {"ours", *VARIANTS} and not failed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_igpts_official_step_is_ours(precision):
+    """Two steps have the losses of the transcription, as written and tuned."""
+    case = igpt_case("igpt_mini", (8, 6), 4, colours=20)
+    runs, _, failed = step.checked(case, case.batch(), precision, modes=())
     assert set(runs) == {"ours", *VARIANTS} and not failed

@@ -14,7 +14,7 @@ from .linear import Linear
 from .palette import Palette
 
 SIZES = {  # (width, blocks, heads)
-    "igpt_mini": (64, 4, 4),
+    "igpt_mini": (64, 4, 2),
     "igpt_small": (512, 24, 8),
     "igpt_medium": (1024, 36, 8),
     "igpt_large": (1536, 48, 16),
