@@ -23,6 +23,7 @@ from fastssl.kernels import (
     tile,
 )
 from fastssl.kernels.pixels import normalise
+from fastssl.ops.crops import MODES
 from tests.support import kernel_model as model
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -255,18 +256,20 @@ def _augmentation() -> list[Case]:
 
 
 def _crops() -> list[Case]:
-    """MAE's crops of photographs of 400 × 600 pixels, and DINO's small ones; windows are on the CPU."""
+    """Crops of photographs of 400 × 600 pixels, as of MAE, DINO and BEiT's tokenizer; windows are on the CPU."""
     cases, images = [], [meta(400, 600, 3, dtype=torch.uint8)] * 256
-    for name, window, side, bicubic in (
-        ("bicubic", (380, 380), 224, True),
-        ("bilinear", (380, 380), 224, False),
-        ("bicubic", (180, 180), 96, True),
+    for name, window, side in (
+        ("bicubic", (380, 380), 224),
+        ("bilinear", (380, 380), 224),
+        ("bicubic", (180, 180), 96),
+        ("lanczos", (380, 380), 112),
     ):
+        kernel = MODES.index(name)
         windows, out = torch.tensor([[10, 15, *window]] * 256), meta(256, 3, side, side, dtype=torch.uint8)
-        moved = model.resized_crops_([window] * 256, (side, side), bicubic)
+        moved = model.resized_crops_([window] * 256, (side, side), kernel)
         size = f"B=256, {window[0]}² to {side}², {name}"
         cases.append(
-            Case("resized_crops_", size, crops.resized_crops_, (out, images, windows, bicubic), lambda _, m=moved: m)
+            Case("resized_crops_", size, crops.resized_crops_, (out, images, windows, kernel), lambda _, m=moved: m)
         )
     pixels, scales = meta(256, 3, 224, 224, dtype=torch.uint8), [0.5, 0.4, 0.3]
     for dtype in (FP32, BF16):

@@ -6,6 +6,7 @@ import torch
 
 from fastssl.kernels import bank, batchnorm, block_masks, contrastive, crops, gelu, masking, patches, queue, tile
 from fastssl.kernels.pixels import normalise
+from fastssl.ops.crops import MODES
 
 from .static_cases import BF16, FP16, FP32, FP64, NAMES, Case, both_directions, feature_maps, ids, meta, prototype_cases
 
@@ -115,10 +116,10 @@ def _planes_and_other_sizes() -> list[Case]:
     cases, windows = [], torch.tensor([[3, 5, 90, 91], [1, 1, 20, 31]])
     images = [meta(150, 100, dtype=torch.uint8), meta(40, 64, 3, dtype=torch.uint8)[:, :50]]
     for height, width in ((8, 8), (7, 300), (384, 1)):
-        for bicubic in (False, True):
+        for kernel, name in enumerate(MODES):
             out = meta(2, 3, height, width, dtype=torch.uint8)
-            size = f"RGB and YUV to {height} × {width}, {'bicubic' if bicubic else 'bilinear'}"
-            cases.append(Case("resized_crops_", size, crops.resized_crops_, (out, images, windows, bicubic)))
+            size = f"RGB and YUV to {height} × {width}, {name}"
+            cases.append(Case("resized_crops_", size, crops.resized_crops_, (out, images, windows, kernel)))
     args = (meta(2, 3, 5, 7, dtype=torch.uint8), [0.5, 0.4, 0.3], [0.5, 0.4, 0.3], FP16)
     return [*cases, Case("normalise", "fp16", normalise, args)]
 

@@ -264,9 +264,9 @@ struct Plan {
   Steps steps;
   bool copies;  // rows are copied, because they are interleaved or too short to load from
 
-  void build(const Source& source, const Window& window, int64_t height, int64_t width, bool bicubic) {
-    rows.build({window.top, window.height, height}, bicubic);
-    columns.build({window.left, window.width, width}, bicubic);
+  void build(const Source& source, const Window& window, int64_t height, int64_t width, Kernel kernel) {
+    rows.build({window.top, window.height, height}, kernel);
+    columns.build({window.left, window.width, width}, kernel);
     copies = source.channels == 3 || source.width < kLoadBytes;
     steps.build(columns, origin(), copies ? std::max<int64_t>(columns.pixels, kLoadBytes) : source.width);
   }
@@ -361,7 +361,7 @@ struct Image {
 
 class Cropper {
  public:
-  Cropper(int64_t height, int64_t width, bool bicubic) : height_(height), width_(width), bicubic_(bicubic) {}
+  Cropper(int64_t height, int64_t width, Kernel kernel) : height_(height), width_(width), kernel_(kernel) {}
 
   void run(const Image& image, const Window& window, uint8_t* out) {
     if (image.planes)
@@ -373,7 +373,7 @@ class Cropper {
  private:
   void crop_rgb(const Image& image, const Window& window, uint8_t* out) {
     const Source source{image.data, image.row_stride, image.width, 3};
-    plans_[0].build(source, window, height_, width_, bicubic_);
+    plans_[0].build(source, window, height_, width_, kernel_);
     resamplers_[0].begin(source, plans_[0]);
     for (int64_t y = 0; y < height_; ++y) {
       const RowSum* sum = &resamplers_[0].row(y);
@@ -391,8 +391,8 @@ class Cropper {
     const Source sources[] = {{image.data, image.width, image.width, 1},
                               {u, half_width, half_width, 1},
                               {u + pixels / 4, half_width, half_width, 1}};
-    plans_[0].build(sources[0], window, height_, width_, bicubic_);
-    plans_[1].build(sources[1], half, height_, width_, bicubic_);
+    plans_[0].build(sources[0], window, height_, width_, kernel_);
+    plans_[1].build(sources[1], half, height_, width_, kernel_);
     for (int p = 0; p < 3; ++p) resamplers_[p].begin(sources[p], plans_[p > 0]);
     const int64_t stride = width_ + kVectorBytes;
     rows_.resize(2 * stride);
@@ -416,7 +416,7 @@ class Cropper {
   }
 
   int64_t height_, width_;
-  bool bicubic_;
+  Kernel kernel_;
   Plan plans_[2];
   Resampler resamplers_[3];
   std::vector<uint8_t> rows_;
@@ -451,10 +451,11 @@ Window window_of(const Tensor& windows, const Image& image, int64_t i) {
   return {double(top), double(left), double(height), double(width)};
 }
 
-void resized_crops_(Tensor out, std::vector<Tensor> images, Tensor windows, bool bicubic) {
+void resized_crops_(Tensor out, std::vector<Tensor> images, Tensor windows, int64_t kernel) {
   const int64_t batch = out.size(0), height = out.size(2), width = out.size(3);
   if (int64_t(images.size()) != batch || windows.size(0) != batch || !windows.is_cpu())
     fail("images and windows must have a row for each of out, windows on the CPU");
+  if (kernel < kTriangle || kernel > kLanczos) fail("kernel must be from 0 to 2, got " + std::to_string(kernel));
   std::vector<Image> sources;
   std::vector<Window> places;
   for (int64_t b = 0; b < batch; ++b) {
@@ -464,7 +465,7 @@ void resized_crops_(Tensor out, std::vector<Tensor> images, Tensor windows, bool
   }
   if (out.numel() == 0) return;
   torch::stable::parallel_for(0, batch, grain(3 * height * width), [&](int64_t begin, int64_t end) {
-    Cropper cropper(height, width, bicubic);
+    Cropper cropper(height, width, Kernel(kernel));
     for (int64_t b = begin; b < end; ++b) cropper.run(sources[b], places[b], data<uint8_t>(out) + b * out.stride(0));
   });
 }

@@ -30,6 +30,21 @@ inline double cubic(double x) {
   return 0;
 }
 
+// sin(πx) / (πx) · sin(πx/3) / (πx/3), with the triple angle: one sine for each weight.
+inline double lanczos(double x) {
+  if (x == 0) return 1;
+  if (x >= 3) return 0;
+  const double angle = M_PI * x, sine = std::sin(angle / 3), square = product(sine, sine);
+  return product(square, 9 - product(12, square)) / product(angle, angle);
+}
+
+// The kernels by the numbers that ops/crops.py gives them. Each reaches one pixel further than the one before.
+enum Kernel : int64_t { kTriangle, kCubic, kLanczos };
+
+inline double kernel_at(Kernel kernel, double x) {
+  return kernel == kTriangle ? triangle(x) : kernel == kCubic ? cubic(x) : lanczos(x);
+}
+
 // The window along one axis, in pixels of a plane, and the size of the result.
 struct Span {
   double begin, length;
@@ -48,12 +63,12 @@ struct Axis {
   const int16_t* weights_of(int64_t i) const { return weights.data() + i * most; }
 
   // The formulas of `axis_weights` in fastssl/ops/crops.py, operation by operation.
-  void build(const Span& span, bool bicubic) {
+  void build(const Span& span, Kernel kernel) {
     const double pixel = std::floor(span.begin), offset = span.begin - pixel;
     origin = int64_t(pixel);
     pixels = int64_t(std::ceil(offset + span.length - kTouch));
     const double scale = span.length / double(span.size), inverse = scale >= 1 ? 1 / scale : 1;
-    const double support = (bicubic ? 2 : 1) * std::max(scale, 1.0);
+    const double support = double(kernel + 1) * std::max(scale, 1.0);
     const int64_t widest = 2 * int64_t(std::ceil(float(support))) + 1;
     first.resize(span.size);
     count.resize(span.size);
@@ -68,7 +83,7 @@ struct Axis {
       double total = 0;
       for (int64_t k = begin; k < end; ++k) {
         const double distance = std::abs(product(double(k) - centre + 0.5, inverse));
-        values[k - begin] = bicubic ? cubic(distance) : triangle(distance);
+        values[k - begin] = kernel_at(kernel, distance);
         total += values[k - begin];
       }
       for (int64_t k = 0; k < end - begin; ++k) {

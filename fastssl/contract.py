@@ -13,6 +13,7 @@ A method is a module of `fastssl.methods`, or any other importable module that d
 and optionally
 
     linear_probe(backbone)     the paper's linear evaluation, an `eval.protocols.Official`
+    finetuning(backbone)       the paper's fine-tuning, an `eval.protocols.Finetune`; MAE's or SwAV's by default
     OFFICIAL                   layout of the reference checkpoint, a format of `fastssl export`
     parameter_groups(method)   groups for the optimizer, where the paper treats some parameters differently: dicts of
                                "params" and optional factors "lr_scale" and "weight_decay_scale", "constant_lr" and
@@ -121,6 +122,15 @@ class Reconstructs(Protocol):
 
     def reconstruct(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Predictions of all patches [B, L, P] and the mask [B, L]: 0 kept, 1 removed."""
+        ...
+
+
+@runtime_checkable
+class Autoencodes(Protocol):
+    """A method that makes codes of images, and images of codes."""
+
+    def autoencode(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] as their codes show them, normalised alike."""
         ...
 
 

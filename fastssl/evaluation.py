@@ -57,15 +57,19 @@ def knn(
     tau: float = TAU,
     data: str | Sources | None = None,
     device: str = "auto",
+    labels: float = 1.0,
+    seed: int = 0,
 ) -> dict[int, float]:
     """Evaluates weighted kNN; see `Run.knn`. On several ranks each extracts its part of the images."""
-    check_evaluation(k=ks, tau=tau)
-    splits = _labelled_splits(run, data)
+    check_evaluation(k=ks, tau=tau, labels=labels, seed=seed)
+    train, test = _labelled_splits(run, data)
+    splits = labelled_subset(train, labels, seed), test
     frozen = load_frozen(run, device)
     tables = _tables(frozen.method.features, splits, run, frozen.loading)
     accuracies, results = knn_accuracy(*tables, ks, tau), measure_spectrum(tables[0]).results()
     for k, accuracy in accuracies.items():
-        _note(run, frozen.step, "knn", accuracy, data, results, k=k, tau=None if tau == TAU else tau)
+        facts = {"k": k, "tau": None if tau == TAU else tau, **(_label_facts(labels, seed) if labels != 1 else {})}
+        _note(run, frozen.step, "knn", accuracy, data, results, **facts)
     return accuracies
 
 
@@ -164,14 +168,17 @@ def finetune(
 
 
 def finetune_defaults(run: Run | None, epochs: int | None = None) -> Finetune:
-    """Default numbers of fine-tuning: a short preset for small images, else those of the backbone's paper.
+    """Default numbers of fine-tuning: a short preset for small images, else those of the method's paper if its module
+    defines `finetuning`, else MAE's or SwAV's for the backbone.
 
     With fewer epochs, warm-up and drops of the learning rate are scaled in proportion.
     """
     if run is None:
         return shorten(Finetune.paper("vit_base"), epochs)
-    numbers = Finetune.small(run.backbone) if max(run.image_size) <= SMALL else Finetune.paper(run.backbone)
-    return shorten(numbers, epochs)
+    if max(run.image_size) <= SMALL:
+        return shorten(Finetune.small(run.backbone), epochs)
+    of_paper = getattr(method_module(run.method_name), "finetuning", Finetune.paper)
+    return shorten(of_paper(run.backbone), epochs)
 
 
 def embed(
@@ -232,7 +239,7 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
         run.note("knn of raw pixels", 0, pixels[ONLINE_K], **facts)
     run.note("knn", step, encoder[ONLINE_K], spread.results(), **facts)
     curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn")]
-    curve = [line for line in curve if run.is_own(line.get("data", data))]
+    curve = [line for line in curve if run.is_own(line.get("data", data)) and "labels" not in line]
     print("kNN accuracy: " + " · ".join(_phrase(line, run) for line in curve if line.get("k") == ONLINE_K))
     print(f"features: {spread.text()}")
     if step and (sentence := spread.warning()):
@@ -304,7 +311,7 @@ def _rounded(share: float | None) -> float | None:
 
 def _label_facts(labels: float, seed: int) -> dict[str, Any]:
     """Fields of evaluations.jsonl that describe the choice of labels."""
-    return {"labels": labels, "seed": seed if labels < 1 else None}
+    return {"labels": labels, "seed": None if labels == 1 else seed}
 
 
 def _changes(default: Any, numbers: Any) -> dict[str, Any]:

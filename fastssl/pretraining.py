@@ -11,7 +11,7 @@ import torch
 
 from fastssl import distributed
 from fastssl.bounds import check_ranges
-from fastssl.contract import PreparesEpochs, Reconstructs, TrainingImages
+from fastssl.contract import Autoencodes, PreparesEpochs, Reconstructs, TrainingImages
 from fastssl.data.source import Source
 from fastssl.data.split import describe_sides
 from fastssl.eval.labels import labelled
@@ -369,7 +369,7 @@ def _evaluate(run: Run, trainer: Trainer, device: torch.device, test: Source, ep
     method = trainer.method
     distributed.broadcast_buffers(method)
     note_knn(run, method, trainer.steps, epoch, device)
-    if isinstance(method, Reconstructs) and distributed.rank() == 0:
+    if isinstance(method, Reconstructs | Autoencodes) and distributed.rank() == 0:
         images = first_images(test, run.image_size).to(device)
         save_snapshot(method, images, run.folder / "reconstructions" / f"step-{trainer.steps:06d}.npz")
 

@@ -359,6 +359,8 @@ class Run:
         tau: float = 0.07,
         data: str | Sources | None = None,
         device: str = "auto",
+        labels: float = 1.0,
+        seed: int = 0,
     ) -> dict[int, float]:
         """Weighted k-nearest-neighbour accuracy: training images vote on held-out images. {k: accuracy}.
 
@@ -367,13 +369,14 @@ class Run:
             tau: temperature of the votes.
             data: another source than the run's.
             device: cuda, cpu, or auto.
+            labels, seed: as for `linear`: which training images vote.
 
         Raises:
             ValueError: the source has no labels, or a number is out of range.
         """
         from fastssl.evaluation import knn
 
-        return knn(self, (k,) if isinstance(k, int) else tuple(k), tau, data, device)
+        return knn(self, (k,) if isinstance(k, int) else tuple(k), tau, data, device, labels, seed)
 
     def linear(
         self,
@@ -392,7 +395,7 @@ class Run:
             protocol: "features" extracts features once and sweeps optimizers and learning rates; "official" is the
                 protocol of the method's paper, with augmentation.
             pool: features of a ViT: class token or mean of the patch tokens; the method's own choice by default.
-            labels: share of the training labels to use, the same number of each class.
+            labels: share of the training labels to use, at most 1, or their number; the same number of each class.
             seed: random seed of the choice of labels, initial weights, order and augmentation.
             data: another source than the run's.
             device: cuda, cpu, or auto.

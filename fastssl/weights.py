@@ -11,6 +11,8 @@ DINOv2 and of Hugging Face's ViTMAE.
                  for VICReg
     dino         the whole model, as DINO's official checkpoints: {"student": {"module.…": …}, "teacher": {…},
                  "dino_loss": {…}}
+    beit         the whole model without its tokenizer, as BEiT's official checkpoints: {"model": …}; simmim is the same
+                 for SimMIM
     densecl      the whole model, as DenseCL's official checkpoints: {"state_dict": …}, without their second copy of the
                  backbone, which is left out of a file too
     imagegpt     the whole model in a .safetensors, with the names of Hugging Face's ImageGPT, and iGPT's palette
@@ -43,6 +45,8 @@ REFERENCE_FORMATS = {  # layouts of reference checkpoints: key of the state dict
     "vicreg": ("model", "module."),
     "swav": ("state_dict", "module."),
     "densecl": ("state_dict", ""),
+    "beit": ("model", ""),
+    "simmim": ("model", ""),
 }
 PARTED_FORMATS = {  # layouts with a dict for each part of the method: names of the parts, prefix of the names in each
     "dino": {"student": "module.", "teacher": "", "dino_loss": ""}
@@ -51,17 +55,26 @@ FORMATS = (*GENERAL_FORMATS, *REFERENCE_FORMATS, *PARTED_FORMATS, "imagegpt")
 LONGEST_NAME = 200  # characters of a name that an error shows
 # Prefixes of names in checkpoints: of heads, of what a whole method has beside its encoder, of the encoder.
 HEADS = (
-    *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head."),
+    *("head.", "head_dist.", "heads.", "fc.", "classifier.", "pooler.", "dino_head.", "ibot_head.", "lm_head."),
     *("projector.", "bn.", "projection_head.", "prototypes."),  # Barlow Twins, VICReg, SwAV: encoders without a prefix
     *("bank.", "criterion."),  # InstDisc, likewise
 )
 METHOD_PARTS = (
     *("encoder_k.", "momentum_encoder.", "target.", "predictor.", "queue", "memory.", "assignments"),
     *("encoder_q.1.", "contexts.", "losses.", "bank_", "criterion_"),  # DenseCL, CPC, CMC
-    *("student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
+    *("decoder.", "student.", "teacher.", "dino_loss.", "ibot_patch_loss."),
 )
 ENCODERS = ("", "encoder_q.", "encoder_q.0.", "base_encoder.", "online.", "encoder.", "teacher.backbone.")
-STARTED_ANEW = ("queue", "memory.", "assignments", "bank", "criterion", "palette.")  # what a run fills by itself
+DERIVED = ("num_batches_tracked", "relative_position_index")  # ends of names that a file may lack
+STARTED_ANEW = (
+    "queue",
+    "memory.",
+    "assignments",
+    "bank",
+    "criterion",
+    "counts",
+    "palette.",
+)  # what a run fills by itself
 
 
 def export(method: nn.Module, layout: str, path: Path | str, arch: str = "") -> Path:
@@ -114,6 +127,8 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
         raise ValueError(f"export: {reason}: use --format safetensors")
     if "transformer.wte.weight" in state:
         raise ValueError("export: neither timm nor torchvision has iGPT: use --format imagegpt or safetensors")
+    if "blocks.output.conv.w" in state:
+        raise ValueError(f"export: {layout} has no encoder like that of DALL-E: use --format safetensors")
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")
@@ -197,7 +212,7 @@ def load_initial_weights(method: nn.Module, path: Path | str) -> list[str]:
     followers = [path for path, part in method.named_modules() if isinstance(part, MomentumEncoder)]
     momentum_names = {name for name in names if name.startswith(tuple(f"{plain_name(path)}." for path in followers))}
     remade = momentum_names | {name for name in names if name.startswith(STARTED_ANEW) or _is_centre(name)}
-    missing = {name for name in names - given if not name.endswith("num_batches_tracked")}
+    missing = {name for name in names - given if not name.endswith(DERIVED)}
     has_decoder = any(name.startswith("decoder_") for name in given & names)
     notes: list[str] = []
     sizes = {plain_name(name): x.shape for name, x in method.state_dict().items()}
@@ -283,7 +298,7 @@ def _given_palette(module: nn.Module) -> set[str]:
 
 
 def _check_names(file: str, missing: set[str], unexpected: set[str], remedy: str) -> None:
-    missing = {name for name in missing if not name.endswith("num_batches_tracked")}  # files older than these counts
+    missing = {name for name in missing if not name.endswith(DERIVED)}
     for names, verb in ((missing, "lacks"), (unexpected, "has beside the model")):
         if names:
             raise ValueError(f"weights: {file} {verb} {_first(names)}{remedy}")
@@ -391,9 +406,10 @@ def _origins(fresh: set[str], copied: list[str]) -> str:
 def _parts(names: set[str]) -> str:
     """Names of weights as names of parts: "encoder_q.fc and queue"."""
     parts = set()
+    has_decoder = any(name.startswith("decoder_") for name in names)
     for name in names:
         first, second, *_ = [*name.split("."), ""]
-        if name.startswith(("decoder_", "mask_token")):
+        if name.startswith("decoder_") or (has_decoder and name == "mask_token"):
             parts.add("decoder")
         elif f"{first}." in (*ENCODERS, "student.", "teacher."):
             parts.add(f"{first}.{second}")

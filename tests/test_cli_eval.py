@@ -74,6 +74,17 @@ def test_knn(monkeypatch, capsys, folder):
     }
 
 
+def test_few_labels(monkeypatch, capsys, folder):
+    """A number of labels, as many of each class, is noted with the seed that drew them."""
+    for words in ([], ["--labels", "20"], ["--labels", "20", "--seed", "1"]):
+        run(monkeypatch, "eval", "knn", folder, "--k", "5", *words)
+    whole, few, other = (line for line in noted(folder, "knn") if line["k"] == 5)
+    assert (few["labels"], few["seed"], other["seed"]) == (20, 0, 1)
+    assert whole["accuracy"] > few["accuracy"] != other["accuracy"]
+    assert "labels" not in whole
+    assert capsys.readouterr().out.splitlines()[1].endswith("(20 labels, seed 0)")
+
+
 def test_linear(monkeypatch, capsys, folder):
     fast = ["--epochs", "5", "--optimizers", "sgd", "lbfgs"]
     run(monkeypatch, "eval", "linear", folder, *fast)
@@ -88,7 +99,7 @@ def test_linear(monkeypatch, capsys, folder):
         f"linear accuracy of {folder} on digits: top-1 {whole['accuracy']:.1%}, top-5 {whole['top5']:.1%} "
         f"(features, {whole['setting']})"
     )
-    assert second.endswith("0.1 of the labels)")
+    assert second.endswith("0.1 of the labels, seed 1)")
 
 
 def test_linear_by_the_official_protocol(monkeypatch, folder):
@@ -173,8 +184,11 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
         ("knn", "--k", "0"): "--k must be at least 1, got 0",
         ("knn", "--k", "20", "-3"): "--k must be at least 1, got 20 -3",
         ("knn", "--tau", "nan"): "--tau must be above 0, got nan",
-        ("linear", "--labels", "0"): "--labels must be above 0 and at most 1, got 0.0",
-        ("linear", "--labels", "10"): "--labels must be above 0 and at most 1, got 10.0",
+        ("linear", "--labels", "0"): "--labels must be above 0, got 0.0",
+        ("knn", "--labels", "1.5"): "--labels must be a share of at most 1 or a whole number of labels, got 1.5",
+        ("linear", "--labels", "9"): (
+            "--labels must be at least the 10 classes and at most the 1438 labelled images, got 9"
+        ),
         ("linear", "--seed", "-1"): "--seed must be at least 0, got -1",
         ("linear", "--epochs", "0"): "--epochs must be at least 1, got 0",
         ("linear", "--lrs", "0.1", "inf"): "--lrs must be above 0, got 0.1 inf",

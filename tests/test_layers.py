@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "text": set(),  # names from outside, made safe to show
     "launch": set(),  # how this process was started, from environment variables
     "distributed": {"launch"},
-    "nn": {"extras", "ops", "distributed"},
+    # `nn.dvae.load_tokenizer` reads weights of runs and files
+    "nn": {"extras", "ops", "distributed", "text", "train.checkpoint", "weight_files"},
     "methods": {
         "contract",
         "bounds",

@@ -17,8 +17,8 @@ HELP = """fastssl eval: accuracy of a run's encoder, on the run's data or anothe
   fastssl eval linear RUN    linear classifier on frozen features: a quick sweep, or the paper's protocol
   fastssl eval finetune RUN  encoder and classifier trained end to end
 
-  fastssl eval linear RUN --help lists every option with its default. linear and finetune take --labels 0.01 or 0.1 for
-  few labels; knn and linear also run under torchrun.
+  fastssl eval linear RUN --help lists every option with its default. --labels 0.01 takes a hundredth of the labels,
+  --labels 100 a hundred of them, the same number of each class; knn and linear also run under torchrun.
 """
 
 
@@ -33,7 +33,7 @@ class DataFlags:
 @dataclass
 class LabelFlags(DataFlags):
     labels: float = 1.0
-    """share of the training labels to use, the same number of each class"""
+    """training labels to use, the same number of each class: their share, at most 1, or their number"""
     seed: int = 0
     """random seed of the choice of labels, initial weights, order and augmentation"""
 
@@ -46,6 +46,10 @@ class KnnFlags(DataFlags):
     """numbers of neighbours that vote"""
     tau: float = evaluation.TAU
     """temperature of the votes"""
+    labels: float = 1.0
+    """training labels that vote, the same number of each class: their share, at most 1, or their number"""
+    seed: int = 0
+    """random seed of the choice of labels"""
 
 
 @dataclass
@@ -69,10 +73,11 @@ def command(words: list[str]) -> None:
 
 def _knn(words: list[str]) -> None:
     flags, run = parse_for_run(lambda run: KnnFlags, words, "fastssl eval knn")
-    accuracies = run.knn(flags.k, flags.tau, flags.data, flags.device)
+    accuracies = run.knn(flags.k, flags.tau, flags.data, flags.device, flags.labels, flags.seed)
     results = " · ".join(f"k={k} {accuracy:.1%}" for k, accuracy in accuracies.items())
     if distributed.rank() == 0:
-        print(printable(f"kNN accuracy of {run.folder} on {run.data_name(flags.data)}: {results}"))
+        chosen = "".join(f" ({words})" for words in _label_words(flags))
+        print(printable(f"kNN accuracy of {run.folder} on {run.data_name(flags.data)}: {results}{chosen}"))
 
 
 def _linear(words: list[str]) -> None:
@@ -127,8 +132,16 @@ def _print_accuracy(name: str, run: Run, accuracy: Accuracy | None, flags: Any, 
     top5 = "" if accuracy.top5 is None else f", top-5 {accuracy.top5:.1%}"
     setting = run.evaluations()[-1].get("setting")
     details = [*details, *([setting] if setting else [])]
-    details += [f"{flags.labels:.3g} of the labels"] if flags.labels < 1 else []
+    details += _label_words(flags)
     detail_text = f" ({', '.join(details)})" if details else ""
     data = run.data_name(flags.data)
     text = f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{detail_text}"
     print(printable(text), flush=True)
+
+
+def _label_words(flags: Any) -> list[str]:
+    """What an evaluation with fewer than all labels used."""
+    if flags.labels == 1:
+        return []
+    amount = f"{flags.labels:.3g} of the labels" if flags.labels < 1 else f"{flags.labels:g} labels"
+    return [f"{amount}, seed {flags.seed}"]

@@ -1,6 +1,6 @@
 """Augmentations as plain values: a method defines them, and every loader engine reads them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 MAX_SIDE = 8192  # pixels: a view of that height and width takes 0.8 GB as floats
@@ -13,6 +13,8 @@ COLOUR_LAWS: dict[str, dict[str, Any]] = {  # fields of `ops.ColourLaw`
     "byol": {"additive": True, "tensorflow": True},
 }
 COLOUR_SPACES = ("rgb", "lab")
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")
+OWN = ("size", "interpolation", "mean", "std", "colour_space", "same_crop")  # of a view with `same_crop`
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class View:
     size: tuple[int, int]  # (height, width) in pixels
     crop: tuple[float, float] | None = None  # range of a random crop's share of the area; its aspect is 3:4 to 4:3
     centre: float | None = None  # without `crop`: share of the sides that an undistorted centre crop takes
-    interpolation: str = "bilinear"  # "bilinear" or "bicubic", always antialiased
+    interpolation: str = "bilinear"  # "bilinear", "bicubic" or "lanczos" (of three lobes), always antialiased
     jitter: tuple[float, float, float, float] = (0, 0, 0, 0)  # strengths of brightness, contrast, saturation, hue
     jitter_p: float = 1.0
     grayscale_p: float = 0.0
@@ -38,6 +40,7 @@ class View:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     colour_space: str = "rgb"  # "lab": L, a, b of the finished view; `mean` and `std` are then theirs (`data.lab`)
+    same_crop: bool = False  # window and random steps are those of the view before it: the same pixels in another size
 
     def __post_init__(self):
         if not (len(self.size) == 2 and all(1 <= side <= MAX_SIDE for side in self.size)):
@@ -51,8 +54,9 @@ class View:
         low, high = self.blur_sigma
         if not 0 < low <= high:
             raise ValueError(f"augmentation: blur_sigma must be a range above 0, got {low} {high}")
-        if self.interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"augmentation: interpolation must be bilinear or bicubic, got {self.interpolation!r}")
+        if self.interpolation not in INTERPOLATIONS:
+            expected = "bilinear, bicubic or lanczos"
+            raise ValueError(f"augmentation: interpolation must be {expected}, got {self.interpolation!r}")
         for name, known in (("colour_law", COLOUR_LAWS), ("colour_space", COLOUR_SPACES)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"augmentation: {name} must be {' or '.join(known)}, got {value!r}")
@@ -64,10 +68,49 @@ class View:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The views of one training sample, all made from one decoded image."""
+    """The views of one training sample, all made from one decoded image.
+
+    A view with `same_crop` gets all fields but `OWN` from the view before it.
+    """
 
     views: tuple[View, ...]
     reduced: bool = True  # decode large JPEGs at 1/2, 1/4 or 1/8 of their size where the views need no more pixels
+
+    def __post_init__(self):
+        views: list[View] = []
+        for view in self.views:
+            if view.same_crop:
+                view = _linked(view, views[-1] if views else None)
+            views.append(view)
+        object.__setattr__(self, "views", tuple(views))
+
+    @property
+    def sources(self) -> list[int]:
+        """The number of the view whose window and draws each view has: its own, or that of a view before it."""
+        numbers: list[int] = []
+        for number, view in enumerate(self.views):
+            numbers.append(numbers[-1] if view.same_crop else number)
+        return numbers
+
+
+def _linked(view: View, source: View | None) -> View:
+    """A view with `same_crop`, with the fields of the view before it."""
+    if source is None:
+        raise ValueError("augmentation: same_crop must not be set in the first view, which has none before it")
+    taken = {field.name: getattr(source, field.name) for field in fields(View) if field.name not in OWN}
+    for field in fields(View):
+        given, value = getattr(view, field.name), taken.get(field.name)
+        if field.name in taken and given not in (value, field.default):
+            raise ValueError(
+                f"augmentation: a view with same_crop has the {field.name} of the view before it, {value!r}: leave it "
+                f"out, got {given!r}"
+            )
+    if source.blur_p:
+        raise ValueError(
+            "augmentation: a view with same_crop must follow one without blur, whose width is in pixels of one size, "
+            f"got blur_p {source.blur_p:g}"
+        )
+    return replace(view, **taken)
 
 
 def asymmetric_views(view: View, blur_p: tuple[float, ...], solarize_p: tuple[float, ...]) -> Augmentation:

@@ -26,7 +26,7 @@ from fastssl.ops.augment import BRIGHTNESS, CONTRAST, LUMA, SATURATION
 from . import torchvision
 from .augmentation import Augmentation, View
 from .decoding import open_image
-from .draws import Draws, draw, mix, windows
+from .draws import Draws, draw_views, mix, windows_of_views
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .source import BadImage, Source, read_extras
 
@@ -42,7 +42,7 @@ ORIENTATIONS = {
     7: (True, True, True),
     8: (True, False, True),
 }
-INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
 
 
 class _Image(NamedTuple):
@@ -130,7 +130,7 @@ class Engine:
                 good[row] = image
         rows = fill_in_rows(list(good), len(batch)) if self.fill_in else list(good)
         images = [good[row] for row in rows]
-        draws = [draw(view, number, seeds).take(rows) for number, view in enumerate(self.augmentation.views)]
+        draws = [drawn.take(rows) for drawn in draw_views(self.augmentation, seeds)]
         inputs = dict(self._inputs(images, draws)) if images else {}
         extras = stack_extras(self.source, batch[rows], [image.extras for image in images])
         return _Pending(epoch, batch, inputs, batch[rows], seeds[rows], draws, extras, bad)
@@ -168,8 +168,9 @@ class Engine:
         yield "mirrored", [np.array(turn[1], np.int32) for turn in turns]
         yield "upside_down", [np.array(turn[2], np.int32) for turn in turns]
         sizes = np.array([image.size for image in images])
-        for number, (view, drawn) in enumerate(zip(self.augmentation.views, draws)):
-            window = windows(view, drawn, sizes).astype(np.int32)
+        found = windows_of_views(self.augmentation, draws, sizes)
+        for number, (window, drawn) in enumerate(zip(found, draws)):
+            window = window.astype(np.int32)
             yield f"start {number}", list(window[:, :2])
             yield f"end {number}", list(window[:, :2] + window[:, 2:])
             if self.colours:

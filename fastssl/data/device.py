@@ -17,7 +17,7 @@ from fastssl.ops import resized_crops_
 from fastssl.ops.crops import planes_of
 
 from .augmentation import Augmentation
-from .draws import draw, mix
+from .draws import draw_views, mix
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .shared import empty
 from .source import Source
@@ -78,10 +78,11 @@ class Engine:
     def _make_views(self, decoded: Decoded) -> Samples:
         """The views of a batch; on a GPU, on the current stream and without waiting for it."""
         images, views = images_in(decoded.memory.to(self._device, non_blocking=True), decoded.images), []
-        for number, (view, windows) in enumerate(zip(self._augmentation.views, decoded.windows)):
+        draws = draw_views(self._augmentation, decoded.seed.numpy())
+        for view, drawn, windows in zip(self._augmentation.views, draws, decoded.windows):
             pixels = torch.empty(len(images), 3, *view.size, dtype=torch.uint8, device=self._device)
             resized_crops_(pixels, images, windows, view.interpolation)
-            change_colours(pixels, view, draw(view, number, decoded.seed.numpy()))
+            change_colours(pixels, view, drawn)
             views.append(pixels)
         return Samples(views, decoded.index, decoded.label, decoded.seed, decoded.extras, decoded.bad)
 
@@ -94,7 +95,7 @@ def decode_batch(
     Memory: holds the files and pixels that `decode_images` does, and twice the parts that the views need.
     """
     seeds = mix(seed, epoch, indices)
-    draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
+    draws = draw_views(augmentation, seeds)
     parts: dict[int, Tensor] = {}  # by row of the batch, of the images that can be decoded
     windows: dict[int, Tensor] = {}
     extras: dict[int, dict[str, np.ndarray]] = {}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .augmentation import View
+from .augmentation import Augmentation, View
 
 ATTEMPTS = 10  # number of random windows to try before the centre is taken, as in torchvision's RandomResizedCrop
 ASPECT = (3 / 4, 4 / 3)  # range of width / height
@@ -54,6 +54,19 @@ def _scramble(state: np.ndarray) -> np.ndarray:
     state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return state ^ state >> np.uint64(31)
+
+
+def draw_views(augmentation: Augmentation, seeds: np.ndarray) -> list[Draws]:
+    """Draws of each view of an augmentation for the samples with these seeds [B]."""
+    return [draw(view, number, seeds) for view, number in zip(augmentation.views, augmentation.sources)]
+
+
+def windows_of_views(augmentation: Augmentation, draws: list[Draws], sizes: np.ndarray) -> list[np.ndarray]:
+    """The windows [B, 4] of each view, see `windows`."""
+    found: list[np.ndarray] = []
+    for view, drawn in zip(augmentation.views, draws):
+        found.append(found[-1] if view.same_crop else windows(view, drawn, sizes))
+    return found
 
 
 def draw(view: View, number: int, seeds: np.ndarray) -> Draws:

@@ -10,7 +10,7 @@ import torch
 
 from .augmentation import Augmentation
 from .decoding import ImageFile
-from .draws import draw, mix
+from .draws import draw_views, mix
 from .loader import Loader
 from .samples import Samples
 from .source import BadImage, Source
@@ -107,7 +107,7 @@ def measure_parts(sample: Sample, augmentation: Augmentation, device: torch.devi
     count = len(sample.sides)
     indices, seeds = np.arange(count), mix(0, 0, np.arange(count))
     views = [torch.empty(count, 3, *view.size, dtype=torch.uint8) for view in augmentation.views]
-    draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
+    draws = draw_views(augmentation, seeds)
 
     def make() -> Samples:
         return make_batch(sample.images, augmentation, 0, 0, indices, True)

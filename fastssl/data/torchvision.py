@@ -17,7 +17,7 @@ from fastssl.ops import ColourLaw, augment_, resized_crops_
 
 from .augmentation import COLOUR_LAWS, Augmentation, View
 from .decoding import ImageFile, decode_for_views, open_image
-from .draws import Draws, draw, mix, windows
+from .draws import Draws, draw_views, mix, windows_of_views
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .shared import empty
 from .source import BadImage, BadSource, Source, read_extras
@@ -69,7 +69,7 @@ def make_batch(
     Memory: holds `FILES_IN_MEMORY` files and the pixels of one image at a time, since photographs may be large.
     """
     seeds = mix(seed, epoch, indices)
-    draws = [draw(view, number, seeds) for number, view in enumerate(augmentation.views)]
+    draws = draw_views(augmentation, seeds)
     views = [empty(len(indices), 3, *view.size) for view in augmentation.views]
     extras: dict[int, dict[str, np.ndarray]] = {}  # by row of the batch, of the images that can be decoded
     bad: list[tuple[int, str]] = []
@@ -139,7 +139,8 @@ def _windows_of(
 ) -> Iterator[tuple[int, Sequence[Sequence[float]]]]:
     """(row, window of each view) for several files at once, to save calls of NumPy."""
     rows, sizes = list(files), np.array([file.size for file in files.values()]).reshape(-1, 2)
-    by_view = [windows(view, drawn.take(rows), sizes).tolist() for view, drawn in zip(augmentation.views, draws)]
+    taken = [drawn.take(rows) for drawn in draws]
+    by_view = [found.tolist() for found in windows_of_views(augmentation, taken, sizes)]
     return zip(rows, zip(*by_view))
 
 

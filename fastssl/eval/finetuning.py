@@ -21,6 +21,7 @@ from fastssl.data.workers import Workers
 from fastssl.extras import need
 from fastssl.nn import accelerate
 from fastssl.nn.backbones import ForeignNetwork, build_backbone
+from fastssl.nn.beit import TABLE, Beit
 from fastssl.nn.block import Block, SwiGLU
 from fastssl.nn.vit import ConvStem, ViT
 from fastssl.train.schedule import learning_rate
@@ -46,9 +47,10 @@ def build_classifier(
     """The method's encoder with a new classifier: timm's VisionTransformer with our attention, our ResNet, or the
     network of timm or torchvision that the method was trained with.
 
-    The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's
-    code; its initial weights are normal(0, 2e-5). The encoder's own last norm and head are left out. The classifier of
-    the others is `fc`.
+    The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's and
+    BEiT's code; its initial weights are normal(0, 2e-5). The encoder's own last norm and head are left out. A `Beit`
+    becomes timm's; where its blocks share a table of relative positions, each gets a copy. The classifier of the others
+    is `fc`.
 
     Args:
         method: a method whose `encoder` is a `ViT`, a ResNet in torchvision's names, or a `ForeignNetwork`.
@@ -63,7 +65,10 @@ def build_classifier(
     encoder = method.encoder
     state = encoder.timm_state() if isinstance(encoder, ViT) else encoder.state_dict()
     if isinstance(encoder, ViT):
-        model, new = _vit(encoder, classes, drop_path), {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+        build, new = _beit if isinstance(encoder, Beit) else _vit, {"head.weight", "head.bias"}
+        model, new = build(encoder, classes, drop_path), new | {"fc_norm.weight", "fc_norm.bias"}
+        if (table := state.pop(f"rel_pos_bias.{TABLE}", None)) is not None:
+            state |= {f"blocks.{i}.attn.{TABLE}": table for i in range(len(encoder.blocks))}
         state = {name: x for name, x in state.items() if not name.startswith(("norm.", "fc_norm.", "head."))}
     elif backbone.startswith("resnet") or isinstance(encoder, ForeignNetwork):
         model = build_backbone(backbone, classes, small_images, image_size=getattr(encoder, "image_size", None))
@@ -112,6 +117,31 @@ def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
     return model
 
 
+def _beit(vit: Beit, classes: int, drop_path: float) -> nn.Module:
+    """timm's `Beit` with a table of relative positions for each block, if `vit` has any."""
+    from timm.models.beit import Beit as TimmBeit
+
+    block = vit.blocks[0]
+    model = TimmBeit(
+        img_size=vit.img_size,
+        patch_size=vit.patch_size,
+        in_chans=vit.in_chans,
+        num_classes=classes,
+        embed_dim=vit.embed_dim,
+        depth=len(vit.blocks),
+        num_heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / vit.embed_dim,
+        drop_path_rate=drop_path,
+        norm_layer=functools.partial(nn.LayerNorm, eps=block.norm1.eps),
+        init_values=None if block.gamma_1 is None else 1.0,  # LayerScale, whose factors come from the state dict
+        use_abs_pos_emb=vit.pos_embed is not None,
+        use_rel_pos_bias=vit.rel_pos_bias is not None or block.attn.has_table,
+        head_init_scale=0.001,
+    )
+    accelerate(model)
+    return model
+
+
 def _block_options(block: Block, width: int) -> dict[str, Any]:
     """Arguments of timm's VisionTransformer for blocks like this one."""
     from timm.layers import Mlp, SwiGLUPacked
@@ -132,7 +162,8 @@ def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:
     """Parameter groups with `weight_decay` and `lr_scale`.
 
     The scale is layer_decay^(depth + 1 − i) for block i = 1 … depth of a ViT, i = 0 for class token, positions and
-    patch embedding, and i = depth + 1 for what follows the blocks; times `head_lr` for the classifier.
+    patch embedding, and i = depth + 1 for what follows the blocks; times `head_lr` for the classifier. Tables of
+    relative positions are decayed, as in BEiT's code and not in timm's.
 
     Source: Clark et al., 2020 (ELECTRA); Bao et al., 2021 (BEiT), whose code MAE uses; computed here by timm.
     """
@@ -141,9 +172,8 @@ def parameter_groups(model: nn.Module, config: Finetune) -> list[dict]:
     if hasattr(model, "head"):
         from timm.optim import param_groups_layer_decay
 
-        groups = param_groups_layer_decay(
-            model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
-        )
+        kept = {name for name in model.no_weight_decay() if not name.endswith(TABLE)}
+        groups = param_groups_layer_decay(model, config.weight_decay, kept, layer_decay=config.layer_decay)
     else:
         decayed = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]

@@ -30,26 +30,40 @@ def labelled(source: Source) -> Source:
     return source if len(numbers) == len(source) else Subset(source, numbers)
 
 
-def labelled_subset(source: Source, share: float, seed: int) -> Source:
-    """A share of the labelled images: the same number of each class, at least one.
+def labelled_subset(source: Source, amount: float, seed: int) -> Source:
+    """Some of the labelled images: a share of them or a number of them, equally many of each class.
 
-    All images of a class are taken if it has fewer. A seed determines the choice, and the choice of a smaller share is
-    part of that of a larger one. Images without a label (−1) are left out.
+    Of a share each class has at least one image, and all of its images if it has fewer than the others. A number is
+    divided exactly: some classes, chosen by the seed, may have one image more than the others, and where a class has
+    too few images the others fill up. A seed determines the choice, and the choice of a smaller amount is part of that
+    of a larger one. Images without a label (−1) are left out.
 
     Args:
         source: images with labels.
-        share: share of the labelled images, above 0 and at most 1.
+        amount: share of the labelled images, above 0 and at most 1; or their number, a whole number above 1.
         seed: random seed of the choice; the global generator is not used.
 
     Raises:
-        ValueError: the source has no labels.
+        ValueError: the source has no labels, or fewer than `amount`, or more classes.
     """
     labels = torch.tensor([source.label(i) for i in range(len(source))])
     if source.classes is None or not (labels >= 0).any():
         raise ValueError("eval: the source has no labels to learn from")
-    if share == 1:
+    if amount == 1:
         return labelled(source)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
     of_class = [order[labels[order] == label] for label in labels.unique().tolist() if label >= 0]
-    each = max(1, round(share * sum(map(len, of_class)) / len(of_class)))
-    return Subset(source, torch.cat([rows[:each] for rows in of_class]).sort().values.tolist())
+    images, classes = sum(map(len, of_class)), len(of_class)
+    if amount < 1:
+        each = max(1, round(amount * images / classes))
+        return Subset(source, torch.cat([rows[:each] for rows in of_class]).sort().values.tolist())
+    if not classes <= amount <= images:
+        raise ValueError(
+            f"eval: --labels must be at least the {classes} classes and at most the {images} labelled images, got "
+            f"{amount:g}"
+        )
+    # In turns: each class gives its first image, then its second, and so on, classes in a random order.
+    turns = torch.randperm(classes, generator=generator).tolist()
+    rows = [of_class[c][turn] for turn in range(max(map(len, of_class))) for c in turns if turn < len(of_class[c])]
+    return Subset(source, torch.stack(rows[: int(amount)]).sort().values.tolist())

@@ -236,7 +236,7 @@ class _Evaluation:
 
     k: Annotated[tuple[int, ...], AT_LEAST_1] = (1,)
     tau: Annotated[float, POSITIVE] = 1.0
-    labels: Annotated[float, SHARE] = 1.0
+    labels: Annotated[float, POSITIVE] = 1.0
     seed: Annotated[int, NOT_NEGATIVE] = 0
 
 
@@ -247,5 +247,8 @@ def check_evaluation(**numbers: Any) -> None:
         ValueError: a number is out of range; one sentence with the flag, its range, and the value.
     """
     check_ranges(_Evaluation(**numbers), "eval")
+    labels = numbers.get("labels", 1)
+    if labels > 1 and labels != int(labels):
+        raise ValueError(f"eval: --labels must be a share of at most 1 or a whole number of labels, got {labels:g}")
     if not numbers.get("k", True):
         raise ValueError("eval: --k must have at least one number of neighbours, got none")

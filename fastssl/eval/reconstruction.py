@@ -1,4 +1,4 @@
-"""Reconstructed images of a masked autoencoder, and snapshots of them during a run."""
+"""Reconstructed images of an autoencoder, masked or of codes, and snapshots of them during a run."""
 
 import itertools
 import re
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastssl.contract import Autoencodes
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.data.decoding import open_image
 from fastssl.data.source import BadImage, Source, Subset
@@ -50,6 +51,18 @@ def reconstruct(mae: nn.Module, images: Tensor) -> Reconstruction:
     return Reconstruction(*(pixels(unpatchify(part, patch, height, width)) for part in parts))
 
 
+@torch.no_grad()
+def autoencode(method: nn.Module, images: Tensor) -> Tensor:
+    """Pixels [N, 3, H, W] float32 in 0..1, on the CPU, of images as their codes show them.
+
+    Args:
+        method: a `contract.Autoencodes` on any device.
+        images: [N, 3, H, W] float32, normalised as for ImageNet.
+    """
+    device = next(method.parameters()).device
+    return pixels(method.autoencode(images.to(device)).float().cpu())
+
+
 def pixels(images: Tensor) -> Tensor:
     """Pixels of normalised images: [N, 3, H, W] float32, clamped to 0..1."""
     mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -82,14 +95,15 @@ def _decodes(source: Source, index: int) -> bool:
     return True
 
 
-def save_snapshot(mae: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes `filled` of `reconstruct` as uint8 [N, H, W, 3] into an .npz, atomically.
+def save_snapshot(method: nn.Module, images: Tensor, path: Path) -> None:
+    """Writes `filled` of `reconstruct`, or the result of `autoencode`, as uint8 [N, H, W, 3] into an .npz, atomically.
 
     Args:
-        mae, images: as for `reconstruct`.
+        method, images: as for these.
         path: RUN/reconstructions/step-000120.npz; the folder is created if missing.
     """
-    filled = as_bytes(reconstruct(mae, images).filled)
+    made = autoencode(method, images) if isinstance(method, Autoencodes) else reconstruct(method, images).filled
+    filled = as_bytes(made)
     path.parent.mkdir(exist_ok=True)
     with write_atomically(path, "wb") as file:
         np.savez_compressed(file, filled=filled)

@@ -3,11 +3,11 @@
 import numpy as np
 from torch import Tensor
 
-from fastssl.contract import Reconstructs
+from fastssl.contract import Autoencodes, Reconstructs
 from fastssl.data.source import Subset
 from fastssl.eval.features import extract
 from fastssl.eval.knn import nearest
-from fastssl.eval.reconstruction import as_bytes, first_images, pixels, read_snapshots, reconstruct
+from fastssl.eval.reconstruction import as_bytes, autoencode, first_images, pixels, read_snapshots, reconstruct
 
 from .parts import Text, Tiles, short
 from .pictures import CRISP, tile, tiles
@@ -22,15 +22,21 @@ ROWS = {"input": "input", "masked": "masked", "output": "output", "filled": "out
 def reconstructions(run: RunData) -> list[Text | Tiles]:
     """Reconstructions of held-out images by the newest weights, and the snapshots of the run folder."""
     snapshots = read_snapshots(run.run.folder / "reconstructions")
-    can_reconstruct = isinstance(run.method, Reconstructs) and run.test_source is not None
+    of_codes = isinstance(run.method, Autoencodes)
+    can_reconstruct = (of_codes or isinstance(run.method, Reconstructs)) and run.test_source is not None
     images = first_images(run.test_source, run.size, COLUMNS) if can_reconstruct else None
     parts = []
     if can_reconstruct:
-        reconstruction = reconstruct(run.method, images)
-        rows = [(name, as_bytes(getattr(reconstruction, part))) for part, name in ROWS.items()]
-        parts += [Text("Newest checkpoint."), tiles((name, row, numbered(name, row)) for name, row in rows)]
+        if of_codes:
+            made, text = {"input": pixels(images), "output": autoencode(run.method, images)}, "codes of an image alone"
+        else:
+            reconstruction, text = reconstruct(run.method, images), "patches that are not grey and predicts the others"
+            made = {name: getattr(reconstruction, part) for part, name in ROWS.items()}
+        rows = [(name, as_bytes(row)) for name, row in made.items()]
+        parts += [Text(f"Newest checkpoint. The model gets the {text}.")]
+        parts += [tiles((name, row, numbered(name, row)) for name, row in rows)]
     if snapshots:
-        parts.append(Text("During the run, output in removed patches:"))
+        parts.append(Text("During the run:" if of_codes else "During the run, output in removed patches:"))
         parts.append(over_time(run, snapshots, None if images is None else as_bytes(pixels(images))))
     return parts
 

@@ -18,7 +18,7 @@ from .pictures import COLOURS
 from .run_data import MAPPED, RunData, names_of
 
 TEXTS = {
-    "reconstructions": "Held-out images. The model gets the patches that are not grey and predicts the others.",
+    "reconstructions": "Held-out images, and what the model makes of a part of their patches, or of their codes.",
     "completions": "Held-out images. The model gets the upper half and draws the lower half pixel by pixel.",
     "attention": "Held-out images, and the places that the last block of the ViT attends to.",
     "patches": "Held-out images, and the features of their places: places with similar features have similar colours.",

@@ -88,10 +88,11 @@ class RunData:
     def knn(self) -> tuple[list[tuple[float, float]], float | None]:
         """([(epoch, accuracy)] of the encoder by epoch, accuracy of raw pixels or None) on the run's data.
 
-        Of several k and τ the most frequent pair is taken.
+        Of several k and τ the most frequent pair is taken, and nothing that was measured with few labels.
         """
         lines = [e for e in self.evaluations if self.run.is_own(e.get("data", self.run.options.data))]
         curve, raw = ([e for e in lines if e["evaluation"] == kind] for kind in ("knn", "knn of raw pixels"))
+        curve = [e for e in curve if "labels" not in e]
         if curve:
             most_frequent = Counter((e.get("k"), e.get("tau")) for e in curve).most_common(1)[0][0]
             curve = [e for e in curve if (e.get("k"), e.get("tau")) == most_frequent]

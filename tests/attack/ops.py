@@ -58,7 +58,7 @@ def _crops(n: random.Random) -> Arguments:
         windows.append([top, left, n.randint(1, height - top), n.randint(1, width - left)])
     out = torch.zeros(len(images), 3, n.randint(1, 40), n.randint(1, 40), dtype=torch.uint8)
     drawn = {"out": out, "images": images, "windows": torch.tensor(windows)}
-    return drawn | {"interpolation": n.choice(["bilinear", "bicubic"])}
+    return drawn | {"interpolation": n.choice(["bilinear", "bicubic", "lanczos"])}
 
 
 def _normalise(n: random.Random) -> Arguments:

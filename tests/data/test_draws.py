@@ -6,8 +6,8 @@ import torch
 from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import v2
 
-from fastssl.data.augmentation import View, evaluation
-from fastssl.data.draws import _orders, draw, windows
+from fastssl.data.augmentation import Augmentation, View, evaluation
+from fastssl.data.draws import _orders, draw, draw_views, windows, windows_of_views
 from tests.support.contract import refused
 
 COUNT = 4000
@@ -121,7 +121,7 @@ def test_error_sentences_of_views():
     refused("augmentation: centre must be above 0 and at most 1, got 1.5", ValueError, View, (8, 8), centre=1.5)
     refused("augmentation: blur_sigma must be a range above 0, got 0 2", ValueError, View, (8, 8), blur_sigma=(0, 2))
     refused(
-        "augmentation: interpolation must be bilinear or bicubic, got 'nearest'",
+        "augmentation: interpolation must be bilinear, bicubic or lanczos, got 'nearest'",
         ValueError,
         View,
         (8, 8),
@@ -134,3 +134,46 @@ def test_error_sentences_of_views():
         (8, 8),
         jitter=(0, 0, 0, 0.6),
     )
+
+
+LINKED = {"interpolation": "lanczos", "mean": (-0.125,) * 3, "std": (1.25,) * 3, "same_crop": True}
+
+
+def test_a_view_with_same_crop_has_the_window_and_the_draws_of_the_view_before():
+    strong = {"crop": (0.08, 1.0), "jitter": (0.4, 0.4, 0.4, 0.0), "grayscale_p": 0.2, "flip_p": 0.5}
+    first, other = View((16, 24), interpolation="bicubic", **strong), View((8, 8), crop=(0.2, 1.0))
+    made = Augmentation((first, View((8, 12), **LINKED), View((4, 6), **LINKED), other, View((5, 5), same_crop=True)))
+    assert made.sources == [0, 0, 0, 3, 3]
+    linked = made.views[1]
+    assert (linked.size, linked.interpolation, linked.mean) == ((8, 12), "lanczos", (-0.125,) * 3)
+    assert (linked.crop, linked.jitter, linked.flip_p) == (first.crop, first.jitter, 0.5)
+    draws, sizes = draw_views(made, SEEDS[:50]), np.random.default_rng(0).integers(20, 90, (50, 2))
+    found = windows_of_views(made, draws, sizes)
+    for number, source in enumerate(made.sources):
+        assert all(np.array_equal(a, b) for a, b in zip(draws[number], draws[source]))
+        assert np.array_equal(found[number], found[source])
+    for number in (0, 3):  # as without the others
+        assert all(np.array_equal(a, b) for a, b in zip(draws[number], draw(made.views[number], number, SEEDS[:50])))
+    assert not np.array_equal(found[0], found[3])
+
+
+def test_a_linked_view_of_another_shape_shows_the_centre_crop_of_the_view_before():
+    made = Augmentation((View((14, 14), centre=0.875), View((7, 21), same_crop=True)))
+    found = windows_of_views(made, draw_views(made, SEEDS[:3]), np.full((3, 2), (100, 80)))
+    assert found[1].tolist() == found[0].tolist() == [[15, 5, 70, 70]] * 3
+
+
+def test_error_sentences_of_linked_views():
+    first = View((8, 8), crop=(0.2, 1.0), flip_p=0.5)
+    sentence = "augmentation: same_crop must not be set in the first view, which has none before it"
+    refused(sentence, ValueError, Augmentation, (View((4, 4), same_crop=True), first))
+    sentence = (
+        "augmentation: a view with same_crop has the crop of the view before it, (0.2, 1.0): leave it out, got "
+        "(0.5, 1.0)"
+    )
+    refused(sentence, ValueError, Augmentation, (first, View((4, 4), crop=(0.5, 1.0), same_crop=True)))
+    sentence = (
+        "augmentation: a view with same_crop must follow one without blur, whose width is in pixels of one size, got "
+        "blur_p 0.5"
+    )
+    refused(sentence, ValueError, Augmentation, (View((8, 8), blur_p=0.5), View((4, 4), same_crop=True)))

@@ -1,9 +1,11 @@
 import dataclasses
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -21,10 +23,12 @@ from fastssl.eval.finetuning import (
     parameter_groups,
 )
 from fastssl.eval.protocols import Finetune
+from fastssl.evaluation import finetune_defaults
 from fastssl.extras import MissingExtra
-from fastssl.methods import moco_v1, moco_v3
+from fastssl.methods import beit, moco_v1, moco_v3
 from fastssl.methods.mae import MAE
 from fastssl.nn import Attention
+from fastssl.nn.beit import Beit
 from fastssl.nn.sharing import headless
 from fastssl.nn.vit import ViT
 
@@ -101,6 +105,44 @@ def test_every_vit_is_fine_tuned_as_it_is(options):
     images = torch.randn(3, 3, 8, 12, dtype=torch.float64)
     expected = vit.double().features(images) @ model.head.weight.T
     torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["shared", "block", "none"])
+def test_beit_is_fine_tuned_as_timms(kind):
+    """Each block gets a copy of a shared table; a new layer normalises pooled patches; the classifier is small."""
+    vit = Beit((8, 12), 4, 3, 32, 2, 2, fc_norm=False, relative_bias=kind, abs_pos=kind == "none").eval()
+    for x in vit.parameters():
+        torch.nn.init.normal_(x, std=0.3)
+    model = build_classifier(Outsider(vit), "", 7, drop_path=0.1).double().eval()
+    assert isinstance(model, timm.models.Beit)
+    assert model.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
+    assert 1e-5 < model.head.weight.std() < 3e-5
+    images = torch.randn(3, 3, 8, 12, dtype=torch.float64)
+    vit.double().norm = None  # the tokens before the last norm
+    pooled = F.layer_norm(vit.forward_features(images)[:, 1:].mean(1), (32,), eps=1e-6)
+    torch.testing.assert_close(model(images), pooled @ model.head.weight.T, rtol=1e-9, atol=1e-12)
+    tables = {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
+    assert len(tables) == (0 if kind == "none" else 2)
+    names, scales, decays = {id(p): name for name, p in model.named_parameters()}, {}, {}
+    for group in parameter_groups(model, Finetune()):
+        scales |= {names[id(p)]: group["lr_scale"] for p in group["params"]}
+        decays |= {names[id(p)]: group["weight_decay"] for p in group["params"]}
+    assert scales["head.weight"] == scales["fc_norm.weight"] == 1 and scales["cls_token"] == pytest.approx(0.65**3)
+    for i in range(2):
+        assert scales[f"blocks.{i}.attn.q_bias"] == pytest.approx(0.65 ** (2 - i))
+    assert all(decays[name] == 0.05 for name in tables)
+    assert decays["cls_token"] == decays["blocks.0.gamma_1"] == decays["blocks.0.attn.q_bias"] == 0
+
+
+def test_every_methods_own_numbers():
+    """BEiT's code has twice MAE's learning rate; other methods have MAE's numbers."""
+    assert (beit.finetuning("vit_base").lr, beit.finetuning("vit_base").layer_decay) == (1e-3, 0.65)
+    assert beit.finetuning("vit_large").layer_decay == 0.75
+    config = beit.Config(tokenizer="runs/tokenizer")
+    run = SimpleNamespace(image_size=config.image_size, backbone=config.backbone, method_name="beit")
+    assert finetune_defaults(run) == beit.finetuning("vit_base")
+    run.method_name = "mae"
+    assert finetune_defaults(run) == Finetune.paper("vit_base")
 
 
 @pytest.mark.parametrize("splits", [1, 2])

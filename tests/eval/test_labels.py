@@ -7,6 +7,7 @@ import torch
 from fastssl.data.source import open_source
 from fastssl.eval.labels import accuracy, labelled, labelled_subset
 from fastssl.eval.progress import Progress
+from tests.support.contract import refused
 
 
 class Labels:
@@ -41,6 +42,27 @@ def test_subsets_are_balanced_nested_and_reproducible():
     part = labelled_subset(source, 0.1, 3)
     assert part.classes == source.classes
     assert [part.label(i) for i in range(140)] == [source.label(i) for i in part.indices]
+
+
+def test_a_number_of_labels_is_balanced_nested_and_exact():
+    source, before = open_source("digits"), set()
+    for count in (10, 25, 100, 1000, 1438):
+        subset = chosen(source, count, 3)
+        assert len(subset) == count and before < subset
+        sizes = Counter(source.label(i) for i in subset)
+        assert len(sizes) == 10 and (count > 1000 or max(sizes.values()) - min(sizes.values()) <= 1)
+        before = subset
+    assert chosen(source, 100, 3) != chosen(source, 100, 4)
+    extra = [{c for c, n in Counter(source.label(i) for i in chosen(source, 25, s)).items() if n == 3} for s in (3, 4)]
+    assert extra[0] != extra[1]
+
+
+def test_other_classes_fill_up_where_one_has_too_few_images():
+    source = Labels([0] * 50 + [1] * 48 + [2] * 2 + [-1] * 20)
+    assert Counter(source.label(i) for i in chosen(source, 30, 0)) == {0: 14, 1: 14, 2: 2}
+    for count in (2, 101):
+        sentence = f"eval: --labels must be at least the 3 classes and at most the 100 labelled images, got {count}"
+        refused(sentence, ValueError, labelled_subset, source, count, 0)
 
 
 def test_the_global_generator_is_unchanged():

@@ -241,7 +241,7 @@ def test_block_mask(grid):
         assert torch.equal(masks.cpu(), block_mask(seed, count, grid, **options))
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("size", [(224, 224), (96, 100), (7, 300)], ids=str)
 def test_resized_crops(size, interpolation):
     """The bytes of a CPU: RGB and planes of 64 sizes, at scales from 1/10 to 10."""

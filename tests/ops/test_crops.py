@@ -10,8 +10,8 @@ from fastssl.ops import crops, dispatch, resized_crops_
 from tests.support.close import assert_same
 from tests.support.contract import opcheck, refused, rejects, sparse, torch_threads
 
-MODES = ("bilinear", "bicubic")
-every_mode = pytest.mark.parametrize("mode", MODES)
+every_mode = pytest.mark.parametrize("mode", crops.MODES)
+torchs_modes = pytest.mark.parametrize("mode", crops.MODES[:2])
 # (height, width) of the image, window, (h, w) of the result
 CASES = {
     "the whole image": ((37, 53), (0, 0, 37, 53), (37, 53)),
@@ -72,14 +72,53 @@ def by_torch(image, window, size, mode):
     return F.interpolate(torch.cat([column] * 2, 3), (size[0], 2), mode=mode, antialias=True)[..., :1]
 
 
+def by_pillow(image, window, size):
+    """Along the rows, then along the columns: one call of Pillow 13 begins with the cheaper axis."""
+    top, left, height, width = window
+    rows = Image.fromarray(image.numpy()).resize(
+        (size[1], image.shape[0]), Image.Resampling.LANCZOS, (left, 0, left + width, image.shape[0])
+    )
+    both = rows.resize(size[::-1], Image.Resampling.LANCZOS, (0, top, size[1], top + height))
+    return torch.from_numpy(np.array(both)).permute(2, 0, 1)[None]
+
+
 @every_case
-@every_mode
+@torchs_modes
 def test_rgb_is_torchs_resampling_to_the_bit(case, mode):
     size, window, result = case
     image = bytes_of(*size, 3)
     expected = by_torch(image, window, result, mode)
     assert_same(crop([image], [window], result, mode), expected)
     assert_same(plain([image], [window], result, mode), expected)
+
+
+@every_case
+def test_lanczos_is_pillows_but_for_rounding(case):
+    """Pillow's weights have more bits, 22 after the point; where an image is enlarged, the second pass has both."""
+    size, window, result = case
+    for image in (photograph(*size), bytes_of(*size, 3)):
+        made = crop([image], [window], result, "lanczos")
+        assert_same(made, plain([image], [window], result, "lanczos"))
+        top, left, height, width = window
+        box = image[top : top + height, left : left + width].contiguous()
+        off = (made.int() - by_pillow(box, (0, 0, height, width), result).int()).abs()
+        assert off.max() <= 2 and off.float().mean() < 0.02
+
+
+def test_lanczos_inside_of_pixels_is_pillows_but_for_rounding():
+    """Pillow's box may begin and end inside of pixels, too; it cuts the kernel at the image, not at the box."""
+    image = photograph(64, 80)
+    for window, size in (([0.5, 0.25, 63.5, 79.5], (30, 41)), ([0.0, 0.0, 63.25, 79.75], (90, 100))):
+        inner = crop([image], [window], size, "lanczos")[..., 9:-9, 9:-9].int()
+        off = (inner - by_pillow(image, window, size)[..., 9:-9, 9:-9].int()).abs()
+        assert off.max() <= 2 and off.float().mean() < 0.02
+
+
+def test_the_kernel_of_lanczos():
+    """sinc(x) · sinc(x / 3) by NumPy, in double precision: weights are rounded to 2^-15 of the largest."""
+    x = torch.linspace(0, 4, 4001, dtype=torch.float64)
+    expected = np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    assert np.abs(crops._kernel(x, 2).numpy() - expected).max() < 1e-15
 
 
 @every_case
@@ -104,14 +143,14 @@ def test_sizes_and_windows_of_all_kinds(kind, mode, seed):
         images = [bytes_of(height, width, 3) if kind == "rgb" else bytes_of(height // 2 * 3, width)] * 2
         windows, size = [drawn_window(n, height, width) for _ in images], (n.randint(1, 80), n.randint(1, 150))
         made, what = crop(images, windows, size, mode), f"{height}×{width}, {windows} to {size}"
-        if kind == "planes":
+        if kind == "planes" or mode == "lanczos":
             assert_same(made, plain(images, windows, size, mode), what)
         else:
             assert_same(made, torch.cat([by_torch(images[0], w, size, mode) for w in windows]), what)
 
 
 @pytest.mark.exhaustive
-@every_mode
+@torchs_modes
 def test_every_size_up_to_40(mode):
     row = bytes_of(40, 4, 3)
     for length in range(1, 41):
@@ -128,7 +167,7 @@ def test_every_size_up_to_40(mode):
 def test_weights_are_the_kernel_and_add_up_to_one(offset, mode):
     """In float64, beside an integral over the kernel's formula: halves of pixels move the centres, nothing else."""
     length, size = 23.5, 10
-    weights, bits = crops.axis_weights(offset, length, size, mode == "bicubic")
+    weights, bits = crops.axis_weights(offset, length, size, crops.MODES.index(mode))
     assert weights.shape == (10, 24)
     assert weights.max() < 2**15 <= 2 * weights.max() + 2
     assert (weights.sum(1) / 2**bits - 1).abs().max() < 24 / 2**bits
@@ -262,9 +301,9 @@ def test_empty(shape):
 
 def test_contract():
     windows = torch.tensor([[1, 2, 7, 6], [3, 3, 4, 5]])
-    for bicubic in (False, True):
+    for kernel in range(3):
         out = torch.zeros(2, 3, 6, 7, dtype=torch.uint8)
-        opcheck(crops._resized_crops_, out, [bytes_of(9, 8, 3), bytes_of(12, 10)], windows, bicubic)
+        opcheck(crops._resized_crops_, out, [bytes_of(9, 8, 3), bytes_of(12, 10)], windows, kernel)
 
 
 def test_it_compiles():
@@ -297,7 +336,7 @@ def test_error_sentences():
     refuses(f"{expected} [12, 11]", ValueError, images=[bytes_of(12, 11)])
     refuses("windows must have shape [B=1, 4], got [4]", ValueError, windows=windows[0])
     refuses("windows must be int64 or float64, got int32", TypeError, windows=windows.int())
-    refuses("interpolation must be bilinear or bicubic, got 'nearest'", ValueError, interpolation="nearest")
+    refuses("interpolation must be bilinear, bicubic or lanczos, got 'nearest'", ValueError, interpolation="nearest")
     strided = torch.zeros(1, 3, 4, 8, dtype=torch.uint8)[..., ::2]
     refuses(
         "out must have contiguous images that share no memory, got shape [1, 3, 4, 4] and strides [96, 32, 8, 2]",

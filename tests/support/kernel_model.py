@@ -165,7 +165,7 @@ def augment_(values: int, blurred: int) -> Moved:
     return Moved(moved, moved, 2 * values)
 
 
-def resized_crops_(windows: Sequence[tuple[int, int]], size: tuple[int, int], bicubic: bool) -> Moved:
+def resized_crops_(windows: Sequence[tuple[int, int]], size: tuple[int, int], kernel: int) -> Moved:
     """Reads RGB windows (height, width), writes and reads the scratch memory between the passes, and writes crops.
 
     Each value is loaded once for each weight that reaches it, from the caches.
@@ -175,7 +175,7 @@ def resized_crops_(windows: Sequence[tuple[int, int]], size: tuple[int, int], bi
     between, result = sum(3 * rows * width for rows, _ in windows), 3 * len(windows) * height * width
     requested = between + result
     for rows, columns in windows:
-        across, down = (crops.taps(length, out, bicubic) for length, out in ((columns, width), (rows, height)))
+        across, down = (crops.taps(length, out, kernel) for length, out in ((columns, width), (rows, height)))
         requested += 3 * (rows * width * across + height * width * down)
     return Moved(requested, source + 2 * between + result, source + result)
 

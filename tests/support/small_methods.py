@@ -1,5 +1,7 @@
 """Sizes at which the preset `small` of each method takes milliseconds, for tests of every method."""
 
+from tests.support.tokenizers import tokenizer_file
+
 SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the test
     "simclr_v1": {"hidden": 32, "dim": 16},
     "simclr_v2": {"hidden": 32, "dim": 16},
@@ -22,4 +24,6 @@ SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the te
     "deepcluster": {"clusters": 6, "components": 8},
     "deepcluster_v2": {"prototypes": (6, 5), "hidden": 16, "dim": 8},
     "igpt": {"image_size": (8, 8), "colours": 9},
+    "beit": {"tokenizer": tokenizer_file(), "image_size": (16, 16), "mask_patches": 6},
+    "simmim": {"image_size": (16, 16)},
 }

@@ -18,6 +18,7 @@ from fastssl import cli
 from fastssl.data.loader import has_dali
 from fastssl.train import checkpoint
 from tests.support.ranks import start_process
+from tests.support.tokenizers import tokenizer_file
 
 SMALL = ["--epochs", "2", "--batch-size", "32", "--no-tensorboard"]
 RUNS = {
@@ -31,6 +32,7 @@ RUNS = {
     "cpc": ["cpc", *SMALL, "--candidates", "drawn", "--hidden", "16"],
     "densecl": ["densecl", *SMALL, "--queue-size", "100"],
     "igpt": ["igpt", *SMALL, "--colours", "16", "--image-size", "8", "8"],
+    "beit": ["beit", *SMALL, "--drop-path", "0.3", "--tokenizer", tokenizer_file()],
 }
 
 
@@ -108,6 +110,7 @@ def assert_same_run(broken: Path, whole: Path, name: str) -> None:
         pytest.param("cpc", 0, "auto", marks=pytest.mark.exhaustive),
         pytest.param("densecl", 0, "auto", marks=pytest.mark.exhaustive),
         pytest.param("igpt", 0, "torchvision", marks=pytest.mark.exhaustive),
+        pytest.param("beit", 0, "auto", marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):
