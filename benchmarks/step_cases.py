@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.contract import Batch
-from fastssl.methods import dino, igpt, mae, moco_v2, moco_v3
+from fastssl.methods import beit, dino, igpt, mae, moco_v2, moco_v3
 from fastssl.nn import NTXentLoss
+from fastssl.nn.beit import BEIT_SIZES
+from fastssl.nn.dvae import Encoder
 from fastssl.nn.masking import seeded_noise
 from fastssl.nn.resnet import ResNetMini
 from fastssl.nn.vit import MOCO_V3_SIZES, SIZES
+from fastssl.ops import block_mask
 from fastssl.train.config import Execution, Training
 from fastssl.train.trainer import Trainer
 
-from . import official, official_dino, official_igpt
+from . import official, official_beit, official_dino, official_igpt
 from .machine import DEVICE
 
 TOTAL = 100_000  # steps of the run of which the first ones are measured
@@ -258,6 +261,45 @@ def igpt_case(backbone: str, image_size: tuple[int, int], batch: int, **changes)
     return Case(size, batch, training, functools.partial(igpt.build, config), transcription, _views, make_batch)
 
 
+def beit_case(backbone: str, image_size: tuple[int, int], batch: int, tokenizer: dict, **changes) -> Case:
+    """Case of BEiT with a shared bias table, without drop path, whose random numbers differ, and with one tokenizer of
+    random weights for both steps; `tokenizer` has arguments of `Encoder`."""
+    training = dataclasses.replace(beit.Config.paper(backbone).training, batch_size=batch)
+    config = beit.Config(backbone, image_size, drop_path=0.0, training=training, **changes)
+    *vit, patch = BEIT_SIZES[backbone]
+
+    @functools.cache
+    def encoder() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            return Encoder(**tokenizer).eval().requires_grad_(False).to(DEVICE)
+
+    def transcription(tuned: bool) -> nn.Module:
+        return official_beit.BEiT(image_size, patch, tuple(vit), encoder(), encoder().vocabulary, tuned)
+
+    def make_batch() -> Batch:
+        height, width = (side // patch * encoder().stride for side in image_size)
+        first = images(batch, image_size, 1)
+        return first._replace(views=first.views + images(batch, (height, width), 1, seed=2).views)
+
+    def inputs(batch: Batch, progress: float) -> tuple:
+        counts = torch.full_like(batch.seed, config.mask_patches)
+        grid = (image_size[0] // patch, image_size[1] // patch)
+        return *batch.views, block_mask(batch.seed, counts, grid, config.mask_min)
+
+    size = f"BEiT, {_name(backbone)}, {_pixels(image_size)}, B={batch}, {encoder().vocabulary:,} codes"
+    return Case(
+        size,
+        batch,
+        training,
+        lambda: beit.BEiT(config, encoder()),
+        transcription,
+        inputs,
+        make_batch,
+        loop=official_beit.Loop,
+    )
+
+
 class Contrast(nn.Module):
     """A method that trains the projection head of SimCLR on given features."""
 
@@ -316,6 +358,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "moco_v3-vit-small": lambda: moco_v3_case("vit_small", (224, 224), _batch_size(16, 128)),
     "moco_v3-resnet50": lambda: moco_v3_case("resnet50", (224, 224), _batch_size(16, 128)),
     "dino-vit-small": lambda: dino_case("vit_small", (224, 224), (96, 96), _batch_size(8, 64)),
+    "beit-vit-base": lambda: beit_case("vit_base", (224, 224), _batch_size(4, 64), {}),
     "igpt-small": lambda: igpt_case("igpt_small", (32, 32), _batch_size(1, 32)),
     "simclr-loss": lambda: simclr_case(_batch_size(1024, 4096), 512, 512, 256),
 }
