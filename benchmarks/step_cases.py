@@ -52,6 +52,7 @@ class Case:
     norm: bool = False  # the official loop computes the gradient norm
     compiled: tuple[str, ...] = ("",)  # modules to compile with torch.compile, "" for the whole model
     loop: type[official.Loop] = official.Loop
+    groups: Callable[[nn.Module], list[dict]] | None = None  # groups of the method for the optimizer
 
     @property
     def lr(self) -> float:
@@ -66,7 +67,8 @@ class Ours:
         self.model = model.to(DEVICE)
         # In the first epoch of a run that changes the learning rate once per epoch it is the peak.
         training = dataclasses.replace(case.training, epochs=1, warmup_epochs=0, lr_by_epoch=True, lr_drops=())
-        self.trainer = Trainer(self.model, training, Execution(precision=precision), TOTAL)
+        execution = Execution(precision=precision)
+        self.trainer = Trainer(self.model, training, execution, TOTAL, parameter_groups=case.groups)
         self.optimizer = self.trainer.optimizer
 
     def use_graph(self) -> None:
@@ -297,6 +299,7 @@ def beit_case(backbone: str, image_size: tuple[int, int], batch: int, tokenizer:
         inputs,
         make_batch,
         loop=official_beit.Loop,
+        groups=beit.parameter_groups,
     )
 
 
