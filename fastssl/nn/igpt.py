@@ -132,7 +132,7 @@ class ImageGPT(nn.Module):
         if masked is not None:
             x = x.masked_fill(masked[..., None], 0)
         x = x + self.wpe.weight
-        for block in self.h[:before]:
+        for block in list(self.h)[:before]:
             x = block(x, causal)
         return self.ln_f(x) if before is None else x
 
