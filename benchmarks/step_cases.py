@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.contract import Batch
-from fastssl.methods import dino, mae, moco_v2, moco_v3
+from fastssl.methods import beit, dino, igpt, mae, moco_v2, moco_v3
 from fastssl.nn import NTXentLoss
+from fastssl.nn.beit import BEIT_SIZES
+from fastssl.nn.dvae import Encoder
 from fastssl.nn.masking import seeded_noise
 from fastssl.nn.resnet import ResNetMini
 from fastssl.nn.vit import MOCO_V3_SIZES, SIZES
+from fastssl.ops import block_mask
 from fastssl.train.config import Execution, Training
 from fastssl.train.trainer import Trainer
 
-from . import official, official_dino
+from . import official, official_beit, official_dino, official_igpt
 from .machine import DEVICE
 
 TOTAL = 100_000  # steps of the run of which the first ones are measured
@@ -49,6 +52,7 @@ class Case:
     norm: bool = False  # the official loop computes the gradient norm
     compiled: tuple[str, ...] = ("",)  # modules to compile with torch.compile, "" for the whole model
     loop: type[official.Loop] = official.Loop
+    groups: Callable[[nn.Module], list[dict]] | None = None  # groups of the method for the optimizer
 
     @property
     def lr(self) -> float:
@@ -63,7 +67,8 @@ class Ours:
         self.model = model.to(DEVICE)
         # In the first epoch of a run that changes the learning rate once per epoch it is the peak.
         training = dataclasses.replace(case.training, epochs=1, warmup_epochs=0, lr_by_epoch=True, lr_drops=())
-        self.trainer = Trainer(self.model, training, Execution(precision=precision), TOTAL)
+        execution = Execution(precision=precision)
+        self.trainer = Trainer(self.model, training, execution, TOTAL, parameter_groups=case.groups)
         self.optimizer = self.trainer.optimizer
 
     def use_graph(self) -> None:
@@ -244,6 +249,60 @@ def dino_case(backbone: str, image_size: tuple[int, int], local_size: tuple[int,
     return Case(size, batch, training, ours, transcription, _views, make_batch, loop=official_dino.Loop)
 
 
+def igpt_case(backbone: str, image_size: tuple[int, int], batch: int, **changes) -> Case:
+    """Case of the autoregressive iGPT, with evenly spread colours as its palette."""
+    training = dataclasses.replace(igpt.Config.paper(backbone).training, batch_size=batch)
+    config = igpt.Config(backbone, image_size, training=training, **changes)
+    length, statistics = math.prod(image_size), (igpt.IMAGENET_MEAN, igpt.IMAGENET_STD)
+
+    def transcription(tuned: bool) -> nn.Module:
+        return official_igpt.IGPT(config.colours, length, igpt.SIZES[backbone], *statistics, tuned)
+
+    size = f"iGPT, {_name(backbone)}, {_pixels(image_size)}, B={batch}, {config.colours} colours"
+    make_batch = functools.partial(images, batch, image_size, 1)
+    return Case(size, batch, training, functools.partial(igpt.build, config), transcription, _views, make_batch)
+
+
+def beit_case(backbone: str, image_size: tuple[int, int], batch: int, tokenizer: dict, **changes) -> Case:
+    """Case of BEiT with a shared bias table, without drop path, whose random numbers differ, and with one tokenizer of
+    random weights for both steps; `tokenizer` has arguments of `Encoder`."""
+    training = dataclasses.replace(beit.Config.paper(backbone).training, batch_size=batch)
+    config = beit.Config(backbone, image_size, drop_path=0.0, training=training, **changes)
+    *vit, patch = BEIT_SIZES[backbone]
+
+    @functools.cache
+    def encoder() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            return Encoder(**tokenizer).eval().requires_grad_(False).to(DEVICE)
+
+    def transcription(tuned: bool) -> nn.Module:
+        return official_beit.BEiT(image_size, patch, tuple(vit), encoder(), encoder().vocabulary, tuned)
+
+    def make_batch() -> Batch:
+        height, width = (side // patch * encoder().stride for side in image_size)
+        first = images(batch, image_size, 1)
+        return first._replace(views=first.views + images(batch, (height, width), 1, seed=2).views)
+
+    def inputs(batch: Batch, progress: float) -> tuple:
+        counts = torch.full_like(batch.seed, config.mask_patches)
+        grid = (image_size[0] // patch, image_size[1] // patch)
+        return *batch.views, block_mask(batch.seed, counts, grid, config.mask_min)
+
+    size = f"BEiT, {_name(backbone)}, {_pixels(image_size)}, B={batch}, {encoder().vocabulary:,} codes"
+    return Case(
+        size,
+        batch,
+        training,
+        lambda: beit.BEiT(config, encoder()),
+        transcription,
+        inputs,
+        make_batch,
+        loop=official_beit.Loop,
+        groups=beit.parameter_groups,
+    )
+
+
 class Contrast(nn.Module):
     """A method that trains the projection head of SimCLR on given features."""
 
@@ -302,6 +361,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "moco_v3-vit-small": lambda: moco_v3_case("vit_small", (224, 224), _batch_size(16, 128)),
     "moco_v3-resnet50": lambda: moco_v3_case("resnet50", (224, 224), _batch_size(16, 128)),
     "dino-vit-small": lambda: dino_case("vit_small", (224, 224), (96, 96), _batch_size(8, 64)),
+    "beit-vit-base": lambda: beit_case("vit_base", (224, 224), _batch_size(4, 64), {}),
+    "igpt-small": lambda: igpt_case("igpt_small", (32, 32), _batch_size(1, 32)),
     "simclr-loss": lambda: simclr_case(_batch_size(1024, 4096), 512, 512, 256),
 }
 if DEVICE.type == "cuda":
@@ -353,6 +414,7 @@ def _resnet(name: str, dim: int, zero_init_residual: bool) -> nn.Module:
 
 def _name(backbone: str) -> str:
     known = {"vit_small": "ViT-S/16", "vit_base": "ViT-B/16", "vit_large": "ViT-L/16", "resnet50": "ResNet-50"}
+    known |= {"igpt_small": "iGPT-S"}
     return known.get(backbone, backbone)
 
 

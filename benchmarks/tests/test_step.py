@@ -8,7 +8,7 @@ import torch
 from benchmarks import step
 from benchmarks.floor import floor
 from benchmarks.harness import WrongResult
-from benchmarks.step_cases import dino_case, mae_case
+from benchmarks.step_cases import beit_case, dino_case, igpt_case, mae_case
 from fastssl.train.profile import PARTS
 
 VARIANTS = {"official", "fused optimizer", "fused optimizer, plain attention"}
@@ -80,5 +80,21 @@ def test_every_product_can_be_repeated():
 def test_dinos_official_step_is_ours():
     """Two steps on views of two sizes have the losses of the transcription, as written and tuned."""
     case = dino_case("vit_mini", (16, 16), (8, 8), 4, local_crops=3, prototypes=50, hidden=16, bottleneck=8)
+    runs, _, failed = step.checked(case, case.batch(), "fp32", modes=())
+    assert set(runs) == {"ours", *VARIANTS} and not failed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_igpts_official_step_is_ours(precision):
+    """Two steps have the losses of the transcription, as written and tuned."""
+    case = igpt_case("igpt_mini", (8, 6), 4, colours=20)
+    runs, _, failed = step.checked(case, case.batch(), precision, modes=())
+    assert set(runs) == {"ours", *VARIANTS} and not failed
+
+
+def test_beits_official_step_is_ours():
+    """Two steps with masks, a tokenizer and a bias of attention have the losses of the transcription."""
+    tokenizer = {"width": 4, "vocabulary": 24, "groups": 3, "blocks": 1}
+    case = beit_case("vit_mini", (16, 24), 4, tokenizer, mask_patches=10, mask_min=4)
     runs, _, failed = step.checked(case, case.batch(), "fp32", modes=())
     assert set(runs) == {"ours", *VARIANTS} and not failed

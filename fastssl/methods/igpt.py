@@ -5,6 +5,7 @@ Chen et al., "Generative Pretraining from Pixels", 2020. The palette is found by
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -22,6 +23,8 @@ from fastssl.nn.palette import Palette
 from fastssl.nn.sharing import shared_copy
 from fastssl.ops import linear_cross_entropy
 from fastssl.train.config import Training
+
+from .ibot import batch_seed
 
 OFFICIAL = "imagegpt"  # Hugging Face's layout
 _MASK, _DRAW = 0x6D61736B, 0x64726177  # keep these draws independent of others from the same seeds
@@ -54,6 +57,10 @@ class Config:
             100, 128, "adamw", lr=6e-3, weight_decay=0.0, betas=(0.9, 0.95), warmup_epochs=1
         )
     )
+
+    def __post_init__(self):
+        if self.palette is not None:  # a run can be resumed from any folder
+            self.palette = str(Path(self.palette).expanduser().absolute())
 
     @classmethod
     def paper(cls, backbone: str = "igpt_small") -> "Config":
@@ -157,8 +164,8 @@ class MaskedIGPT(IGPT):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         codes = self.palette.codes(batch.views[0])
-        seed = torch.randint(2**62, (len(codes),), device=codes.device) if batch.seed is None else batch.seed
-        loss = self.masked_loss(codes, seeded_noise(codes.shape[1], _MASK, seed) <= self.mask_p)
+        masked = seeded_noise(codes.shape[1], _MASK, batch_seed(batch)) <= self.mask_p
+        loss = self.masked_loss(codes, masked)
         return loss, {"nats_per_pixel": loss.detach()}
 
     def masked_loss(self, codes: Tensor, masked: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .linear import Linear
 from .palette import Palette
 
 SIZES = {  # (width, blocks, heads)
-    "igpt_mini": (64, 4, 4),
+    "igpt_mini": (64, 4, 2),
     "igpt_small": (512, 24, 8),
     "igpt_medium": (1024, 36, 8),
     "igpt_large": (1536, 48, 16),
@@ -132,7 +132,7 @@ class ImageGPT(nn.Module):
         if masked is not None:
             x = x.masked_fill(masked[..., None], 0)
         x = x + self.wpe.weight
-        for block in self.h[:before]:
+        for block in list(self.h)[:before]:
             x = block(x, causal)
         return self.ln_f(x) if before is None else x
 

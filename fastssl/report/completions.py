@@ -11,7 +11,7 @@ COLUMNS = 10  # images per row
 DRAWN = ((1.0, 0), (1.0, 1), (0.8, 0))  # (temperature, seed) of each row of completions
 
 
-def completions(run: RunData) -> list[Text | Tiles]:
+def completed_images(run: RunData) -> list[Text | Tiles]:
     """Held-out images, their upper halves, and what the newest weights draw below."""
     images = first_images(run.test_source, run.size, COLUMNS)
     device = next(run.method.parameters()).device

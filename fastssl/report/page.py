@@ -99,7 +99,7 @@ def _picture_parts(run: RunData, projection: Projection) -> dict[str, list[Any]]
     parts = {"reconstructions": run.attempt(lambda: images.reconstructions(run))}
     if run.method is not None and run.test_source is not None:
         if isinstance(run.method, Completes):
-            parts["completions"] = run.attempt(lambda: completions.completions(run))
+            parts["completions"] = run.attempt(lambda: completions.completed_images(run))
         parts["attention"] = run.attempt(lambda: attention_maps.attention(run))
         parts["patches"] = run.attempt(lambda: attention_maps.patch_colours(run))
         table = run.attempt(lambda: run.features(run.test_source, MAPPED))
