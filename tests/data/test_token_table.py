@@ -11,10 +11,11 @@ import torch
 import fastssl
 from fastssl.data.draws import mix
 from fastssl.data.loader import Loader
-from fastssl.data.source import BadSource, Source, has_captions, open_source, read_captions
+from fastssl.data.source import BadSource, Source, cache_folder, has_captions, open_source, read_captions
 from fastssl.data.text import TextInput
 from fastssl.data.token_table import build_table, with_captions
-from fastssl.data.tokenizers import build_tokenizer
+from fastssl.data.tokenizers import build_tokenizer, clip
+from fastssl.extras import MissingExtra
 from tests.data.test_loader import Numbers
 from tests.support import toy_text_method
 from tests.support.loaders import digest, engines, plain
@@ -258,3 +259,19 @@ def test_a_source_has_captions_only_if_an_image_has_one():
 
     assert has_captions(Told(3)) and not has_captions(Silent()) and not has_captions(Numbers(3))
     assert not has_captions(open_source("digits"))
+
+
+def test_without_ftfy_a_table_that_needs_it_is_refused_and_nothing_is_left(monkeypatch):
+    def missing(package, what, extra):
+        raise MissingExtra(f"{what} needs {package}: pip install 'fastssl-engine[{extra}]'")
+
+    monkeypatch.setattr(clip, "need", missing)
+    source = Told(4, texts=lambda i: (f"un café {i}",))
+    before = sorted(cache_folder().glob("tokens-*"))
+    with pytest.raises(MissingExtra) as error:
+        build_table(source, TextInput("clip", 77))
+    assert str(error.value) == (
+        "the tokenizer clip, for text with more than plain ASCII, needs ftfy: pip install 'fastssl-engine[text]'"
+    )
+    assert sorted(cache_folder().glob("tokens-*")) == before
+    assert len(build_table(source, INPUT).rows) == 4

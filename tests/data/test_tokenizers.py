@@ -9,7 +9,7 @@ import pytest
 
 from fastssl.data.text import TextInput
 from fastssl.data.tokenizers import build_tokenizer, clip, vocabulary
-from fastssl.data.tokenizers.bert import clean_caption
+from fastssl.data.tokenizers.bert import _split, clean_caption
 from fastssl.extras import MissingExtra
 from tests.support.golden import read
 
@@ -57,6 +57,10 @@ def test_bert_is_albefs(row):
     assert clean_caption(STRINGS[row]) == META["albef_captions"][row]
 
 
+def test_a_final_sigma_is_like_any_other():
+    assert BERT.encode("ΣΑΣ") == BERT.encode("σασ") != BERT.encode("σας")
+
+
 def test_a_text_of_bert_ends_with_sep():
     assert BERT.encode("a dog") == [101, 1037, 3899, 102]
     assert BERT.encode("a dog and a cat", 4) == [101, 1037, 3899, 102]
@@ -100,6 +104,13 @@ def test_merging_is_that_of_the_definition():
         ranks = {pair: rank for rank, pair in enumerate(dict.fromkeys(pairs))}
         word = rng.choices("abc", k=rng.randrange(1, 12))
         assert clip.merge_pairs(word, ranks) == by_definition(word, ranks), (word, ranks)
+
+
+def test_plain_text_is_cut_as_any_other():
+    rng = random.Random(0)
+    for _ in range(500):
+        text = "".join(chr(rng.choice((*range(128), *b"  \t\n"))) for _ in range(30))
+        assert [*_split(text), "e"] == _split(f"{text} é")
 
 
 def test_words_are_cut_by_unicodes_letters_and_numbers():

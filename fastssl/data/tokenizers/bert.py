@@ -14,6 +14,8 @@ from .vocabulary import SHA256, read_vocabulary
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LONGEST_WORD = 100  # characters; a longer word is [UNK]
 MOST_WORDS = 30  # of a cleaned caption
+ASCII_WORD = re.compile(r"[a-z0-9]+|[!-/:-@[-`{-~]")
+ASCII_CONTROLS = {code: None for code in (*range(32), 127) if code not in b"\t\n\r"}  # are dropped
 IDEOGRAPHS = (  # first and last code points
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -89,8 +91,11 @@ def clean_caption(text: str) -> str:
 
 def _split(text: str) -> list[str]:
     """Words of a text, in lower case and without accents; each punctuation mark and each ideograph is a word."""
+    if text.isascii():  # the same, ten times as fast
+        return ASCII_WORD.findall(text.translate(ASCII_CONTROLS).lower())
     shown = "".join(" " if _is_blank(c) else f" {c} " if _is_ideograph(c) else c for c in text if not _is_control(c))
-    words = "".join(c for c in unicodedata.normalize("NFD", shown.lower()) if unicodedata.category(c) != "Mn")
+    lower = "".join(map(str.lower, shown))  # each character alone, as the reference does: a final Σ becomes σ
+    words = "".join(c for c in unicodedata.normalize("NFD", lower) if unicodedata.category(c) != "Mn")
     return "".join(f" {c} " if _is_punctuation(c) else c for c in words).split()
 
 
