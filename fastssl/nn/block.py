@@ -42,7 +42,7 @@ def gelu_mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear. The activation is GELU (`gelu_mlp`), or one of `ACTIVATIONS`, which torch computes."""
+    """Linear, activation, Linear. The activation is GELU (`gelu_mlp`) or one of `ACTIVATIONS`, which torch computes."""
 
     def __init__(self, dim: int, hidden: int, activation: str = "gelu"):
         super().__init__()
