@@ -259,6 +259,7 @@ def test_coco_has_several_captions_an_image(tmp_path):
     (tmp_path / "val2017").rename(tmp_path / "elsewhere")
     assert sentence_of(f"coco:{path}").endswith("beside it or above: name it (coco:FILE.json::images=FOLDER)")
     halves = [open_source(f"coco:{path}::images={tmp_path}/elsewhere", split) for split in ("train", "test")]
+    assert len(open_source(f"coco:{path}::images=../elsewhere")) == len(halves[0])
     assert sorted(map(len, halves)) == [1, 5] and halves[0].read(0).tobytes() == jpeg()
 
 

@@ -4,7 +4,7 @@
     coco:annotations/captions_val2017.json        one file, of whose images a fifth is held out
     coco:FILE.json::images=FOLDER                 images in another folder than the one after which the file is named
 
-Images without a caption are left out, and a note says so.
+FOLDER is relative to the file's. Images without a caption are left out, and a note says so.
 """
 
 import json
@@ -28,7 +28,7 @@ def open_split(argument: str, split: str) -> CaptionedFiles:
     path, is_split = expand_user(name), False
     if path.is_dir():
         path, is_split = _file_of_split(path, split), True
-    folder = expand_user(options["images"]) if "images" in options else _image_folder(path)
+    folder = path.parent / expand_user(options["images"]) if "images" in options else _image_folder(path)
     if not folder.is_dir():
         raise ValueError(f"data: {printable(folder)}, the folder of the images of {printable(path)}, does not exist")
     captions = _read_captions(path)
