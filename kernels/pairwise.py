@@ -119,10 +119,10 @@ def pairwise_sigmoid_kernel(
             weights = (slope * unit).to(OPERAND)
             sums = tl.dot(weights, others, sums, input_precision=PRECISION, out_dtype=ACC_DTYPE)
     partial = part.to(tl.int64) * R + row
-    if WITH_LOSS:
-        in_loss = in_r & (tl.program_id(2) == 0)
-        tl.store(loss_ptr + partial, losses, mask=in_loss)
-        tl.store(slope_ptr + partial, slopes, mask=in_loss)
+    if WITH_LOSS:  # noqa: SIM102 - the condition of the compiler apart from that of the program
+        if tl.program_id(2) == 0:
+            tl.store(loss_ptr + partial, losses, mask=in_r)
+            tl.store(slope_ptr + partial, slopes, mask=in_r)
     if WITH_SUMS:
         mask = in_r[:, None] & (column < D)[None, :]
         tl.store(sums_ptr + partial[:, None] * D + column[None, :], sums / unit, mask=mask)

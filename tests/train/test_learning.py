@@ -28,8 +28,14 @@ RUNS = {
     "instdisc": "--epochs 30",
     "dinov2": "--epochs 4",
     "igpt": "--epochs 6",
+    "clip": "--epochs 8",
+    "siglip": "--epochs 8",
 }
-DATA = {"instdisc": "shapes:count=1024"}  # an epoch renews a row of the bank once
+DATA = {
+    "instdisc": "shapes:count=1024",  # an epoch renews a row of the bank once
+    "clip": "captions",
+    "siglip": "captions",
+}
 LONG = RUNS.keys() - {"mae", "moco_v3"}  # a reconstructing and a contrastive method stay in `make test`
 # docs/methods.md has accuracies, whose smallest rise is 6.9 points. A rise of 5 is far from what rounding and
 # the order of sums change, and from what batch statistics alone do at a learning rate of 0.
