@@ -136,6 +136,28 @@ def test_albef_checkpoints_have_the_official_layout(tmp_path):
     assert torch.equal(started.temp, method.temp)
 
 
+def test_albef_starts_from_a_vit_and_a_bert(tmp_path):
+    """The lines of docs/methods.md."""
+    build, path = METHODS["albef"][0], tmp_path / "start.pth"
+    method, source = build(), randomise(build())
+    torch.save(source.encoder.state_dict(), path)
+    load_weights(method, path, encoder_only=True)
+    bert = {name: x for name, x in source.text_encoder.state_dict().items() if "crossattention" not in name}
+    unknown = method.text_encoder.load_state_dict(bert | {"bert.pooler.dense.bias": torch.zeros(1)}, strict=False)
+    assert unknown.missing_keys and all("crossattention" in name for name in unknown.missing_keys)
+    torch.save({n: x for n, x in method.state_dict().items() if "_m." not in n and "queue" not in n}, path)
+    other = build()
+    (note,) = load_initial_weights(other, path)
+    assert note.startswith(
+        f"{path} has no queue, text_encoder_m, text_proj_m, vision_proj_m and visual_encoder_m: queue "
+    )
+    state = other.state_dict()
+    assert equal({name: state[f"text_encoder.{name}"] for name in bert}, bert)
+    assert equal(other.encoder.state_dict(), source.encoder.state_dict())
+    twins = [name for name in state if "_m." in name]
+    assert twins and all(torch.equal(state[name], state[name.replace("_m.", ".", 1)]) for name in twins)
+
+
 def test_moco_checkpoints_have_the_official_layout(tmp_path):
     """Names of the reference's encoder_q, encoder_k and queue [D, K], with DataParallel's prefix."""
     path = export(randomise(METHODS["moco_v2"][0]()), "moco", tmp_path / "moco", "resnet50")
