@@ -97,45 +97,6 @@ def test_whole_models_come_back_bit_equal(name, tmp_path):
         assert equal(other.state_dict(), method.state_dict())
 
 
-def test_albef_checkpoints_have_the_official_layout(tmp_path):
-    """With the names that Hugging Face's BERT of version 4 has twice, without which the code refuses it. Its encoder
-    loads into other methods, and a ViT into ALBEF, whose momentum encoders become copies."""
-    method, (build, _) = randomise(METHODS["albef"][0]()), METHODS["albef"]
-    path = export(method, "albef", tmp_path / "ALBEF")
-    state = torch.load(path, weights_only=True)["model"]
-    own = method.state_dict()
-    for encoder in ("text_encoder", "text_encoder_m"):
-        words = state[f"{encoder}.bert.embeddings.word_embeddings.weight"]
-        assert torch.equal(state.pop(f"{encoder}.cls.predictions.decoder.weight"), words)
-        bias = state.pop(f"{encoder}.cls.predictions.decoder.bias")
-        assert torch.equal(bias, own[f"{encoder}.cls.predictions.bias"])
-        assert torch.equal(state.pop(f"{encoder}.bert.embeddings.position_ids"), torch.arange(512)[None])
-    assert equal(state, own)
-    assert {name: list(state[name].shape) for name in ("image_queue", "text_queue", "queue_ptr", "temp")} == {
-        **{"image_queue": [64, 1024], "text_queue": [64, 1024], "queue_ptr": [1], "temp": []}
-    }
-    other = moco_v3.build(moco_v3.Config("vit_mini", (32, 32), 16, 32))
-    encoder = method.encoder.state_dict()
-    sizes = {"pos_embed": "learn", "patch_size": 4, "img_size": 32, "embed_dim": 128, "depth": 4, "num_heads": 4}
-    vit = ViT(**sizes)
-    load_weights(vit, path, encoder_only=True)
-    assert equal(vit.state_dict(), encoder)
-    assert "text_encoder" in "".join(load_initial_weights(other, path))
-    torch.save(encoder, tmp_path / "vit.pth")
-    started = build()
-    notes = load_initial_weights(started, tmp_path / "vit.pth")
-    assert "visual_encoder_m is a copy of visual_encoder" in notes[0]
-    assert "text_proj_m is a copy of text_proj" in notes[0]
-    assert equal(started.encoder.state_dict(), encoder)
-    for name in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
-        assert equal(getattr(started, f"{name}_m").state_dict(), getattr(started, name).state_dict())
-    small = {n: x[:, :20] if n.endswith("_queue") else x for n, x in own.items()}
-    torch.save({"model": small}, path)
-    notes = load_initial_weights(started, path)
-    assert notes == [f"{path} has queue of another size: left out, so that they start at random"]
-    assert torch.equal(started.temp, method.temp)
-
-
 def test_moco_checkpoints_have_the_official_layout(tmp_path):
     """Names of the reference's encoder_q, encoder_k and queue [D, K], with DataParallel's prefix."""
     path = export(randomise(METHODS["moco_v2"][0]()), "moco", tmp_path / "moco", "resnet50")
