@@ -40,6 +40,9 @@ class BEiTVAE(nn.Module):
         and 3 layers.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         width: int = 256,

@@ -7,6 +7,7 @@ normalisation and no attention; a residual branch starts small, by a constant fa
 import math
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,8 @@ def _groups(
     inputs: int, widths: list[int], blocks: int, kernels: tuple[int, int, int, int], between: nn.Module
 ) -> OrderedDict[str, nn.Module]:
     """Groups of blocks by their names, and `between` after each but the last."""
-    gain, groups = 1 / (len(widths) * blocks) ** 2, OrderedDict()
+    groups: OrderedDict[str, nn.Module] = OrderedDict()
+    gain = 1 / (len(widths) * blocks) ** 2
     for g, width in enumerate(widths):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for b in range(blocks):
@@ -103,6 +105,9 @@ class Encoder(nn.Module):
 
     Source: openai/DALL-E, whose public weights have width 256, 8,192 codes and 4 groups of 2 blocks.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -144,11 +149,12 @@ class Encoder(nn.Module):
         x = self.mapped(images)
         for layer in self.blocks[:-1]:
             x = layer(x)
-        return self.blocks.output.relu(x)
+        return x.relu()
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, V, h, w] of normalised images [B, 3, H, W]."""
-        return self.blocks.output.conv(self.hidden(images))
+        output: Any = self.blocks[-1]
+        return output.conv(self.hidden(images))
 
     @torch.no_grad()
     def codes(self, images: Tensor) -> Tensor:
@@ -183,7 +189,7 @@ class Decoder(nn.Module):
 
     def pixels(self, codes: Tensor) -> Tensor:
         """The most likely pixels [B, 3, H, W], values from 0.1 to 0.9, of codes [B, h, w] int64."""
-        first: Conv2d = self.blocks.input
+        first: Any = self.blocks[0]
         table = first.w[:, :, 0, 0].T  # a product with one-hot vectors picks its rows
         x = F.embedding(codes, table).permute(0, 3, 1, 2) + first.b[:, None, None]
         for layer in self.blocks[1:]:
