@@ -134,8 +134,8 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
         raise ValueError(f"export: {reason}: use --format safetensors")
     if "transformer.wte.weight" in state:
         raise ValueError("export: neither timm nor torchvision has iGPT: use --format imagegpt or safetensors")
-    if "blocks.output.conv.w" in state:
-        raise ValueError(f"export: {layout} has no encoder like that of DALL-E: use --format safetensors")
+    if "blocks.output.conv.w" in state or "codebook.weight" in state:
+        raise ValueError(f"export: {layout} has no encoder of codes: use --format safetensors")
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")
