@@ -9,6 +9,7 @@ from tests.support.tokenizers import tokenizer_file
 # Commands and formats that a method has no use for, because of its encoder: two networks, another norm, LayerScale.
 REFUSED = {"cmc": {"finetune", "timm", "torchvision"}, "cpc": {"finetune"}, "dinov2": {"torchvision"}}
 REFUSED |= {"beit": {"torchvision"}, "simmim": {"torchvision"}}
+REFUSED["dvae"] = {"finetune", "timm", "torchvision"}
 
 
 # one of each kind stays in `make test`

@@ -25,4 +25,5 @@ SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the te
     "deepcluster_v2": {"prototypes": (6, 5), "hidden": 16, "dim": 8},
     "beit": {"tokenizer": tokenizer_file(), "image_size": (16, 16), "mask_patches": 6},
     "simmim": {"image_size": (16, 16)},
+    "dvae": {"width": 4, "codes": 24, "inner": 6},
 }

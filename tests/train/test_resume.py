@@ -32,6 +32,7 @@ RUNS = {
     "cpc": ["cpc", *SMALL, "--candidates", "drawn", "--hidden", "16"],
     "densecl": ["densecl", *SMALL, "--queue-size", "100"],
     "beit": ["beit", *SMALL, "--drop-path", "0.3", "--tokenizer", tokenizer_file()],
+    "dvae": ["dvae", *SMALL, "--width", "4", "--codes", "24"],
 }
 
 
@@ -109,6 +110,7 @@ def assert_same_run(broken: Path, whole: Path, name: str) -> None:
         pytest.param("cpc", 0, "auto", marks=pytest.mark.exhaustive),
         pytest.param("densecl", 0, "auto", marks=pytest.mark.exhaustive),
         pytest.param("beit", 0, "auto", marks=pytest.mark.exhaustive),
+        pytest.param("dvae", 0, "auto", marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_and_resumed_is_bit_equal(tmp_path, data, name, workers, engine):

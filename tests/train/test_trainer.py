@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastssl.contract import (
+    Autoencodes,
     Batch,
     DefersUpdates,
     Method,
@@ -23,6 +24,7 @@ from fastssl.methods import (
     densecl,
     dino,
     dinov2,
+    dvae,
     ibot,
     mae,
     moco_v1,
@@ -290,12 +292,13 @@ def test_methods_fulfil_the_contract():
         swav: {DefersUpdates},
         deepcluster: {PreparesEpochs},
         deepcluster_v2: {DefersUpdates, PreparesEpochs},
+        dvae: {DefersUpdates, Autoencodes},
         toy_method: {DefersUpdates},
     }
     for module, expected in abilities.items():
         method = module.build(module.Config.small())
         assert isinstance(method, Method)
-        optional = (Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates, PreparesEpochs)
+        optional = (Autoencodes, Reconstructs, RanksNegatives, SchedulesMomentum, DefersUpdates, PreparesEpochs)
         assert {ability for ability in optional if isinstance(method, ability)} == expected
 
 
