@@ -2,7 +2,8 @@
 and of timm's `Beit`."""
 
 import math
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -263,7 +264,7 @@ def beit_(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def rescale_(blocks: nn.ModuleList) -> None:
+def rescale_(blocks: Iterable[Any]) -> None:
     """Divides the last layers of both branches of block i = 1, 2, … by √(2·i)."""
     for i, block in enumerate(blocks, 1):
         for layer in (block.attn.proj, block.mlp.fc2):

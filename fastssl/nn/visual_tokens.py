@@ -1,5 +1,7 @@
 """Codes of image patches by a tokenizer (`nn.dvae`), and a layer that predicts them."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,7 +56,7 @@ def _resize(head: CodeHead, state: dict[str, Tensor], prefix: str, *_) -> None:
 
 
 @torch.no_grad()
-def codes_of_pixels(tokenizer: nn.Module, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+def codes_of_pixels(tokenizer: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     """Codes [B, rows, columns] int64 of images [B, 3, H, W] from 0 to 1, resized to the tokenizer's stride a code."""
     size = [tokenizer.stride * side for side in grid]
     pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -64,7 +66,7 @@ def codes_of_pixels(tokenizer: nn.Module, pixels: Tensor, grid: tuple[int, int])
 
 
 @torch.no_grad()
-def pixels_of_codes(tokenizer: nn.Module, codes: Tensor, size: tuple[int, int]) -> Tensor:
+def pixels_of_codes(tokenizer: Any, codes: Tensor, size: tuple[int, int]) -> Tensor:
     """Images [B, 3, *size] from 0 to 1 that the tokenizer's decoder makes of codes [B, rows, columns]."""
     with torch.autocast(codes.device.type, enabled=False):
         return F.interpolate(tokenizer.pixels(codes), size, mode="bicubic", antialias=True).clamp(0, 1)

@@ -28,9 +28,9 @@ def save_tokenizer(path: Path, vocabulary: int = 24, groups: int = 4, seed: int 
 
 @functools.cache
 def tokenizer_file() -> str:
-    """The same for all tests of a process, which it removes at its end."""
+    """A file for all tests of a process, which removes it at its end. Stride 4: both views of `beit` have one size."""
     _folders.append(tempfile.TemporaryDirectory(prefix="fastssl-tokenizer-"))
-    return save_tokenizer(Path(_folders[-1].name, "tokenizer.safetensors"))
+    return save_tokenizer(Path(_folders[-1].name, "tokenizer.safetensors"), groups=3)
 
 
 _folders: list[tempfile.TemporaryDirectory] = []

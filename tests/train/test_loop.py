@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastssl.contract import Batch
 from fastssl.methods import (
     barlow_twins,
+    beit,
     cpc,
     deepcluster_v2,
     densecl,
@@ -34,6 +35,7 @@ from fastssl.train.log import read_metrics
 from fastssl.train.loop import train
 from fastssl.train.records import read_records
 from fastssl.train.trainer import Trainer
+from tests.support.tokenizers import tokenizer_file
 from tests.support.trainers import constant_rate_trainer
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -256,6 +258,7 @@ def tiny(module, **changes):
         (vicreg, {"dim": 16, "training": Training(1, 8, "larc", 0.1, 1e-4)}),
         (dino, {"prototypes": 48}),
         (dinov2, {"prototypes": 48}),
+        (beit, {"tokenizer": tokenizer_file()}),
         (swav, {"queue_size": 64, "queue_start": 0}),
         (deepcluster_v2, {}),
         (igpt, {}),

@@ -19,6 +19,7 @@ from fastssl.contract import (
 from fastssl.methods import (
     albef,
     barlow_twins,
+    beit,
     byol,
     clip,
     cpc,
@@ -36,6 +37,7 @@ from fastssl.methods import (
     moco_v3,
     siglip,
     simclr_v1,
+    simmim,
     simsiam,
     swav,
     vicreg,
@@ -301,6 +303,8 @@ def test_methods_fulfil_the_contract():
         clip: set(),
         siglip: set(),
         dvae: {DefersUpdates, Autoencodes},
+        beit: set(),  # with a tokenizer that has a decoder {Reconstructs}
+        simmim: {Reconstructs},
         toy_method: {DefersUpdates},
         albef: {SchedulesMomentum, DefersUpdates},
     }
