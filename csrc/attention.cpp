@@ -72,11 +72,11 @@ void compute_scores(HeadRows<T> keys, int64_t count, int64_t width, const T* que
 
 // Softmax over keys for `lanes` queries: replaces scores by weights that sum to 1, and writes log Σ e^(score · scale)
 // to `log_sums`; scale ≥ 0. The maximum is subtracted before the multiplication: beside products of 10^9 their rounding
-// error would be an exponent of tens. With a bias (`kMasked`) weights below 2^-126 are 0, so that those of masked keys
-// are, and none is a slow denormal number.
-template <bool kMasked, typename T>
+// error would be an exponent of tens. Scores with a bias (`kBiased`) are multiplied already, and rounded; e^x then adds
+// no error to theirs, and is 0 for −∞.
+template <bool kBiased, typename T>
 void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale, T* log_sums) {
-  const T factor = T(scale * kLog2E);
+  [[maybe_unused]] const T factor = T(scale * kLog2E);
   for (int64_t lane = 0; lane < lanes; lane += kLanes<T>, scores += kLanes<T>) {
     Vec<T> max = load(scores), sum{};
     for (int64_t j = 1; j < keys; ++j) {
@@ -86,9 +86,8 @@ void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale
     for (int64_t begin = 0; begin < keys; begin += kSumChunk) {
       Vec<T> chunk{};
       for (int64_t j = begin; j < std::min(keys, begin + kSumChunk); ++j) {
-        const Vec<T> exponent = (load(scores + j * group) - max) * factor;
-        Vec<T> weight = exp2(exponent);
-        if constexpr (kMasked) weight = exponent < T(-126) ? Vec<T>{} : weight;
+        const Vec<T> difference = load(scores + j * group) - max;
+        const Vec<T> weight = kBiased ? exp(difference) : exp2(difference * factor);
         chunk += weight;
         store(scores + j * group, weight);
       }
