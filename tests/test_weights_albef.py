@@ -2,7 +2,7 @@
 
 import torch
 
-from fastssl.methods import albef, moco_v3
+from fastssl.methods import albef, dino
 from fastssl.nn.vit import ViT
 from fastssl.weights import export, load_initial_weights, load_weights
 from tests.test_weights import equal, randomise
@@ -29,13 +29,14 @@ def test_albef_checkpoints_have_the_official_layout(tmp_path):
     assert {name: list(state[name].shape) for name in ("image_queue", "text_queue", "queue_ptr", "temp")} == {
         **{"image_queue": [64, 1024], "text_queue": [64, 1024], "queue_ptr": [1], "temp": []}
     }
-    other = moco_v3.build(moco_v3.Config("vit_mini", (32, 32), 16, 32))
     encoder = method.encoder.state_dict()
-    sizes = {"pos_embed": "learn", "patch_size": 4, "img_size": 32, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    sizes = {"pos_embed": "learn", "patch_size": 8, "img_size": 32, "embed_dim": 128, "depth": 4, "num_heads": 4}
     vit = ViT(**sizes)
     load_weights(vit, path, encoder_only=True)
     assert equal(vit.state_dict(), encoder)
+    other = dino.build(dino.Config("vit_mini", 8, (32, 32), (16, 16), prototypes=24, hidden=16, bottleneck=8))
     assert "text_encoder" in "".join(load_initial_weights(other, path))
+    assert equal(other.encoder.state_dict(), encoder)
     torch.save(encoder, tmp_path / "vit.pth")
     started = build()
     notes = load_initial_weights(started, tmp_path / "vit.pth")

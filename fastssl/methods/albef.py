@@ -86,7 +86,7 @@ class Config:
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop. Captions may name sides and sizes,
         so there is no flip, and a crop is nearly the whole image."""
         training = Training(20, 64, "adamw", lr=2e-3, weight_decay=0.02, warmup_epochs=1)
-        views = {"image_size": (32, 32), "crop_min": 0.9, "flip_p": 0.0}
+        views = {"image_size": (32, 32), "patch_size": 8, "crop_min": 0.9, "flip_p": 0.0}
         sizes = {"text_model": "bert_mini", "text_length": 32, "dim": 64, "queue_size": 1024}
         return cls("vit_mini", **views, **sizes, ema_momentum=0.99, dropout=0.0, training=training)
 
