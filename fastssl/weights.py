@@ -114,8 +114,8 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
     if any(name.startswith("l_to_ab.") for name in state):
         reason = "neither timm nor torchvision has CMC's two encoders"
         raise ValueError(f"export: {reason}: use --format safetensors")
-    if "blocks.output.conv.w" in state:
-        raise ValueError(f"export: {layout} has no encoder like that of DALL-E: use --format safetensors")
+    if "blocks.output.conv.w" in state or "codebook.weight" in state:
+        raise ValueError(f"export: {layout} has no encoder of codes: use --format safetensors")
     if "patch_embed.proj.0.weight" in state:
         reason = "neither timm's ViT nor torchvision's has MoCo v3's convolutional stem"
         raise ValueError(f"export: {reason}: use --format moco or safetensors")

@@ -5,7 +5,7 @@ in the state dict are those of the public encoder and decoder, and `ema.` before
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,15 @@ from fastssl.bounds import AT_LEAST_1, COEFFICIENT, NOT_NEGATIVE, POSITIVE, PROB
 from fastssl.contract import Batch
 from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation, View
 from fastssl.distributed import all_sum, rank
-from fastssl.nn.dvae import Decoder, DiscreteVAE, Encoder, gumbel_noise
+from fastssl.nn.beit_dvae import BEiTVAE
+from fastssl.nn.dvae import Decoder, DiscreteVAE, Encoder
+from fastssl.nn.gumbel import gumbel_noise
 from fastssl.nn.momentum import MomentumEncoder
 from fastssl.train.config import Training
 from fastssl.train.schedule import cosine_schedule
 
 UPDATES = 3_000_000  # of the paper's run, on which its schedules depend
+NORMALISED = IMAGENET_MEAN, IMAGENET_STD
 LOW_USAGE = 0.1  # share of the codes below which a sentence tells that they collapse
 
 
@@ -27,18 +30,21 @@ LOW_USAGE = 0.1  # share of the codes below which a sentence tells that they col
 class Config:
     """dVAE as in appendix A.2 of DALL-E's paper, as long as its 3 million steps on images of ImageNet's number."""
 
+    network: Literal["dalle", "beit"] = "dalle"
+    """dalle, or beit: that of BEiT's code (customized), with a codebook and the mean squared error of the pixels"""
     image_size: Annotated[tuple[int, int], AT_LEAST_1] = (256, 256)
     """height and width of the images in pixels, divisible by the stride 2^(groups - 1)"""
     codes: Annotated[int, Range(2, 2**20)] = 8192
     """number of codes, the tokenizer's vocabulary"""
     width: Annotated[int, Range(4, 4096)] = 256
-    """channels of the encoder's first and the decoder's last group, a multiple of 4; they double from group to group"""
+    """channels of the encoder's first and the decoder's last group, a multiple of 4; they double from group to group.
+    beit: of all layers"""
     inner: Annotated[int, AT_LEAST_1] = 128
-    """channels of the decoder's first layer"""
+    """channels of the decoder's first layer; beit: of the codebook"""
     groups: Annotated[int, Range(1, 8)] = 4
     """groups of blocks, between which images are halved: a code stands for 8 by 8 pixels with 4, 4 by 4 with 3"""
     blocks: Annotated[int, Range(1, 64)] = 2
-    """blocks of a group"""
+    """blocks of a group; beit has one"""
     tau: Annotated[float, POSITIVE] = 1.0
     """temperature of the relaxation at the start"""
     tau_end: Annotated[float, POSITIVE] = 1 / 16
@@ -70,18 +76,10 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop. A code stands for 4 by 4 pixels."""
-        training = Training(
-            epochs=12, batch_size=32, optimizer="adamw", lr=2.4e-2, weight_decay=1e-4, warmup_epochs=0.5
-        )
-        return cls(
-            *((32, 32), 256, 16, 32, 3, 1),
-            tau_share=0.5,
-            kl_weight=0.5,
-            kl_share=0.1,
-            ema_momentum=0.99,
-            flip_p=0.0,
-            training=training,
-        )
+        training = Training(12, 32, "adamw", lr=5e-2, weight_decay=1e-4, warmup_epochs=0.5, decay_all=True)
+        sizes = {"image_size": (32, 32), "codes": 256, "width": 16, "inner": 32, "groups": 3, "blocks": 1}
+        schedules = {"tau_end": 0.25, "tau_share": 1.0, "kl_share": 0.1, "ema_momentum": 0.98}
+        return cls(**sizes, **schedules, flip_p=0.0, training=training)
 
     @property
     def augmentation(self) -> Augmentation:
@@ -98,8 +96,10 @@ def build(config: Config) -> "DVAE":
         )
     if config.width % 4:
         raise ValueError(f"dvae: --width must be divisible by 4, got {config.width}")
+    if config.network == "beit":
+        return DVAE(BEiTVAE(config.width, config.codes, config.groups - 1, config.inner, *NORMALISED), config)
     sizes = (config.width, config.codes, config.groups, config.blocks)
-    encoder = Encoder(*sizes, IMAGENET_MEAN, IMAGENET_STD)
+    encoder = Encoder(*sizes, *NORMALISED)
     return DVAE(DiscreteVAE(encoder, Decoder(*sizes, config.inner)), config)
 
 
@@ -107,11 +107,11 @@ class DVAE(nn.Module):
     """The autoencoder, the average of its weights over training, and counts of the codes of the epoch.
 
     Args:
-        dvae: encoder and decoder.
+        dvae: encoder and decoder, a `DiscreteVAE` or a `BEiTVAE`.
         config: schedules.
     """
 
-    def __init__(self, dvae: DiscreteVAE, config: Config):
+    def __init__(self, dvae: DiscreteVAE | BEiTVAE, config: Config):
         super().__init__()
         self.config, self.dvae, self.pending = config, dvae, []
         self.ema = MomentumEncoder(dvae, config.ema_momentum)
@@ -122,9 +122,10 @@ class DVAE(nn.Module):
         self.register_load_state_dict_pre_hook(_own_names)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Negative evidence lower bound of a value of an image. Perplexity and share of used codes are the batch's."""
+        """Negative evidence lower bound of a value of an image; `nll` is the squared error with the network beit.
+        Perplexity and share of used codes are the batch's."""
         (images,) = batch.views
-        stride, codes = self.dvae.encoder.stride, self.config.codes
+        stride, codes = self.dvae.tokenizer.stride, self.config.codes
         shape = (codes, images.shape[2] // stride, images.shape[3] // stride)
         seed = torch.randint(2**62, images.shape[:1], device=images.device) if batch.seed is None else batch.seed
         nll, kl, chosen = self.dvae.losses(images, gumbel_noise(seed, shape), self.tau)
@@ -166,9 +167,9 @@ class DVAE(nn.Module):
         return self.ema.module.autoencode(images)
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Encoder | BEiTVAE:
         """The averaged encoder, the tokenizer of images normalised as for ImageNet."""
-        return self.ema.module.encoder
+        return self.ema.module.tokenizer
 
     def features(self, images: Tensor) -> Tensor:
         """Features of the averaged encoder [B, F]: the mean over the places before the last layer."""
@@ -181,5 +182,5 @@ def _official_names(method: nn.Module, state: dict, prefix: str, *_) -> None:
 
 
 def _own_names(method: nn.Module, state: dict, prefix: str, *_) -> None:
-    for name in [name for name in state if name.startswith((f"{prefix}encoder.", f"{prefix}decoder."))]:
+    for name in [name for name in state if name.startswith(BEiTVAE.parts(prefix))]:
         state[f"{prefix}dvae.{name.removeprefix(prefix)}"] = state.pop(name)

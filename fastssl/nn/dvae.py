@@ -7,21 +7,21 @@ normalisation and no attention; a residual branch starts small, by a constant fa
 import math
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.ops import check
-from fastssl.ops.dispatch import Function
 from fastssl.text import printable
 from fastssl.train import checkpoint
 from fastssl.weight_files import read_file
 
-from .masking import splitmix64
+from .beit_dvae import BEiTVAE
+from .gumbel import relax
 
 EPS = 0.1  # pixels from 0 to 1 become values from EPS to 1 − EPS, whose logits are finite
-NOISE_AT_ONCE = 2**20  # values of noise that are made together
 MAPPED_MEAN, MAPPED_STD = (-0.125,) * 3, (1.25,) * 3  # the same as a normalisation: (x + 0.125) / 1.25 = 0.8·x + 0.1
 
 
@@ -75,7 +75,8 @@ def _groups(
     inputs: int, widths: list[int], blocks: int, kernels: tuple[int, int, int, int], between: nn.Module
 ) -> OrderedDict[str, nn.Module]:
     """Groups of blocks by their names, and `between` after each but the last."""
-    gain, groups = 1 / (len(widths) * blocks) ** 2, OrderedDict()
+    groups: OrderedDict[str, nn.Module] = OrderedDict()
+    gain = 1 / (len(widths) * blocks) ** 2
     for g, width in enumerate(widths):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for b in range(blocks):
@@ -104,6 +105,9 @@ class Encoder(nn.Module):
 
     Source: openai/DALL-E, whose public weights have width 256, 8,192 codes and 4 groups of 2 blocks.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -146,11 +150,12 @@ class Encoder(nn.Module):
         x = self.mapped(images)
         for layer in self.blocks[:-1]:
             x = layer(x)
-        return self.blocks.output.relu(x)
+        return x.relu()
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, V, h, w] of normalised images [B, 3, H, W]."""
-        return self.blocks.output.conv(self.hidden(images))
+        output: Any = self.blocks[-1]
+        return output.conv(self.hidden(images))
 
     @torch.no_grad()
     def codes(self, images: Tensor) -> Tensor:
@@ -192,7 +197,7 @@ class Decoder(nn.Module):
 
     def pixels(self, codes: Tensor) -> Tensor:
         """The most likely pixels [B, 3, H, W], values from 0.1 to 0.9, of codes [B, h, w] int64."""
-        first: Conv2d = self.blocks.input
+        first: Any = self.blocks[0]
         table = first.w[:, :, 0, 0].T  # a product with one-hot vectors picks its rows
         x = F.embedding(codes, table).permute(0, 3, 1, 2) + first.b[:, None, None]
         for layer in self.blocks[1:]:
@@ -206,6 +211,11 @@ class DiscreteVAE(nn.Module):
     def __init__(self, encoder: Encoder, decoder: Decoder):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+
+    @property
+    def tokenizer(self) -> Encoder:
+        """The part that makes codes."""
+        return self.encoder
 
     @torch.no_grad()
     def autoencode(self, images: Tensor) -> Tensor:
@@ -226,26 +236,6 @@ class DiscreteVAE(nn.Module):
         values = self.encoder.mapped(images).clamp(EPS, 1 - EPS)  # pixels outside 0 … 1 have no density
         nll = logit_laplace_nll(self.decoder(relaxed), values)
         return nll.mean(), divergence.mean(), logits.detach().argmax(1)
-
-
-def gumbel_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Gumbel noise [B, *shape] float32, −ln(−ln u), a function of the seeds alone: equal on every device and rank.
-
-    u has 24 random bits, and is at least 2^-25.
-
-    Args:
-        seeds: [B] int64.
-        shape: of the noise of a sample.
-
-    Memory: the result, and 64 bytes for each value of `NOISE_AT_ONCE` or of one sample.
-    """
-    count = math.prod(shape)
-    noise = torch.empty(len(seeds), count, device=seeds.device)
-    at_once = max(1, NOISE_AT_ONCE // count)
-    for part, some in zip(noise.split(at_once), seeds.split(at_once)):
-        bits = splitmix64(some, (count + 1) // 2).view(torch.int32)[:, :count]
-        torch.mul((bits >> 8) & 0xFFFFFF, 2.0**-24, out=part)
-    return noise.clamp_(min=2.0**-25).log_().neg_().log_().neg_().view(len(seeds), *shape)
 
 
 def map_pixels(pixels: Tensor) -> Tensor:
@@ -276,48 +266,6 @@ def logit_laplace_nll(statistics: Tensor, values: Tensor) -> Tensor:
     return (torch.logit(values) - location).abs() * (-log_scale).exp() + log_scale + base
 
 
-def relax(logits: Tensor, gumbel: Tensor, tau: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Samples of codes, relaxed to softmax((logits + noise) / τ), and the divergence of the codes from uniform ones.
-
-    Equals ``((logits + gumbel) / tau).softmax(1)`` and, with p = logits.softmax(1), the sum over the codes of
-    p · ln(p · V).
-
-    Args:
-        logits: [B, V, h, w] float32 or float64. Gradient, of first order.
-        gumbel: [B, V, h, w] noise, −ln(−ln u) of uniform u. **It is overwritten.**
-        tau: temperature above 0; a tensor on the device of the logits is not read by the host.
-
-    Returns: relaxed codes [B, V, h, w], which add up to 1; Kullback-Leibler divergence [B, h, w] from p to 1/V.
-
-    Memory: logits, result, and for intermediate values one tensor of their size at a time. With noise and gradients the
-        peak is 5 such tensors beside the logits, where the expressions above take 7.
-
-    Source: Jang et al., 2017; Maddison et al., 2017 (the Gumbel-softmax); Ramesh et al., 2021 (DALL-E), section 2.1.
-    """
-    return _Relax.apply(logits, gumbel, tau)
-
-
-class _Relax(Function):
-    @staticmethod
-    def forward(ctx, logits, gumbel, tau):
-        relaxed = gumbel.add_(logits).div_(tau).softmax(1)
-        log_p = logits.log_softmax(1)
-        entropy = (log_p.exp() * log_p).sum(1).neg_()
-        ctx.save_for_backward(logits, relaxed, entropy, tau if isinstance(tau, Tensor) else None)
-        ctx.tau = None if isinstance(tau, Tensor) else tau
-        return relaxed, math.log(logits.shape[1]) - entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_relaxed, d_kl):
-        logits, relaxed, entropy, tau = ctx.saved_tensors
-        product = d_relaxed * relaxed
-        grad = product.sub_(product.sum(1, keepdim=True) * relaxed).div_(ctx.tau if tau is None else tau)
-        log_p = logits.log_softmax(1)
-        grad.addcmul_(log_p.exp(), log_p.add_(entropy[:, None]).mul_(d_kl[:, None]))
-        return grad, None, None
-
-
 def load_tokenizer(path: str | Path) -> nn.Module:
     """A frozen tokenizer, in evaluation mode, on the CPU.
 
@@ -328,7 +276,8 @@ def load_tokenizer(path: str | Path) -> nn.Module:
 
     Args:
         path: folder of a run of the method `dvae`, whose averaged weights are taken; or a weights file of one, of
-            DALL-E's encoder (alone or with its decoder), as .safetensors or for ``torch.load(weights_only=True)``.
+            DALL-E's encoder (alone or with its decoder) or of BEiT's own autoencoder, as .safetensors or for
+            ``torch.load(weights_only=True)``.
 
     Raises:
         ValueError: there is no such run or file, or its weights are not those of a tokenizer.
@@ -341,6 +290,10 @@ def load_tokenizer(path: str | Path) -> nn.Module:
         state = read_file(path, own_names=True).state
     else:
         raise ValueError(f"tokenizer: {name} is neither the folder of a run of dvae nor a weights file")
+    for prefix in ("ema.", ""):
+        if f"{prefix}codebook.weight" in state:
+            weights = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(BEiTVAE.parts(prefix))}
+            return _frozen(BEiTVAE(*BEiTVAE.sizes(weights)), weights, name)
     for prefix in ("ema.encoder.", "encoder.", ""):
         if f"{prefix}blocks.output.conv.w" in state:
             weights = _part(state, prefix)
@@ -352,16 +305,20 @@ def load_tokenizer(path: str | Path) -> nn.Module:
             "folder of a run of dvae, or the public encoder converted as docs/methods.md describes"
         )
     sizes = _sizes(weights)
-    encoder = Encoder(*sizes)
+    tokenizer = _frozen(Encoder(*sizes), weights, name)
+    if decoded:
+        tokenizer.decoder = _frozen(Decoder(*sizes, inner=decoded["blocks.input.w"].shape[0]), decoded, name)
+    return tokenizer
+
+
+def _frozen(network: nn.Module, weights: dict[str, Tensor], name: str) -> nn.Module:
+    """The network with these weights, which never change."""
     try:
-        encoder.load_state_dict(weights)
-        if decoded:
-            encoder.decoder = Decoder(*sizes, inner=decoded["blocks.input.w"].shape[0])
-            encoder.decoder.load_state_dict(decoded)
+        network.load_state_dict(weights)
     except RuntimeError as error:
         reason = printable(str(error).splitlines()[-1].strip())
-        raise ValueError(f"tokenizer: {name} does not fit DALL-E's encoder: {reason}") from error
-    return encoder.float().requires_grad_(False).eval()
+        raise ValueError(f"tokenizer: {name} does not fit {type(network).__name__}: {reason}") from error
+    return network.requires_grad_(False).eval()
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from fastssl.contract import Autoencodes, Batch, DefersUpdates, Method
-from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, evaluation
+from fastssl.data.loader import Loader
+from fastssl.data.source import open_source
 from fastssl.methods import dvae
-from fastssl.nn.dvae import Encoder, gumbel_noise, load_tokenizer
+from fastssl.nn.dvae import Encoder, load_tokenizer
+from fastssl.nn.gumbel import gumbel_noise
 from fastssl.train.config import Execution, Training
 from fastssl.train.trainer import Trainer
 from fastssl.weights import export, load_initial_weights, load_weights
@@ -38,10 +41,11 @@ def batch(count=6, first=0):
     return Batch((images(count),), numbers, -torch.ones_like(numbers), numbers * 7919)
 
 
-def test_it_fulfils_the_contract():
-    model = dvae.build(tiny()).eval()
+@pytest.mark.parametrize(("network", "width"), [("dalle", 16), ("beit", 4)])
+def test_it_fulfils_the_contract(network, width):
+    model = dvae.build(tiny(network=network)).eval()
     assert isinstance(model, Method) and isinstance(model, Autoencodes) and isinstance(model, DefersUpdates)
-    assert model.features(images()).shape == (6, 16)
+    assert model.features(images()).shape == (6, width)
     assert model.encoder.codes(images()).shape == (6, 2, 3)
     assert model.autoencode(images()).shape == (6, 3, 8, 12)
 
@@ -156,7 +160,7 @@ def test_ten_steps_beside_a_transcription():
     """Losses, weights and their averages in float64; schedules, AdamW and the average are written out."""
     steps, epochs, per_epoch, lr, momentum = 10, 5, 2, 3e-3, 0.9
     training = Training(epochs, 256, "adamw", lr, 0.05, warmup_epochs=1, lr_end=1e-4, decay_all=True)
-    config = tiny(tau_share=0.6, kl_weight=3.0, kl_share=0.4, ema_momentum=momentum, training=training)
+    config = tiny(tau_end=1 / 16, tau_share=0.6, kl_weight=3.0, kl_share=0.4, ema_momentum=momentum, training=training)
     torch.manual_seed(1)
     model = dvae.build(config).double()
     parts = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in (model.dvae.encoder, model.dvae.decoder)]
@@ -193,6 +197,26 @@ def test_ten_steps_beside_a_transcription():
                 torch.testing.assert_close(module.get_parameter(n).detach(), value, rtol=1e-9, atol=1e-9)
 
 
+def test_the_network_of_beits_code(tmp_path):
+    """Its loss with its weight of the divergence, which is of a sum: ours is of a value."""
+    model = dvae.build(tiny(network="beit", kl_weight=0.01 * 36 * 48, kl_share=0.5))
+    state = model.state_dict()
+    assert {name.split(".")[0] for name in state} == {"codebook", "encoder", "decoder", "ema", "counts"}
+    model.before_step(1.0)
+    loss, metrics = model(batch())
+    torch.testing.assert_close(loss.detach(), metrics["nll"] + 0.01 * 36 * metrics["kl"])  # 6 images of 6 places
+    loss.backward()
+    model.after_step(1.0)
+    path = export(model, "safetensors", tmp_path / "all")
+    tokenizer, pixels = load_tokenizer(path), torch.rand(3, 3, 8, 12)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = model.encoder.codes((pixels - mean) / std)
+    assert (tokenizer.codes(2 * pixels - 1) != expected).float().mean() < 0.02
+    other = dvae.build(tiny(network="beit"))
+    load_weights(other, path)
+    assert all(torch.equal(x, y) for x, y in zip(other.state_dict().values(), model.state_dict().values()))
+
+
 def test_names_are_the_official_ones_and_come_back(tmp_path):
     model = dvae.build(tiny())
     state = model.state_dict()
@@ -203,7 +227,7 @@ def test_names_are_the_official_ones_and_come_back(tmp_path):
     load_weights(other, path)
     assert all(torch.equal(x, state[name]) for name, x in other.state_dict().items())
     for layout in ("timm", "torchvision"):
-        sentence = f"export: {layout} has no encoder like that of DALL-E: use --format safetensors"
+        sentence = f"export: {layout} has no encoder of codes: use --format safetensors"
         refused(sentence, ValueError, export, model, layout, tmp_path / "encoder")
     tokenizer = load_tokenizer(path)
     pixels = torch.rand(3, 3, 8, 12)
@@ -235,3 +259,29 @@ def test_error_sentences():
 def test_the_encoder_takes_images_as_evaluation_gives_them():
     encoder = dvae.build(tiny()).encoder
     assert isinstance(encoder, Encoder) and (encoder.mean, encoder.std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+@pytest.mark.exhaustive
+def test_it_learns_codes_that_show_the_images():
+    """Six epochs of 1,024 shapes: held-out images come back closer than their mean colour, by more than a few codes."""
+    config = dvae.Config.small()
+    config.training.epochs = 6
+    torch.manual_seed(0)
+    model = dvae.build(config)
+    loader = Loader(open_source("shapes:count=1024"), config.augmentation, config.training.batch_size)
+    (held_out,) = next(Loader(open_source("shapes", "test"), evaluation((32, 32), 1.0), 256).epoch(0)).views
+    std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    trainer = Trainer(model, config.training, Execution(), len(loader))
+    for epoch in range(6):
+        batches = loader.epoch(epoch)
+        for _ in range(len(loader)):
+            trainer.step(batches)
+    model.eval()
+    share = torch.bincount(model.encoder.codes(held_out).flatten(), minlength=256) / (256 * 64)
+    perplexity = share.xlogy(share).sum().neg().exp().item()
+    error, of_mean = (
+        ((made - held_out) * std).abs().mean().item()
+        for made in (model.autoencode(held_out), held_out.mean((2, 3), keepdim=True))
+    )
+    print(f"error {error:.4f}, of the mean colour {of_mean:.4f}; perplexity {perplexity:.1f}")
+    assert error < 0.85 * of_mean and perplexity > 5

@@ -4,17 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastssl.nn import dvae
-from fastssl.nn.dvae import (
-    Conv2d,
-    Decoder,
-    DiscreteVAE,
-    Encoder,
-    gumbel_noise,
-    load_tokenizer,
-    logit_laplace_nll,
-    relax,
-)
+from fastssl.nn import dvae, gumbel
+from fastssl.nn.beit_dvae import BEiTVAE
+from fastssl.nn.dvae import Conv2d, Decoder, DiscreteVAE, Encoder, load_tokenizer, logit_laplace_nll
+from fastssl.nn.gumbel import gumbel_noise, relax
 from tests.support.contract import refused
 from tests.support.golden import part, read
 from tests.support.memory import peak_memory
@@ -62,19 +55,43 @@ def test_golden_loss_and_gradients():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, **EXACT)
 
 
-def plain_relaxation(logits, gumbel, tau):
+def test_golden_customised_autoencoder():
+    """BEiT's own: logits, codes, reconstruction, loss and all gradients in float64."""
+    golden, meta = read("dvae_customized")
+    state = part(golden, "state.")
+    sizes = BEiTVAE.sizes(state)
+    assert sizes == (meta["hidden_dim"], meta["num_tokens"], meta["num_layers"], meta["codebook_dim"])
+    model, images = BEiTVAE(*sizes).double(), golden["input.images"].double()
+    model.load_state_dict(state, strict=True)
+    exact = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(model.logits(images), golden["logits"], **exact)
+    assert torch.equal(model.codes(images), golden["codes"].long())
+    error, divergence, codes = model.losses(images, golden["input.gumbel"].clone(), meta["temp"])
+    torch.testing.assert_close(error, golden["mse"], **exact)
+    rounding = -math.log(20) - torch.tensor(1 / 20).log().double()  # the reference's ln(1 / V) is in float32
+    total = (divergence + rounding) * codes.numel()  # and its divergence is a sum
+    # recorded as the difference of loss and error, divided by the weight of 0.01
+    torch.testing.assert_close(total, golden["kl"], rtol=0, atol=1e-9 / meta["kl_div_loss_weight"])
+    loss = error + meta["kl_div_loss_weight"] * total
+    torch.testing.assert_close(loss, golden["loss"], **exact)
+    loss.backward()
+    for name, gradient in part(golden, "grad.").items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, **exact)
+
+
+def plain_relaxation(logits, noise, tau):
     p = logits.softmax(1)
-    return ((logits + gumbel) / tau).softmax(1), (p * (p * logits.shape[1]).log()).sum(1)
+    return ((logits + noise) / tau).softmax(1), (p * (p * logits.shape[1]).log()).sum(1)
 
 
 @pytest.mark.parametrize("tau", [0.7, 1 / 16, torch.tensor(1.3)], ids=str)
 def test_relax_is_the_formula_with_its_gradient(tau):
     logits = torch.randn(3, 11, 4, 5, dtype=torch.float64, requires_grad=True)
-    gumbel = gumbel_noise(torch.arange(3), (11, 4, 5)).double()
+    noise = gumbel_noise(torch.arange(3), (11, 4, 5)).double()
     weights, others = torch.randn(3, 11, 4, 5).double(), torch.randn(3, 4, 5).double()
     gradients, values = [], []
     for function in (relax, plain_relaxation):
-        relaxed, divergence = function(logits, gumbel.clone(), tau)
+        relaxed, divergence = function(logits, noise.clone(), tau)
         values += [relaxed, divergence]
         gradients += torch.autograd.grad((relaxed * weights).sum() + (divergence * others).sum(), logits)
     torch.testing.assert_close(values[:2], values[2:], rtol=1e-12, atol=1e-12)
@@ -83,8 +100,8 @@ def test_relax_is_the_formula_with_its_gradient(tau):
 
 def test_relax_passes_gradcheck():
     logits = torch.randn(2, 5, 2, 1, dtype=torch.float64, requires_grad=True)
-    gumbel = torch.randn(2, 5, 2, 1, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: relax(x, gumbel.clone(), 0.5), logits)
+    noise = torch.randn(2, 5, 2, 1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: relax(x, noise.clone(), 0.5), logits)
 
 
 def test_relax_takes_less_memory_than_its_expression():
@@ -126,7 +143,7 @@ def test_gumbel_noise_is_that_of_the_distribution_and_of_the_sample():
 def test_noise_that_is_made_in_parts_is_the_same(monkeypatch):
     seeds = torch.tensor([5, 2**62, 0, 77, 1])
     whole = gumbel_noise(seeds, (3, 5))
-    monkeypatch.setattr(dvae, "NOISE_AT_ONCE", 31)
+    monkeypatch.setattr(gumbel, "NOISE_AT_ONCE", 31)
     assert torch.equal(gumbel_noise(seeds, (3, 5)), whole)
 
 
@@ -202,6 +219,16 @@ def test_a_tokenizer_from_a_file(prefix, tmp_path):
     assert torch.equal(tokenizer.codes(images), encoder.codes(images))
 
 
+@pytest.mark.parametrize("prefix", ["", "ema."])
+def test_a_tokenizer_of_beits_own_kind_from_a_file(prefix, tmp_path):
+    model, images = BEiTVAE(5, 12, 2, 7), torch.randn(2, 3, 8, 12)
+    save_file({f"{prefix}{name}": x for name, x in model.state_dict().items()}, tmp_path / "beit.safetensors")
+    tokenizer = load_tokenizer(tmp_path / "beit.safetensors")
+    assert (tokenizer.vocabulary, tokenizer.stride, tokenizer.mean, tokenizer.std) == (12, 4, (0.5,) * 3, (0.5,) * 3)
+    assert torch.equal(tokenizer.codes(images), model.codes(images))
+    assert model.autoencode(images).shape == images.shape
+
+
 def test_error_sentences(tmp_path):
     refused(
         f"tokenizer: {tmp_path / 'none'} is neither the folder of a run of dvae nor a weights file",
@@ -220,7 +247,7 @@ def test_error_sentences(tmp_path):
     )
     state = Encoder(8, 33, 3, 1).state_dict()
     save_file({**state, "blocks.input.w": torch.zeros(8, 3, 5, 5)}, tmp_path / "wrong.safetensors")
-    with pytest.raises(ValueError, match=r"wrong.safetensors does not fit DALL-E's encoder: size mismatch for blocks"):
+    with pytest.raises(ValueError, match=r"wrong.safetensors does not fit Encoder: size mismatch for blocks"):
         load_tokenizer(tmp_path / "wrong.safetensors")
     sentence = "Encoder: height and width of images must be divisible by 8, got 12×16"
     refused(sentence, ValueError, Encoder(4, 5).codes, torch.zeros(1, 3, 12, 16))
