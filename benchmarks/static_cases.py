@@ -8,6 +8,7 @@ import torch
 
 from fastssl.kernels import (
     attention,
+    attention_bias,
     augment,
     bank,
     batchnorm,
@@ -68,6 +69,7 @@ def recipes() -> list[Case]:
         *_gelus(),
         *_batch_norms(),
         *_attention(),
+        *_attention_bias(),
         *_banks(),
     ]
 
@@ -380,6 +382,30 @@ def both_directions(B, L, H, E, dtype, size_name, forward=None, backward=None) -
     return [
         Case("attention", size_name, attention.attention_fwd, (q, k, v, 0.1), forward),
         Case("attention, backward", size_name, attention.attention_bwd, (out, q, k, v, out, lse, 0.1), backward),
+    ]
+
+
+def _attention_bias() -> list[Case]:
+    """BEiT ViT-B, with a bias [H, L, L] in float32."""
+    shape = (256, 197, 12, 64)
+
+    def forward(arch):
+        return model.attention_bias_fwd(*shape, 2, 4, arch)
+
+    def backward(arch):
+        return model.attention_bias_bwd(*shape, 2, 4, arch)
+
+    return both_directions_with_a_bias(*shape, BF16, "ViT-B: B=256, L=197, H=12, E=64, bf16", forward, backward)
+
+
+def both_directions_with_a_bias(B, L, H, E, dtype, size_name, forward=None, backward=None) -> list[Case]:
+    q, k, v = meta(B, L, 3, H, E, dtype=dtype).unbind(2)
+    out, lse = meta(B, L, H, E, dtype=dtype), meta(B, H, L, dtype=tile.acc_dtype(dtype))
+    bias = meta(H, L, L, dtype=tile.acc_dtype(dtype))
+    gradients = (out, q, k, v, bias, out, lse, 0.1, True)
+    return [
+        Case("attention with a bias", size_name, attention_bias.attention_bias_fwd, (q, k, v, bias, 0.1), forward),
+        Case("attention with a bias, backward", size_name, attention_bias.attention_bias_bwd, gradients, backward),
     ]
 
 

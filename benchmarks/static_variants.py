@@ -8,7 +8,20 @@ from fastssl.kernels import bank, batchnorm, block_masks, contrastive, crops, ge
 from fastssl.kernels.pixels import normalise
 from fastssl.ops.crops import MODES
 
-from .static_cases import BF16, FP16, FP32, FP64, NAMES, Case, both_directions, feature_maps, ids, meta, prototype_cases
+from .static_cases import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    NAMES,
+    Case,
+    both_directions,
+    both_directions_with_a_bias,
+    feature_maps,
+    ids,
+    meta,
+    prototype_cases,
+)
 
 
 def variants() -> list[Case]:
@@ -17,6 +30,7 @@ def variants() -> list[Case]:
         *_contrastive_tables(),
         *_prototype_tables(),
         *_attention_tables(),
+        *_attention_bias_tables(),
         *_bank_dtypes(),
         *_tokens_and_pixels_in_other_dtypes(),
         *_planes_and_other_sizes(),
@@ -80,6 +94,16 @@ def _attention_tables() -> list[Case]:
     shapes += [(BF16, 17, width) for width in (32, 64, 128)]
     shapes += [(dtype, 197, width) for dtype in (FP16, FP32, FP64) for width in (32, 64)]
     return list(itertools.chain(*(both_directions(2, L, 4, E, d, f"L={L}, E={E}, {NAMES[d]}") for d, L, E in shapes)))
+
+
+def _attention_bias_tables() -> list[Case]:
+    shapes = [(BF16, L, E) for L in (50, 197) for E in (32, 64, 128)]
+    shapes += [(dtype, 197, width) for dtype in (FP16, FP32, FP64) for width in (32, 64)]
+    return list(
+        itertools.chain(
+            *(both_directions_with_a_bias(2, L, 4, E, d, f"L={L}, E={E}, {NAMES[d]}") for d, L, E in shapes)
+        )
+    )
 
 
 def _tokens_and_pixels_in_other_dtypes() -> list[Case]:

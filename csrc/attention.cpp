@@ -71,24 +71,28 @@ void compute_scores(HeadRows<T> keys, int64_t count, int64_t width, const T* que
 }
 
 // Softmax over keys for `lanes` queries: replaces scores by weights that sum to 1, and writes log Σ e^(score · scale)
-// to `log_sums`; scale ≥ 0. The maximum is subtracted before the multiplication: beside products of 10^9 their rounding
-// error would be an exponent of tens. With a bias (`kMasked`) weights below 2^-126 are 0, so that those of masked keys
-// are, and none is a slow denormal number.
-template <bool kMasked, typename T>
-void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale, T* log_sums) {
-  const T factor = T(scale * kLog2E);
+// to `log_sums`; scale ≥ 0 unless there is a bias. The maximum is subtracted before the multiplication: beside products
+// of 10^9 their rounding error would be an exponent of tens. Where there is a bias (`kBiased`), scores are multiplied
+// and it is added first; the exponential is e^x then, which is 0 for −∞.
+template <bool kBiased, typename T>
+void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale, const HeadBias<T>& bias,
+             T* log_sums) {
+  [[maybe_unused]] const T factor = T(scale * kLog2E);
   for (int64_t lane = 0; lane < lanes; lane += kLanes<T>, scores += kLanes<T>) {
     Vec<T> max = load(scores), sum{};
-    for (int64_t j = 1; j < keys; ++j) {
-      const Vec<T> score = load(scores + j * group);
-      max = score > max ? score : max;  // a NaN does not reach the maximum, but it reaches the sum
+    if constexpr (kBiased) {
+      max = add_bias<T>(scores - lane, keys, group, lane, T(scale), bias);
+    } else {
+      for (int64_t j = 1; j < keys; ++j) {
+        const Vec<T> score = load(scores + j * group);
+        max = score > max ? score : max;  // a NaN does not reach the maximum, but it reaches the sum
+      }
     }
     for (int64_t begin = 0; begin < keys; begin += kSumChunk) {
       Vec<T> chunk{};
       for (int64_t j = begin; j < std::min(keys, begin + kSumChunk); ++j) {
-        const Vec<T> exponent = (load(scores + j * group) - max) * factor;
-        Vec<T> weight = exp2(exponent);
-        if constexpr (kMasked) weight = exponent < T(-126) ? Vec<T>{} : weight;
+        const Vec<T> difference = load(scores + j * group) - max;
+        const Vec<T> weight = kBiased ? exp(difference) : exp2(difference * factor);
         chunk += weight;
         store(scores + j * group, weight);
       }
@@ -99,7 +103,8 @@ void softmax(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale
       const Vec<T> weight = load(scores + j * group);
       store(scores + j * group, weight * inverse + weight * correction);
     }
-    for (int64_t i = 0; i < kLanes<T>; ++i) log_sums[lane + i] = T(double(max[i]) * scale + std::log(double(sum[i])));
+    for (int64_t i = 0; i < kLanes<T>; ++i)
+      log_sums[lane + i] = T(double(max[i]) * (kBiased ? 1 : scale) + std::log(double(sum[i])));
   }
 }
 
@@ -141,9 +146,10 @@ void multiply_chunked(bool accumulate, int64_t rows, int64_t depth, Operand<T> a
 template <typename T>
 void compute_weights(T* scores, int64_t keys, int64_t group, int64_t lanes, double scale, const HeadBias<T>& bias,
                      T* log_sums) {
-  if (!bias) return softmax<false>(scores, keys, group, lanes, std::abs(scale), log_sums);
-  add_bias<T>(scores, keys, group, lanes, T(scale), bias, nullptr);
-  softmax<true>(scores, keys, group, lanes, 1, log_sums);
+  if (bias)
+    softmax<true>(scores, keys, group, lanes, scale, bias, log_sums);
+  else
+    softmax<false>(scores, keys, group, lanes, std::abs(scale), bias, log_sums);
 }
 
 template <typename T, typename S>

@@ -237,7 +237,8 @@ void forward_bf16(const Heads& q, const Heads& k, const Heads& v, int64_t task, 
     if (kTiles && bias.causal)
       std::fill(s.weights + (visible + 1) / 2 * kWidth, s.weights + whole_tiles(visible) / 2 * kWidth, 0);
     compute_scores<kTiles>(visible, count, depth, padded, !bias && scale < 0 ? -1.0f : 1.0f, s);
-    if (bias) add_bias(s.scores, visible, kWidth, lanes, float(scale), bias.from(first), s.max);
+    for (int64_t lane = 0; bias && lane < lanes; lane += kVector)
+      store(s.max + lane, add_bias(s.scores, visible, kWidth, lane, float(scale), bias.from(first)));
     const double factor = bias ? 1 : std::abs(scale);  // of the scores
     (count <= kVector ? compute_weights<1> : compute_weights<2>)(s.scores, visible, s.max, float(factor * kLog2E),
                                                                  s.weights, s.sums);

@@ -48,23 +48,20 @@ struct HeadBias {
   int64_t seen(int64_t query, int64_t keys) const { return causal || query == 0 ? query : keys; }
 };
 
-// Replaces scores of `lanes` queries by score · scale + bias; finds their maxima over the keys unless `maxima` is null.
+// Replaces the scores of a vector of queries, from `lane` on, by score · scale + bias; returns their maxima over the
+// keys.
 template <typename T>
-void add_bias(T* scores, int64_t keys, int64_t group, int64_t lanes, T scale, const HeadBias<T>& bias, T* maxima) {
-  Vec<T> lane_index;
-  for (int i = 0; i < kLanes<T>; ++i) lane_index[i] = T(i);
-  for (int64_t lane = 0; lane < lanes; lane += kLanes<T>) {
-    Vec<T> max = splat(T(-INFINITY));
-    for (int64_t j = 0; j < keys; ++j) {
-      Vec<T> score = load(scores + j * group + lane) * scale;
-      if (bias.values) score += load(bias.values + j * bias.stride + lane);
-      if (bias.causal && j > bias.first + lane)
-        score = lane_index < T(j - bias.first - lane) ? splat(T(-INFINITY)) : score;
-      max = score > max ? score : max;  // a NaN does not reach the maximum, but it reaches the sum
-      store(scores + j * group + lane, score);
-    }
-    if (maxima) store(maxima + lane, max);
+Vec<T> add_bias(T* scores, int64_t keys, int64_t group, int64_t lane, T scale, const HeadBias<T>& bias) {
+  Vec<T> max = splat(T(-INFINITY)), index;
+  for (int i = 0; i < kLanes<T>; ++i) index[i] = T(bias.first + lane + i);
+  for (int64_t j = 0; j < keys; ++j) {
+    Vec<T> score = load(scores + j * group + lane) * scale;
+    if (bias.values) score += load(bias.values + j * bias.stride + lane);
+    if (bias.causal) score = index < T(j) ? splat(T(-INFINITY)) : score;
+    max = score > max ? score : max;  // a NaN does not reach the maximum, but it reaches the sum
+    store(scores + j * group + lane, score);
   }
+  return max;
 }
 
 struct Bias {

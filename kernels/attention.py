@@ -389,7 +389,7 @@ def launch_attention_fwd(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, s
     (B, L, H, E), M, sum_dtype = q.shape, k.shape[1], acc_dtype(q.dtype)
     out, lse = q.new_empty(B, L, H, E), q.new_empty(B, H, L, dtype=sum_dtype)
     if lse.numel():
-        plan = forward_plan(L, E, q.element_size(), card(q).arch)
+        plan = forward_plan(L, E, q.element_size(), card(q).arch, bias is not None)
         blocks = triton.cdiv(L, plan.block_l)
         bias, bias_strides, with_bias = bias_arguments(bias, q)
         attention_fwd_kernel[(B * H * blocks,)](
@@ -456,7 +456,7 @@ def launch_attention_bwd(
     """Writes the gradients of the inputs q, k and v: contiguous tensors, or the three views of a contiguous qkv."""
     dout, q, k, v = _with_32_bit_rows(dout), *map(_with_32_bit_rows, inputs)
     (B, L, H, E), M = q.shape, k.shape[1]
-    plan = backward_plan(L, M, E, q.element_size(), card(q).arch)
+    plan = backward_plan(L, M, E, q.element_size(), card(q).arch, bias is not None)
     bias, bias_strides, with_bias = bias_arguments(bias, q)
     arguments = (dout, q, k, v, bias, out, lse, *gradients, L, M, H, E, *two_floats(scale))
     strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides)

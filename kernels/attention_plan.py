@@ -70,21 +70,24 @@ def _block_of_queries(L: int, longest: int) -> int:
     return block
 
 
-def forward_plan(L: int, E: int, size: int, arch: str) -> Plan:
+def forward_plan(L: int, E: int, size: int, arch: str, bias: bool = False) -> Plan:
     """The forward pass over L queries of width E, `size` bytes an element."""
     block_e = power_of_2(E, 32)
     longest, block_m, warps, stages = choose(FWD[arch][size], block_e)
+    if bias:  # its tile takes the registers of as many scores
+        longest = min(longest, 128)
     block_l = _block_of_queries(L, longest)
     return Plan(False, block_l, block_m, block_e, max(4, warps * block_l // longest), stages)
 
 
-def backward_plan(L: int, M: int, E: int, size: int, arch: str) -> Plan:
+def backward_plan(L: int, M: int, E: int, size: int, arch: str, bias: bool = False) -> Plan:
     """The backward pass of L queries and M keys of width E, `size` bytes an element."""
     block_e, block_l = power_of_2(E, 32), power_of_2(L, 64)
     if per_head := BWD_PER_HEAD[arch].get(size, {}).get((block_l, block_e)):
         block_m, warps = per_head
-        return Plan(True, block_l, block_m, block_e, warps, 1)
+        return Plan(True, block_l, max(16, block_m // 2) if bias else block_m, block_e, warps, 1)
     block, warps, stages = choose(BWD_PER_BLOCK[arch][size], block_e)
+    block = min(block, 32) if bias else block
     return Plan(False, block, block, block_e, warps, stages)
 
 
@@ -107,4 +110,4 @@ def bias_gradient_plan(B: int, L: int, M: int, H: int, E: int, size: int, shared
     block = min(64 if size == 2 and block_e <= 64 else 32, power_of_2(max(L, M), 16))
     programs = H * triton.cdiv(L, block) * triton.cdiv(M, block)
     parts = max(1, min(SUM_PROGRAMS // programs, triton.cdiv(B, LEAST_SAMPLES)))
-    return SumPlan(block, block_e, triton.cdiv(B, parts) if shared else 1, 4)
+    return SumPlan(block, block_e, triton.cdiv(B, parts) if shared else 1, 8 if block == 64 else 4)

@@ -30,6 +30,7 @@ def _kernels():
 
 
 LONGEST = 512  # largest number of tokens for which our kernels run
+LONGEST_BIASED, LONGEST_CAUSAL = 1024, 2304  # the same on CPUs, where torch's kernels with a mask are slower
 # On processors with AMX, torch's fused CPU kernel for 16-bit tensors packs its operands with an AVX-512 function. Where
 # ATEN_CPU_CAPABILITY limits torch to a lower level, it raises "pack_vnni2 is only supported when avx512 is supported":
 # there torch's unfused formula runs instead.
@@ -49,7 +50,8 @@ def attention(
     """Softmax attention of every query over the keys, without dropout.
 
     Equals ``F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias, is_causal=causal,
-    scale=scale).transpose(1, 2)``, computed by our kernels for up to 512 tokens (causal attention on GPUs by torch).
+    scale=scale).transpose(1, 2)``, computed by our kernels for up to 512 tokens, on CPUs for up to
+    1,024 with a bias and 2,304 of causal attention, which on GPUs is torch's.
     Longer sequences, and heads too wide for a GPU kernel (over 128, over 64 in float32 and float64), go to xformers
     where it is installed and supports the call, else to torch. cuDNN's forward pass runs in place of our kernel where
     it was measured to be faster and there is no gradient (`cudnn_is_faster`). `backend` returns which one runs.
@@ -182,7 +184,8 @@ def backend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal:
         if not with_grad and cudnn_is_faster(q, k) and _capability(q.device.index or 0) == (9, 0):
             return "cudnn"
     fits = q.device.type == "cpu" or q.shape[3] <= WIDEST[q.element_size()]
-    if has_kernel(kernel, q.device.type) and max(q.shape[1], k.shape[1]) <= LONGEST and fits:
+    longest = LONGEST if plain or q.is_cuda else LONGEST_CAUSAL if causal else LONGEST_BIASED
+    if has_kernel(kernel, q.device.type) and max(q.shape[1], k.shape[1]) <= longest and fits:
         return "kernel"
     if q.is_cuda and plain and not torch.compiler.is_compiling() and _fmha() is not None:
         call = _fmha().Inputs(query=q, key=k, value=v)

@@ -30,7 +30,18 @@ def ids(batch: int, count: int, length: int) -> Tensor:
 def _attention(n: random.Random) -> Arguments:
     batch, heads, width, keys = n.randint(1, 3), n.randint(1, 3), n.choice([1, 5, 16, 33]), n.randint(1, 40)
     q, k, v = (torch.randn(batch, length, heads, width) for length in (n.randint(1, 40), keys, keys))
-    return {"q": q, "k": k, "v": v, "scale": n.choice([None, 0.3])}
+    arguments = {"q": q, "k": k, "v": v, "scale": n.choice([None, 0.3])}
+    if q.shape[1] == keys and n.random() < 0.5:
+        return arguments | {"causal": True}
+    bias = torch.randn(*n.choice([(), (batch,)]), heads, q.shape[1], keys)
+    return arguments | {"bias": n.choice([None, bias])}
+
+
+def _attention_packed(n: random.Random) -> Arguments:
+    batch, length, heads = n.randint(1, 3), n.randint(1, 40), n.randint(1, 3)
+    bias = torch.randn(*n.choice([(), (batch,)]), heads, length, length)
+    qkv = torch.randn(batch, length, 3, heads, n.choice([1, 5, 16, 33]))
+    return {"qkv": qkv, "scale": n.choice([None, 0.3]), "bias": n.choice([None, bias])}
 
 
 def _augment(n: random.Random) -> Arguments:
@@ -218,10 +229,7 @@ def _linear_cross_entropy(n: random.Random) -> Arguments:
 
 CALLS: dict[str, Callable[[random.Random], Arguments]] = {
     "attention": _attention,
-    "attention_packed": lambda n: {
-        "qkv": torch.randn(n.randint(1, 3), n.randint(1, 40), 3, n.randint(1, 3), n.choice([1, 5, 16, 33])),
-        "scale": n.choice([None, 0.3]),
-    },
+    "attention_packed": _attention_packed,
     "augment_": _augment,
     "batch_info_nce": _batch_info_nce,
     "batch_norm": _batch_norm,

@@ -8,6 +8,7 @@ from fastssl.kernels import attention_plan, tile
 from fastssl.ops import attention, attention_packed, dispatch
 from tests.kernels.contract import every_architecture
 from tests.kernels.interpreter import triton_on_cpu, watch
+from tests.support import kernel_model as model
 from tests.support.close import assert_as_exact_on_average
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
@@ -96,3 +97,16 @@ def test_empty():
         out, lse = kernels.attention_bias_fwd(q, k, v, bias, 1.0)
         *_, dbias = kernels.attention_bias_bwd(out, q, k, v, bias, out, lse, 1.0, False)
     assert dbias.shape == (0,) and [kernel for kernel, _ in seen.launches][2:] == []
+
+
+@pytest.mark.parametrize("B, L, H, E, dtype", [(18, 20, 2, 32, torch.bfloat16), (2, 70, 1, 40, torch.float32)])
+def test_bytes_and_operations_are_the_model(B, L, H, E, dtype):
+    q, k, v, bias = operands(B, L, L, H, E, dtype)
+    with watch() as seen:
+        out, lse = kernels.attention_bias_fwd(q, k, v, bias, 1.0)
+    expected = model.attention_bias_fwd(B, L, H, E, dtype.itemsize, 4)
+    assert (seen.bytes, seen.operations) == (expected.requested, expected.operations)
+    with watch() as seen:
+        kernels.attention_bias_bwd(out, q, k, v, bias, out, lse, 1.0, True)
+    expected = model.attention_bias_bwd(B, L, H, E, dtype.itemsize, 4)
+    assert (seen.bytes, seen.operations) == (expected.requested, expected.operations)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fastssl.kernels import (
     attention,
+    attention_bias,
     bank,
     batchnorm,
     contrastive,
@@ -305,9 +306,9 @@ def _info_nce_bwd(R: int, C: int, D: int, size: int, both: bool, arch: str) -> M
     return Moved(requested + partial, least + (2 * partial if parts > 1 else 0), least, operations)
 
 
-def attention_fwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90") -> Moved:
+def attention_fwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90", bias: bool = False) -> Moved:
     """Reads q, k and v; writes the result and the log-sum-exp of each row."""
-    plan = attention.forward_plan(L, E, size, arch)
+    plan = attention.forward_plan(L, E, size, arch, bias)
     width, blocks, acc = plan.block_e, math.ceil(L / plan.block_l), max(4, size)
     least = B * H * (4 * L * E * size + L * acc)
     repeated_reads = B * H * (blocks - 1) * 2 * L * E * size
@@ -315,9 +316,9 @@ def attention_fwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90"
     return Moved(least + repeated_reads, least, least, operations)
 
 
-def attention_bwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90") -> Moved:
+def attention_bwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90", bias: bool = False) -> Moved:
     """Reads q, k, v, the result, its gradient and the log-sum-exp; writes three gradients."""
-    per_head, block_l, block_m, width, _, _ = attention.backward_plan(L, L, E, size, arch)
+    per_head, block_l, block_m, width, _, _ = attention.backward_plan(L, L, E, size, arch, bias)
     acc, tensor = max(4, size), L * E * size
     least = B * H * (8 * tensor + L * acc)
     if per_head:
@@ -325,6 +326,30 @@ def attention_bwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90"
     blocks = math.ceil(L / block_l)
     requested = B * H * (blocks * (3 * tensor + L * acc) + 3 * tensor + L * acc + blocks * 2 * tensor + 5 * tensor)
     return Moved(requested, least, least, 14 * B * H * (blocks * block_l) ** 2 * width)
+
+
+def attention_bias_fwd(B: int, L: int, H: int, E: int, size: int, bias_size: int, arch: str = "sm_90") -> Moved:
+    """The same, and a bias [H, L, L] of elements of `bias_size` bytes, read again for each sample."""
+    plain, bias = attention_fwd(B, L, H, E, size, arch, True), H * L * L * bias_size
+    return Moved(plain.requested + B * bias, plain.moved + bias, plain.least + bias, plain.operations)
+
+
+def attention_bias_bwd(B: int, L: int, H: int, E: int, size: int, bias_size: int, arch: str = "sm_90") -> Moved:
+    """The same with the bias, and a second pass over all tensors for its gradient, by tiles and parts of the batch."""
+    plain, bias = attention_bwd(B, L, H, E, size, arch, True), H * L * L * bias_size
+    per_head = attention.backward_plan(L, L, E, size, arch).per_head
+    plan = attention_bias.bias_gradient_plan(B, L, L, H, E, size, True)
+    tiles, parts, acc, tensors = (
+        math.ceil(L / plan.block),
+        math.ceil(B / plan.samples),
+        max(4, size),
+        B * H * L * E * size,
+    )
+    written = bias if parts == 1 else parts * H * L * L * acc
+    requested = plain.requested + (2 if per_head else 3) * B * bias + tiles * (5 * tensors + B * H * L * acc) + written
+    moved = plain.moved + bias + 5 * tensors + B * H * L * acc + (written if parts == 1 else 2 * written + bias)
+    operations = plain.operations + 4 * B * H * (tiles * plan.block) ** 2 * plan.block_e
+    return Moved(requested, moved, plain.least + 2 * bias, operations)
 
 
 def prototype_lse(N: int, P: int, D: int, size: int, offset: bool, arch: str = "sm_90") -> Moved:
