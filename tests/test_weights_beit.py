@@ -18,8 +18,14 @@ def small_vit(monkeypatch):
     monkeypatch.setitem(BEIT_SIZES, "vit_mini", (16, 2, 2, 4))
 
 
+def tiny(**changes):
+    """The small preset on a grid of 6 × 6 patches."""
+    sizes = {"image_size": (24, 24), "mask_patches": 14, "mask_min": 4}
+    return dataclasses.replace(beit.Config.small(), **{**sizes, **changes})
+
+
 def method(**changes):
-    built = beit.build(dataclasses.replace(beit.Config.small(), **changes)).eval()
+    built = beit.build(tiny(**changes)).eval()
     for p in built.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return built

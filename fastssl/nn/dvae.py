@@ -305,21 +305,20 @@ def load_tokenizer(path: str | Path) -> nn.Module:
             "folder of a run of dvae, or the public encoder converted as docs/methods.md describes"
         )
     sizes = _sizes(weights)
-    encoder = Encoder(*sizes)
+    tokenizer = _frozen(Encoder(*sizes), weights, name)
     if decoded:
-        encoder.decoder = Decoder(*sizes, inner=decoded["blocks.input.w"].shape[0])
-        weights |= {f"decoder.{n}": x for n, x in decoded.items()}
-    return _frozen(encoder, weights, name)
+        tokenizer.decoder = _frozen(Decoder(*sizes, inner=decoded["blocks.input.w"].shape[0]), decoded, name)
+    return tokenizer
 
 
-def _frozen(tokenizer: nn.Module, weights: dict[str, Tensor], name: str) -> nn.Module:
-    """The tokenizer with these weights, which never change."""
+def _frozen(network: nn.Module, weights: dict[str, Tensor], name: str) -> nn.Module:
+    """The network with these weights, which never change."""
     try:
-        tokenizer.load_state_dict(weights)
+        network.load_state_dict(weights)
     except RuntimeError as error:
         reason = printable(str(error).splitlines()[-1].strip())
-        raise ValueError(f"tokenizer: {name} does not fit {type(tokenizer).__name__}: {reason}") from error
-    return tokenizer.float().requires_grad_(False).eval()
+        raise ValueError(f"tokenizer: {name} does not fit {type(network).__name__}: {reason}") from error
+    return network.requires_grad_(False).eval()
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

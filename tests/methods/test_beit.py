@@ -28,6 +28,12 @@ GOLDEN = ["beit_shared_bias", "beit_block_bias", "beit_abs_pos"]
 KINDS = {"shared": "use_shared_rel_pos_bias", "block": "use_rel_pos_bias"}
 
 
+def tiny(**changes):
+    """The small preset on a grid of 6 × 6 patches."""
+    sizes = {"image_size": (24, 24), "mask_patches": 14, "mask_min": 4}
+    return dataclasses.replace(beit.Config.small(), **{**sizes, **changes})
+
+
 @pytest.fixture
 def tokenizer(tmp_path):
     return save_tokenizer(tmp_path / "tokenizer.safetensors")
@@ -140,7 +146,7 @@ def test_the_whole_gradient_is_clipped(tokenizer):
 
 
 def small(tokenizer, **changes):
-    config = dataclasses.replace(beit.Config.small(), tokenizer=tokenizer, **changes)
+    config = tiny(tokenizer=tokenizer, **changes)
     method = beit.build(config)
     method.config_training = config.training
     return method
@@ -148,7 +154,7 @@ def small(tokenizer, **changes):
 
 def test_views_are_one_crop_for_encoder_and_tokenizer(tokenizer):
     """The tokenizer's codes of its view change with the crop as the encoder's view does."""
-    config = dataclasses.replace(beit.Config.small(), tokenizer=tokenizer, flip_p=0.5)
+    config = tiny(tokenizer=tokenizer, flip_p=0.5)
     method = beit.build(config)
     batch = next(iter(Loader(open_source("shapes:count=16,size=64"), config.augmentation, 16, seed=1).epoch(0)))
     images, second = batch.views
@@ -242,6 +248,7 @@ def _loss_and_gradients(path, world):
     return (distributed.all_sum(loss.detach()) / world), gradients, method.masks(mine.seed).sum()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tokenizer):
     """Also where they mask different numbers of patches: each masked patch of the batch counts the same."""
     (loss, gradients, _) = _loss_and_gradients(tokenizer, 1)
@@ -252,7 +259,7 @@ def test_two_ranks_equal_one_process(tokenizer):
 
 
 def test_refusals(tokenizer):
-    config = beit.Config.small()
+    config = tiny()
     wanted = "beit: --tokenizer must name a run of dvae, or a weights file of one or of DALL-E's encoder, got none: "
     refused(wanted + "fastssl pretrain dvae trains one", ValueError, lambda: config.augmentation)
     sentence = "tokenizer: /nowhere is neither the folder of a run of dvae nor a weights file"

@@ -31,7 +31,7 @@ SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the te
     "deepcluster": {"clusters": 6, "components": 8},
     "deepcluster_v2": {"prototypes": (6, 5), "hidden": 16, "dim": 8},
     "igpt": {"image_size": (8, 8), "colours": 9},
-    "beit": {"tokenizer": tokenizer_file(), "image_size": (16, 16), "mask_patches": 6},
+    "beit": {"tokenizer": tokenizer_file(), "image_size": (16, 16), "mask_patches": 6, "mask_min": 4},
     "simmim": {"image_size": (16, 16)},
     "dvae": {"width": 4, "codes": 24, "inner": 6},
 }
