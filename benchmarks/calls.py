@@ -1,4 +1,4 @@
-"""What a call costs beside its kernel: the smallest op of each way to register one, and ours on two rows of 64 values.
+"""What a call costs beside its kernel: the smallest op of each way to register one, and ours on tiny inputs.
 
     python -m benchmarks.calls
 
@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library, custom_op
 
-from fastssl.ops import check, keep_tokens, masking
+from fastssl.ops import batch_info_nce, check, contrastive, keep_tokens, masking, nt_xent
 
 from .harness import forward_backward
 from .table import markdown_table
@@ -61,6 +62,56 @@ class OpsAlone(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         return masking._keep_tokens_bwd(upstream, ctx.ids, ctx.length), None
+
+
+class LossAlone(torch.autograd.Function):
+    """`batch_info_nce` without checks, a temperature given as a number, and the choice of what is computed."""
+
+    @staticmethod
+    def forward(ctx, q, keys, tau):
+        loss, _, dq, lse = contrastive._batch_info_nce_fwd(q, keys, tau, 0, True)
+        ctx.save_for_backward(q, keys, tau, dq, lse)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        q, keys, tau, dq, lse = ctx.saved_tensors
+        dkeys = contrastive._batch_info_nce_dkeys(q, keys, tau, 0, lse, dloss)
+        return dq * dloss.unsqueeze(1), dkeys, None
+
+
+def losses() -> dict[str, Callable[[], object]]:
+    """Losses of 8 vectors of 256 values."""
+    (q, keys), tau, upstream = torch.randn(2, 8, 256), torch.full((), 0.2), torch.ones(16)
+    labels = torch.arange(16)
+    loss, _, dq, lse = contrastive._batch_info_nce_fwd(q, keys, tau, 0, True)
+    leaves = [x.clone().requires_grad_() for x in (q, keys)]
+
+    def both_ways(forward: Callable[[], Tensor], rows: int = 8) -> Callable:
+        return forward_backward(forward, *leaves, upstream=upstream[:rows])
+
+    def formula():
+        return F.cross_entropy(leaves[0] @ leaves[1].T / 0.2, labels[:8], reduction="none")
+
+    def nt_xent_formula():
+        z = torch.cat(leaves)
+        logits = (z @ z.T / 0.2).fill_diagonal_(float("-inf"))
+        return F.cross_entropy(logits, (labels + 8) % 16, reduction="none")
+
+    return {
+        "batch_info_nce: the op of the forward pass alone": lambda: contrastive._batch_info_nce_fwd(
+            q, keys, tau, 0, True
+        ),
+        "batch_info_nce: the op of the gradient of keys alone": lambda: contrastive._batch_info_nce_dkeys(
+            q, keys, tau, 0, lse, loss
+        ),
+        "batch_info_nce: the gradient of q, a product, alone": lambda: dq * loss.unsqueeze(1),
+        "batch_info_nce: forward + backward, these alone": both_ways(lambda: LossAlone.apply(*leaves, tau)),
+        "batch_info_nce: forward + backward": both_ways(lambda: batch_info_nce(*leaves, 0.2).loss),
+        "batch_info_nce: forward + backward by torch": both_ways(formula),
+        "nt_xent: forward + backward": both_ways(lambda: nt_xent(*leaves, 0.2), 16),
+        "nt_xent: forward + backward by torch": both_ways(nt_xent_formula, 16),
+    }
 
 
 def contestants() -> dict[str, Callable[[], object]]:
@@ -115,5 +166,5 @@ def microseconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    rows = [[name, f"{value:.1f}"] for name, value in microseconds(contestants()).items()]
+    rows = [[name, f"{value:.1f}"] for name, value in microseconds(contestants() | losses()).items()]
     print(markdown_table(("call", "µs"), rows, text_columns=1))

@@ -83,7 +83,8 @@ def forward_plan(L: int, E: int, size: int, arch: str, bias: bool = False) -> Pl
 def backward_plan(L: int, M: int, E: int, size: int, arch: str, bias: bool = False) -> Plan:
     """The backward pass of L queries and M keys of width E, `size` bytes an element."""
     block_e, block_l = power_of_2(E, 32), power_of_2(L, 64)
-    if per_head := BWD_PER_HEAD[arch].get(size, {}).get((block_l, block_e)):
+    per_head = BWD_PER_HEAD[arch].get(size, {}).get((block_l, block_e))
+    if per_head and not (bias and block_l * block_e >= 2**14):
         block_m, warps = per_head
         return Plan(True, block_l, max(16, block_m // 2) if bias else block_m, block_e, warps, 1)
     block, warps, stages = choose(BWD_PER_BLOCK[arch][size], block_e)
@@ -107,7 +108,7 @@ def bias_gradient_plan(B: int, L: int, M: int, H: int, E: int, size: int, shared
     samples are cut into parts; what depends on the card would change the result's last bits from card to card.
     """
     block_e = power_of_2(E, 32)
-    block = min(64 if size == 2 and block_e <= 64 else 32, power_of_2(max(L, M), 16))
+    block = min(16 if size > 2 else 64 if block_e <= 32 else 32, power_of_2(max(L, M), 16))
     programs = H * triton.cdiv(L, block) * triton.cdiv(M, block)
     parts = max(1, min(SUM_PROGRAMS // programs, triton.cdiv(B, LEAST_SAMPLES)))
     return SumPlan(block, block_e, triton.cdiv(B, parts) if shared else 1, 8 if block == 64 else 4)

@@ -71,6 +71,7 @@ class BiasedAttention(nn.Module):
             windows = mask.unsqueeze(1) if bias is None else mask.unsqueeze(1) + bias  # [W, H, L, L]
             bias = windows.expand(len(x) // len(mask), -1, self.num_heads, -1, -1).flatten(0, 1)
         qkv = self._project(x).unflatten(2, (3, self.num_heads, -1))  # [B, L, 3, H, E]
+        parts: Any = self
         q_norm, k_norm = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
         if isinstance(q_norm, nn.Identity | None) and isinstance(k_norm, nn.Identity | None):
             out = ops.attention_packed(qkv, self.scale, bias)
@@ -78,13 +79,13 @@ class BiasedAttention(nn.Module):
             q, k, v = qkv.unbind(2)
             q, k = (x if norm is None else norm(x) for x, norm in ((q, q_norm), (k, k_norm)))
             out = ops.attention(q, k, v, self.scale, bias)
-        return self.proj_drop(self.proj(out.flatten(2)))
+        return parts.proj_drop(parts.proj(out.flatten(2)))
 
     def _project(self, x: Tensor) -> Tensor:
-        q_bias = getattr(self, "q_bias", None)
-        if q_bias is None:
-            return self.qkv(x)
-        return F.linear(x, self.qkv.weight, torch.cat((q_bias, self.k_bias, self.v_bias)))
+        parts: Any = self
+        if getattr(parts, "q_bias", None) is None:
+            return parts.qkv(x)
+        return F.linear(x, parts.qkv.weight, torch.cat((parts.q_bias, parts.k_bias, parts.v_bias)))
 
     def set_window_size(self, window_size: tuple[int, int]) -> NoReturn:
         """Refuses another number of tokens."""
