@@ -133,7 +133,9 @@ def _encoder_state(method: nn.Module, layout: str) -> dict[str, Tensor]:
         reason = "neither timm nor torchvision has CMC's two encoders"
         raise ValueError(f"export: {reason}: use --format safetensors")
     if "transformer.wte.weight" in state:
-        raise ValueError("export: neither timm nor torchvision has iGPT: use --format imagegpt or safetensors")
+        raise ValueError(
+            "export: neither timm nor torchvision has an encoder like iGPT's: use --format imagegpt or safetensors"
+        )
     if "blocks.output.conv.w" in state or "codebook.weight" in state:
         raise ValueError(f"export: {layout} has no encoder of codes: use --format safetensors")
     if "patch_embed.proj.0.weight" in state:

@@ -71,7 +71,7 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(10, 32, "adamw", lr=0.04, weight_decay=0.0, betas=(0.9, 0.95), warmup_epochs=0.5)
+        training = Training(6, 16, "adamw", lr=0.08, weight_decay=0.0, betas=(0.9, 0.95), warmup_epochs=0.5)
         return cls("igpt_mini", (16, 16), colours=32, crop_min=0.8, flip_p=0.0, training=training)
 
     @property

@@ -4,6 +4,8 @@ It differs from GPT-2 in its norm, which divides by the root mean square alone, 
 bias. Names in the state dict are those of Hugging Face's `ImageGPTModel`; linear layers have torch's layout here.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,17 +25,21 @@ EPS = 1e-5  # added to the mean square in all norms
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without biases: [B, L, E] → [B, L, E]."""
+    """Multi-head self-attention without biases: [B, L, E] → [B, L, E]. Initial weights are those of `depth` blocks."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, depth: int):
         super().__init__()
         self.num_heads = num_heads
         self.c_attn, self.c_proj = Linear(dim, 3 * dim, bias=False), Linear(dim, dim, bias=False)
+        nn.init.normal_(self.c_attn.weight, std=dim**-0.5)
+        nn.init.normal_(self.c_proj.weight, std=(dim * depth) ** -0.5)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         qkv = self.project(x)
-        y = ops.attention(*qkv.unbind(2), causal=True) if causal else ops.attention_packed(qkv)
-        return self.c_proj(y.flatten(2))
+        if not causal:
+            return self.c_proj(ops.attention_packed(qkv).flatten(2))
+        q, k, v = qkv.unbind(2)
+        return self.c_proj(ops.attention(q, k, v, causal=True).flatten(2))
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values as one tensor [B, L, 3, H, E / H]."""
@@ -58,6 +64,8 @@ class MLP(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.c_fc, self.c_proj = Linear(dim, hidden, bias=False), Linear(hidden, dim, bias=False)
+        nn.init.normal_(self.c_fc.weight, std=0.02)
+        nn.init.normal_(self.c_proj.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(quick_gelu(self.c_fc(x)))
@@ -71,9 +79,9 @@ def quick_gelu(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """Pre-norm transformer block without biases."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, depth: int):
         super().__init__()
-        self.ln_1, self.attn = nn.RMSNorm(dim, EPS), Attention(dim, num_heads)
+        self.ln_1, self.attn = nn.RMSNorm(dim, EPS), Attention(dim, num_heads, depth)
         self.ln_2, self.mlp = nn.RMSNorm(dim, EPS), MLP(dim, 4 * dim)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
@@ -105,17 +113,12 @@ class ImageGPT(nn.Module):
 
     def __init__(self, colours: int, length: int, dim: int, depth: int, num_heads: int):
         super().__init__()
-        self.colours, self.length = colours, length
+        self.colours, self.length, self.num_heads = colours, length, num_heads
         self.wte, self.wpe = nn.Embedding(colours + 1, dim), nn.Embedding(length, dim)
-        self.h = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.h = nn.ModuleList(Block(dim, num_heads, depth) for _ in range(depth))
         self.ln_f = nn.RMSNorm(dim, EPS)
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.01)
-        for block in self.h:
-            nn.init.normal_(block.attn.c_attn.weight, std=dim**-0.5)
-            nn.init.normal_(block.attn.c_proj.weight, std=(dim * depth) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=0.02)
-            nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
 
     def forward(
         self, codes: Tensor, masked: Tensor | None = None, causal: bool = True, before: int | None = None
@@ -180,14 +183,13 @@ def draw_rest(network: ImageGPT, head: nn.Module, given: Tensor, noise: Tensor, 
     Memory: keys and values of all places in all blocks.
     """
     batch, count = given.shape
-    heads = network.h[0].attn.num_heads
-    weight = network.wte.weight
-    kept = weight.new_empty(len(network.h), 2, batch, network.length, heads, weight.shape[1] // heads)
+    weight, heads, blocks = network.wte.weight, network.num_heads, cast("list[Block]", list(network.h))
+    kept = weight.new_empty(len(blocks), 2, batch, network.length, heads, weight.shape[1] // heads)
     codes = torch.cat([given, given.new_zeros(batch, network.length - count)], 1)
     read, start = network.shifted(codes), 0
     for place in range(count, network.length):
         x = network.wte(read[:, start : place + 1]) + network.wpe.weight[start : place + 1]
-        for block, (keys, values) in zip(network.h, kept):
+        for block, (keys, values) in zip(blocks, kept):
             x = block.extend(x, keys, values, start)
         logits = head(network.ln_f(x[:, -1])).double() / temperature
         below = logits.softmax(1).cumsum(1) <= noise[:, place, None]

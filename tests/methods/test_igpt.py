@@ -441,7 +441,7 @@ def test_weights_of_hugging_face(tmp_path):
     with pytest.raises(ValueError, match=r"transformer.h.1.mlp.c_fc.bias must be zero, since iGPT has no biases"):
         load_weights(strict, path)
     for layout in ("timm", "torchvision"):
-        with pytest.raises(ValueError, match=r"^export: neither timm nor torchvision has iGPT"):
+        with pytest.raises(ValueError, match=r"^export: neither timm nor torchvision has an encoder like iGPT"):
             export(method, layout, tmp_path / "encoder")
 
 

@@ -27,12 +27,13 @@ RUNS = {
     "invaspread": "--epochs 3",
     "instdisc": "--epochs 30",
     "dinov2": "--epochs 4",
-    "igpt": "--epochs 6",
+    "igpt": "--epochs 5 --image-size 8 8",
     "clip": "--epochs 8",
     "siglip": "--epochs 8",
 }
 DATA = {
     "instdisc": "shapes:count=1024",  # an epoch renews a row of the bank once
+    "igpt": "digits",  # of shapes its mean features tell the colours
     "clip": "captions",
     "siglip": "captions",
 }
