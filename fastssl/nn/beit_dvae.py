@@ -106,18 +106,13 @@ class BEiTVAE(nn.Module):
         return self.logits(images).argmax(1)
 
     @torch.no_grad()
-    def pixels(self, codes: Tensor) -> Tensor:
-        """Images [B, 3, H, W] from 0 to 1 that the decoder makes of codes [B, h, w] int64."""
-        return (self.decoder(self.codebook(codes).permute(0, 3, 1, 2)) * 0.5 + 0.5).clamp(0, 1)
-
-    @torch.no_grad()
     def autoencode(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W] as their codes show them, normalised alike."""
         return (self._decoded(self.codes(images)) - self.shift) / self.scale
 
     @torch.no_grad()
     def pixels(self, codes: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] from 0 to 1 of codes [B, h, w]."""
+        """Images [B, 3, H, W] from 0 to 1 that the decoder makes of codes [B, h, w] int64."""
         return (self._decoded(codes) * 0.5 + 0.5).clamp(0, 1)
 
     def _decoded(self, codes: Tensor) -> Tensor:
