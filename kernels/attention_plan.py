@@ -75,7 +75,7 @@ def forward_plan(L: int, E: int, size: int, arch: str, bias: bool = False) -> Pl
     block_e = power_of_2(E, 32)
     longest, block_m, warps, stages = choose(FWD[arch][size], block_e)
     if bias:  # its tile takes the registers of as many scores
-        longest = min(longest, 128)
+        longest = min(longest, 128 if size == 2 else 32)
     block_l = _block_of_queries(L, longest)
     return Plan(False, block_l, block_m, block_e, max(4, warps * block_l // longest), stages)
 
@@ -84,7 +84,7 @@ def backward_plan(L: int, M: int, E: int, size: int, arch: str, bias: bool = Fal
     """The backward pass of L queries and M keys of width E, `size` bytes an element."""
     block_e, block_l = power_of_2(E, 32), power_of_2(L, 64)
     per_head = BWD_PER_HEAD[arch].get(size, {}).get((block_l, block_e))
-    if per_head and not (bias and block_l * block_e >= 2**14):
+    if per_head and not (bias and block_l * block_e >= 2**13):  # with a bias they would not fit the registers
         block_m, warps = per_head
         return Plan(True, block_l, max(16, block_m // 2) if bias else block_m, block_e, warps, 1)
     block, warps, stages = choose(BWD_PER_BLOCK[arch][size], block_e)
@@ -108,7 +108,7 @@ def bias_gradient_plan(B: int, L: int, M: int, H: int, E: int, size: int, shared
     samples are cut into parts; what depends on the card would change the result's last bits from card to card.
     """
     block_e = power_of_2(E, 32)
-    block = min(16 if size > 2 else 64 if block_e <= 32 else 32, power_of_2(max(L, M), 16))
+    block = min({32: 64, 64: 32}.get(block_e, 16) if size == 2 else 16, power_of_2(max(L, M), 16))
     programs = H * triton.cdiv(L, block) * triton.cdiv(M, block)
     parts = max(1, min(SUM_PROGRAMS // programs, triton.cdiv(B, LEAST_SAMPLES)))
-    return SumPlan(block, block_e, triton.cdiv(B, parts) if shared else 1, 8 if block == 64 else 4)
+    return SumPlan(block, block_e, triton.cdiv(B, parts) if shared else 1, 8 if block == 64 or size == 4 else 4)
