@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import (
+    LOG2E,
     _head_ptr,
+    _load_bias,
     _load_rows,
     _row_dot,
-    _softmax_and_gradient,
     _with_32_bit_rows,
     bias_arguments,
     launch_attention_bwd,
@@ -70,6 +71,7 @@ def attention_dbias_kernel(
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """One tile of one head, through the samples of a part."""
     scale = tl.cast(scale, ACC_DTYPE) + tl.cast(scale_rest, ACC_DTYPE)
@@ -81,20 +83,34 @@ def attention_dbias_kernel(
     total = tl.zeros([BLOCK, BLOCK], ACC_DTYPE)
     for sample in range(first, tl.minimum(first + samples, B)):
         place = sample * H + head % H  # of the head, numbered through the batch
-        q = _load_rows(_head_ptr(q_ptr, place, H, stride_qb, stride_qh), row_start, L, stride_ql, E, BLOCK, BLOCK_E)
-        k = _load_rows(_head_ptr(k_ptr, place, H, stride_kb, stride_kh), column_start, M, stride_kl, E, BLOCK, BLOCK_E)
-        v = _load_rows(_head_ptr(v_ptr, place, H, stride_vb, stride_vh), column_start, M, stride_vl, E, BLOCK, BLOCK_E)
-        dout_head = _head_ptr(dout_ptr, place, H, stride_db, stride_dh)
-        dout = _load_rows(dout_head, row_start, L, stride_dl, E, BLOCK, BLOCK_E)
-        out_head = _head_ptr(out_ptr, place, H, H * E * L, E)
-        row_dot = _row_dot(out_head, dout, row_start, L, H * E, E, ACC_DTYPE, BLOCK, BLOCK_E)
-        lse = tl.load(lse_ptr + tl.cast(place, tl.int64) * L + row_start + row, mask=row < L - row_start, other=0.0)
+        q_head, k_head, v_head, dout_head, out_head = (
+            _head_ptr(q_ptr, place, H, stride_qb, stride_qh),
+            _head_ptr(k_ptr, place, H, stride_kb, stride_kh),
+            _head_ptr(v_ptr, place, H, stride_vb, stride_vh),
+            _head_ptr(dout_ptr, place, H, stride_db, stride_dh),
+            _head_ptr(out_ptr, place, H, H * E * L, E),
+        )
+        scores = tl.zeros([BLOCK, BLOCK], ACC_DTYPE)
+        dweights = tl.zeros([BLOCK, BLOCK], ACC_DTYPE)
+        row_dot = tl.zeros([BLOCK], ACC_DTYPE)
+        for part in range(0, BLOCK_E, CHUNK):  # a stretch of the width at a time, for the sake of the registers
+            rest = E - part
+            q = _load_rows(q_head + part, row_start, L, stride_ql, rest, BLOCK, CHUNK)
+            k = _load_rows(k_head + part, column_start, M, stride_kl, rest, BLOCK, CHUNK)
+            scores += tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC_DTYPE)
+            v = _load_rows(v_head + part, column_start, M, stride_vl, rest, BLOCK, CHUNK)
+            dout = _load_rows(dout_head + part, row_start, L, stride_dl, rest, BLOCK, CHUNK)
+            dweights += tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC_DTYPE)
+            row_dot += _row_dot(out_head + part, dout, row_start, L, H * E, rest, ACC_DTYPE, BLOCK, CHUNK)
         bias_head = _head_ptr(bias_ptr, place, H, stride_bb, stride_bh)
-        _, dscores = _softmax_and_gradient(
-            q, k, v, dout, lse, row_dot, bias_head, row_start, column_start, L, M, scale, stride_bl, stride_bm, True,
-            BLOCK, BLOCK, PRECISION, ACC_DTYPE,
-        )  # fmt: skip
-        total += dscores
+        scores = scores * scale + _load_bias(
+            bias_head, row_start, column_start, L, M, stride_bl, stride_bm, ACC_DTYPE, BLOCK, BLOCK
+        )
+        lse = tl.load(lse_ptr + tl.cast(place, tl.int64) * L + row_start + row, mask=row < L - row_start, other=0.0)
+        weights = tl.exp2((scores - lse[:, None]) * LOG2E)
+        # A key beyond the end has score 0, which may be far above a row's sum; a query beyond the end has dout 0.
+        weights = tl.where((column < M - column_start)[None, :], weights, 0.0)
+        total += weights * (dweights - row_dot[:, None])
     in_tile = (row < L - row_start)[:, None] & (column < M - column_start)[None, :]
     dbias_ptr += (tl.cast(head, tl.int64) * L + row_start) * M + column_start
     tl.store(dbias_ptr + row[:, None] * M + column[None, :], total.to(dbias_ptr.dtype.element_ty), mask=in_tile)
@@ -178,6 +194,7 @@ def _dbias(
         PRECISION=dot_precision(q.dtype),
         BLOCK=plan.block,
         BLOCK_E=plan.block_e,
+        CHUNK=plan.block_e if q.element_size() == 2 else min(plan.block_e, 32),
         num_warps=plan.warps,
         num_stages=1,
     )

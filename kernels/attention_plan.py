@@ -75,7 +75,8 @@ def forward_plan(L: int, E: int, size: int, arch: str, bias: bool = False) -> Pl
     block_e = power_of_2(E, 32)
     longest, block_m, warps, stages = choose(FWD[arch][size], block_e)
     if bias:  # its tile takes the registers of as many scores
-        longest = min(longest, 128 if size == 2 else 32)
+        longest = min(longest, 128 if size == 2 and block_e < 128 else 64 if size == 2 else 32)
+        block_m = min(block_m, 16) if size == 8 else block_m
     block_l = _block_of_queries(L, longest)
     return Plan(False, block_l, block_m, block_e, max(4, warps * block_l // longest), stages)
 
@@ -88,7 +89,7 @@ def backward_plan(L: int, M: int, E: int, size: int, arch: str, bias: bool = Fal
         block_m, warps = per_head
         return Plan(True, block_l, max(16, block_m // 2) if bias else block_m, block_e, warps, 1)
     block, warps, stages = choose(BWD_PER_BLOCK[arch][size], block_e)
-    block = min(block, 32) if bias else block
+    block = min(block, 16 if block_e == 128 else 32) if bias else block
     return Plan(False, block, block, block_e, warps, stages)
 
 
@@ -111,4 +112,4 @@ def bias_gradient_plan(B: int, L: int, M: int, H: int, E: int, size: int, shared
     block = min({32: 64, 64: 32}.get(block_e, 16) if size == 2 else 16, power_of_2(max(L, M), 16))
     programs = H * triton.cdiv(L, block) * triton.cdiv(M, block)
     parts = max(1, min(SUM_PROGRAMS // programs, triton.cdiv(B, LEAST_SAMPLES)))
-    return SumPlan(block, block_e, triton.cdiv(B, parts) if shared else 1, 8 if block == 64 or size == 4 else 4)
+    return SumPlan(block, block_e, triton.cdiv(B, parts) if shared else 1, 8 if block == 64 or size > 2 else 4)

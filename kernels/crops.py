@@ -43,6 +43,20 @@ _CHROMA = tl.constexpr(128)
 _PI = tl.constexpr(math.pi)
 
 
+_SERIES = tl.constexpr(tuple((-1) ** n / math.factorial(2 * n + 1) for n in reversed(range(12))))
+
+
+@triton.jit
+def _sine(angle):
+    """The sine of an angle from 0 to π, by its series around 0: the library's, for any angle, would spill registers."""
+    angle = tl.minimum(angle, angle * -1.0 + _PI)
+    square = angle * angle
+    total = square * 0.0
+    for n in tl.static_range(12):
+        total = total * square + _SERIES[n]
+    return angle * total
+
+
 @triton.jit
 def _weight(distance, KERNEL: tl.constexpr):
     """The filter at a distance in pixels of the smaller of both scales: 0 a triangle, 1 Keys' cubic of a = −1/2, 2
@@ -50,7 +64,7 @@ def _weight(distance, KERNEL: tl.constexpr):
     x = tl.abs(distance)
     if KERNEL == 2:
         angle = x * _PI
-        sine = tl.sin(angle / 3.0)
+        sine = _sine(angle / 3.0)
         square = sine * sine
         lobes = square * (9.0 - 12.0 * square) / tl.where(x == 0.0, 1.0, angle * angle)
         return tl.where(x == 0.0, 1.0, tl.where(x < 3.0, lobes, 0.0))
