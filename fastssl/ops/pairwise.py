@@ -36,7 +36,7 @@ def pairwise_sigmoid(
     the mean of the ranks' losses is the loss of the whole batch.
 
     Args:
-        q: [B, D] any floating dtype, B ≥ 1. Gradient.
+        q: [B, D] any floating dtype, B ≥ 1 and D ≥ 1. Gradient.
         keys: [M, D], M ≥ label_offset + B. Gradient.
         scale: factor of the products, a number, or a tensor with one element. Gradient to a tensor.
         bias: number added to all logits, likewise.
@@ -69,8 +69,8 @@ def _check(q: Tensor, keys: Tensor, label_offset: int) -> None:
     check.floating("pairwise_sigmoid", q=q, keys=keys)
     check.same_device("pairwise_sigmoid", q=q, keys=keys)
     check.integer("pairwise_sigmoid", label_offset=label_offset)
-    if q.shape[0] < 1:
-        check.fail("pairwise_sigmoid", f"q must have at least one row, got {list(q.shape)}")
+    if q.numel() < 1:
+        check.fail("pairwise_sigmoid", f"q must have at least one row and one column, got {list(q.shape)}")
     if not 0 <= label_offset <= keys.shape[0] - q.shape[0]:
         largest = keys.shape[0] - q.shape[0]
         message = f"label_offset must be at least 0 and at most M − B = {largest}, got {label_offset}"
