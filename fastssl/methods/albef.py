@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, PROBABILITY, SHARE
+from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, PROBABILITY, SHARE, Range
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.text import TextInput
@@ -45,7 +45,7 @@ class Config:
     """height and width of the images in pixels"""
     text_model: str = "bert_base"
     """text and multimodal encoder: bert_mini or bert_base, whose upper half of layers reads the image"""
-    text_length: Annotated[int, AT_LEAST_1] = 25
+    text_length: Annotated[int, Range(2, 512)] = 25
     """most tokens of a caption"""
     dim: Annotated[int, AT_LEAST_1] = 256
     """dimension of the embeddings that are contrasted"""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.bounds import AT_LEAST_1, POSITIVE, SHARE
+from fastssl.bounds import AT_LEAST_1, POSITIVE, SHARE, Range
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.text import TextInput
@@ -39,7 +39,7 @@ class Config:
     """the activation x·sigmoid(1.702·x) of OpenAI's, DFN's and MetaCLIP's weights; exact GELU without it"""
     vocabulary: Annotated[int, AT_LEAST_1] = 49408
     """number of tokens"""
-    text_length: Annotated[int, AT_LEAST_1] = 77
+    text_length: Annotated[int, Range(2, 65535)] = 77
     """most tokens of a caption"""
     max_logit_scale: Annotated[float, POSITIVE] = 100.0
     """largest factor of the cosines, which is trained and starts at 1 / 0.07"""
