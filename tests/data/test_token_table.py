@@ -220,7 +220,7 @@ def test_data_without_captions_is_refused_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"vocabulary": 60}, "pretrain: --vocabulary must be at least 49,408, the tokens of the tokenizer clip, got 9"),
+        ({"vocabulary": 9}, "pretrain: --vocabulary must be at least 49,408, the tokens of the tokenizer clip, got 9"),
         ({"text_length": 1}, "pretrain: --text-length must be at least 2 and at most 65535, got 1"),
     ],
 )
