@@ -99,6 +99,17 @@ def parameter_groups(method: "CLIP") -> list[dict]:
     return [{"params": groups[0]}, {"params": groups[1], "weight_decay_scale": 0.0}]
 
 
+def tokens_of(batch: Batch, owner: str) -> Tensor:
+    """Token ids [B, L] of the captions of a batch.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if "tokens" not in batch.extras:
+        raise ValueError(f"{owner}: a batch must have the tokens of captions, got none: use a source with captions")
+    return batch.extras["tokens"]
+
+
 class CLIP(nn.Module):
     """Image and text tower (the paper's figure 3).
 
@@ -126,7 +137,7 @@ class CLIP(nn.Module):
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor([logit_bias]))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images, texts = self.embed_images(batch.views[0]), self.embed_text(batch.extras["tokens"])
+        images, texts = self.embed_images(batch.views[0]), self.embed_text(tokens_of(batch, "clip"))
         scale = self.logit_scale.exp()
         with record_function("loss"):
             of_images, of_texts = self.criterion.directions(images, texts, scale)

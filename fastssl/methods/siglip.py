@@ -93,7 +93,7 @@ class SigLIP(clip.CLIP):
         self.criterion = SigLIPLoss()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images, texts = self.embed_images(batch.views[0]), self.embed_text(batch.extras["tokens"])
+        images, texts = self.embed_images(batch.views[0]), self.embed_text(clip.tokens_of(batch, "siglip"))
         scale = self.logit_scale.exp()
         with record_function("loss"):
             loss = self.criterion(images, texts, scale, self.logit_bias)
