@@ -88,7 +88,7 @@ void for_each_tile(const PairOperand<P>& q, const PairOperand<P>& k, int64_t que
         multiply_bf16<false>(round_up<int64_t>(keys, kTileRows16), q.depth, k.operands + key * k.depth, k.depth,
                              q.panels + (query + p) * q.depth, logits + p, q.group);
       else
-        for (int64_t d = 0; d < q.width; d += kDepth) {
+        for (int64_t d = 0; d == 0 || d < q.width; d += kDepth) {  // rows without values have logits of 0
           const auto multiply = d ? multiply_panel<true, 2, T> : multiply_panel<false, 2, T>;
           multiply(keys, std::min(kDepth, q.width - d), Operand<T>{k.rows + key * k.width + d, k.width, 1},
                    q.panels + (query + p) * q.width + d * kPanelWidth<T>, kPanelWidth<T>, logits + p, q.group);

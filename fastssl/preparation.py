@@ -16,6 +16,7 @@ from fastssl.data.augmentation import evaluation
 from fastssl.data.fingerprint import Fingerprint, describe_changes, read_fingerprint, take_fingerprint
 from fastssl.data.loader import Loader
 from fastssl.data.source import Source
+from fastssl.data.text import TextInput
 from fastssl.data.token_table import TokenTable, build_table, with_captions
 from fastssl.extras import MissingExtra, need
 from fastssl.machine import available_engine, keep_freed_memory, select_engine, share_cores
@@ -98,7 +99,7 @@ def prepare(
     method = _build_method(run, state, device)
     chosen_now = changes is None or "engine" in changes
     engine = (select_engine if chosen_now else available_engine)(options.engine, device)
-    tokens = build_table(source, text) if text is not None else None
+    tokens = _tokens(run, source, text) if text is not None else None
     loader = _loader(run, source, tokens, device, workers, engine)
     if isinstance(method, PreparesEpochs):
         method.check_images(len(source), len(loader) // training.accumulate * training.batch_size)
@@ -111,6 +112,22 @@ def prepare(
         )
     notes = () if tokens is None else tokens.notes()
     return Prepared(source, test, method, loader, state, fingerprints, data_changes, notes)
+
+
+def _tokens(run: Run, source: Source, text: TextInput) -> TokenTable:
+    """The token ids of the captions.
+
+    Raises:
+        ValueError: the method has embeddings of fewer tokens than there are.
+    """
+    tokens = build_table(source, text)
+    vocabulary = getattr(run.config, "vocabulary", tokens.vocabulary)
+    if vocabulary < tokens.vocabulary:
+        raise ValueError(
+            f"pretrain: --vocabulary must be at least {tokens.vocabulary:,}, the tokens of the tokenizer "
+            f"{text.tokenizer}, got {vocabulary:,}"
+        )
+    return tokens
 
 
 def claim_folder(run: Run, trainer: Trainer, lock: Lock, is_new: bool) -> None:

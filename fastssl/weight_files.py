@@ -103,7 +103,7 @@ def _read_content(path: Path) -> Any:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """True for an archive of torch.jit, whose code Python does not run when it is read."""
+    """True for an archive of torch.jit. Loading one may run TorchScript of the archive, but no Python."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

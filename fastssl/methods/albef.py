@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, PROBABILITY, SHARE
+from fastssl.bounds import AT_LEAST_1, BELOW_1, COEFFICIENT, NOT_NEGATIVE, PROBABILITY, SHARE, Range
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.text import TextInput
 from fastssl.distributed import world_size
+from fastssl.methods.clip import MEAN, STD, tokens_of
 from fastssl.milestones import MILESTONE
 from fastssl.nn.bert import BERT_SIZES, PAD, VOCABULARY, BertForMaskedLM
 from fastssl.nn.fusion import Encoded, FusionNetwork
@@ -28,7 +29,6 @@ from fastssl.nn.vit import DINO_SIZES, ViT, dino_vit
 from fastssl.train.config import Training, check_images_at_once
 
 OFFICIAL = "albef"  # layout of the reference checkpoint
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LOWEST, HIGHEST = 0.001, 0.5  # bounds of the trained temperature
 NEGATIVES, TOKENS = 1, 2  # streams of random numbers of a sample
 
@@ -45,7 +45,7 @@ class Config:
     """height and width of the images in pixels"""
     text_model: str = "bert_base"
     """text and multimodal encoder: bert_mini or bert_base, whose upper half of layers reads the image"""
-    text_length: Annotated[int, AT_LEAST_1] = 25
+    text_length: Annotated[int, Range(2, 512)] = 25
     """most tokens of a caption"""
     dim: Annotated[int, AT_LEAST_1] = 256
     """dimension of the embeddings that are contrasted"""
@@ -93,7 +93,7 @@ class Config:
     @property
     def augmentation(self) -> Augmentation:
         crop = (self.crop_min, 1.0)
-        view = View(self.image_size, crop, interpolation="bicubic", flip_p=self.flip_p, mean=CLIP_MEAN, std=CLIP_STD)
+        view = View(self.image_size, crop, interpolation="bicubic", flip_p=self.flip_p, mean=MEAN, std=STD)
         return Augmentation((view,))
 
     @property
@@ -148,9 +148,7 @@ class ALBEF(FusionNetwork):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the losses of contrast, matching and masked tokens. Negatives are pairs of this rank's micro-batch
         and, for the contrast, of the queue."""
-        (images,), tokens = batch.views, batch.extras.get("tokens")
-        if tokens is None:
-            raise ValueError("albef: a batch must have the tokens of captions, got none: use a source with captions")
+        (images,), tokens = batch.views, tokens_of(batch, "albef")
         config, is_token = self.config, tokens != PAD
         corrupted, masked = self.mask(tokens, batch.seed) if config.mlm_weight else (None, None)
         student = self.encode(images, tokens, corrupted)

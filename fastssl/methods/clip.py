@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from fastssl.bounds import AT_LEAST_1, POSITIVE, SHARE
+from fastssl.bounds import AT_LEAST_1, POSITIVE, SHARE, Range
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.text import TextInput
@@ -39,7 +39,7 @@ class Config:
     """the activation x·sigmoid(1.702·x) of OpenAI's, DFN's and MetaCLIP's weights; exact GELU without it"""
     vocabulary: Annotated[int, AT_LEAST_1] = 49408
     """number of tokens"""
-    text_length: Annotated[int, AT_LEAST_1] = 77
+    text_length: Annotated[int, Range(2, 65535)] = 77
     """most tokens of a caption"""
     max_logit_scale: Annotated[float, POSITIVE] = 100.0
     """largest factor of the cosines, which is trained and starts at 1 / 0.07"""
@@ -99,6 +99,17 @@ def parameter_groups(method: "CLIP") -> list[dict]:
     return [{"params": groups[0]}, {"params": groups[1], "weight_decay_scale": 0.0}]
 
 
+def tokens_of(batch: Batch, owner: str) -> Tensor:
+    """Token ids [B, L] of the captions of a batch.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if "tokens" not in batch.extras:
+        raise ValueError(f"{owner}: a batch must have the tokens of captions, got none: use a source with captions")
+    return batch.extras["tokens"]
+
+
 class CLIP(nn.Module):
     """Image and text tower (the paper's figure 3).
 
@@ -126,7 +137,7 @@ class CLIP(nn.Module):
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor([logit_bias]))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images, texts = self.embed_images(batch.views[0]), self.embed_text(batch.extras["tokens"])
+        images, texts = self.embed_images(batch.views[0]), self.embed_text(tokens_of(batch, "clip"))
         scale = self.logit_scale.exp()
         with record_function("loss"):
             of_images, of_texts = self.criterion.directions(images, texts, scale)

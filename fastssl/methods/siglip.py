@@ -11,7 +11,7 @@ from typing import Annotated
 from torch import Tensor
 from torch.profiler import record_function
 
-from fastssl.bounds import AT_LEAST_1
+from fastssl.bounds import AT_LEAST_1, Range
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.text import TextInput
@@ -38,9 +38,9 @@ class Config:
     approximation"""
     vocabulary: Annotated[int, AT_LEAST_1] = 49408
     """number of tokens: that of CLIP's tokenizer; 32,000 in the official weights, whose tokenizer is not public here"""
-    text_length: Annotated[int, AT_LEAST_1] = 64
+    text_length: Annotated[int, Range(2, 65535)] = 64
     """tokens of a caption, padded"""
-    logit_bias: float = -10.0
+    logit_bias: Annotated[float, Range(-1000, 1000)] = -10.0
     """initial value of the number that is added to all logits; log(p / (1 − p)) with p = 1 / batch size is best"""
     training: Training = field(
         default_factory=lambda: Training(
@@ -93,7 +93,7 @@ class SigLIP(clip.CLIP):
         self.criterion = SigLIPLoss()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images, texts = self.embed_images(batch.views[0]), self.embed_text(batch.extras["tokens"])
+        images, texts = self.embed_images(batch.views[0]), self.embed_text(clip.tokens_of(batch, "siglip"))
         scale = self.logit_scale.exp()
         with record_function("loss"):
             loss = self.criterion(images, texts, scale, self.logit_bias)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastssl.distributed import all_gather_with_grad, rank, world_size
-from fastssl.ops import InfoNCE, batch_info_nce, pairwise_sigmoid
+from fastssl.ops import InfoNCE, batch_info_nce, check, pairwise_sigmoid
 
 
 class Directions(NamedTuple):
@@ -44,6 +44,9 @@ class CLIPLoss(nn.Module):
             image_features, text_features: [B, D] unit vectors; row i of both belongs to pair i.
             logit_scale: factor of the cosines, the exponential of what is trained.
             output_dict: return ``{"contrastive_loss": loss}``.
+
+        Raises:
+            ValueError: the features are not [B, D] both.
         """
         of_images, of_texts = self.directions(image_features, text_features, logit_scale)
         loss = (of_images.loss.mean() + of_texts.loss.mean()) / 2
@@ -51,6 +54,7 @@ class CLIPLoss(nn.Module):
 
     def directions(self, image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Directions:
         """Loss and rank of each of this rank's images and texts."""
+        _check_pairs("CLIPLoss", image_features, text_features)
         images, texts, offset = image_features, text_features, 0
         if self.gather and world_size() > 1:
             offset = rank() * len(image_features)
@@ -94,9 +98,18 @@ class SigLIPLoss(nn.Module):
             logit_scale: factor of the cosines, the exponential of what is trained. Gradient.
             logit_bias: number added to all logits. Gradient.
             output_dict: return ``{"contrastive_loss": loss}``.
+
+        Raises:
+            ValueError: the features are not [B, D] both.
         """
+        _check_pairs("SigLIPLoss", image_features, text_features)
         texts, offset = text_features, 0
         if self.gather and world_size() > 1:
             texts, offset = all_gather_with_grad(text_features), rank() * len(image_features)
         loss = pairwise_sigmoid(image_features, texts, logit_scale, logit_bias, offset)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _check_pairs(name: str, images: Tensor, texts: Tensor) -> None:
+    check.tensor(name, "image_features", images, "B D")
+    check.tensor(name, "text_features", texts, "B D", B=images.shape[0], D=images.shape[1])

@@ -1,9 +1,11 @@
 """The logistic loss of all pairs of a batch (SigLIP).
 
 With logits s_ij = scale · q_i·k_j + bias and z_ij = 1 for the pairs that belong together, else −1, the loss of a pair
-is log(1 + exp(−z_ij s_ij)). There is no sum over a row inside the logarithm, so one pass over tiles of logits computes
-the loss and all its gradients, ∂loss/∂s_ij = σ(s_ij) − [z_ij = 1]: three products of B·M·D multiplications where a
-softmax takes four. The plain-torch body holds all logits in memory; a kernel does not.
+is log(1 + exp(−z_ij s_ij)). There is no sum over a row inside the logarithm, so a tile of logits gives its part of the
+loss and of all gradients at once, ∂loss/∂s_ij = σ(s_ij) − [z_ij = 1]. The C++ kernel makes each tile once: three
+products of B·M·D multiplications where a softmax takes four. The Triton kernel makes it twice, once for each side's
+gradient, so that no two programs add to the same rows. The plain-torch body holds all logits in memory; a kernel does
+not.
 
 The kernels take all four dtypes and any strides, also mixed, and give the same bits every time, the C++ ones on any
 number of threads. In 16 bits the derivatives of the logits are rounded to the inputs' dtype before they are multiplied
@@ -36,7 +38,7 @@ def pairwise_sigmoid(
     the mean of the ranks' losses is the loss of the whole batch.
 
     Args:
-        q: [B, D] any floating dtype, B ≥ 1. Gradient.
+        q: [B, D] any floating dtype, B ≥ 1 and D ≥ 1. Gradient.
         keys: [M, D], M ≥ label_offset + B. Gradient.
         scale: factor of the products, a number, or a tensor with one element. Gradient to a tensor.
         bias: number added to all logits, likewise.
@@ -69,8 +71,8 @@ def _check(q: Tensor, keys: Tensor, label_offset: int) -> None:
     check.floating("pairwise_sigmoid", q=q, keys=keys)
     check.same_device("pairwise_sigmoid", q=q, keys=keys)
     check.integer("pairwise_sigmoid", label_offset=label_offset)
-    if q.shape[0] < 1:
-        check.fail("pairwise_sigmoid", f"q must have at least one row, got {list(q.shape)}")
+    if q.numel() < 1:
+        check.fail("pairwise_sigmoid", f"q must have at least one row and one column, got {list(q.shape)}")
     if not 0 <= label_offset <= keys.shape[0] - q.shape[0]:
         largest = keys.shape[0] - q.shape[0]
         message = f"label_offset must be at least 0 and at most M − B = {largest}, got {label_offset}"

@@ -297,18 +297,25 @@ def test_captions_of_tar_shards(tmp_path):
         "7.json": b'{"url": "x"}',
         "8.json": b"{" * 1_000,
         "9.txt": b"x" * (2**20 + 1),
+        "a.txt": b"\n",
+        "a.json": json.dumps({"caption": "behind a blank text"}).encode(),
+        "b.json": json.dumps({"caption": "before a blank text"}).encode(),
+        "b.txt": b"",
+        "c.json": json.dumps({"caption": "of the JSON"}).encode(),
+        "c.txt": b"of the later text",
     }
-    members = {f"{i}.jpg": jpeg() for i in range(10)} | texts
+    members = {f"{i}.jpg": jpeg() for i in "0123456789abc"} | texts
     shard(tmp_path / "train-0.tar", members)
     shard(tmp_path / "val-0.tar", {"0.jpg": jpeg(), "0.txt": b"held out"})
     expected = {0: ("a dog",), 1: ("a cat",), 2: ("one", "two"), 3: ("Ü",), 4: ("of the text",)}
+    expected |= {10: ("behind a blank text",), 11: ("before a blank text",), 12: ("of the later text",)}
     for _ in range(2):  # from the tar, then from the cache
         source = open_source(f"webdataset:{tmp_path}")
-        assert [source.captions(i) for i in range(10)] == [expected.get(i, ()) for i in range(10)]
+        assert [source.captions(i) for i in range(13)] == [expected.get(i, ()) for i in range(13)]
         assert source.notes[:2] == (
-            "images are the members .jpg (10); passed over: .json (3), .txt (1) (::image_key=EXTENSION for another "
+            "images are the members .jpg (13); passed over: .json (4), .txt (3) (::image_key=EXTENSION for another "
             "image)",
-            "captions that do not count: 2 are blank and 1 is not UTF-8",
+            "captions that do not count: 4 are blank and 1 is not UTF-8",
         )
         assert open_source(f"webdataset:{tmp_path}", "test").captions(0) == ("held out",)
 

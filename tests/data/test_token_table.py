@@ -217,6 +217,20 @@ def test_data_without_captions_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"vocabulary": 9}, "pretrain: --vocabulary must be at least 49,408, the tokens of the tokenizer clip, got 9"),
+        ({"text_length": 1}, "pretrain: --text-length must be at least 2 and at most 65535, got 1"),
+    ],
+)
+def test_tokens_beyond_the_methods_embeddings_are_refused_before_anything_is_written(tmp_path, options, sentence):
+    with pytest.raises(ValueError) as error:
+        fastssl.pretrain("clip", "captions:count=64", folder=tmp_path / "run", **options, **FAST)
+    assert str(error.value) == sentence
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_run_trains_with_the_same_captions(tmp_path, capsys, monkeypatch):
     data = open_source("captions:count=64"), Told(16)
     options = {"epochs": 2, "tokens": 10, "checkpoint_every": 3, **FAST}  # 4 steps an epoch

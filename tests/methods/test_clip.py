@@ -176,6 +176,11 @@ def test_numbers_of_parameters_of_the_papers_models():
 
 
 def test_refusals():
+    for name, module in (("clip", clip), ("siglip", siglip)):
+        method = small(module)
+        batch = batch_of(torch.randn(2, 3, 8, 8), torch.ones(2, 12, dtype=torch.int64))._replace(extras={})
+        sentence = f"{name}: a batch must have the tokens of captions, got none: use a source with captions"
+        refused(sentence, ValueError, method, batch)
     refused(
         "clip: --backbone must be vit_mini, vit_base, vit_large, vit_huge, got 'resnet50'",
         ValueError,

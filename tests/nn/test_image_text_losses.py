@@ -6,6 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.distributed import rank, world_size
 from fastssl.nn import CLIPLoss, SigLIPLoss
+from tests.support.contract import refused
 from tests.support.golden import part, read
 from tests.support.ranks import run_ranks
 
@@ -84,3 +85,11 @@ def test_calls_of_open_clip():
     torch.testing.assert_close(clip, (rows + columns) / 2)
     siglip = SigLIPLoss()(images, texts, scale, bias, output_dict=True)["contrastive_loss"]
     torch.testing.assert_close(siglip, -torch.nn.functional.logsigmoid(z * (logits - 7)).sum() / 5)
+
+
+@pytest.mark.parametrize("criterion", [CLIPLoss(), SigLIPLoss()], ids=["clip", "siglip"])
+def test_a_text_of_no_image_is_refused(criterion):
+    name = type(criterion).__name__
+    for texts in (torch.randn(6, 8), torch.randn(4, 8), torch.randn(5, 7)):
+        sentence = f"{name}: text_features must have shape [B=5, D=8], got {list(texts.shape)}"
+        refused(sentence, ValueError, criterion, torch.randn(5, 8), texts, 10.0)

@@ -137,6 +137,7 @@ def test_refusals():
     name = "pairwise_sigmoid"
     rejects(name, "keys", "[6, 7]", ValueError, pairwise_sigmoid, q, keys[:, 1:], 1.0, 0.0)
     rejects(name, "q", "[0, 8]", ValueError, pairwise_sigmoid, q[:0], keys, 1.0, 0.0)
+    rejects(name, "q", "[4, 0]", ValueError, pairwise_sigmoid, q[:, :0], keys[:, :0], 1.0, 0.0)
     rejects(name, "label_offset", "3", ValueError, pairwise_sigmoid, q, keys, 1.0, 0.0, 3)
     rejects(name, "scale", "shape [2]", ValueError, pairwise_sigmoid, q, keys, torch.ones(2), 0.0)
     rejects(name, "bias", "'0'", TypeError, pairwise_sigmoid, q, keys, 1.0, "0")

@@ -309,8 +309,11 @@ def _scan(path: Path, image_key: str) -> _Shard:
                     continue
                 if extension in CAPTIONS and not member.issparse() and member.size <= MAX_TEXT:
                     texts = _parse_captions(tar, member, extension)
-                    if texts is not None and captions.get(sample, ("json",))[0] == "json":  # .txt before .json
-                        captions[sample] = (extension, usable_captions(texts, dropped))
+                    before, earlier = captions.get(sample, ("", []))
+                    if texts is not None and (not earlier or (before, extension) == ("json", "txt")):
+                        usable = usable_captions(texts, dropped)
+                        if usable or not before:  # a blank .txt leaves what .json has
+                            captions[sample] = (extension, usable)
                 found[extension if not member.issparse() else f"{extension} (sparse)"] += 1
                 rank = ("." in extension, extension)
                 is_chosen = extension == image_key if image_key else f".{extension}".endswith(SUFFIXES)
