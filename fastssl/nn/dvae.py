@@ -289,7 +289,10 @@ def load_tokenizer(path: str | Path) -> nn.Module:
     elif path.is_file():
         state = read_file(path, own_names=True).state
     else:
-        raise ValueError(f"tokenizer: {name} is neither the folder of a run of dvae nor a weights file")
+        raise ValueError(
+            f"tokenizer: {name} is neither the folder of a run of dvae nor a weights file: name one, or put it back "
+            "there to resume a run that was started with it"
+        )
     for prefix in ("ema.", ""):
         if f"{prefix}codebook.weight" in state:
             weights = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(BEiTVAE.parts(prefix))}

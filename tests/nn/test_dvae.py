@@ -231,7 +231,8 @@ def test_a_tokenizer_of_beits_own_kind_from_a_file(prefix, tmp_path):
 
 def test_error_sentences(tmp_path):
     refused(
-        f"tokenizer: {tmp_path / 'none'} is neither the folder of a run of dvae nor a weights file",
+        f"tokenizer: {tmp_path / 'none'} is neither the folder of a run of dvae nor a weights file: name one, or put "
+        "it back there to resume a run that was started with it",
         ValueError,
         load_tokenizer,
         tmp_path / "none",
