@@ -18,8 +18,8 @@ class Attention(nn.Module):
 
     Arguments have timm's names and defaults (without `gated`, `attn_head_dim` and `dim_out`), the state dict has timm's
     names, and timm's `Block(…, attn_layer=Attention)` accepts it. Dropout of attention weights is refused: the kernels
-    do not support it. A call with a mask, as timm's NaFlexViT makes for padded batches, or with ``is_causal=True`` is
-    computed by torch's `scaled_dot_product_attention`.
+    do not support it. A call with a mask, as timm's NaFlexViT makes for padded batches, is computed by torch's
+    `scaled_dot_product_attention`.
 
     Args:
         dim: D, divisible by num_heads.
@@ -100,8 +100,8 @@ class Attention(nn.Module):
         else:
             q, k, v = qkv.unbind(2)
             q, k = self.q_norm(q), self.k_norm(k)
-            if attn_mask is None and not is_causal:
-                out = ops.attention(q, k, v, self.scale)
+            if attn_mask is None:
+                out = ops.attention(q, k, v, self.scale, causal=is_causal)
             else:
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=self.scale)

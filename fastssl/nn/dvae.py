@@ -309,7 +309,7 @@ def load_tokenizer(path: str | Path) -> nn.Module:
         )
     sizes = _sizes(weights)
     tokenizer = _frozen(Encoder(*sizes), weights, name)
-    if decoded:
+    if "blocks.input.w" in decoded:
         tokenizer.decoder = _frozen(Decoder(*sizes, inner=decoded["blocks.input.w"].shape[0]), decoded, name)
     return tokenizer
 
@@ -331,7 +331,7 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _sizes(weights: dict[str, Tensor]) -> tuple[int, int, int, int]:
     """Width, vocabulary, groups, and blocks of a group, of an encoder's weights."""
-    groups = len({name.split(".")[1] for name in weights if name.startswith("blocks.group_")})
-    blocks = len({name.split(".")[2] for name in weights if name.startswith("blocks.group_1.")})
+    groups = len({name.split(".")[1] for name in weights if name.startswith("blocks.group_")}) or 1
+    blocks = len({name.split(".")[2] for name in weights if name.startswith("blocks.group_1.")}) or 1
     output = weights["blocks.output.conv.w"]
-    return output.shape[1] // 2 ** max(groups - 1, 0), output.shape[0], groups, blocks
+    return output.shape[1] // 2 ** (groups - 1), output.shape[0], groups, blocks

@@ -246,6 +246,9 @@ def test_error_sentences(tmp_path):
         load_tokenizer,
         tmp_path / "other.safetensors",
     )
+    save_file({"blocks.output.conv.w": torch.zeros(5, 4, 1, 1)}, tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match=r"cut.safetensors does not fit Encoder: Missing key"):
+        load_tokenizer(tmp_path / "cut.safetensors")
     state = Encoder(8, 33, 3, 1).state_dict()
     save_file({**state, "blocks.input.w": torch.zeros(8, 3, 5, 5)}, tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match=r"wrong.safetensors does not fit Encoder: size mismatch for blocks"):
