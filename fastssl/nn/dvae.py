@@ -285,7 +285,10 @@ def load_tokenizer(path: str | Path) -> nn.Module:
     path = Path(path)
     name = printable(path)
     if path.is_dir():
-        state = checkpoint.load(path / "checkpoints", "dvae")["model"]
+        try:
+            state = checkpoint.load(path / "checkpoints", "dvae")["model"]
+        except ValueError as error:
+            raise ValueError(f"tokenizer: {name} must be a run of dvae with a checkpoint ({error})") from error
     elif path.is_file():
         state = read_file(path, own_names=True).state
     else:

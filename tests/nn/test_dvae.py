@@ -237,6 +237,8 @@ def test_error_sentences(tmp_path):
         load_tokenizer,
         tmp_path / "none",
     )
+    with pytest.raises(ValueError, match=r"^tokenizer: .* must be a run of dvae with a checkpoint .checkpoint: no"):
+        load_tokenizer(tmp_path)
     save_file({"fc.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     refused(
         f"tokenizer: {tmp_path / 'other.safetensors'} has no encoder of DALL-E's discrete autoencoder "
