@@ -193,7 +193,9 @@ void softmax_backward(const T* weights, T* dweights, int64_t keys, int64_t group
       T* gradient = dweights + j * group + i;
       const Vec<T> dscore = load(weights + j * group + i) * (load(gradient) - load(row_dot + i));
       store(gradient, dscore * scale);
-      if (T* sum = bias.gradient + j * bias.stride + i; bias.gradient) store(sum, load(sum) + dscore);
+      if (!bias.gradient) continue;
+      T* sum = bias.gradient + j * bias.stride + i;
+      store(sum, load(sum) + dscore);
     }
 }
 
