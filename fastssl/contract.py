@@ -5,6 +5,8 @@ A method is a module of `fastssl.methods`, or any other importable module that d
     Config                     dataclass whose defaults are the paper's numbers, with ``Config.paper(backbone)``,
                                ``Config.small()`` (preset for images of at most 64 pixels), ``config.augmentation``
                                (a `data.augmentation.Augmentation`) and ``config.training`` (a `train.config.Training`).
+                               Evaluations normalise images as the first view, or by ``config.normalisation``
+                               ({"mean", "std"}) where there is one.
                                Its fields are the flags of `fastssl pretrain`, their docstrings the help texts; numbers
                                declare their range (`fastssl.bounds`). A field `images` that is None becomes the number
                                of training images when a run starts (memory banks)

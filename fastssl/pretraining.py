@@ -360,8 +360,9 @@ def _evaluate(run: Run, trainer: Trainer, device: torch.device, test: Source, ep
     distributed.broadcast_buffers(method)
     note_knn(run, method, trainer.steps, epoch, device)
     if isinstance(method, Reconstructs | Autoencodes) and distributed.rank() == 0:
-        images = first_images(test, run.image_size).to(device)
-        save_snapshot(method, images, run.folder / "reconstructions" / f"step-{trainer.steps:06d}.npz")
+        images = first_images(test, run.image_size, **run.normalisation).to(device)
+        path = run.folder / "reconstructions" / f"step-{trainer.steps:06d}.npz"
+        save_snapshot(method, images, path, **run.normalisation)
 
 
 def _parts(accumulate: int) -> str:

@@ -150,7 +150,10 @@ class Run:
 
     @property
     def normalisation(self) -> dict[str, tuple[float, float, float]]:
-        """{"mean", "std"} by which the method's first view is normalised; ImageNet's for views that are not RGB."""
+        """{"mean", "std"} of evaluations: `normalisation` of its config, else those of the method's first view;
+        ImageNet's for views that are not RGB."""
+        if (own := getattr(self.config, "normalisation", None)) is not None:
+            return own
         view = self.config.augmentation.views[0]
         return {"mean": view.mean, "std": view.std} if view.colour_space == "rgb" else IMAGENET
 

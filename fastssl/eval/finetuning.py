@@ -48,10 +48,9 @@ def build_classifier(
     network of timm or torchvision that the method was trained with.
 
     The ViT's classifier `head` takes the mean of the patch tokens, normalised by a new layer `fc_norm`, as in MAE's and
-    BEiT's code; its initial weights are normal(0, 2e-5). The encoder's own last norm, pooling and head are left
-    out. A `Beit`
-    becomes timm's; where its blocks share a table of relative positions, each gets a copy. The classifier of the others
-    is `fc`.
+    BEiT's code; its initial weights are normal(0, 2e-5). The encoder's own last norm, pooling and head are left out. A
+    `Beit` becomes timm's; where its blocks share a table of relative positions, each gets a copy. The classifier of the
+    others is `fc`.
 
     Args:
         method: a method whose `encoder` is a `ViT`, a ResNet in torchvision's names, or a `ForeignNetwork`.

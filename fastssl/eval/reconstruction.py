@@ -24,19 +24,20 @@ class Reconstruction(NamedTuple):
     """Pixels [N, 3, H, W] float32 in 0..1, on the CPU."""
 
     input: Tensor  # the image
-    masked: Tensor  # the image with removed patches in grey, the mean colour of ImageNet
+    masked: Tensor  # the image with removed patches in grey, the mean that images are normalised by
     output: Tensor  # predictions of all patches
     filled: Tensor  # predictions in the removed patches, the image elsewhere
 
 
 @torch.no_grad()
-def reconstruct(mae: nn.Module, images: Tensor) -> Reconstruction:
+def reconstruct(mae: nn.Module, images: Tensor, **normalisation: Any) -> Reconstruction:
     """Masks and reconstructs images; the masks depend only on N and the number of patches.
 
     Args:
         mae: a `MAE` on any device. With `norm_pix_loss` it predicts standardised patches, which then get the true mean
             and variance of each patch.
-        images: [N, 3, H, W] float32, normalised as for ImageNet.
+        images: [N, 3, H, W] float32, normalised.
+        normalisation: `mean` and `std` of the images, as for `pixels`.
     """
     device = next(mae.parameters()).device
     patch, (height, width) = mae.patch_size, images.shape[2:]
@@ -48,25 +49,26 @@ def reconstruct(mae: nn.Module, images: Tensor) -> Reconstruction:
         pred = pred * (variance + 1e-6).sqrt() + mean
     grey = torch.zeros_like(target)
     parts = (target, torch.where(removed, grey, target), pred, torch.where(removed, pred, target))
-    return Reconstruction(*(pixels(unpatchify(part, patch, height, width)) for part in parts))
+    return Reconstruction(*(pixels(unpatchify(part, patch, height, width), **normalisation) for part in parts))
 
 
 @torch.no_grad()
-def autoencode(method: nn.Module, images: Tensor) -> Tensor:
+def autoencode(method: nn.Module, images: Tensor, **normalisation: Any) -> Tensor:
     """Pixels [N, 3, H, W] float32 in 0..1, on the CPU, of images as their codes show them.
 
     Args:
         method: a `contract.Autoencodes` on any device.
-        images: [N, 3, H, W] float32, normalised as for ImageNet.
+        images: [N, 3, H, W] float32, normalised.
+        normalisation: `mean` and `std` of the images, as for `pixels`.
     """
     device = next(method.parameters()).device
-    return pixels(method.autoencode(images.to(device)).float().cpu())
+    return pixels(method.autoencode(images.to(device)).float().cpu(), **normalisation)
 
 
 def pixels(
     images: Tensor, mean: tuple[float, float, float] = IMAGENET_MEAN, std: tuple[float, float, float] = IMAGENET_STD
 ) -> Tensor:
-    """Pixels of normalised images: [N, 3, H, W] float32, clamped to 0..1."""
+    """Pixels of images that are normalised by `mean` and `std`: [N, 3, H, W] float32, clamped to 0..1."""
     mean_of_channels, scale = (images.new_tensor(values).view(1, 3, 1, 1) for values in (mean, std))
     return (images * scale + mean_of_channels).clamp(0, 1)
 
@@ -103,14 +105,17 @@ def _decodes(source: Source, index: int) -> bool:
     return True
 
 
-def save_snapshot(method: nn.Module, images: Tensor, path: Path) -> None:
+def save_snapshot(method: nn.Module, images: Tensor, path: Path, **normalisation: Any) -> None:
     """Writes `filled` of `reconstruct`, or the result of `autoencode`, as uint8 [N, H, W, 3] into an .npz, atomically.
 
     Args:
-        method, images: as for these.
+        method, images, normalisation: as for these.
         path: RUN/reconstructions/step-000120.npz; the folder is created if missing.
     """
-    made = autoencode(method, images) if isinstance(method, Autoencodes) else reconstruct(method, images).filled
+    if isinstance(method, Autoencodes):
+        made = autoencode(method, images, **normalisation)
+    else:
+        made = reconstruct(method, images, **normalisation).filled
     filled = as_bytes(made)
     path.parent.mkdir(exist_ok=True)
     with write_atomically(path, "wb") as file:

@@ -92,6 +92,11 @@ class Config:
         return config
 
     @property
+    def normalisation(self) -> dict[str, tuple[float, float, float]]:
+        """That of the encoder's view, which evaluations need also where the tokenizer is gone."""
+        return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+    @property
     def augmentation(self) -> Augmentation:
         """The crop for the encoder, and the same crop for the tokenizer: its stride for each patch."""
         if self.tokenizer is None:

@@ -40,7 +40,7 @@ class Config:
     """height and width of the images in pixels; their product is the length of the sequence: 32 32, 48 48 or 64 64"""
     objective: Literal["autoregressive", "bert"] = "autoregressive"
     """what is predicted: each pixel from those before it (autoregressive), or masked pixels from the others (bert)"""
-    mask_p: Annotated[float, PROBABILITY] = 0.15
+    mask_p: Annotated[float, SHARE] = 0.15
     """probability that a pixel is masked, each pixel by itself, with --objective bert"""
     colours: Annotated[int, AT_LEAST_1] = 512
     """number of colours of the palette"""

@@ -93,7 +93,7 @@ class Attention(nn.Module):
                 "accelerate(model, leave=[…])"
             )
         check.tensor("Attention", "x", x, "B L D")
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # [B, L, 3, H, E]
+        qkv = self.project(x)
         has_norms = not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
         if not has_norms and attn_mask is None and not is_causal:
             out = ops.attention_packed(qkv, self.scale)
@@ -110,6 +110,17 @@ class Attention(nn.Module):
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of tokens [B, L, D] as one tensor [B, L, 3, H, E]."""
+        return self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+
+    def weights(self, x: Tensor, queries: slice = slice(None), bias: Tensor | None = None) -> Tensor:
+        """Weights [B, H, Q, L] in float32 that `queries` of the tokens x [B, L, D] give to all, to look at; `forward`
+        does not store them. `bias` [H, L, L] is added to the scores."""
+        q, k, _ = self.project(x).float().unbind(2)
+        scores = torch.einsum("bqhe,bkhe->bhqk", self.q_norm(q)[:, queries], self.k_norm(k)) * self.scale
+        return (scores if bias is None else scores + bias[:, queries]).softmax(-1)
 
 
 class TorchvisionAttention(nn.Module):

@@ -121,11 +121,20 @@ class BeitAttention(Attention):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """[B, N, D] → [B, N, D]; `bias` [H, N, N] is added to the scores, beside that of the own table."""
-        if self.has_table:
-            bias = _bias(self) if bias is None else bias + _bias(self)
-        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = ops.linear(x, self.qkv.weight, qkv_bias).unflatten(2, (3, self.num_heads, -1))
-        return self.proj(ops.attention_packed(qkv, self.scale, bias).flatten(2))
+        return self.proj(ops.attention_packed(self.project(x), self.scale, self._whole_bias(bias)).flatten(2))
+
+    def project(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return ops.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
+
+    def weights(self, x: Tensor, queries: slice = slice(None), bias: Tensor | None = None) -> Tensor:
+        return super().weights(x, queries, self._whole_bias(bias))
+
+    def _whole_bias(self, bias: Tensor | None) -> Tensor | None:
+        """A bias of the scores, with that of the own table if there is one."""
+        if not self.has_table:
+            return bias
+        return _bias(self) if bias is None else bias + _bias(self)
 
 
 class BeitBlock(nn.Module):

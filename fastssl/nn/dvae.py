@@ -285,11 +285,17 @@ def load_tokenizer(path: str | Path) -> nn.Module:
     path = Path(path)
     name = printable(path)
     if path.is_dir():
-        state = checkpoint.load(path / "checkpoints", "dvae")["model"]
+        try:
+            state = checkpoint.load(path / "checkpoints", "dvae")["model"]
+        except ValueError as error:
+            raise ValueError(f"tokenizer: {name} must be a run of dvae with a checkpoint ({error})") from error
     elif path.is_file():
         state = read_file(path, own_names=True).state
     else:
-        raise ValueError(f"tokenizer: {name} is neither the folder of a run of dvae nor a weights file")
+        raise ValueError(
+            f"tokenizer: {name} is neither the folder of a run of dvae nor a weights file: name one, or put it back "
+            "there to resume a run that was started with it"
+        )
     for prefix in ("ema.", ""):
         if f"{prefix}codebook.weight" in state:
             weights = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(BEiTVAE.parts(prefix))}
@@ -306,7 +312,7 @@ def load_tokenizer(path: str | Path) -> nn.Module:
         )
     sizes = _sizes(weights)
     tokenizer = _frozen(Encoder(*sizes), weights, name)
-    if decoded:
+    if "blocks.input.w" in decoded:
         tokenizer.decoder = _frozen(Decoder(*sizes, inner=decoded["blocks.input.w"].shape[0]), decoded, name)
     return tokenizer
 
@@ -328,7 +334,7 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _sizes(weights: dict[str, Tensor]) -> tuple[int, int, int, int]:
     """Width, vocabulary, groups, and blocks of a group, of an encoder's weights."""
-    groups = len({name.split(".")[1] for name in weights if name.startswith("blocks.group_")})
-    blocks = len({name.split(".")[2] for name in weights if name.startswith("blocks.group_1.")})
+    groups = len({name.split(".")[1] for name in weights if name.startswith("blocks.group_")}) or 1
+    blocks = len({name.split(".")[2] for name in weights if name.startswith("blocks.group_1.")}) or 1
     output = weights["blocks.output.conv.w"]
-    return output.shape[1] // 2 ** max(groups - 1, 0), output.shape[0], groups, blocks
+    return output.shape[1] // 2 ** (groups - 1), output.shape[0], groups, blocks

@@ -7,11 +7,11 @@ bias. Names in the state dict are those of Hugging Face's `ImageGPTModel`; linea
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import ops
 
+from .block import quick_gelu
 from .linear import Linear
 from .palette import Palette
 
@@ -69,11 +69,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(quick_gelu(self.c_fc(x)))
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x · sigmoid(1.702 x), of which the backward pass keeps one tensor."""
-    return F.silu(1.702 * x) / 1.702
 
 
 class Block(nn.Module):

@@ -63,15 +63,14 @@ def attention_of_last_block(vit: nn.Module, images: Tensor) -> Tensor:
         images: [N, 3, H, W], normalised.
     """
     module, inputs = vit.blocks[-1].attn, []
-    handle = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    handle = module.register_forward_pre_hook(lambda module, args: inputs.extend(args))
     try:
         vit.forward_features(images)
     finally:
         handle.remove()
-    q, k, _ = module.qkv(inputs[0]).unflatten(2, (3, module.num_heads, -1)).float().unbind(2)
-    q, k = module.q_norm(q), module.k_norm(k)
-    q = q[:, :1] if vit.cls_token is not None else q[:, vit.num_prefix_tokens :]
-    weights = torch.einsum("nqhe,nkhe->nhqk", q, k).mul(module.scale).softmax(-1)
+    tokens, bias = [*inputs, None][:2]  # only BEiT's blocks give a bias
+    queries = slice(1) if vit.cls_token is not None else slice(vit.num_prefix_tokens, None)
+    weights = module.weights(tokens, queries, bias)
     return weights[..., vit.num_prefix_tokens :].mean(2).cpu()
 
 

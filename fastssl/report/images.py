@@ -24,20 +24,24 @@ def reconstructions(run: RunData) -> list[Text | Tiles]:
     snapshots = read_snapshots(run.run.folder / "reconstructions")
     of_codes = isinstance(run.method, Autoencodes)
     can_reconstruct = (of_codes or isinstance(run.method, Reconstructs)) and run.test_source is not None
-    images = first_images(run.test_source, run.size, COLUMNS) if can_reconstruct else None
+    normalisation = run.run.normalisation
+    images = first_images(run.test_source, run.size, COLUMNS, **normalisation) if can_reconstruct else None
+    inputs = None if images is None else pixels(images, **normalisation)
     parts = []
     if can_reconstruct:
         if of_codes:
-            made, text = {"input": pixels(images), "output": autoencode(run.method, images)}, "codes of an image alone"
+            made = {"input": inputs, "output": autoencode(run.method, images, **normalisation)}
+            text = "codes of an image alone"
         else:
-            reconstruction, text = reconstruct(run.method, images), "patches that are not grey and predicts the others"
+            reconstruction = reconstruct(run.method, images, **normalisation)
+            text = "patches that are not grey and predicts the others"
             made = {name: getattr(reconstruction, part) for part, name in ROWS.items()}
         rows = [(name, as_bytes(row)) for name, row in made.items()]
         parts += [Text(f"Newest checkpoint. The model gets the {text}.")]
         parts += [tiles((name, row, numbered(name, row)) for name, row in rows)]
     if snapshots:
         parts.append(Text("During the run:" if of_codes else "During the run, output in removed patches:"))
-        parts.append(over_time(run, snapshots, None if images is None else as_bytes(pixels(images))))
+        parts.append(over_time(run, snapshots, None if inputs is None else as_bytes(inputs)))
     return parts
 
 

@@ -29,6 +29,19 @@ def test_rows_are_input_masked_output_and_filled(model):
     assert torch.equal(shown.filled[~removed], shown.input[~removed])
 
 
+def test_images_of_another_normalisation(model, tmp_path):
+    """Grey is the mean that images are normalised by, and pixels are undone by it in pictures and in snapshots."""
+    colours = {"mean": (0.2, 0.4, 0.6), "std": (0.5, 0.25, 0.1)}
+    images = torch.randn(2, 3, 24, 24)
+    shown = reconstruct(model, images, **colours)
+    torch.testing.assert_close(shown.input, pixels(images, **colours))
+    grey = (shown.masked == torch.tensor(colours["mean"]).view(3, 1, 1)).all(1)
+    assert grey.float().mean() == pytest.approx(1 - model.keep / model.length, abs=0.01)
+    save_snapshot(model, images, tmp_path / "snapshots" / "step-1.npz", **colours)
+    ((_, filled),) = read_snapshots(tmp_path / "snapshots")
+    assert (filled == as_bytes(shown.filled)).all()
+
+
 def test_masks_are_the_same_each_time(model):
     images = torch.randn(2, 3, 24, 24)
     first = reconstruct(model, images)

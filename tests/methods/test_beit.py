@@ -22,6 +22,7 @@ from fastssl.train.trainer import Trainer
 from tests.support.contract import refused
 from tests.support.golden import part, read
 from tests.support.ranks import run_ranks
+from tests.support.runs import make_run
 from tests.support.tokenizers import save_tokenizer
 
 GOLDEN = ["beit_shared_bias", "beit_block_bias", "beit_abs_pos"]
@@ -215,6 +216,12 @@ def test_an_encoder_is_evaluated_without_its_tokenizer(tokenizer, tmp_path):
     assert not isinstance(small(str(tmp_path / "encoder.safetensors")), Reconstructs)
 
 
+def test_a_run_is_evaluated_without_its_tokenizer(tmp_path):
+    run = make_run(tmp_path / "run", beit, "shapes:count=16")
+    run.config.tokenizer = str(tmp_path / "gone")
+    assert run.embed(split="test")[0].shape[1] == 128
+
+
 def test_masks_follow_the_seed(tokenizer):
     method, seed = small(tokenizer), torch.arange(64)
     masks = method.masks(seed)
@@ -262,7 +269,10 @@ def test_refusals(tokenizer):
     config = tiny()
     wanted = "beit: --tokenizer must name a run of dvae, or a weights file of one or of DALL-E's encoder, got none: "
     refused(wanted + "fastssl pretrain dvae trains one", ValueError, lambda: config.augmentation)
-    sentence = "tokenizer: /nowhere is neither the folder of a run of dvae nor a weights file"
+    sentence = (
+        "tokenizer: /nowhere is neither the folder of a run of dvae nor a weights file: name one, or put it back there "
+        "to resume a run that was started with it"
+    )
     refused(sentence, ValueError, lambda: dataclasses.replace(config, tokenizer="/nowhere").augmentation)
     refused(
         "beit: --mask-patches must be at least --mask-min 4, else most masks are empty, and below the 36 patches of an "

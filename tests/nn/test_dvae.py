@@ -231,11 +231,14 @@ def test_a_tokenizer_of_beits_own_kind_from_a_file(prefix, tmp_path):
 
 def test_error_sentences(tmp_path):
     refused(
-        f"tokenizer: {tmp_path / 'none'} is neither the folder of a run of dvae nor a weights file",
+        f"tokenizer: {tmp_path / 'none'} is neither the folder of a run of dvae nor a weights file: name one, or put "
+        "it back there to resume a run that was started with it",
         ValueError,
         load_tokenizer,
         tmp_path / "none",
     )
+    with pytest.raises(ValueError, match=r"^tokenizer: .* must be a run of dvae with a checkpoint .checkpoint: no"):
+        load_tokenizer(tmp_path)
     save_file({"fc.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     refused(
         f"tokenizer: {tmp_path / 'other.safetensors'} has no encoder of DALL-E's discrete autoencoder "
@@ -245,6 +248,9 @@ def test_error_sentences(tmp_path):
         load_tokenizer,
         tmp_path / "other.safetensors",
     )
+    save_file({"blocks.output.conv.w": torch.zeros(5, 4, 1, 1)}, tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match=r"cut.safetensors does not fit Encoder: Missing key"):
+        load_tokenizer(tmp_path / "cut.safetensors")
     state = Encoder(8, 33, 3, 1).state_dict()
     save_file({**state, "blocks.input.w": torch.zeros(8, 3, 5, 5)}, tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match=r"wrong.safetensors does not fit Encoder: size mismatch for blocks"):

@@ -289,14 +289,14 @@ def test_a_momentum_encoder_without_drop_path_follows_a_vit_with_it():
 
 
 def test_arguments_that_do_not_fit_get_one_sentence():
-    pools = "'avg', 'max', 'avgmax', ''"
+    pools, mlps = "'avg', 'max', 'avgmax', 'map', ''", "'gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'"
     for arguments, sentence in (
-        ({"global_pool": "map"}, f"ViT: global_pool must be one of 'token', {pools}, got 'map'"),
+        ({"global_pool": "mean"}, f"ViT: global_pool must be one of 'token', {pools}, got 'mean'"),
         ({"class_token": False}, f"ViT: global_pool must be one of {pools}, got 'token' (without class token)"),
         ({"pos_embed": "rope"}, "ViT: pos_embed must be 'sincos', 'learn' or 'none', got 'rope'"),
         ({"drop_path_rate": 1.0}, "ViT: drop_path_rate must be at least 0 and below 1, got 1.0"),
         ({"reg_tokens": -1}, "ViT: reg_tokens must be at least 0, got -1"),
-        ({"mlp": "relu"}, "Block: mlp must be 'gelu' or 'swiglu', got 'relu'"),
+        ({"mlp": "relu"}, f"Block: mlp must be one of {mlps}, got 'relu'"),
         ({"mlp": "swiglu", "mlp_ratio": 0.2}, "SwiGLU: hidden must be even, for the gate and its input, got 3"),
         ({"img_size": (16, 18)}, "ViT: img_size must be divisible by patch_size=4, got 16×18"),
     ):
@@ -307,7 +307,13 @@ def test_arguments_that_do_not_fit_get_one_sentence():
     expected = "ViT: images must have shape [B, C=3, H, W] with H and W divisible by patch_size=4"
     for shape in ([2, 3, 16, 18], [2, 1, 16, 16], [2, 3, 0, 16], [2, 3, 16, 0]):
         refused(f"{expected}, got {shape}", ValueError, vit, torch.randn(shape))
-    refused(f"features: pool must be one of 'token', {pools}, got 'cls'", ValueError, vit.features, None, "cls")
+    refused(
+        "features: pool must be one of 'token', 'avg', 'max', 'avgmax', '', got 'cls'",
+        ValueError,
+        vit.features,
+        None,
+        "cls",
+    )
 
 
 @pytest.mark.parametrize("options", [{"drop_path_rate": 0.5}, {"dynamic_img_size": True}, {"mlp": "swiglu"}])

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fastssl.nn import ViT
+from fastssl.nn.beit import Beit
 from fastssl.nn.resnet import build_resnet
 from fastssl.report.attention_maps import attention_of_last_block, feature_maps, heat, principal_colours
 
@@ -29,6 +30,25 @@ def test_attention_is_that_of_the_last_block(class_token):
     weights = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), values)
     expected = weights[:, :, 0] if class_token else weights.mean(2)
     torch.testing.assert_close(maps, expected[..., prefix:].detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["shared", "block", "none"])
+def test_attention_of_beit_has_its_biases(kind):
+    """The weights that are shown give the block's output: of queries with a bias, and scores with that of positions."""
+    vit = Beit(16, 4, 3, 32, 2, 2, relative_bias=kind, fc_norm=False).eval()
+    for x in vit.parameters():
+        torch.nn.init.normal_(x, std=0.5)
+    images, attn, kept = torch.randn(3, 3, 16, 16), vit.blocks[-1].attn, []
+    maps = attention_of_last_block(vit, images)
+    handle = attn.register_forward_hook(lambda module, args, output: kept.extend((args, output)))
+    with torch.no_grad():
+        vit.forward_features(images)
+        (tokens, bias), output = kept
+        _, _, v = attn.project(tokens).unbind(2)
+        mixed = torch.einsum("bhqk,bkhe->bqhe", attn.weights(tokens, bias=bias), v).flatten(2)
+        torch.testing.assert_close(attn.proj(mixed), output, rtol=1e-4, atol=1e-4)
+    handle.remove()
+    torch.testing.assert_close(maps, attn.weights(tokens, bias=bias)[:, :, 0, 1:].detach())
 
 
 def test_feature_maps():
