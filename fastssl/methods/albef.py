@@ -54,7 +54,7 @@ class Config:
     """number of pairs in the queue"""
     tau: Annotated[float, COEFFICIENT] = 0.07
     """temperature at the start; it is trained, between 0.001 and 0.5"""
-    alpha: Annotated[float, SHARE] = 0.4
+    alpha: Annotated[float, PROBABILITY] = 0.4
     """share α of the momentum encoders' softmax in the targets"""
     alpha_epochs: Annotated[float, NOT_NEGATIVE, MILESTONE] = 1
     """epochs over which α grows from 0 along a line"""
