@@ -87,7 +87,7 @@ class Config:
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop. Captions may name sides and sizes,
         so there is no flip, and a crop is nearly the whole image. The queue is short: the networks change so fast that
         keys of some steps ago are told from fresh ones by age alone, which lowers the loss and teaches nothing."""
-        training = Training(8, 64, "adamw", lr=4e-3, weight_decay=0.02, warmup_epochs=1)
+        training = Training(6, 64, "adamw", lr=4e-3, weight_decay=0.02, warmup_epochs=1)
         views = {"image_size": (32, 32), "patch_size": 8, "crop_min": 0.9, "flip_p": 0.0}
         sizes = {"text_model": "bert_mini", "text_length": 32, "dim": 128, "queue_size": 16}
         pace = {"ema_momentum": 0.9, "alpha": 0.0, "dropout": 0.0}

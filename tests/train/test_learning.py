@@ -30,7 +30,7 @@ RUNS = {
     "igpt": "--epochs 5 --image-size 8 8",
     "clip": "--epochs 8",
     "siglip": "--epochs 8",
-    "albef": "--epochs 8",
+    "albef": "--epochs 6",
 }
 DATA = {
     "instdisc": "shapes:count=1024",  # an epoch renews a row of the bank once
