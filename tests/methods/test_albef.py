@@ -128,7 +128,8 @@ def test_three_golden_steps(dtype, contrast, bound, monkeypatch):
 def small(**changes):
     """The method with tiny networks."""
     torch.manual_seed(0)
-    config = dataclasses.replace(albef.Config.small(), dim=8, queue_size=24, **changes)
+    sizes = {"dim": 8, "queue_size": 24, "alpha": 0.4, "ema_momentum": 0.99}
+    config = dataclasses.replace(albef.Config.small(), **sizes | changes)
     config.training = Training(2, 8, "adamw", 0.1, 0.02)
     images = ViT(32, 16, 3, 32, 2, 2, pos_embed="learn", global_pool="")
     text = BertForMaskedLM(32, 16, 2, 2, 1, dropout=config.dropout)

@@ -30,12 +30,14 @@ RUNS = {
     "igpt": "--epochs 5 --image-size 8 8",
     "clip": "--epochs 8",
     "siglip": "--epochs 8",
+    "albef": "--epochs 6",
 }
 DATA = {
     "instdisc": "shapes:count=1024",  # an epoch renews a row of the bank once
     "igpt": "digits",  # of shapes its mean features tell the colours
     "clip": "captions",
     "siglip": "captions",
+    "albef": "captions",
 }
 LONG = RUNS.keys() - {"mae", "moco_v3"}  # a reconstructing and a contrastive method stay in `make test`
 # docs/methods.md has accuracies, whose smallest rise is 6.9 points. A rise of 5 is far from what rounding and
