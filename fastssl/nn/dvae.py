@@ -126,7 +126,7 @@ class Encoder(nn.Module):
         layers["output"] = _output(widths[-1], vocabulary, low_precision=False)
         self.blocks = nn.Sequential(layers)
         self.num_features = widths[-1]
-        self.decoder: nn.Module | None = None  # of a tokenizer that `load_tokenizer` found with one
+        self.decoder: Any = None  # a `Decoder`, of a tokenizer whose file has one
         scale = torch.tensor(std) / torch.tensor(MAPPED_STD)
         shift = (torch.tensor(mean) - torch.tensor(MAPPED_MEAN)) / torch.tensor(MAPPED_STD)
         self.is_mapped = (tuple(mean), tuple(std)) == (MAPPED_MEAN, MAPPED_STD)
