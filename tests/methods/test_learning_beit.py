@@ -19,11 +19,11 @@ EPOCHS = 6
 
 
 def trained(module, config):
-    """The method after six epochs of 1,024 shapes."""
+    """The method after six epochs of shapes."""
     config.training.epochs = EPOCHS
     torch.manual_seed(0)
     method = module.build(config)
-    loader = Loader(open_source("shapes:count=1024"), config.augmentation, config.training.batch_size)
+    loader = Loader(open_source("shapes"), config.augmentation, config.training.batch_size)
     groups = getattr(module, "parameter_groups", None)
     trainer = Trainer(method, config.training, Execution(), len(loader), parameter_groups=groups)
     for epoch in range(EPOCHS):
@@ -44,7 +44,7 @@ def test_codes_of_masked_patches_are_predicted_better_than_by_their_frequencies(
     (images,) = next(Loader(open_source("shapes", "test"), evaluation((32, 32), 1.0), 256).epoch(0)).views
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     codes, mask = codes_of_pixels(method.tokenizer, images * std + mean, method.grid), method.masks(torch.arange(256))
-    share = torch.bincount(codes.flatten(), minlength=256) / codes.numel()
+    share = torch.bincount(codes.flatten(), minlength=method.tokenizer.vocabulary) / codes.numel()
     entropy = -share.xlogy(share).sum().item()
     with torch.no_grad():
         loss, metrics = method.loss(images, codes.flatten(1), mask)

@@ -33,7 +33,7 @@ SMALL = {  # beside MAE, and the MoCos and DenseCL, whose sizes depend on the te
     "igpt": {"image_size": (8, 8), "colours": 9},
     "beit": {"tokenizer": tokenizer_file(), "image_size": (16, 16), "mask_patches": 6, "mask_min": 4},
     "simmim": {"image_size": (16, 16)},
-    "dvae": {"width": 4, "codes": 24, "inner": 6},
+    "dvae": {"network": "dalle", "width": 4, "codes": 24, "inner": 6},
 }
 
 
