@@ -29,7 +29,7 @@ from tests.support.small_methods import SMALL
 def takes_networks(method: str) -> bool:
     """Whether the help of the method's `backbone` names networks of other libraries."""
     sources = (inspect.getsource(part) for part in method_module(method).Config.__mro__[:-1])
-    return "timm:NAME" in next(source for source in sources if "    backbone: str" in source)
+    return "timm:NAME" in next((source for source in sources if "    backbone: str" in source), "")
 
 
 METHODS = [name for name in method_names() if takes_networks(name)]
