@@ -34,8 +34,8 @@ def reconstruct(mae: nn.Module, images: Tensor, **normalisation: Any) -> Reconst
     """Masks and reconstructs images; the masks depend only on N and the number of patches.
 
     Args:
-        mae: a `MAE` on any device. With `norm_pix_loss` it predicts standardised patches, which then get the true mean
-            and variance of each patch.
+        mae: a `contract.Reconstructs` on any device, with `patch_size` and `length`, the number of patches. With
+            `norm_pix_loss` it predicts standardised patches, which then get the true mean and variance of each patch.
         images: [N, 3, H, W] float32, normalised.
         normalisation: `mean` and `std` of the images, as for `pixels`.
     """
