@@ -12,7 +12,7 @@
 namespace fastssl {
 
 constexpr int64_t kPairPanel = kPanelWidth<Bf16x2>;
-constexpr int64_t kPairsChunk = 256;  // pairs of the depth that are summed at a time
+constexpr int64_t kPairsChunk = 512;  // pairs of the depth that are summed at a time
 
 inline int64_t whole_depth(int64_t values) { return round_up<int64_t>(values, 2 * kTileWords); }
 inline int64_t whole_rows(int64_t rows) { return round_up<int64_t>(rows, kTileRows16); }
