@@ -101,9 +101,17 @@ inline void pack_row_pairs(const Bf16x2* rows, int64_t words, int64_t count, Bf1
 inline void round_rows(const float* src, int64_t stride, int64_t rows, int64_t padded_rows, int64_t width,
                        int64_t padded_width, Bf16x2* dst) {
   for (int64_t r = 0; r < padded_rows; ++r, src += stride, dst += padded_width / 2)
-    for (int64_t i = 0; i < padded_width; i += kLanes<float>)
-      store_narrow(reinterpret_cast<BFloat16*>(dst) + i,
-                   r < rows && i < width ? load_part<float>(src + i, width - i) : Vec<float>{});
+    for (int64_t i = 0; i < padded_width; i += 2 * kLanes<float>) {
+      const auto part = [&](int64_t c) {
+        return r < rows && c < width ? load_part<float>(src + c, width - c) : Vec<float>{};
+      };
+#if defined(FASTSSL_BF16_DOT)
+      store(dst + i / 2, to_bf16(part(i), part(i + kLanes<float>)));
+#else
+      store_narrow(reinterpret_cast<BFloat16*>(dst) + i, part(i));
+      store_narrow(reinterpret_cast<BFloat16*>(dst) + i + kLanes<float>, part(i + kLanes<float>));
+#endif
+    }
 }
 
 // Transposes values of 16 bits: rows [count, 2 words] -> columns [2 words, count], where `count` and the width are

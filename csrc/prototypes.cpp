@@ -7,7 +7,7 @@
 // Memory beyond inputs and results: packed features, and for one chunk of prototypes the packed prototypes, the targets
 // [M, chunk] and the gradients of the logits [N, chunk]. Every sum has a fixed order that depends on the shapes alone,
 // so results are bit-equal on any number of threads.
-#include "prototypes.h"
+#include "prototypes_bf16.h"
 
 #include <optional>
 #include <stdexcept>
@@ -58,14 +58,14 @@ template <typename S>
 class SoftTargets {
  public:
   static constexpr bool kHasTargets = true;
-  using T = Accumulator<Packed<S>>;
+  using T = typename Logits<S>::T;
 
   SoftTargets(const Tensor& teacher, const Tensor& weight, const Tensor& tau, const Tensor& row_offset,
               const Tensor& column_offset, const std::optional<Tensor>& rows, int64_t chunk)
       : logits_(teacher, weight, chunk), tau_(tau_value(tau)), row_offset_(values_of<T>(row_offset)),
         column_offset_(values_of<T>(column_offset)),
-        targets_(empty({block_count(chunk) * logits_.rows() * kColumns}, kDtype<T>)),
-        scratch_(empty({torch::stable::get_num_threads() * Logits<S>::kScratch}, kDtype<T>)),
+        targets_(empty({block_count(chunk) * logits_.tile_rows() * kColumns}, kDtype<T>)),
+        scratch_(empty({torch::stable::get_num_threads() * kTileScratch}, kDtype<T>)),
         group_(rows ? rows->size(1) : 1) {
     if (rows) rows_ = checked_indices(*rows, "soft_cross_entropy: rows", -1, logits_.rows(), "M");
   }
@@ -80,7 +80,7 @@ class SoftTargets {
           store(tile + c, exp(tau_(load(tile + c)) + load_part<T>(offset + c, n) + row_offset_[row + i]));
         });
     };
-    logits_.for_each_tile(size, block_count(size), data<T>(scratch_), place, exponentiate);
+    for_each_tile(logits_, size, block_count(size), data<T>(scratch_), place, exponentiate);
   }
 
   // The targets of student i in one block, summed over its teachers; `sums` is scratch of kColumns values.
@@ -112,7 +112,7 @@ class SoftTargets {
   std::vector<int64_t> rows_;
 
   T* block_row(int64_t row, int64_t block) const {
-    return data<T>(targets_) + (block * logits_.rows() + row) * kColumns;
+    return data<T>(targets_) + (block * logits_.tile_rows() + row) * kColumns;
   }
 };
 
@@ -125,15 +125,15 @@ RowSums<typename Logits<S>::T> sum_rows(const Tensor& x, const Tensor& weight, d
   using T = typename Logits<S>::T;
   Logits<S> logits(x, weight, chunk);
   const int64_t prototypes = weight.size(0), slots = slots_for(logits.rows(), chunk);
-  const Tensor scratch = empty({torch::stable::get_num_threads() * Logits<S>::kScratch}, kDtype<T>);
+  const Tensor scratch = empty({torch::stable::get_num_threads() * kTileScratch}, kDtype<T>);
   RowSums<T> sums(logits.rows(), slots, Targets::kHasTargets);
   const Divisor<T> divisor(tau);
   for (int64_t first = 0; first < prototypes; first += chunk) {
     const int64_t size = std::min(chunk, prototypes - first);
     logits.load_chunk(first, size);
     targets.load_chunk(first, size);
-    logits.for_each_tile(
-        size, slots, data<T>(scratch), [](int64_t, int64_t, T* memory) { return memory; },
+    for_each_tile(
+        logits, size, slots, data<T>(scratch), [](int64_t, int64_t, T* memory) { return memory; },
         [&](int64_t row, int64_t count, int64_t block, int64_t columns, int64_t slot, T* tile) {
           T target_sums[kColumns];
           const int64_t column = first + block * kColumns;
@@ -156,7 +156,7 @@ void store_lse(T* lse, int64_t rows, int64_t row, ShiftAndRest value) {
 Tensor prototype_lse(Tensor x, Tensor weight, Tensor tau, std::optional<Tensor> offset, int64_t dim) {
   if (dim == 0) std::swap(x, weight);  // the logits of the prototypes against the features
   Tensor lse;
-  with_float_type(x.scalar_type(), "prototype_lse: x", [&](auto type) {
+  with_elements(x.scalar_type(), "prototype_lse: x", [&](auto type) {
     using S = decltype(type);
     using T = typename Logits<S>::T;
     lse = empty({x.size(0)}, kDtype<T>);
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_cross_entropy_fwd(Tensor student, Tensor
                                                           Tensor column_offset, std::optional<Tensor> rows) {
   Tensor loss, lse, mass;
   const int64_t count = student.size(0);
-  with_float_type(student.scalar_type(), "soft_cross_entropy: student", [&](auto type) {
+  with_elements(student.scalar_type(), "soft_cross_entropy: student", [&](auto type) {
     using S = decltype(type);
     using T = typename Logits<S>::T;
     loss = empty({count}, kDtype<T>), lse = empty({2, count}, kDtype<T>), mass = empty({count}, kDtype<T>);
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(Tensor x, Tensor weight, Ten
       checked_indices(target, "linear_cross_entropy: target", kIgnored, weight.size(0), "P");
   Tensor loss, lse;
   const int64_t count = x.size(0);
-  with_float_type(x.scalar_type(), "linear_cross_entropy: x", [&](auto type) {
+  with_elements(x.scalar_type(), "linear_cross_entropy: x", [&](auto type) {
     using S = decltype(type);
     using T = typename Logits<S>::T;
     loss = empty({count}, kDtype<T>), lse = empty({2, count}, kDtype<T>);
@@ -233,15 +233,15 @@ void compute_gradients(const Tensor& x, const Tensor& weight, double tau, const 
   Logits<S> logits(x, weight, chunk);
   const LogitGradients<S> gradients(logits, chunk, dx, dweight);
   const int64_t prototypes = weight.size(0), slots = slots_for(logits.rows(), chunk);
-  const Tensor scratch = empty({torch::stable::get_num_threads() * Logits<S>::kScratch}, kDtype<T>);
+  const Tensor scratch = empty({torch::stable::get_num_threads() * kTileScratch}, kDtype<T>);
   const T* lse_values = data<T>(lse);
   const Divisor<T> divisor(tau);
   for (int64_t first = 0; first < prototypes; first += chunk) {
     const int64_t size = std::min(chunk, prototypes - first);
     logits.load_chunk(first, size);
     targets.load_chunk(first, size);
-    logits.for_each_tile(
-        size, slots, data<T>(scratch),
+    for_each_tile(
+        logits, size, slots, data<T>(scratch),
         [&](int64_t row, int64_t block, T* memory) { return gradients.place(row, block, memory); },
         [&](int64_t row, int64_t count, int64_t block, int64_t columns, int64_t, T* tile) {
           T target_sums[kColumns];
@@ -283,7 +283,7 @@ std::tuple<Tensor, Tensor> soft_cross_entropy_bwd(Tensor dloss, Tensor student, 
                                                   Tensor row_offset, Tensor column_offset, std::optional<Tensor> rows,
                                                   Tensor lse, Tensor mass, bool needs_student, bool needs_weight) {
   Tensor dstudent, dweight;
-  with_float_type(student.scalar_type(), "soft_cross_entropy: student", [&](auto type) {
+  with_elements(student.scalar_type(), "soft_cross_entropy: student", [&](auto type) {
     using S = decltype(type);
     using T = typename Logits<S>::T;
     dstudent = empty_gradient<T>(student, needs_student), dweight = empty_gradient<T>(weight, needs_weight);
@@ -302,7 +302,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_bwd(Tensor dloss, Tensor x, Tens
   const std::vector<int64_t> indices =
       checked_indices(target, "linear_cross_entropy: target", kIgnored, weight.size(0), "P");
   Tensor dx, dweight;
-  with_float_type(x.scalar_type(), "linear_cross_entropy: x", [&](auto type) {
+  with_elements(x.scalar_type(), "linear_cross_entropy: x", [&](auto type) {
     using S = decltype(type);
     using T = typename Logits<S>::T;
     dx = empty_gradient<T>(x, needs_x), dweight = empty_gradient<T>(weight, needs_weight);

@@ -5,7 +5,6 @@
 // feature's logits is a row of another matrix: the targets of any of the teachers.
 #pragma once
 
-#include "avx512_bf16.h"
 #include "gemm.h"
 
 #include <cmath>
@@ -31,26 +30,23 @@ inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) <= 1 ? x : torch::stable::contiguous(x);
 }
 
-template <typename P>
-Tensor empty_packed(int64_t elements) {
-  return empty({elements}, std::is_same_v<P, Bf16x2> ? ScalarType::Float : kDtype<Accumulator<P>>);
-}
-
 // Features [N, D] and prototypes [P, D] of dtype S, packed for the product of features and a chunk of prototypes.
+// Pairs of bfloat16 are in prototypes_bf16.h.
 template <typename S>
 class Logits {
  public:
-  using P = Packed<S>;
-  using T = Accumulator<P>;
+  using T = ComputeType<S>;
+  using Scope = int;  // nothing to hold during products
 
   Logits(const Tensor& features, const Tensor& prototypes, int64_t chunk)
       : features_(with_contiguous_rows(features)), prototypes_(with_contiguous_rows(prototypes)),
-        width_(features.size(1)), steps_(steps_of<P>(width_)),
-        packed_features_(empty_packed<P>(is_in_place() ? 0 : rows() * packed_row_length<P>(width_))),
-        panels_(empty_packed<P>(panel_count<T>(chunk) * kPanelWidth<T> * steps_)),
-        a_(pack_a<P>(data<S>(features_), features_.stride(0), rows(), width_, data<P>(packed_features_))) {}
+        width_(features.size(1)),
+        packed_features_(empty({is_in_place() ? 0 : rows() * packed_row_length(width_)}, kDtype<T>)),
+        panels_(empty({panel_count<T>(chunk) * kPanelWidth<T> * width_}, kDtype<T>)),
+        a_(pack_a<T>(data<S>(features_), features_.stride(0), rows(), width_, data<T>(packed_features_))) {}
 
   int64_t rows() const { return features_.size(0); }
+  int64_t tile_rows() const { return rows(); }  // rows that `multiply` writes, in all
   int64_t width() const { return width_; }
   const S* features() const { return data<S>(features_); }
   int64_t feature_stride() const { return features_.stride(0); }
@@ -59,41 +55,45 @@ class Logits {
 
   // Packs the prototypes of a chunk.
   void load_chunk(int64_t first, int64_t count) {
-    pack_b<P>(prototype(first), prototype_stride(), count, width_, data<P>(panels_));
+    pack_b(prototype(first), prototype_stride(), count, width_, data<T>(panels_));
   }
 
   // Products of `count` features with `columns` prototypes from `column` of the chunk on: tile[count, kColumns].
   void multiply(int64_t row, int64_t count, int64_t column, int64_t columns, T* tile) const {
-    multiply_block<P>(count, panel_count<T>(columns), steps_, a_.from(row), data<P>(panels_) + column * steps_,
-                      steps_ * kPanelWidth<T>, false, tile, kColumns);
+    multiply_block<T>(count, panel_count<T>(columns), width_, a_.from(row), data<T>(panels_) + column * width_,
+                      width_ * kPanelWidth<T>, false, tile, kColumns);
   }
-
-  // Calls body(row, count, block, columns, slot, tile) for each tile of a chunk of `size` prototypes, where
-  // place(row, block, scratch) returns the memory of the tile. Block b belongs to slot b % slots; the tiles of one
-  // range of rows and one slot are computed in order by one thread.
-  template <typename Place, typename Body>
-  void for_each_tile(int64_t size, int64_t slots, T* scratch, const Place& place, const Body& body) const {
-    const double operations = 2.0 * rows() * size * width_;
-    for_tasks(row_block_count(rows()) * slots, operations, scratch, kScratch, [&](int64_t task, T* memory) {
-      const int64_t row = task / slots * kBlockRows, slot = task % slots, count = std::min(kBlockRows, rows() - row);
-      for (int64_t block = slot; block < block_count(size); block += slots) {
-        const int64_t columns = std::min(kColumns, size - block * kColumns);
-        T* tile = place(row, block, memory);
-        multiply(row, count, block * kColumns, columns, tile);
-        body(row, count, block, columns, slot, tile);
-      }
-    });
-  }
-  static constexpr int64_t kScratch = kBlockRows * kColumns;  // a thread's memory in for_each_tile
 
  private:
   Tensor features_, prototypes_;
-  int64_t width_, steps_;
+  int64_t width_;
   Tensor packed_features_, panels_;
-  PackedA<P> a_;
+  PackedA<T> a_;
 
-  bool is_in_place() const { return is_usable_in_place<P, S>(features_.stride(0), width_); }
+  bool is_in_place() const { return is_usable_in_place<T, S>(features_.stride(0)); }
 };
+
+constexpr int64_t kTileScratch = kBlockRows * kColumns;  // a thread's memory in for_each_tile
+
+// Calls body(row, count, block, columns, slot, tile) for each tile of a chunk of `size` prototypes, where
+// place(row, block, scratch) returns the memory of the tile. Block b belongs to slot b % slots; the tiles of one range
+// of rows and one slot are computed in order by one thread.
+template <typename S, typename Place, typename Body>
+void for_each_tile(const Logits<S>& logits, int64_t size, int64_t slots, typename Logits<S>::T* scratch,
+                   const Place& place, const Body& body) {
+  const double operations = 2.0 * logits.rows() * size * logits.width();
+  for_tasks(row_block_count(logits.rows()) * slots, operations, scratch, kTileScratch, [&](int64_t task, auto* memory) {
+    [[maybe_unused]] const typename Logits<S>::Scope scope{};
+    const int64_t row = task / slots * kBlockRows, slot = task % slots,
+                  count = std::min(kBlockRows, logits.rows() - row);
+    for (int64_t block = slot; block < block_count(size); block += slots) {
+      const int64_t columns = std::min(kColumns, size - block * kColumns);
+      auto* tile = place(row, block, memory);
+      logits.multiply(row, count, block * kColumns, columns, tile);
+      body(row, count, block, columns, slot, tile);
+    }
+  });
+}
 
 // The first n lanes of x, and `other` in the rest. n may exceed a vector.
 template <typename T>
@@ -205,76 +205,56 @@ class RowSums {
   }
 };
 
-// Gradients of the logits of one chunk, and their products with prototypes and features. Where products take pairs of
-// bfloat16, each gradient is stored twice: beside its neighbour in the row, and beside the one below.
+// Runs of_rows(first row, memory) for blocks of rows and of_columns(first column, columns, memory) for blocks of
+// columns, where `memory` is the running thread's, of kColumns rows of `width` values.
+template <typename T, typename OfRows, typename OfColumns>
+void for_gradient_tasks(int64_t rows, int64_t columns, double operations, int64_t width, const OfRows& of_rows,
+                        const OfColumns& of_columns) {
+  // A task of few blocks takes a part of one, so that there are enough tasks for many threads.
+  const int64_t part = block_count(columns) < 8 ? kColumns / 4 : kColumns, row_tasks = row_block_count(rows);
+  const Tensor scratch = empty({torch::stable::get_num_threads() * kColumns * width}, kDtype<T>);
+  for_tasks(row_tasks + (columns + part - 1) / part, operations, data<T>(scratch), kColumns * width,
+            [&](int64_t task, T* memory) {
+              const int64_t column = (task - row_tasks) * part;
+              if (task < row_tasks)
+                of_rows(task * kBlockRows, memory);
+              else
+                of_columns(column, std::min(part, columns - column), memory);
+            });
+}
+
+// Gradients of the logits of one chunk, and their products with prototypes and features.
 template <typename S>
 class LogitGradients {
  public:
-  using P = Packed<S>;
-  using T = Accumulator<P>;
-  static constexpr bool kPairs = std::is_same_v<P, Bf16x2>;
+  using T = ComputeType<S>;
 
   // dx [N, D] and dweight [P, D] are written unless they are null.
   LogitGradients(const Logits<S>& logits, int64_t chunk, T* dx, T* dweight)
-      : logits_(logits), rows_(logits.rows()), row_steps_(steps_of<P>(rows_)), width_(logits.width()),
-        padded_(panel_count<T>(width_) * kPanelWidth<T>), dx_(dx), dweight_(dweight),
-        by_row_(empty_packed<P>(block_count(chunk) * row_size())),
-        by_column_(empty_packed<P>(kPairs && dweight ? block_count(chunk) * column_size() : 0)),
-        prototype_panels_(empty_packed<P>(dx ? padded_ * steps_of<P>(chunk) : 0)),
-        feature_panels_(empty_packed<P>(dweight ? padded_ * row_steps_ : 0)),
+      : logits_(logits), rows_(logits.rows()), width_(logits.width()), padded_(panel_count<T>(width_) * kPanelWidth<T>),
+        dx_(dx), dweight_(dweight), gradients_(empty({block_count(chunk) * block_size()}, kDtype<T>)),
+        prototype_panels_(empty({dx ? padded_ * chunk : 0}, kDtype<T>)),
+        feature_panels_(empty({dweight ? padded_ * rows_ : 0}, kDtype<T>)),
         padded_dx_(empty({dx && padded_ != width_ ? rows_ * padded_ : 0}, kDtype<T>)) {
     if (dweight)
-      pack_contiguous_lanes<P>(logits.features(), logits.feature_stride(), width_, rows_, data<P>(feature_panels_));
+      pack_contiguous_lanes(logits.features(), logits.feature_stride(), width_, rows_, data<T>(feature_panels_));
   }
 
   // The memory of a tile.
-  T* place(int64_t row, int64_t block, T* scratch) const {
-    if constexpr (kPairs)
-      return scratch;
-    else
-      return data<T>(by_row_) + block * row_size() + row * kColumns;
-  }
+  T* place(int64_t row, int64_t block, T*) const { return data<T>(gradients_) + block * block_size() + row * kColumns; }
 
-  // Stores a tile of gradients. Those beyond the last column must be zero up to a whole vector.
-  void store_tile([[maybe_unused]] int64_t row, [[maybe_unused]] int64_t count, [[maybe_unused]] int64_t block,
-                  [[maybe_unused]] int64_t columns, [[maybe_unused]] T* tile) const {
-#if defined(FASTSSL_BF16_DOT)
-    if constexpr (kPairs) {
-      if (count % 2) std::fill(tile + count * kColumns, tile + (count + 1) * kColumns, T(0));
-      P* by_row = data<P>(by_row_) + block * row_size() + row * (kColumns / 2);
-      P* by_column = data<P>(by_column_) + block * column_size() + row / 2 * kColumns;
-      for (int64_t i = 0; i < count; ++i, tile += kColumns)
-        for (int64_t c = 0; c < columns; c += 2 * kLanes<T>) {
-          const bool whole = columns - c > kLanes<T>;
-          const Vec<T> first = load(tile + c), second = whole ? load(tile + c + kLanes<T>) : Vec<T>{};
-          if (dx_) store(by_row + i * (kColumns / 2) + c / 2, to_bf16(first, second));
-          if (!dweight_ || i % 2) continue;
-          const T* below = tile + kColumns + c;
-          store(by_column + i / 2 * kColumns + c, to_bf16_pairs(first, load(below)));
-          if (whole)
-            store(by_column + i / 2 * kColumns + c + kLanes<T>, to_bf16_pairs(second, load(below + kLanes<T>)));
-        }
-    }
-#endif
-  }
+  // Stores a tile of gradients, which are in their place already.
+  void store_tile(int64_t, int64_t, int64_t, int64_t, T*) const {}
 
   // Adds the products of the chunk of `size` prototypes from `first` on, whose tiles are all stored.
   void multiply_chunk(int64_t first, int64_t size) const {
-    const int64_t steps = steps_of<P>(size), dx_tasks = dx_ ? row_block_count(rows_) : 0;
-    // A task of few blocks takes a part of one, so that there are enough tasks for many threads.
-    const int64_t part = block_count(size) < 8 ? kColumns / 4 : kColumns;
     if (dx_)
-      pack_contiguous_lanes<P>(logits_.prototype(first), logits_.prototype_stride(), width_, size,
-                               data<P>(prototype_panels_));
-    const int64_t scratch_size = dweight_ && padded_ != width_ ? kColumns * padded_ : 0;
-    const Tensor scratch = empty({torch::stable::get_num_threads() * scratch_size}, kDtype<T>);
-    for_tasks(dx_tasks + (dweight_ ? (size + part - 1) / part : 0), 4.0 * rows_ * size * width_, data<T>(scratch),
-              scratch_size, [&](int64_t task, T* memory) {
-                if (task < dx_tasks)
-                  multiply_prototypes(task * kBlockRows, first, size, steps);
-                else
-                  multiply_features((task - dx_tasks) * part, part, first, size, memory);
-              });
+      pack_contiguous_lanes(logits_.prototype(first), logits_.prototype_stride(), width_, size,
+                            data<T>(prototype_panels_));
+    for_gradient_tasks<T>(
+        dx_ ? rows_ : 0, dweight_ ? size : 0, 4.0 * rows_ * size * width_, padded_ == width_ ? 0 : padded_,
+        [&](int64_t row, T*) { multiply_prototypes(row, first, size); },
+        [&](int64_t column, int64_t columns, T* memory) { multiply_features(column, columns, first, memory); });
   }
 
   // Copies dx to its place after the last chunk.
@@ -285,33 +265,29 @@ class LogitGradients {
 
  private:
   const Logits<S>& logits_;
-  int64_t rows_, row_steps_, width_, padded_;
+  int64_t rows_, width_, padded_;
   T *dx_, *dweight_;
-  Tensor by_row_, by_column_, prototype_panels_, feature_panels_, padded_dx_;
+  Tensor gradients_, prototype_panels_, feature_panels_, padded_dx_;
 
-  int64_t row_size() const { return (rows_ + 1) * kColumns / kDepthPerElement<P>; }
-  int64_t column_size() const { return row_steps_ * kColumns; }
+  int64_t block_size() const { return rows_ * kColumns; }
 
-  void multiply_prototypes(int64_t row, int64_t first, int64_t size, int64_t steps) const {
-    constexpr int64_t kStride = kColumns / kDepthPerElement<P>;
+  void multiply_prototypes(int64_t row, int64_t first, int64_t size) const {
     T* dst = (padded_ == width_ ? dx_ : data<T>(padded_dx_)) + row * padded_;
     for (int64_t block = 0; block < block_count(size); ++block) {
-      const PackedA<P> a{data<P>(by_row_) + block * row_size() + row * kStride, kTileRows * kStride, kStride, 1};
-      const int64_t columns = std::min(kColumns, size - block * kColumns);
-      multiply_block<P>(std::min(kBlockRows, rows_ - row), panel_count<T>(width_), steps_of<P>(columns), a,
-                        data<P>(prototype_panels_) + block * kStride * kPanelWidth<T>, steps * kPanelWidth<T>,
+      const PackedA<T> a{data<T>(gradients_) + block * block_size() + row * kColumns, kTileRows * kColumns, kColumns,
+                         1};
+      multiply_block<T>(std::min(kBlockRows, rows_ - row), panel_count<T>(width_),
+                        std::min(kColumns, size - block * kColumns), a,
+                        data<T>(prototype_panels_) + block * kColumns * kPanelWidth<T>, size * kPanelWidth<T>,
                         first + block > 0, dst, padded_);
     }
   }
 
-  void multiply_features(int64_t column, int64_t part, int64_t first, int64_t size, T* memory) const {
-    const int64_t block = column / kColumns, columns = std::min(part, size - column);
-    const P* gradients =
-        (kPairs ? data<P>(by_column_) + block * column_size() : data<P>(by_row_) + block * row_size()) +
-        column % kColumns;
+  void multiply_features(int64_t column, int64_t columns, int64_t first, T* memory) const {
+    const T* gradients = data<T>(gradients_) + column / kColumns * block_size() + column % kColumns;
     T *result = dweight_ + (first + column) * width_, *dst = padded_ == width_ ? result : memory;
-    multiply_block<P>(columns, panel_count<T>(width_), row_steps_, {gradients, kTileRows, 1, kColumns},
-                      data<P>(feature_panels_), row_steps_ * kPanelWidth<T>, false, dst, padded_);
+    multiply_block<T>(columns, panel_count<T>(width_), rows_, {gradients, kTileRows, 1, kColumns},
+                      data<T>(feature_panels_), rows_ * kPanelWidth<T>, false, dst, padded_);
     for (int64_t j = 0; dst != result && j < columns; ++j) std::copy_n(dst + j * padded_, width_, result + j * width_);
   }
 };

@@ -21,6 +21,7 @@ from tests.support.contract import (
     torch_threads,
 )
 from tests.support.memory import peak_memory
+from tests.support.products import EVERY_PRODUCT
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EXACT = dict(rtol=1e-11, atol=1e-12)
@@ -190,8 +191,9 @@ def test_error_is_at_most_torch_s(dtype, size):
             assert_as_exact_on_average(result, truth[name], plain[name], name)
 
 
+@EVERY_PRODUCT
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_bfloat16_gradients_are_as_exact_as_torch_s(size):
+def test_bfloat16_gradients_are_as_exact_as_torch_s(size, products):
     """Of logits whose product takes bfloat16, with the softmax in float32, as under autocast."""
     student, weight, tau, *teacher, rows, target = drawn(size, torch.bfloat16)
     x, w, targets = student.requires_grad_(), weight.requires_grad_(), PrototypeTargets(*teacher)
@@ -270,6 +272,16 @@ def test_any_strides(view, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 def test_same_bits_on_one_thread_and_on_two(size, dtype):
     args, results = drawn(size, dtype), []
+    for threads in (1, 2):
+        with torch_threads(threads):
+            results.append(ops_of(*args))
+    for name, one in results[0].items():
+        assert_same(results[1][name], one, name)
+
+
+@EVERY_PRODUCT
+def test_bfloat16_products_give_the_same_bits_on_any_number_of_threads(products):
+    args, results = drawn((250, 90, 900, 33, 20), torch.bfloat16), []
     for threads in (1, 2):
         with torch_threads(threads):
             results.append(ops_of(*args))
