@@ -76,7 +76,7 @@ def forward_plan(L: int, E: int, size: int, arch: str, bias: bool = False) -> Pl
     longest, block_m, warps, stages = choose(FWD[arch][size], block_e)
     if bias:  # its tile takes the registers of as many scores
         longest = min(longest, 128 if size == 2 and block_e < 128 else 64 if size == 2 else 32)
-        block_m = min(block_m, 16) if size == 8 else block_m
+        block_m = 16 if size == 8 and block_e == 64 else block_m
     block_l = _block_of_queries(L, longest)
     return Plan(False, block_l, block_m, block_e, max(4, warps * block_l // longest), stages)
 
