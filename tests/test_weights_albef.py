@@ -27,7 +27,7 @@ def test_albef_checkpoints_have_the_official_layout(tmp_path):
         assert torch.equal(state.pop(f"{encoder}.bert.embeddings.position_ids"), torch.arange(512)[None])
     assert equal(state, own)
     assert {name: list(state[name].shape) for name in ("image_queue", "text_queue", "queue_ptr", "temp")} == {
-        **{"image_queue": [64, 1024], "text_queue": [64, 1024], "queue_ptr": [1], "temp": []}
+        **{"image_queue": [128, 16], "text_queue": [128, 16], "queue_ptr": [1], "temp": []}
     }
     encoder = method.encoder.state_dict()
     sizes = {"pos_embed": "learn", "patch_size": 8, "img_size": 32, "embed_dim": 128, "depth": 4, "num_heads": 4}
