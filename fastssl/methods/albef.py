@@ -20,7 +20,7 @@ from fastssl.distributed import world_size
 from fastssl.methods.clip import MEAN, STD, tokens_of
 from fastssl.milestones import MILESTONE
 from fastssl.nn.bert import BERT_SIZES, PAD, VOCABULARY, BertForMaskedLM
-from fastssl.nn.fusion import Encoded, FusionNetwork
+from fastssl.nn.fusion import Encoded, FusionNetwork, raise_gain
 from fastssl.nn.masking import seeded_noise
 from fastssl.nn.pairs import PairQueue, distilled_contrast, hard_negatives
 from fastssl.nn.sharing import save_as_scalar, save_child_unprefixed, shared_copy
@@ -30,7 +30,6 @@ from fastssl.train.config import Training, check_images_at_once
 
 OFFICIAL = "albef"  # layout of the reference checkpoint
 LOWEST, HIGHEST = 0.001, 0.5  # bounds of the trained temperature
-BASE_WIDTH = 768  # of ViT-B and BERT base
 NEGATIVES, TOKENS = 1, 2  # streams of random numbers of a sample
 
 
@@ -84,9 +83,8 @@ class Config:
 
     @classmethod
     def small(cls) -> "Config":
-        """Not from the paper: for images of at most 64 pixels, minutes on a laptop. Captions may name sides and sizes,
-        so there is no flip, and a crop is nearly the whole image. The queue is short: the networks change so fast that
-        keys of some steps ago are told from fresh ones by age alone, which lowers the loss and teaches nothing."""
+        """Not from the paper: for images of at most 64 pixels, minutes on a laptop. Captions name sides and sizes, so
+        crops are nearly whole. At this pace a longer queue teaches nothing: old keys are told from fresh by age."""
         training = Training(6, 64, "adamw", lr=4e-3, weight_decay=0.02, warmup_epochs=1)
         views = {"image_size": (32, 32), "patch_size": 8, "crop_min": 0.9, "flip_p": 0.0}
         sizes = {"text_model": "bert_mini", "text_length": 32, "dim": 128, "queue_size": 16}
@@ -118,18 +116,9 @@ def build(config: Config) -> "ALBEF":
     how: dict[str, Any] = {"dynamic_img_size": False, "pos_offset": 0.0, "pos_antialias": True, "global_pool": ""}
     vit = dino_vit(config.backbone, config.image_size, patch, **how)
     text = BertForMaskedLM(vit.embed_dim, *BERT_SIZES[config.text_model], dropout=config.dropout)
-    _raise_gain(vit, vit.embed_dim)
-    _raise_gain(text, text.dim)
+    raise_gain(vit, vit.embed_dim)
+    raise_gain(text, text.dim)
     return (MatchingALBEF if config.itm_weight else ALBEF)(vit, text, config)
-
-
-@torch.no_grad()
-def _raise_gain(network: nn.Module, width: int) -> None:
-    """Enlarge the initial matrices of a network narrower than base models, for whose 768 columns their deviation 0.02
-    is meant: layers of 128 would add so little that all images, and all texts, have nearly the same embedding."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            module.weight *= max(1.0, BASE_WIDTH / width) ** 0.5
 
 
 def parameter_groups(method: "ALBEF") -> list[dict]:

@@ -11,6 +11,7 @@ from .momentum import MomentumEncoder
 from .token_masks import distilled_token_loss, masked_positions
 from .vit import ViT
 
+BASE_WIDTH = 768  # of ViT-B and BERT base
 FOLLOWED = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")  # those with a momentum encoder
 
 
@@ -125,3 +126,12 @@ class FusionNetwork(nn.Module):
         fused = self.text_encoder(tokens, None, self.visual_encoder(images), rows)
         mismatch, match = self.itm_head(fused[:, 0]).unbind(1)
         return match - mismatch
+
+
+@torch.no_grad()
+def raise_gain(network: nn.Module, width: int) -> None:
+    """Enlarge the initial matrices of a network narrower than base models, for whose 768 columns their deviation 0.02
+    is meant: layers of 128 would add so little that all images, and all texts, have nearly the same embedding."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            module.weight *= max(1.0, BASE_WIDTH / width) ** 0.5
