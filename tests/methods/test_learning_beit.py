@@ -15,18 +15,18 @@ from fastssl.nn.visual_tokens import codes_of_pixels
 from fastssl.train.config import Execution
 from fastssl.train.trainer import Trainer
 
-EPOCHS = 6
+EPOCHS = {dvae: 6, beit: 3}
 
 
 def trained(module, config):
-    """The method after six epochs of shapes."""
-    config.training.epochs = EPOCHS
+    """The method after a few epochs of shapes."""
+    config.training.epochs = epochs = EPOCHS[module]
     torch.manual_seed(0)
     method = module.build(config)
     loader = Loader(open_source("shapes"), config.augmentation, config.training.batch_size)
     groups = getattr(module, "parameter_groups", None)
     trainer = Trainer(method, config.training, Execution(), len(loader), parameter_groups=groups)
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         batches = loader.epoch(epoch)
         for _ in range(len(loader)):
             trainer.step(batches)
