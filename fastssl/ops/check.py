@@ -6,6 +6,7 @@ Checks read shapes, dtypes and devices only, never values on a device: no op wai
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -192,6 +193,8 @@ def scalar(op: str, name: str, value: float | Tensor, like: Tensor) -> Tensor:
         return value.reshape(()).to(like.device)
     number(op, **{name: value})
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if abs(value) > torch.finfo(dtype).max:  # torch.full raises for what it would round to infinity
+        value = math.inf if value > 0 else -math.inf
     return torch.full((), value, dtype=dtype, device=like.device)
 
 

@@ -83,6 +83,13 @@ def test_a_confident_pair_has_an_exact_loss_and_gradient():
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)  # 2e-13: not a difference of large numbers
 
 
+def test_numbers_beyond_float32_are_infinite():
+    q = torch.ones(2, 3)
+    assert pairwise_sigmoid(q, q, 1.0, 1e300) == pairwise_sigmoid(q, q, 1e300, 0.0) == torch.inf
+    assert pairwise_sigmoid(q, q, 1.0, -1e300) == torch.inf
+    assert pairwise_sigmoid(q[:1], q[:1], 1.0, 1e300) == 0  # the pair belongs together
+
+
 def test_nan_reaches_the_loss_and_infinite_logits_do_not_make_one():
     q, keys = torch.ones(3, 4), torch.ones(5, 4)
     keys[4] = -torch.inf
