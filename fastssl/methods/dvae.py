@@ -82,10 +82,10 @@ class Config:
         The network is that of BEiT's code. At first the divergence weighs so much that many codes stay in use until the
         decoder can tell them apart, at the end little against the squared error.
         """
-        training = Training(12, 32, "adamw", lr=1.2e-2, weight_decay=1e-4, warmup_epochs=0.5, decay_all=True)
-        sizes = {"image_size": (32, 32), "codes": 128, "width": 32, "inner": 32, "groups": 3, "blocks": 1}
+        training = Training(12, 16, "adamw", lr=4e-2, weight_decay=1e-4, warmup_epochs=0.5, decay_all=True)
+        sizes = {"image_size": (32, 32), "codes": 64, "width": 16, "inner": 32, "groups": 3, "blocks": 1}
         schedules = {"tau_end": 0.25, "tau_share": 1.0, "kl_share": 0.01, "ema_momentum": 0.98}
-        schedules |= {"kl_weight": 0.5, "kl_weight_end": 0.02}
+        schedules |= {"kl_weight": 0.4, "kl_weight_end": 0.02}
         return cls("beit", **sizes, **schedules, flip_p=0.0, training=training)
 
     @property

@@ -269,16 +269,16 @@ def test_the_encoder_takes_images_as_evaluation_gives_them():
 
 @pytest.mark.exhaustive
 def test_it_learns_codes_that_show_the_images():
-    """Six epochs of shapes: held-out images come back much closer than their mean colour, by more than a few codes."""
+    """Four epochs of shapes: held-out images come back closer than their mean colour, by a good part of the codes."""
     config = dvae.Config.small()
-    config.training.epochs = 6
+    config.training.epochs = 4
     torch.manual_seed(0)
     model = dvae.build(config)
     loader = Loader(open_source("shapes"), config.augmentation, config.training.batch_size)
     (held_out,) = next(Loader(open_source("shapes", "test"), evaluation((32, 32), 1.0), 256).epoch(0)).views
     std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     trainer = Trainer(model, config.training, Execution(), len(loader))
-    for epoch in range(6):
+    for epoch in range(4):
         batches = loader.epoch(epoch)
         for _ in range(len(loader)):
             trainer.step(batches)
@@ -290,4 +290,4 @@ def test_it_learns_codes_that_show_the_images():
         for made in (model.autoencode(held_out), held_out.mean((2, 3), keepdim=True))
     )
     print(f"error {error:.4f}, of the mean colour {of_mean:.4f}; perplexity {perplexity:.1f}")
-    assert error < 0.85 * of_mean and perplexity > 5
+    assert error < 0.5 * of_mean and perplexity > 15

@@ -15,7 +15,7 @@ from fastssl.nn.visual_tokens import codes_of_pixels
 from fastssl.train.config import Execution
 from fastssl.train.trainer import Trainer
 
-EPOCHS = {dvae: 6, beit: 3}
+EPOCHS = {dvae: 4, beit: 3}
 
 
 def trained(module, config):
