@@ -68,7 +68,7 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(24, 64, "adamw", lr=4e-3, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, warmup_epochs=1)
+        training = Training(16, 64, "adamw", lr=4e-3, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, warmup_epochs=1)
         return cls("vit_mini", 8, (32, 32), text_length=32, training=training)
 
     @property

@@ -56,8 +56,8 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(24, 32, "adamw", lr=8e-3, weight_decay=1e-4, betas=(0.9, 0.95), warmup_epochs=1)
-        return cls("vit_mini", 8, (32, 32), text_length=24, logit_bias=-3.43, training=training)  # log(1 / 31)
+        training = Training(16, 64, "adamw", lr=4e-3, weight_decay=1e-4, betas=(0.9, 0.95), warmup_epochs=2)
+        return cls("vit_mini", 8, (32, 32), text_length=24, logit_bias=-4.14, training=training)  # log(1 / 63)
 
     @property
     def augmentation(self) -> Augmentation:
