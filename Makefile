@@ -15,15 +15,14 @@
 #
 # PYTHON=python3.12 make …       another interpreter (3.10 or later)
 # FASTSSL_BUILD=none make …      without a C++ compiler: every op runs in plain torch
-# PROCESSES=8 make test          processes that share the tests, 2 by default, each with one thread and up to 4 GB
+# PROCESSES=8 make test          processes that share the tests, 2 by default, each with a core of its own and up to 4 GB
 
 PYTHON ?= python3
 PROCESSES ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q -c .ci/constraints.txt
 , := ,
-# threads of two processes that wait for each other's cores would make the tests slower, not faster
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-fast test-all lint docs bench bench-step sanitize static install clean
