@@ -21,7 +21,16 @@ from fastssl.weights import export, load_initial_weights, load_weights
 from tests.support.contract import refused
 from tests.support.golden import part, read
 
-TINY = {"network": "dalle", "image_size": (8, 12), "codes": 20, "width": 4, "inner": 6, "groups": 3, "blocks": 1}
+TINY = {
+    "network": "dalle",
+    "image_size": (8, 12),
+    "codes": 20,
+    "width": 4,
+    "inner": 6,
+    "groups": 3,
+    "blocks": 1,
+    "kl_weight_end": None,
+}
 
 
 def tiny(**changes):
