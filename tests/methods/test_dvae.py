@@ -21,7 +21,16 @@ from fastssl.weights import export, load_initial_weights, load_weights
 from tests.support.contract import refused
 from tests.support.golden import part, read
 
-TINY = {"network": "dalle", "image_size": (8, 12), "codes": 20, "width": 4, "inner": 6, "groups": 3, "blocks": 1}
+TINY = {
+    "network": "dalle",
+    "image_size": (8, 12),
+    "codes": 20,
+    "width": 4,
+    "inner": 6,
+    "groups": 3,
+    "blocks": 1,
+    "kl_weight_end": None,
+}
 
 
 def tiny(**changes):
@@ -290,4 +299,4 @@ def test_it_learns_codes_that_show_the_images():
         for made in (model.autoencode(held_out), held_out.mean((2, 3), keepdim=True))
     )
     print(f"error {error:.4f}, of the mean colour {of_mean:.4f}; perplexity {perplexity:.1f}")
-    assert error < 0.5 * of_mean and perplexity > 15
+    assert error < 0.4 * of_mean and perplexity > 10

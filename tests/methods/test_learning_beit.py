@@ -15,15 +15,16 @@ from fastssl.nn.visual_tokens import codes_of_pixels
 from fastssl.train.config import Execution
 from fastssl.train.trainer import Trainer
 
-EPOCHS = {dvae: 4, beit: 3}
+RUNS = {dvae: ("shapes", 4), beit: ("shapes:count=1024", 6)}  # images and epochs
 
 
 def trained(module, config):
     """The method after a few epochs of shapes."""
-    config.training.epochs = epochs = EPOCHS[module]
+    images, epochs = RUNS[module]
+    config.training.epochs = epochs
     torch.manual_seed(0)
     method = module.build(config)
-    loader = Loader(open_source("shapes"), config.augmentation, config.training.batch_size)
+    loader = Loader(open_source(images), config.augmentation, config.training.batch_size)
     groups = getattr(module, "parameter_groups", None)
     trainer = Trainer(method, config.training, Execution(), len(loader), parameter_groups=groups)
     for epoch in range(epochs):
