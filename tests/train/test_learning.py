@@ -43,8 +43,9 @@ LONG = RUNS.keys() - {"mae", "moco_v3"}  # a reconstructing and a contrastive me
 # docs/methods.md has accuracies, whose smallest rise is 6.9 points. A rise of 5 is far from what rounding and
 # the order of sums change, and from what batch statistics alone do at a learning rate of 0.
 RISE = 0.05
-# Least shares of 1,000 images and of their captions that find each other among the first 10; by chance 1 %.
-RECALL = {"clip": 0.5, "siglip": 0.2}
+EPOCHS = {"clip": 8, "siglip": 16}  # of methods of images and text
+# least share of 1,000 images, and of their captions, with one another among the first 10: 77 % measured, 1 % by chance
+LEAST_RECALL = 0.5
 
 
 def knn_rise(method: str, folder, monkeypatch, *words: str) -> float:
@@ -73,9 +74,11 @@ def test_knn_does_not_rise_at_a_learning_rate_of_0(method, tmp_path, monkeypatch
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("method", RECALL)
+@pytest.mark.parametrize("method", EPOCHS)
 def test_captions_are_found(method, tmp_path):
-    run = fastssl.pretrain(method, "captions", folder=tmp_path / "run", epochs=8, tensorboard=False, workers=0)
+    run = fastssl.pretrain(
+        method, "captions", folder=tmp_path / "run", epochs=EPOCHS[method], tensorboard=False, workers=0
+    )
     recall = run.retrieval()
     print(f"{method}: {recall}")
-    assert min(recall.image_to_text[10], recall.text_to_image[10]) >= RECALL[method]
+    assert min(recall.image_to_text[10], recall.text_to_image[10]) >= LEAST_RECALL
