@@ -210,7 +210,8 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         assert "\n" not in sentence
         assert not new.exists()
     refused(monkeypatch, f"run: {empty} is not a run folder: it has no config.json", "pretrain", "--resume", empty)
-    refused(monkeypatch, "eval: name an evaluation: knn, linear or finetune, got nothing", "eval")
+    evaluations = "knn, linear, finetune, zeroshot or retrieval"
+    refused(monkeypatch, f"eval: name an evaluation: {evaluations}, got nothing", "eval")
 
 
 def test_a_run_folder_that_cannot_be_written(monkeypatch, tmp_path):

@@ -107,6 +107,6 @@ def test_the_augmentation_of_a_method_follows_the_images():
     assert find_augmentation("moco_v2", large, (32, 64)).views[0].size == (32, 64)
     assert find_augmentation("tests.support.toy_method", large).views[0].size == (32, 32)
     with pytest.raises(
-        ValueError, match=r"^data: unknown augmentation 'x', there are barlow_twins, .*, multi_crop, evaluation$"
+        ValueError, match=r"^data: unknown augmentation 'x', there are albef, barlow_twins, .*, multi_crop, evaluation$"
     ):
         find_augmentation("x", small)
