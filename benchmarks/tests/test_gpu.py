@@ -22,7 +22,8 @@ LARGE_FILE = 3 * 2**20
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
-def test_dry_run(tmp_path, capfd):
+def test_dry_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would measure nothing
     assert gpu.main(["--dry-run", "--minutes", "15", "--out", str(tmp_path)]) == 0, capfd.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == list(gpu.PHASES)

@@ -171,7 +171,7 @@ class ALBEF(FusionNetwork):
             metrics |= {"loss_itm": loss_itm.detach(), "itm_accuracy": (matched.argmax(1) == is_pair).float().mean()}
         if masked is not None:
             target = tokens.where(masked, IGNORED)
-            loss_mlm, right = self.complete(completed, twin, is_token, target, self.alpha, config.mlm_probability)
+            loss_mlm, right = self.token_loss(completed, twin, is_token, target, self.alpha, config.mlm_probability)
             loss = loss + config.mlm_weight * loss_mlm
             metrics |= {"loss_mlm": loss_mlm.detach(), "mlm_accuracy": right}
         return loss, metrics

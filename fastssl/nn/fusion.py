@@ -85,7 +85,7 @@ class FusionNetwork(nn.Module):
         matched = None if negatives is None else self.itm_head(fused[: 3 * batch, 0])
         return matched, None if student.masked_text is None else fused[-batch:]
 
-    def complete(
+    def token_loss(
         self, fused: Tensor, twin: Encoded, is_token: Tensor, targets: Tensor, alpha: Tensor, probability: float
     ) -> tuple[Tensor, Tensor]:
         """Loss of the masked tokens, and the share that is predicted right. Logits are computed at masked positions.
