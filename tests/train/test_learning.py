@@ -32,20 +32,19 @@ RUNS = {
     "instdisc": "--epochs 30",
     "dinov2": "--epochs 4",
     "igpt": "--epochs 5 --image-size 8 8",
-    "albef": "--epochs 6",
 }
 DATA = {
     "instdisc": "shapes:count=1024",  # an epoch renews a row of the bank once
     "igpt": "digits",  # of shapes its mean features tell the colours
-    "albef": "captions",
 }
 LONG = RUNS.keys() - {"mae", "moco_v3"}  # a reconstructing and a contrastive method stay in `make test`
 # docs/methods.md has accuracies, whose smallest rise is 6.9 points. A rise of 5 is far from what rounding and
 # the order of sums change, and from what batch statistics alone do at a learning rate of 0.
 RISE = 0.05
-EPOCHS = {"clip": 8, "siglip": 16}  # of methods of images and text
-# least share of 1,000 images, and of their captions, with one another among the first 10: 77 % measured, 1 % by chance
-LEAST_RECALL = 0.5
+EPOCHS = {"clip": 8, "siglip": 16, "albef": 6}  # of methods of images and text
+# Least share of 1,000 images, and of their captions, with one another among the first 10; 1 % by chance. Measured were
+# 77 % and more, with ALBEF 47 %.
+LEAST_RECALL = {"clip": 0.5, "siglip": 0.5, "albef": 0.25}
 
 
 def knn_rise(method: str, folder, monkeypatch, *words: str) -> float:
@@ -81,4 +80,4 @@ def test_captions_are_found(method, tmp_path):
     )
     recall = run.retrieval()
     print(f"{method}: {recall}")
-    assert min(recall.image_to_text[10], recall.text_to_image[10]) >= LEAST_RECALL
+    assert min(recall.image_to_text[10], recall.text_to_image[10]) >= LEAST_RECALL[method]
