@@ -27,6 +27,7 @@ A command that needs an optional name which the module does not define raises an
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -38,6 +39,12 @@ class Batch(NamedTuple):
     label: Tensor  # [B] int64, −1 for no label; for evaluation, never for the loss
     seed: Tensor | None = None  # [B] int64, function of (run, epoch, image): draws from it are the same on any rank
     extras: dict[str, Tensor] = {}  # noqa: RUF012 - further data of the source, each [B, …]: token ids, a depth map
+
+    def seeds(self) -> Tensor:
+        """A seed for each image, [B] int64: `seed`, or numbers drawn by torch's generator where the batch has none."""
+        if self.seed is not None:
+            return self.seed
+        return torch.randint(2**62, self.views[0].shape[:1], device=self.views[0].device)
 
 
 @runtime_checkable

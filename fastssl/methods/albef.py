@@ -153,7 +153,8 @@ class ALBEF(FusionNetwork):
         and, for the contrast, of the queue."""
         (images,), tokens = batch.views, tokens_of(batch, "albef")
         config, is_token = self.config, tokens != PAD
-        corrupted, masked = self.mask(tokens, batch.seed) if config.mlm_weight else (None, None)
+        seeds = batch.seeds()
+        corrupted, masked = self.mask(tokens, seeds) if config.mlm_weight else (None, None)
         student = self.encode(images, tokens, corrupted)
         with torch.no_grad():
             twin = self.encode(images, tokens, corrupted, twin=True)
@@ -162,7 +163,7 @@ class ALBEF(FusionNetwork):
         with record_function("loss"):
             loss = self.contrast(student, twin)
         metrics = {"temp": self.temp.detach()[0].clone(), "loss_itc": loss.detach()}
-        negatives = self.negatives(student, twin, batch.seed) if config.itm_weight else None
+        negatives = self.negatives(student, twin, seeds) if config.itm_weight else None
         matched, completed = self.fuse(student, is_token, negatives)
         if matched is not None:
             is_pair = torch.arange(len(matched), device=tokens.device) < len(tokens)
@@ -183,14 +184,14 @@ class ALBEF(FusionNetwork):
         to_image = distilled_contrast(student.text_z, twin.text_z, image_keys, self.temp, self.alpha)
         return (to_text + to_image) / 2
 
-    def mask(self, tokens: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def mask(self, tokens: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, L] with masks, and which are masked, drawn from the samples' seeds."""
-        noise = _noise(3 * tokens.shape[1], TOKENS, seed, tokens).unflatten(1, (-1, 3))
+        noise = seeded_noise(3 * tokens.shape[1], TOKENS, seeds).unflatten(1, (-1, 3))
         return mask_tokens(tokens, noise, self.config.mlm_probability, VOCABULARY)
 
-    def negatives(self, student: Encoded, twin: Encoded, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def negatives(self, student: Encoded, twin: Encoded, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Another image for each text and another text for each image [B], drawn from the samples' seeds."""
-        noise = _noise(2, NEGATIVES, seed, student.image_z)
+        noise = seeded_noise(2, NEGATIVES, seeds)
         image_of_text = hard_negatives(student.text_z, twin.image_z, self.temp, noise[:, 0])
         return image_of_text, hard_negatives(student.image_z, twin.text_z, self.temp, noise[:, 1])
 
@@ -231,8 +232,3 @@ class MatchingALBEF(ALBEF):
         """Logarithms of the odds [B] that images [B, 3, H, W] and texts [B, L] match; one image [1, 3, H, W] is
         compared with all texts."""
         return self.log_odds(images, tokens)
-
-
-def _noise(count: int, stream: int, seed: Tensor | None, like: Tensor) -> Tensor:
-    """Uniform numbers [B, count], without seeds by torch's generator."""
-    return torch.rand(len(like), count, device=like.device) if seed is None else seeded_noise(count, stream, seed)

@@ -27,8 +27,6 @@ from fastssl.nn.vit import without_mask_token
 from fastssl.ops import block_mask, patchify
 from fastssl.train.config import Training
 
-from .ibot import batch_seed
-
 OFFICIAL = "beit"  # layout of the reference checkpoint
 
 
@@ -156,11 +154,7 @@ class BEiT(Beit):
         options: dict[str, Any] = {"relative_bias": config.relative_bias, "abs_pos": config.abs_pos, "fc_norm": False}
         options |= {"init_values": config.layer_scale, "drop_path_rate": config.drop_path, "mask_token": True}
         super().__init__(config.image_size, patch, 3, dim, depth, heads, **options)
-        self.length, self.mask_patches, self.mask_min = (
-            self.grid[0] * self.grid[1],
-            config.mask_patches,
-            config.mask_min,
-        )
+        self.length, self.mask_patches, self.mask_min = math.prod(self.grid), config.mask_patches, config.mask_min
         self.__dict__["tokenizer"] = tokenizer  # no child: neither trained nor saved
         self.lm_head = CodeHead(dim, None if tokenizer is None else tokenizer.vocabulary)
         beit_(self.lm_head)
@@ -169,7 +163,7 @@ class BEiT(Beit):
         images, second = batch.views
         with record_function("tokenizer"):
             codes = self.codes(second)
-        return self.loss(images, codes, self.masks(batch_seed(batch)))
+        return self.loss(images, codes, self.masks(batch.seeds()))
 
     def before_step(self, progress: float) -> None:
         """BEiT has no scheduled values."""

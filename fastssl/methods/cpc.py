@@ -151,7 +151,7 @@ class CPC(nn.Module):
     def contrast(self, batch: Batch) -> list[list[InfoNCE]]:
         """Loss and rank of all predictions of each direction and offset. Changes no state."""
         (images,) = batch.views
-        seeds = torch.randint(2**62, (len(images),), device=images.device) if batch.seed is None else batch.seed
+        seeds = batch.seeds()
         latents = self.latents(images, seeds)
         results = []
         with record_function("loss"):

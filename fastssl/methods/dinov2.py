@@ -188,7 +188,7 @@ class DINOv2(ibot.IBOT):
     def masked_rows(self, batch: Batch) -> tuple[MaskedRows, Tensor]:
         """The masked patches of a batch, and its mask [2B, L]."""
         probability, ratios = self.config.mask_probability, self.config.mask_ratio
-        mask = dinov2_masks(ibot.batch_seed(batch), self.student.backbone.grid, 2, probability, ratios)
+        mask = dinov2_masks(batch.seeds(), self.student.backbone.grid, 2, probability, ratios)
         most = most_masked(mask.shape[1], len(mask), probability, ratios)
         return masked_rows(mask, self.dino_loss.center.dtype, most), mask
 

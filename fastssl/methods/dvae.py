@@ -134,8 +134,7 @@ class DVAE(nn.Module):
         (images,) = batch.views
         stride, codes = self.dvae.tokenizer.stride, self.config.codes
         shape = (codes, images.shape[2] // stride, images.shape[3] // stride)
-        seed = torch.randint(2**62, images.shape[:1], device=images.device) if batch.seed is None else batch.seed
-        nll, kl, chosen = self.dvae.losses(images, gumbel_noise(seed, shape), self.tau)
+        nll, kl, chosen = self.dvae.losses(images, gumbel_noise(batch.seeds(), shape), self.tau)
         counts = torch.zeros_like(self.counts).index_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
         if torch.is_grad_enabled():
             self.pending.append(counts)

@@ -176,7 +176,7 @@ class IBOT(dino.DINO):
         """The masked patches of a batch, and its mask [2B, L]."""
         config, grid = self.config, self.student.backbone.grid
         shares = tuple(zip(config.mask_ratio, config.mask_ratio_var))
-        mask = ibot_masks(batch_seed(batch), grid, 2, shares, config.mask_shape == "block")
+        mask = ibot_masks(batch.seeds(), grid, 2, shares, config.mask_shape == "block")
         most = len(mask) * int(max(ratio + span for ratio, span in shares) * mask.shape[1])
         return masked_rows(mask, self.dino_loss.center.dtype, most), mask
 
@@ -198,10 +198,3 @@ class IBOT(dino.DINO):
     def encoder(self) -> nn.Module:
         """The teacher's backbone without its mask token, as the paper evaluates it; names of timm."""
         return without_mask_token(self.teacher.module.backbone)
-
-
-def batch_seed(batch: Batch) -> Tensor:
-    """A seed for each image [B]: that of the batch, or random ones."""
-    if batch.seed is not None:
-        return batch.seed
-    return torch.randint(2**62, (len(batch.views[0]),), device=batch.views[0].device)

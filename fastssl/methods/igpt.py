@@ -24,8 +24,6 @@ from fastssl.nn.sharing import shared_copy
 from fastssl.ops import linear_cross_entropy
 from fastssl.train.config import Training
 
-from .ibot import batch_seed
-
 OFFICIAL = "imagegpt"  # Hugging Face's layout
 _MASK, _DRAW = 0x6D61736B, 0x64726177  # keep these draws independent of others from the same seeds
 
@@ -164,7 +162,7 @@ class MaskedIGPT(IGPT):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         codes = self.palette.codes(batch.views[0])
-        masked = seeded_noise(codes.shape[1], _MASK, batch_seed(batch)) <= self.mask_p
+        masked = seeded_noise(codes.shape[1], _MASK, batch.seeds()) <= self.mask_p
         loss = self.masked_loss(codes, masked)
         return loss, {"nats_per_pixel": loss.detach()}
 

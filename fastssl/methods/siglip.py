@@ -37,7 +37,7 @@ class Config:
     """exact GELU, as in timm's and open_clip's models of the first SigLIP; the weights were trained with the tanh
     approximation"""
     vocabulary: Annotated[int, AT_LEAST_1] = 49408
-    """number of tokens: that of CLIP's tokenizer; 32,000 in the official weights, whose tokenizer is not public here"""
+    """number of tokens: that of CLIP's tokenizer; 32,000 in the official weights, whose vocabulary no package ships"""
     text_length: Annotated[int, Range(2, 65535)] = 64
     """tokens of a caption, padded"""
     logit_bias: Annotated[float, Range(-1000, 1000)] = -10.0

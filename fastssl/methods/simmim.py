@@ -22,8 +22,6 @@ from fastssl.nn.vit import without_mask_token
 from fastssl.ops import keep_patches, keep_tokens, linear, random_masking
 from fastssl.train.config import Training
 
-from .ibot import batch_seed
-
 OFFICIAL = "simmim"  # layout of the reference checkpoint
 
 
@@ -107,15 +105,13 @@ class SimMIM(nn.Module):
         self.decoder = nn.Sequential(nn.Conv2d(dim, 3 * patch**2, 1))  # the official code has a pixel shuffle after it
         save_child_as(self, "vit", "encoder")
         self.patch_size, self.length = patch, self.vit.grid[0] * self.vit.grid[1]
-        self.squares, self.square = (
-            (size[0] // config.mask_size, size[1] // config.mask_size),
-            config.mask_size // patch,
-        )
+        self.squares = size[0] // config.mask_size, size[1] // config.mask_size
+        self.square = config.mask_size // patch  # side of a square in patches
         self.kept = self.squares[0] * self.squares[1] - math.ceil(config.mask_ratio * math.prod(self.squares))
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         (images,) = batch.views
-        return self.loss(images, self.mask(seeded_noise(math.prod(self.squares), batch_seed(batch)))), {}
+        return self.loss(images, self.mask(seeded_noise(math.prod(self.squares), batch.seeds()))), {}
 
     def before_step(self, progress: float) -> None:
         """SimMIM has no scheduled values."""
