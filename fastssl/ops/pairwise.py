@@ -52,8 +52,7 @@ def pairwise_sigmoid(
         TypeError: an argument is not floating.
 
     Memory: a kernel needs O((B + M)·D). Gradients are computed in the forward pass, and kept. The plain-torch body
-    makes
-        logits [B, M] and their derivatives.
+        makes logits [B, M] and their derivatives.
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, algorithm 1.
     """
