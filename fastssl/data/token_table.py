@@ -68,15 +68,17 @@ class TokenTable:
         return torch.from_numpy(ids[:, :width].astype(np.int64))
 
     def notes(self) -> tuple[str, ...]:
-        """A sentence if captions are cut."""
+        """Sentences if captions are cut, and if the table takes memory because its file could not be written."""
         longest = self.text.length
-        lengths = self.rows[:, 0]
-        if not (cut := int((lengths > longest).sum())):
-            return ()
-        verb = "is" if cut == 1 else "are"
-        return (
-            f"{cut:,} of {len(lengths):,} captions {verb} cut to {longest} tokens, the longest has {lengths.max():,}",
-        )
+        lengths, told = self.rows[:, 0], []
+        if cut := int((lengths > longest).sum()):
+            verb = "is" if cut == 1 else "are"
+            numbers = f"{cut:,} of {len(lengths):,} captions {verb} cut to {longest} tokens"
+            told.append(f"{numbers}, the longest has {lengths.max():,}")
+        if self.rows.size and not isinstance(self.rows, np.memmap):
+            place = f"{printable(self.path)} can't be written (XDG_CACHE_HOME names another folder)"
+            told.append(f"the tokens of captions take {self.rows.nbytes / 1e6:,.1f} MB of each rank's memory: {place}")
+        return tuple(told)
 
 
 def with_captions(source: Source) -> Source:

@@ -170,6 +170,8 @@ def test_without_a_cache_the_table_is_in_memory(tmp_path, monkeypatch, place):
         monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
     table = build_table(Told(6), INPUT)
     assert isinstance(table.rows, np.memmap) == (place == "no locks")
+    told = [note for note in table.notes() if "of each rank's memory" in note]
+    assert len(told) == (place == "a file") and all(str(tmp_path / "taken") in note for note in told)
     assert words(table.gather(torch.tensor([4]), torch.tensor([0]))[0]) in Told(6).captions(4)
 
 
