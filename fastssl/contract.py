@@ -105,7 +105,7 @@ class ReadsWeights(Protocol):
     """A method that computes with weights of another run or file, which are not in its state dict: a tokenizer's."""
 
     def checksums(self) -> dict[str, str]:
-        """A checksum of these weights for each field of the config that names some: a resumed run must find the same."""
+        """A checksum of the weights that each field of the config names; a resumed run must find the same."""
         ...
 
 
