@@ -151,7 +151,8 @@ class TorchvisionAttention(nn.Module):
         if attn_mask is None:
             out = ops.attention_packed(qkv)
         elif is_causal(attn_mask):
-            out = ops.attention(*qkv.unbind(2), causal=True)
+            q, k, v = qkv.unbind(2)
+            out = ops.attention(q, k, v, causal=True)
         else:
             mask = attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
             # torch's module leaves out pairs with True, its function those with False
