@@ -140,7 +140,8 @@ def draw(paths: list[Path], target: Path) -> bool:
         panel.set_title(f"{line.method}, {line.data}", fontsize=8)
         panel.grid(alpha=0.3)
         panel.tick_params(labelsize=7)
-    axes[0, 0].legend(fontsize=7)
+        if line is lines[0]:
+            panel.legend(fontsize=7)
     figure.supxlabel("minutes of a core", fontsize=8)
     figure.supylabel("kNN accuracy, %", fontsize=8)
     figure.savefig(target, dpi=110, metadata={"Software": None})

@@ -229,6 +229,14 @@ def test_runs_of_other_settings_or_of_one_library_make_no_line():
     assert lines_of([row_of(), row_of(**SLOW, settings="b")]) == []
 
 
+def test_the_picture_shows_each_line(tmp_path):
+    rows = [row_of(), row_of(**SLOW), row_of(data="others", method="mae"), row_of(**SLOW, data="others", method="mae")]
+    path = store.add(tmp_path, {"slug": "peers-x", "name": "X"}, SOFTWARE, rows, replaces=lambda row: False)
+    assert peers_table.draw([path], tmp_path / "picture.png")
+    assert Image.open(tmp_path / "picture.png").size[0] > 400
+    assert not peers_table.draw([], tmp_path / "none.png") and not (tmp_path / "none.png").exists()
+
+
 def test_minutes_to_an_accuracy():
     curve = [(0.0, 0.3), (1.0, 0.5), (2.0, 0.4), (3.0, 0.7)]
     assert [minutes_to(curve, target) for target in (0.2, 0.4, 0.5, 0.6, 0.8)] == [
@@ -256,6 +264,7 @@ def command(tmp_path, monkeypatch):
 
     monkeypatch.setattr(learning_peers, "run", run)
     monkeypatch.setattr(learning_peers, "environment", lambda: SOFTWARE)
+    monkeypatch.setattr(learning_peers, "draw", lambda paths, target: bool(target.write_bytes(b"picture")))
     page = tmp_path / "page.md"
     page.write_text("\n".join(peers_table.MARKERS))
     (tmp_path / "kept").mkdir()
