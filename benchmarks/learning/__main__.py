@@ -1,0 +1,68 @@
+"""What each method learns on two cores, from the embedded tasks.
+
+python -m benchmarks.learning sweep METHOD                        # its grid, 60 s of a core for the best
+python -m benchmarks.learning sweep METHOD --grid lr=0.4,0.8 batch_size=32,64 --seconds 120 --plain
+python -m benchmarks.learning measure                             # all methods, three seeds; skips what is measured
+python -m benchmarks.learning measure byol mae --seeds 0 1 --processes 2 --again
+"""
+
+import argparse
+import os
+import sys
+
+from fastssl.method_modules import method_names
+
+from . import measure, sweep
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--processes", type=int, default=cores, help=f"runs at a time, each on a core of its own ({cores})"
+        )
+        return command
+
+    command = add("sweep", "changed settings of a preset, each with the same seconds of one core, best first")
+    command.add_argument("method", choices=method_names(), metavar="METHOD")
+    command.add_argument("--grid", nargs="+", default=[], metavar="NAME=VALUE,VALUE", help="instead of its own grid")
+    command.add_argument("--seconds", type=float, default=60, help="seconds of one core of the best trials (60)")
+    command.add_argument("--plain", action="store_true", help="all trials with all of the seconds")
+
+    command = add("measure", "what the presets learn over seeds")
+    command.add_argument("methods", nargs="*", metavar="METHOD", help="all by default")
+    command.add_argument("--seeds", type=int, nargs="+", default=measure.SEEDS, help="seeds (0 1 2)")
+    command.add_argument("--length", choices=measure.LENGTHS, default="preset", help="whole recipes, or shorter runs")
+    command.add_argument("--linear", action="store_true", help="train linear classifiers on the features, too")
+    command.add_argument("--again", action="store_true", help="replace what is measured already")
+
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except ValueError as error:
+        print(f"benchmarks.learning: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "sweep":
+        grid = sweep.parse_grid(options.grid, options.method)
+        rows = sweep.sweep(options.method, grid, options.seconds, options.processes, not options.plain)
+        print("best first:")
+        print("\n".join(map(sweep.line, rows)))
+    elif options.command == "measure":
+        methods = options.methods or method_names()
+        if unknown := set(methods) - set(method_names()):
+            raise ValueError(f"unknown method {min(unknown)!r}, there are {', '.join(method_names())}")
+        measure.measure(methods, options.seeds, options.processes, options.length, options.linear, options.again)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
