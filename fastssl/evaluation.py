@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import distributed
-from fastssl.contract import EmbedsText, MatchesText
+from fastssl.contract import EmbedsText, MatchesText, RanksNegatives
 from fastssl.data.source import Source
 from fastssl.eval.embedding import Embedding
 from fastssl.eval.features import block_features, extract, extract_on_all_ranks, features_of
@@ -17,6 +17,7 @@ from fastssl.eval.labels import Accuracy, labelled, labelled_subset
 from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.prompts import Lines, class_names, read_templates
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
+from fastssl.eval.ranks import Ranks, collect_ranks, lost_contrast
 from fastssl.eval.retrieval import WHOLE, Recall, captioned, retrieve
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.eval.texts import Texts
@@ -31,6 +32,7 @@ from fastssl.train.checkpoint import load_model
 
 TAU = 0.07  # temperature of kNN votes
 ONLINE_K = 20  # neighbours of the kNN evaluation during a run
+QUERIES = 256  # images whose positives are ranked during a run
 
 
 class Frozen(NamedTuple):
@@ -318,8 +320,8 @@ def _name_of_lines(lines: Lines | None) -> str | None:
 
 
 def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch.device) -> None:
-    """Notes and prints the kNN accuracy (k = 20) of a method during its run, if both splits have labels, and how many
-    dimensions its features use.
+    """Notes and prints the kNN accuracy (k = 20) of a method during its run, if both splits have labels, how many
+    dimensions its features use, and, if it ranks negatives, where the positives stand.
 
     Before the first step it also notes that of raw pixels. The method is left in evaluation mode and torch's random
     state unchanged. All ranks call it together, and the first one notes and prints.
@@ -332,6 +334,7 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         tables = _tables(method.features, splits, run, loading)
         encoder, spread = knn_accuracy(*tables, (ONLINE_K,), TAU), measure_spectrum(tables[0])
+        ranks = _ranks(run, method) if isinstance(method, RanksNegatives) else None
         if step == 0 and max(run.image_size) <= SMALL:  # the pixels of larger images need too much memory
             tables = _tables(lambda images: images.flatten(1), splits, run, loading)
             pixels = knn_accuracy(*tables, (ONLINE_K,), TAU)
@@ -341,13 +344,22 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
     facts = {"data": data, "epoch": epoch, "k": ONLINE_K}
     if pixels is not None:
         run.note("knn of raw pixels", 0, pixels[ONLINE_K], **facts)
-    run.note("knn", step, encoder[ONLINE_K], spread.results(), **facts)
+    run.note("knn", step, encoder[ONLINE_K], spread.results() | (ranks.results() if ranks else {}), **facts)
     curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn")]
     curve = [line for line in curve if run.is_own(line.get("data", data)) and "labels" not in line]
     print("kNN accuracy: " + " · ".join(_phrase(line, run) for line in curve if line.get("k") == ONLINE_K))
     print(f"features: {spread.text()}")
-    if step and (sentence := spread.warning()):
+    if ranks:
+        print(f"positives: {ranks.text()}")
+    warnings = [spread.warning(), ranks and (ranks.warning() or lost_contrast(run.metrics()))] if step else []
+    for sentence in filter(None, warnings):
         print(f"warning: {sentence[0].lower()}{sentence[1:]}")
+
+
+def _ranks(run: Run, method: nn.Module) -> Ranks | None:
+    """Ranks of the positives on some of the training images."""
+    batch_size = run.config.training.batch_size
+    return collect_ranks(method, run.source("train"), run.config.augmentation, batch_size, run.options.seed, QUERIES)
 
 
 def _phrase(line: dict, run: Run) -> str:

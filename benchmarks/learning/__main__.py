@@ -12,7 +12,7 @@ import sys
 
 from fastssl.method_modules import method_names
 
-from . import measure, sweep
+from . import check, measure, sabotage, sweep, table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +42,22 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--linear", action="store_true", help="train linear classifiers on the features, too")
     command.add_argument("--again", action="store_true", help="replace what is measured already")
 
+    command = add("check", "whether a method has lost a third of the lift that is stated for it")
+    command.add_argument("methods", nargs="*", metavar="METHOD", help="all by default")
+    command.add_argument("--length", choices=measure.LENGTHS, default="short", help="of the runs (short)")
+    command.add_argument("--seed", type=int, default=0, help="of the runs (0)")
+
+    command = add("sabotage", "break methods on purpose, and see what notices it")
+    command.add_argument(
+        "names", nargs="*", metavar="SABOTAGE", help=f"all by default: {', '.join(sabotage.SABOTAGES)}"
+    )
+    command.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="only of these methods")
+    command.add_argument("--length", choices=measure.LENGTHS, default="short", help="of the runs (short)")
+    command.add_argument("--again", action="store_true", help="repeat what is measured already")
+
+    command = commands.add_parser("table", help="write the tables and the curves of the documentation")
+    command.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is out of date")
+
     options = parser.parse_args(arguments)
     try:
         return _run(options)
@@ -51,16 +67,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.command == "table":
+        return table.write(options.check)
     if options.command == "sweep":
         grid = sweep.parse_grid(options.grid, options.method)
         rows = sweep.sweep(options.method, grid, options.seconds, options.processes, not options.plain)
-        print("best first:")
-        print("\n".join(map(sweep.line, rows)))
-    elif options.command == "measure":
-        methods = options.methods or method_names()
-        if unknown := set(methods) - set(method_names()):
-            raise ValueError(f"unknown method {min(unknown)!r}, there are {', '.join(method_names())}")
-        measure.measure(methods, options.seeds, options.processes, options.length, options.linear, options.again)
+        print("best first:", *map(sweep.line, rows), sep="\n")
+        return 0
+    if options.command == "sabotage":
+        names = options.names or list(sabotage.SABOTAGES)
+        if unknown := set(names) - set(sabotage.SABOTAGES):
+            raise ValueError(f"unknown sabotage {min(unknown)!r}, there are {', '.join(sabotage.SABOTAGES)}")
+        rows = sabotage.sabotage(names, options.methods, options.processes, options.length, options.again)
+        print("all:", *map(sabotage.line, rows), sep="\n")
+        return 0
+    methods = options.methods or method_names()
+    if unknown := set(methods) - set(method_names()):
+        raise ValueError(f"unknown method {min(unknown)!r}, there are {', '.join(method_names())}")
+    if options.command == "check":
+        return bool(check.check(methods, options.processes, options.length, options.seed))
+    measure.measure(methods, options.seeds, options.processes, options.length, options.linear, options.again)
     return 0
 
 
