@@ -7,6 +7,7 @@ not chosen by the images that it is judged on. Learning rates follow the shorter
 
 import ast
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def parse_grid(words: list[str], method: str) -> dict[str, tuple]:
 
 
 def configurations(grid: dict[str, tuple]) -> list[dict]:
-    """Every combination of the values."""
-    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    """Every combination of the values, as JSON keeps them."""
+    return json.loads(json.dumps([dict(zip(grid, values)) for values in itertools.product(*grid.values())]))
 
 
 def plan(method: str, images: float) -> tuple[str, int]:
