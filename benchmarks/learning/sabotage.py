@@ -24,7 +24,7 @@ from fastssl.nn.queue import KeyQueue
 
 from . import results
 from .check import SHARE, stated_lift
-from .measure import lift, trial_of
+from .measure import lift, stated, trial_of
 from .trial import run_all
 
 NAME = "sabotage"  # of the file with the results
@@ -194,19 +194,22 @@ def sabotage(
             changed = {**trial.settings, **SABOTAGES[name].settings}
             trials[dataclasses.replace(trial, settings=changed, sabotage=name)] = healthy
     for trial, row in run_all(trials, processes):
-        row = {"sabotage": trial.sabotage, "method": trial.method, "length": length, **_judged(row, trials[trial])}
+        warned = any(known["warnings"] for known in stated(trial.method, length, folder))
+        judged = _judged(row, trials[trial], warned)
+        row = {"sabotage": trial.sabotage, "method": trial.method, "length": length, **judged}
         print(line(row), flush=True)
         results.add(NAME, row, lambda old, new=row: _key(old) == _key(new), _key, folder)
         rows.append(row)
     return sorted(rows, key=_key)
 
 
-def _judged(row: dict, healthy: float) -> dict:
-    """What noticed the sabotage: "lift", "watch" (a sentence in the log) or "failed" (the run ended with an error)."""
+def _judged(row: dict, healthy: float, warned: bool) -> dict:
+    """What noticed the sabotage: "lift", "watch" (a sentence in the log, where the whole method has none) or "failed"
+    (the run ended with an error)."""
     kept = {"stated": round(healthy, 4)}
     if "failed" in row:
         return {**kept, "failed": row["failed"], "caught": ["failed"]}
-    caught = ["lift"] * (lift(row) < SHARE * healthy) + ["watch"] * bool(row["warnings"])
+    caught = ["lift"] * (lift(row) < SHARE * healthy) + ["watch"] * (bool(row["warnings"]) and not warned)
     numbers = ("untrained", "trained", "rankme", "two_directions", "deviation", "ranked_first", "rank_entropy")
     kept |= {name: row[name] for name in numbers if name in row}
     return {**kept, "lift": round(lift(row), 4), "warnings": row["warnings"][-2:], "caught": caught}
