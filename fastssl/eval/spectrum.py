@@ -10,6 +10,7 @@ from fastssl.distributed import all_sum
 
 MOST = 4096  # largest number of features of a rank to look at
 EQUAL = 1e-4  # share of the squared length that varies between images, below which all features count as equal
+FLAT = 0.05  # mean standard deviation of a dimension, as a share of 1/√F, below which the features count as collapsed
 LINE = 0.9  # share of the variance in two directions, from which the features count as collapsed
 
 
@@ -41,6 +42,11 @@ class Spectrum(NamedTuple):
         """One sentence if the features look collapsed."""
         if self.varying < EQUAL:
             return "The features look collapsed: those of all images are nearly equal."
+        if self.deviation < FLAT:
+            return (
+                f"The features look collapsed: their standard deviation per dimension is {self.deviation:.1%} of "
+                f"1/√{self.width}."
+            )
         if self.width > 2 and self.two_directions > LINE:
             return (
                 f"The features look collapsed: {self.two_directions:.0%} of their variance lies in two of "

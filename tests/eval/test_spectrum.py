@@ -29,6 +29,8 @@ def test_known_spectra():
     equal = measure_spectrum(torch.ones(50, 16) + 1e-4 * torch.randn(50, 16))
     assert equal.deviation < 0.001
     assert "those of all images are nearly equal" in equal.warning()
+    flat = measure_spectrum(torch.ones(50, 16) + 0.03 * torch.randn(50, 16))
+    assert "their standard deviation per dimension is 3.0% of 1/√16" in flat.warning()
     line = measure_spectrum(torch.randn(50, 1) @ torch.randn(1, 16) + 0.01 * torch.randn(50, 16))
     assert "of their variance lies in two of 16 directions" in line.warning()
     assert measure_spectrum(torch.randn(9, 2)).warning() is None  # two dimensions have all of the variance
