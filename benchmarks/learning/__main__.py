@@ -12,6 +12,7 @@ import sys
 
 from fastssl.method_modules import method_names
 
+from .. import memory
 from . import check, measure, sabotage, sweep, table
 
 
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.command == "table":
-        return table.write(options.check)
+        return max(table.write(options.check), memory.main(["--check" if options.check else "--render"]))
     if options.command == "sweep":
         grid = sweep.parse_grid(options.grid, options.method)
         rows = sweep.sweep(options.method, grid, options.seconds, options.processes, not options.plain)
