@@ -1,9 +1,16 @@
 """What each method learns on two cores, from the embedded tasks.
 
-python -m benchmarks.learning sweep METHOD                        # its grid, 60 s of a core for the best
-python -m benchmarks.learning sweep METHOD --grid lr=0.4,0.8 batch_size=32,64 --seconds 120 --plain
-python -m benchmarks.learning measure                             # all methods, three seeds; skips what is measured
-python -m benchmarks.learning measure byol mae --seeds 0 1 --processes 2 --again
+    python -m benchmarks.learning sweep METHOD                  # its grid; 60 s of a core for the best of it
+    python -m benchmarks.learning sweep METHOD --grid lr=0.4,0.8 batch_size=32,64 --seconds 120 --plain
+    python -m benchmarks.learning measure                       # all methods, three seeds; skips what is measured
+    python -m benchmarks.learning measure byol mae --seeds 0 1 --processes 2 --again
+    python -m benchmarks.learning measure --length short        # the lifts that the check compares with
+    python -m benchmarks.learning check                         # has a method lost a third of its lift?
+    python -m benchmarks.learning sabotage                      # does anything notice methods broken on purpose?
+    python -m benchmarks.learning table                         # the tables of the documentation, and the curves
+    python -m benchmarks.learning table --check                 # exit status 1 if a table is out of date
+
+Each run has one core of its own. Results lie in benchmarks/results/learning.
 """
 
 import argparse
