@@ -16,6 +16,7 @@ from fastssl.distributed import rank, world_size
 
 BATCH = 256  # largest batch: 4,096 images would take minutes on a CPU
 RANDOM = 0.95  # share of the entropy of random ranks, from which the ranks count as random
+HALF = 0.5  # of an epoch at the start that does not count: a queue of random keys is easily told from positives
 FALLEN = 1 / 3  # share of its best epoch's positives ranked first, below which the contrast counts as lost
 
 
@@ -39,7 +40,7 @@ class Ranks(NamedTuple):
         shares = np.histogram(self.positions.numpy(), bins=edges)[0] / len(self.positions)
         found = shares > 0
         densities = shares[found] / np.diff(edges)[found]
-        return float(-(shares[found] * np.log(densities)).sum() / math.log(self.negatives + 1))
+        return max(0.0, float(-(shares[found] * np.log(densities)).sum() / math.log(self.negatives + 1)))
 
     def text(self) -> str:
         """The numbers as a phrase."""
@@ -101,14 +102,14 @@ def bins(negatives: int) -> np.ndarray:
 
 
 def lost_contrast(metrics: list[dict]) -> str | None:
-    """One sentence if far fewer positives rank first in the newest whole epoch than in an earlier one.
+    """One sentence if far fewer positives rank first in the newest epoch than in an earlier one.
 
     Args:
         metrics: records of metrics.jsonl, with "top1" where the method ranks negatives.
     """
     by_epoch: dict[int, list[float]] = {}
     for line in metrics:
-        if line.get("top1") is not None:
+        if line.get("top1") is not None and line["epoch"] > HALF:
             by_epoch.setdefault(math.ceil(line["epoch"]), []).append(line["top1"])
     if not by_epoch:
         return None
