@@ -134,8 +134,9 @@ def run_trial(trial: Trial) -> dict:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(printed), sabotaged(trial.sabotage):
         try:
             return _row(trial, Path(folder), printed)
-        except ValueError as error:
-            return {"seed": trial.seed, "command": trial.command, "failed": str(error)}
+        except Exception as error:  # so that one method that fails does not end the runs of the others
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            return {"seed": trial.seed, "command": trial.command, "failed": reason}
 
 
 def _row(trial: Trial, folder: Path, printed: io.StringIO) -> dict:
