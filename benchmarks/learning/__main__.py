@@ -39,7 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     command = add("sweep", "changed settings of a preset, each with the same seconds of one core, best first")
     command.add_argument("method", choices=method_names(), metavar="METHOD")
-    command.add_argument("--grid", nargs="+", default=[], metavar="NAME=VALUE,VALUE", help="instead of its own grid")
+    command.add_argument(
+        "--grid",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help="instead of its own grid; several --grid are tried one beside the other",
+    )
     command.add_argument("--seconds", type=float, default=60, help="seconds of one core of the best trials (60)")
     command.add_argument("--plain", action="store_true", help="all trials with all of the seconds")
 
@@ -78,8 +85,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "table":
         return max(table.write(options.check), memory.main(["--check" if options.check else "--render"]))
     if options.command == "sweep":
-        grid = sweep.parse_grid(options.grid, options.method)
-        rows = sweep.sweep(options.method, grid, options.seconds, options.processes, not options.plain)
+        grids = sweep.grids_of(options.method, options.grid)
+        rows = sweep.sweep(options.method, grids, options.seconds, options.processes, not options.plain)
         print("best first:", *map(sweep.line, rows), sep="\n")
         return 0
     if options.command == "sabotage":

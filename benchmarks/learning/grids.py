@@ -1,7 +1,8 @@
 """What a sweep tries of each method: a recipe comes from here, not from somebody's hands."""
 
-# The product of all values; the sweep drops the worse two thirds of the trials twice.
-GRIDS: dict[str, dict[str, tuple]] = {
+# The product of all values, or of each of several grids, such as one for each optimizer; the sweep drops the worse two
+# thirds of the trials twice.
+GRIDS: dict[str, dict[str, tuple] | tuple[dict[str, tuple], ...]] = {
     "moco_v1": {"lr": (0.3, 0.6, 1.2), "batch_size": (32, 64), "tau": (0.07, 0.2)},
     "moco_v2": {"lr": (0.3, 0.6, 1.2), "batch_size": (32, 64), "tau": (0.1, 0.2)},
     "moco_v3": {"lr": (0.3, 0.6, 1.2), "batch_size": (32, 64), "ema_momentum": (0.95, 0.99)},

@@ -21,14 +21,18 @@ FEWEST_EPOCHS = 4  # where the seconds are short, the images become fewer than t
 BANK_EPOCHS = 10  # the same of methods with a memory bank, whose rows an epoch renews once
 
 
+def grids_of(method: str, given: list[list[str]]) -> list[dict[str, tuple]]:
+    """Grids from words; the method's own where there are none."""
+    own = GRIDS[method]
+    return [parse_grid(words, method) for words in given] or ([own] if isinstance(own, dict) else list(own))
+
+
 def parse_grid(words: list[str], method: str) -> dict[str, tuple]:
-    """{setting: values} of words such as "lr=0.4,0.8"; the method's own grid where there are none.
+    """{setting: values} of words such as "lr=0.4,0.8".
 
     Raises:
         ValueError: a word has no "=", or the preset no such setting.
     """
-    if not words:
-        return GRIDS[method]
     grid = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -43,9 +47,10 @@ def parse_grid(words: list[str], method: str) -> dict[str, tuple]:
     return grid
 
 
-def configurations(grid: dict[str, tuple]) -> list[dict]:
-    """Every combination of the values, as JSON keeps them."""
-    return json.loads(json.dumps([dict(zip(grid, values)) for values in itertools.product(*grid.values())]))
+def configurations(grids: list[dict[str, tuple]]) -> list[dict]:
+    """Every combination of the values of each grid, as JSON keeps them."""
+    every = [dict(zip(grid, values)) for grid in grids for values in itertools.product(*grid.values())]
+    return json.loads(json.dumps(every))
 
 
 def plan(method: str, images: float) -> tuple[str, int]:
@@ -56,19 +61,24 @@ def plan(method: str, images: float) -> tuple[str, int]:
 
 
 def sweep(
-    method: str, grid: dict[str, tuple], seconds: float, processes: int, halve: bool = True, folder: Path | None = None
+    method: str,
+    grids: list[dict[str, tuple]],
+    seconds: float,
+    processes: int,
+    halve: bool = True,
+    folder: Path | None = None,
 ) -> list[dict]:
     """Rows of all trials, best first. Each is written when it ends; a stored one of the same budget is not repeated.
 
     Args:
         method: name of the method.
-        grid: values of each setting.
+        grids: values of each setting; of several grids the trials of all.
         seconds: of one core that each surviving trial trains.
         processes: trials at a time, each on a core of its own.
         halve: drop two thirds of the trials twice on the way, if there are more than three.
         folder: of the results.
     """
-    name, configs = f"sweep-{method}", configurations(grid)
+    name, configs = f"sweep-{method}", configurations(grids)
     rungs = [seconds / 9, seconds / 3, seconds] if halve and len(configs) > 3 else [seconds]
     rates, done = dict.fromkeys(range(len(configs)), _images_per_second(method)), []
     alive = list(rates)

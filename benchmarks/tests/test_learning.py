@@ -60,11 +60,11 @@ def key(row):
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_has_a_grid_of_settings_in_range(method):
     preset = trial.preset(method)
-    for settings in sweep.configurations(GRIDS[method]):
+    for settings in sweep.configurations(sweep.grids_of(method, [])):
         (changed,) = update((preset,), settings, "sweep")
         check_ranges(changed, "sweep")
     assert set(GRIDS) == set(method_names())
-    assert len(sweep.configurations(GRIDS[method])) >= 4
+    assert len(sweep.configurations(sweep.grids_of(method, []))) >= 4
 
 
 def test_a_grid_from_words():
@@ -76,7 +76,9 @@ def test_a_grid_from_words():
         "jitter": ((0.4, 0.4, 0.2, 0.5), (0, 0, 0, 0)),
         "optimizer": ("sgd", "adamw"),
     }
-    assert sweep.parse_grid([], "mae") == GRIDS["mae"]
+    assert sweep.grids_of("mae", []) == [GRIDS["mae"]]
+    both = sweep.grids_of("mae", [["lr=1,2", "optimizer=sgd"], ["lr=0.1", "optimizer=adamw"]])
+    assert [config["lr"] for config in sweep.configurations(both)] == [1, 2, 0.1]
     with pytest.raises(ValueError, match="takes settings of simclr_v1 as NAME=VALUE,VALUE, got 'rate=3'"):
         sweep.parse_grid(["rate=3"], "simclr_v1")
 
@@ -121,7 +123,7 @@ def test_halving_keeps_the_best_third(tmp_path, about, monkeypatch):
             yield one, {**row, "seconds": images / 100, "trained": one.settings.get("lr", 0)}
 
     monkeypatch.setattr(sweep, "run_all", ran)
-    grid = {"lr": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "jitter": ((0.4, 0.4, 0.2, 0.5),)}
+    grid = [{"lr": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "jitter": ((0.4, 0.4, 0.2, 0.5),)}]
     rows = sweep.sweep("simclr_v1", grid, 90, 1, folder=tmp_path)
     assert [(row["budget"], row["settings"]["lr"]) for row in rows[:4]] == [(90, 0.7), (30, 0.7), (30, 0.6), (30, 0.5)]
     assert len(rows) == 7 + 3 + 1
