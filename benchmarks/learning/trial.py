@@ -110,7 +110,8 @@ def run_all(trials: Iterable[Trial], processes: int) -> Iterator[tuple[Trial, di
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
-    for number in range(processes):
+    first = os.getpid()  # two commands with a process each may get different cores
+    for number in range(first, first + processes):
         cores.put(available[number % len(available)])
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_pin, initargs=(cores,)) as pool:
         pending = {pool.submit(run_trial, trial): trial for trial in trials}
