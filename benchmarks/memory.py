@@ -31,11 +31,11 @@ from . import store
 from .harness import short
 from .learning.table import learned
 from .machine import DEVICE, environment, machine
-from .memory_cases import CONTRASTIVE_AND_REDUNDANCY, DEMO, Case
+from .memory_cases import CONTRASTIVE_AND_REDUNDANCY, DEMO, IMAGES_AND_TEXTS, Case
 from .memory_prototypes import PROTOTYPES_AND_BANKS
 from .table import ROOT, insert, markdown_table, megabytes, number, write_or_check
 
-CASES = CONTRASTIVE_AND_REDUNDANCY + PROTOTYPES_AND_BANKS
+CASES = CONTRASTIVE_AND_REDUNDANCY + PROTOTYPES_AND_BANKS + IMAGES_AND_TEXTS
 RESULTS = store.RESULTS / "memory"
 PAGE, MARKERS = ROOT / "docs" / "methods.md", ("<!-- memory:begin -->", "<!-- memory:end -->")
 HEADER = ("method", "loss", "its size", "reference, MB", "ours, MB", "kNN untrained", "kNN trained")
@@ -123,8 +123,8 @@ def measure() -> None:
         row = row_of(case)
         memory = row["memory_mb"]
         print(f"{case.loss}, {case.size}: reference {memory['reference']:,} MB, ours {memory['ours']:,} MB", flush=True)
-        same = (case.loss, list(case.methods))
-        _add([row], lambda old, same=same: (old.get("loss"), old.get("methods")) == same)
+        same = (case.loss, list(case.methods), case.size)
+        _add([row], lambda old, same=same: (old.get("loss"), old.get("methods"), old.get("size")) == same)
 
 
 def _add(rows: list[dict], replaces: Callable[[dict], bool]) -> None:
@@ -148,7 +148,9 @@ def render() -> str:
 def _learned(method: str) -> list[str]:
     """kNN accuracy of the untrained and of the trained encoder, from benchmarks/results/learning."""
     found = learned(method)
-    return ["–", "–"] if found is None else [f"{found[name]:.1%}" for name in ("untrained", "trained")]
+    if found is None or found["score"] != "knn":
+        return ["–", "–"]
+    return [f"{found[name]:.1%}" for name in ("untrained", "trained")]
 
 
 def demonstrate() -> int:
