@@ -60,7 +60,7 @@ def test_the_demo_prints_both_sides(monkeypatch, capsys):
 def test_losses_and_what_was_learned_are_one_table(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "CASES", TINY)
     monkeypatch.setattr(memory, "RESULTS", tmp_path / "results")
-    known = {"densecl": {"untrained": 0.25, "trained": 0.5}}
+    known = {"densecl": {"score": "knn", "untrained": 0.25, "trained": 0.5}}
     monkeypatch.setattr(memory, "learned", known.get)
     page = tmp_path / "methods.md"
     page.write_text("\n".join(memory.MARKERS))
