@@ -16,6 +16,7 @@ from fastssl.distributed import rank, world_size
 
 BATCH = 256  # largest batch: 4,096 images would take minutes on a CPU
 RANDOM = 0.95  # share of the entropy of random ranks, from which the ranks count as random
+EASY = 0.999  # share of positives ranked first, from which there is nothing left to learn
 HALF = 0.5  # of an epoch at the start that does not count: a queue of random keys is easily told from positives
 FALLEN = 1 / 3  # share of its best epoch's positives ranked first, below which the contrast counts as lost
 
@@ -54,9 +55,11 @@ class Ranks(NamedTuple):
         return {"ranked_first": round(self.first, 4), "rank_entropy": round(self.entropy, 4)}
 
     def warning(self) -> str | None:
-        """One sentence if the ranks look random."""
+        """One sentence if the ranks look random, or all positives rank first."""
         if self.entropy > RANDOM:
             return "The contrast looks lost: positives rank among the negatives as if at random."
+        if self.first > EASY:
+            return "The contrast looks too easy: all positives rank first; the views of an image may be too much alike."
         return None
 
 

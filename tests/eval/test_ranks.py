@@ -24,7 +24,9 @@ def test_entropy_is_0_for_first_ranks_and_1_for_random_ones(negatives):
     assert 0 < half.entropy < 1
 
 
-def test_random_ranks_are_named():
+def test_random_ranks_and_first_ranks_are_named():
+    assert "the views of an image may be too much alike" in Ranks(torch.zeros(2000).long(), 512, 32).warning()
+    assert Ranks(torch.tensor([0] * 99 + [1]), 512, 32).warning() is None
     assert "as if at random" in Ranks(torch.arange(513), 512, 32).warning()
     good = Ranks(torch.tensor([0, 0, 0, 1, 5]), 7, 32)
     assert good.warning() is None
