@@ -194,8 +194,8 @@ def sabotage(
             changed = {**trial.settings, **SABOTAGES[name].settings}
             trials[dataclasses.replace(trial, settings=changed, sabotage=name)] = healthy
     for trial, row in run_all(trials, processes):
-        warned = any(known["warnings"] for known in stated(trial.method, length, folder))
-        judged = _judged(row, trials[trial], warned)
+        usual = {_kind(warning) for known in stated(trial.method, length, folder) for warning in known["warnings"]}
+        judged = _judged(row, trials[trial], usual)
         row = {"sabotage": trial.sabotage, "method": trial.method, "length": length, **judged}
         print(line(row), flush=True)
         results.add(NAME, row, lambda old, new=row: _key(old) == _key(new), _key, folder)
@@ -203,16 +203,22 @@ def sabotage(
     return sorted(rows, key=_key)
 
 
-def _judged(row: dict, healthy: float, warned: bool) -> dict:
-    """What noticed the sabotage: "lift", "watch" (a sentence in the log, where the whole method has none) or "failed"
+def _judged(row: dict, healthy: float, usual: set[str]) -> dict:
+    """What noticed the sabotage: "lift", "watch" (a kind of warning that the whole method does not have) or "failed"
     (the run ended with an error)."""
     kept = {"stated": round(healthy, 4)}
     if "failed" in row:
         return {**kept, "failed": row["failed"], "caught": ["failed"]}
-    caught = ["lift"] * (lift(row) < SHARE * healthy) + ["watch"] * (bool(row["warnings"]) and not warned)
+    warned = [warning for warning in row["warnings"] if _kind(warning) not in usual]
+    caught = ["lift"] * (lift(row) < SHARE * healthy) + ["watch"] * bool(warned)
     numbers = ("untrained", "trained", "rankme", "two_directions", "deviation", "ranked_first", "rank_entropy")
     kept |= {name: row[name] for name in numbers if name in row}
-    return {**kept, "lift": round(lift(row), 4), "warnings": row["warnings"][-2:], "caught": caught}
+    return {**kept, "lift": round(lift(row), 4), "warnings": warned, "caught": caught}
+
+
+def _kind(warning: str) -> str:
+    """What a warning says, without its numbers."""
+    return warning.partition(":")[0]
 
 
 def line(row: dict) -> str:
