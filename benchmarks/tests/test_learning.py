@@ -1,5 +1,6 @@
 """benchmarks/learning: sweeps, measurements, the check and the sabotages, on a few images."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -190,6 +191,20 @@ def test_unknown_names_are_refused(capsys):
     assert "benchmarks.learning: unknown method 'nobody', there are albef" in capsys.readouterr().err
     assert command.main(["sabotage", "nothing"]) == 1
     assert "unknown sabotage 'nothing', there are lr-0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", measure.IN_TESTS)
+def test_a_method_still_learns(method, in_this_process):
+    assert check.check([method], 1, "quick") == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", measure.IN_TESTS)
+def test_the_quick_check_notices_a_learning_rate_of_0(method, in_this_process):
+    one = dataclasses.replace(measure.trial_of(method, "quick", 0), sabotage="lr-0")
+    row = trial.run_trial(dataclasses.replace(one, settings={**one.settings, "lr": 0.0}))
+    assert "less than two thirds" in check.judge(method, row, check.stated_lift(method, "quick"))
 
 
 @pytest.mark.exhaustive
