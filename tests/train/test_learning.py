@@ -2,8 +2,8 @@
 
 Methods of images and text must find captions instead: those name colour, size and place beside the shape.
 
-`make test-learning` compares each method with what its own recipe has learned (benchmarks/learning), and `make test` does so
-with a method that learns within seconds.
+`make test-learning` compares each method with what its own recipe has learned (benchmarks/learning), and `make test`
+does so with a method that learns within seconds.
 """
 
 import json
