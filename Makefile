@@ -4,6 +4,7 @@
 #   make test        the tests, without those marked exhaustive
 #   make test-fast   the tests, without those marked slow or exhaustive: minutes
 #   make test-all    every test: all kernel configurations, long kills, long learning runs
+#   make test-learning  every method still learns: two thirds of the stated lift in a fifth of its epochs, 25 minutes
 #   make lint        format, style and types
 #   make docs        the documentation as a site, build/docs/index.html; every warning is an error
 #   make bench       time each op beside its baselines; writes benchmarks/results and the tables of the documentation
@@ -25,7 +26,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install -q -c .ci/constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-fast test-all lint docs bench bench-step sanitize static install clean
+.PHONY: demo test test-fast test-all test-learning lint docs bench bench-step sanitize static install clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed
@@ -58,6 +59,9 @@ test-fast: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
+
+test-learning: .venv/installed
+	$(BIN)/python -m benchmarks.learning check --processes $(PROCESSES)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

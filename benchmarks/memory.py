@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory              # NT-Xent with 2 × 32,768 views, and DenseCL at batch 256: prints memory
     python -m benchmarks.memory --measure    # every loss, into benchmarks/results/memory and docs/methods.md
-    python -m benchmarks.memory --runs RUN…  # adds what runs with the preset `small` learned to that page
+    python -m benchmarks.memory --render     # the page from the saved results, beside what benchmarks.learning measured
     python -m benchmarks.memory --check      # writes nothing; exit status 1 where the page is out of date
 
 Memory is the most that forward and backward hold at a time beside the loss's inputs, with the inputs' gradients, in
@@ -12,13 +12,11 @@ and its measured peak must agree with the one that was followed.
 """
 
 import argparse
-import json
 import resource
 import sys
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cpuinfo
@@ -31,6 +29,7 @@ from tests.support.memory import peak_memory
 
 from . import store
 from .harness import short
+from .learning.table import learned
 from .machine import DEVICE, environment, machine
 from .memory_cases import CONTRASTIVE_AND_REDUNDANCY, DEMO, IMAGES_AND_TEXTS, Case
 from .memory_prototypes import PROTOTYPES_AND_BANKS
@@ -39,18 +38,8 @@ from .table import ROOT, insert, markdown_table, megabytes, number, write_or_che
 CASES = CONTRASTIVE_AND_REDUNDANCY + PROTOTYPES_AND_BANKS + IMAGES_AND_TEXTS
 RESULTS = store.RESULTS / "memory"
 PAGE, MARKERS = ROOT / "docs" / "methods.md", ("<!-- memory:begin -->", "<!-- memory:end -->")
-HEADER = (
-    "method",
-    "loss",
-    "its size",
-    "command",
-    "reference, MB",
-    "ours, MB",
-    "images",
-    "kNN untrained",
-    "kNN trained",
-)
-OTHER_DATA = {"clip": "captions", "siglip": "captions"}  # where a method does not learn from `shapes`
+HEADER = ("method", "loss", "its size", "reference, MB", "ours, MB", "kNN untrained", "kNN trained")
+NO_CASE = ("deepcluster", "deepcluster_v2", "invaspread")  # methods of this kind with ordinary losses
 AGREEMENT = 0.02  # largest difference of followed and measured memory, as a share, at the small size
 
 
@@ -138,24 +127,6 @@ def measure() -> None:
         _add([row], lambda old, same=same: (old.get("loss"), old.get("methods"), old.get("size")) == same)
 
 
-def add_runs(folders: list[Path]) -> None:
-    """Adds what runs learned: kNN accuracy before the first and after the last epoch.
-
-    Raises:
-        ValueError: a folder has no two kNN evaluations.
-    """
-    for folder in folders:
-        config = json.loads((folder / "config.json").read_text())
-        lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-        accuracies = [line["accuracy"] for line in lines if line["evaluation"] == "knn"]
-        if len(accuracies) < 2:
-            raise ValueError(f"{folder} must have kNN evaluations before and after training, got {len(accuracies)}")
-        row = {"method": config["method"], "data": config["options"]["data"]}
-        row["epochs"] = config["config"]["training"]["epochs"]
-        row |= {"untrained": short(accuracies[0]), "trained": short(accuracies[-1])}
-        _add([row], lambda old, method=row["method"]: old.get("method") == method)
-
-
 def _add(rows: list[dict], replaces: Callable[[dict], bool]) -> None:
     about = machine(cpuinfo.get_cpu_info()["brand_raw"])
     path = store.add(RESULTS, about, environment(), rows, replaces)
@@ -163,26 +134,23 @@ def _add(rows: list[dict], replaces: Callable[[dict], bool]) -> None:
 
 
 def render() -> str:
-    """The table of docs/methods.md: a line for each method with a measured loss or run."""
+    """The table of docs/methods.md: a line for each method's measured loss, with what the method learned."""
     rows = [row for path in store.machine_files(RESULTS) for row in store.rows_of(path)]
-    runs = {row["method"]: row for row in rows if "method" in row}
-    losses = [(method, row) for row in rows if "loss" in row for method in row["methods"]]
+    losses = [(method, row) for row in rows for method in row["methods"]]
     lines = []
     for method, row in sorted(losses, key=lambda item: (item[0], item[1]["loss"])):
         memory = [megabytes(row["memory_mb"][name]) for name in ("reference", "ours")]
-        lines.append(_line(method, row["loss"], row["size"], memory, runs.get(method)))
-    lines += [_line(m, "–", "–", ["–", "–"], run) for m, run in sorted(runs.items()) if m not in dict(losses)]
-    return markdown_table(HEADER, lines, text_columns=4)
+        lines.append([f"`{method}`", row["loss"], row["size"], *memory, *_learned(method)])
+    lines += [[f"`{method}`", *["–"] * 4, *_learned(method)] for method in NO_CASE]
+    return markdown_table(HEADER, lines, text_columns=3)
 
 
-def _line(method: str, loss: str, size: str, memory: list[str], run: dict | None) -> list[str]:
-    command = f"fastssl pretrain {method} --data {OTHER_DATA.get(method, 'shapes')}"
-    learned = ["–", "–", "–"]
-    if run is not None:
-        command = f"fastssl pretrain {method} --data {run['data']} --epochs {run['epochs']}"
-        images = int(run["data"].partition("count=")[2] or 4096)
-        learned = [f"{images:,}", f"{run['untrained']:.1%}", f"{run['trained']:.1%}"]
-    return [f"`{method}`", loss, size, f"`{command}`", *memory, *learned]
+def _learned(method: str) -> list[str]:
+    """kNN accuracy of the untrained and of the trained encoder, from benchmarks/results/learning."""
+    found = learned(method)
+    if found is None or found["score"] != "knn":
+        return ["–", "–"]
+    return [f"{found[name]:.1%}" for name in ("untrained", "trained")]
 
 
 def demonstrate() -> int:
@@ -210,17 +178,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--measure", action="store_true", help="measure every loss and write the table")
-    either.add_argument("--runs", nargs="+", type=Path, help="folders of runs whose kNN accuracies enter the table")
+    either.add_argument("--render", action="store_true", help="write the table from the saved results")
     either.add_argument("--check", action="store_true", help="write nothing, exit with 1 if the table is out of date")
     options = parser.parse_args(arguments)
     if options.measure:
         measure()
-    elif options.runs:
-        add_runs(options.runs)
-    elif not options.check:
+    elif not (options.render or options.check):
         return demonstrate()
     return write_or_check(
-        {PAGE: insert(render(), PAGE, MARKERS)}, options.check, "python -m benchmarks.memory --measure"
+        {PAGE: insert(render(), PAGE, MARKERS)}, options.check, "python -m benchmarks.memory --render"
     )
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import distributed
-from fastssl.contract import EmbedsText, MatchesText
-from fastssl.data.source import Source
+from fastssl.contract import EmbedsText, MatchesText, RanksNegatives
+from fastssl.data.source import Source, Subset
 from fastssl.eval.embedding import Embedding
 from fastssl.eval.features import block_features, extract, extract_on_all_ranks, features_of
 from fastssl.eval.knn import knn_accuracy
@@ -17,6 +17,7 @@ from fastssl.eval.labels import Accuracy, labelled, labelled_subset
 from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.prompts import Lines, class_names, read_templates
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
+from fastssl.eval.ranks import Ranks, collect_ranks, lost_contrast
 from fastssl.eval.retrieval import WHOLE, Recall, captioned, retrieve
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.eval.texts import Texts
@@ -31,6 +32,8 @@ from fastssl.train.checkpoint import load_model
 
 TAU = 0.07  # temperature of kNN votes
 ONLINE_K = 20  # neighbours of the kNN evaluation during a run
+QUERIES = 256  # images whose positives are ranked during a run
+WATCHED = 1000  # images without labels whose features are looked at during a run
 
 
 class Frozen(NamedTuple):
@@ -318,36 +321,56 @@ def _name_of_lines(lines: Lines | None) -> str | None:
 
 
 def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch.device) -> None:
-    """Notes and prints the kNN accuracy (k = 20) of a method during its run, if both splits have labels, and how many
-    dimensions its features use.
+    """Notes and prints the kNN accuracy (k = 20) of a method during its run, if both splits have labels, how many
+    dimensions its features use, and, if it ranks negatives, where the positives stand.
 
-    Before the first step it also notes that of raw pixels. The method is left in evaluation mode and torch's random
-    state unchanged. All ranks call it together, and the first one notes and prints.
+    Before the first step it also notes that of raw pixels. Without labels the rest is only printed. The method is left
+    in evaluation mode and torch's random state unchanged. All ranks call it together, and the first one notes and
+    prints.
     """
     method.eval()
-    splits = labelled(run.source("train")), labelled(run.source("test"))
-    if not all(map(len, splits)):
-        return
-    loading, pixels = _loading(run, device), None
+    train = run.source("train")
+    splits = labelled(train), labelled(run.source("test"))
+    loading, encoder, pixels = _loading(run, device), None, None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        tables = _tables(method.features, splits, run, loading)
-        encoder, spread = knn_accuracy(*tables, (ONLINE_K,), TAU), measure_spectrum(tables[0])
-        if step == 0 and max(run.image_size) <= SMALL:  # the pixels of larger images need too much memory
-            tables = _tables(lambda images: images.flatten(1), splits, run, loading)
-            pixels = knn_accuracy(*tables, (ONLINE_K,), TAU)
+        if all(map(len, splits)):
+            tables = _tables(method.features, splits, run, loading)
+            encoder, features = knn_accuracy(*tables, (ONLINE_K,), TAU), tables[0]
+            if step == 0 and max(run.image_size) <= SMALL:  # the pixels of larger images need too much memory
+                tables = _tables(lambda images: images.flatten(1), splits, run, loading)
+                pixels = knn_accuracy(*tables, (ONLINE_K,), TAU)
+        else:
+            some = Subset(train, range(0, len(train), -(-len(train) // WATCHED)))
+            features = _table(method.features, some, run, loading)[0]
+        spread = measure_spectrum(features)
+        ranks = _ranks(run, method) if isinstance(method, RanksNegatives) else None
     if distributed.rank() > 0:
         return
-    data = run.options.data
-    facts = {"data": data, "epoch": epoch, "k": ONLINE_K}
-    if pixels is not None:
-        run.note("knn of raw pixels", 0, pixels[ONLINE_K], **facts)
-    run.note("knn", step, encoder[ONLINE_K], spread.results(), **facts)
-    curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn")]
-    curve = [line for line in curve if run.is_own(line.get("data", data)) and "labels" not in line]
-    print("kNN accuracy: " + " · ".join(_phrase(line, run) for line in curve if line.get("k") == ONLINE_K))
+    if encoder is not None:
+        facts = {"data": run.options.data, "epoch": epoch, "k": ONLINE_K}
+        if pixels is not None:
+            run.note("knn of raw pixels", 0, pixels[ONLINE_K], **facts)
+        run.note("knn", step, encoder[ONLINE_K], spread.results() | (ranks.results() if ranks else {}), **facts)
+        _print_curve(run)
     print(f"features: {spread.text()}")
-    if step and (sentence := spread.warning()):
+    if ranks:
+        print(f"positives: {ranks.text()}")
+    warnings = [spread.warning(), ranks and (ranks.warning() or lost_contrast(run.metrics()))] if step else []
+    for sentence in filter(None, warnings):
         print(f"warning: {sentence[0].lower()}{sentence[1:]}")
+
+
+def _ranks(run: Run, method: nn.Module) -> Ranks | None:
+    """Ranks of the positives on some of the training images."""
+    batch_size = run.config.training.batch_size
+    return collect_ranks(method, run.source("train"), run.config.augmentation, batch_size, run.options.seed, QUERIES)
+
+
+def _print_curve(run: Run) -> None:
+    """Prints all kNN results of the run's own data."""
+    curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn")]
+    curve = [line for line in curve if run.is_own(line.get("data", run.options.data)) and "labels" not in line]
+    print("kNN accuracy: " + " · ".join(_phrase(line, run) for line in curve if line.get("k") == ONLINE_K))
 
 
 def _phrase(line: dict, run: Run) -> str:
@@ -363,11 +386,15 @@ def _tables(
     features: Callable[[Tensor], Tensor], splits: tuple[Source, Source], run: Run, loading: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(features, labels) of the training and of the held-out images; each rank extracts its part of the images."""
-    part = (distributed.rank(), distributed.world_size())
-    (bank, bank_labels, _), (queries, labels, _) = (
-        extract(features, split, run.image_size, part=part, **loading) for split in splits
-    )
+    (bank, bank_labels, _), (queries, labels, _) = (_table(features, split, run, loading) for split in splits)
     return bank, bank_labels, queries, labels
+
+
+def _table(
+    features: Callable[[Tensor], Tensor], source: Source, run: Run, loading: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(features, labels, indices) of a source; each rank extracts its part of the images."""
+    return extract(features, source, run.image_size, part=(distributed.rank(), distributed.world_size()), **loading)
 
 
 def _labelled_splits(run: Run, data: str | Sources | None) -> tuple[Source, Source]:

@@ -38,6 +38,7 @@ def test_pretrain_evaluate_report(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "preset `small`" in out
     assert "raw pixels" in out
+    assert out.count("features: RankMe ") == 2 and "positives: " not in out
     written = {
         "config.json",
         "data.npz",
@@ -92,7 +93,7 @@ def test_export_and_start_from_weights(monkeypatch, capsys, tmp_path):
     folder, more = tmp_path / "run", tmp_path / "more"
     data = ["--data", "shapes:count=64", *FAST, "--hidden", "32", "--backbone", "vit_mini", "--dim", "16"]
     run(monkeypatch, "pretrain", "moco_v3", "--folder", folder, *data)
-    capsys.readouterr()
+    assert capsys.readouterr().out.count(" rank first among 31 negatives; the entropy of their ranks is ") == 2
     for layout, name in (("timm", "moco_v3-timm.safetensors"), ("moco", "moco_v3-moco.pth")):
         run(monkeypatch, "export", folder, "--format", layout)
         assert capsys.readouterr().out.strip() == str(folder / name)

@@ -62,7 +62,7 @@ def test_knn(monkeypatch, capsys, folder):
     assert capsys.readouterr().out == f"kNN accuracy of {folder} on digits: {said}\n"
     run(monkeypatch, "eval", "knn", folder, "--k", "1", "--tau", "0.1", "--data", "shapes:count=40")
     (line,) = [line for line in noted(folder, "knn") if line["data"] != "digits"]
-    assert 1 <= line.pop("rankme") <= 128 and 0 < line.pop("two_directions") <= 1
+    assert 1 <= line.pop("rankme") <= 128 and 0 < line.pop("two_directions") <= 1 and 0 < line.pop("deviation") <= 1
     assert {**line, "accuracy": 0} == {
         "evaluation": "knn",
         "step": 2,

@@ -72,6 +72,13 @@ def test_after_a_refusal_the_same_command_works(tmp_path, settings, sentence):
     assert not folder.exists()
 
 
+def test_features_of_images_without_labels_are_watched_too(tmp_path, capsys):
+    fastssl.pretrain(METHOD, images(48), folder=tmp_path / "run", epochs=1, **FAST)
+    out = capsys.readouterr().out
+    assert out.count("features: RankMe ") == 2 and "kNN" not in out.replace("for kNN", "")
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+
+
 def test_a_method_whose_groups_leave_out_a_parameter(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_method, "parameter_groups", lambda method: [{"params": method.encoder.parameters()}])
     with pytest.raises(ValueError, match=r"^train: parameter_groups must hold every parameter"):

@@ -1,7 +1,6 @@
 """benchmarks/memory.py: following allocations, and the table of docs/methods.md."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -58,34 +57,23 @@ def test_the_demo_prints_both_sides(monkeypatch, capsys):
     assert "GB at most" in out
 
 
-def test_losses_and_runs_enter_one_table(monkeypatch, tmp_path):
+def test_losses_and_what_was_learned_are_one_table(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "CASES", TINY)
     monkeypatch.setattr(memory, "RESULTS", tmp_path / "results")
+    known = {"densecl": {"score": "knn", "untrained": 0.25, "trained": 0.5}}
+    monkeypatch.setattr(memory, "learned", known.get)
     page = tmp_path / "methods.md"
     page.write_text("\n".join(memory.MARKERS))
     monkeypatch.setattr(memory, "PAGE", page)
-    run = tmp_path / "run"
-    run.mkdir()
-    config = {"method": "densecl", "options": {"data": "shapes:count=2048"}, "config": {"training": {"epochs": 3}}}
-    (run / "config.json").write_text(json.dumps(config))
-    lines = [{"evaluation": "knn", "accuracy": 0.25}, {"evaluation": "linear"}, {"evaluation": "knn", "accuracy": 0.5}]
-    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for _ in range(2):  # the second measurement replaces the first
         assert memory.main(["--measure"]) == 0
-        assert memory.main(["--runs", str(run)]) == 0
     (path,) = store.machine_files(tmp_path / "results")
-    assert len(store.rows_of(path)) == 3
+    assert len(store.rows_of(path)) == 2
     lines = page.read_text().splitlines()
-    assert len(lines) == 2 + 2 + 3  # markers, header, and a line for each method
-    assert any("densecl" in line and "| 2,048 | 25.0% | 50.0% |" in line for line in lines)
-    assert sum("simclr" in line and line.endswith("| – | – | – |") for line in lines) == 2
+    assert len(lines) == 2 + 2 + 3 + len(memory.NO_CASE)  # markers, header, and a line for each method
+    assert any("densecl" in line and line.endswith("| 25.0% | 50.0% |") for line in lines)
+    assert sum("simclr" in line and line.endswith("| – | – |") for line in lines) == 2
     assert memory.main(["--check"]) == 0
-    page.write_text(page.read_text().replace("2,048", "4,096"))
+    page.write_text(page.read_text().replace("25.0%", "35.0%"))
     assert memory.main(["--check"]) == 1
-
-
-def test_a_run_without_two_evaluations_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "evaluations.jsonl").write_text("")
-    with pytest.raises(ValueError, match="must have kNN evaluations before and after training, got 0"):
-        memory.add_runs([tmp_path])
+    assert memory.main(["--render"]) == 0 and memory.main(["--check"]) == 0

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from benchmarks import loader, memory, step, table
+from benchmarks.learning import __main__ as learning
 
 
 def test_tables_are_those_of_the_results():
@@ -13,6 +14,7 @@ def test_tables_are_those_of_the_results():
     assert loader.main(["--check"]) == 0
     assert step.main(["--check"]) == 0
     assert memory.main(["--check"]) == 0
+    assert learning.main(["table", "--check"]) == 0
 
 
 @pytest.fixture

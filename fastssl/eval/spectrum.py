@@ -10,6 +10,7 @@ from fastssl.distributed import all_sum
 
 MOST = 4096  # largest number of features of a rank to look at
 EQUAL = 1e-4  # share of the squared length that varies between images, below which all features count as equal
+FLAT = 0.05  # mean standard deviation of a dimension, as a share of 1/√F, below which the features count as collapsed
 LINE = 0.9  # share of the variance in two directions, from which the features count as collapsed
 
 
@@ -20,21 +21,32 @@ class Spectrum(NamedTuple):
     width: int  # F
     varying: float  # share of the squared length of unit features that varies between images, 0 to 1
     two_directions: float  # share of the variance of unit features that lies in two directions, 0 to 1
+    deviation: float  # mean standard deviation of a dimension of unit features, as a share of 1/√F, 0 to 1
 
     def text(self) -> str:
         """The numbers as a phrase."""
         return (
-            f"RankMe {self.rankme:.3g} of {self.width}; two directions have {self.two_directions:.0%} of the variance"
+            f"RankMe {self.rankme:.3g} of {self.width}; two directions have {self.two_directions:.0%} of the variance; "
+            f"standard deviation per dimension {self.deviation:.0%} of 1/√{self.width}"
         )
 
     def results(self) -> dict[str, float]:
         """Fields of evaluations.jsonl."""
-        return {"rankme": round(self.rankme, 2), "two_directions": round(self.two_directions, 4)}
+        return {
+            "rankme": round(self.rankme, 2),
+            "two_directions": round(self.two_directions, 4),
+            "deviation": round(self.deviation, 4),
+        }
 
     def warning(self) -> str | None:
         """One sentence if the features look collapsed."""
         if self.varying < EQUAL:
             return "The features look collapsed: those of all images are nearly equal."
+        if self.deviation < FLAT:
+            return (
+                f"The features look collapsed: their standard deviation per dimension is {self.deviation:.1%} of "
+                f"1/√{self.width}."
+            )
         if self.width > 2 and self.two_directions > LINE:
             return (
                 f"The features look collapsed: {self.two_directions:.0%} of their variance lies in two of "
@@ -47,7 +59,8 @@ class Spectrum(NamedTuple):
 def measure_spectrum(features: Tensor) -> Spectrum:
     """The spectrum of the features of all ranks together; all ranks must call it.
 
-    RankMe is ``exp(−Σ p·log p)``, p = σ / Σ σ, of the singular values σ of the matrix of features.
+    RankMe is ``exp(−Σ p·log p)``, p = σ / Σ σ, of the singular values σ of the matrix of features. The standard
+    deviation of a dimension of unit features is at most 1/√F in the mean, which features that point everywhere reach.
 
     Args:
         features: [N, F] floating; of more than `MOST` rows evenly spaced ones are taken. N may differ between ranks.
@@ -56,7 +69,8 @@ def measure_spectrum(features: Tensor) -> Spectrum:
         ValueError: there are no features, or some are not finite.
 
     Source: Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised Representations
-    by Their Rank", 2023, equation 1.
+    by Their Rank", 2023, equation 1; Chen and He, "Exploring Simple Siamese Representation Learning", 2021, section 4.1
+    (the standard deviation).
     """
     x = features[:: max(1, -(-len(features) // MOST))].double()
     unit = F.normalize(x, dim=1)
@@ -66,11 +80,13 @@ def measure_spectrum(features: Tensor) -> Spectrum:
         raise ValueError(f"spectrum: features must be finite and at least one, got {list(features.shape)}")
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = singular / singular.sum().clamp_min(1e-300)
-    variances = torch.linalg.eigvalsh(second / count - mean.outer(mean)).clamp_min(0)
+    covariance = second / count - mean.outer(mean)
+    variances = torch.linalg.eigvalsh(covariance).clamp_min(0)
     total = variances.sum().clamp_min(1e-300)
     return Spectrum(
         rankme=float(torch.exp(-torch.xlogy(p, p).sum())),
         width=x.shape[1],
         varying=float(variances.sum()),
         two_directions=float(variances[-2:].sum() / total),
+        deviation=float(covariance.diagonal().clamp_min(0).sqrt().mean() * x.shape[1] ** 0.5),
     )

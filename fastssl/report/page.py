@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from fastssl.contract import Completes, EmbedsText, RanksNegatives
+from fastssl.eval.ranks import lost_contrast
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.files import write_atomically
 from fastssl.run import Run
@@ -125,22 +126,22 @@ def _map(run: RunData, features, labels, numbers, projection: Projection) -> lis
         return []
     places, text = feature_map.project(features, projection)
     spread = measure_spectrum(features)
-    sentences = [f"{len(places):,} images.", text, f"RankMe {spread.rankme:.3g} of {spread.width}."]
-    return [
-        feature_map.scatter(places, labels.tolist(), run.test_source.classes),
-        Text(" ".join([*sentences, spread.warning() or ""]).strip()),
-    ]
+    sentences = [f"{len(places):,} images.", text, f"{spread.text()}.", spread.warning() or ""]
+    return [feature_map.scatter(places, labels.tolist(), run.test_source.classes), Text(" ".join(sentences).strip())]
 
 
 def _ranks(run: RunData) -> list[Any]:
-    positions, negatives, size = ranks.collect(run)
-    if negatives < 1:  # one image per batch in a method without a queue
+    found = ranks.collect(run)
+    if found is None:  # one image per batch in a method without a queue
         return []
-    text = (
-        f"{(positions == 0).double().mean():.1%} of {len(positions):,} positives rank first among {negatives:,} "
-        f"negatives; median rank {int(positions.median()):,}. Batches of {size}."
-    )
-    return [ranks.histogram(positions, negatives, run.colour), Text(text)]
+    sentences = [
+        f"{found.first:.1%} of {len(found.positions):,} positives rank first among {found.negatives:,} negatives; "
+        f"median rank {int(found.positions.median()):,}.",
+        f"The entropy of the ranks is {found.entropy:.0%} of that of random ones.",
+        f"Batches of {found.batch}.",
+        found.warning() or lost_contrast(run.metrics) or "",
+    ]
+    return [ranks.histogram(found.positions, found.negatives, run.colour), Text(" ".join(sentences).strip())]
 
 
 def _sections(runs: list[RunData], pictured: list[dict[str, list[Any]]]) -> list[Section]:

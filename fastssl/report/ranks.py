@@ -1,46 +1,24 @@
-"""Ranks of the positives among the negatives: how hard the contrastive task still is."""
+"""Ranks of the positives among the negatives, as a histogram."""
 
 import itertools
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from fastssl.data.loader import Loader
+from fastssl.eval.ranks import Ranks, bins, collect_ranks
 
 from .parts import Picture
 from .pictures import GREY, draw
 from .run_data import RunData
 
-QUERIES = 512  # number of queries in the histogram
-BATCH = 256  # largest batch: 4,096 images would take minutes on a CPU
+QUERIES = 512  # number of images in the histogram
 
 
-def collect(run: RunData) -> tuple[Tensor, int, int]:
-    """(ranks [Q] int64 on the CPU, number of negatives, images per batch) of training batches, in evaluation mode.
-
-    The method and torch's generators are left unchanged.
-    """
-    size = min(run.run.config.training.batch_size, BATCH, len(run.train_source))
-    device = next(run.method.parameters()).device
-    loader = Loader(
-        run.train_source, run.run.config.augmentation, size, seed=run.run.options.seed, device=device, max_bad=1.0
-    )
-    collected = []
-    devices = [device] if device.type == "cuda" else []  # a method that shuffles its batch uses the generator
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        torch.manual_seed(run.run.options.seed)
-        for batch in itertools.islice(loader.epoch(0), -(-QUERIES // size)):
-            ranks, negatives = run.method.ranks(batch)
-            collected.append(ranks.cpu())
-    return torch.cat(collected), negatives, size
-
-
-def bins(negatives: int) -> np.ndarray:
-    """Edges [bins + 1] int64 of bins 0 | 1 | 2–3 | 4–7 | … up to `negatives`: bin i is edges[i] … edges[i + 1] − 1."""
-    powers = 2 ** np.arange(max(1, (negatives - 1).bit_length()))
-    return np.array([0, *powers, negatives + 1])
+def collect(run: RunData) -> Ranks | None:
+    """Ranks of training batches, in evaluation mode; the method and torch's generators are left unchanged."""
+    config, seed = run.run.config, run.run.options.seed
+    return collect_ranks(run.method, run.train_source, config.augmentation, config.training.batch_size, seed, QUERIES)
 
 
 def histogram(ranks: Tensor, negatives: int, colour: str) -> Picture:

@@ -21,12 +21,26 @@ def test_known_spectra():
     assert everywhere.two_directions == pytest.approx(2 / 16)
     assert everywhere.varying == pytest.approx(1)
     assert everywhere.warning() is None
-    assert everywhere.text() == "RankMe 16 of 16; two directions have 12% of the variance"
+    assert everywhere.deviation == pytest.approx(1)
+    expected = (
+        "RankMe 16 of 16; two directions have 12% of the variance; standard deviation per dimension 100% of 1/√16"
+    )
+    assert everywhere.text() == expected
     equal = measure_spectrum(torch.ones(50, 16) + 1e-4 * torch.randn(50, 16))
+    assert equal.deviation < 0.001
     assert "those of all images are nearly equal" in equal.warning()
+    flat = measure_spectrum(torch.ones(50, 16) + 0.03 * torch.randn(50, 16))
+    assert "their standard deviation per dimension is 3.0% of 1/√16" in flat.warning()
     line = measure_spectrum(torch.randn(50, 1) @ torch.randn(1, 16) + 0.01 * torch.randn(50, 16))
     assert "of their variance lies in two of 16 directions" in line.warning()
     assert measure_spectrum(torch.randn(9, 2)).warning() is None  # two dimensions have all of the variance
+
+
+def test_deviation_is_the_formula():
+    x = torch.randn(200, 20) * torch.arange(1, 21)
+    unit = F.normalize(x.double(), dim=1)
+    expected = unit.std(0, unbiased=False).mean() * 20**0.5
+    assert measure_spectrum(x).deviation == pytest.approx(float(expected))
 
 
 def test_scale_and_number_of_rows(monkeypatch):

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 
@@ -6,16 +5,6 @@ from fastssl.methods import moco_v1, moco_v3
 from fastssl.report import ranks
 from fastssl.report.run_data import RunData
 from tests.support.runs import make_run
-
-
-def test_bins_double_and_hold_every_rank_once():
-    assert ranks.bins(1).tolist() == [0, 1, 2]
-    assert ranks.bins(7).tolist() == [0, 1, 2, 4, 8]
-    assert ranks.bins(8).tolist() == [0, 1, 2, 4, 9]
-    for negatives in (1, 2, 3, 31, 512, 65536):
-        edges = ranks.bins(negatives)
-        assert np.histogram(np.arange(negatives + 1), bins=edges)[0].sum() == negatives + 1
-        assert (np.diff(edges) > 0).all()
 
 
 @pytest.mark.parametrize(("module", "negatives"), [(moco_v1, 512), (moco_v3, 31)])

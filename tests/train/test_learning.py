@@ -1,6 +1,9 @@
 """Learning itself: runs on the embedded shapes must raise the accuracy of kNN over that of the untrained encoder.
 
 Methods of images and text must find captions instead: those name colour, size and place beside the shape.
+
+`make test-learning` compares each method with what its own recipe has learned (benchmarks/learning), and `make test`
+does so with a method that learns within seconds.
 """
 
 import json
@@ -37,7 +40,6 @@ DATA = {
     "instdisc": "shapes:count=1024",  # an epoch renews a row of the bank once
     "igpt": "digits",  # of shapes its mean features tell the colours
 }
-LONG = RUNS.keys() - {"mae", "moco_v3"}  # a reconstructing and a contrastive method stay in `make test`
 # docs/methods.md has accuracies, whose smallest rise is 6.9 points. A rise of 5 is far from what rounding and
 # the order of sums change, and from what batch statistics alone do at a learning rate of 0.
 RISE = 0.05
@@ -58,9 +60,8 @@ def knn_rise(method: str, folder, monkeypatch, *words: str) -> float:
     return trained - untrained
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=pytest.mark.exhaustive if m in LONG else pytest.mark.slow) for m in RUNS]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", RUNS)
 def test_knn_rises(method, tmp_path, monkeypatch):
     assert knn_rise(method, tmp_path / "run", monkeypatch) >= RISE
 

@@ -39,7 +39,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list[str]:
-    """Images without labels, so that no time is spent on kNN."""
+    """Images without labels, so that little time is spent on evaluations."""
     path = tmp_path_factory.mktemp("images") / "images.npy"
     np.save(path, np.random.default_rng(0).integers(0, 256, (272, 32, 32, 3), dtype=np.uint8))
     return ["--data", f"arrays:{path}"]

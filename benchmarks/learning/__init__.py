@@ -1,0 +1,1 @@
+"""What each method learns on two cores: sweeps, figures over seeds, the check that it still learns."""

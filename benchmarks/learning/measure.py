@@ -1,0 +1,88 @@
+"""Figures of each method's preset over seeds, and of shorter runs that the check repeats.
+
+A length is `preset` (the whole recipe), `short` (a fifth of its epochs: the check of all methods in minutes) or `quick`
+(half of its epochs on a quarter of the images: seconds for a fast method, in `make test`).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import results
+from .trial import IMAGES, KINDS, Trial, preset, recipe, run_all, task
+
+LENGTHS = {"preset": 1.0, "short": 0.2, "quick": 0.5}  # share of the epochs
+QUICK_IMAGES = IMAGES // 4
+SEEDS = (0, 1, 2)
+IN_TESTS = ("simclr_v1",)  # methods whose quick run is checked by `make test`
+
+
+def trial_of(method: str, length: str, seed: int, linear: bool = False) -> Trial:
+    """The run of a method of that length."""
+    data = f"{task(method)}:count={QUICK_IMAGES}" if length == "quick" else ""
+    epochs = max(1, round(LENGTHS[length] * preset(method).training.epochs))
+    settings = {} if length == "preset" else {"epochs": epochs}
+    return Trial(method, data, settings, seed, curve=length == "preset", linear=linear)
+
+
+def measure(
+    methods: Iterable[str],
+    seeds: Iterable[int],
+    processes: int,
+    length: str = "preset",
+    linear: bool = False,
+    again: bool = False,
+    folder: Path | None = None,
+) -> None:
+    """Measures and writes the rows that are missing, or all of them `again`.
+
+    Args:
+        methods: names of methods.
+        seeds: seeds of each.
+        processes: runs at a time, each on a core of its own.
+        length: a key of `LENGTHS`.
+        linear: train linear classifiers, too.
+        again: replace rows that exist.
+        folder: of the results.
+    """
+    trials = [trial_of(method, length, seed, linear) for seed in seeds for method in methods]
+    trials = [trial for trial in trials if again or not _is_measured(trial, length, folder)]
+    for trial, row in run_all(trials, processes):
+        row = {"length": length, **row}
+        print(line(trial.method, row), flush=True)
+        if "failed" not in row:
+            results.add(trial.method, row, lambda old, new=row: _key(old) == _key(new), _key, folder)
+
+
+def stated(method: str, length: str, folder: Path | None = None) -> list[dict]:
+    """Rows of the present recipe."""
+    wanted = trial_of(method, length, 0)
+    rows = [row for row in results.read(method, folder) if row["length"] == length]
+    return [row for row in rows if row["recipe"] == recipe(method, wanted.settings) and row["data"] == wanted.source]
+
+
+def lift(row: dict) -> float:
+    """What training added to the untrained encoder's score."""
+    return row["trained"] - row["untrained"]
+
+
+def line(method: str, row: dict) -> str:
+    """One run as a line of text."""
+    start = f"{method}, seed {row['seed']}"
+    if "failed" in row:
+        return f"{start}: {row['failed']}"
+    raw = "" if row["raw"] is None else f"raw {row['raw']:.1%}, "
+    linear = f", linear {row['linear']:.1%}" if "linear" in row else ""
+    spread = f", RankMe {row['rankme']:.3g}" if "rankme" in row else ""
+    return (
+        f"{start}: {KINDS[row['score']]} {raw}untrained {row['untrained']:.1%}, trained {row['trained']:.1%}{linear}"
+        f"{spread} ({row['images_seen']:,} images, {row['seconds'] / 60:.1f} min of a core)"
+    )
+
+
+def _is_measured(trial: Trial, length: str, folder: Path | None) -> bool:
+    rows = [row for row in stated(trial.method, length, folder) if row["seed"] == trial.seed]
+    return any(not trial.linear or "linear" in row or row["score"] != "knn" for row in rows)
+
+
+def _key(row: dict) -> tuple:
+    return (list(LENGTHS).index(row["length"]), row["seed"])

@@ -1,0 +1,160 @@
+"""The tables of docs/measurements.md about learning, and the curves, from the stored results."""
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # works without a display
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fastssl.method_modules import method_names
+
+from ..table import PAGE, insert, markdown_table, number, write_or_check
+from . import results
+from .check import SHARE
+from .measure import lift
+from .sabotage import NAME, SABOTAGES
+from .trial import FOUND, K
+
+MARKERS = "<!-- learning:begin -->", "<!-- learning:end -->"
+SABOTAGE_MARKERS = "<!-- sabotage:begin -->", "<!-- sabotage:end -->"
+FIGURE = PAGE.parent / "learning-curves.png"
+HEADER = ("method", "data", "images seen", "minutes", "raw pixels", "untrained", "trained", "lift", "linear", "RankMe")
+SABOTAGE_HEADER = ("what is broken", "method", "stated lift", "lift", "caught by")
+WATCHES = {"lift": "the lift", "watch": "the watch", "failed": "an error"}
+COLUMNS = 5  # of the figure
+
+LEGEND = f"""\
+Accuracy of weighted kNN (k = {K}) on the held-out images, of the preset `small`: mean ± standard deviation over the
+seeds. *raw pixels*, *untrained*: the same with pixels, and with the encoder before its first step. *lift*: what
+training added, in points. *linear*: a linear classifier on the frozen features (`fastssl eval linear`). *minutes*: of
+one core, training alone. Marked ¹: the share of held-out pairs of image and caption that are found among the first
+{FOUND} of 1,000, in the worse direction. Marked ²: the share of the pixels' differences from their image's mean colour
+that the codes keep. The command of a row is `fastssl pretrain METHOD --data DATA --seed SEED`; the files in
+benchmarks/results/learning hold it, the recipe, the curves and the machine."""
+
+SABOTAGE_LEGEND = f"""\
+Lifts in points of shorter runs (`--length short`, seed 0); stated is the least of the seeds. *the lift*: less than
+{SHARE:.0%} of the stated lift is left, so that `make test-learning` fails. *the watch*: a sentence in the log and in
+the report says that features or ranks look collapsed. *nothing*: the method learns about as well without that part on
+this task; tests that replay the official steps notice it."""
+
+
+def learned(method: str, folder: Path | None = None) -> dict | None:
+    """The means of a method's rows of the whole recipe; None if nothing was measured.
+
+    {"rows", "data", "score", "images_seen", "minutes", "raw", "untrained", "trained", "spread", "lift", "rankme", …}
+    """
+    rows = [row for row in results.read(method, folder) if row["length"] == "preset"]
+    if not rows:
+        return None
+    trained = [row["trained"] for row in rows]
+    means = {name: _mean(rows, name) for name in ("raw", "untrained", "trained", "linear", "rankme")}
+    return {
+        "rows": rows,
+        "data": rows[0]["data"],
+        "score": rows[0]["score"],
+        "images_seen": rows[0]["images_seen"],
+        "minutes": statistics.mean(row["seconds"] for row in rows) / 60,
+        "spread": statistics.stdev(trained) if len(rows) > 1 else None,
+        "lift": statistics.mean(map(lift, rows)),
+        **means,
+    }
+
+
+def _mean(rows: list[dict], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return statistics.mean(values) if values else None
+
+
+def render(folder: Path | None = None) -> str:
+    """The table of all measured methods."""
+    measured = {method: found for method in method_names() if (found := learned(method, folder))}
+    if not measured:
+        return "No measurements yet: run `python -m benchmarks.learning measure`."
+    facts = {(row["machine"], row["torch"], row["level"]) for found in measured.values() for row in found["rows"]}
+    seeds = sorted({row["seed"] for found in measured.values() for row in found["rows"]})
+    dates = sorted(row["date"] for found in measured.values() for row in found["rows"])
+    about = " · ".join(f"**{machine}**, torch {torch}, level {level}" for machine, torch, level in sorted(facts))
+    about += f" · one core a run · seeds {', '.join(map(str, seeds))} · {dates[0]} to {dates[-1]}"
+    lines = [_line(method, found) for method, found in measured.items()]
+    curves = f"![kNN accuracy by epoch of every method]({FIGURE.name})"
+    return "\n\n".join([about, markdown_table(HEADER, lines, text_columns=2), LEGEND, curves])
+
+
+def _line(method: str, found: dict) -> list[str]:
+    mark = {"knn": "", "retrieval": " ¹", "reconstruction": " ²"}[found["score"]]
+    fewer = f" ({len(found['rows'])} seed{'s' * (len(found['rows']) > 1)})" if len(found["rows"]) != 3 else ""
+    spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
+    return [
+        f"`{method}`{mark}",
+        found["data"],
+        f"{found['images_seen']:,}",
+        number(found["minutes"], 2),
+        percent(found["raw"]),
+        percent(found["untrained"]),
+        f"**{100 * found['trained']:.1f}{spread} %**{fewer}",
+        f"{100 * found['lift']:+.1f}",
+        percent(found["linear"]),
+        "–" if found["rankme"] is None else number(found["rankme"]),
+    ]
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}".replace("%", " %")
+
+
+def render_sabotage(folder: Path | None = None) -> str:
+    """The table of what notices which sabotage."""
+    rows = results.read(NAME, folder)
+    if not rows:
+        return "No measurements yet: run `python -m benchmarks.learning sabotage`."
+    lines = [
+        [
+            SABOTAGES[row["sabotage"]].text,
+            f"`{row['method']}`",
+            f"{100 * row['stated']:+.1f}",
+            f"{100 * row['lift']:+.1f}" if "lift" in row else "–",
+            ", ".join(WATCHES[name] for name in row["caught"]) or "nothing",
+        ]
+        for row in rows
+    ]
+    return "\n\n".join([markdown_table(SABOTAGE_HEADER, lines, text_columns=2), SABOTAGE_LEGEND])
+
+
+def draw(target: Path, folder: Path | None = None) -> None:
+    """kNN accuracy by epoch of every method that was measured, one line for each seed, raw pixels dashed."""
+    measured = {method: found for method in method_names() if (found := learned(method, folder))}
+    if not measured:
+        return
+    height = -(-len(measured) // COLUMNS)
+    size = (2.3 * COLUMNS, 1.9 * height + 0.3)
+    figure, axes = plt.subplots(height, COLUMNS, figsize=size, squeeze=False, sharey=True)
+    for panel, (method, found) in zip(axes.flat, measured.items()):
+        for row in found["rows"]:
+            panel.plot(*zip(*row["curve"]["knn"]), color="#c2410c", linewidth=1.1, alpha=0.8)
+        if found["raw"] is not None:
+            panel.axhline(found["raw"], color="#64748b", linewidth=1, linestyle=(0, (4, 3)))
+        panel.set_title(method, fontsize=8)
+        panel.grid(alpha=0.3)
+        panel.tick_params(labelsize=7)
+        panel.set_ylim(0, 1)
+        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    for panel in axes.flat[len(measured) :]:
+        panel.axis("off")
+    figure.suptitle("kNN accuracy by epoch, one line a seed; dashed: raw pixels", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110, metadata={"Software": None})  # the same bytes for the same numbers
+    plt.close(figure)
+
+
+def write(check: bool, folder: Path | None = None, page: Path = PAGE, figure: Path = FIGURE) -> int:
+    """Writes tables and figure, or with `check` only says whether the tables are out of date. The exit status."""
+    if not check:
+        draw(figure, folder)
+    text = insert(render(folder), page, MARKERS)
+    text = insert(render_sabotage(folder), page, SABOTAGE_MARKERS, text)
+    return write_or_check({page: text}, check, "python -m benchmarks.learning table")
