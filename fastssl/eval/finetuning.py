@@ -32,13 +32,13 @@ from .progress import Progress
 from .protocols import Finetune
 
 
-def need_timm() -> None:
-    """Checks that timm is installed.
+def need_timm(what: str = "eval finetune") -> None:
+    """Checks that timm is installed, which `what` needs.
 
     Raises:
         MissingExtra: timm is not installed.
     """
-    need("timm", what="eval finetune", extra="finetune")
+    need("timm", what=what, extra="finetune")
 
 
 def build_classifier(
