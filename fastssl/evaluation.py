@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fastssl.contract import EmbedsText, MatchesText
 from fastssl.data.source import Source
 from fastssl.eval.embedding import Embedding
 from fastssl.eval.features import block_features, extract, extract_on_all_ranks, features_of
+from fastssl.eval.few_labels_table import Measured
 from fastssl.eval.knn import knn_accuracy
 from fastssl.eval.labels import Accuracy, labelled, labelled_subset
 from fastssl.eval.linear import sweep, train_official
@@ -28,9 +29,6 @@ from fastssl.run import Run, Sources
 from fastssl.settings import differences, update
 from fastssl.text import printable
 from fastssl.train.checkpoint import load_model
-
-if TYPE_CHECKING:
-    from fastssl.eval.few_labels import Measured
 
 TAU = 0.07  # temperature of kNN votes
 ONLINE_K = 20  # neighbours of the kNN evaluation during a run
@@ -197,7 +195,7 @@ def few_labels(
     data: str | Sources | None = None,
     device: str = "auto",
     settings: dict[str, Any] | None = None,
-) -> "list[Measured]":
+) -> list[Measured]:
     """Compares the encoder with raw pixels and training from scratch on few labels; see `Run.few_labels`."""
     default = FewLabels.of_backbone(run.backbone)
     (numbers,) = update((default,), settings or {}, "eval")

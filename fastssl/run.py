@@ -39,7 +39,7 @@ from fastssl.train.log import read_metrics
 from fastssl.train.records import read_records, rewrite_records
 
 if TYPE_CHECKING:
-    from fastssl.eval.few_labels import Measured
+    from fastssl.eval.few_labels_table import Measured
     from fastssl.eval.labels import Accuracy
     from fastssl.eval.retrieval import Recall
 
@@ -378,8 +378,8 @@ class Run:
     def few_labels(
         self, *, seed: int = 0, data: str | Sources | None = None, device: str = "auto", **settings: Any
     ) -> "list[Measured]":
-        """Accuracies with 10, 100 and 1,000 labels: the encoder by kNN, linear and fine-tuned, beside raw pixels and the
-        same network trained from scratch. Needs the extra `finetune`; see `eval.few_labels`.
+        """Accuracies with 10, 100 and 1,000 labels: the encoder by kNN, linear and fine-tuned, beside raw pixels and
+        the same network trained from scratch. Needs the extra `finetune`; see `eval.few_labels`.
 
         Args:
             seed, data, device: as for `linear`; draws of the labels have this seed and the following ones.

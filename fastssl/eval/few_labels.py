@@ -13,11 +13,10 @@ The numbers of the recipe were chosen, for each of the two, by a sweep on images
 
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +28,13 @@ from fastssl.data.source import Source, Subset
 from fastssl.nn.backbones import ForeignNetwork
 
 from .features import extract
+from .few_labels_table import PIXELS, PRETRAINED, ROWS, SCRATCH, Measured
 from .finetuning import parameter_groups
 from .knn import knn_accuracy
 from .labels import accuracy, labelled_subset
 from .linear import EPS, Affine, fit_lbfgs
 from .protocols import FewLabels, Finetune
 
-PIXELS, SCRATCH, PRETRAINED = "raw pixels", "scratch", "pretrained"  # what a classifier starts from
-ORDER = [  # rows of the table
-    (PIXELS, "knn"),
-    (PIXELS, "linear"),
-    (SCRATCH, "finetune"),
-    (PRETRAINED, "knn"),
-    (PRETRAINED, "linear"),
-    (PRETRAINED, "finetune"),
-]
 SMALL = 64  # pixels of the longer side up to which images stay in memory, and their pixels are classified too
 K, TAU = 20, 0.07  # largest number of neighbours that vote, and temperature of their votes
 ITERATIONS = 200  # of L-BFGS at most
@@ -51,24 +42,6 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises from 0
 EVERY = 30.0  # seconds between lines on the progress
 Rows = tuple[Tensor, Tensor, Tensor]  # features [N, F] float32, labels [N], numbers of the images [N]
 T, R = TypeVar("T"), TypeVar("R")
-
-
-class Measured(NamedTuple):
-    """Accuracy of one classifier with one number of labels."""
-
-    start: str  # PIXELS, SCRATCH or PRETRAINED
-    classifier: str  # "knn", "linear" or "finetune"
-    labels: int
-    accuracies: tuple[float, ...]  # shares of the held-out images, one for each draw of the labels
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.accuracies)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over the draws; None of a single one."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
 
 class Kept(Subset):
@@ -306,7 +279,7 @@ def compare(
     found += train_networks(
         build, train, test, draws, numbers, size, at_once=1 if alone else torch.get_num_threads(), **loading
     )
-    return sorted(found, key=lambda result: ORDER.index((result.start, result.classifier)))
+    return sorted(found, key=lambda result: list(ROWS).index(result.row))
 
 
 def _pixels(images: Tensor) -> Tensor:

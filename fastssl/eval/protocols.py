@@ -215,8 +215,8 @@ class Finetune:
 
 @dataclass
 class FewLabels:
-    """Accuracy with few labels: kNN, a linear classifier and fine-tuning of the pretrained encoder, beside raw pixels and
-    the same network trained from scratch, each on the same labels and held-out images, for several draws of the labels.
+    """Accuracy with few labels: the pretrained encoder by kNN, linear and fine-tuned, beside raw pixels and the same
+    network trained from scratch, on the same labels and held-out images, for several draws of the labels.
 
     Fine-tuning and training from scratch differ in their initial weights, learning rate and layer decay alone."""
 
