@@ -21,14 +21,14 @@ from .flags import first_pass, parse_for_run
 
 HELP = """fastssl eval: accuracy of a run's encoder, on the run's data or another source (--data)
 
-  fastssl eval knn RUN       nearest training images vote on held-out images: seconds, no training
-  fastssl eval linear RUN    linear classifier on frozen features: a quick sweep, or the paper's protocol
-  fastssl eval finetune RUN  encoder and classifier trained end to end
+  fastssl eval knn RUN         nearest training images vote on held-out images: seconds, no training
+  fastssl eval linear RUN      linear classifier on frozen features: a quick sweep, or the paper's protocol
+  fastssl eval finetune RUN    encoder and classifier trained end to end
   fastssl eval few-labels RUN  all three with 10, 100 and 1,000 labels, beside raw pixels and training from scratch
 
   of methods of images and text:
-  fastssl eval zeroshot RUN  sentences about the classes are compared with held-out images: no training
-  fastssl eval retrieval RUN captions are found for held-out images, and images for captions
+  fastssl eval zeroshot RUN    sentences about the classes are compared with held-out images: no training
+  fastssl eval retrieval RUN   captions are found for held-out images, and images for captions
 
   fastssl eval linear RUN --help lists every option with its default. --labels 0.01 takes a hundredth of the labels,
   --labels 100 a hundred of them, the same number of each class; knn, linear, zeroshot and retrieval also run under

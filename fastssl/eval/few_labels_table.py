@@ -66,12 +66,15 @@ def sentences(results: Sequence[Measured], method: str) -> str:
     """What the table shows, in one or two sentences, by the means of the draws.
 
     The first compares with `TOLD` labels, or with the middle one of other numbers. The second names the largest number
-    with which training from scratch does not reach what fine-tuning does with those, if there is one.
+    with which training from scratch does not reach what fine-tuning does with those, if there is one. "" where a row
+    was not measured.
     """
     counts = counts_of(results)
     told = TOLD if TOLD in counts else counts[len(counts) // 2]
     means = {(result.row, result.labels): result.mean for result in results}
     tuned, scratch = (PRETRAINED, "finetune"), (SCRATCH, "finetune")
+    if any((row, told) not in means for row in ROWS if row[0] != PIXELS):
+        return ""
     text = (
         f"With {told:,} labels, {method}'s encoder reaches {means[tuned, told]:.0%} fine-tuned, "
         f"{means[(PRETRAINED, 'linear'), told]:.0%} linear and {means[(PRETRAINED, 'knn'), told]:.0%} by kNN; "

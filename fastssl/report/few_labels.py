@@ -29,7 +29,8 @@ def parts(run: RunData) -> list[Any]:
         return []
     head, rows = table_of(results, run.run.short_name)
     table = Table(head, rows, numbers=set(range(1, len(head))))
-    return [picture(results, run.run.short_name), table, Text(sentences(results, run.run.short_name))]
+    text = sentences(results, run.run.short_name)
+    return [picture(results, run.run.short_name), table, *([Text(text)] if text else [])]
 
 
 def newest(run: RunData) -> list[Measured]:
