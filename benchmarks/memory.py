@@ -32,11 +32,11 @@ from tests.support.memory import peak_memory
 from . import store
 from .harness import short
 from .machine import DEVICE, environment, machine
-from .memory_cases import CONTRASTIVE_AND_REDUNDANCY, DEMO, Case
+from .memory_cases import CONTRASTIVE_AND_REDUNDANCY, DEMO, IMAGES_AND_TEXTS, Case
 from .memory_prototypes import PROTOTYPES_AND_BANKS
 from .table import ROOT, insert, markdown_table, megabytes, number, write_or_check
 
-CASES = CONTRASTIVE_AND_REDUNDANCY + PROTOTYPES_AND_BANKS
+CASES = CONTRASTIVE_AND_REDUNDANCY + PROTOTYPES_AND_BANKS + IMAGES_AND_TEXTS
 RESULTS = store.RESULTS / "memory"
 PAGE, MARKERS = ROOT / "docs" / "methods.md", ("<!-- memory:begin -->", "<!-- memory:end -->")
 HEADER = (
@@ -50,6 +50,7 @@ HEADER = (
     "kNN untrained",
     "kNN trained",
 )
+OTHER_DATA = {"clip": "captions", "siglip": "captions"}  # where a method does not learn from `shapes`
 AGREEMENT = 0.02  # largest difference of followed and measured memory, as a share, at the small size
 
 
@@ -133,8 +134,8 @@ def measure() -> None:
         row = row_of(case)
         memory = row["memory_mb"]
         print(f"{case.loss}, {case.size}: reference {memory['reference']:,} MB, ours {memory['ours']:,} MB", flush=True)
-        same = (case.loss, list(case.methods))
-        _add([row], lambda old, same=same: (old.get("loss"), old.get("methods")) == same)
+        same = (case.loss, list(case.methods), case.size)
+        _add([row], lambda old, same=same: (old.get("loss"), old.get("methods"), old.get("size")) == same)
 
 
 def add_runs(folders: list[Path]) -> None:
@@ -175,7 +176,8 @@ def render() -> str:
 
 
 def _line(method: str, loss: str, size: str, memory: list[str], run: dict | None) -> list[str]:
-    command, learned = f"fastssl pretrain {method} --data shapes", ["–", "–", "–"]
+    command = f"fastssl pretrain {method} --data {OTHER_DATA.get(method, 'shapes')}"
+    learned = ["–", "–", "–"]
     if run is not None:
         command = f"fastssl pretrain {method} --data {run['data']} --epochs {run['epochs']}"
         images = int(run["data"].partition("count=")[2] or 4096)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.nn import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss
+from fastssl.nn import BarlowTwinsLoss, CLIPLoss, NegativeCosineSimilarity, SigLIPLoss, VICRegLoss
 from fastssl.nn.predictive import CPCLoss, DrawnCPCLoss
 from fastssl.ops import batch_info_nce, dense_match, info_nce, nt_xent
 
@@ -211,6 +211,47 @@ def vicreg_reference(images: int, width: int) -> Callable:
     return forward_backward(loss, z1, z2)
 
 
+def pair_inputs(pairs: int, width: int) -> tuple[Tensor, ...]:
+    """Unit vectors of images and texts, and the initial scale and bias of the logits of SigLIP."""
+    images, texts = leaves((pairs, width), (pairs, width))
+    return images, texts, torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+
+
+def clip_reference(pairs: int, width: int) -> Callable:
+    """CLIP's code: the logits of both directions."""
+    images, texts, scale, _ = pair_inputs(pairs, width)
+
+    def loss():
+        labels = torch.arange(pairs, device=images.device)
+        of_images, of_texts = scale * images @ texts.T, scale * texts @ images.T
+        return (F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)) / 2
+
+    return forward_backward(loss, images, texts, scale)
+
+
+def clip_ours(pairs: int, width: int) -> Callable:
+    images, texts, scale, _ = pair_inputs(pairs, width)
+    criterion = CLIPLoss()
+    return forward_backward(lambda: criterion(images, texts, scale), images, texts, scale)
+
+
+def siglip_reference(pairs: int, width: int) -> Callable:
+    """SigLIP's algorithm 1: all logits, and a matrix of 1 and −1."""
+    inputs = images, texts, scale, bias = pair_inputs(pairs, width)
+
+    def loss():
+        logits = images @ texts.T * scale + bias
+        labels = 2 * torch.eye(pairs, device=images.device) - torch.ones(pairs, pairs, device=images.device)
+        return -F.logsigmoid(labels * logits).sum() / pairs
+
+    return forward_backward(loss, *inputs)
+
+
+def siglip_ours(pairs: int, width: int) -> Callable:
+    inputs, criterion = pair_inputs(pairs, width), SigLIPLoss()
+    return forward_backward(lambda: criterion(*inputs), *inputs)
+
+
 def module_of_two(module: Callable[[], torch.nn.Module]) -> Maker:
     """A maker of one of our modules on two embeddings."""
 
@@ -305,6 +346,29 @@ CONTRASTIVE_AND_REDUNDANCY = [
         (64, 512),
         vicreg_reference,
         module_of_two(VICRegLoss),
+    ),
+]
+IMAGES_AND_TEXTS = [
+    Case(
+        "`nn.CLIPLoss` (`ops.batch_info_nce`)",
+        ("clip",),
+        "4,096 pairs, D 512",
+        (4096, 512),
+        (512, 256),
+        clip_reference,
+        clip_ours,
+    ),
+    *(
+        Case(
+            "`nn.SigLIPLoss` (`ops.pairwise_sigmoid`)",
+            ("siglip",),
+            f"{pairs:,} pairs, D 512",
+            (pairs, 512),
+            (512, 256),
+            siglip_reference,
+            siglip_ours,
+        )
+        for pairs in (4096, 32_768)
     ),
 ]
 DEMO = [dataclasses.replace(NT_XENT, size="2 × 32,768 views, D 128", real=(32768, 128)), DENSE]

@@ -172,7 +172,9 @@ def page(rows: list[dict]) -> str:
     """Text of docs/gpu-kernels.md: a line for each kernel, with its resources and predicted time on each card."""
     archs, lines = list(CARDS), {}
     for row in rows:
-        lines.setdefault((row["op"], row["size"], row["kernel"]), {})[row["arch"]] = row
+        by_arch = lines.setdefault((row["op"], row["size"], row["kernel"]), {})
+        first = by_arch.setdefault(row["arch"], row)  # an op may launch a kernel twice, in two variants
+        by_arch[row["arch"]] = first | {name: max(first[name], row[name]) for name in ("registers", "shared_bytes")}
     cells = []
     for (op, size, kernel), by_arch in lines.items():
         row = next(iter(by_arch.values()))

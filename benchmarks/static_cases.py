@@ -18,6 +18,7 @@ from fastssl.kernels import (
     gelu,
     masking,
     norm,
+    pairwise,
     patches,
     prototypes,
     queue,
@@ -60,6 +61,7 @@ def recipes() -> list[Case]:
     return [
         *_moco(),
         *_in_batch(),
+        *_pairs(),
         *_prototypes(),
         *_tokens(),
         *_pixels(),
@@ -117,6 +119,21 @@ def _in_batch() -> list[Case]:
             lambda arch: model.nt_xent_bwd(8192, 128, 2, arch),
         ),
     ]
+
+
+def _pairs() -> list[Case]:
+    """SigLIP's loss, with all gradients."""
+    cases, number = [], meta(dtype=FP32)
+    for batch, width in ((4096, 512), (32_768, 768)):
+        q = meta(batch, width)
+
+        def moved(arch, batch=batch, width=width):
+            return model.pairwise_sigmoid_fwd(batch, batch, width, 2, True, arch)
+
+        args = (q, q, number, number, 0, True)
+        size_name = f"B=M={batch:,}, D={width}, bf16"
+        cases.append(Case("pairwise_sigmoid", size_name, pairwise.pairwise_sigmoid_fwd, args, moved))
+    return cases
 
 
 def _prototypes() -> list[Case]:

@@ -4,7 +4,19 @@ import itertools
 
 import torch
 
-from fastssl.kernels import bank, batchnorm, block_masks, contrastive, crops, gelu, masking, patches, queue, tile
+from fastssl.kernels import (
+    bank,
+    batchnorm,
+    block_masks,
+    contrastive,
+    crops,
+    gelu,
+    masking,
+    pairwise,
+    patches,
+    queue,
+    tile,
+)
 from fastssl.kernels.pixels import normalise
 from fastssl.ops.crops import MODES
 
@@ -73,6 +85,7 @@ def _contrastive_tables() -> list[Case]:
             ("batch_info_nce, keys", contrastive.batch_info_nce_dkeys, (q, negatives, tau, 0, lse, lse)),
             ("nt_xent", contrastive.nt_xent_fwd, (q, tau)),
             ("nt_xent, backward", contrastive.nt_xent_bwd, (q, tau, lse, lse)),
+            ("pairwise_sigmoid", pairwise.pairwise_sigmoid_fwd, (q, negatives, tau, tau, 0, True)),
         ):
             cases.append(Case(op, f"D={width}, {NAMES[dtype]}", launcher, args))
     for q_dtype, keys_dtype in ((BF16, FP64), (FP16, FP32), (FP64, BF16)):
@@ -85,6 +98,10 @@ def _contrastive_tables() -> list[Case]:
         cases.append(Case("info_nce", size_name, contrastive.info_nce_fwd, (q, q, negatives, tau, True)))
         args = (q, negatives, tau, 0, lse, lse)
         cases.append(Case("batch_info_nce, keys", size_name, contrastive.batch_info_nce_dkeys, args))
+        args = (q, negatives, tau, tau, 0, True)
+        cases.append(Case("pairwise_sigmoid", size_name, pairwise.pairwise_sigmoid_fwd, args))
+    args = (meta(256, 128), meta(8192, 128), tau, tau, 0, False)
+    cases.append(Case("pairwise_sigmoid", "D=128, bf16, without gradients", pairwise.pairwise_sigmoid_fwd, args))
     return cases
 
 
@@ -158,6 +175,7 @@ def _ones() -> list[Case]:
         "batch_info_nce, keys": (contrastive.batch_info_nce_dkeys, (q, q, tau, 1, lse, lse)),
         "nt_xent": (contrastive.nt_xent_fwd, (meta(2, 1), tau)),
         "nt_xent, backward": (contrastive.nt_xent_bwd, (meta(2, 1), tau, meta(2, dtype=FP32), meta(2, dtype=FP32))),
+        "pairwise_sigmoid": (pairwise.pairwise_sigmoid_fwd, (q, meta(2, 1), tau, tau, 1, True)),
         "random_masking": (masking.random_masking, (meta(1, 1, dtype=FP32), 1)),
         "keep_tokens": (masking.keep_tokens_fwd, (meta(1, 1, 1), ids(1, 1), q)),
         "keep_tokens without pos": (masking.keep_tokens_fwd, (meta(1, 1, 1), ids(1, 1), None)),

@@ -101,6 +101,15 @@ class TrainingImages(NamedTuple):
 
 
 @runtime_checkable
+class ReadsWeights(Protocol):
+    """A method that computes with weights of another run or file, which are not in its state dict: a tokenizer's."""
+
+    def checksums(self) -> dict[str, str]:
+        """A checksum of the weights that each field of the config names; a resumed run must find the same."""
+        ...
+
+
+@runtime_checkable
 class PreparesEpochs(Protocol):
     """A method that needs the training images between epochs, for instance to cluster them.
 

@@ -3,8 +3,10 @@
 import contextlib
 import ctypes
 import importlib.metadata
+import os
 import platform
 import re
+from collections.abc import Mapping
 
 import torch
 
@@ -32,7 +34,8 @@ def share_cores(workers: int | None, device: torch.device, ranks: int = 1) -> in
 
     On a CPU torch gets the cores that workers leave. Threads and workers must not share cores: an OpenMP thread that
     waits for a core which a worker holds stops all the others, and a step takes several times as long. With fewer
-    than four cores there are therefore no workers by default: the main process loads and computes in turn.
+    than four cores there are therefore no workers by default: the main process loads and computes in turn. torch gets
+    at most OMP_NUM_THREADS threads where the user has set it.
 
     Args:
         workers: number of workers of a rank; None for a default that depends on the machine.
@@ -43,8 +46,21 @@ def share_cores(workers: int | None, device: torch.device, ranks: int = 1) -> in
     if device.type != "cpu":
         return min(8, available) if workers is None else workers
     workers = available // 4 if workers is None else workers
-    torch.set_num_threads(max(1, available - workers))
+    threads = max(1, available - workers)
+    torch.set_num_threads(min(threads, requested_threads(os.environ, ranks) or threads))
     return workers
+
+
+def requested_threads(environment: Mapping[str, str], ranks: int = 1) -> int | None:
+    """The user's OMP_NUM_THREADS, of a list such as 4,2 the first; None if it is not set or is no number above 0.
+
+    torchrun sets it to 1 for several processes on a machine where it is not set, and cannot be told from a user who
+    does: there 1 counts as not set, so that the ranks share all cores.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*(,.*)?", environment.get("OMP_NUM_THREADS", ""))
+    threads = int(match[1]) if match else 0
+    by_torchrun = threads == 1 and ranks > 1 and "TORCHELASTIC_RUN_ID" in environment
+    return None if by_torchrun else threads or None
 
 
 def keep_freed_memory() -> None:

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 from types import ModuleType
+from typing import Any
 
 import fastssl.methods
 from fastssl.data.augmentation import Augmentation, evaluation, multi_crop
@@ -56,17 +57,38 @@ def method_name_of(method: str | ModuleType) -> str:
     return name
 
 
-def find_augmentation(name: str, source: Source, size: tuple[int, int] | None = None) -> Augmentation:
-    """The augmentation of a method, of its preset `small` for small images, or one of `AUGMENTATIONS`."""
-    if name in AUGMENTATIONS:
+def find_augmentation(
+    name: str, source: Source, size: tuple[int, int] | None = None, tokenizer: str | None = None
+) -> Augmentation:
+    """The augmentation of a method, of its preset `small` for small images, or one of `AUGMENTATIONS`.
+
+    Args:
+        name: a method, or a key of `AUGMENTATIONS`.
+        source: the images.
+        size: (height, width) of a view, the augmentation's by default.
+        tokenizer: run or file of a tokenizer, for a method that needs one for its views.
+
+    Raises:
+        ValueError: there is no such augmentation, or a tokenizer is missing or of no use.
+    """
+    if name in AUGMENTATIONS and tokenizer is None:
         return AUGMENTATIONS[name](size or (224, 224))
-    if name not in method_names() and "." not in name:
+    if name not in (*method_names(), *AUGMENTATIONS) and "." not in name:
         raise ValueError(
             f"data: unknown augmentation {name!r}, there are {', '.join((*method_names(), *AUGMENTATIONS))}"
         )
+    if tokenizer is not None and not takes_tokenizer(name):
+        raise ValueError(f"data: --tokenizer is for a method that predicts its codes, {name} does not, got {tokenizer}")
     config = method_module(name).Config
     chosen = config.small() if has_small_images(source) else config.paper()
-    return (dataclasses.replace(chosen, image_size=size) if size else chosen).augmentation
+    changes: dict[str, Any] = {"image_size": size, "tokenizer": tokenizer}
+    given = {field: value for field, value in changes.items() if value is not None}
+    return dataclasses.replace(chosen, **given).augmentation
+
+
+def takes_tokenizer(name: str) -> bool:
+    """Whether a method predicts the codes of a tokenizer, which its config names."""
+    return name not in AUGMENTATIONS and hasattr(method_module(name).Config, "tokenizer")
 
 
 def has_small_images(source: Source) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from fastssl import distributed
-from fastssl.contract import Batch, PreparesEpochs, TrainingImages
+from fastssl.contract import Batch, PreparesEpochs, ReadsWeights, TrainingImages
 from fastssl.data.augmentation import evaluation
 from fastssl.data.fingerprint import Fingerprint, describe_changes, read_fingerprint, take_fingerprint
 from fastssl.data.loader import Loader
@@ -21,6 +21,7 @@ from fastssl.data.token_table import TokenTable, build_table, with_captions
 from fastssl.extras import MissingExtra, need
 from fastssl.machine import available_engine, keep_freed_memory, select_engine, share_cores
 from fastssl.run import Run, open_run
+from fastssl.settings import flag
 from fastssl.text import printable
 from fastssl.train import checkpoint
 from fastssl.train.epochs import continue_count
@@ -44,6 +45,7 @@ class Prepared(NamedTuple):
     state: dict[str, Any] | None  # checkpoint to continue from
     fingerprints: dict[str, Fingerprint]  # by the names of their files; on the first rank
     data_changes: list[str]  # how the images differ from those that the run was started with
+    weight_changes: list[str]  # the same of weights that the method reads from other runs and files
     notes: tuple[str, ...]  # sentences on the captions
 
 
@@ -97,6 +99,9 @@ def prepare(
             f"keeps a feature of each; start a new run (--folder)"
         )
     method = _build_method(run, state, device)
+    weight_changes = []
+    if isinstance(method, ReadsWeights) and distributed.rank() == 0:
+        weight_changes = _changes_of_weights(run, method.checksums(), changes is None, allow_changed_data)
     chosen_now = changes is None or "engine" in changes
     engine = (select_engine if chosen_now else available_engine)(options.engine, device)
     tokens = _tokens(run, source, text) if text is not None else None
@@ -111,7 +116,7 @@ def prepare(
             f"{training.epochs}"
         )
     notes = () if tokens is None else tokens.notes()
-    return Prepared(source, test, method, loader, state, fingerprints, data_changes, notes)
+    return Prepared(source, test, method, loader, state, fingerprints, data_changes, weight_changes, notes)
 
 
 def _tokens(run: Run, source: Source, text: TextInput) -> TokenTable:
@@ -222,6 +227,31 @@ def _changes_of_data(
     held_out = read_fingerprint(run.folder / HELD_OUT)
     others = [] if held_out is None else describe_changes(held_out, fingerprints[HELD_OUT])
     return found + [f"held-out images: {change}" for change in others]
+
+
+def _changes_of_weights(run: Run, checksums: dict[str, str], is_new: bool, allowed: bool) -> list[str]:
+    """Which weights of other runs and files differ from those that a resumed run was started with; keeps their
+    checksums in the run's facts.
+
+    Raises:
+        ValueError: weights differ, and that is not allowed.
+    """
+    changes = []
+    for name, checksum in checksums.items():
+        fact, option = f"{name} checksum", f"{flag(name)} {printable(getattr(run.config, name))}"
+        if not is_new and fact not in run.facts:  # a run of a version without checksums
+            print_once(
+                f"{run.folder} has no checksum of {option}: its weights are not compared with those at its start"
+            )
+        elif not is_new and run.facts[fact] != checksum:
+            changes.append(f"{option}: other weights")
+            if not allowed:
+                raise ValueError(
+                    f"pretrain: the weights of {option} are not those that {run.folder} was started with: put these "
+                    f"back there, or go on with the others (--allow-changed-data)"
+                )
+        run.facts[fact] = checksum
+    return changes
 
 
 def _build_method(run: Run, state: dict | None, device: torch.device) -> torch.nn.Module:

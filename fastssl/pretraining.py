@@ -253,7 +253,7 @@ def _train(
     if not is_new:
         on_all_ranks(lambda: distributed.rank() == 0 and lock.acquire())
     prepared = on_all_ranks(lambda: prepare(run, changes, allow_changed_data, device))
-    source, test, method, loader, state, fingerprints, data_changes, text_notes = prepared
+    source, test, method, loader, state, fingerprints, data_changes, weight_changes, text_notes = prepared
     trainer = Trainer(
         method,
         training,
@@ -269,7 +269,7 @@ def _train(
     if changes is None:
         _announce_start(run, source, test)
     else:
-        _announce_resume(run, trainer, state, changes, data_changes)
+        _announce_resume(run, trainer, state, changes, data_changes, weight_changes)
     notes = dict.fromkeys(note for split in (source, test) for note in getattr(split, "notes", ()))
     sides = describe_sides({"training": source.classes is not None, "held-out": test.classes is not None})
     for note in (*notes, *sides, *text_notes):
@@ -310,7 +310,12 @@ def _announce_start(run: Run, source: Source, test: Source) -> None:
 
 
 def _announce_resume(
-    run: Run, trainer: Trainer, state: dict | None, changes: dict[str, tuple[Any, Any]], data_changes: list[str]
+    run: Run,
+    trainer: Trainer,
+    state: dict | None,
+    changes: dict[str, tuple[Any, Any]],
+    data_changes: list[str],
+    weight_changes: list[str],
 ) -> None:
     """Writes the changed options to config.json and prints one line for each."""
     step, world = trainer.steps, distributed.world_size()
@@ -319,7 +324,7 @@ def _announce_resume(
         f"of {run.folder}"
     )
     lines = [f"{flag(name)}: {old} -> {new}" for name, (old, new) in changes.items()]
-    lines += [f"data: {change}" for change in data_changes]
+    lines += [f"data: {change}" for change in data_changes] + weight_changes
     if distributed.rank() == 0 and (lines or not run.id):
         if lines:
             history = [run.facts["changed"]] if "changed" in run.facts else []

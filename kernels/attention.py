@@ -23,12 +23,17 @@ the queries for dk and dv, and then over the keys for dq, with two more products
     operations   10·B·H·L²·E by head, 14 by block
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .attention_plan import backward_plan, forward_plan
-from .tile import LN2, LOG2E, LOWEST, TRITON_DTYPES, acc_dtype, card, contiguous_rows, dot_precision, two_floats
+from .tile import LN2, LOG2E, TRITON_DTYPES, acc_dtype, card, contiguous_rows, dot_precision, two_floats
+
+# Starts of a running maximum, the lowest numbers of a dtype: a mask may consist of them. Finite, so that −∞ less one of
+# them is −∞ and not NaN.
+LOWEST_32, LOWEST_64 = tl.constexpr(torch.finfo(torch.float32).min), tl.constexpr(torch.finfo(torch.float64).min)
 
 
 @triton.jit
@@ -136,7 +141,8 @@ def attention_fwd_kernel(
     out_ptr = _head_ptr(out_ptr, head, H, H * E * L, E)
 
     q = _load_rows(q_ptr, block_start, L, stride_ql, E, BLOCK_L, BLOCK_E)
-    running_max = tl.full([BLOCK_L], LOWEST, ACC_DTYPE)
+    lowest = LOWEST_64 if tl.float64 == ACC_DTYPE else LOWEST_32
+    running_max = tl.full([BLOCK_L], lowest, ACC_DTYPE)
     total = tl.zeros([BLOCK_L], ACC_DTYPE)
     out = tl.zeros([BLOCK_L, BLOCK_E], ACC_DTYPE)
     for start in range(0, M, BLOCK_M):

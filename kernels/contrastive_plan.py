@@ -44,6 +44,12 @@ TILES["sm_120"] = TILES["sm_80"] | {
 TILES["gfx942"] = TILES["sm_80"] | {
     2: {32: (128, 32, 32, 8, 2, 1), 128: (128, 64, 32, 8, 2, 1), 256: (64, 32, 32, 4, 2, 1), 512: (64, 32, 64, 8, 2, 1)}
 }
+# Those of `pairwise_sigmoid`, whose logarithm is a polynomial and takes more registers.
+PAIR_TILES: Tiles = TILES | {
+    "sm_100": TILES["sm_100"]
+    | {4: TILES["sm_100"][4] | {256: (32, 32, 16, 8, 2, 1)}, 8: TILES["sm_100"][8] | {128: (32, 16, 64, 8, 1, 1)}},
+    "sm_120": TILES["sm_120"] | {4: TILES["sm_120"][4] | {256: (32, 16, 32, 8, 2, 1)}},
+}
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,7 @@ with the sides exchanged gives the other gradient: no atomics, no logits in memo
                  each part of the columns
     limit        B = M = 32,768, D = 512: 4.4 TFLOP, so tensor cores
 
-Tile sizes are those of the contrastive kernels, whose two products are the same.
+Tile sizes are those of the contrastive kernels, whose two products are the same, with a few that need fewer registers.
 """
 
 import torch
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contrastive_plan import plan
+from .contrastive_plan import PAIR_TILES, plan
 from .tile import LOG2E, acc_dtype, card, contiguous_rows, dot_in_chunks, load_tile, operand_dtype
 
 # Derivatives lie between −1 and 1, most of them near 0: in float16 they are multiplied by this, so that few are below
@@ -157,7 +157,7 @@ def launch_pairwise_sigmoid(
     operand = operand_dtype(sum_dtype, rows, others)
     if operand == torch.float64:  # Triton fails to compile a product of float64 made from 16 bits
         rows, others = rows.double(), others.double()
-    launch_plan = plan(R, C, D, operand.itemsize, card(rows))
+    launch_plan = plan(R, C, D, operand.itemsize, card(rows), PAIR_TILES)
     parts = launch_plan.grid[1]
     losses, slopes = (rows.new_empty((parts, R) if with_loss else 0, dtype=sum_dtype) for _ in range(2))
     sums = rows.new_empty((parts, R, D) if with_sums else 0, dtype=sum_dtype)

@@ -1,6 +1,7 @@
 """`fastssl bench`: the advice, the parts of a loader's work, and the step of a method."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,14 @@ def test_without_a_step_the_way_to_measure_it_is_named():
     told = advice()
     assert told[1].startswith("To see whether that is enough: give the step's rate as --step-rate IMAGES/S, or")
     assert told[2].startswith("Decoding takes 75% of the time: ")
+
+
+def test_the_data_page_shows_what_is_said():
+    """For the numbers of its example, in milliseconds."""
+    photos = {"parts": Parts(0.03, 0.73, 0.28, 0.01, 0.07), "source": "folder:photos", "cores": 2, "gpu": False}
+    told = advice(**photos, step_rate=1500, workers=2, rates={"process": 286, "thread": 281})
+    page = Path(__file__).parent.parent / "docs" / "data.md"
+    assert "\n".join(["", *told, "```"]) in page.read_text()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fastssl.methods import moco_v2, moco_v3
 from tests.support import toy_method
 from tests.support.command import refused, run
 from tests.support.loaders import engines, poison
+from tests.support.tokenizers import tokenizer_file
 
 ENGINES = ["torchvision", *(["device"] if torch.cuda.is_available() else []), *(["dali"] if has_dali() else [])]
 
@@ -211,6 +212,18 @@ def test_show_writes_what_a_method_sees(engine, monkeypatch, capsys, tmp_path):
     )
     assert capsys.readouterr().out.strip() == str(path)
     assert Image.open(path).size == (4 * (32 + GAP) - GAP, 3 * (24 + GAP) - GAP)
+
+
+def test_show_takes_the_tokenizer_of_a_method(monkeypatch, tmp_path):
+    """Whose stride of 4 makes both views equally large."""
+    path, words = tmp_path / "views.png", ("data", "show", "shapes:count=4", "--tokenizer", tokenizer_file())
+    run(monkeypatch, *words, "--augmentation", "beit", "--rows", 1, "--columns", 1, "--to", path)
+    assert Image.open(path).size == (2 * (32 + GAP) - GAP, 32)
+    for name in ("moco_v2", "evaluation"):
+        sentence = f"data: --tokenizer is for a method that predicts its codes, {name} does not, got {tokenizer_file()}"
+        refused(monkeypatch, sentence, *words, "--augmentation", name)
+    sentence = "bench: --tokenizer is for a method that predicts its codes (--method beit), got x"
+    refused(monkeypatch, sentence, "bench", "--data", "shapes", "--tokenizer", "x")
 
 
 @engines

@@ -76,7 +76,7 @@ MAY_IMPORT = {
         "distributed",
         "train.checkpoint",
     },
-    "preparation": {*VALUES, "extras", "run", "data", "machine", "train", "weights", "distributed"},
+    "preparation": {*VALUES, "extras", "settings", "run", "data", "machine", "train", "weights", "distributed"},
     "pretraining": {
         *VALUES,
         "extras",

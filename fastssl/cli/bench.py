@@ -20,7 +20,7 @@ from fastssl.data.timing import Throughput, cores, measure_throughput
 from fastssl.data.token_table import build_table, with_captions
 from fastssl.data.workers import choose_kind
 from fastssl.machine import compared_engines, installed_engines
-from fastssl.method_modules import find_augmentation, method_module
+from fastssl.method_modules import find_augmentation, method_module, takes_tokenizer
 from fastssl.pretraining import preset_config
 from fastssl.train.config import Execution
 from fastssl.train.trainer import Trainer
@@ -51,6 +51,8 @@ class Flags:
     """seconds to measure each augmentation and engine"""
     method: str | None = None
     """method whose step is measured here, with its own augmentation and --batch-size"""
+    tokenizer: str | None = None
+    """run of dvae or weights file whose codes a method predicts (beit)"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """precision of that step"""
     step_rate: Annotated[float | None, POSITIVE] = None
@@ -67,13 +69,18 @@ def command(words: list[str]) -> None:
     kinds = list(dict.fromkeys(map(choose_kind, flags.worker_kind)))
     source = open_source(flags.data)
     names = dict.fromkeys((flags.method, *flags.augmentation) if flags.method else flags.augmentation)
-    augmentations = {name: find_augmentation(name, source) for name in names}
+    tokenizers = {name: flags.tokenizer for name in names if flags.tokenizer is not None and takes_tokenizer(name)}
+    if flags.tokenizer is not None and not tokenizers:
+        raise ValueError(
+            f"bench: --tokenizer is for a method that predicts its codes (--method beit), got {flags.tokenizer}"
+        )
+    augmentations = {name: find_augmentation(name, source, None, tokenizers.get(name)) for name in names}
     for engine in flags.engine:
         Loader(source, next(iter(augmentations.values())), 1, engine=engine)  # raises now if an engine is not installed
     sample = take_sample(source, flags.batch_size)
     step_rate = flags.step_rate
     if step_rate is None and flags.method:
-        step_rate = measure_step(flags.method, source, flags.batch_size, flags.precision)
+        step_rate = measure_step(flags.method, source, flags.batch_size, flags.precision, tokenizers.get(flags.method))
     title = f"{flags.workers} workers, batch {flags.batch_size}, {flags.seconds:g} s each, {len(source):,} images"
     table = Table("augmentation", "engine", "images/s", "CPU s / 1,000 images", title=title)
     batch_size = min(flags.batch_size, len(source))
@@ -147,7 +154,7 @@ def loader_speed(
     return measure_throughput(start, seconds, warm_up=2 * max(1, workers) + 2)
 
 
-def measure_step(name: str, source: Source, batch_size: int, precision: Any) -> float:
+def measure_step(name: str, source: Source, batch_size: int, precision: Any, tokenizer: str | None = None) -> float:
     """Images per second of a method's training step on this machine, from batches of noise that are there already.
 
     Raises:
@@ -155,7 +162,8 @@ def measure_step(name: str, source: Source, batch_size: int, precision: Any) -> 
     """
     _, config = preset_config(method_module(name), source)
     training = dataclasses.replace(config.training, batch_size=batch_size, accumulate=1)
-    changes = {"images": len(source)} if getattr(config, "images", 0) is None else {}
+    changes: dict[str, Any] = {"images": len(source)} if getattr(config, "images", 0) is None else {}
+    changes |= {} if tokenizer is None else {"tokenizer": tokenizer}
     config = dataclasses.replace(config, training=training, **changes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method_module(name).build(config).to(device)

@@ -51,6 +51,8 @@ class ShowFlags:
     """source of images: folder:PATH, webdataset:SHARDS, …"""
     augmentation: str = "moco_v2"
     """augmentation: a method, multi_crop or evaluation"""
+    tokenizer: str | None = None
+    """run of dvae or weights file whose codes a method predicts (beit), which gives the size of its second view"""
     engine: str = "torchvision"
     """loader engine: torchvision, device or dali"""
     rows: Annotated[int, AT_LEAST_1] = 4
@@ -113,7 +115,7 @@ def _show(words: list[str]) -> None:
     flags = parse(ShowFlags, words, "fastssl data show")
     check_ranges(flags, "data")
     source = open_source(flags.source)
-    augmentation = find_augmentation(flags.augmentation, source, flags.image_size)
+    augmentation = find_augmentation(flags.augmentation, source, flags.image_size, flags.tokenizer)
     if not flags.to.absolute().parent.is_dir():
         raise ValueError(f"data: --to must be in a folder that exists, got {flags.to}")
     _check_place(flags.to, source)

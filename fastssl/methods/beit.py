@@ -19,7 +19,7 @@ from fastssl.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, Augmentation,
 from fastssl.distributed import all_mean
 from fastssl.eval.protocols import Finetune
 from fastssl.nn.beit import BEIT_SIZES, Beit, beit_, decay_groups, patch_size_for
-from fastssl.nn.dvae import load_tokenizer
+from fastssl.nn.dvae import load_tokenizer, tokenizer_checksum, tokenizer_images
 from fastssl.nn.patch_masks import masked_rows
 from fastssl.nn.sharing import shared_copy
 from fastssl.nn.visual_tokens import CodeHead, codes_of_pixels, pixels_of_codes
@@ -102,7 +102,7 @@ class Config:
                 "beit: --tokenizer must name a run of dvae, or a weights file of one or of DALL-E's encoder, got none: "
                 "fastssl pretrain dvae trains one"
             )
-        tokenizer, patch = load_tokenizer(self.tokenizer), patch_size_for("beit", self.backbone, self.image_size)
+        tokenizer, patch = tokenizer_images(self.tokenizer), patch_size_for("beit", self.backbone, self.image_size)
         view = View(
             self.image_size,
             crop=(self.crop_min, 1.0),
@@ -170,6 +170,10 @@ class BEiT(Beit):
 
     def after_step(self, progress: float) -> None:
         """BEiT has no state beside its parameters."""
+
+    def checksums(self) -> dict[str, str]:
+        """That of the tokenizer, whose codes a resumed run must have again."""
+        return {} if self.tokenizer is None else {"tokenizer": tokenizer_checksum(self.tokenizer)}
 
     def masks(self, seed: Tensor) -> Tensor:
         """Masks [B, L] bool of seeds [B]: blocks of patches."""

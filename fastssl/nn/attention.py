@@ -125,7 +125,8 @@ class Attention(nn.Module):
 
 class TorchvisionAttention(nn.Module):
     """Self-attention with the parameters and names of torch's `nn.MultiheadAttention`, as torchvision's ViT and
-    open_clip's towers call it. With a mask, such as the causal one of a text tower, it is computed by torch.
+    open_clip's towers call it. The causal mask of a text tower is recognised on CPUs; with any other mask it is
+    computed by torch.
 
     Args:
         module: its parameters are shared, not copied.
@@ -149,6 +150,9 @@ class TorchvisionAttention(nn.Module):
         qkv = ops.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(2, (3, self.num_heads, -1))
         if attn_mask is None:
             out = ops.attention_packed(qkv)
+        elif is_causal(attn_mask):
+            q, k, v = qkv.unbind(2)
+            out = ops.attention(q, k, v, causal=True)
         else:
             mask = attn_mask if attn_mask.ndim == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
             # torch's module leaves out pairs with True, its function those with False
@@ -156,3 +160,18 @@ class TorchvisionAttention(nn.Module):
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
         return self.out_proj(out.flatten(2)), None
+
+
+def is_causal(mask: Tensor) -> bool:
+    """Whether a mask for `nn.MultiheadAttention` lets each token see those up to itself, and no others.
+
+    False for a mask on a GPU, for whose answer the host would wait, inside torch.compile, and for a mask with gradient.
+    """
+    if mask.device.type != "cpu" or mask.requires_grad or torch.compiler.is_compiling():
+        return False
+    if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
+        return False
+    causal = torch.ones(mask.shape, dtype=torch.bool).triu(1)  # True for what is left out
+    if mask.dtype != torch.bool:
+        causal = torch.zeros_like(mask).masked_fill(causal, float("-inf"))
+    return torch.equal(mask, causal)

@@ -4,10 +4,12 @@ Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021 (DALL-E), section 2.1 
 normalisation and no attention; a residual branch starts small, by a constant factor.
 """
 
+import functools
+import hashlib
 import math
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -315,6 +317,38 @@ def load_tokenizer(path: str | Path) -> nn.Module:
     if "blocks.input.w" in decoded:
         tokenizer.decoder = _frozen(Decoder(*sizes, inner=decoded["blocks.input.w"].shape[0]), decoded, name)
     return tokenizer
+
+
+def tokenizer_checksum(tokenizer: nn.Module) -> str:
+    """16 hexadecimal digits of the weights of a tokenizer from which its codes follow."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tokenizer.state_dict().items()):
+        if not name.startswith(("decoder.", "codebook.")):
+            digest.update(f"{name} {list(x.shape)}".encode())
+            digest.update(x.cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+class TokenizerImages(NamedTuple):
+    """What images a tokenizer takes."""
+
+    stride: int  # pixels of a code's place, along a side
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def tokenizer_images(path: str | Path) -> TokenizerImages:
+    """What images the tokenizer of a run or file takes. It is loaded once, until its file changes; see
+    `load_tokenizer`."""
+    path = Path(path)
+    read = [path] if path.is_file() else checkpoint.files(path / "checkpoints")
+    return _tokenizer_images(path, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in read))
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer_images(path: Path, files: tuple[tuple[str, int, int], ...]) -> TokenizerImages:
+    tokenizer: Any = load_tokenizer(path)
+    return TokenizerImages(tokenizer.stride, tokenizer.mean, tokenizer.std)
 
 
 def _frozen(network: nn.Module, weights: dict[str, Tensor], name: str) -> nn.Module:

@@ -44,8 +44,8 @@ def accelerate(model: nn.Module, leave: Collection[str] = ()) -> list[str]:
     name, and nothing is
     replaced then. Optimizers and state dicts are not affected: parameters, their names and order stay. Afterwards the
     model can be compiled and exported, but not scripted or traced, nor differentiated twice. Batches with a mask, such
-    as padded ones of timm's NaFlexViT and open_clip's texts, are computed by torch, as before. SigLIP's pooling by one
-    query (timm's `AttentionPoolLatent`) stays as it is.
+    as padded ones of timm's NaFlexViT, are computed by torch, as before; so is the causal mask of open_clip's texts on
+    GPUs. SigLIP's pooling by one query (timm's `AttentionPoolLatent`) stays as it is.
 
     Args:
         model: a model of timm or torchvision, or a module that contains such blocks.

@@ -67,6 +67,10 @@ def attention(
         bias: [H, L, M], or [B, H, L, M] for M keys, of any floating dtype and strides, is added to the scaled scores:
             relative positions, or a mask of zeros and −∞. Gradient, for [H, L, M] summed over the batch. Autocast
             leaves its dtype. A query whose biases are all −∞ gives NaN (0 where torch computes it).
+            One whose biases are all the lowest number of float32 (float64 for float64) gives the mean of the values.
+            Its gradient, and any of a query whose biases all lie below about −10⁶, is wrong on GPUs, whose kernels
+            compute the weights again from a log-sum-exp that has no digits left for them: leave such queries out of the
+            loss.
         causal: True lets query i see the keys 0 to i only; L must be M then, and bias None.
 
     Returns: [B, L, H, E] contiguous, in that dtype. Scores and softmax in float32 (float64 for float64).

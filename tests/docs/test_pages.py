@@ -1,6 +1,8 @@
 """The documentation is true: Python blocks and examples run, links lead somewhere, README's ops are the package's."""
 
 import importlib.util
+import inspect
+import pkgutil
 import re
 import sys
 import types
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import fastssl.nn
 import fastssl.ops
 from fastssl.data.source import open_source, source_names
 from fastssl.ops import dispatch
@@ -137,3 +140,14 @@ def test_every_page_is_in_the_table_of_contents():
     listed = set(re.findall(r"^([\w/-]+)$", index, re.MULTILINE))
     written = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in ROOT.glob("docs/**/*.md")}
     assert written - {"index"} <= listed
+
+
+@pytest.mark.parametrize("package", [fastssl.nn, fastssl.ops], ids=lambda package: package.__name__)
+def test_every_module_is_in_the_reference(package):
+    """By itself, or by what the package exports of it."""
+    page = (ROOT / "docs" / "api" / f"{package.__name__.rpartition('.')[2]}.md").read_text()
+    shown = set(re.findall(r"^\.\. automodule:: (\S+)$", page, re.MULTILINE))
+    shown |= {inspect.getmodule(value).__name__ for value in vars(package).values() if callable(value)}
+    written = {module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")}
+    without = {"fastssl.ops.attention_bias"}  # the ops behind `attention`
+    assert written - without <= shown

@@ -86,6 +86,18 @@ def test_masked_keys():
     assert out[:, 3].isnan().all() and out[:, 4:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_whose_biases_are_the_lowest_numbers(dtype):
+    """As masks in the place of −∞ have them: every key counts the same."""
+    q, k, v, bias = operands(2, 4, 40, 1, 8, dtype)
+    bias = bias.double() if dtype == torch.float64 else bias
+    bias[:, 2] = torch.finfo(dtype if dtype == torch.float64 else torch.float32).min
+    with watch():
+        out, _ = kernels.attention_bias_fwd(q, k, v, bias, 1.0)
+    torch.testing.assert_close(out[:, 2], v.mean(1))
+    assert out.isfinite().all()
+
+
 def test_empty():
     q, k, v, bias = operands(0, 5, 6, 2, 8, torch.float32)
     with watch() as seen:

@@ -25,6 +25,7 @@ from fastssl.ops import (
     masked_patch_mse,
     normalise,
     nt_xent,
+    pairwise_sigmoid,
     patchify,
     prototype_lse,
     random_masking,
@@ -92,6 +93,13 @@ def test_in_batch(B, M, D, dtype):
     q, keys = unit(B, D, dtype=dtype).requires_grad_(), unit(M, D, dtype=dtype).requires_grad_()
     agrees(lambda q, keys: batch_info_nce(q, keys, 0.2, 7).loss, q, keys)
     agrees(lambda z1, z2: nt_xent(z1, z2, 0.5), q, unit(B, D, dtype=dtype).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, M, D", [(1024, 4096, 512), (33, 70, 40), (64, 300, 600)])
+def test_pairs(B, M, D, dtype):
+    q, keys = unit(B, D, dtype=dtype).requires_grad_(), unit(M, D, dtype=dtype).requires_grad_()
+    agrees(lambda q, keys: pairwise_sigmoid(q, keys, 10.0, -10.0, 7), q, keys)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl.kernels import contrastive_plan, tile
+from fastssl.kernels import contrastive_plan, pairwise, tile
 from fastssl.ops import dispatch, pairwise_sigmoid
 from tests.kernels.contract import every_architecture
-from tests.kernels.interpreter import triton_on_cpu
+from tests.kernels.interpreter import triton_on_cpu, watch
+from tests.support import kernel_model as model
 from tests.support.close import assert_exact
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton is not interpreted")
@@ -51,7 +52,7 @@ def test_mixed_dtypes_and_strides():
 
 
 def test_wide_rows_are_cut(monkeypatch):
-    monkeypatch.setitem(contrastive_plan.TILES, "sm_90", {size: {32: (16, 16, 16, 4, 1, 1)} for size in (2, 4, 8)})
+    monkeypatch.setitem(contrastive_plan.PAIR_TILES, "sm_90", {size: {32: (16, 16, 16, 4, 1, 1)} for size in (2, 4, 8)})
     compare(unit(20, 70), unit(33, 70), label_offset=3)
 
 
@@ -71,3 +72,21 @@ def test_without_gradient_one_launch():
 def test_every_architecture(arch):
     with tile.assume_card(arch):
         compare(unit(20, 40), unit(40, 40), label_offset=5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("B, M, D, dtype", [(14, 63, 16, torch.bfloat16), (34, 130, 40, torch.float32)])
+def test_bytes_and_operations_are_the_model(B, M, D, dtype, grad):
+    expected = model.pairwise_sigmoid_fwd(B, M, D, dtype.itemsize, grad)
+    with watch() as seen:
+        numbers = torch.tensor(10.0), torch.tensor(-4.0)
+        pairwise.pairwise_sigmoid_fwd(unit(B, D, dtype=dtype), unit(M, D, dtype=dtype), *numbers, 0, grad)
+    assert (seen.bytes, seen.operations) == (expected.requested, expected.operations)
+
+
+def test_bytes_of_wide_rows_that_are_cut(monkeypatch):
+    monkeypatch.setitem(contrastive_plan.PAIR_TILES, "sm_90", {4: {32: (16, 16, 16, 4, 1, 1)}})
+    expected = model.pairwise_sigmoid_fwd(20, 33, 70, 4)
+    with watch() as seen:
+        pairwise.pairwise_sigmoid_fwd(unit(20, 70), unit(33, 70), torch.tensor(10.0), torch.tensor(-4.0), 3, True)
+    assert (seen.bytes, seen.operations) == (expected.requested, expected.operations)

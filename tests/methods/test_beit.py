@@ -2,16 +2,19 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fastssl
 from fastssl import distributed
 from fastssl.contract import Batch, Reconstructs
 from fastssl.data.loader import Loader
 from fastssl.data.source import open_source
 from fastssl.methods import beit
+from fastssl.nn import dvae
 from fastssl.nn.beit import BEIT_SIZES, Beit
 from fastssl.nn.dvae import load_tokenizer
 from fastssl.ops import dispatch
@@ -19,6 +22,7 @@ from fastssl.train.config import Execution
 from fastssl.train.optim import build_optimizer
 from fastssl.train.schedule import learning_rate
 from fastssl.train.trainer import Trainer
+from fastssl.weight_files import read_file
 from tests.support.contract import refused
 from tests.support.golden import part, read
 from tests.support.ranks import run_ranks
@@ -220,6 +224,40 @@ def test_a_run_is_evaluated_without_its_tokenizer(tmp_path):
     run = make_run(tmp_path / "run", beit, "shapes:count=16")
     run.config.tokenizer = str(tmp_path / "gone")
     assert run.embed(split="test")[0].shape[1] == 128
+
+
+def test_a_tokenizer_that_changed_is_refused_at_a_resume(tokenizer, tmp_path, capsys):
+    """It would have other codes; its decoder may change."""
+    folder, path = tmp_path / "run", Path(tokenizer)
+    data, settings = (open_source("shapes:count=16", "train"),) * 2, {"image_size": (24, 24), "mask_patches": 14}
+    settings |= {"preset": "small", "batch_size": 16, "tokenizer": tokenizer, "workers": 0}
+    run = fastssl.pretrain("beit", data, folder=folder, epochs=1, **settings)
+    assert run.facts["tokenizer checksum"] == dvae.tokenizer_checksum(load_tokenizer(tokenizer))
+    original = load_file(path)
+    save_file({n: x + n.startswith("decoder.") for n, x in original.items()}, path)
+    run.resume(data, epochs=2)
+    save_file({n: x + n.endswith("output.conv.b") for n, x in original.items()}, path)
+    refused(
+        f"pretrain: the weights of --tokenizer {path} are not those that {folder} was started with: put these back "
+        "there, or go on with the others (--allow-changed-data)",
+        ValueError,
+        lambda: run.resume(data, epochs=3),
+    )
+    resumed = fastssl.open_run(folder).resume(data, epochs=3, allow_changed_data=True)
+    assert f"--tokenizer {path}: other weights" in capsys.readouterr().out
+    assert resumed.facts["changed"].endswith("--epochs: 2 -> 3, --tokenizer " + f"{path}: other weights")
+    with pytest.raises(ValueError, match=r"^pretrain: the weights of --tokenizer "):
+        save_file(original, path)
+        fastssl.open_run(folder).resume(data, epochs=4)
+
+
+def test_the_tokenizer_is_read_once_for_its_view(tokenizer, monkeypatch):
+    read = []
+    monkeypatch.setattr(dvae, "read_file", lambda *args, **options: read.append(1) or read_file(*args, **options))
+    config = tiny(tokenizer=tokenizer)
+    assert [config.augmentation.views[1].size for _ in range(3)] == [(48, 48)] * 3 and len(read) == 1
+    save_tokenizer(Path(tokenizer), groups=3)
+    assert [config.augmentation.views[1].size for _ in range(3)] == [(24, 24)] * 3 and len(read) == 2
 
 
 def test_masks_follow_the_seed(tokenizer):

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 from fastssl.nn import Attention, accelerate
-from fastssl.nn.attention import TorchvisionAttention
+from fastssl.nn.attention import TorchvisionAttention, is_causal
 from fastssl.nn.biased_attention import BiasedAttention
 from fastssl.nn.vit import ViT
 from tests.support.contract import refused
@@ -456,6 +456,14 @@ def test_open_clips_towers_with_their_causal_mask():
     assert names == [f"{side}transformer.resblocks.{i}.attn" for side in ("visual.", "") for i in range(2)]
     for one, two in zip((model.encode_image(images), model.encode_text(tokens)), expected):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_causal_masks_of_multihead_attention_are_recognised():
+    causal = torch.zeros(5, 5).masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), float("-inf"))
+    assert all(is_causal(mask) for mask in (causal, causal.bfloat16(), causal < 0, torch.zeros(1, 1)))
+    finite = causal.clamp(min=-1e4)
+    others = (causal.T, ~(causal < 0), finite, causal[:4], causal[None], torch.ones(1, 1), causal.requires_grad_())
+    assert not any(is_causal(mask) for mask in others)
 
 
 @pytest.mark.parametrize("kind", ["float", "bool", "by head"])

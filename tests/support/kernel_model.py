@@ -18,6 +18,7 @@ from fastssl.kernels import (
     gelu,
     masking,
     norm,
+    pairwise,
     patches,
     prototypes,
     queue,
@@ -304,6 +305,28 @@ def _info_nce_bwd(R: int, C: int, D: int, size: int, both: bool, arch: str) -> M
     operations = 2 * tiles * columns * blocks * plan.block_b * plan.block_k * (depth + plan.block_d)
     partial = parts * R * D * acc
     return Moved(requested + partial, least + (2 * partial if parts > 1 else 0), least, operations)
+
+
+def pairwise_sigmoid_fwd(B: int, M: int, D: int, size: int, grad: bool = True, arch: str = "sm_90") -> Moved:
+    """Reads queries and keys; writes the loss, and with `grad` both gradients, by one launch for each side. torch then
+    scales the sums of a side, and multiplies those of the queries with these for the gradient of the scale."""
+    acc = max(4, size)
+    sides = ((B, M, True), (M, B, False)) if grad else ((B, M, True),)
+    requested = operations = 0
+    least = (B + M) * D * size + grad * (B + M) * D * acc
+    moved = least + grad * B * D * (size + (3 if size == acc else 5) * acc)
+    for R, C, with_loss in sides:
+        plan = contrastive.plan(R, C, D, size, CARDS[arch], pairwise.PAIR_TILES)
+        (blocks, parts, columns), tiles = plan.grid, math.ceil(C / plan.block_k)
+        depth = math.ceil(D / (plan.chunk or plan.block_d)) * (plan.chunk or plan.block_d)
+        requested += blocks * parts * columns * 2 * acc  # scale and bias
+        requested += (tiles * columns if plan.chunk else parts) * R * D * size
+        requested += blocks * C * D * size * ((columns + grad) if plan.chunk else 1)
+        losses, sums = with_loss * parts * R * 2 * acc, grad * R * D * acc
+        requested += losses + parts * sums
+        moved += 2 * losses + 2 * sums + (2 * parts * sums if parts > 1 else 0)
+        operations += 2 * tiles * columns * blocks * plan.block_b * plan.block_k * (depth + grad * plan.block_d)
+    return Moved(requested, moved, least, operations)
 
 
 def attention_fwd(B: int, L: int, H: int, E: int, size: int, arch: str = "sm_90", bias: bool = False) -> Moved:

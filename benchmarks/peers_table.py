@@ -1,0 +1,215 @@
+"""The table and the picture of fastssl beside lightly, from the stored runs of `learning_peers.py`."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import store
+from .machine import BUSY
+from .peers_runs import LIBRARIES
+from .table import markdown_table, number, times
+
+METHODS = ("moco_v2", "simclr_v1", "byol", "simsiam", "dino", "mae")
+MARKERS = "<!-- peers:begin -->", "<!-- peers:end -->"
+HEADER = (
+    "images",
+    "method",
+    "pixels, untrained, %",
+    "fastssl, %",
+    "lightly, %",
+    "difference",
+    "fastssl, images/s",
+    "lightly, images/s",
+    "×",
+    "whole run, min",
+    "lightly to fastssl's, min",
+    "to the same, min",
+    "×",
+)
+VERSIONS = "torch", "torchvision", "timm", "lightly"
+LEGEND = """\
+*%*: kNN accuracy (k = 20) of held-out images by raw pixels, by the untrained encoder, and at the end of training: mean
+± standard deviation over the seeds. *difference*: fastssl less lightly in points, ± its standard error. *images/s*:
+training images, each counted once however many views it has, per second of processor time of one core, with views,
+optimizer and momentum encoder. *min*: minutes of a core, without evaluation, fastssl / lightly. *lightly to fastssl's*:
+until the mean curve of lightly reaches fastssl's last accuracy; "–": not in its whole run, which ends with its learning
+rate at 0. *to the same*: until each reaches the smaller of both last accuracies. *busy*: other programs used this share
+of the core during a run, so no ratio is stated.
+
+Both have the same images in memory, initial encoder, batch, epochs, schedule and laws of the views, one thread and no
+workers; the numbers are those of the preset `small`. lightly's parts are put together as in its documentation around
+torch's and timm's modules, with what makes plain torch faster on a CPU: channels-last layout, the fused optimizer, and
+freed memory that stays in the process. Its heads have their own initial weights, its batch norms see one view at a time
+(SimCLR, DINO), its BYOL starts with a copy as the target network."""
+PICTURE = "learning-peers.png"
+SHOWN = f"![kNN accuracy of fastssl and of lightly against minutes of a core]({PICTURE})"
+
+
+class Line(NamedTuple):
+    """Stored runs of both libraries with the same images, method and settings."""
+
+    data: str
+    method: str
+    rows: dict[str, list[dict]]  # by library
+
+    def final(self, library: str) -> list[float]:
+        return [row["knn"] for row in self.rows[library]]
+
+    def curve(self, library: str) -> list[tuple[float, float]]:
+        """(minutes of a core, accuracy), means over the seeds."""
+        points = zip(*(row["curve"] for row in self.rows[library]))
+        return [(_mean(p[1] for p in point) / 60, _mean(p[2] for p in point)) for point in points]
+
+    def rate(self, library: str) -> float:
+        return _mean(row["images_per_second"] for row in self.rows[library])
+
+    @property
+    def busy(self) -> float:
+        """Largest share of a core that other programs used."""
+        return max((row["others"] or 0 for rows in self.rows.values() for row in rows), default=0)
+
+
+def files(folder: Path, shown_in: str | None = None) -> list[Path]:
+    """Files of results, one per machine. With `shown_in`, only of machines that this text names in bold."""
+    paths = sorted(folder.glob("peers-*.json"))
+    return [path for path in paths if shown_in is None or f"**{store.read(path)['machine']['name']}**" in shown_in]
+
+
+def lines_of(rows: Iterable[dict]) -> list[Line]:
+    """The lines of the table: methods in the order of METHODS, for one source of images after the other."""
+    groups: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        key = row["data"], METHODS.index(row["method"]), row["images"], row["settings"]
+        groups.setdefault(key, {library: [] for library in LIBRARIES})[row["library"]].append(row)
+    return [Line(key[0], METHODS[key[1]], group) for key, group in sorted(groups.items()) if all(group.values())]
+
+
+def minutes_to(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """Minutes after which a curve of (minutes, accuracy) first reaches an accuracy, between two points along a line."""
+    before = curve[0]
+    for point in curve:
+        if point[1] >= target:
+            rise = point[1] - before[1]
+            return before[0] + (point[0] - before[0]) * ((target - before[1]) / rise if rise > 0 else 1)
+        before = point
+    return None
+
+
+def render(paths: list[Path]) -> str:
+    """The table of each machine, as Markdown."""
+    parts = []
+    for path in paths:
+        document = store.read(path)
+        lines = lines_of(row for run in document["runs"] for row in run["rows"])
+        if lines:
+            about = dict.fromkeys(_about(document["machine"], run["environment"]) for run in document["runs"])
+            parts += [*about, markdown_table(HEADER, map(_cells, lines), text_columns=2), _facts(lines)]
+    return (
+        "\n\n".join([*parts, LEGEND, SHOWN]) if parts else "No measurements yet: `python -m benchmarks.learning_peers`."
+    )
+
+
+def draw(paths: list[Path], target: Path) -> bool:
+    """Writes the picture: accuracy against minutes of a core, a panel for each method and source of images.
+
+    Lines are means over the seeds, bands reach from the smallest to the largest. Of several machines the first one with
+    results is shown. Returns whether there are any.
+    """
+    from .plots import COLOURS, plt
+
+    lines = next(filter(None, (lines_of(store.rows_of(path)) for path in paths)), [])
+    if not lines:
+        return False
+    sources = list(dict.fromkeys(line.data for line in lines))
+    methods = [method for method in METHODS if any(line.method == method for line in lines)]
+    size = 2.5 * len(methods), 2.5 * len(sources)
+    figure, axes = plt.subplots(len(sources), len(methods), figsize=size, squeeze=False, layout="constrained")
+    colours = {"fastssl": COLOURS["ours"], "lightly": COLOURS["official"]}
+    for panel in axes.flat:
+        panel.set_visible(False)
+    for line in lines:
+        panel = axes[sources.index(line.data), methods.index(line.method)]
+        panel.set_visible(True)
+        for library, rows in line.rows.items():
+            x, y = zip(*line.curve(library))
+            spread = list(zip(*([point[2] for point in row["curve"]] for row in rows)))
+            low, high = ([100 * end(values) for values in spread] for end in (min, max))
+            panel.plot(x, [100 * value for value in y], color=colours[library], label=library)
+            panel.fill_between(x, low, high, color=colours[library], alpha=0.2, linewidth=0)
+        panel.set_title(f"{line.method}, {line.data}", fontsize=8)
+        panel.grid(alpha=0.3)
+        panel.tick_params(labelsize=7)
+        if line is lines[0]:
+            panel.legend(fontsize=7)
+    figure.supxlabel("minutes of a core", fontsize=8)
+    figure.supylabel("kNN accuracy, %", fontsize=8)
+    figure.savefig(target, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return True
+
+
+def _cells(line: Line) -> list[str]:
+    ours, theirs = (line.final(library) for library in LIBRARIES)
+    curves = [line.curve(library) for library in LIBRARIES]
+    same = [minutes_to(curve, min(curves[0][-1][1], curves[1][-1][1])) for curve in curves]
+    busy = line.busy > BUSY
+    first = line.rows["fastssl"][0]
+    raw, untrained = first["knn_raw"], _mean(row["knn_untrained"] for row in line.rows["fastssl"])
+    rates = [line.rate(library) for library in LIBRARIES]
+    return [
+        line.data + (f" (busy: {line.busy:.0%})" if busy else ""),
+        f"`{line.method}`",
+        f"{100 * raw:.1f}, {100 * untrained:.1f}",
+        _spread(ours),
+        _spread(theirs),
+        _difference(ours, theirs),
+        *map(number, rates),
+        times(None if busy else rates[0] / rates[1]),
+        " / ".join(number(curve[-1][0], 2) for curve in curves),
+        _minutes(minutes_to(curves[1], curves[0][-1][1])),
+        " / ".join(map(_minutes, same)),
+        times(None if busy or not same[0] or same[1] is None else same[1] / same[0]),
+    ]
+
+
+def _minutes(value: float | None) -> str:
+    return "–" if value is None else number(value, 2)
+
+
+def _spread(values: list[float]) -> str:
+    """Mean ± standard deviation in per cent."""
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * _mean(values):.1f}{deviation}"
+
+
+def _difference(ours: list[float], theirs: list[float]) -> str:
+    """Difference of the means in points ± its standard error."""
+    error = ""
+    if min(len(ours), len(theirs)) > 1:
+        squares = statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs)
+        error = f" ± {100 * squares**0.5:.1f}"
+    return f"{100 * (_mean(ours) - _mean(theirs)):+.1f}{error}"
+
+
+def _facts(lines: list[Line]) -> str:
+    """Sentences on how many images, epochs and seeds the lines are of."""
+    sentences = []
+    for data in dict.fromkeys(line.data for line in lines):
+        rows = [row for line in lines if line.data == data for row in line.rows["fastssl"]]
+        seeds = sorted({len(group) for line in lines if line.data == data for group in line.rows.values()})
+        epochs = ", ".join(f"{row['method']} {row['epochs']}" for row in {row["method"]: row for row in rows}.values())
+        sentences.append(
+            f"*{data}*: {rows[0]['training_images']:,} training and {rows[0]['held_out_images']:,} held-out images, "
+            f"seeds a method: {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}; epochs: {epochs}."
+        )
+    return "\n".join(sentences).replace("_", "\\_")
+
+
+def _about(machine: dict, software: dict) -> str:
+    versions = ", ".join(f"{name} {software[name]}" for name in VERSIONS)
+    return f"**{machine['name']}** · level {software['level']} · {versions} · commit `{software['commit']}`"
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
