@@ -240,7 +240,7 @@ class FewLabels:
     """smallest area of a random crop, as a share of the image"""
     flip_p: Annotated[float, PROBABILITY] = 0.0
     """probability of a horizontal flip"""
-    l2: Annotated[float, POSITIVE] = 1e-2
+    l2: Annotated[float, POSITIVE] = 1e-3
     """weight of the L2 penalty of the linear classifiers"""
 
     @classmethod

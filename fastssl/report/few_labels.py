@@ -34,13 +34,23 @@ def parts(run: RunData) -> list[Any]:
 
 
 def newest(run: RunData) -> list[Measured]:
-    """Results with the step, the data and the seed of the newest record; lines that lack a field are passed over."""
-    fields = ("start", "classifier", "labels", "accuracies")
-    lines = [line for line in run.evaluations if line["evaluation"] == "few labels" and all(map(line.get, fields))]
+    """Results with the step, the data and the seed of the newest record; lines that are no results are passed over."""
+    lines = [line for line in run.evaluations if line["evaluation"] == "few labels" and _is_result(line)]
     same = [[line.get(name) for name in ("step", "data", "draws", "seed")] for line in lines]
-    found = [Measured(*(line[name] for name in fields)) for line, key in zip(lines, same) if key == same[-1]]
-    found = [result._replace(accuracies=tuple(result.accuracies)) for result in found]
-    return list({(result.row, result.labels): result for result in found if result.row in ROWS}.values())
+    found = [
+        Measured(line["start"], line["classifier"], line["labels"], tuple(line["accuracies"]))
+        for line, key in zip(lines, same)
+        if key == same[-1]
+    ]
+    return list({(result.row, result.labels): result for result in found}.values())
+
+
+def _is_result(line: dict) -> bool:
+    """Whether a record of evaluations.jsonl, which others may have edited, has a row, labels and accuracies."""
+    labels, shares = line.get("labels"), line.get("accuracies")
+    if not isinstance(labels, int) or labels < 1 or not isinstance(shares, list) or not shares:
+        return False
+    return [line.get("start"), line.get("classifier")] in map(list, ROWS) and all(isinstance(x, float) for x in shares)
 
 
 def picture(results: list[Measured], method: str) -> Picture:

@@ -154,9 +154,9 @@ def _sections(runs: list[RunData], pictured: list[dict[str, list[Any]]]) -> list
     text = "Accuracy on held-out images: by votes of the nearest training images (kNN), or by a trained classifier."
     if any(line["evaluation"] in ("zeroshot", "retrieval") for run in runs for line in run.evaluations):
         text += " Zero-shot: by sentences about the classes. Retrieval: the share of first places that are right (R@1)."
-    sections = [curves.training(runs), Section("evaluations", "Evaluations", text, evaluated)]
     compared = [(run, few_labels.parts(run)) for run in runs]
-    sections.append(Section("labels", "Accuracy with few labels", LABELS, columns=_nonempty(compared, runs)))
+    sections = [Section("labels", "Accuracy with few labels", LABELS, columns=_nonempty(compared, runs))]
+    sections += [curves.training(runs), Section("evaluations", "Evaluations", text, evaluated)]
     for anchor, title in TITLES.items():
         columns = [(run, parts[anchor]) for run, parts in zip(runs, pictured) if anchor in parts]
         sections.append(Section(anchor, title, TEXTS[anchor], columns=_nonempty(columns, runs)))

@@ -52,6 +52,9 @@ def test_picture_table_and_sentences(tmp_path):
         [{"evaluation": "knn", "step": 1, "accuracy": 0.5}],
         [{"evaluation": "few labels", "step": 1, "accuracy": 0.5}],
         [record(("surprise", "of mine"), 10, 0.5)],
+        [record((["raw pixels"], {"knn": 1}), 10, 0.5)],
+        [record(ROWS[0], "<script>", 0.5), record(ROWS[0], -3, 0.5)],
+        [record(ROWS[0], 10, 0.5, accuracies="0.5"), record(ROWS[0], 10, 0.5, accuracies=[None])],
     ],
 )
 def test_records_without_the_table_have_no_section(tmp_path, records):
