@@ -224,13 +224,13 @@ class FewLabels:
     """numbers of labels, as many of each class; those that the data cannot have are left out"""
     draws: Annotated[int, AT_LEAST_1] = 3
     """draws of the labels, of which mean and standard deviation are shown"""
-    steps: Annotated[int, AT_LEAST_1] = 200
+    steps: Annotated[int, AT_LEAST_1] = 150
     """steps of fine-tuning and of training from scratch"""
     batch_size: Annotated[int, AT_LEAST_1] = 32
     """images per step, at most the number of labels"""
-    lr: Annotated[float, POSITIVE] = 1e-3
+    lr: Annotated[float, POSITIVE] = 6e-3
     """largest learning rate of fine-tuning (AdamW)"""
-    scratch_lr: Annotated[float, POSITIVE] = 1e-3
+    scratch_lr: Annotated[float, POSITIVE] = 6e-3
     """largest learning rate of training from scratch (AdamW)"""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
     """decoupled weight decay, not of biases, norms, positions, class token"""
@@ -245,8 +245,8 @@ class FewLabels:
 
     @classmethod
     def of_backbone(cls, backbone: str) -> "FewLabels":
-        """Numbers for a backbone, by the sweep of `benchmarks/few_labels.py`."""
-        return cls() if is_resnet(backbone) else cls(layer_decay=0.75)
+        """Numbers for a backbone, by the sweep of `benchmarks/few_labels.py` with small networks."""
+        return cls() if is_resnet(backbone) else cls(lr=2e-3, scratch_lr=1e-3, layer_decay=0.75)
 
 
 def check_protocol(numbers: Sweep | Official | Finetune | FewLabels) -> None:
