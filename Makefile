@@ -1,6 +1,6 @@
 # Each target sets up what it needs in .venv, once.
 #
-#   make demo        pretrain MAE and MoCo v2 on embedded data, evaluate, report
+#   make demo        pretrain MoCo v2 and MAE on embedded images, then compare them on few labels with training from scratch
 #   make test        the tests, without those marked exhaustive
 #   make test-fast   the tests, without those marked slow or exhaustive: minutes
 #   make test-all    every test: all kernel configurations, long kills, long learning runs
@@ -23,6 +23,7 @@ PROCESSES ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q -c .ci/constraints.txt
 , := ,
+DEMO_DATA := shapes
 PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 
@@ -45,11 +46,13 @@ install: .venv/installed
 	@touch $@
 
 demo: .venv/installed
-	rm -rf runs/demo-mae runs/demo-moco
-	$(BIN)/fastssl pretrain mae --data digits --epochs 20 --folder runs/demo-mae
-	$(BIN)/fastssl pretrain moco_v2 --data shapes --epochs 3 --folder runs/demo-moco
-	@$(BIN)/fastssl report runs/demo-mae
-	@$(BIN)/fastssl report runs/demo-moco
+	rm -rf runs/demo-moco runs/demo-mae
+	$(BIN)/fastssl pretrain moco_v2 --data $(DEMO_DATA) --folder runs/demo-moco
+	$(BIN)/fastssl pretrain mae --data $(DEMO_DATA) --folder runs/demo-mae
+	@$(BIN)/fastssl eval few-labels runs/demo-moco
+	@$(BIN)/fastssl eval few-labels runs/demo-mae
+	@echo "The page with tables, curves and pictures of both:"
+	@$(BIN)/fastssl report runs/demo-moco runs/demo-mae --to runs/demo.html
 
 test: .venv/installed
 	$(PYTEST) -m "not exhaustive"

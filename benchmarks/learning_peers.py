@@ -37,7 +37,7 @@ from .peers_table import MARKERS, METHODS, PICTURE, VERSIONS, draw, files, rende
 from .store import RESULTS
 from .table import PAGE, insert, present, write_or_check
 
-EMBEDDED = "shapes"  # images that need no download
+EMBEDDED = "patterns"  # images that need no download
 KEPT = RESULTS / "learning"
 
 

@@ -12,12 +12,17 @@ from fastssl.contract import EmbedsText, MatchesText, RanksNegatives
 from fastssl.data.source import Source, Subset
 from fastssl.eval.embedding import Embedding
 from fastssl.eval.features import block_features, extract, extract_on_all_ranks, features_of
+from fastssl.eval.few_labels_table import Measured
 from fastssl.eval.knn import knn_accuracy
 from fastssl.eval.labels import Accuracy, labelled, labelled_subset
 from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.prompts import Lines, class_names, read_templates
+<<<<<<< HEAD
 from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
 from fastssl.eval.ranks import Ranks, collect_ranks, lost_contrast
+=======
+from fastssl.eval.protocols import FewLabels, Finetune, Official, Sweep, check_evaluation, check_protocol
+>>>>>>> h-labels
 from fastssl.eval.retrieval import WHOLE, Recall, captioned, retrieve
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.eval.texts import Texts
@@ -189,6 +194,43 @@ def finetune_defaults(run: Run | None, epochs: int | None = None) -> Finetune:
         return shorten(Finetune.small(run.backbone), epochs)
     of_paper = getattr(method_module(run.method_name), "finetuning", Finetune.paper)
     return shorten(of_paper(run.backbone), epochs)
+
+
+def few_labels(
+    run: Run,
+    seed: int = 0,
+    data: str | Sources | None = None,
+    device: str = "auto",
+    settings: dict[str, Any] | None = None,
+) -> list[Measured]:
+    """Compares the encoder with raw pixels and training from scratch on few labels; see `Run.few_labels`."""
+    default = FewLabels.of_backbone(run.backbone)
+    (numbers,) = update((default,), settings or {}, "eval")
+    check_evaluation(seed=seed)
+    check_protocol(numbers)
+    from fastssl.eval import few_labels, finetuning  # here: torchvision's models take seconds to import
+
+    finetuning.need_timm("eval few-labels")
+    _refuse_ranks("eval few-labels")
+    train, test = _labelled_splits(run, data)
+    draws = few_labels.draw_labels(train, numbers, seed, printable(run.data_name(data)))
+    frozen = load_frozen(run, device)
+    small_images = getattr(run.config, "small_images", False)
+
+    def build(start: str, drawn: int) -> nn.Module:
+        torch.manual_seed(drawn)
+        method = run.build() if start == few_labels.SCRATCH else frozen.method
+        return finetuning.build_classifier(method, run.backbone, len(train.classes), small_images=small_images)
+
+    results = few_labels.compare(
+        frozen.method.features, build, train, test, draws, numbers, run.image_size, **frozen.loading
+    )
+    facts = {"draws": numbers.draws, "seed": seed, **_changes(default, numbers)}
+    for result in results:
+        named = {"start": result.start, "classifier": result.classifier, "labels": result.labels}
+        measured = {"spread": result.spread, "accuracies": list(result.accuracies)}
+        _note(run, frozen.step, "few labels", result.mean, data, measured, **named, **facts)
+    return results
 
 
 def embed(
@@ -425,7 +467,7 @@ def _note(
     evaluation: str,
     accuracy: float,
     data: str | Sources | None,
-    results: dict[str, float] | None = None,
+    results: dict[str, Any] | None = None,
     **facts: Any,
 ) -> None:
     """Appends a record to evaluations.jsonl on the first rank; facts that are None are left out."""

@@ -39,6 +39,7 @@ from fastssl.train.log import read_metrics
 from fastssl.train.records import read_records, rewrite_records
 
 if TYPE_CHECKING:
+    from fastssl.eval.few_labels_table import Measured
     from fastssl.eval.labels import Accuracy
     from fastssl.eval.retrieval import Recall
 
@@ -186,7 +187,7 @@ class Run:
         return read_records(self.folder / "evaluations.jsonl", EVALUATIONS)
 
     def note(
-        self, evaluation: str, step: int, accuracy: float, results: dict[str, float] | None = None, **facts: Any
+        self, evaluation: str, step: int, accuracy: float, results: dict[str, Any] | None = None, **facts: Any
     ) -> None:
         """Appends {"evaluation", "step", "accuracy" (0 … 1), results, facts} to evaluations.jsonl.
 
@@ -374,6 +375,20 @@ class Run:
         from fastssl.evaluation import finetune
 
         return finetune(self, labels, seed, data, device, settings)
+
+    def few_labels(
+        self, *, seed: int = 0, data: str | Sources | None = None, device: str = "auto", **settings: Any
+    ) -> "list[Measured]":
+        """Accuracies with 10, 100 and 1,000 labels: the encoder by kNN, linear and fine-tuned, beside raw pixels and
+        the same network trained from scratch. Needs the extra `finetune`; see `eval.few_labels`.
+
+        Args:
+            seed, data, device: as for `linear`; draws of the labels have this seed and the following ones.
+            settings: fields of `eval.protocols.FewLabels`.
+        """
+        from fastssl.evaluation import few_labels
+
+        return few_labels(self, seed, data, device, settings)
 
     def zeroshot(
         self,

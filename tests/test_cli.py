@@ -211,7 +211,7 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path):
         assert "\n" not in sentence
         assert not new.exists()
     refused(monkeypatch, f"run: {empty} is not a run folder: it has no config.json", "pretrain", "--resume", empty)
-    evaluations = "knn, linear, finetune, zeroshot or retrieval"
+    evaluations = "knn, linear, finetune, few-labels, zeroshot or retrieval"
     refused(monkeypatch, f"eval: name an evaluation: {evaluations}, got nothing", "eval")
 
 

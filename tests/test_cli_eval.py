@@ -148,6 +148,29 @@ def test_finetune(monkeypatch, folder):
     assert line["accuracy"] > 0.11
 
 
+def test_few_labels_in_numbers(monkeypatch, capsys, folder):
+    """A line for each row and number of labels; the table, and one sentence on it."""
+    words = ["--counts", "100", "10", "5000", "--draws", "2", "--steps", "2", "--seed", "4"]
+    run(monkeypatch, "eval", "few-labels", folder, *words)
+    said, lines = capsys.readouterr().out, noted(folder, "few labels")
+    assert said.startswith("eval few-labels: 5,000 labels are left out, as counts go from the 10 classes to the 1,438")
+    assert "mean ± standard deviation over 2 draws of the labels" in said
+    rows = [(line["start"], line["classifier"], line["labels"]) for line in lines]
+    assert len(rows) == len(set(rows)) == 12
+    assert {line["labels"] for line in lines} == {10, 100}
+    for line in lines:
+        assert (line["seed"], line["draws"], line["steps"], line["step"], line["data"]) == (4, 2, 2, 2, "digits")
+        assert "lr" not in line and len(line["accuracies"]) == 2
+        assert line["accuracy"] == pytest.approx(np.mean(line["accuracies"]))
+        assert line["spread"] == pytest.approx(np.std(line["accuracies"], ddof=1))
+        assert f"{line['accuracy']:.1%} ± {line['spread']:.1%}" in said
+    of = {row: line["accuracies"] for row, line in zip(rows, lines)}
+    assert min(of["raw pixels", "knn", 100]) > 0.8
+    assert said.splitlines()[-1].startswith("With 100 labels, mae's encoder reaches ")
+    again = open_run(folder).few_labels(counts=[10], draws=1, steps=2, seed=5)
+    assert all(result.accuracies == (of[(*result.row, 10)][1],) for result in again)  # the second draw, alone
+
+
 def test_help(monkeypatch, capsys, pretrained):
     run(monkeypatch, "eval", "--help")
     out = capsys.readouterr().out
@@ -155,12 +178,15 @@ def test_help(monkeypatch, capsys, pretrained):
         "fastssl eval knn",
         "fastssl eval linear",
         "fastssl eval finetune",
+        "fastssl eval few-labels",
         "fastssl eval zeroshot",
+        "fastssl eval retrieval",
     ]
     for words, shown in {
         ("knn",): "--k",
         ("linear",): "--optimizers",
         ("linear", "--protocol", "official", pretrained): "--batch-size INT images per step (default: 16384)",
+        ("few-labels",): "those that the data cannot have are left out (default: 10 100 1000)",
         ("finetune",): "--batch-size INT images per step (default: 1024)",
         ("finetune", pretrained): "--batch-size INT images per step (default: 64)",  # the run's images are small
     }.items():
@@ -170,10 +196,10 @@ def test_help(monkeypatch, capsys, pretrained):
 
 
 def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
-    name = "eval: name an evaluation: knn, linear, finetune, zeroshot or retrieval, got"
+    name = "eval: name an evaluation: knn, linear, finetune, few-labels, zeroshot or retrieval, got"
     refused(monkeypatch, f"{name} nothing", "eval")
     refused(monkeypatch, f"{name} probe", "eval", "probe", pretrained)
-    for command in ("knn", "linear", "finetune"):
+    for command in ("knn", "linear", "finetune", "few-labels"):
         sentence = f"run: {tmp_path} is not a run folder: it has no config.json"
         refused(monkeypatch, sentence, "eval", command, tmp_path)
         unlabelled = tmp_path / "images"
@@ -204,6 +230,10 @@ def test_mistakes_get_one_sentence(monkeypatch, tmp_path, pretrained):
         ("finetune", "--erasing", "2"): "--erasing must be at least 0 and at most 1, got 2.0",
         ("finetune", "--batch-size", "64", "--accumulate", "3"): "--batch-size must be divisible by --accumulate 3, "
         "got 64",
+        ("few-labels", "--counts", "10", "0"): "--counts must be at least 1, got 10 0",
+        ("few-labels", "--draws", "0"): "--draws must be at least 1, got 0",
+        ("few-labels", "--scratch-lr", "0"): "--scratch-lr must be above 0, got 0.0",
+        ("few-labels", "--seed", "-1"): "--seed must be at least 0, got -1",
         ("finetune", "--lr-drops", "1", "30"): (
             "--lr-drops must lie before --epochs 20, got 30: lower it or raise --epochs (without --lr-drops the "
             "preset's value follows --epochs in proportion)"
@@ -234,10 +264,10 @@ def test_evaluations_for_one_process_refuse_torchrun(monkeypatch, pretrained):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    for command in ("eval linear --protocol official", "eval finetune"):
+    for command in ("eval linear --protocol official", "eval finetune", "eval few-labels"):
         sentence = f"{command} runs in one process: start it without torchrun, as fastssl {command} RUN"
         first, second, *rest = command.split()
-        words = [*rest, "--batch-size", "64", "--epochs", "20"]
+        words = [*rest, "--batch-size", "64", *(["--epochs", "20"] if second != "few-labels" else [])]
         refused(monkeypatch, sentence, first, second, pretrained, *words)
 
 
@@ -318,7 +348,7 @@ def test_a_split_without_labels_is_named(monkeypatch, tmp_path, pretrained, caps
         f"eval: the held-out split of folder:{tmp_path} has no labels to compare with, the other one has; val: there "
         "are no labels, as the images are in no folder: 2 of 2"
     )
-    for command in ("knn", "linear", "finetune"):
+    for command in ("knn", "linear", "finetune", "few-labels"):
         refused(monkeypatch, sentence, "eval", command, pretrained, "--data", f"folder:{tmp_path}")
     (tmp_path / "train" / "cat" / "0.png").rename(tmp_path / "val" / "4.png")
     (tmp_path / "train" / "cat").rmdir()

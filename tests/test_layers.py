@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "settings",
         "method_modules",
         "data",
+        "eval.few_labels_table",
         "eval.labels",
         "eval.retrieval",
         "train",

@@ -4,8 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
 from fastssl import distributed, evaluation
+from fastssl.eval.few_labels_table import Measured, sentences, table_of
 from fastssl.eval.labels import Accuracy
+from fastssl.eval.protocols import FewLabels
 from fastssl.method_modules import SMALL
 from fastssl.run import Run
 from fastssl.settings import flatten
@@ -15,13 +21,14 @@ from .flags import first_pass, parse_for_run
 
 HELP = """fastssl eval: accuracy of a run's encoder, on the run's data or another source (--data)
 
-  fastssl eval knn RUN       nearest training images vote on held-out images: seconds, no training
-  fastssl eval linear RUN    linear classifier on frozen features: a quick sweep, or the paper's protocol
-  fastssl eval finetune RUN  encoder and classifier trained end to end
+  fastssl eval knn RUN         nearest training images vote on held-out images: seconds, no training
+  fastssl eval linear RUN      linear classifier on frozen features: a quick sweep, or the paper's protocol
+  fastssl eval finetune RUN    encoder and classifier trained end to end
+  fastssl eval few-labels RUN  all three with 10, 100 and 1,000 labels, beside raw pixels and training from scratch
 
   of methods of images and text:
-  fastssl eval zeroshot RUN  sentences about the classes are compared with held-out images: no training
-  fastssl eval retrieval RUN captions are found for held-out images, and images for captions
+  fastssl eval zeroshot RUN    sentences about the classes are compared with held-out images: no training
+  fastssl eval retrieval RUN   captions are found for held-out images, and images for captions
 
   fastssl eval linear RUN --help lists every option with its default. --labels 0.01 takes a hundredth of the labels,
   --labels 100 a hundred of them, the same number of each class; knn, linear, zeroshot and retrieval also run under
@@ -86,8 +93,15 @@ class FirstFlags:
 
 
 def command(words: list[str]) -> None:
-    """fastssl eval knn|linear|finetune|zeroshot|retrieval RUN"""
-    commands = {"knn": _knn, "linear": _linear, "finetune": _finetune, "zeroshot": _zeroshot, "retrieval": _retrieval}
+    """fastssl eval knn|linear|finetune|few-labels|zeroshot|retrieval RUN"""
+    commands = {
+        "knn": _knn,
+        "linear": _linear,
+        "finetune": _finetune,
+        "few-labels": _few_labels,
+        "zeroshot": _zeroshot,
+        "retrieval": _retrieval,
+    }
     if words in (["-h"], ["--help"]):
         print(HELP)
         return
@@ -153,6 +167,24 @@ def _finetune(words: list[str]) -> None:
     _print_accuracy("finetune", run, accuracy, flags)
 
 
+def _few_labels(words: list[str]) -> None:
+    def flags_of(run: Run | None) -> type:
+        default = FewLabels.of_backbone(run.backbone if run else "vit_base")
+
+        @dataclass
+        class Flags(DataFlags):
+            seed: int = 0
+            """random seed of the first draw of the labels, its initial weights, order and crops"""
+            numbers: FewLabels = field(default_factory=lambda: default)
+
+        Flags.__doc__ = FewLabels.__doc__
+        return Flags
+
+    flags, run = parse_for_run(flags_of, words, "fastssl eval few-labels")
+    results = run.few_labels(seed=flags.seed, data=flags.data, device=flags.device, **flatten(flags.numbers))
+    _print_table(results, run, printable(run.data_name(flags.data)))
+
+
 def _zeroshot(words: list[str]) -> None:
     flags, run = parse_for_run(lambda run: ZeroshotFlags, words, "fastssl eval zeroshot")
     accuracy = run.zeroshot(flags.classes, flags.templates, flags.data, flags.device)
@@ -184,6 +216,19 @@ def _print_accuracy(name: str, run: Run, accuracy: Accuracy | None, flags: Any, 
     data = run.data_name(flags.data)
     text = f"{name} accuracy of {run.folder} on {data}: top-1 {accuracy.top1:.1%}{top5}{detail_text}"
     print(printable(text), flush=True)
+
+
+def _print_table(results: list[Measured], run: Run, data: str) -> None:
+    """Prints accuracies with few labels as a table, and what it shows."""
+    draws = len(results[0].accuracies)
+    spread = f", mean ± standard deviation over {draws} draws of the labels" if draws > 1 else ""
+    print(f"accuracy with few labels on held-out images of {data}{spread}")
+    (first, *counts), rows = table_of(results, run.short_name)
+    table = Table(first, *(Column(count, justify="right") for count in counts), box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+    print(sentences(results, run.short_name), flush=True)
 
 
 def _label_words(flags: Any) -> list[str]:

@@ -23,6 +23,7 @@ from fastssl.nn import accelerate
 from fastssl.nn.backbones import ForeignNetwork, build_backbone
 from fastssl.nn.beit import TABLE, Beit
 from fastssl.nn.block import Block, SwiGLU, gelu_tanh, quick_gelu
+from fastssl.nn.linear import Linear
 from fastssl.nn.vit import ConvStem, ViT
 from fastssl.train.schedule import learning_rate
 
@@ -32,13 +33,13 @@ from .progress import Progress
 from .protocols import Finetune
 
 
-def need_timm() -> None:
-    """Checks that timm is installed.
+def need_timm(what: str = "eval finetune") -> None:
+    """Checks that timm is installed, which `what` needs.
 
     Raises:
         MissingExtra: timm is not installed.
     """
-    need("timm", what="eval finetune", extra="finetune")
+    need("timm", what=what, extra="finetune")
 
 
 def build_classifier(
@@ -115,6 +116,7 @@ def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
     nn.init.zeros_(model.head.bias)
     accelerate(model)
+    _swap_linear(model)
     return model
 
 
@@ -140,7 +142,18 @@ def _beit(vit: Beit, classes: int, drop_path: float) -> nn.Module:
         head_init_scale=0.001,
     )
     accelerate(model)
+    _swap_linear(model)
     return model
+
+
+def _swap_linear(model: nn.Module) -> None:
+    """Replaces linear layers by the engine's, in place, with the same parameters: `F.linear` is slow on some CPUs."""
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear:
+                swapped = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+                swapped.weight, swapped.bias = layer.weight, layer.bias
+                setattr(parent, name, swapped)
 
 
 def _block_options(block: Block, width: int) -> dict[str, Any]:

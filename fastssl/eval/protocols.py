@@ -213,7 +213,43 @@ class Finetune:
         )
 
 
-def check_protocol(numbers: Sweep | Official | Finetune) -> None:
+@dataclass
+class FewLabels:
+    """Accuracy with few labels: the pretrained encoder by kNN, linear and fine-tuned, beside raw pixels and the same
+    network trained from scratch, on the same labels and held-out images, for several draws of the labels.
+
+    Fine-tuning and training from scratch differ in their initial weights, learning rate and layer decay alone."""
+
+    counts: Annotated[tuple[int, ...], AT_LEAST_1] = (10, 100, 1000)
+    """numbers of labels, as many of each class; those that the data cannot have are left out"""
+    draws: Annotated[int, AT_LEAST_1] = 3
+    """draws of the labels, of which mean and standard deviation are shown"""
+    steps: Annotated[int, AT_LEAST_1] = 150
+    """steps of fine-tuning and of training from scratch"""
+    batch_size: Annotated[int, AT_LEAST_1] = 32
+    """images per step, at most the number of labels"""
+    lr: Annotated[float, POSITIVE] = 6e-3
+    """largest learning rate of fine-tuning (AdamW)"""
+    scratch_lr: Annotated[float, POSITIVE] = 6e-3
+    """largest learning rate of training from scratch (AdamW)"""
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
+    """decoupled weight decay, not of biases, norms, positions, class token"""
+    layer_decay: Annotated[float, SHARE] = 1.0
+    """learning rate of a ViT's block relative to that of the next block, in fine-tuning"""
+    crop_min: Annotated[float, SHARE] = 0.6
+    """smallest area of a random crop, as a share of the image"""
+    flip_p: Annotated[float, PROBABILITY] = 0.0
+    """probability of a horizontal flip"""
+    l2: Annotated[float, POSITIVE] = 1e-3
+    """weight of the L2 penalty of the linear classifiers"""
+
+    @classmethod
+    def of_backbone(cls, backbone: str) -> "FewLabels":
+        """Numbers for a backbone, by the sweep of `benchmarks/few_labels.py` with small networks."""
+        return cls() if is_resnet(backbone) else cls(lr=2e-3, scratch_lr=1e-3, layer_decay=0.75)
+
+
+def check_protocol(numbers: Sweep | Official | Finetune | FewLabels) -> None:
     """Checks the numbers of a protocol, each by itself and against the others.
 
     Raises:
@@ -223,6 +259,10 @@ def check_protocol(numbers: Sweep | Official | Finetune) -> None:
     if isinstance(numbers, Sweep):
         if not numbers.optimizers:
             raise ValueError("eval: --optimizers must name at least one of lbfgs, sgd, lars, got none")
+        return
+    if isinstance(numbers, FewLabels):
+        if not numbers.counts:
+            raise ValueError("eval: --counts must have at least one number of labels, got none")
         return
     check_milestones(numbers, "eval")
     accumulate = getattr(numbers, "accumulate", 1)

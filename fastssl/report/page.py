@@ -12,7 +12,7 @@ from fastssl.eval.spectrum import measure_spectrum
 from fastssl.files import write_atomically
 from fastssl.run import Run
 
-from . import attention_maps, command, completions, curves, feature_map, image_text, images, ranks, tables
+from . import attention_maps, command, completions, curves, feature_map, few_labels, image_text, images, ranks, tables
 from .feature_map import Projection
 from .parts import Section, Text, short
 from .pictures import COLOURS
@@ -32,6 +32,11 @@ TEXTS = {
     "ranks": "Number of negatives that score above a query's positive, in evaluation mode, on augmented training "
     "images. At rank 0 the positive scores highest.",
 }
+LABELS = (
+    "Means over several draws of the labels, on the same held-out images; ± and bands are one standard deviation. "
+    "“Trained from scratch” is the same network from random weights, by the recipe of fine-tuning with a learning rate "
+    "of its own."
+)
 TITLES = {
     "reconstructions": "Reconstructions",
     "completions": "Completions",
@@ -150,7 +155,9 @@ def _sections(runs: list[RunData], pictured: list[dict[str, list[Any]]]) -> list
     text = "Accuracy on held-out images: by votes of the nearest training images (kNN), or by a trained classifier."
     if any(line["evaluation"] in ("zeroshot", "retrieval") for run in runs for line in run.evaluations):
         text += " Zero-shot: by sentences about the classes. Retrieval: the share of first places that are right (R@1)."
-    sections = [curves.training(runs), Section("evaluations", "Evaluations", text, evaluated)]
+    compared = [(run, few_labels.parts(run)) for run in runs]
+    sections = [Section("labels", "Accuracy with few labels", LABELS, columns=_nonempty(compared, runs))]
+    sections += [curves.training(runs), Section("evaluations", "Evaluations", text, evaluated)]
     for anchor, title in TITLES.items():
         columns = [(run, parts[anchor]) for run, parts in zip(runs, pictured) if anchor in parts]
         sections.append(Section(anchor, title, TEXTS[anchor], columns=_nonempty(columns, runs)))

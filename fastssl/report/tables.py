@@ -86,10 +86,10 @@ def compare(runs: list[RunData], facts_of: Callable[[RunData], dict[str, str]]) 
 
 
 def evaluations(runs: list[RunData]) -> Table | None:
-    """All records of evaluations.jsonl; None without any."""
+    """All records of evaluations.jsonl, without those with few labels, which have a table; None without any."""
     rows, shares = [], []
     for run in runs:
-        for line in run.evaluations:
+        for line in (line for line in run.evaluations if line["evaluation"] != "few labels"):
             epoch = line.get("epoch", run.epoch_of(line["step"]))
             details = {name: value for name, value in line.items() if name not in COLUMNS and value is not None}
             detail_text = ", ".join(f"{name.replace('_', ' ')} {short(str(value))}" for name, value in details.items())

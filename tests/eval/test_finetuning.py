@@ -62,6 +62,7 @@ def test_timms_model_computes_the_methods_features(method, vit, size):
     model = build_classifier(method, "", 7).eval()
     assert isinstance(model, VisionTransformer)
     assert all(isinstance(block.attn, Attention) for block in model.blocks)
+    assert torch.nn.Linear not in set(map(type, model.modules()))  # the engine's
     images = torch.randn(3, 3, *size)
     with torch.no_grad():
         tokens = model.forward_features(images)  # before the last norm: the classifier has one of its own

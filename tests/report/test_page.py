@@ -49,6 +49,8 @@ def test_report_is_self_contained_and_shows_everything(tmp_path, module, data):
     run.note("knn", 0, 0.25, epoch=0, **asked)
     run.note("knn", 30, 0.5, epoch=3, **asked)
     run.note("linear", 30, 0.625, epoch=3, protocol="of the paper", data=data)
+    facts = {"start": "scratch", "classifier": "finetune", "labels": 10, "data": data}
+    run.note("few labels", 30, 0.375, {"accuracies": [0.375]}, **facts)
     (run.folder / "profile").mkdir()
     rows = [{"part": "forward", "ms": 75.0, "share": 0.75}, {"part": "loss", "ms": 25.0, "share": 0.25}]
     (run.folder / "profile" / "table.json").write_text(json.dumps({"rows": rows}))
@@ -60,11 +62,12 @@ def test_report_is_self_contained_and_shows_everything(tmp_path, module, data):
     pictured = ["neighbours", "map", "ranks"]
     if module is mae:
         pictured = ["reconstructions", "attention", "patches", "neighbours", "map"]
-    assert page.sections == ["curves", "evaluations", *pictured, "speed", "environment", "again"]
+    assert page.sections == ["labels", "curves", "evaluations", *pictured, "speed", "environment", "again"]
     for text in (
         "50.0% at epoch 3",
         "untrained encoder 25.0%",
         "62.50%",
+        "trained from scratch 37.5%",
         "protocol of the paper",
         "3 of 3",
         "2.00 GB",
