@@ -157,7 +157,7 @@ class ALBEF(FusionNetwork):
         corrupted, masked = self.mask(tokens, seeds) if config.mlm_weight else (None, None)
         student = self.encode(images, tokens, corrupted)
         with torch.no_grad():
-            twin = self.encode(images, tokens, corrupted, twin=True)
+            twin = self.encode(images, tokens, corrupted if config.alpha else None, twin=True)
         if torch.is_grad_enabled():
             self.pending.append((twin.image_z, twin.text_z))
         with record_function("loss"):

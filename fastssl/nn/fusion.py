@@ -92,7 +92,7 @@ class FusionNetwork(nn.Module):
 
         Args:
             fused: [B, L, D] texts with masks, fused with their images.
-            twin: what the momentum encoders made of the batch.
+            twin: what the momentum encoders made of the batch; without masked texts the targets are the tokens alone.
             is_token: [B, L] bool, False for padding.
             targets: [B, L] int64, the masked tokens, −100 elsewhere.
             alpha: share of the twin's softmax in the targets.
@@ -100,9 +100,11 @@ class FusionNetwork(nn.Module):
         """
         bert_m: Any = self.text_encoder_m
         positions = masked_positions(targets, probability)
-        with torch.no_grad():
-            hidden = bert_m(twin.masked_text, is_token, twin.patches, mode="fusion")
-            twin_logits = bert_m(hidden.flatten(0, 1)[positions], mode="predict")
+        twin_logits = None
+        if twin.masked_text is not None:
+            with torch.no_grad():
+                hidden = bert_m(twin.masked_text, is_token, twin.patches, mode="fusion")
+                twin_logits = bert_m(hidden.flatten(0, 1)[positions], mode="predict")
         logits, rows = self.text_encoder(fused.flatten(0, 1)[positions], mode="predict"), targets.flatten()[positions]
         loss = distilled_token_loss(logits, twin_logits, rows, alpha)
         return loss, (logits.argmax(1) == rows).sum() / (rows >= 0).sum().clamp(min=1)

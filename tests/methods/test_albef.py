@@ -275,6 +275,18 @@ def test_a_loss_of_weight_0_is_not_computed_and_its_parts_are_not_trained(itm, m
     assert isinstance(method, MatchesText) == bool(itm)
 
 
+def test_without_distillation_masked_texts_have_no_twin():
+    """At α = 0 they would have no share in the targets; the loss is the same without their pass."""
+    with_twin, without, batch = small(), small(alpha=0.0), batch_of()
+    assert with_twin.alpha == without.alpha == 0
+    torch.testing.assert_close(with_twin(batch)[0], without(batch)[0])
+    passes = []
+    twin = without.text_encoder_m
+    twin.register_forward_hook(lambda module, args, kwargs, out: passes.append(args), with_kwargs=True)
+    without(batch)
+    assert [len(args[0]) for args in passes] == [4]
+
+
 def test_refusals():
     method, batch = small(), batch_of()
     sentence = "albef: a batch must have the tokens of captions, got none: use a source with captions"
