@@ -191,6 +191,7 @@ def test_defaults_are_those_of_the_code():
     assert (config.queue_size, config.dim, config.mlm_probability, config.dropout) == (65536, 256, 0.15, 0.1)
     (view,) = config.augmentation.views
     assert (view.size, view.crop, view.flip_p, view.interpolation) == ((256, 256), (0.2, 1.0), 0.5, "bicubic")
+    assert view.random_augment and not albef.Config.small().augmentation.views[0].random_augment
     assert (config.text.tokenizer, config.text.length) == ("bert", 25)
     assert (config.text.separator, config.text.clean) == (False, True)
 
