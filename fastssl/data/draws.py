@@ -20,7 +20,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Draws(NamedTuple):
-    """Random numbers for one view of B samples: for `windows` three fields, then the arguments of `augment_`, and changes."""
+    """Random numbers for one view of B samples: three fields for `windows`, arguments of `augment_`, and changes."""
 
     area: np.ndarray  # [B, ATTEMPTS] float64, share of the image's area
     aspect: np.ndarray  # [B, ATTEMPTS] float64, width / height

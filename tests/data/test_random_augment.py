@@ -60,7 +60,7 @@ PILLOW = {
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_that_of_pillow(name, sign):
-    """But for rounding. Moves round where Pillow cuts, and blend pixels with the fill at the border, where it takes one."""
+    """But for rounding. Moves round where Pillow cuts, and blend the image with the fill at its border."""
     number = CHANGES.index(name)
     for image in (picture(), picture(5, 3, 1), picture(2, 9), np.full((8, 8, 3), 77, np.uint8), picture() // 4):
         ours, expected = changed(image, sign * number), np.asarray(PILLOW[name](Image.fromarray(image), sign))
