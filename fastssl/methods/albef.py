@@ -87,7 +87,7 @@ class Config:
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop. Captions name sides and sizes, so
         crops are nearly whole. At this pace a longer queue teaches nothing: old keys are told from fresh by age."""
-        training = Training(6, 64, "adamw", lr=4e-3, weight_decay=0.02, warmup_epochs=1)
+        training = Training(14, 64, "adamw", lr=4e-3, weight_decay=0.02, warmup_epochs=1)
         views = {"image_size": (32, 32), "patch_size": 8, "crop_min": 0.9, "flip_p": 0.0, "random_augment": False}
         sizes = {"text_model": "bert_mini", "text_length": 32, "dim": 128, "queue_size": 16}
         pace = {"ema_momentum": 0.9, "alpha": 0.0, "dropout": 0.0}

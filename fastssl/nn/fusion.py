@@ -136,7 +136,7 @@ def raise_gain(network: nn.Module, width: int) -> None:
     meant.
 
     Layers of 128 would add so little that all images, and all texts, have nearly the same embedding. A ViT's positions
-    would stay below patches of 0.8 for a thousand steps, in which no loss learns where anything is: they get 0.3.
+    would be drowned by patches, whose deviation is 0.8: they get 0.3.
     """
     gain = max(1.0, BASE_WIDTH / width) ** 0.5
     for module in network.modules():
