@@ -37,6 +37,7 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # range of the Gaussian's standard deviation, pixels
     solarize_p: float = 0.0
     flip_p: float = 0.0
+    random_augment: bool = False  # two of ten changes, see `data.random_augment`
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     colour_space: str = "rgb"  # "lab": L, a, b of the finished view; `mean` and `std` are then theirs (`data.lab`)
@@ -109,6 +110,11 @@ def _linked(view: View, source: View | None) -> View:
         raise ValueError(
             "augmentation: a view with same_crop must follow one without blur, whose width is in pixels of one size, "
             f"got blur_p {source.blur_p:g}"
+        )
+    if source.random_augment:
+        raise ValueError(
+            "augmentation: a view with same_crop must follow one without random_augment, whose moves are in pixels of "
+            "one size, got random_augment True"
         )
     return replace(view, **taken)
 

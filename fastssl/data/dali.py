@@ -27,6 +27,7 @@ from . import torchvision
 from .augmentation import Augmentation, View
 from .decoding import open_image
 from .draws import Draws, draw_views, mix, windows_of_views
+from .random_augment import random_augment_
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .source import BadImage, Source, read_extras
 
@@ -198,8 +199,10 @@ class Engine:
                 return self._recover(batch, pending, error)
             views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             self._pipeline.release_outputs()  # dlpack keeps the memory alive
-            if not self.colours:
-                for view, drawn, pixels in zip(self.augmentation.views, batch.draws, views):
+            for view, drawn, pixels in zip(self.augmentation.views, batch.draws, views):
+                if self.colours:
+                    random_augment_(pixels, drawn.changes)
+                else:
                     torchvision.change_colours(pixels, view, drawn)
         indices, seeds = torch.from_numpy(batch.indices), torch.from_numpy(batch.seeds)
         return Samples(views, indices, labels_of(self.source, batch.indices), seeds, batch.extras, batch.bad)

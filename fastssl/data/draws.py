@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .augmentation import Augmentation, View
+from .random_augment import COUNT, draw_changes
 
 ATTEMPTS = 10  # number of random windows to try before the centre is taken, as in torchvision's RandomResizedCrop
 ASPECT = (3 / 4, 4 / 3)  # range of width / height
@@ -19,7 +20,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Draws(NamedTuple):
-    """Random numbers for one view of B samples: three fields for `windows`, then the arguments of `augment_`."""
+    """Random numbers for one view of B samples: three fields for `windows`, arguments of `augment_`, and changes."""
 
     area: np.ndarray  # [B, ATTEMPTS] float64, share of the image's area
     aspect: np.ndarray  # [B, ATTEMPTS] float64, width / height
@@ -30,6 +31,7 @@ class Draws(NamedTuple):
     sigma: np.ndarray  # [B] float32, pixels; 0 for no blur
     solarize: np.ndarray  # [B] bool
     flip: np.ndarray  # [B] bool
+    changes: np.ndarray  # [B, 2] int64, of `random_augment_`; 0 for none
 
     @property
     def colours(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -71,10 +73,11 @@ def windows_of_views(augmentation: Augmentation, draws: list[Draws], sizes: np.n
 
 def draw(view: View, number: int, seeds: np.ndarray) -> Draws:
     """Draws of view `number` of an augmentation for the samples with these seeds [B]."""
-    counter = np.arange(1, 2 * ATTEMPTS + 14, dtype=np.uint64) * _GOLDEN
+    numbers = 2 * ATTEMPTS + 13 + 3 * COUNT * view.random_augment
+    counter = np.arange(1, numbers + 1, dtype=np.uint64) * _GOLDEN
     streams = mix(seeds, number).astype(np.uint64)
     uniform = (_scramble(streams[:, None] + counter) >> np.uint64(11)) * 2.0**-53  # in [0, 1)
-    area, aspect, place, strength, rest = np.split(uniform, np.cumsum((ATTEMPTS, ATTEMPTS, 2, 4)), axis=1)
+    area, aspect, place, strength, rest, more = np.split(uniform, np.cumsum((ATTEMPTS, ATTEMPTS, 2, 4, 7)), axis=1)
     jittered, grey, blurred, sigma, solarize, flip, shuffle = rest.T
     return Draws(
         area=_between(area, *(view.crop or (1, 1))),
@@ -86,6 +89,7 @@ def draw(view: View, number: int, seeds: np.ndarray) -> Draws:
         sigma=np.where(blurred < view.blur_p, _between(sigma, *view.blur_sigma), 0).astype(np.float32),
         solarize=solarize < view.solarize_p,
         flip=flip < view.flip_p,
+        changes=draw_changes(more) if view.random_augment else np.zeros((len(seeds), COUNT), np.int64),
     )
 
 

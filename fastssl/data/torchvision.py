@@ -18,6 +18,7 @@ from fastssl.ops import ColourLaw, augment_, resized_crops_
 from .augmentation import COLOUR_LAWS, Augmentation, View
 from .decoding import ImageFile, decode_for_views, open_image
 from .draws import Draws, draw_views, mix, windows_of_views
+from .random_augment import random_augment_
 from .samples import Samples, fill_in_rows, labels_of, stack_extras
 from .shared import empty
 from .source import BadImage, BadSource, Source, read_extras
@@ -127,6 +128,7 @@ def change_colours(pixels: Tensor, view: View, draws: Draws) -> None:
     """Changes the colours of a batch [B, 3, H, W] uint8 by its draws, in place."""
     jitter, order, grey, sigma, solarize, flip = map(torch.from_numpy, draws.colours)
     augment_(pixels, jitter, order, grey, sigma, solarize, flip, law_of(view))
+    random_augment_(pixels, draws.changes)
 
 
 def law_of(view: View) -> ColourLaw:

@@ -71,6 +71,8 @@ class Config:
     """smallest fraction of the image area that a crop covers"""
     flip_p: Annotated[float, PROBABILITY] = 0.5
     """probability of a horizontal flip; captions are not mirrored"""
+    random_augment: bool = True
+    """change views twice with probability 1/2: contrast, brightness, sharpness, or a shear, shift or rotation"""
     training: Training = field(
         default_factory=lambda: Training(
             30, 512, "adamw", lr=5e-5, weight_decay=0.02, warmup_lr=5e-6, lr_end=5e-6, warmup_stair=100
@@ -85,8 +87,8 @@ class Config:
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop. Captions name sides and sizes, so
         crops are nearly whole. At this pace a longer queue teaches nothing: old keys are told from fresh by age."""
-        training = Training(6, 64, "adamw", lr=4e-3, weight_decay=0.02, warmup_epochs=1)
-        views = {"image_size": (32, 32), "patch_size": 8, "crop_min": 0.9, "flip_p": 0.0}
+        training = Training(14, 64, "adamw", lr=4e-3, weight_decay=0.02, warmup_epochs=1)
+        views = {"image_size": (32, 32), "patch_size": 8, "crop_min": 0.9, "flip_p": 0.0, "random_augment": False}
         sizes = {"text_model": "bert_mini", "text_length": 32, "dim": 128, "queue_size": 16}
         pace = {"ema_momentum": 0.9, "alpha": 0.0, "dropout": 0.0}
         return cls("vit_mini", **views, **sizes, **pace, training=training)
@@ -94,7 +96,8 @@ class Config:
     @property
     def augmentation(self) -> Augmentation:
         crop = (self.crop_min, 1.0)
-        view = View(self.image_size, crop, interpolation="bicubic", flip_p=self.flip_p, mean=MEAN, std=STD)
+        steps = {"flip_p": self.flip_p, "random_augment": self.random_augment}
+        view = View(self.image_size, crop, interpolation="bicubic", mean=MEAN, std=STD, **steps)
         return Augmentation((view,))
 
     @property
@@ -157,7 +160,7 @@ class ALBEF(FusionNetwork):
         corrupted, masked = self.mask(tokens, seeds) if config.mlm_weight else (None, None)
         student = self.encode(images, tokens, corrupted)
         with torch.no_grad():
-            twin = self.encode(images, tokens, corrupted, twin=True)
+            twin = self.encode(images, tokens, corrupted if config.alpha else None, twin=True)
         if torch.is_grad_enabled():
             self.pending.append((twin.image_z, twin.text_z))
         with record_function("loss"):

@@ -92,7 +92,7 @@ class FusionNetwork(nn.Module):
 
         Args:
             fused: [B, L, D] texts with masks, fused with their images.
-            twin: what the momentum encoders made of the batch.
+            twin: what the momentum encoders made of the batch; without masked texts the targets are the tokens alone.
             is_token: [B, L] bool, False for padding.
             targets: [B, L] int64, the masked tokens, −100 elsewhere.
             alpha: share of the twin's softmax in the targets.
@@ -100,9 +100,11 @@ class FusionNetwork(nn.Module):
         """
         bert_m: Any = self.text_encoder_m
         positions = masked_positions(targets, probability)
-        with torch.no_grad():
-            hidden = bert_m(twin.masked_text, is_token, twin.patches, mode="fusion")
-            twin_logits = bert_m(hidden.flatten(0, 1)[positions], mode="predict")
+        twin_logits = None
+        if twin.masked_text is not None:
+            with torch.no_grad():
+                hidden = bert_m(twin.masked_text, is_token, twin.patches, mode="fusion")
+                twin_logits = bert_m(hidden.flatten(0, 1)[positions], mode="predict")
         logits, rows = self.text_encoder(fused.flatten(0, 1)[positions], mode="predict"), targets.flatten()[positions]
         loss = distilled_token_loss(logits, twin_logits, rows, alpha)
         return loss, (logits.argmax(1) == rows).sum() / (rows >= 0).sum().clamp(min=1)
@@ -130,8 +132,15 @@ class FusionNetwork(nn.Module):
 
 @torch.no_grad()
 def raise_gain(network: nn.Module, width: int) -> None:
-    """Enlarge the initial matrices of a network narrower than base models, for whose 768 columns their deviation 0.02
-    is meant: layers of 128 would add so little that all images, and all texts, have nearly the same embedding."""
+    """Enlarge the initial weights of a network narrower than base models, for whose 768 columns their deviation 0.02 is
+    meant.
+
+    Layers of 128 would add so little that all images, and all texts, have nearly the same embedding. A ViT's positions
+    would be drowned by patches, whose deviation is 0.8: they get 0.3.
+    """
+    gain = max(1.0, BASE_WIDTH / width) ** 0.5
     for module in network.modules():
         if isinstance(module, nn.Linear):
-            module.weight *= max(1.0, BASE_WIDTH / width) ** 0.5
+            module.weight *= gain
+        if isinstance(module, ViT) and module.pos_embed is not None:
+            module.pos_embed.mul_(gain**3)

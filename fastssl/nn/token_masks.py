@@ -60,12 +60,12 @@ def most_masked(tokens: int, probability: float) -> int:
     return min(tokens, math.ceil(expected + 8 * math.sqrt(expected)) + 8)
 
 
-def distilled_token_loss(logits: Tensor, twin: Tensor, targets: Tensor, alpha: float | Tensor) -> Tensor:
+def distilled_token_loss(logits: Tensor, twin: Tensor | None, targets: Tensor, alpha: float | Tensor) -> Tensor:
     """Mean over rows of the cross entropy against the true tokens, mixed with that against the twin's softmax.
 
     Args:
         logits: [C, V] floating. Gradient.
-        twin: [C, V] floating, the momentum encoder's logits.
+        twin: [C, V] floating, the momentum encoder's logits; None for the true tokens alone, whatever α.
         targets: [C] int64, −100 for a row without a loss.
         alpha: share α of the twin's softmax in the targets.
 
@@ -77,5 +77,7 @@ def distilled_token_loss(logits: Tensor, twin: Tensor, targets: Tensor, alpha: f
     used = targets != IGNORED
     log_p = logits.to(dtype).log_softmax(1)
     hard = F.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="sum")
+    if twin is None:
+        return hard / used.sum().clamp(min=1)
     soft = -((twin.detach().to(dtype).softmax(1) * log_p).sum(1) * used).sum()
     return ((1 - alpha) * hard + alpha * soft) / used.sum().clamp(min=1)

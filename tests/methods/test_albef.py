@@ -191,6 +191,7 @@ def test_defaults_are_those_of_the_code():
     assert (config.queue_size, config.dim, config.mlm_probability, config.dropout) == (65536, 256, 0.15, 0.1)
     (view,) = config.augmentation.views
     assert (view.size, view.crop, view.flip_p, view.interpolation) == ((256, 256), (0.2, 1.0), 0.5, "bicubic")
+    assert view.random_augment and not albef.Config.small().augmentation.views[0].random_augment
     assert (config.text.tokenizer, config.text.length) == ("bert", 25)
     assert (config.text.separator, config.text.clean) == (False, True)
 
@@ -273,6 +274,32 @@ def test_a_loss_of_weight_0_is_not_computed_and_its_parts_are_not_trained(itm, m
     fusion = next(method.text_encoder.fusion_layers[0].parameters())
     assert fusion.requires_grad == bool(itm or mlm)
     assert isinstance(method, MatchesText) == bool(itm)
+
+
+def test_without_distillation_masked_texts_have_no_twin():
+    """At α = 0 they would have no share in the targets; the loss is the same without their pass."""
+    with_twin, without, batch = small(), small(alpha=0.0), batch_of()
+    assert with_twin.alpha == without.alpha == 0
+    torch.testing.assert_close(with_twin(batch)[0], without(batch)[0])
+    passes = []
+    twin = without.text_encoder_m
+    twin.register_forward_hook(lambda module, args, kwargs, out: passes.append(args), with_kwargs=True)
+    without(batch)
+    assert [len(args[0]) for args in passes] == [4]
+
+
+def test_positions_of_a_narrow_image_encoder_are_seen_from_the_start():
+    """With deviations of 0.02 beside 0.8 of patches, R@1 of the preset `small` was a third lower."""
+    vit = albef.build(albef.Config.small()).visual_encoder
+    source = open_split("count=32", "train")
+    pixels = torch.stack([torch.from_numpy(source.read(i)) for i in range(32)]).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (albef.MEAN, albef.STD))
+    patches = vit.embed((pixels - mean) / std)
+    assert 0.2 < vit.pos_embed.std() / patches.std() < 1
+    base = ViT(32, 16, 3, 768, 1, 12, pos_embed="learn", global_pool="")
+    before = base.pos_embed.clone()
+    albef.raise_gain(base, 768)
+    assert torch.equal(base.pos_embed, before)
 
 
 def test_refusals():

@@ -141,3 +141,6 @@ def test_the_loss_of_masked_tokens():
     ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
     assert distilled_token_loss(logits, twin, torch.full((6,), IGNORED), 0.4) == 0
+    without = distilled_token_loss(logits, None, targets, 0.4)
+    torch.testing.assert_close(without, F.cross_entropy(logits, targets), rtol=1e-12, atol=0)
+    assert distilled_token_loss(logits, None, torch.full((6,), IGNORED), 0.4) == 0
