@@ -17,9 +17,8 @@ from fastssl.eval.knn import knn_accuracy
 from fastssl.eval.labels import Accuracy, labelled, labelled_subset
 from fastssl.eval.linear import sweep, train_official
 from fastssl.eval.prompts import Lines, class_names, read_templates
-from fastssl.eval.protocols import Finetune, Official, Sweep, check_evaluation, check_protocol
-from fastssl.eval.ranks import Ranks, collect_ranks, lost_contrast
 from fastssl.eval.protocols import FewLabels, Finetune, Official, Sweep, check_evaluation, check_protocol
+from fastssl.eval.ranks import Ranks, collect_ranks, lost_contrast
 from fastssl.eval.retrieval import WHOLE, Recall, captioned, retrieve
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.eval.texts import Texts
