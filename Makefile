@@ -23,7 +23,7 @@ PROCESSES ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q -c .ci/constraints.txt
 , := ,
-DEMO_DATA := shapes
+DEMO_DATA := patterns
 PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 SOURCES := pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 

@@ -228,9 +228,9 @@ class FewLabels:
     """steps of fine-tuning and of training from scratch"""
     batch_size: Annotated[int, AT_LEAST_1] = 32
     """images per step, at most the number of labels"""
-    lr: Annotated[float, POSITIVE] = 6e-3
+    lr: Annotated[float, POSITIVE] = 5e-3
     """largest learning rate of fine-tuning (AdamW)"""
-    scratch_lr: Annotated[float, POSITIVE] = 6e-3
+    scratch_lr: Annotated[float, POSITIVE] = 1e-2
     """largest learning rate of training from scratch (AdamW)"""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.05
     """decoupled weight decay, not of biases, norms, positions, class token"""
