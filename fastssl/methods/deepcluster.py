@@ -59,7 +59,7 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(14, 32, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
+        training = Training(10, 32, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5)}
         sizes = {"clusters": 40, "components": 24}
         return cls("resnet_mini", (32, 32), False, **sizes, **views, training=training)

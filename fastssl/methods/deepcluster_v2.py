@@ -56,7 +56,7 @@ class Config(swav.CropConfig):
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(14, 32, "sgd", lr=0.8, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
+        training = Training(10, 32, "sgd", lr=0.8, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5)
         views = {"crop_min": 0.4, "local_crop_min": 0.2, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
         sizes = {"dim": 64, "hidden": 256, "prototypes": (40, 40, 40)}
         return cls("resnet_mini", (32, 32), (16, 16), 2, **sizes, **views, training=training)

@@ -113,7 +113,7 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(14, 32, "sgd", 1.6, 5e-4, warmup_epochs=0.5, **CLIPPED_AND_FROZEN | {"freeze_epochs": 0.5})
+        training = Training(10, 32, "sgd", 1.6, 5e-4, warmup_epochs=0.5, **CLIPPED_AND_FROZEN | {"freeze_epochs": 0.5})
         views = {"jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": (0.0, 0.0, 0.0), "solarize_p": (0.0, 0.0)}
         sizes = {"image_size": (32, 32), "local_size": (16, 16), "local_crops": 4}
         crops = {"crop": (0.3, 1.0), "local_crop": (0.3, 0.8)}

@@ -93,7 +93,7 @@ class Config(dino.Config):
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         config = cls("vit_mini", 8, (32, 32), (16, 16), 4, prototypes=1024, hidden=512, bottleneck=64, drop_path=0.0)
         config.jitter, config.blur_p, config.solarize_p = (0.4, 0.4, 0.2, 0.5), (0.0, 0.0, 0.0), (0.0, 0.0)
-        config.training = Training(14, 32, "adamw", 4e-3, 0.04, warmup_epochs=1, clip_parameter_norm=3.0)
+        config.training = Training(10, 32, "adamw", 4e-3, 0.04, warmup_epochs=1, clip_parameter_norm=3.0)
         config.warmup_teacher_temp_epochs, config.ema_momentum = 0, 0.98
         return config
 

@@ -59,7 +59,7 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(14, 32, "sgd", lr=0.3, weight_decay=5e-4, decay_all=True)
+        training = Training(10, 32, "sgd", lr=0.3, weight_decay=5e-4, decay_all=True)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5)}
         return cls("resnet_mini", small_images=False, **views, training=training)
 

@@ -79,7 +79,7 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(epochs=14, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True)
+        training = Training(epochs=10, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True)
         return cls(
             "resnet_mini",
             (32, 32),

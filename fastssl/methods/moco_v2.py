@@ -34,7 +34,7 @@ class Config(moco_v1.Config):
     @classmethod
     def small(cls) -> "Config":
         config = super().small()
-        config.tau, config.blur_p = 0.2, 0.0
+        config.tau, config.blur_p, config.training.lr = 0.2, 0.0, 0.6
         return config
 
     @property

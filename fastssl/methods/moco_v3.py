@@ -86,7 +86,7 @@ class Config:
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(
-            epochs=14, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5
+            epochs=10, batch_size=32, optimizer="sgd", lr=1.2, weight_decay=5e-4, decay_all=True, warmup_epochs=0.5
         )
         return cls(
             "resnet_mini",
