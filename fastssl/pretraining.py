@@ -54,7 +54,7 @@ def pretrain(
     Args:
         method: a method of `fastssl.methods`, such as dino or mae, the dotted name of your own module, or
             that module; fastssl/contract.py describes what it must define.
-        data: source of images: digits, shapes, captions, folder:PATH, webdataset:SHARDS, csv:FILE, arrays:FILE,
+        data: source of images: patterns, digits, captions, folder:PATH, webdataset:SHARDS, csv:FILE, arrays:FILE,
             idx:PATH, cifar10:PATH, package.module:ARGUMENT and others, or a pair of sources (training, held-out).
         preset: "paper" for the paper's numbers, "small" for minutes on a laptop; by default "small" where all images
             have one size of at most 64 pixels.
@@ -84,7 +84,7 @@ def pretrain(
     if method is None:
         raise ValueError(f"pretrain: a method is needed: {', '.join(method_names())}")
     if data is None:
-        raise ValueError("pretrain: data is needed, such as folder:PATH, shapes or digits")
+        raise ValueError("pretrain: data is needed, such as folder:PATH, patterns or digits")
     run = new_run(method, data, preset, settings.get("backbone"))
     preset_numbers, numbers = run.config, shorten(run.config, settings.get("epochs"))
     options, config = update((run.options, numbers), settings, "pretrain")

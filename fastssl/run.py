@@ -69,8 +69,9 @@ class Options:
     """Options of a run that do not depend on its method."""
 
     data: str
-    """source of images: digits, shapes, captions, emoji, folder:PATH, webdataset:SHARDS, pack:FILE, csv:FILE, tsv:FILE,
-    coco:PATH, arrays:FILE, idx:PATH, cifar10:PATH, cifar100:PATH, or package.module:ARGUMENT for your own source"""
+    """source of images: patterns, digits, shapes, captions, emoji, folder:PATH, webdataset:SHARDS, pack:FILE, csv:FILE,
+    tsv:FILE, coco:PATH, arrays:FILE, idx:PATH, cifar10:PATH, cifar100:PATH, or package.module:ARGUMENT for your own
+    source"""
     folder: Path | None = None
     """folder of the run; runs/METHOD-DATA by default"""
     seed: Annotated[int, NOT_NEGATIVE] = 0

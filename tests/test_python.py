@@ -251,7 +251,7 @@ def test_resume_auto_starts_and_continues(tmp_path, capsys):
 def test_mistakes_get_one_sentence(tmp_path):
     for arguments, sentence in (
         ((), r"^pretrain: a method is needed: albef, barlow_twins, beit, byol, .*, mae, .*, vicreg$"),
-        (("mae",), r"^pretrain: data is needed, such as folder:PATH, shapes or digits$"),
+        (("mae",), r"^pretrain: data is needed, such as folder:PATH, patterns or digits$"),
         (("simclr", "digits"), r"^pretrain: unknown method 'simclr', there are albef, barlow_twins, "),
         (("no_such.method", "digits"), r"^pretrain: the method no_such\.method cannot be imported .*PYTHONPATH"),
         (

@@ -69,7 +69,15 @@ def check(seed: int, kinds: list[str], count: int, folder: Path) -> dict[str, di
 def test_every_source_of_files_is_attacked():
     """A new source joins by a line in `kinds.KINDS`. Torchvision compares CIFAR's files with their checksums."""
     attacked_ones = {"folder", "webdataset", "arrays", "idx", "pack", "csv", "tsv", "coco"}
-    assert {*source_names()} == attacked_ones | {"cifar10", "cifar100", "digits", "shapes", "captions", "emoji"}
+    assert {*source_names()} == attacked_ones | {
+        "cifar10",
+        "cifar100",
+        "digits",
+        "patterns",
+        "shapes",
+        "captions",
+        "emoji",
+    }
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from fastssl.data.formats import SUFFIXES
 from fastssl.data.source import BadImage, open_source, source_names
 from fastssl.data.sources import shapes
 from fastssl.data.split import NOTHING_HELD_OUT, hold_out
+from fastssl.eval.knn import knn_accuracy
+from fastssl.nn.resnet import build_resnet
 from tests.support.contract import refused
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -26,7 +28,7 @@ def noise(path, size=(20, 12), **options):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path, **options)
 
 
-@pytest.mark.parametrize("name", ["digits", "shapes"])
+@pytest.mark.parametrize("name", ["digits", "patterns", "shapes"])
 def test_embedded_sources(name):
     train, test = open_source(name), open_source(name, "test")
     assert len(train.classes) == 10
@@ -47,10 +49,11 @@ def test_digits_are_complete():
     assert np.array_equal(counts[1], (2 * sum(counts) + 5) // 10)
 
 
-def test_shapes_take_count_size_and_seed():
-    source = open_source("shapes:count=30,size=48,seed=5")
+@pytest.mark.parametrize("name", ["patterns", "shapes"])
+def test_drawn_images_take_count_size_and_seed(name):
+    source = open_source(f"{name}:count=30,size=48,seed=5")
     assert (len(source), source.size) == (30, (48, 48))
-    assert not np.array_equal(shown(source, 0), shown(open_source("shapes:size=48"), 0))
+    assert not np.array_equal(shown(source, 0), shown(open_source(f"{name}:size=48"), 0))
     assert [source.label(i) for i in range(10)] == list(range(10))
 
 
@@ -68,6 +71,45 @@ def test_every_class_has_a_visible_outline():
         image = shown(open_source("shapes"), label).astype(int)
         areas.append((np.ptp(image, axis=2) > 20).mean())  # share of coloured pixels on a grey background
     assert min(areas) > 0.02
+
+
+def test_patterns_look_alike_at_every_size():
+    """The same pattern is drawn with more pixels."""
+    small, large = open_source("patterns:size=32"), open_source("patterns:size=128")
+    for i in range(20):
+        shrunk = shown(large, i).reshape(32, 4, 32, 4, 3).mean((1, 3))
+        assert np.abs(shown(small, i) - shrunk).mean() < 12
+
+
+def test_patterns_of_a_class_have_different_pixels_and_two_tones():
+    source = open_source("patterns")
+    for label in range(1, 10):  # 0 is plain
+        images = np.stack([shown(source, i) for i in range(label, 200, 10)]).astype(float)
+        dark, bright = np.quantile(images, (0.1, 0.9), axis=(1, 2, 3))
+        assert (bright > 1.5 * dark).all()
+        a, b = images[::2].mean(-1).reshape(10, -1), images[1::2].mean(-1).reshape(10, -1)
+        assert np.abs([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b)]).mean() < 0.3
+
+
+@pytest.mark.slow
+def test_raw_pixels_and_an_untrained_encoder_know_little_of_patterns():
+    """What a pretrained encoder knows beyond that it has learned."""
+    images, labels = [], []
+    for source in (open_source("patterns"), open_source("patterns", "test")):
+        images.append(torch.stack([open_image(source, i).pixels() for i in range(len(source))]).float() / 128 - 1)
+        labels.append(torch.tensor([source.label(i) for i in range(len(source))]))
+    torch.manual_seed(0)
+    encoder = build_resnet("resnet_mini", 10).eval()
+    encoder.fc = torch.nn.Identity()
+
+    def accuracy(features):
+        (x, y), (x_test, y_test) = zip(map(features, images), labels)
+        return knn_accuracy(x, y, x_test, y_test, ks=(20,))[20]
+
+    with torch.no_grad():
+        raw, untrained = accuracy(lambda x: x.flatten(1)), accuracy(encoder)
+    print(f"raw pixels {raw:.1%}, untrained encoder {untrained:.1%}")
+    assert raw <= 0.25 and untrained <= 0.35
 
 
 def test_folder_with_classes_and_held_out_fifth(tmp_path):
@@ -170,7 +212,7 @@ def test_error_sentences(tmp_path):
         "cifar",
     )
     embedded, of_files = (
-        ["captions", "digits", "emoji", "shapes"],
+        ["captions", "digits", "emoji", "patterns", "shapes"],
         ["arrays", "cifar10", "cifar100", "folder", "idx", "pack"],
     )
     assert source_names() == sorted([*embedded, *of_files, "coco", "csv", "tsv", "webdataset"])

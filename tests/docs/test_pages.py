@@ -111,7 +111,7 @@ def test_the_data_page_shows_every_source():
     shown = re.findall(r'^fastssl data check "?([^\s"]+)', (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
     assert sorted(spec.partition(":")[0] for spec in shown) == source_names()
     for spec in shown:
-        if spec.partition(":")[0] in ("captions", "digits", "shapes"):
+        if spec.partition(":")[0] in ("captions", "digits", "patterns", "shapes"):
             assert len(open_source(spec)) > 100
 
 
