@@ -28,7 +28,7 @@ from fastssl.method_modules import method_module
 from fastssl.run import Run
 from fastssl.settings import differences, flag, flatten
 
-DATA = "shapes"  # the embedded task
+DATA = "patterns"  # the embedded task
 IMAGES = 4096  # its training images by default
 CAPTIONS = "captions"  # the task of methods of images and text
 TASKS = dict.fromkeys(("clip", "siglip", "albef"), CAPTIONS)
