@@ -1,10 +1,10 @@
 # Each target sets up what it needs in .venv, once.
 #
-#   make demo        pretrain MoCo v2 and MAE on embedded images, then compare them on few labels with training from scratch
+#   make demo        pretrain SimCLR and MAE on embedded images, then compare them on few labels with training from scratch
 #   make test        the tests, without those marked exhaustive
 #   make test-fast   the tests, without those marked slow or exhaustive: minutes
 #   make test-all    every test: all kernel configurations, long kills, long learning runs
-#   make test-learning  every method still learns: two thirds of the stated lift in a fifth of its epochs, 25 minutes
+#   make test-learning  every method still learns: two thirds of the lift that is stated for half of its epochs
 #   make lint        format, style and types
 #   make docs        the documentation as a site, build/docs/index.html; every warning is an error
 #   make bench       time each op beside its baselines; writes benchmarks/results and the tables of the documentation
@@ -46,13 +46,13 @@ install: .venv/installed
 	@touch $@
 
 demo: .venv/installed
-	rm -rf runs/demo-moco runs/demo-mae
-	$(BIN)/fastssl pretrain moco_v2 --data $(DEMO_DATA) --folder runs/demo-moco
+	rm -rf runs/demo-simclr runs/demo-mae
+	$(BIN)/fastssl pretrain simclr_v1 --data $(DEMO_DATA) --folder runs/demo-simclr
 	$(BIN)/fastssl pretrain mae --data $(DEMO_DATA) --folder runs/demo-mae
-	@$(BIN)/fastssl eval few-labels runs/demo-moco
+	@$(BIN)/fastssl eval few-labels runs/demo-simclr
 	@$(BIN)/fastssl eval few-labels runs/demo-mae
 	@echo "The page with tables, curves and pictures of both:"
-	@$(BIN)/fastssl report runs/demo-moco runs/demo-mae --to runs/demo.html
+	@$(BIN)/fastssl report runs/demo-simclr runs/demo-mae --to runs/demo.html
 
 test: .venv/installed
 	$(PYTEST) -m "not exhaustive"

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--again", action="store_true", help="replace what is measured already")
 
     command = add("check", "whether a method has lost a third of the lift that is stated for it")
-    command.add_argument("methods", nargs="*", metavar="METHOD", help="all by default")
+    command.add_argument("methods", nargs="*", metavar="METHOD", help="all with a stated lift by default")
     command.add_argument("--length", choices=measure.LENGTHS, default="short", help="of the runs (short)")
     command.add_argument("--seed", type=int, default=0, help="of the runs (0)")
 
@@ -100,6 +100,13 @@ def _run(options: argparse.Namespace) -> int:
     if unknown := set(methods) - set(method_names()):
         raise ValueError(f"unknown method {min(unknown)!r}, there are {', '.join(method_names())}")
     if options.command == "check":
+        if not options.methods:
+            unstated = [method for method in methods if not measure.stated(method, options.length)]
+            methods = [method for method in methods if method not in unstated]
+            if unstated:
+                print(f"not checked, as no lift of this length is stated: {', '.join(unstated)}")
+            if not methods:
+                raise ValueError(f"no lift of the length {options.length} is stated of any method")
         return bool(check.check(methods, options.processes, options.length, options.seed))
     measure.measure(methods, options.seeds, options.processes, options.length, options.linear, options.again)
     return 0

@@ -68,17 +68,15 @@ class Config:
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         training = Training(
-            epochs=50, batch_size=64, optimizer="adamw", lr=6e-3, weight_decay=0.05, betas=(0.9, 0.95), warmup_epochs=4
+            epochs=40, batch_size=64, optimizer="adamw", lr=6e-3, weight_decay=0.05, betas=(0.9, 0.95), warmup_epochs=4
         )
         return cls(
             "vit_mini",
-            (24, 24),
-            mask_ratio=0.6,
-            norm_pix=False,
+            (32, 32),
             decoder_dim=64,
             decoder_depth=2,
             decoder_heads=4,
-            crop_min=0.85,
+            crop_min=0.5,
             flip_p=0.0,
             training=training,
         )
