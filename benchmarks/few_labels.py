@@ -46,7 +46,8 @@ def main() -> None:
     run = open_run(options.run)
     rows = sweep(run, options)
     path = options.out or FOLDER / f"few-labels-{run.short_name}-{run.options.data.partition(':')[0]}.json"
-    record = {"options": {**vars(options), "out": str(path)}, "method": run.method_name, "data": run.options.data}
+    chosen = {name: value for name, value in vars(options).items() if name != "out"}
+    record = {"options": chosen, "method": run.method_name, "data": run.options.data}
     path.write_text(json.dumps({**record, "facts": facts(), "rows": rows}, indent=1, default=str) + "\n")
     print(f"wrote {path}")
 

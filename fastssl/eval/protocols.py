@@ -246,7 +246,7 @@ class FewLabels:
     @classmethod
     def of_backbone(cls, backbone: str) -> "FewLabels":
         """Numbers for a backbone, by the sweep of `benchmarks/few_labels.py` with small networks."""
-        return cls() if is_resnet(backbone) else cls(lr=2e-3, scratch_lr=1e-3, layer_decay=0.75)
+        return cls() if is_resnet(backbone) else cls(lr=4e-3, scratch_lr=1e-3, layer_decay=0.75)
 
 
 def check_protocol(numbers: Sweep | Official | Finetune | FewLabels) -> None:
