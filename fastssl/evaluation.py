@@ -1,7 +1,6 @@
 """Evaluation of a run: loads its encoder, opens the data, and notes the results in evaluations.jsonl."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from fastssl.eval.few_labels_table import Measured
 from fastssl.eval.knn import knn_accuracy
 from fastssl.eval.labels import Accuracy, labelled, labelled_subset
 from fastssl.eval.linear import sweep, train_official
-from fastssl.eval.prompts import Lines, class_names, read_templates
+from fastssl.eval.prompts import Lines, class_names, name_of_lines, read_templates
 from fastssl.eval.protocols import FewLabels, Finetune, Official, Sweep, check_evaluation, check_protocol
 from fastssl.eval.ranks import Ranks, collect_ranks, lost_contrast
 from fastssl.eval.retrieval import WHOLE, Recall, captioned, retrieve
@@ -286,7 +285,7 @@ def zeroshot(
     )
     features = class_features(frozen.method.embed_text, prompts, texts, frozen.device)
     accuracy = zeroshot_accuracy(images, labels, features)
-    facts = {"classes": _name_of_lines(classes), "templates": _name_of_lines(templates)}
+    facts = {"classes": name_of_lines(classes), "templates": name_of_lines(templates)}
     _note(run, frozen.step, "zeroshot", accuracy.top1, data, **facts, top5=_rounded(accuracy.top5))
     return accuracy
 
@@ -349,13 +348,6 @@ def _tell_left_out(count: int, total: int, lack: str) -> None:
     """Says on the first rank how many held-out images are left out, if there are any."""
     if count and distributed.rank() == 0:
         print(f"eval: {count:,} of {total:,} images of the held-out split have no {lack} and are left out")
-
-
-def _name_of_lines(lines: Lines | None) -> str | None:
-    """What evaluations.jsonl says of a text file, or of lines that were given as a list."""
-    if lines is None:
-        return None
-    return str(Path(lines).expanduser().absolute()) if isinstance(lines, str | Path) else f"{len(lines)} in a list"
 
 
 def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch.device) -> None:

@@ -25,7 +25,7 @@ GRIDS: dict[str, dict[str, tuple] | tuple[dict[str, tuple], ...]] = {
     "deepcluster": _either((0.2, 0.4), (0.01, 0.02)),
     "deepcluster_v2": _either((0.4, 0.8), (0.01, 0.02)),
     "dino": _either((0.8, 1.6), (0.01, 0.02)),
-    "cpc": {"lr": (0.008, 0.016, 0.03), "crop_min": (0.6,)},
+    "cpc": {"lr": (0.008, 0.016, 0.03), "crop_min": (0.4, 0.6)},
     "ibot": {"lr": (2e-3, 4e-3, 8e-3), "batch_size": (32, 64), "ema_momentum": (0.95, 0.98)},
     "dinov2": {"lr": (4e-3, 8e-3, 1.6e-2), "batch_size": (32, 64), "ema_momentum": (0.9, 0.98)},
     "mae": {"lr": (3e-3, 6e-3, 1.2e-2), "batch_size": (32, 64), "mask_ratio": (0.6, 0.75)},

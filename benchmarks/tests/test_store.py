@@ -45,7 +45,13 @@ def test_files_of_the_machines_that_a_text_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(store.RESULTS.rglob("*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+    "path",
+    [
+        path
+        for path in sorted(store.RESULTS.rglob("*.json"))
+        if path.parent.name != "learning" or path.stem.startswith("peers-")  # others there have formats of their own
+    ],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_the_kept_results_are_as_the_store_writes_them(path):
     """So that the next measurement changes the lines of its rows alone."""

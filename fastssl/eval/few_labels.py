@@ -7,7 +7,7 @@ Each row of the table has the same labels and the same held-out images:
   recipe: AdamW for a fixed number of steps with a warm-up and half a cosine, random crops, weight decay. Only initial
   weights, learning rate and layer decay differ. Steps are fixed, not epochs, of which ten labels would need hundreds.
 
-The numbers of the recipe were chosen, for each of the two, by a sweep on images that are not held out:
+The learning rates were chosen, for each of the two, by a sweep on images that are not held out:
 `python -m benchmarks.few_labels`.
 """
 

@@ -124,6 +124,13 @@ def _file_lines(path: Path, flag: str) -> list[str]:
     return re.split(r"\r\n|\n|\r", text)
 
 
+def name_of_lines(lines: Lines | None) -> str | None:
+    """What evaluations.jsonl says of a text file, or of lines that were given as a list."""
+    if lines is None:
+        return None
+    return str(Path(lines).expanduser().absolute()) if isinstance(lines, str | Path) else f"{len(lines)} in a list"
+
+
 def _counted(count: int, one: str, many: str) -> str:
     return f"{count:,} {one if count == 1 else many}"
 

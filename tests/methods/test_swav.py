@@ -153,7 +153,7 @@ def test_released_checkpoints_load(tmp_path):
 def test_prototypes_are_unit_vectors_in_a_step_and_the_queue_is_used_when_it_is_full():
     config = swav.Config.small()
     config.prototypes, config.dim, config.hidden, config.queue_size, config.queue_start = 7, 8, 16, 13, 7
-    config.training = dataclasses.replace(config.training, batch_size=4)
+    config.training = dataclasses.replace(config.training, epochs=14, batch_size=4)
     model = swav.build(config)  # of 14 epochs: the queue fills from progress 0.5 on
     assert [len(queue.queue) for queue in model.queue] == [12, 12]  # a multiple of the batch
     for step in range(8):
