@@ -4,7 +4,6 @@
     python -m benchmarks.learning sweep METHOD --grid lr=0.4,0.8 batch_size=32,64 --seconds 120 --plain
     python -m benchmarks.learning measure                       # all methods, three seeds; skips what is measured
     python -m benchmarks.learning measure byol mae --seeds 0 1 --processes 2 --again
-    python -m benchmarks.learning measure --length short        # the lifts that the check compares with
     python -m benchmarks.learning check                         # has a method lost a third of its lift?
     python -m benchmarks.learning sabotage                      # does anything notice methods broken on purpose?
     python -m benchmarks.learning table                         # the tables of the documentation, and the curves
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     command = add("check", "whether a method has lost a third of the lift that is stated for it")
     command.add_argument("methods", nargs="*", metavar="METHOD", help="all with a stated lift by default")
-    command.add_argument("--length", choices=measure.LENGTHS, default="short", help="of the runs (short)")
+    command.add_argument("--length", choices=measure.LENGTHS, default="preset", help="of the runs (preset)")
     command.add_argument("--seed", type=int, default=0, help="of the runs (0)")
 
     command = add("sabotage", "break methods on purpose, and see what notices it")
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         "names", nargs="*", metavar="SABOTAGE", help=f"all by default: {', '.join(sabotage.SABOTAGES)}"
     )
     command.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="only of these methods")
-    command.add_argument("--length", choices=measure.LENGTHS, default="short", help="of the runs (short)")
+    command.add_argument("--length", choices=measure.LENGTHS, default="preset", help="of the runs (preset)")
     command.add_argument("--again", action="store_true", help="repeat what is measured already")
 
     command = commands.add_parser("table", help="write the tables and the curves of the documentation")

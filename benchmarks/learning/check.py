@@ -11,7 +11,7 @@ LEAST = 0.05  # stated lift below which a third of it is chance
 
 
 def stated_lift(method: str, length: str, folder: Path | None = None) -> float:
-    """Least lift of a method over the measured seeds: that of short runs differs much between seeds.
+    """Least lift of a method over the measured seeds: that of a quick run differs much between seeds.
 
     Raises:
         ValueError: none was measured with the present recipe.
@@ -26,7 +26,7 @@ def stated_lift(method: str, length: str, folder: Path | None = None) -> float:
 
 
 def check(
-    methods: Iterable[str], processes: int, length: str = "short", seed: int = 0, folder: Path | None = None
+    methods: Iterable[str], processes: int, length: str = "preset", seed: int = 0, folder: Path | None = None
 ) -> list[str]:
     """Trains each method and compares its lift with the stated one; prints a line for each.
 

@@ -1,7 +1,7 @@
-"""Figures of each method's preset over seeds, and of shorter runs that the check repeats.
+"""Figures of each method's preset over seeds, which the regression check compares with.
 
-A length is `preset` (the whole recipe), `short` (half of its epochs: the check of all methods) or `quick`
-(half of its epochs on a quarter of the images: seconds for a fast method, in `make test`).
+A length is `preset`, the whole recipe, or `quick`, half of its epochs on a quarter of the images: seconds for a fast
+method, in `make test`.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from pathlib import Path
 from . import results
 from .trial import IMAGES, KINDS, Trial, preset, recipe, run_all, task
 
-LENGTHS = {"preset": 1.0, "short": 0.5, "quick": 0.5}  # share of the epochs
+LENGTHS = {"preset": 1.0, "quick": 0.5}  # share of the epochs
 QUICK_IMAGES = IMAGES // 4
 SEEDS = (0, 1, 2)
 IN_TESTS = ("simclr_v1",)  # methods whose quick run is checked by `make test`

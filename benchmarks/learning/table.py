@@ -36,8 +36,8 @@ that the codes keep. The command of a row is `fastssl pretrain METHOD --data DAT
 benchmarks/results/learning hold it, the recipe, the curves and the machine."""
 
 SABOTAGE_LEGEND = f"""\
-Lifts in points of shorter runs (seed 0; the results name their length); stated is the least of the seeds. *the lift*:
-less than {SHARE:.0%} of the stated lift is left, so that `make test-learning` fails. *the watch*: a sentence in the log
+Lifts in points (seed 0; the results name the length of the runs); stated is the least of the seeds. *the lift*:
+less than {SHARE:.0%} of the stated lift is left, so that the check fails. *the watch*: a sentence in the log
 and in the report says that features or ranks look collapsed. *nothing*: the method learns about as well without that
 part on this task; tests that replay the official steps notice it."""
 
