@@ -1,7 +1,7 @@
 """Learning of methods of images and text, and of iGPT, for minutes each.
 
-`make test-learning` compares the other methods with what their recipes have learned (benchmarks/learning), and `make test`
-does so with a method that learns within seconds.
+`make test-learning` compares the other methods with what their recipes have learned (benchmarks/learning), and
+`make test` does so with a method that learns within seconds.
 """
 
 import json
