@@ -143,7 +143,7 @@ def test_the_check_wants_two_thirds_of_the_least_stated_lift(tmp_path, about, mo
         check.check(["mae"], 1, folder=tmp_path)
     for trained, lost in ((0.36, 0), (0.34, 1)):
         monkeypatch.setattr(check, "run_all", lambda trials, _, t=trained: [(x, {**ROW, "trained": t}) for x in trials])
-        assert len(check.check(["simclr_v1"], 1, folder=tmp_path)) == lost
+        assert len(check.check(["simclr_v1"], 1, "quick", folder=tmp_path)) == lost
     assert "training added 19.0 points, less than two thirds of the stated 30.0." in capsys.readouterr().out
 
 
