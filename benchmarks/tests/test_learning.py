@@ -135,9 +135,10 @@ def test_halving_keeps_the_best_third(tmp_path, about, monkeypatch):
 
 
 def test_the_check_wants_two_thirds_of_the_least_stated_lift(tmp_path, about, monkeypatch, capsys):
-    settings = measure.trial_of("simclr_v1", "quick", 0).settings
+    quick = measure.trial_of("simclr_v1", "quick", 0)
+    facts = {"length": "quick", "data": quick.source, "recipe": trial.recipe("simclr_v1", quick.settings)}
     for seed, trained in enumerate((0.55, 0.45)):
-        add(tmp_path, length="quick", seed=seed, trained=trained, recipe=trial.recipe("simclr_v1", settings))
+        add(tmp_path, seed=seed, trained=trained, **facts)
     assert check.stated_lift("simclr_v1", "quick", tmp_path) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="no lift is stated for the present recipe of mae: run `python -m"):
         check.check(["mae"], 1, folder=tmp_path)
