@@ -93,13 +93,12 @@ def test_a_plan_sees_so_many_images():
 
 def test_a_measurement_is_written_once_and_is_the_commands(tmp_path, about, in_this_process, monkeypatch, capsys):
     monkeypatch.setattr(measure, "QUICK_IMAGES", 64)
-    monkeypatch.setitem(measure.LENGTHS, "quick", 0.07)
     measure.measure(["simclr_v1"], [3], 1, "quick", folder=tmp_path)
     (row,) = results.read("simclr_v1", tmp_path)
-    assert row["command"] == f"fastssl pretrain simclr_v1 --data {trial.DATA}:count=64 --seed 3 --epochs 1"
-    assert (row["seed"], row["images_seen"], row["score"], row["machine"]) == (3, 64, "knn", "M")
+    assert row["command"] == f"fastssl pretrain simclr_v1 --data {trial.DATA}:count=64 --seed 3"
+    assert (row["seed"], row["images_seen"], row["score"], row["machine"]) == (3, 640, "knn", "M")
     assert all(0 <= row[name] <= 1 for name in ("raw", "untrained", "trained", "deviation", "rank_entropy"))
-    assert [epoch for epoch, _ in row["curve"]["knn"]] == [0, 1]
+    assert [epoch for epoch, _ in row["curve"]["knn"]] == [0, 10]
     assert row["seconds"] > 0 and row["evaluation_seconds"] > 0
     assert capsys.readouterr().out.startswith("simclr_v1, seed 3: kNN raw ")
 
@@ -161,7 +160,6 @@ def test_every_sabotage_replaces_what_exists_and_ends(monkeypatch):
 
 def test_a_sabotage_is_run_and_written(tmp_path, about, in_this_process, monkeypatch):
     monkeypatch.setattr(measure, "QUICK_IMAGES", 64)
-    monkeypatch.setitem(measure.LENGTHS, "quick", 0.07)
     one = measure.trial_of("simclr_v1", "quick", 0)
     add(tmp_path, length="quick", data=one.source, recipe=trial.recipe("simclr_v1", one.settings))
     (row,) = sabotage.sabotage(["lr-0"], ["simclr_v1"], 1, "quick", folder=tmp_path)
