@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import results
-from .trial import IMAGES, KINDS, Trial, preset, recipe, run_all, task
+from .trial import IMAGES, KINDS, Trial, recipe, run_all, task
 
 LENGTHS = ("preset", "quick")
 QUICK_IMAGES = IMAGES // 4
