@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from benchmarks import loader, memory, step, table
+from benchmarks import demo, loader, memory, step, table
 from benchmarks.learning import __main__ as learning
 
 
@@ -15,6 +15,7 @@ def test_tables_are_those_of_the_results():
     assert step.main(["--check"]) == 0
     assert memory.main(["--check"]) == 0
     assert learning.main(["table", "--check"]) == 0
+    assert demo.main(["--check"]) == 0
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""What `make demo` measures, for the documentation: accuracies with few labels, beside training from scratch.
+
+make demo && python -m benchmarks.demo     # keep its results; write table and picture
+python -m benchmarks.demo --render         # write table and picture of the kept results
+python -m benchmarks.demo --check          # exit status 1 if the table is out of date
+"""
+
+import argparse
+import json
+import sys
+
+import cpuinfo
+import matplotlib
+
+matplotlib.use("Agg")  # works without a display
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
+
+from fastssl.eval.few_labels_table import Measured, sentences, table_of
+from fastssl.report.few_labels import LINES, newest, row_name
+from fastssl.report.run_data import RunData
+from fastssl.run import open_run
+
+from .machine import environment, machine
+from .store import RESULTS
+from .table import PAGE, insert, markdown_table, write_or_check
+
+RUNS = ("runs/demo-simclr", "runs/demo-mae")
+KEPT = RESULTS / "learning" / "demo.json"
+TARGET = PAGE.parent / "getting-started.md"
+FIGURE = PAGE.parent / "few-labels.png"
+MARKERS = "<!-- demo:begin -->", "<!-- demo:end -->"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="write table and picture of the kept results")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if the table is out of date")
+    options = parser.parse_args(arguments)
+    if not options.render and not options.check:
+        keep()
+    runs = read()
+    if not options.check:
+        draw(runs)
+    return write_or_check({TARGET: insert(render(runs), TARGET, MARKERS)}, options.check, "python -m benchmarks.demo")
+
+
+def keep() -> None:
+    """Writes the results of the demo's runs, with machine and software."""
+    facts = environment()
+    about = {"machine": machine(cpuinfo.get_cpu_info()["brand_raw"])["name"]}
+    about |= {name: facts[name] for name in ("date", "commit", "torch", "python", "level")}
+    runs = []
+    for folder in RUNS:
+        run = open_run(folder)
+        rows = newest(RunData(run, run.short_name, ""))
+        training = {"method": run.short_name, "data": run.options.data, "epochs": run.config.training.epochs}
+        runs.append({**training, "seed": run.options.seed, "rows": [row._asdict() for row in rows]})
+    lines = ",\n".join(" " + json.dumps(run) for run in runs)
+    KEPT.write_text(f'{{"command": "make demo", "about": {json.dumps(about)}, "runs": [\n{lines}\n]}}\n')
+    print(f"wrote {KEPT}")
+
+
+def read() -> list[tuple[str, list[Measured]]]:
+    """(method, its results) of the kept runs."""
+    return [
+        (run["method"], [Measured(**{**row, "accuracies": tuple(row["accuracies"])}) for row in run["rows"]])
+        for run in json.loads(KEPT.read_text())["runs"]
+    ]
+
+
+def render(runs: list[tuple[str, list[Measured]]]) -> str:
+    """Tables and sentences of the runs."""
+    about = json.loads(KEPT.read_text())["about"]
+    draws = len(runs[0][1][0].accuracies)
+    spread = f"mean ± standard deviation over {draws} draws of the labels, seed 0"
+    parts = [f"{about['machine']}, {about['date']}; {spread}:"]
+    for method, results in runs:
+        head, rows = table_of(results, method)
+        parts += [markdown_table(tuple(head), rows, text_columns=1), sentences(results, method)]
+    return "\n\n".join(parts)
+
+
+def draw(runs: list[tuple[str, list[Measured]]]) -> None:
+    """Accuracy by number of labels, one panel a run."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.2), sharey=True)
+    for panel, (method, results) in zip(axes, runs):
+        for row, (colour, dash) in LINES.items():
+            line = sorted((result for result in results if result.row == row), key=lambda result: result.labels)
+            labels, means = [result.labels for result in line], [result.mean for result in line]
+            spread, name = [result.spread or 0 for result in line], row_name(row, method)
+            panel.errorbar(labels, means, spread, color=colour, linestyle=dash, marker="o", label=name)
+        panel.set_xscale("log")
+        panel.set_xticks(labels, [f"{count:,}" for count in labels])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xlabel("labels")
+        panel.set_ylim(0, 1)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    axes[0].set_ylabel("accuracy on held-out images")
+    figure.tight_layout()
+    figure.savefig(FIGURE, dpi=110, metadata={"Software": None})  # the same bytes for the same numbers
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
