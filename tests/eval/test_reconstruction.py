@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from fastssl.ops import patchify
 
 @pytest.fixture
 def model():
-    return mae.build(mae.Config.small()).eval()
+    return mae.build(dataclasses.replace(mae.Config.small(), image_size=(24, 24), mask_ratio=0.6, norm_pix=False)).eval()
 
 
 def test_rows_are_input_masked_output_and_filled(model):

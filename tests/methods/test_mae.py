@@ -142,19 +142,19 @@ def test_only_kept_patches_are_embedded_and_only_masked_ones_predicted():
         getattr(model, name).register_forward_hook(
             lambda _, args, out, name=name: tokens.update({name: args[0].shape[1]})
         )
-    model.loss(torch.randn(2, 3, 24, 24))
+    model.loss(torch.randn(2, 3, 32, 32))
     assert tokens == {"patch_embed": model.keep, "decoder_pred": model.length - model.keep}
 
 
 def test_loss_compiles_to_one_graph():
     model = mae.build(mae.Config.small())
-    images, noise = torch.randn(2, 3, 24, 24), torch.rand(2, model.length)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, model.length)
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images, noise), model.loss(images, noise))
 
 
 def test_kernels_and_plain_torch_agree_on_a_step():
-    model, batch = mae.build(mae.Config.small()), Batch((torch.randn(2, 3, 24, 24),), None, None)
+    model, batch = mae.build(mae.Config.small()), Batch((torch.randn(2, 3, 32, 32),), None, None)
     losses = []
     for context in (dispatch.reference, torch.enable_grad):
         torch.manual_seed(3)
