@@ -271,11 +271,11 @@ def test_milestones_of_the_command_and_of_python_agree(tmp_path, monkeypatch, ca
             fast = {"workers": 0, "tensorboard": False, "batch_size": 64, "decoder_depth": 1}
             call = {"data": data, "folder": folder, "resume": "auto", **fast}
             fastssl.pretrain("mae", epochs=epochs, **call)
-        assert fastssl.open_run(folder).config.training.warmup_epochs == 0.08  # 4 of 50
-        assert "--warmup-epochs 4 → 0.08: in proportion to --epochs 1 of the preset's 50; " in capsys.readouterr().out
+        assert fastssl.open_run(folder).config.training.warmup_epochs == 0.1  # 4 of 40
+        assert "--warmup-epochs 4 → 0.1: in proportion to --epochs 1 of the preset's 40; " in capsys.readouterr().out
     longer = fastssl.pretrain("mae", epochs=2, **call)
-    assert (longer.config.training.epochs, longer.config.training.warmup_epochs) == (2, 0.08)
-    with pytest.raises(ValueError, match=r"is a run with --warmup-epochs 0\.08, which cannot change to 1\.0"):
+    assert (longer.config.training.epochs, longer.config.training.warmup_epochs) == (2, 0.1)
+    with pytest.raises(ValueError, match=r"is a run with --warmup-epochs 0\.1, which cannot change to 1\.0"):
         fastssl.pretrain("mae", epochs=3, warmup_epochs=1, **call)
     assert linear_defaults(longer, "official", 9).warmup_epochs == 1
     assert finetune_defaults(longer, 10).warmup_epochs == 1
