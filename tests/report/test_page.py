@@ -56,7 +56,7 @@ def test_report_is_self_contained_and_shows_everything(tmp_path, module, data):
     (run.folder / "profile" / "table.json").write_text(json.dumps({"rows": rows}))
     if module is mae:
         for step in (0, 30):
-            save_snapshot(run.load(), torch.randn(4, 3, 24, 24), run.folder / "reconstructions" / f"step-{step}.npz")
+            save_snapshot(run.load(), torch.randn(4, 3, 32, 32), run.folder / "reconstructions" / f"step-{step}.npz")
     page = Page(write_report([run]))
     check_self_contained(page)
     pictured = ["neighbours", "map", "ranks"]
@@ -136,7 +136,7 @@ def test_a_run_without_checkpoint_has_its_curves(tmp_path):
 
 def test_a_run_whose_data_moved_has_its_curves(tmp_path):
     run = make_run(tmp_path / "run", mae, f"folder:{tmp_path / 'gone'}")
-    save_snapshot(run.load(), torch.randn(4, 3, 24, 24), run.folder / "reconstructions" / "step-000010.npz")
+    save_snapshot(run.load(), torch.randn(4, 3, 32, 32), run.folder / "reconstructions" / "step-000010.npz")
     page = Page(write_report([run]))
     assert page.sections == ["curves", "reconstructions", "speed", "environment", "again"]
     assert "Left out: data:" in page.text
