@@ -13,7 +13,8 @@ from fastssl.ops import patchify
 
 @pytest.fixture
 def model():
-    return mae.build(dataclasses.replace(mae.Config.small(), image_size=(24, 24), mask_ratio=0.6, norm_pix=False)).eval()
+    changes = {"image_size": (24, 24), "mask_ratio": 0.6, "norm_pix": False}
+    return mae.build(dataclasses.replace(mae.Config.small(), **changes)).eval()
 
 
 def test_rows_are_input_masked_output_and_filled(model):
