@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..source import Source
-from .shapes import GREYS, MAX_ROTATION, SHAPES, TEST_OFFSET, draw_shape, read_settings
+from ..drawn import TEST_OFFSET, DrawnImages, random_numbers, read_settings
+from .shapes import GREYS, MAX_ROTATION, SHAPES, draw_shape
 
 HUES = {"red": 0, "orange": 28, "yellow": 55, "green": 120, "cyan": 180, "blue": 225, "purple": 275, "pink": 320}
 HUE_SPREAD = 5  # degrees around those above
@@ -27,6 +27,7 @@ PLACES = {  # centre of the shape from the left and from the top, shares of the 
 }
 PLACE_SPREAD = 0.02
 COMBINATIONS = (len(HUES), len(RADII), len(BACKGROUNDS), len(PLACES))
+ORDERS = TEST_OFFSET + 2**32  # the random numbers of the test split's order start here
 PHRASINGS = (
     "a {size} {hue} {shape} on a {background} background, {place}",
     "{place}: one {hue} {shape}, {size}, the background is {background}",
@@ -34,39 +35,25 @@ PHRASINGS = (
 )
 
 
-class Captions(Source):
-    """Drawn images of one split with captions.
+class Captions(DrawnImages):
+    """Drawn shapes of one split with captions; the arguments are those of `DrawnImages`.
 
-    Args:
-        split: "train" or "test".
-        count: number of images; of the test split at most 2,880.
-        size: height and width in pixels.
-        seed: seed of all random numbers.
+    The test split has at most 2,880 images.
     """
 
     def __init__(self, split: str, count: int, size: int, seed: int):
-        self._count, self._side, self._seed, self._is_test = count, size, seed, split == "test"
-        self._outlines, total = list(SHAPES.values()), int(np.prod(COMBINATIONS))
-        shuffles = (self._random(index, TEST_OFFSET + 2**32).permutation(total) for index in range(len(SHAPES)))
+        super().__init__(split, count, size, seed, list(SHAPES))
+        self._outlines, self._is_test, total = list(SHAPES.values()), split == "test", int(np.prod(COMBINATIONS))
+        shuffles = (random_numbers(seed, ORDERS + label).permutation(total) for label in range(len(SHAPES)))
         self._test_order = np.stack(list(shuffles))  # combinations of the test images of each shape
-        self.classes, self.size, self.shards = list(SHAPES), (size, size), None
-
-    def __len__(self) -> int:
-        return self._count
-
-    def label(self, index: int) -> int:
-        return index % len(SHAPES)
-
-    def name(self, index: int) -> str:
-        return f"captions, image {index}"
 
     def captions(self, index: int) -> tuple[str, ...]:
-        hue, size, background, place = self._combination(index, self._random(index))
+        hue, size, background, place = self._combination(index, self.random(index))
         words = {"shape": self.classes[self.label(index)], "hue": hue, "size": size, "background": background}
         return tuple(phrasing.format(place=place, **words) for phrasing in PHRASINGS)
 
     def read(self, index: int) -> np.ndarray:
-        random = self._random(index)
+        random = self.random(index)
         hue, size, background, place = self._combination(index, random)
         degrees = HUES[hue] + random.uniform(-HUE_SPREAD, HUE_SPREAD)
         radius = random.uniform(*RADII[size])
@@ -74,10 +61,6 @@ class Captions(Source):
         angle = random.uniform(-MAX_ROTATION, MAX_ROTATION)
         outlines, grey = self._outlines[self.label(index)], BACKGROUNDS[background]
         return draw_shape(outlines, self._side, grey, degrees % 360 / 360, radius, (x, y), angle)
-
-    def _random(self, index: int, first: int = 0) -> np.random.Generator:
-        """Random numbers of an image; other ones for the order of the test split."""
-        return np.random.Generator(np.random.Philox(key=[self._seed, (first or TEST_OFFSET * self._is_test) + index]))
 
     def _combination(self, index: int, random: np.random.Generator) -> tuple[str, str, str, str]:
         """Colour, size, background and place, drawn first of an image's random numbers."""

@@ -22,8 +22,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..source import Source
-from .shapes import TEST_OFFSET, read_settings
+from ..drawn import DrawnImages, read_settings
 
 SUPERSAMPLING = 2  # factor of the drawing's size, averaged down for smooth edges
 PERIOD = (5.5 / 32, 8 / 32)  # shortest and longest period of a pattern, as shares of the side
@@ -70,32 +69,15 @@ PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-class Patterns(Source):
-    """Drawn images of one split.
-
-    Args:
-        split: "train" or "test"; their images are drawn from different random numbers.
-        count: number of images.
-        size: height and width in pixels.
-        seed: seed of all random numbers.
-    """
+class Patterns(DrawnImages):
+    """Drawn patterns of one split; the arguments are those of `DrawnImages`."""
 
     def __init__(self, split: str, count: int, size: int, seed: int):
-        self._count, self._seed, self._first = count, seed, TEST_OFFSET if split == "test" else 0
-        self._side, self._drawings = size, list(PATTERNS.values())
-        self.classes, self.size, self.shards = list(PATTERNS), (size, size), None
-
-    def __len__(self) -> int:
-        return self._count
-
-    def label(self, index: int) -> int:
-        return index % len(PATTERNS)
-
-    def name(self, index: int) -> str:
-        return f"patterns, image {index}"
+        super().__init__(split, count, size, seed, list(PATTERNS))
+        self._drawings = list(PATTERNS.values())
 
     def read(self, index: int) -> np.ndarray:
-        random = np.random.Generator(np.random.Philox(key=[self._seed, self._first + index]))
+        random = self.random(index)
         bright = 255 * np.array(colorsys.hsv_to_rgb(random.uniform(), SATURATION, BRIGHTNESS))
         bright *= np.exp(random.uniform(-LIGHT, LIGHT) + random.uniform(-TINT, TINT, 3))
         tones = random.permutation([1, DARK])

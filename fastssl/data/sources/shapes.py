@@ -21,15 +21,11 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fastssl.text import printable
-
-from ..source import Source
+from ..drawn import DrawnImages, read_settings
 
 GREYS = (40, 215)  # the two backgrounds
 MAX_ROTATION = math.radians(25)
 SUPERSAMPLING = 3  # factor of the drawing's size, averaged down for smooth edges
-LIMITS = {"count": (1, 100_000_000), "size": (8, 2048), "seed": (0, 2**63 - 1)}  # a larger size takes a gigabyte
-TEST_OFFSET = 2**40  # the test split's random numbers start here, apart from all of the training split's
 
 Points = list[tuple[float, float]]
 
@@ -72,32 +68,15 @@ SHAPES: dict[str, tuple[Points, ...]] = {
 }
 
 
-class Shapes(Source):
-    """Drawn images of one split.
-
-    Args:
-        split: "train" or "test"; their images are drawn from different random numbers.
-        count: number of images.
-        size: height and width in pixels.
-        seed: seed of all random numbers.
-    """
+class Shapes(DrawnImages):
+    """Drawn shapes of one split; the arguments are those of `DrawnImages`."""
 
     def __init__(self, split: str, count: int, size: int, seed: int):
-        self._count, self._seed, self._first = count, seed, TEST_OFFSET if split == "test" else 0
-        self._side, self._outlines = size, list(SHAPES.values())
-        self.classes, self.size, self.shards = list(SHAPES), (size, size), None
-
-    def __len__(self) -> int:
-        return self._count
-
-    def label(self, index: int) -> int:
-        return index % len(SHAPES)
-
-    def name(self, index: int) -> str:
-        return f"shapes, image {index}"
+        super().__init__(split, count, size, seed, list(SHAPES))
+        self._outlines = list(SHAPES.values())
 
     def read(self, index: int) -> np.ndarray:
-        random = np.random.Generator(np.random.Philox(key=[self._seed, self._first + index]))
+        random = self.random(index)
         grey = GREYS[random.integers(len(GREYS))]
         hue = random.uniform()
         radius = random.uniform(0.26, 0.42)
@@ -137,26 +116,6 @@ def draw_shape(
         draw.polygon([(x, y) for x, y in points], fill=fill)
     canvas.paste((red, green, blue), mask=stencil)
     return np.array(canvas.reduce(SUPERSAMPLING))
-
-
-def read_settings(argument: str, split: str, source: str) -> dict[str, int]:
-    """The settings count, size and seed of a source of drawn images, from the text behind its colon.
-
-    Raises:
-        ValueError: a setting is unknown or out of its limits.
-    """
-    settings = {"count": 4096 if split == "train" else 1000, "size": 32, "seed": 0}
-    for setting in filter(None, argument.split(",")):
-        name, _, value = setting.partition("=")
-        if name not in settings or not value.isdecimal():
-            raise ValueError(f"data: {source} takes count=N, size=N and seed=N, got {printable(setting)!r}")
-        low, high = LIMITS[name]
-        number = int(value[:20])  # more digits are too many in any case
-        if len(value) > 20 or not low <= number <= high:
-            raise ValueError(f"data: {source} takes a {name} from {low:,} to {high:,}, got {printable(setting[:60])!r}")
-        if name != "count" or split == "train":  # the size of the test split is fixed
-            settings[name] = number
-    return settings
 
 
 def open_split(argument: str, split: str) -> Shapes:
