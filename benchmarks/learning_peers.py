@@ -1,26 +1,20 @@
 """fastssl beside lightly: kNN accuracy, images per second and time to the same accuracy of six methods.
 
     python -m benchmarks.learning_peers            # measures; writes results, the table and docs/learning-peers.png
-    python -m benchmarks.learning_peers --data scenes idx:/usr/share/datasets/fashion-mnist --seeds 0 1 2
+    python -m benchmarks.learning_peers --data patterns idx:/usr/share/datasets/fashion-mnist --seeds 0 1 2
     python -m benchmarks.learning_peers --methods dino mae --jobs 1
     python -m benchmarks.learning_peers --render   # writes table and picture from the stored results
     python -m benchmarks.learning_peers --check    # writes nothing; exit status 1 if the table is out of date
 
-Each run of a method by one library with one seed is a process of its own on a core of its own, and is stored as it
-ends: the command continues where it was stopped, and measures again only what has other settings than the stored run,
-or everything with --again. Fashion-MNIST is Debian's package dataset-fashion-mnist; any source of images of one size
-with labels will do.
+Each run of a method by one library with one seed has a core of its own, and is stored as it ends: the command continues
+where it was stopped, and measures again only what has other settings than the stored run, or everything with --again.
+Fashion-MNIST is Debian's package dataset-fashion-mnist; any source of images of one size with labels will do.
 
 `peers_runs.py` is one run, `peers_lightly.py` what is built of lightly's parts, `peers_table.py` the table.
 """
 
 import argparse
-import multiprocessing
-import os
-import queue
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +28,7 @@ from . import store
 from .machine import environment, machine
 from .peers_runs import LIBRARIES, Cell, measure
 from .peers_table import MARKERS, METHODS, PICTURE, VERSIONS, draw, files, render
+from .pinned import run_pinned
 from .store import RESULTS
 from .table import PAGE, insert, present, write_or_check
 
@@ -57,35 +52,6 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     ]
 
 
-def run(cells: list[Cell], jobs: int) -> Iterator[dict]:
-    """Rows of the cells as they end, each of a process of its own on a core of its own."""
-    free: queue.Queue[int | None] = queue.Queue()
-    for core in (available := _cores())[:jobs]:
-        free.put(core)
-
-    def run_one(cell: Cell) -> dict:
-        core = free.get()
-        try:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                return process.submit(measure, cell, core).result()
-        finally:
-            free.put(core)
-
-    with ThreadPoolExecutor(min(jobs, len(available))) as threads:
-        pending = [threads.submit(run_one, cell) for cell in cells]
-        try:
-            for done in as_completed(pending):
-                yield done.result()
-        except BaseException:
-            threads.shutdown(cancel_futures=True)
-            raise
-
-
-def _cores() -> list[int | None]:
-    """Numbers of the cores of this process; None for each where the system does not tell."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * cores()
-
-
 def measure_and_keep(options: argparse.Namespace, folder: Path) -> None:
     """Runs what is not stored yet, and stores each run as it ends."""
     import cpuinfo
@@ -97,7 +63,7 @@ def measure_and_keep(options: argparse.Namespace, folder: Path) -> None:
     stored = set(map(key, store.rows_of(folder / f"{about['slug']}.json")))
     cells = [cell for cell in cells_of(options) if options.again or cell.key not in stored]
     print(f"{len(cells)} runs to measure, {len(cells_of(options)) - len(cells)} are stored", flush=True)
-    for count, row in enumerate(run(cells, options.jobs), start=1):
+    for count, (_, row) in enumerate(run_pinned(measure, cells, options.jobs), start=1):
         place = key(row)[:-1]  # whatever its settings
         store.add(folder, about, software, [row], replaces=lambda other, place=place: key(other)[:-1] == place)
         print(

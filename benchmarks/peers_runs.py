@@ -6,7 +6,6 @@ thread and no workers. The clock counts the processor time of whole epochs, with
 
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -171,14 +170,12 @@ class Lightly:
         return self.method.features(images)
 
 
-def measure(cell: Cell, core: int | None = None) -> dict:
-    """The row of a cell. The process keeps to this core, and to one thread.
+def measure(cell: Cell) -> dict:
+    """The row of a cell. The process keeps to one thread.
 
     Returns: facts of the cell; "curve": [epoch, seconds of a core, kNN accuracy] of the untrained encoder and of
         `POINTS` epochs; "images_per_second" of a core, "core_seconds" and "wall_seconds" of all epochs.
     """
-    if core is not None:
-        os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     keep_freed_memory()
     config = config_of(cell)

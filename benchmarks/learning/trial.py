@@ -7,14 +7,11 @@ machine does.
 import contextlib
 import dataclasses
 import io
-import multiprocessing
-import os
 import re
 import shlex
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,8 @@ from fastssl.eval.features import evaluation_loader
 from fastssl.method_modules import method_module
 from fastssl.run import Run
 from fastssl.settings import differences, flag, flatten
+
+from ..pinned import run_pinned
 
 DATA = "patterns"  # the embedded task
 IMAGES = 4096  # its training images by default
@@ -107,24 +106,7 @@ def recipe(method: str, settings: dict[str, Any] | None = None) -> dict[str, Any
 
 def run_all(trials: Iterable[Trial], processes: int) -> Iterator[tuple[Trial, dict]]:
     """(trial, its row) of every trial as it ends, in so many processes, each on a core of its own."""
-    context = multiprocessing.get_context("spawn")
-    cores = context.SimpleQueue()
-    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
-    first = os.getpid()  # two commands with a process each may get different cores
-    for number in range(first, first + processes):
-        cores.put(available[number % len(available)])
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_pin, initargs=(cores,)) as pool:
-        pending = {pool.submit(run_trial, trial): trial for trial in trials}
-        for future in as_completed(pending):
-            yield pending[future], future.result()
-
-
-def _pin(cores: Any) -> None:
-    """Gives this process one of the cores, so that commands choose one thread and no workers."""
-    core = cores.get()
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    torch.set_num_threads(1)
+    yield from run_pinned(run_trial, trials, processes)
 
 
 def run_trial(trial: Trial) -> dict:

@@ -11,6 +11,7 @@ from PIL import Image
 from benchmarks import learning_peers, peers_runs, peers_table, store
 from benchmarks.peers_runs import Cell, measure
 from benchmarks.peers_table import METHODS, lines_of, minutes_to
+from benchmarks.pinned import run_pinned
 from fastssl.contract import Batch
 from fastssl.data.augmentation import Augmentation
 from fastssl.data.loader import Loader
@@ -313,5 +314,5 @@ def test_sources_by_name_and_images_in_memory():
 @pytest.mark.exhaustive
 def test_runs_in_processes_of_their_own(quick):
     cells = [Cell("shapes", "simsiam", library, 0, 64, 1) for library in peers_runs.LIBRARIES]
-    rows = list(learning_peers.run(cells, 2))
+    rows = [row for _, row in run_pinned(peers_runs.measure, cells, 2)]
     assert sorted(map(learning_peers.key, rows)) == sorted(cell.key for cell in cells)
