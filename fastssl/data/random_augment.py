@@ -6,13 +6,17 @@ so they contradict captions that name places or brightness.
 Source: Cubuk et al., "RandAugment", 2020, section 3; Li et al., 2021 (ALBEF), section 3.4, and its code.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastssl.extras import need
 
 COUNT = 2  # changes of an image
 PROBABILITY = 0.5  # of each to be applied
@@ -21,47 +25,27 @@ SHEAR, SHIFT, ANGLE = 0.21, 7, math.radians(21)  # pixels a row, pixels, and rad
 FILL = 128.0  # of what comes from beyond the border
 
 
-def auto_contrast(x: Tensor) -> Tensor:
-    """Each channel stretched along a line from its darkest and brightest value to 0 and 255."""
-    flat = x.flatten(2).float()
-    low, high = flat.amin(2)[..., None, None], flat.amax(2)[..., None, None]
-    return torch.where(high > low, (x - low) * 255 / (high - low).clamp(min=1), x.float())
-
-
-def equalize(x: Tensor) -> Tensor:
-    """Each channel with values of nearly even frequency, by Pillow's integer rule."""
-    planes = x.flatten(0, 1).flatten(1).long()
-    ones = planes.new_ones(1).expand_as(planes)
-    counts = planes.new_zeros(len(planes), 256).scatter_add_(1, planes, ones)
-    brightest = planes.amax(1, keepdim=True)
-    step = (planes.shape[1] - counts.gather(1, brightest)) // 255
-    below = counts.cumsum(1) - counts
-    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=x.device))
-    return table.gather(1, planes).view(x.shape).float()
-
-
-def brightness(x: Tensor) -> Tensor:
-    """All values times a factor."""
-    return x * FACTOR
-
-
-def sharpness(x: Tensor) -> Tensor:
-    """Differences from a smooth copy times a factor, but for the pixels of the border."""
-    out = x.float()
-    if min(x.shape[2:]) < 3:
-        return out
-    kernel = torch.ones(3, 1, 3, 3, device=x.device)
-    kernel[:, :, 1, 1] = 5
-    smooth = (F.conv2d(out, kernel, groups=3) / 13).round_()
-    inner = out[:, :, 1:-1, 1:-1]
-    inner.copy_(smooth + FACTOR * (inner - smooth))
-    return out
-
-
-POINTWISE: tuple[Callable[[Tensor], Tensor], ...] = (auto_contrast, equalize, brightness, sharpness)
+POINTWISE = ("auto_contrast", "equalize", "brightness", "sharpness")
 MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-CHANGES = ("identity", *(change.__name__ for change in POINTWISE), *MOVES)
+CHANGES = ("identity", *POINTWISE, *MOVES)
+
+
+def auto_contrast(x: Tensor) -> Tensor:
+    """Each channel of uint8 images stretched from its darkest and brightest value to 0 and 255. In whole numbers, as in
+    Pillow; torchvision divides twice and misses it by 1 in more pixels."""
+    flat = x.flatten(2).int()
+    low, high = flat.amin(2)[..., None, None], flat.amax(2)[..., None, None]
+    return torch.where(high > low, (x - low) * 255 // (high - low).clamp(min=1), x).to(torch.uint8)
+
+
+@functools.cache
+def _pointwise() -> tuple[Callable[[Tensor], Tensor], ...]:
+    """The operators of `POINTWISE`, from uint8 to uint8; torchvision's are loaded when needed, since that takes
+    a second."""
+    name = "torchvision.transforms.v2.functional"
+    v2: Any = need(name, what="random_augment", extra="train", distribution="torchvision")
+    brightness = functools.partial(v2.adjust_brightness, brightness_factor=FACTOR)
+    return auto_contrast, v2.equalize, brightness, functools.partial(v2.adjust_sharpness, sharpness_factor=FACTOR)
 
 
 def draw_changes(uniform: np.ndarray) -> np.ndarray:
@@ -82,8 +66,8 @@ def random_augment_(pixels: Tensor, changes: np.ndarray) -> None:
         changes: [B, COUNT] of `draw_changes`, made one after the other.
     """
     for column in changes.T:
-        for number, change in enumerate(POINTWISE, 1):
-            _replace(pixels, np.flatnonzero(abs(column) == number), change)
+        for number in np.intersect1d(abs(column), range(1, len(POINTWISE) + 1)):
+            _replace(pixels, np.flatnonzero(abs(column) == number), _pointwise()[number - 1])
         _replace(pixels, moved := np.flatnonzero(abs(column) > len(POINTWISE)), _Move(column[moved]))
 
 
@@ -105,7 +89,7 @@ class _Move:
         sides = torch.tensor([[width], [height]], dtype=torch.float32)
         maps = (2 * maps + torch.tensor([0, 0, 1])) / sides - torch.tensor([0, 0, 1])  # from pixels to −1 … 1
         grid = torch.einsum("rij,jhw->rhwi", maps.to(x.device, non_blocking=True), at)
-        return (F.grid_sample(x - FILL, grid, align_corners=False) + FILL).round_()
+        return (F.grid_sample(x - FILL, grid, align_corners=False) + FILL).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _source(number: int, height: int, width: int) -> np.ndarray:
@@ -128,5 +112,4 @@ def _replace(pixels: Tensor, rows: np.ndarray, change: Callable[[Tensor], Tensor
     """Writes what a change makes of some images over them."""
     if len(rows):
         where = torch.from_numpy(rows).to(pixels.device, non_blocking=True)
-        changed = change(pixels[where])
-        pixels[where] = changed.clamp_(0, 255).to(torch.uint8)
+        pixels[where] = change(pixels[where])
