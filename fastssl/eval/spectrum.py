@@ -9,7 +9,6 @@ from torch import Tensor
 from fastssl.distributed import all_sum
 
 MOST = 4096  # largest number of features of a rank to look at
-EQUAL = 1e-4  # share of the squared length that varies between images, below which all features count as equal
 FLAT = 0.05  # mean standard deviation of a dimension, as a share of 1/√F, below which the features count as collapsed
 LINE = 0.9  # share of the variance in two directions, from which the features count as collapsed
 
@@ -19,7 +18,6 @@ class Spectrum(NamedTuple):
 
     rankme: float  # effective number of dimensions, 1 to `width`
     width: int  # F
-    varying: float  # share of the squared length of unit features that varies between images, 0 to 1
     two_directions: float  # share of the variance of unit features that lies in two directions, 0 to 1
     deviation: float  # mean standard deviation of a dimension of unit features, as a share of 1/√F, 0 to 1
 
@@ -40,12 +38,10 @@ class Spectrum(NamedTuple):
 
     def warning(self) -> str | None:
         """One sentence if the features look collapsed."""
-        if self.varying < EQUAL:
-            return "The features look collapsed: those of all images are nearly equal."
         if self.deviation < FLAT:
             return (
-                f"The features look collapsed: their standard deviation per dimension is {self.deviation:.1%} of "
-                f"1/√{self.width}."
+                f"The features look collapsed: those of all images are nearly equal, with a standard deviation per "
+                f"dimension of {self.deviation:.1%} of 1/√{self.width}."
             )
         if self.width > 2 and self.two_directions > LINE:
             return (
@@ -86,7 +82,6 @@ def measure_spectrum(features: Tensor) -> Spectrum:
     return Spectrum(
         rankme=float(torch.exp(-torch.xlogy(p, p).sum())),
         width=x.shape[1],
-        varying=float(variances.sum()),
         two_directions=float(variances[-2:].sum() / total),
         deviation=float(covariance.diagonal().clamp_min(0).sqrt().mean() * x.shape[1] ** 0.5),
     )
