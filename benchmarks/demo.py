@@ -14,11 +14,9 @@ import matplotlib
 
 matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullLocator
 
-from fastssl.eval.few_labels_table import Measured, sentences, table_of
-from fastssl.report.few_labels import LINES, newest, row_name
-from fastssl.report.run_data import RunData
+from fastssl.eval.few_labels_table import Measured, row_name, sentences, table_of
+from fastssl.report.few_labels import lines_of, newest, plot_results
 from fastssl.run import open_run
 
 from .machine import environment, machine
@@ -53,7 +51,7 @@ def keep() -> None:
     runs = []
     for folder in RUNS:
         run = open_run(folder)
-        rows = newest(RunData(run, run.short_name, ""))
+        rows = newest(run.evaluations())
         training = {"method": run.short_name, "data": run.options.data, "epochs": run.config.training.epochs}
         runs.append({**training, "seed": run.options.seed, "rows": [row._asdict() for row in rows]})
     lines = ",\n".join(" " + json.dumps(run) for run in runs)
@@ -85,19 +83,10 @@ def draw(runs: list[tuple[str, list[Measured]]]) -> None:
     """Accuracy by number of labels, one panel a run."""
     figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.2), sharey=True)
     for panel, (method, results) in zip(axes, runs):
-        for row, (colour, dash) in LINES.items():
-            line = sorted((result for result in results if result.row == row), key=lambda result: result.labels)
-            labels, means = [result.labels for result in line], [result.mean for result in line]
-            spread, name = [result.spread or 0 for result in line], row_name(row, method)
-            panel.errorbar(labels, means, spread, color=colour, linestyle=dash, marker="o", label=name)
-        panel.set_xscale("log")
-        panel.set_xticks(labels, [f"{count:,}" for count in labels])
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_xlabel("labels")
-        panel.set_ylim(0, 1)
-        panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        plot_results(panel, results)
+        names = [row_name(row, method) for row in lines_of(results)]
+        panel.legend([line for line in panel.lines if line.get_marker() == "o"], names, fontsize=7)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
     axes[0].set_ylabel("accuracy on held-out images")
     figure.tight_layout()
     figure.savefig(FIGURE, dpi=110, metadata={"Software": None})  # the same bytes for the same numbers

@@ -24,7 +24,7 @@ LINES = {  # colour and dash of each row
 
 def parts(run: RunData) -> list[Any]:
     """Picture, table and sentences of the newest `eval few-labels` of a run; [] without one."""
-    results = newest(run)
+    results = newest(run.evaluations)
     if not results:
         return []
     head, rows = table_of(results, run.run.short_name)
@@ -33,9 +33,9 @@ def parts(run: RunData) -> list[Any]:
     return [picture(results, run.run.short_name), table, *([Text(text)] if text else [])]
 
 
-def newest(run: RunData) -> list[Measured]:
+def newest(evaluations: list[dict]) -> list[Measured]:
     """Results with the step, the data and the seed of the newest record; lines that are no results are passed over."""
-    lines = [line for line in run.evaluations if line["evaluation"] == "few labels" and _is_result(line)]
+    lines = [line for line in evaluations if line["evaluation"] == "few labels" and _is_result(line)]
     same = [[line.get(name) for name in ("step", "data", "draws", "seed")] for line in lines]
     found = [
         Measured(line["start"], line["classifier"], line["labels"], tuple(line["accuracies"]))
@@ -54,27 +54,34 @@ def _is_result(line: dict) -> bool:
 
 
 def picture(results: list[Measured], method: str) -> Picture:
-    """Mean accuracy by number of labels, on a logarithmic axis; bands are one standard deviation over the draws."""
-    lines = {row: sorted((r for r in results if r.row == row), key=lambda r: r.labels) for row in ROWS}
-    lines = {row: line for row, line in lines.items() if line}
-    counts = sorted({result.labels for result in results})
-
-    def plot(axes: Axes) -> None:
-        axes.set_xscale("log")
-        for row, line in lines.items():
-            colour, dash = LINES[row]
-            labels, means = [r.labels for r in line], np.array([r.mean for r in line])
-            spread = np.array([r.spread or 0.0 for r in line])
-            axes.fill_between(labels, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(labels, means, color=colour, linewidth=1.4, linestyle=dash, marker="o", markersize=3.5)
-        axes.set_xticks(counts, [f"{count:,}" for count in counts])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("labels")
-        axes.set_ylim(bottom=0)
-        axes.locator_params(axis="y", nbins=6)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-
+    """Mean accuracy by number of labels; see `plot_results`."""
+    lines = lines_of(results)
     legend = [(LINES[row][0], "dash" if row[0] == PIXELS else "disc", row_name(row, method)) for row in lines]
     ends = ", ".join(f"{row_name(row, method)} {line[-1].mean:.1%}" for row, line in lines.items())
-    alt = f"accuracy by number of labels; with {counts[-1]:,} labels: {ends}"
-    return draw("accuracy against labels", alt, plot, 2.6, legend=legend)
+    most = max(result.labels for result in results)
+    alt = f"accuracy by number of labels; with {most:,} labels: {ends}"
+    return draw("accuracy against labels", alt, lambda axes: plot_results(axes, results), 2.6, legend=legend)
+
+
+def plot_results(axes: Axes, results: list[Measured]) -> None:
+    """Draws mean accuracies by number of labels, on a logarithmic axis; bands are one standard deviation."""
+    counts = sorted({result.labels for result in results})
+    axes.set_xscale("log")
+    for row, line in lines_of(results).items():
+        colour, dash = LINES[row]
+        labels, means = [r.labels for r in line], np.array([r.mean for r in line])
+        spread = np.array([r.spread or 0.0 for r in line])
+        axes.fill_between(labels, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(labels, means, color=colour, linewidth=1.4, linestyle=dash, marker="o", markersize=3.5)
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("labels")
+    axes.set_ylim(bottom=0)
+    axes.locator_params(axis="y", nbins=6)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+
+
+def lines_of(results: list[Measured]) -> dict[tuple[str, str], list[Measured]]:
+    """The results of each row that has some, by number of labels."""
+    lines = {row: sorted((r for r in results if r.row == row), key=lambda r: r.labels) for row in ROWS}
+    return {row: line for row, line in lines.items() if line}
