@@ -65,11 +65,8 @@ def sweep(run: Run, options: argparse.Namespace) -> list[dict[str, Any]]:
     for start, count in itertools.product(options.starts, options.counts):
         decays = options.layer_decays if start == few_labels.PRETRAINED else [1.0]
         for lr, layer_decay in itertools.product(options.lrs, decays):
-            numbers, shares, began = (
-                dataclasses.replace(base, lr=lr, scratch_lr=lr, layer_decay=layer_decay),
-                [],
-                time.process_time(),
-            )
+            numbers = dataclasses.replace(base, lr=lr, scratch_lr=lr, layer_decay=layer_decay)
+            shares, began = [], time.process_time()
             for seed in draws.seeds:
                 torch.manual_seed(seed)
                 method = run.build() if start == few_labels.SCRATCH else frozen.method

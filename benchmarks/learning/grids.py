@@ -1,12 +1,12 @@
-"""What a sweep tries of each method: a recipe comes from here, not from somebody's hands."""
+"""What a sweep tries of each method."""
 
 
-# The product of all values, or of several grids; of four trials and more a sweep drops the worse two thirds twice.
 def _either(sgd: tuple[float, ...], adamw: tuple[float, ...], **values: tuple) -> tuple[dict[str, tuple], ...]:
     """One grid for each optimizer: learning rates for a batch of 256."""
     return {"optimizer": ("sgd",), "lr": sgd, **values}, {"optimizer": ("adamw",), "lr": adamw, **values}
 
 
+# The product of all values, or of several grids; of four trials and more a sweep drops the worse two thirds twice.
 GRIDS: dict[str, dict[str, tuple] | tuple[dict[str, tuple], ...]] = {
     "moco_v1": _either((0.6, 1.2), (0.01, 0.02)),
     "moco_v2": _either((0.6, 1.2), (0.01, 0.02)),

@@ -115,8 +115,7 @@ def _vit(vit: ViT, classes: int, drop_path: float) -> nn.Module:
         model.patch_embed = ConvStem(vit.in_chans, width)
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
     nn.init.zeros_(model.head.bias)
-    accelerate(model)
-    _swap_linear(model)
+    _accelerate(model)
     return model
 
 
@@ -141,13 +140,14 @@ def _beit(vit: Beit, classes: int, drop_path: float) -> nn.Module:
         use_rel_pos_bias=vit.rel_pos_bias is not None or block.attn.has_table,
         head_init_scale=0.001,
     )
-    accelerate(model)
-    _swap_linear(model)
+    _accelerate(model)
     return model
 
 
-def _swap_linear(model: nn.Module) -> None:
-    """Replaces linear layers by the engine's, in place, with the same parameters: `F.linear` is slow on some CPUs."""
+def _accelerate(model: nn.Module) -> None:
+    """Replaces attention and linear layers by the engine's, in place, with the same parameters: `F.linear` is slow on
+    some CPUs."""
+    accelerate(model)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if type(layer) is nn.Linear:
