@@ -70,12 +70,11 @@ def read() -> list[tuple[str, list[Measured]]]:
 def render(runs: list[tuple[str, list[Measured]]]) -> str:
     """Tables and sentences of the runs."""
     about = json.loads(KEPT.read_text())["about"]
-    draws = len(runs[0][1][0].accuracies)
-    spread = f"mean ± standard deviation over {draws} draws of the labels, seed 0"
-    parts = [f"{about['machine']}, {about['date']}; {spread}:"]
+    parts = [f"{about['machine']}, {about['date']}, seed 0; mean ± standard deviation over draws of the labels:"]
     for method, results in runs:
-        head, rows = table_of(results, method)
-        parts += [markdown_table(tuple(head), rows, text_columns=1), sentences(results, method)]
+        (_, *counts), rows = table_of(results, method)
+        head = (f"{len(results[0].accuracies)} draws", *counts)
+        parts += [markdown_table(head, rows, text_columns=1), sentences(results, method)]
     return "\n\n".join(parts)
 
 
