@@ -16,7 +16,7 @@ from fastssl.train.schedule import learning_rate
         (mae.Config.paper(), 5, {"warmup_epochs": (0.25,)}),  # 40 of 800
         (mae.Config.paper(), 800, {"warmup_epochs": (40,)}),
         (mae.Config.paper(), 1600, {"warmup_epochs": (40,)}),
-        (moco_v3.Config.small(), 7, {"warmup_epochs": (0.25,)}),
+        (moco_v3.Config.small(), 7, {"warmup_epochs": (0.35,)}),  # half an epoch of 10
         (moco_v1.Config.paper(), 100, {"lr_drops": (60, 80)}),
         (Official(), 9, {"warmup_epochs": (1,)}),
         (Finetune.paper("resnet50"), 10, {"lr_drops": (6, 8)}),

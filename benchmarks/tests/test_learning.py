@@ -44,7 +44,6 @@ def about(monkeypatch):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Trials run here, one after the other, on a core that is not chosen."""
-    monkeypatch.setattr(trial.os, "sched_setaffinity", lambda *_: None, raising=False)
     for module in (measure, check, sabotage, sweep):
         monkeypatch.setattr(module, "run_all", lambda trials, _: ((one, trial.run_trial(one)) for one in trials))
 

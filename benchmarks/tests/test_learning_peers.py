@@ -257,13 +257,13 @@ def command(tmp_path, monkeypatch):
     """main with results and page in a folder, and runs that take no time; the cells that were run."""
     ran = []
 
-    def run(cells, jobs):
+    def run(measure, cells, jobs):
         for cell in cells:
             ran.append(cell)
             names = ("data", "method", "library", "seed", "images", "settings")
-            yield row_of(**dict(zip(names, cell.key)), core_seconds=1.0)
+            yield cell, row_of(**dict(zip(names, cell.key)), core_seconds=1.0)
 
-    monkeypatch.setattr(learning_peers, "run", run)
+    monkeypatch.setattr(learning_peers, "run_pinned", run)
     monkeypatch.setattr(learning_peers, "environment", lambda: SOFTWARE)
     monkeypatch.setattr(learning_peers, "draw", lambda paths, target: bool(target.write_bytes(b"picture")))
     page = tmp_path / "page.md"
