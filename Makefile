@@ -48,8 +48,8 @@ install: .venv/installed
 demo: .venv/installed
 	rm -rf runs/demo-simclr runs/demo-mae
 	$(BIN)/fastssl pretrain simclr_v1 --data $(DEMO_DATA) --folder runs/demo-simclr
-	$(BIN)/fastssl pretrain mae --data $(DEMO_DATA) --epochs 30 --folder runs/demo-mae
-	@$(BIN)/fastssl eval few-labels runs/demo-simclr
+	$(BIN)/fastssl pretrain mae --data $(DEMO_DATA) --epochs 24 --folder runs/demo-mae
+	@$(BIN)/fastssl eval few-labels runs/demo-simclr --draws 2
 	@$(BIN)/fastssl eval few-labels runs/demo-mae --draws 2
 	@echo "The page with tables, curves and pictures of both:"
 	@$(BIN)/fastssl report runs/demo-simclr runs/demo-mae --to runs/demo.html

@@ -4,6 +4,7 @@
     python -m benchmarks.learning sweep METHOD --grid lr=0.4,0.8 batch_size=32,64 --seconds 120 --plain
     python -m benchmarks.learning measure                       # all methods, three seeds; skips what is measured
     python -m benchmarks.learning measure byol mae --seeds 0 1 --processes 2 --again
+    python -m benchmarks.learning measure albef --set itm_weight=0 mlm_weight=0  # beside the preset
     python -m benchmarks.learning check                         # has a method lost a third of its lift?
     python -m benchmarks.learning sabotage                      # does anything notice methods broken on purpose?
     python -m benchmarks.learning table                         # the tables of the documentation, and the curves
@@ -53,6 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("methods", nargs="*", metavar="METHOD", help="all by default")
     command.add_argument("--seeds", type=int, nargs="+", default=measure.SEEDS, help="seeds (0 1 2)")
     command.add_argument("--length", choices=measure.LENGTHS, default="preset", help="whole recipes, or shorter runs")
+    command.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="changes",
+        help="changed settings of the presets; their rows stand beside those of the presets",
+    )
     command.add_argument("--linear", action="store_true", help="train linear classifiers on the features, too")
     command.add_argument("--again", action="store_true", help="replace what is measured already")
 
@@ -107,7 +116,9 @@ def _run(options: argparse.Namespace) -> int:
             if not methods:
                 raise ValueError(f"no lift of the length {options.length} is stated of any method")
         return bool(check.check(methods, options.processes, options.length, options.seed))
-    measure.measure(methods, options.seeds, options.processes, options.length, options.linear, options.again)
+    changes = sweep.parse_changes(options.changes, methods)
+    about = (options.length, options.linear, options.again, changes)
+    measure.measure(methods, options.seeds, options.processes, *about)
     return 0
 
 

@@ -4,8 +4,10 @@ A length is `preset`, the whole recipe, or `quick`, its epochs on a quarter of t
 `make test`.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from . import results
 from .trial import IMAGES, KINDS, Trial, recipe, run_all, task
@@ -16,10 +18,10 @@ SEEDS = (0, 1, 2)
 IN_TESTS = ("simclr_v1",)  # methods whose quick run is checked by `make test`
 
 
-def trial_of(method: str, length: str, seed: int, linear: bool = False) -> Trial:
-    """The run of a method of that length."""
+def trial_of(method: str, length: str, seed: int, linear: bool = False, changes: dict[str, Any] | None = None) -> Trial:
+    """The run of a method of that length, with `changes` of its preset."""
     data = f"{task(method)}:count={QUICK_IMAGES}" if length == "quick" else ""
-    return Trial(method, data, seed=seed, curve=length == "preset", linear=linear)
+    return Trial(method, data, changes or {}, seed=seed, curve=length == "preset", linear=linear)
 
 
 def measure(
@@ -29,6 +31,7 @@ def measure(
     length: str = "preset",
     linear: bool = False,
     again: bool = False,
+    changes: dict[str, Any] | None = None,
     folder: Path | None = None,
 ) -> None:
     """Measures and writes the rows that are missing, or all of them `again`.
@@ -40,21 +43,26 @@ def measure(
         length: a key of `LENGTHS`.
         linear: train linear classifiers, too.
         again: replace rows that exist.
+        changes: of the presets, by name; their rows stand beside those of the preset.
         folder: of the results.
     """
-    trials = [trial_of(method, length, seed, linear) for seed in seeds for method in methods]
+    trials = [trial_of(method, length, seed, linear, changes) for seed in seeds for method in methods]
     trials = [trial for trial in trials if again or not _is_measured(trial, length, folder)]
     for trial, row in run_all(trials, processes):
-        row = {"length": length, **row}
+        row = {"length": length, **({"changes": changes} if changes else {}), **row}
         print(line(trial.method, row), flush=True)
         if "failed" not in row:
             results.add(trial.method, row, lambda old, new=row: _key(old) == _key(new), _key, folder)
 
 
-def stated(method: str, length: str, folder: Path | None = None) -> list[dict]:
-    """Rows of the present recipe."""
-    wanted = trial_of(method, length, 0)
-    rows = [row for row in results.read(method, folder) if row["length"] == length]
+def stated(method: str, length: str, folder: Path | None = None, changes: dict[str, Any] | None = None) -> list[dict]:
+    """Rows of the present recipe, with `changes` of it."""
+    wanted = trial_of(method, length, 0, changes=changes)
+    rows = [
+        row
+        for row in results.read(method, folder)
+        if (row["length"], row.get("changes", {})) == (length, changes or {})
+    ]
     return [row for row in rows if row["recipe"] == recipe(method, wanted.settings) and row["data"] == wanted.source]
 
 
@@ -65,7 +73,9 @@ def lift(row: dict) -> float:
 
 def line(method: str, row: dict) -> str:
     """One run as a line of text."""
-    start = f"{method}, seed {row['seed']}"
+    start = (
+        f"{method}{''.join(f', {name}={value}' for name, value in row.get('changes', {}).items())}, seed {row['seed']}"
+    )
     if "failed" in row:
         return f"{start}: {row['failed']}"
     raw = "" if row["raw"] is None else f"raw {row['raw']:.1%}, "
@@ -78,9 +88,9 @@ def line(method: str, row: dict) -> str:
 
 
 def _is_measured(trial: Trial, length: str, folder: Path | None) -> bool:
-    rows = [row for row in stated(trial.method, length, folder) if row["seed"] == trial.seed]
+    rows = [row for row in stated(trial.method, length, folder, trial.settings) if row["seed"] == trial.seed]
     return any(not trial.linear or "linear" in row or row["score"] != "knn" for row in rows)
 
 
 def _key(row: dict) -> tuple:
-    return (LENGTHS.index(row["length"]), row["seed"])
+    return (LENGTHS.index(row["length"]), json.dumps(row["changes"]) if "changes" in row else "", row["seed"])

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from ..table import number
 from . import results
@@ -27,8 +28,8 @@ def grids_of(method: str, given: list[list[str]]) -> list[dict[str, tuple]]:
     return [parse_grid(words, method) for words in given] or ([own] if isinstance(own, dict) else list(own))
 
 
-def parse_grid(words: list[str], method: str) -> dict[str, tuple]:
-    """{setting: values} of words such as "lr=0.4,0.8".
+def parse_grid(words: list[str], method: str, option: str = "sweep: --grid") -> dict[str, tuple]:
+    """{setting: values} of words such as "lr=0.4,0.8", which `option` takes.
 
     Raises:
         ValueError: a word has no "=", or the preset no such setting.
@@ -38,13 +39,26 @@ def parse_grid(words: list[str], method: str) -> dict[str, tuple]:
         name, equals, text = word.partition("=")
         name = name.lstrip("-").replace("-", "_")
         if not equals or name not in settings_of(method):
-            raise ValueError(f"sweep: --grid takes settings of {method} as NAME=VALUE,VALUE, got {word!r}")
+            raise ValueError(f"{option} takes settings of {method} as NAME=VALUE,VALUE, got {word!r}")
         try:
             values = ast.literal_eval(f"[{text}]")
         except (ValueError, SyntaxError):
             values = text.split(",")  # words
         grid[name] = tuple(values)
     return grid
+
+
+def parse_changes(words: list[str], methods: list[str]) -> dict[str, Any]:
+    """{setting: value} of words such as "lr=0.4", which are settings of all those methods.
+
+    Raises:
+        ValueError: as `parse_grid`, or a setting has several values.
+    """
+    grids = [parse_grid(words, method, "measure: --set") for method in methods]
+    every = configurations(grids[:1])
+    if len(every) != 1:
+        raise ValueError(f"measure: --set takes one value of each setting, got {' '.join(words)!r}")
+    return every[0]
 
 
 def configurations(grids: list[dict[str, tuple]]) -> list[dict]:

@@ -1,7 +1,9 @@
 """The tables of docs/measurements.md about learning, and the curves, from the stored results."""
 
+import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -10,11 +12,12 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastssl.method_modules import method_names
+from fastssl.settings import flag
 
 from ..table import PAGE, insert, markdown_table, number, write_or_check
 from . import results
 from .check import SHARE
-from .measure import lift
+from .measure import lift, stated
 from .sabotage import NAME, SABOTAGES
 from .trial import FOUND, K
 
@@ -32,8 +35,9 @@ seeds. *raw pixels*, *untrained*: the same with pixels, and with the encoder bef
 training added, in points. *linear*: a linear classifier on the frozen features (`fastssl eval linear`). *minutes*: of
 one core, training alone. Marked ¹: the share of held-out pairs of image and caption that are found among the first
 {FOUND} of 1,000, in the worse direction. Marked ²: the share of the pixels' differences from their image's mean colour
-that the codes keep. The command of a row is `fastssl pretrain METHOD --data DATA --seed SEED`; the files in
-benchmarks/results/learning hold it, the recipe, the curves and the machine."""
+that the codes keep. A name with options is the preset with these settings. The command of a row is `fastssl pretrain
+METHOD --data DATA --seed SEED`; the files in benchmarks/results/learning hold it, the recipe, the curves and the
+machine."""
 
 SABOTAGE_LEGEND = f"""\
 Lifts in points (seed 0; the results name the length of the runs); stated is the least of the seeds. *the lift*:
@@ -42,12 +46,12 @@ and in the report says that features or ranks look collapsed. *nothing*: the met
 part on this task; tests that replay the official steps notice it."""
 
 
-def learned(method: str, folder: Path | None = None) -> dict | None:
-    """The means of a method's rows of the whole recipe; None if nothing was measured.
+def learned(method: str, folder: Path | None = None, changes: dict[str, Any] | None = None) -> dict | None:
+    """The means of a method's rows of the whole present recipe, with `changes`; None if nothing was measured.
 
     {"rows", "data", "score", "images_seen", "minutes", "raw", "untrained", "trained", "spread", "lift", "rankme", …}
     """
-    rows = [row for row in results.read(method, folder) if row["length"] == "preset"]
+    rows = stated(method, "preset", folder, changes)
     if not rows:
         return None
     trained = [row["trained"] for row in rows]
@@ -64,6 +68,17 @@ def learned(method: str, folder: Path | None = None) -> dict | None:
     }
 
 
+def _measured(folder: Path | None) -> dict[str, dict]:
+    """What was learned, by the name of a method, and of one with changed settings."""
+    found = {}
+    for method in method_names():
+        variants = [row.get("changes", {}) for row in results.read(method, folder) if row["length"] == "preset"]
+        for changes in sorted({json.dumps(one): one for one in variants}.values(), key=len):
+            words = [method, *(f"{flag(name)} {value}" for name, value in changes.items())]
+            found[" ".join(words)] = learned(method, folder, changes)
+    return {name: means for name, means in found.items() if means}
+
+
 def _mean(rows: list[dict], name: str) -> float | None:
     values = [row[name] for row in rows if row.get(name) is not None]
     return statistics.mean(values) if values else None
@@ -71,7 +86,7 @@ def _mean(rows: list[dict], name: str) -> float | None:
 
 def render(folder: Path | None = None) -> str:
     """The table of all measured methods."""
-    measured = {method: found for method in method_names() if (found := learned(method, folder))}
+    measured = _measured(folder)
     if not measured:
         return "No measurements yet: run `python -m benchmarks.learning measure`."
     facts = {(row["machine"], row["torch"], row["level"]) for found in measured.values() for row in found["rows"]}
@@ -126,7 +141,7 @@ def render_sabotage(folder: Path | None = None) -> str:
 
 def draw(target: Path, folder: Path | None = None) -> None:
     """kNN accuracy by epoch of every method that was measured, one line for each seed, raw pixels dashed."""
-    measured = {method: found for method in method_names() if (found := learned(method, folder))}
+    measured = _measured(folder)
     if not measured:
         return
     height = -(-len(measured) // COLUMNS)

@@ -81,6 +81,12 @@ def test_a_grid_from_words():
     assert [config["lr"] for config in sweep.configurations(both)] == [1, 2, 0.1]
     with pytest.raises(ValueError, match="takes settings of simclr_v1 as NAME=VALUE,VALUE, got 'rate=3'"):
         sweep.parse_grid(["rate=3"], "simclr_v1")
+    assert sweep.parse_changes([], ["mae", "byol"]) == {}
+    assert sweep.parse_changes(["lr=0.1", "betas=(0.9,0.95)"], ["mae", "byol"]) == {"lr": 0.1, "betas": [0.9, 0.95]}
+    with pytest.raises(ValueError, match="measure: --set takes settings of byol as"):
+        sweep.parse_changes(["mask_ratio=0.5"], ["mae", "byol"])
+    with pytest.raises(ValueError, match="measure: --set takes one value of each setting, got 'lr=1,2'"):
+        sweep.parse_changes(["lr=1,2"], ["mae"])
 
 
 def test_a_plan_sees_so_many_images():
@@ -101,9 +107,17 @@ def test_a_measurement_is_written_once_and_is_the_commands(tmp_path, about, in_t
     assert row["seconds"] > 0 and row["evaluation_seconds"] > 0
     assert capsys.readouterr().out.startswith("simclr_v1, seed 3: kNN raw ")
 
+    changes = {"batch_size": 16}
+    measure.measure(["simclr_v1"], [3], 1, "quick", changes=changes, folder=tmp_path)
+    rows = results.read("simclr_v1", tmp_path)
+    assert [row.get("changes") for row in rows] == [None, changes]  # beside the preset
+    assert rows[1]["command"].endswith("--seed 3 --batch-size 16") and rows[0]["recipe"]["batch_size"] != 16
+    assert measure.stated("simclr_v1", "quick", tmp_path, changes) == rows[1:]
+
     monkeypatch.setattr(measure, "run_all", lambda trials, _: iter([pytest.fail("again")] if trials else []))
     measure.measure(["simclr_v1"], [3], 1, "quick", folder=tmp_path)  # nothing is missing
-    assert len(measure.stated("simclr_v1", "quick", tmp_path)) == 1
+    measure.measure(["simclr_v1"], [3], 1, "quick", changes=changes, folder=tmp_path)
+    assert measure.stated("simclr_v1", "quick", tmp_path) == rows[:1]
     monkeypatch.setattr(measure, "recipe", lambda *_: {"another": "recipe"})
     assert measure.stated("simclr_v1", "quick", tmp_path) == []
 
@@ -171,13 +185,17 @@ def test_a_sabotage_is_run_and_written(tmp_path, about, in_this_process, monkeyp
 def test_the_table_has_means_and_spread_and_is_checked(tmp_path, about, capsys):
     page = tmp_path / "page.md"
     page.write_text("\n".join([*table.MARKERS, *table.SABOTAGE_MARKERS, ""]))
+    recipe = trial.recipe("simclr_v1")
     for seed, trained in enumerate((0.5, 0.6, 0.55)):
-        add(tmp_path, seed=seed, trained=trained)
+        add(tmp_path, seed=seed, trained=trained, recipe=recipe)
+    add(tmp_path, seed=3, trained=0.9, recipe={**recipe, "lr": 9.0})  # of a former preset
+    add(tmp_path, seed=4, trained=0.35, recipe=trial.recipe("simclr_v1", {"lr": 0.1}), changes={"lr": 0.1})
     figure = tmp_path / "curves.png"
     assert table.write(False, tmp_path, page, figure) == 0 and figure.stat().st_size > 1000
-    (line,) = [line for line in page.read_text().splitlines() if line.startswith("| `simclr_v1`")]
+    line, changed = (line for line in page.read_text().splitlines() if line.startswith("| `simclr_v1"))
     cells = f"| `simclr_v1` | {trial.DATA} | 57,344 | 1.5 | 20.0 % | 15.0 % | **55.0 ± 5.0 %** | +40.0 | – | 30.0 |"
     assert line == cells
+    assert changed.startswith("| `simclr_v1 --lr 0.1` | ") and "**35.0 %** (1 seed)" in changed
     assert table.write(True, tmp_path, page, figure) == 0
     page.write_text(page.read_text().replace("55.0 ±", "65.0 ±"))
     assert table.write(True, tmp_path, page, figure) == 1
