@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="changed settings of the presets; their rows stand beside those of the presets",
     )
     command.add_argument("--linear", action="store_true", help="train linear classifiers on the features, too")
+    command.add_argument("--few-labels", action="store_true", help="train with 10, 100 and 1,000 labels, too")
     command.add_argument("--again", action="store_true", help="replace what is measured already")
 
     command = add("check", "whether a method has lost a third of the lift that is stated for it")
@@ -117,8 +118,9 @@ def _run(options: argparse.Namespace) -> int:
                 raise ValueError(f"no lift of the length {options.length} is stated of any method")
         return bool(check.check(methods, options.processes, options.length, options.seed))
     changes = sweep.parse_changes(options.changes, methods)
-    about = (options.length, options.linear, options.again, changes)
-    measure.measure(methods, options.seeds, options.processes, *about)
+    more = {name: getattr(options, name) for name in ("linear", "few_labels")}
+    about = (options.length, options.again, changes)
+    measure.measure(methods, options.seeds, options.processes, *about, **more)
     return 0
 
 

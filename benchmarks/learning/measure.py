@@ -18,10 +18,10 @@ SEEDS = (0, 1, 2)
 IN_TESTS = ("simclr_v1",)  # methods whose quick run is checked by `make test`
 
 
-def trial_of(method: str, length: str, seed: int, linear: bool = False, changes: dict[str, Any] | None = None) -> Trial:
-    """The run of a method of that length, with `changes` of its preset."""
+def trial_of(method: str, length: str, seed: int, changes: dict[str, Any] | None = None, **more: bool) -> Trial:
+    """The run of a method of that length, with `changes` of its preset, and `more` evaluations."""
     data = f"{task(method)}:count={QUICK_IMAGES}" if length == "quick" else ""
-    return Trial(method, data, changes or {}, seed=seed, curve=length == "preset", linear=linear)
+    return Trial(method, data, changes or {}, seed=seed, curve=length == "preset", **more)
 
 
 def measure(
@@ -29,10 +29,10 @@ def measure(
     seeds: Iterable[int],
     processes: int,
     length: str = "preset",
-    linear: bool = False,
     again: bool = False,
     changes: dict[str, Any] | None = None,
     folder: Path | None = None,
+    **more: bool,
 ) -> None:
     """Measures and writes the rows that are missing, or all of them `again`.
 
@@ -41,12 +41,12 @@ def measure(
         seeds: seeds of each.
         processes: runs at a time, each on a core of its own.
         length: a key of `LENGTHS`.
-        linear: train linear classifiers, too.
         again: replace rows that exist.
         changes: of the presets, by name; their rows stand beside those of the preset.
         folder: of the results.
+        more: evaluations beside kNN, `linear` and `few_labels` of `Trial`.
     """
-    trials = [trial_of(method, length, seed, linear, changes) for seed in seeds for method in methods]
+    trials = [trial_of(method, length, seed, changes, **more) for seed in seeds for method in methods]
     trials = [trial for trial in trials if again or not _is_measured(trial, length, folder)]
     for trial, row in run_all(trials, processes):
         row = {"length": length, **({"changes": changes} if changes else {}), **row}
@@ -57,7 +57,7 @@ def measure(
 
 def stated(method: str, length: str, folder: Path | None = None, changes: dict[str, Any] | None = None) -> list[dict]:
     """Rows of the present recipe, with `changes` of it."""
-    wanted = trial_of(method, length, 0, changes=changes)
+    wanted = trial_of(method, length, 0, changes)
     rows = [
         row
         for row in results.read(method, folder)
@@ -89,7 +89,8 @@ def line(method: str, row: dict) -> str:
 
 def _is_measured(trial: Trial, length: str, folder: Path | None) -> bool:
     rows = [row for row in stated(trial.method, length, folder, trial.settings) if row["seed"] == trial.seed]
-    return any(not trial.linear or "linear" in row or row["score"] != "knn" for row in rows)
+    wanted = [name for name in ("linear", "few_labels") if getattr(trial, name)]
+    return any(row["score"] != "knn" or all(name in row for name in wanted) for row in rows)
 
 
 def _key(row: dict) -> tuple:

@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fastssl.eval.few_labels_table import PIXELS, ROWS, Measured
 from fastssl.method_modules import method_names
 from fastssl.settings import flag
 
@@ -23,9 +24,12 @@ from .trial import FOUND, K
 
 MARKERS = "<!-- learning:begin -->", "<!-- learning:end -->"
 SABOTAGE_MARKERS = "<!-- sabotage:begin -->", "<!-- sabotage:end -->"
+FEW_MARKERS = "<!-- few-labels:begin -->", "<!-- few-labels:end -->"
 FIGURE = PAGE.parent / "learning-curves.png"
 HEADER = ("method", "data", "images seen", "minutes", "raw pixels", "untrained", "trained", "lift", "linear", "RankMe")
 SABOTAGE_HEADER = ("what is broken", "method", "stated lift", "lift", "caught by")
+FEW_HEADER = ("method", "labels", "raw pixels", "from scratch", "kNN", "linear", "fine-tuned")
+FEW_COLUMNS = [row for row in ROWS if row != (PIXELS, "knn")]
 WATCHES = {"lift": "the lift", "watch": "the watch", "failed": "an error"}
 COLUMNS = 5  # of the figure
 
@@ -44,6 +48,11 @@ Lifts in points (seed 0; the results name the length of the runs); stated is the
 less than {SHARE:.0%} of the stated lift is left, so that the check fails. *the watch*: a sentence in the log
 and in the report says that features or ranks look collapsed. *nothing*: the method learns about as well without that
 part on this task; tests that replay the official steps notice it."""
+
+
+FEW_LEGEND = """\
+Share of the held-out images, mean ± standard deviation over draws of the labels, and over seeds where several were run.
+*raw pixels*: a linear classifier. The presets, recipes and machine are those of the table of all methods."""
 
 
 def learned(method: str, folder: Path | None = None, changes: dict[str, Any] | None = None) -> dict | None:
@@ -117,6 +126,21 @@ def _line(method: str, found: dict) -> list[str]:
     ]
 
 
+def render_few(folder: Path | None = None) -> str:
+    """The table of accuracies with few labels."""
+    lines = []
+    for name, found in _measured(folder).items():
+        cells: dict[tuple, list[float]] = {}  # of all seeds and draws
+        for result in (Measured(**result) for row in found["rows"] for result in row.get("few_labels", [])):
+            cells.setdefault((result.labels, result.row), []).extend(result.accuracies)
+        for count in sorted({count for count, _ in cells}):
+            results = [Measured(*row, count, tuple(cells[count, row])) for row in FEW_COLUMNS]
+            lines.append([f"`{name}`", f"{count:,}", *(result.text() for result in results)])
+    if not lines:
+        return "No measurements yet: `python -m benchmarks.learning measure --few-labels`."
+    return "\n\n".join([markdown_table(FEW_HEADER, lines, text_columns=1), FEW_LEGEND])
+
+
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}".replace("%", " %")
 
@@ -171,5 +195,6 @@ def write(check: bool, folder: Path | None = None, page: Path = PAGE, figure: Pa
     if not check:
         draw(figure, folder)
     text = insert(render(folder), page, MARKERS)
+    text = insert(render_few(folder), page, FEW_MARKERS, text)
     text = insert(render_sabotage(folder), page, SABOTAGE_MARKERS, text)
     return write_or_check({page: text}, check, "python -m benchmarks.learning table")

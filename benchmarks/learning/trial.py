@@ -57,6 +57,7 @@ class Trial:
             training.
         curve: evaluate on the way, too.
         linear: train a linear classifier on the frozen features, too.
+        few_labels: train networks with few labels, too, as `fastssl eval few-labels` does.
         sabotage: name of a change that must spoil the method, see sabotage.py.
     """
 
@@ -67,6 +68,7 @@ class Trial:
     bank: str | None = None
     curve: bool = False
     linear: bool = False
+    few_labels: bool = False
     sabotage: str | None = None
 
     @property
@@ -153,6 +155,8 @@ def _row(trial: Trial, folder: Path, printed: io.StringIO) -> dict:
     }
     if trial.linear and row["score"] == "knn":
         row["linear"] = round(run.linear(seed=trial.seed).top1, 4)
+    if trial.few_labels and row["score"] == "knn":
+        row["few_labels"] = [found._asdict() for found in run.few_labels(seed=trial.seed)]
     row["curve"] = _curve(run)
     row["warnings"] = re.findall("^warning: (.*)$", printed.getvalue(), re.MULTILINE)
     return row
