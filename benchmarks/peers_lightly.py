@@ -69,6 +69,15 @@ def plain_resnet(config: Any, encoder: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
+def plain_vit(config: Any, encoder: nn.Module, patch: int | None = None, **options: Any) -> VisionTransformer:
+    """The encoder of a method of ours as timm's ViT, with its weights; `options` of timm's."""
+    dim, depth, heads, own = SIZES[config.backbone]
+    size = {"img_size": config.image_size, "patch_size": patch or own}
+    network = VisionTransformer(**size, embed_dim=dim, depth=depth, num_heads=heads, num_classes=0, **options)
+    network.load_state_dict(encoder.state_dict())
+    return network
+
+
 class Peer(nn.Module):
     """A model of lightly's parts around an encoder."""
 
@@ -169,9 +178,9 @@ class DINO(Peer):
     """Evaluated by its teacher, as ours. Gradients are clipped one by one, as in the code of the paper."""
 
     def __init__(self, config: Any, encoder: nn.Module):
-        super().__init__(plain_resnet(config, encoder))
+        super().__init__(plain_vit(config, encoder, config.patch_size, dynamic_img_size=True))
         training = config.training
-        sizes = WIDTH, config.hidden, config.bottleneck, config.prototypes, config.bn_in_head
+        sizes = self.backbone.embed_dim, config.hidden, config.bottleneck, config.prototypes, config.bn_in_head
         self.head = heads.DINOProjectionHead(*sizes, training.freeze_epochs, config.norm_last_layer)
         self.teacher_backbone = frozen_copy(self.backbone)
         self.teacher_head = heads.DINOProjectionHead(*sizes, norm_last_layer=config.norm_last_layer)
@@ -210,16 +219,13 @@ class DINO(Peer):
 
 class MAE(Peer):
     def __init__(self, config: Any, encoder: nn.Module):
-        dim, depth, count, patch = SIZES[config.backbone]
-        size = {"img_size": config.image_size, "patch_size": patch}
-        vit = VisionTransformer(**size, embed_dim=dim, depth=depth, num_heads=count, num_classes=0)
-        vit.load_state_dict(encoder.state_dict())
+        vit = plain_vit(config, encoder)
+        patch, width = vit.patch_embed.patch_size[0], config.decoder_dim
         vit.pos_embed.requires_grad_(False)
         as_it_is = {"weight_initialization": "skip", "pos_embed_initialization": "skip"}
         super().__init__(MaskedVisionTransformerTIMM(vit, **as_it_is))
-        width = config.decoder_dim
         sizes = {"embed_dim": width, "depth": config.decoder_depth, "num_heads": config.decoder_heads}
-        self.decoder_embed = nn.Linear(dim, width)
+        self.decoder_embed = nn.Linear(vit.embed_dim, width)
         self.decoder = MaskedVisionTransformerDecoderTIMM(vit.patch_embed.num_patches, **sizes)
         self.decoder_pred = nn.Linear(width, patch**2 * 3)
         self.criterion, self.mask_ratio, self.patch, self.norm_pix = (

@@ -146,11 +146,11 @@ def test_lightlys_views_have_our_numbers(name):
 def test_momentum_networks_follow_and_dinos_gradients_are_clipped():
     _, _, peer = both("dino")
     with torch.no_grad():
-        peer.backbone.conv1.weight.add_(1)
-    before = peer.teacher_backbone.conv1.weight.clone()
+        peer.backbone.cls_token.add_(1)
+    before = peer.teacher_backbone.cls_token.clone()
     peer.before_step(0, 100)
-    moved = (peer.teacher_backbone.conv1.weight - before).mean().item()
-    assert moved == pytest.approx(0.1, rel=1e-4)
+    moved = (peer.teacher_backbone.cls_token - before).mean().item()
+    assert moved == pytest.approx(0.02, rel=1e-4)
     for p in peer.parameters():
         p.grad = torch.full_like(p, 10.0) if p.requires_grad else None
     peer.after_backward(0.0)

@@ -113,14 +113,14 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(10, 32, "sgd", 1.6, 5e-4, warmup_epochs=0.5, **CLIPPED_AND_FROZEN | {"freeze_epochs": 0.5})
+        frozen = CLIPPED_AND_FROZEN | {"freeze_epochs": 0.5}
+        training = Training(14, 32, "adamw", 8e-3, 0.04, warmup_epochs=0.5, **frozen)
         views = {"jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": (0.0, 0.0, 0.0), "solarize_p": (0.0, 0.0)}
-        sizes = {"image_size": (32, 32), "local_size": (16, 16), "local_crops": 4}
-        crops = {"crop": (0.3, 1.0), "local_crop": (0.3, 0.8)}
-        head = {"prototypes": 256, "hidden": 512, "bottleneck": 64, "bn_in_head": True, "norm_last_layer": True}
-        schedule = {"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.06, "ema_momentum": 0.9}
-        options = {**views, **sizes, **crops, **head, **schedule}
-        return cls("resnet_mini", zero_init_residual=True, training=training, **options)
+        crops = {"local_crops": 2, "crop": (0.3, 1.0), "local_crop": (0.3, 0.8)}
+        head = {"prototypes": 256, "hidden": 256, "bottleneck": 64, "norm_last_layer": True, "drop_path": 0.0}
+        teacher = {"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.04, "ema_momentum": 0.98}
+        options = {**views, **crops, **head, **teacher}
+        return cls("vit_mini", 8, (32, 32), (16, 16), training=training, **options)
 
     @property
     def augmentation(self) -> Augmentation:

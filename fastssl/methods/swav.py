@@ -107,9 +107,9 @@ class Config(CropConfig):
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         frozen: Any = {"freeze": ("prototypes",), "freeze_epochs": 0.5}
-        training = Training(10, 64, "sgd", 0.4, 5e-4, decay_all=True, warmup_epochs=0.5, **frozen)
-        views = {"crop_min": 0.25, "local_crop_min": 0.1, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
-        sizes = {"dim": 64, "hidden": 256, "prototypes": 60}
+        training = Training(10, 32, "sgd", 0.8, 5e-4, decay_all=True, warmup_epochs=0.5, **frozen)
+        views = {"crop_min": 0.4, "local_crop_min": 0.2, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
+        sizes = {"dim": 64, "hidden": 256, "prototypes": 120, "epsilon": 0.03}
         return cls("resnet_mini", (32, 32), (16, 16), 2, **sizes, **views, queue_start=1, training=training)
 
 
