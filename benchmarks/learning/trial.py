@@ -21,6 +21,7 @@ import fastssl
 from fastssl import pretraining
 from fastssl.contract import Autoencodes, EmbedsText
 from fastssl.eval.features import evaluation_loader
+from fastssl.eval.retrieval import Recall
 from fastssl.method_modules import method_module
 from fastssl.run import Run
 from fastssl.settings import differences, flag, flatten
@@ -210,13 +211,18 @@ def _scores(trial: Trial, run: Run, folder: Path) -> dict[str, Any]:
     if len(knn) > 1:
         watched |= {f"untrained_{name}": knn[0][name] for name in names[:3] if name in knn[0]}
     if isinstance(method, EmbedsText):
-        trained, untrained = _found(run, trial), None
+        trained, untrained = run.retrieval(data=trial.bank or trial.source), None
         if trial.bank is None:
             few = f"{trial.source.partition(':')[0]}:count={run.config.training.batch_size}"
             start = {"epochs": 1, "lr": 0.0, "tensorboard": False, "seed": trial.seed, "folder": folder / "untrained"}
             with _timed(evaluate=False):
-                untrained = _found(fastssl.pretrain(trial.method, few, preset="small", **start), trial)
-        return {"score": "retrieval", "raw": None, "untrained": untrained, "trained": trained, **watched}
+                first = fastssl.pretrain(trial.method, few, preset="small", **start)
+            untrained = _found(first.retrieval(data=trial.source))
+            ways = {"image_to_text": trained.image_to_text, "text_to_image": trained.text_to_image}
+            recall = {way: [round(share, 4) for _, share in sorted(found.items())] for way, found in ways.items()}
+            accuracies = [round(line["accuracy"], 4) for line in (knn[0], knn[-1])]
+            watched |= {"recall": recall, "zeroshot": round(run.zeroshot().top1, 4), "knn": accuracies}
+        return {"score": "retrieval", "raw": None, "untrained": untrained, "trained": _found(trained), **watched}
     if isinstance(method, Autoencodes):
         torch.manual_seed(trial.seed)
         untrained, trained = (_explained(other, run) for other in (run.build().eval(), method))
@@ -226,9 +232,8 @@ def _scores(trial: Trial, run: Run, folder: Path) -> dict[str, Any]:
     return {"score": "knn", **scores, **watched}
 
 
-def _found(run: Run, trial: Trial) -> float:
+def _found(recall: Recall) -> float:
     """Share of held-out pairs found among the first `FOUND`, in the worse direction."""
-    recall = run.retrieval(data=trial.bank or trial.source)
     return round(min(recall.image_to_text[FOUND], recall.text_to_image[FOUND]), 4)
 
 

@@ -185,7 +185,7 @@ def test_a_sabotage_is_run_and_written(tmp_path, about, in_this_process, monkeyp
 
 def test_the_table_has_means_and_spread_and_is_checked(tmp_path, about, capsys):
     page = tmp_path / "page.md"
-    page.write_text("\n".join([*table.MARKERS, *table.FEW_MARKERS, *table.SABOTAGE_MARKERS, ""]))
+    page.write_text("\n".join([*table.MARKERS, *table.FEW_MARKERS, *table.TEXT_MARKERS, *table.SABOTAGE_MARKERS, ""]))
     recipe = trial.recipe("simclr_v1")
     for seed, trained in enumerate((0.5, 0.6, 0.55)):
         few = [Measured(*row, 100, (0.25, trained))._asdict() for row in ROWS]
@@ -203,6 +203,17 @@ def test_the_table_has_means_and_spread_and_is_checked(tmp_path, about, capsys):
     page.write_text(page.read_text().replace("55.0 ±", "65.0 ±"))
     assert table.write(True, tmp_path, page, figure) == 1
     assert "is out of date: run `python -m benchmarks.learning table`" in capsys.readouterr().err
+
+
+def test_the_table_of_images_and_text_has_recalls(tmp_path, about):
+    for seed, share in enumerate((0.2, 0.4)):
+        recall = {"image_to_text": [share, 0.5, 0.7], "text_to_image": [0.1, 0.5, 0.8]}
+        facts = {"score": "retrieval", "recall": recall, "zeroshot": 0.25, "knn": [0.5, share]}
+        row = {**ROW, "seed": seed, "data": trial.CAPTIONS, "recipe": trial.recipe("clip"), **facts}
+        results.add("clip", row, lambda old, seed=seed: old["seed"] == seed, key, tmp_path)
+    (line,) = [line for line in table.render_text(tmp_path).splitlines() if line.startswith("| `clip`")]
+    recalls = "30.0 ± 14.1, 50.0 ± 0.0, 70.0 ± 0.0 | 10.0 ± 0.0, 50.0 ± 0.0, 80.0 ± 0.0"
+    assert line == f"| `clip` | 25.0 ± 0.0 | {recalls} | 50.0 ± 0.0 | 30.0 ± 14.1 |"
 
 
 def test_unknown_names_are_refused(capsys):

@@ -60,8 +60,8 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(10, 64, "sgd", lr=0.4, weight_decay=5e-4, decay_all=True)
-        views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
+        training = Training(10, 32, "sgd", lr=1.6, weight_decay=5e-4, decay_all=True)
+        views = {"crop_min": 0.6, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": 0.0}
         return cls("resnet_mini", (32, 32), 256, 64, **views, training=training)
 
     @property
