@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import distributed
-from fastssl.contract import EmbedsText, MatchesText, RanksNegatives
+from fastssl.contract import EmbedsText, MatchesText, RanksNegatives, Reconstructs
 from fastssl.data.source import Source, Subset
 from fastssl.eval.embedding import Embedding
 from fastssl.eval.features import block_features, extract, extract_on_all_ranks, features_of
@@ -385,8 +385,9 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
     print(f"features: {spread.text()}")
     if ranks:
         print(f"positives: {ranks.text()}")
-    warnings = [spread.warning(), ranks and (ranks.warning() or lost_contrast(run.metrics()))] if step else []
-    for sentence in filter(None, warnings):
+    collapse = spread.warning(isinstance(method, Reconstructs))
+    warnings = [collapse, ranks and (ranks.warning() or lost_contrast(run.metrics()))]
+    for sentence in filter(None, warnings if step else []):
         print(f"warning: {sentence[0].lower()}{sentence[1:]}")
 
 

@@ -36,12 +36,22 @@ class Spectrum(NamedTuple):
             "deviation": round(self.deviation, 4),
         }
 
-    def warning(self) -> str | None:
-        """One sentence if the features look collapsed."""
+    def warning(self, reconstructs: bool = False) -> str | None:
+        """One sentence if the features look collapsed.
+
+        Args:
+            reconstructs: the method predicts what it masks, so its features do not become equal by their loss, but two
+                directions often hold most of their variance.
+        """
         if self.deviation < FLAT:
             return (
                 f"The features look collapsed: those of all images are nearly equal, with a standard deviation per "
                 f"dimension of {self.deviation:.1%} of 1/√{self.width}."
+            )
+        if self.width > 2 and self.two_directions > LINE and reconstructs:
+            return (
+                f"Two of {self.width} directions hold most of the features' variance, as often where masked patches "
+                f"are predicted: {self.two_directions:.0%}; a linear classifier or fine-tuning tells more than kNN."
             )
         if self.width > 2 and self.two_directions > LINE:
             return (

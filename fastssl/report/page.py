@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from fastssl.contract import Completes, EmbedsText, RanksNegatives
+from fastssl.contract import Completes, EmbedsText, RanksNegatives, Reconstructs
 from fastssl.eval.ranks import lost_contrast
 from fastssl.eval.spectrum import measure_spectrum
 from fastssl.files import write_atomically
@@ -131,7 +131,12 @@ def _map(run: RunData, features, labels, numbers, projection: Projection) -> lis
         return []
     places, text = feature_map.project(features, projection)
     spread = measure_spectrum(features)
-    sentences = [f"{len(places):,} images.", text, f"{spread.text()}.", spread.warning() or ""]
+    sentences = [
+        f"{len(places):,} images.",
+        text,
+        f"{spread.text()}.",
+        spread.warning(isinstance(run.method, Reconstructs)) or "",
+    ]
     return [feature_map.scatter(places, labels.tolist(), run.test_source.classes), Text(" ".join(sentences).strip())]
 
 

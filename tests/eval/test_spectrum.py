@@ -32,6 +32,10 @@ def test_known_spectra():
     assert "nearly equal, with a standard deviation per dimension of 3.0% of 1/√16" in flat.warning()
     line = measure_spectrum(torch.randn(50, 1) @ torch.randn(1, 16) + 0.01 * torch.randn(50, 16))
     assert "of their variance lies in two of 16 directions" in line.warning()
+    assert "Two of 16 directions hold most of the features' variance, as often where masked" in line.warning(
+        reconstructs=True
+    )
+    assert flat.warning(reconstructs=True) == flat.warning()
     assert measure_spectrum(torch.randn(9, 2)).warning() is None  # two dimensions have all of the variance
 
 
