@@ -76,9 +76,10 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(6, 32, "adamw", lr=0.016, weight_decay=1e-2, warmup_epochs=0.2)
-        grid = {"patch": 16, "stride": 8, "offsets": (1, 2), "directions": 2, "patch_margin": 1, "crop_min": 0.6}
-        return cls("resnet_mini", (32, 32), **grid, hidden=64, blocks=2, training=training)
+        training = Training(14, 32, "adamw", lr=0.008, weight_decay=1e-2, warmup_epochs=0.5)
+        grid = {"patch": 16, "stride": 8, "offsets": (1, 2), "directions": 2, "patch_margin": 1, "patch_drop_p": 1.0}
+        views = {"crop_min": 0.3, "jitter": (0.8, 0.8, 0.8, 0.5)}
+        return cls("resnet_mini", (32, 32), **grid, **views, hidden=64, blocks=2, training=training)
 
     @property
     def augmentation(self) -> Augmentation:
