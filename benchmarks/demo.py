@@ -74,17 +74,19 @@ def render(runs: list[tuple[str, list[Measured]]]) -> str:
     for method, results in runs:
         (_, *counts), rows = table_of(results, method)
         head = (f"{len(results[0].accuracies)} draws", *counts)
-        parts += [markdown_table(head, rows, text_columns=1), sentences(results, method)]
+        parts += [f"`{method}`:", markdown_table(head, rows, text_columns=1), sentences(results, method)]
     return "\n\n".join(parts)
 
 
 def draw(runs: list[tuple[str, list[Measured]]]) -> None:
     """Accuracy by number of labels, one panel a run."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.2), sharey=True)
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.8), sharey=True)
     for panel, (method, results) in zip(axes, runs):
         plot_results(panel, results)
         names = [row_name(row, method) for row in lines_of(results)]
-        panel.legend([line for line in panel.lines if line.get_marker() == "o"], names, fontsize=7)
+        marks = [line for line in panel.lines if line.get_marker() == "o"]
+        panel.legend(marks, names, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        panel.set_title(method, fontsize=9)
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on held-out images")
     figure.tight_layout()

@@ -381,13 +381,13 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
         if pixels is not None:
             run.note("knn of raw pixels", 0, pixels[ONLINE_K], **facts)
         run.note("knn", step, encoder[ONLINE_K], spread.results() | (ranks.results() if ranks else {}), **facts)
-        _print_curve(run)
+        _print_curve(run, len(splits[0]))
     print(f"features: {spread.text()}")
     if ranks:
         print(f"positives: {ranks.text()}")
     collapse = spread.warning(isinstance(method, Reconstructs))
-    warnings = [collapse, ranks and (ranks.warning() or lost_contrast(run.metrics()))]
-    for sentence in filter(None, warnings if step else []):
+    lost = ranks and (ranks.warning() or lost_contrast(run.metrics()))
+    for sentence in filter(None, (collapse, lost) if step else ()):
         print(f"warning: {sentence[0].lower()}{sentence[1:]}")
 
 
@@ -397,11 +397,12 @@ def _ranks(run: Run, method: nn.Module) -> Ranks | None:
     return collect_ranks(method, run.source("train"), run.config.augmentation, batch_size, run.options.seed, QUERIES)
 
 
-def _print_curve(run: Run) -> None:
-    """Prints all kNN results of the run's own data."""
+def _print_curve(run: Run, labels: int) -> None:
+    """Prints all kNN results of the run's own data, which have so many labels."""
     curve = [line for line in run.evaluations() if line["evaluation"].startswith("knn")]
     curve = [line for line in curve if run.is_own(line.get("data", run.options.data)) and "labels" not in line]
-    print("kNN accuracy: " + " · ".join(_phrase(line, run) for line in curve if line.get("k") == ONLINE_K))
+    phrases = (_phrase(line, run) for line in curve if line.get("k") == ONLINE_K)
+    print(f"kNN accuracy with {labels:,} labels: {' · '.join(phrases)}")
 
 
 def _phrase(line: dict, run: Run) -> str:

@@ -241,7 +241,7 @@ def _reported(results: Iterable[R], total: int) -> Iterator[R]:
     printed = time.monotonic()
     for done, result in enumerate(results, 1):
         if time.monotonic() - printed >= EVERY and done < total:
-            print(f"few labels: {done} of {total} networks trained", flush=True)
+            print(f"few labels: {done} of {total} networks trained, from scratch and fine-tuned", flush=True)
             printed = time.monotonic()
         yield result
 

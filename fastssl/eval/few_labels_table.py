@@ -76,11 +76,12 @@ def sentences(results: Sequence[Measured], method: str) -> str:
     if any((row, told) not in means for row in ROWS if row[0] != PIXELS):
         return ""
     text = (
-        f"With {told:,} labels, {method}'s encoder reaches {means[tuned, told]:.0%} fine-tuned, "
-        f"{means[(PRETRAINED, 'linear'), told]:.0%} linear and {means[(PRETRAINED, 'knn'), told]:.0%} by kNN; "
-        f"the same network trained from scratch {means[scratch, told]:.0%}"
+        f"With {told:,} labels, training from scratch reaches {means[scratch, told]:.0%}; the same network, pretrained "
+        f"by {method} without labels, reaches {means[tuned, told]:.0%} fine-tuned, "
+        f"{means[(PRETRAINED, 'linear'), told]:.0%} by a linear classifier and "
+        f"{means[(PRETRAINED, 'knn'), told]:.0%} by kNN"
     )
     if pixels := [means[row, told] for row in ROWS if row[0] == PIXELS and (row, told) in means]:
-        text += f", raw pixels {max(pixels):.0%}"
+        text += f"; raw pixels {max(pixels):.0%}"
     above = [count for count in counts if count > told and means[scratch, count] <= means[tuned, told]]
     return f"{text}. From scratch, {above[-1]:,} labels give {means[scratch, above[-1]]:.0%}." if above else f"{text}."

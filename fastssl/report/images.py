@@ -34,7 +34,7 @@ def reconstructions(run: RunData) -> list[Text | Tiles]:
             text = "codes of an image alone"
         else:
             reconstruction = reconstruct(run.method, images, **normalisation)
-            text = "patches that are not grey and predicts the others"
+            text = "patches that are not grey and predicts the others; its output for those that it gets is not trained"
             made = {name: getattr(reconstruction, part) for part, name in ROWS.items()}
         rows = [(name, as_bytes(row)) for name, row in made.items()]
         parts += [Text(f"Newest checkpoint. The model gets the {text}.")]
@@ -70,7 +70,7 @@ def neighbours(run: RunData, features: Tensor, numbers: list[int]) -> tuple[Tile
         numbers: their indices in the held-out split.
     """
     bank, _, bank_numbers = run.features(run.train_source, BANK)
-    queries = np.unique(np.linspace(0, len(numbers) - 1, min(QUERIES, len(numbers))).astype(int)).tolist()
+    queries = choose_queries([run.test_source.label(number) for number in numbers])
     rows = []
     for query, rows_of_bank in zip(queries, nearest(bank, features[queries], COLUMNS - 1).tolist()):
         index = numbers[query]
@@ -82,6 +82,15 @@ def neighbours(run: RunData, features: Tensor, numbers: list[int]) -> tuple[Tile
             row.append(tile(image_of(run, run.train_source, number), title_of(run.train_source, number), mark))
         rows.append(("", row))
     return Tiles(rows, crisp=max(run.size) <= CRISP), len(bank)
+
+
+def choose_queries(labels: list[int]) -> list[int]:
+    """Places of at most `QUERIES` images: one of each of some classes, or evenly spaced where labels do not tell."""
+    first: dict[int, int] = {}
+    for place, label in enumerate(labels):
+        first.setdefault(label, place)
+    places = list(first.values()) if len(first) > 1 and min(first) >= 0 else range(len(labels))
+    return [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(QUERIES, len(places))).astype(int))]
 
 
 def image_of(run: RunData, source: Source, number: int, centre: float | None = None) -> np.ndarray:

@@ -28,14 +28,15 @@ TEXTS = {
     "retrieval": "Held-out images and their captions, compared by cosine. ✓ marks an image's own caption; images "
     "that do not belong to a text are framed.",
     "zeroshot": "Held-out images get the class whose sentences are nearest, without any training on labels.",
-    "map": "Features of held-out images, projected to two dimensions. Distances between far groups mean little.",
+    "map": "Features of held-out images, projected to two dimensions. Groups that overlap here may lie apart.",
     "ranks": "Number of negatives that score above a query's positive, in evaluation mode, on augmented training "
-    "images. At rank 0 the positive scores highest.",
+    "images. The positive is another view of the same image, negatives are views of others; at rank 0 the positive "
+    "scores highest.",
 }
 LABELS = (
-    "Means over several draws of the labels, on the same held-out images; ± and bands are one standard deviation. "
-    "“Trained from scratch” is the same network from random weights, by the recipe of fine-tuning with a learning rate "
-    "of its own."
+    "Means over several draws of the labels, on the same held-out images; ± and bands are one standard deviation. kNN "
+    "and linear keep the encoder as it is, fine-tuned trains all of it. “Trained from scratch” does the same from "
+    "random weights, with a learning rate of its own."
 )
 TITLES = {
     "reconstructions": "Reconstructions",

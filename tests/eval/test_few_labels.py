@@ -162,12 +162,12 @@ def test_the_table_and_its_sentences():
     assert rows[2] == ["trained from scratch", "31.0% ± 1.4%", "31.0% ± 0.1%", "31.0% ± 0.0%"]
     assert [row[0] for row in rows[3:]] == ["moco_v2, kNN", "moco_v2, linear", "moco_v2, fine-tuned"]
     first = (
-        "With 100 labels, moco_v2's encoder reaches 62% fine-tuned, 60% linear and 50% by kNN; the same network "
-        "trained from scratch {}, raw pixels 22%."
+        "With 100 labels, training from scratch reaches {}; the same network, pretrained by moco_v2 without labels, "
+        "reaches 62% fine-tuned, 60% by a linear classifier and 50% by kNN; raw pixels 22%."
     )
     assert sentences(results(0.7), "moco_v2") == first.format("70%")
     assert sentences(results(), "moco_v2") == first.format("31%") + " From scratch, 1,000 labels give 31%."
     single = [result._replace(accuracies=(result.mean,), labels=20) for result in results() if result.labels == 10]
     assert single[0].spread is None
     assert table_of(single[2:], "mae")[1][0] == ["trained from scratch", "31.0%"]
-    assert sentences(single[2:], "mae").endswith("the same network trained from scratch 31%.")
+    assert sentences(single[2:], "mae").endswith("by a linear classifier and 50% by kNN.")
