@@ -283,7 +283,7 @@ def test_shorter_runs_keep_their_milestones_in_proportion():
     ("changes", "sentence"),
     [
         ({"backbone": "vit_nano"}, "dino: unknown backbone 'vit_nano', there are vit_mini, vit_tiny, vit_small, "),
-        ({"local_size": (6, 8)}, "dino: --local-size must be divisible by the patch size 4 of vit_mini, got 6 8"),
+        ({"local_size": (6, 8)}, "dino: --local-size must be divisible by the patch size 8 of vit_mini, got 6 8"),
         ({"patch_size": 5}, "dino: --image-size must be divisible by the patch size 5 of vit_mini, got 16 16"),
     ],
 )

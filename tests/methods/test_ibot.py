@@ -31,8 +31,8 @@ class Logits(nn.Module):
 
 
 def tiny(epochs=None, **changes):
-    config = ibot.Config.small()
-    for name, value in {"patch_size": 4, "hidden": 24, "prototypes": 16, "bottleneck": 8, **changes}.items():
+    config, sizes = ibot.Config.small(), {"patch_size": 4, "hidden": 24, "prototypes": 16, "bottleneck": 8}
+    for name, value in {**sizes, "patch_weight": 1.0, **changes}.items():
         assert hasattr(config, name)
         setattr(config, name, value)
     config.training.epochs = epochs or config.training.epochs
@@ -124,7 +124,7 @@ def test_both_layers_of_prototypes_are_frozen_at_first():
     config = dataclasses.replace(ibot.Config.paper(), shared_head=False)
     assert config.training.freeze == ("student.head.last_layer", "student.head.last_layer2")
     assert ibot.Config.paper().training.freeze == ("student.head.last_layer",)
-    model = tiny(shared_head=False, patch_prototypes=16)
+    model = tiny(shared_head=False, patch_prototypes=16, norm_last_layer=False)
     frozen = {id(p) for p in parameters_to_freeze(model, config.training.freeze)}
     assert frozen == {id(p) for name, p in model.student.named_parameters() if "last_layer" in name}
 

@@ -31,7 +31,7 @@ SIZES = {
 }
 KEPT = {"koleo_weight": 0.1, "norm_last_layer": False, "layer_scale": 0.1, "patch_embed_lr": 0.2, "teacher_temp": 0.07}
 CASES = {
-    "ibot": (ibot, {"warmup_teacher_patch_temp": 0.05, "drop_path": 0.0}),
+    "ibot": (ibot, {"warmup_teacher_patch_temp": 0.05, "patch_weight": 1.0, "norm_last_layer": False}),
     "dinov2": (
         dinov2,
         {

@@ -45,7 +45,7 @@ def config_of(module):
     sizes = {"image_size": LARGE, "local_size": SMALL, "local_crops": 2, "dim": 8, "hidden": 24}
     if module is swav:
         training = dataclasses.replace(TRAINING, freeze=("prototypes",), freeze_epochs=2 / 3)
-        options = {"prototypes": 7, "queue_size": QUEUE, "queue_start": 1, "training": training}
+        options = {"prototypes": 7, "epsilon": 0.05, "queue_size": QUEUE, "queue_start": 1, "training": training}
     else:
         options = {"prototypes": (5, 4, 6), "kmeans_rounds": 4, "training": TRAINING}
     return dataclasses.replace(module.Config.small(), **sizes, **options)

@@ -163,8 +163,8 @@ def test_prototypes_are_unit_vectors_in_a_step_and_the_queue_is_used_when_it_is_
         model(Batch(crops(), None, None))
         model.after_step((step + 1) / 8)
         assert model.pending == [] and model.queue[0].queue.any(1).sum() == 4 * min(max(step - 3, 0), 3)
-    with pytest.raises(ValueError, match=r"^swav: --queue-size must be 0 or at least the batch of 64, got 63$"):
-        tiny(queue_size=63)
+    with pytest.raises(ValueError, match=r"^swav: --queue-size must be 0 or at least the batch of 32, got 31$"):
+        tiny(queue_size=31)
 
 
 def test_defaults_are_those_of_the_paper():
