@@ -91,12 +91,12 @@ class Config(dino.Config):
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(14, 32, "adamw", 8e-3, 0.04, warmup_epochs=1, clip_parameter_norm=3.0)
+        training = Training(10, 32, "adamw", 4e-3, 0.04, warmup_epochs=1, clip_parameter_norm=3.0)
         views = {"jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": (0.0, 0.0, 0.0), "solarize_p": (0.0, 0.0)}
         crops = {"local_crops": 2, "crop": (0.3, 1.0), "local_crop": (0.3, 0.8)}
         head = {"prototypes": 256, "hidden": 256, "bottleneck": 64, "norm_last_layer": True, "drop_path": 0.0}
-        temperatures = {"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.05, "teacher_patch_temp": 0.05}
-        options = {**views, **crops, **head, **temperatures, "ema_momentum": 0.98, "patch_weight": 0.3}
+        temperatures = {"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.04, "teacher_patch_temp": 0.07}
+        options = {**views, **crops, **head, **temperatures, "ema_momentum": 0.98, "patch_weight": 0.1}
         return cls("vit_mini", 8, (32, 32), (16, 16), training=training, **options)
 
 
