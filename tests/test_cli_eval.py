@@ -166,7 +166,7 @@ def test_few_labels_in_numbers(monkeypatch, capsys, folder):
         assert f"{line['accuracy']:.1%} ± {line['spread']:.1%}" in said
     of = {row: line["accuracies"] for row, line in zip(rows, lines)}
     assert min(of["raw pixels", "knn", 100]) > 0.8
-    assert said.splitlines()[-1].startswith("With 100 labels, mae's encoder reaches ")
+    assert said.splitlines()[-1].startswith("With 100 labels, training from scratch reaches ")
     again = open_run(folder).few_labels(counts=[10], draws=1, steps=2, seed=5)
     assert all(result.accuracies == (of[(*result.row, 10)][1],) for result in again)  # the second draw, alone
 

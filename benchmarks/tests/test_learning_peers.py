@@ -183,10 +183,11 @@ def test_lightlys_optimizer_has_our_numbers_in_every_step(name, quick):
     cell, source = Cell("shapes", name, "lightly", 0, 64), peers_runs.in_memory("shapes", "train", 64)
     config = peers_runs.config_of(cell)
     ours, theirs = (learner(cell, config, source) for learner in (peers_runs.Ours, peers_runs.Lightly))
+    length = 64 // config.training.batch_size
     for step in (0, 3):
         ours.trainer.steps = step
         ours.trainer._set_schedules()
-        theirs._set_schedules(step / 1, 1, step / config.training.epochs)
+        theirs._set_schedules(step / length, length, step / length / config.training.epochs)
         groups = [
             [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
             for optimizer in (ours.trainer.optimizer, theirs.optimizer)
