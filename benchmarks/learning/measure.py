@@ -4,10 +4,11 @@ A length is `preset`, the whole recipe, or `quick`, its epochs on a quarter of t
 `make test`.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from fastssl.settings import flag
 
 from . import results
 from .trial import IMAGES, KINDS, Trial, recipe, run_all, task
@@ -71,11 +72,14 @@ def lift(row: dict) -> float:
     return row["trained"] - row["untrained"]
 
 
+def name_of(method: str, changes: dict[str, Any]) -> str:
+    """A method and the options that change its preset, as the command line has them."""
+    return " ".join([method, *(f"{flag(name)} {value}" for name, value in changes.items())])
+
+
 def line(method: str, row: dict) -> str:
     """One run as a line of text."""
-    start = (
-        f"{method}{''.join(f', {name}={value}' for name, value in row.get('changes', {}).items())}, seed {row['seed']}"
-    )
+    start = f"{name_of(method, row.get('changes', {}))}, seed {row['seed']}"
     if "failed" in row:
         return f"{start}: {row['failed']}"
     raw = "" if row["raw"] is None else f"raw {row['raw']:.1%}, "
@@ -94,4 +98,4 @@ def _is_measured(trial: Trial, length: str, folder: Path | None) -> bool:
 
 
 def _key(row: dict) -> tuple:
-    return (LENGTHS.index(row["length"]), json.dumps(row["changes"]) if "changes" in row else "", row["seed"])
+    return (LENGTHS.index(row["length"]), str(row.get("changes", "")), row["seed"])

@@ -14,12 +14,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastssl.eval.few_labels_table import PIXELS, ROWS, Measured
 from fastssl.method_modules import method_names
-from fastssl.settings import flag
 
 from ..table import PAGE, insert, markdown_table, number, write_or_check
 from . import results
 from .check import SHARE
-from .measure import lift, stated
+from .measure import lift, name_of, stated
 from .sabotage import NAME, SABOTAGES
 from .trial import FOUND, K
 
@@ -91,8 +90,7 @@ def _measured(folder: Path | None) -> dict[str, dict]:
     for method in method_names():
         variants = [row.get("changes", {}) for row in results.read(method, folder) if row["length"] == "preset"]
         for changes in sorted({json.dumps(one): one for one in variants}.values(), key=len):
-            words = [method, *(f"{flag(name)} {value}" for name, value in changes.items())]
-            found[" ".join(words)] = learned(method, folder, changes)
+            found[name_of(method, changes)] = learned(method, folder, changes)
     return {name: means for name, means in found.items() if means}
 
 

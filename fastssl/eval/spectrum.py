@@ -37,11 +37,11 @@ class Spectrum(NamedTuple):
         }
 
     def warning(self, reconstructs: bool = False) -> str | None:
-        """One sentence if the features look collapsed.
+        """One sentence if the features look collapsed, or have most of their variance in two directions.
 
         Args:
-            reconstructs: the method predicts what it masks, so its features do not become equal by their loss, but two
-                directions often hold most of their variance.
+            reconstructs: the method predicts masked patches. Two directions often hold most of the variance of such
+                features without a collapse, so another sentence is given.
         """
         if self.deviation < FLAT:
             return (
