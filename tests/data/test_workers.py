@@ -329,7 +329,8 @@ def test_threads_stop_with_their_reader():
 @pytest.mark.parametrize("kind", ["process", "thread"])
 def test_ctrl_c_ends_a_process_in_seconds(kind):
     script = f"""
-import sys
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
 from fastssl.data.loader import Loader
 from tests.data.test_loader import Numbers
 from tests.support.loaders import plain
