@@ -25,7 +25,7 @@ from fastssl.nn.queue import KeyQueue
 from . import results
 from .check import SHARE, stated_lift
 from .measure import lift, stated, trial_of
-from .trial import run_all
+from .trial import Trial, recipe, run_all
 
 NAME = "sabotage"  # of the file with the results
 Patches = list[tuple[Any, str, Any]]  # object, attribute, what stands in its place
@@ -166,7 +166,7 @@ def sabotaged(name: str | None) -> Iterator[None]:
 def sabotage(
     names: list[str], methods: list[str], processes: int, length: str, again: bool = False, folder: Path | None = None
 ) -> list[dict]:
-    """Runs the check of each method with each sabotage; writes and returns the rows.
+    """Runs the check of each method with each sabotage; writes and returns the rows, which `caught_by` judges.
 
     Args:
         names: keys of `SABOTAGES`.
@@ -179,41 +179,57 @@ def sabotage(
     Raises:
         ValueError: a method has no stated lift.
     """
-    done = {(row["sabotage"], row["method"]): row for row in results.read(NAME, folder)}
-    trials, rows = {}, []
+    done = {_key(row): row for row in measured(folder)}
+    trials, rows = [], []
     for name in names:
         for method in SABOTAGES[name].methods:
             if methods and method not in methods:
                 continue
-            healthy = stated_lift(method, length, folder)
-            known = done.get((name, method))
-            if known and not again and known["length"] == length and known["stated"] == round(healthy, 4):
+            stated_lift(method, length, folder)
+            known = done.get(_key({"sabotage": name, "method": method}))
+            if known and not again and known["length"] == length:
                 rows.append(known)
                 continue
             trial = trial_of(method, length, 0)
             changed = {**trial.settings, **SABOTAGES[name].settings}
-            trials[dataclasses.replace(trial, settings=changed, sabotage=name)] = healthy
+            trials.append(dataclasses.replace(trial, settings=changed, sabotage=name))
     for trial, row in run_all(trials, processes):
-        usual = {_kind(warning) for known in stated(trial.method, length, folder) for warning in known["warnings"]}
-        judged = _judged(row, trials[trial], usual)
-        row = {"sabotage": trial.sabotage, "method": trial.method, "length": length, **judged}
-        print(line(row), flush=True)
+        row = {"sabotage": trial.sabotage, "method": trial.method, "length": length, **_kept(trial, row)}
+        print(line(row, folder), flush=True)
         results.add(NAME, row, lambda old, new=row: _key(old) == _key(new), _key, folder)
         rows.append(row)
     return sorted(rows, key=_key)
 
 
-def _judged(row: dict, healthy: float, usual: set[str]) -> dict:
+def measured(folder: Path | None = None) -> list[dict]:
+    """Rows of methods whose lift is stated, of the present recipes."""
+    return [
+        row
+        for row in results.read(NAME, folder)
+        if stated(row["method"], row["length"], folder)
+        and row["recipe"] == recipe(row["method"], SABOTAGES[row["sabotage"]].settings)
+    ]
+
+
+def caught_by(row: dict, folder: Path | None = None) -> list[str]:
     """What noticed the sabotage: "lift", "watch" (a kind of warning that the whole method does not have) or "failed"
     (the run ended with an error)."""
-    kept = {"stated": round(healthy, 4)}
     if "failed" in row:
-        return {**kept, "failed": row["failed"], "caught": ["failed"]}
-    warned = [warning for warning in row["warnings"] if _kind(warning) not in usual]
-    caught = ["lift"] * (lift(row) < SHARE * healthy) + ["watch"] * bool(warned)
+        return ["failed"]
+    healthy = stated(row["method"], row["length"], folder)
+    usual = {_kind(warning) for known in healthy for warning in known["warnings"]}
+    lost = row["lift"] < SHARE * stated_lift(row["method"], row["length"], folder)
+    return ["lift"] * lost + ["watch"] * any(_kind(warning) not in usual for warning in row["warnings"])
+
+
+def _kept(trial: Trial, row: dict) -> dict:
+    """What a row of the results has of a run."""
+    kept = {"recipe": recipe(trial.method, trial.settings)}
+    if "failed" in row:
+        return {**kept, "failed": row["failed"]}
     numbers = ("untrained", "trained", "rankme", "two_directions", "deviation", "ranked_first", "rank_entropy")
     kept |= {name: row[name] for name in numbers if name in row}
-    return {**kept, "lift": round(lift(row), 4), "warnings": warned, "caught": caught}
+    return {**kept, "lift": round(lift(row), 4), "warnings": row["warnings"]}
 
 
 def _kind(warning: str) -> str:
@@ -221,10 +237,11 @@ def _kind(warning: str) -> str:
     return warning.partition(":")[0]
 
 
-def line(row: dict) -> str:
+def line(row: dict, folder: Path | None = None) -> str:
     """One row as a line of text."""
-    after = row["failed"] if "failed" in row else f"lift {row['stated']:.1%} -> {row['lift']:.1%}"
-    caught = ", ".join(row["caught"]) or "NOTHING"
+    healthy = stated_lift(row["method"], row["length"], folder)
+    after = row["failed"] if "failed" in row else f"lift {healthy:.1%} -> {row['lift']:.1%}"
+    caught = ", ".join(caught_by(row, folder)) or "NOTHING"
     return f"{SABOTAGES[row['sabotage']].text}, {row['method']}: {after}; caught by {caught} {row.get('warnings', '')}"
 
 

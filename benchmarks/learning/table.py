@@ -17,9 +17,9 @@ from fastssl.method_modules import method_names
 
 from ..table import PAGE, insert, markdown_table, number, write_or_check
 from . import results
-from .check import SHARE
+from .check import SHARE, stated_lift
 from .measure import lift, name_of, stated
-from .sabotage import NAME, SABOTAGES
+from .sabotage import SABOTAGES, caught_by, measured
 from .trial import FOUND, K
 
 MARKERS = "<!-- learning:begin -->", "<!-- learning:end -->"
@@ -104,7 +104,11 @@ def render(folder: Path | None = None) -> str:
     measured = _measured(folder)
     if not measured:
         return "No measurements yet: run `python -m benchmarks.learning measure`."
-    facts = {(row["machine"], row["torch"], row["level"]) for found in measured.values() for row in found["rows"]}
+    facts = {  # a run has one core, however many the command had
+        (row["machine"].rpartition(", ")[0], row["torch"], row["level"])
+        for found in measured.values()
+        for row in found["rows"]
+    }
     seeds = sorted({row["seed"] for found in measured.values() for row in found["rows"]})
     dates = sorted(row["date"] for found in measured.values() for row in found["rows"])
     about = " · ".join(f"**{machine}**, torch {torch}, level {level}" for machine, torch, level in sorted(facts))
@@ -175,16 +179,16 @@ def percent(share: float | None) -> str:
 
 def render_sabotage(folder: Path | None = None) -> str:
     """The table of what notices which sabotage."""
-    rows = results.read(NAME, folder)
+    rows = measured(folder)
     if not rows:
         return "No measurements yet: run `python -m benchmarks.learning sabotage`."
     lines = [
         [
             SABOTAGES[row["sabotage"]].text,
             f"`{row['method']}`",
-            f"{100 * row['stated']:+.1f}",
+            f"{100 * stated_lift(row['method'], row['length'], folder):+.1f}",
             f"{100 * row['lift']:+.1f}" if "lift" in row else "–",
-            ", ".join(WATCHES[name] for name in row["caught"]) or "nothing",
+            ", ".join(WATCHES[name] for name in caught_by(row, folder)) or "nothing",
         ]
         for row in rows
     ]
