@@ -5,17 +5,27 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from fastssl.milestones import epochs_of, shorten
 from fastssl.run import Options, Run
 
 
 def reproduce(run: Run) -> str:
-    """The shell command `fastssl pretrain …` with every option that differs from its default, except --folder."""
-    options = run.options
-    words = ["fastssl", "pretrain", run.method_name, "--data", options.data]
-    backbones = (run.backbone,) if run.backbone else ()
-    words += ["--preset", "paper", *(("--backbone", *backbones) if backbones else ())]  # the defaults depend on both
+    """The shell command `fastssl pretrain …` with every option that differs from its default, except --folder.
+
+    The defaults are those of the run's preset, "paper" if it is unknown, with its milestones for the run's epochs.
+    """
+    options, preset = run.options, run.facts.get("preset", "paper")
+    words = ["fastssl", "pretrain", run.method_name, "--data", options.data, "--preset", preset]
+    if preset == "small":
+        defaults = type(run.config).small()
+    else:
+        backbones = (run.backbone,) if run.backbone else ()
+        words += ["--backbone", *backbones] if backbones else []  # the paper's numbers may depend on it
+        defaults = type(run.config).paper(*backbones)
+    epochs = epochs_of(run.config)
+    words += ["--epochs", str(epochs)] if epochs != epochs_of(defaults) else []
     words += _flags(options, Options(options.data, folder=options.folder))
-    words += _flags(run.config, type(run.config).paper(*backbones))
+    words += _flags(run.config, shorten(defaults, epochs))
     return shlex.join(words)
 
 

@@ -20,6 +20,7 @@ LINES = {  # colour and dash of each row
     (PRETRAINED, "linear"): (COLOURS[4], "-"),
     (PRETRAINED, "finetune"): (COLOURS[0], "-"),
 }
+MARKS = {(PIXELS, "knn"): "dots", (PIXELS, "linear"): "dash"}  # in the legend
 
 
 def parts(run: RunData) -> list[Any]:
@@ -56,7 +57,7 @@ def _is_result(line: dict) -> bool:
 def picture(results: list[Measured], method: str) -> Picture:
     """Mean accuracy by number of labels; see `plot_results`."""
     lines = lines_of(results)
-    legend = [(LINES[row][0], "dash" if row[0] == PIXELS else "disc", row_name(row, method)) for row in lines]
+    legend = [(LINES[row][0], MARKS.get(row, "disc"), row_name(row, method)) for row in lines]
     ends = ", ".join(f"{row_name(row, method)} {line[-1].mean:.1%}" for row, line in lines.items())
     most = max(result.labels for result in results)
     alt = f"accuracy by number of labels; with {most:,} labels: {ends}"

@@ -15,7 +15,7 @@ class Picture:
     light: str  # for a light page
     dark: str
     values: list[tuple[str, str]] = field(default_factory=list)  # (colour or "", number) beside the title
-    legend: list[tuple[str, str, str]] = field(default_factory=list)  # (colour, mark, name); mark: disc, diamond, dash
+    legend: list[tuple[str, str, str]] = field(default_factory=list)  # (colour, class of the mark in page.html, name)
     kind = "picture"
 
 
