@@ -61,9 +61,9 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(10, 64, "sgd", lr=0.02, weight_decay=5e-4, warmup_epochs=0.5)
+        training = Training(12, 32, "adamw", lr=0.02, weight_decay=5e-4, warmup_epochs=0.5)
         views = {"crop_min": 0.25, "jitter": (0.4, 0.4, 0.2, 0.5), "blur_p": (0.0, 0.0), "solarize_p": (0.0, 0.0)}
-        return cls("resnet_mini", (32, 32), 512, gradient_ranks=1, vector_lr=1.0, **views, training=training)
+        return cls("resnet_mini", (32, 32), 128, gradient_ranks=1, vector_lr=1.0, **views, training=training)
 
     @property
     def augmentation(self) -> Augmentation:
