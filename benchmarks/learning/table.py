@@ -138,17 +138,22 @@ def _line(method: str, found: dict) -> list[str]:
 
 def render_few(folder: Path | None = None) -> str:
     """The table of accuracies with few labels."""
-    lines = []
-    for name, found in _measured(folder).items():
-        cells: dict[tuple, list[float]] = {}  # of all seeds and draws
-        for result in (Measured(**result) for row in found["rows"] for result in row.get("few_labels", [])):
-            cells.setdefault((result.labels, result.row), []).extend(result.accuracies)
-        for count in sorted({count for count, _ in cells}):
-            results = [Measured(*row, count, tuple(cells[count, row])) for row in FEW_COLUMNS]
-            lines.append([f"`{name}`", f"{count:,}", *(result.text() for result in results)])
+    lines = [line for name, found in _measured(folder).items() for line in few_labels_lines(name, found["rows"])]
     if not lines:
         return "No measurements yet: `python -m benchmarks.learning measure --few-labels`."
     return "\n\n".join([markdown_table(FEW_HEADER, lines, text_columns=1), FEW_LEGEND])
+
+
+def few_labels_lines(name: str, rows: list[dict]) -> list[list[str]]:
+    """Cells of the table of accuracies with few labels, over all seeds and draws; a line for each number of labels."""
+    cells: dict[tuple, list[float]] = {}
+    for result in (Measured(**result) for row in rows for result in row.get("few_labels", [])):
+        cells.setdefault((result.labels, result.row), []).extend(result.accuracies)
+    lines = []
+    for count in sorted({count for count, _ in cells}):
+        results = [Measured(*row, count, tuple(cells[count, row])) for row in FEW_COLUMNS]
+        lines.append([f"`{name}`", f"{count:,}", *(result.text() for result in results)])
+    return lines
 
 
 def render_text(folder: Path | None = None) -> str:

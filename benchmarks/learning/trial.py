@@ -158,7 +158,7 @@ def _row(trial: Trial, folder: Path, printed: io.StringIO) -> dict:
         row["linear"] = round(run.linear(seed=trial.seed).top1, 4)
     if trial.few_labels and row["score"] == "knn":
         row["few_labels"] = [found._asdict() for found in run.few_labels(seed=trial.seed)]
-    row["curve"] = _curve(run)
+    row["curve"] = curve_of(run)
     row["warnings"] = re.findall("^warning: (.*)$", printed.getvalue(), re.MULTILINE)
     return row
 
@@ -249,7 +249,7 @@ def _explained(method: torch.nn.Module, run: Run) -> float:
     return round(max(0.0, 1 - wrong / total), 4)
 
 
-def _curve(run: Run) -> dict[str, list]:
+def curve_of(run: Run) -> dict[str, list]:
     """[epoch, value] of the loss, of the share of positives ranked first and of kNN accuracy."""
     metrics = run.metrics()
     lines = metrics[:: -(-len(metrics) // POINTS)]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from benchmarks import demo, loader, memory, step, table
+from benchmarks import demo, learning_peers, loader, long_run, memory, step, table
 from benchmarks.learning import __main__ as learning
 
 
@@ -15,6 +15,8 @@ def test_tables_are_those_of_the_results():
     assert step.main(["--check"]) == 0
     assert memory.main(["--check"]) == 0
     assert learning.main(["table", "--check"]) == 0
+    assert learning_peers.main(["--check"]) == 0
+    assert long_run.main(["--check"]) == 0
     assert demo.main(["--check"]) == 0
 
 
