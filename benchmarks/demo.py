@@ -21,7 +21,7 @@ from fastssl.run import open_run
 
 from .machine import environment, machine
 from .store import RESULTS
-from .table import PAGE, insert, markdown_table, write_or_check
+from .table import PAGE, SUMMARY, insert, markdown_table, write_or_check
 
 RUNS = ("runs/demo-simclr", "runs/demo-mae")
 KEPT = RESULTS / "learning" / "demo.json"
@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     runs = read()
     if not options.check:
         draw(runs)
-    return write_or_check({TARGET: insert(render(runs), TARGET, MARKERS)}, options.check, "python -m benchmarks.demo")
+    pages = {TARGET: insert(render(runs), TARGET, MARKERS), SUMMARY: insert(summarise(runs), SUMMARY, MARKERS)}
+    return write_or_check(pages, options.check, "python -m benchmarks.demo --render")
 
 
 def keep() -> None:
@@ -76,6 +77,12 @@ def render(runs: list[tuple[str, list[Measured]]]) -> str:
         head = (f"{len(results[0].accuracies)} draws", *counts)
         parts += [f"`{method}`:", markdown_table(head, rows, text_columns=1), sentences(results, method)]
     return "\n\n".join(parts)
+
+
+def summarise(runs: list[tuple[str, list[Measured]]]) -> str:
+    """README's sentence: what the first run shows."""
+    method, results = runs[0]
+    return sentences(results, method)
 
 
 def draw(runs: list[tuple[str, list[Measured]]]) -> None:
