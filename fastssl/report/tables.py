@@ -92,7 +92,9 @@ def evaluations(runs: list[RunData]) -> Table | None:
         for line in (line for line in run.evaluations if line["evaluation"] != "few labels"):
             epoch = line.get("epoch", run.epoch_of(line["step"]))
             details = {name: value for name, value in line.items() if name not in COLUMNS and value is not None}
-            detail_text = ", ".join(f"{name.replace('_', ' ')} {short(str(value))}" for name, value in details.items())
+            if run.run.is_own(details.get("data", "")):
+                del details["data"]
+            detail_text = ", ".join(f"{name.replace('_', ' ')} {_brief(value)}" for name, value in details.items())
             name = [run.name] if len(runs) > 1 else []
             rows.append(
                 [*name, line["evaluation"], f"{epoch:.4g}", f"{line['step']:,}", f"{line['accuracy']:.2%}", detail_text]
@@ -101,6 +103,10 @@ def evaluations(runs: list[RunData]) -> Table | None:
     head = [*(["run"] if len(runs) > 1 else []), "evaluation", "epoch", "step", "accuracy", "details"]
     accuracy = head.index("accuracy")
     return Table(head, rows, {accuracy - 2, accuracy - 1, accuracy}, {accuracy: shares}) if rows else None
+
+
+def _brief(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else short(str(value))
 
 
 def profile(run: RunData) -> list[Table | Text]:

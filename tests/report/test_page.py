@@ -9,9 +9,10 @@ from PIL import Image
 from fastssl.eval.reconstruction import save_snapshot
 from fastssl.extras import MissingExtra
 from fastssl.methods import mae, moco_v2, moco_v3
-from fastssl.report import images, ranks
+from fastssl.report import images, ranks, tables
 from fastssl.report import page as report_page
 from fastssl.report.page import write_report
+from fastssl.report.run_data import RunData
 from tests.support.runs import Page, make_run
 
 HOSTILE = ["<script>alert(1)<", "quotes \" ' `", "$x^$ \\frac", "two\nlines", "long " * 45, "{{ 7 * 7 }}", "<!-- -->"]
@@ -120,6 +121,14 @@ def test_runs_side_by_side(tmp_path):
     assert "images/s 90 90" in page.text  # in the same axes
     assert page.text.count("fastssl pretrain") == 2
     assert page.sections.count("ranks") == 1
+
+
+def test_evaluations_name_other_data_than_the_runs_and_round_numbers(tmp_path):
+    run = make_run(tmp_path / "run", mae, "digits", trained=False)
+    run.note("knn", 10, 0.75, {"rankme": 12.3456}, data="digits", k=20)
+    run.note("linear", 10, 0.5, data="shapes", labels=1.0)
+    details = [row[-1] for row in tables.evaluations([RunData(run, "run", "#000")]).rows]
+    assert details == ["k 20, rankme 12.3", "data shapes, labels 1"]
 
 
 def test_a_run_without_checkpoint_has_its_curves(tmp_path):
