@@ -1,8 +1,8 @@
 """What `make demo` measures, for the documentation: accuracies with few labels, beside training from scratch.
 
-make demo && python -m benchmarks.demo     # keep its results; write table and picture
-python -m benchmarks.demo --render         # write table and picture of the kept results
-python -m benchmarks.demo --check          # exit status 1 if the table is out of date
+make demo && python -m benchmarks.demo     # keep its results; write tables, picture and README's sentence
+python -m benchmarks.demo --render         # write tables, picture and sentence of the kept results
+python -m benchmarks.demo --check          # exit status 1 if a table or the sentence is out of date
 """
 
 import argparse
@@ -80,9 +80,10 @@ def render(runs: list[tuple[str, list[Measured]]]) -> str:
 
 
 def summarise(runs: list[tuple[str, list[Measured]]]) -> str:
-    """README's sentence: what the first run shows."""
+    """README's sentence on what the demo's first run shows."""
     method, results = runs[0]
-    return sentences(results, method)
+    text = sentences(results, method)
+    return f"Its result: {text[0].lower()}{text[1:]} [All figures](docs/{TARGET.name}#what-pretraining-is-worth)."
 
 
 def draw(runs: list[tuple[str, list[Measured]]]) -> None:

@@ -35,17 +35,17 @@ POINTS = 5  # kNN evaluations while it trains
 HEADER = ("method", "images seen", "minutes", "killed, resumed", "raw pixels", "untrained", "kNN", "linear")
 LEGEND = """\
 One core and one seed a run, of the preset `small` with more epochs. *minutes*: from the first start to the end, with
-kNN evaluations and what the kill cost. *killed, resumed*: the epoch at which the process was killed, and that of the
-checkpoint from which the same command went on. *raw pixels* to *linear*: accuracy on all held-out images with the
-labels of all training images; kNN with k = 20. Few labels: share of the held-out images, mean ± standard deviation over
-draws of the labels, as `fastssl eval few-labels` gives it."""
+kNN evaluations and what was trained again after the kill. *killed, resumed*: the epoch at which the process was killed,
+and that of the checkpoint from which the same command went on. *raw pixels* to *linear*: accuracy on all held-out
+images with the labels of all training images; kNN with k = 20. Few labels: share of the held-out images, mean ±
+standard deviation over draws of the labels, as `fastssl eval few-labels` gives it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(EPOCHS), choices=list(EPOCHS), help="methods (all)")
     parser.add_argument("--data", default=DATA, metavar="SOURCE", help=f"images with labels ({DATA})")
-    parser.add_argument("--epochs", type=int, help="epochs in place of those of an hour")
+    parser.add_argument("--epochs", type=int, help=f"epochs of each run ({EPOCHS})")
     parser.add_argument("--processes", type=int, default=cores(), help="runs at a time (all cores)")
     parser.add_argument("--render", action="store_true", help="write the table of the stored results")
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if the table is out of date")
@@ -125,10 +125,7 @@ def render() -> str:
     rows = results.read(NAME)
     if not rows:
         return "No measurements yet: `python -m benchmarks.long_run`."
-    about = dict.fromkeys(
-        f"**{row['machine'].rpartition(', ')[0]}**, torch {row['torch']}, level {row['level']}, {row['date']}"
-        for row in rows
-    )
+    about = dict.fromkeys(f"{results.platform(row)}, {row['date']}" for row in rows)
     parts = [" · ".join(about)]
     for data in dict.fromkeys(row["data"] for row in rows):
         chosen = [row for row in rows if row["data"] == data]

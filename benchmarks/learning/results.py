@@ -32,6 +32,11 @@ def about() -> dict[str, str]:
     return {"machine": machine(cpuinfo.get_cpu_info()["brand_raw"])["name"], **{name: facts[name] for name in NAMED}}
 
 
+def platform(row: dict) -> str:
+    """Machine and software of a row, for the line above a table; without the number of cores, as a run has one."""
+    return f"**{row['machine'].rpartition(', ')[0]}**, torch {row['torch']}, level {row['level']}"
+
+
 def read(name: str, folder: Path | None = None) -> list[dict]:
     """Rows of a method, or of its sweep (`sweep-METHOD`); none if there is no such file."""
     path = (folder or FOLDER) / f"{name}.json"

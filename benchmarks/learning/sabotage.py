@@ -185,7 +185,7 @@ def sabotage(
         for method in SABOTAGES[name].methods:
             if methods and method not in methods:
                 continue
-            stated_lift(method, length, folder)
+            stated_lift(method, length, folder)  # raises before the first run where none is stated
             known = done.get(_key({"sabotage": name, "method": method}))
             if known and not again and known["length"] == length:
                 rows.append(known)

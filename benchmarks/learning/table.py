@@ -48,8 +48,8 @@ machine."""
 SABOTAGE_LEGEND = f"""\
 Lifts in points (seed 0; the results name the length of the runs); stated is the least of the seeds. *the lift*:
 less than {SHARE:.0%} of the stated lift is left, so that the check fails. *the watch*: a sentence in the log
-and in the report says that features or ranks look collapsed. *nothing*: the method learns about as well without that
-part on this task; tests that replay the official steps notice it."""
+and in the report says that features or ranks look collapsed. *nothing*: the method keeps two thirds of its lift or
+more without that part on this task; tests that replay the official steps notice it."""
 
 
 TEXT_LEGEND = """\
@@ -104,14 +104,10 @@ def render(folder: Path | None = None) -> str:
     measured = _measured(folder)
     if not measured:
         return "No measurements yet: run `python -m benchmarks.learning measure`."
-    facts = {  # a run has one core, however many the command had
-        (row["machine"].rpartition(", ")[0], row["torch"], row["level"])
-        for found in measured.values()
-        for row in found["rows"]
-    }
+    platforms = {results.platform(row) for found in measured.values() for row in found["rows"]}
     seeds = sorted({row["seed"] for found in measured.values() for row in found["rows"]})
     dates = sorted(row["date"] for found in measured.values() for row in found["rows"])
-    about = " · ".join(f"**{machine}**, torch {torch}, level {level}" for machine, torch, level in sorted(facts))
+    about = " · ".join(sorted(platforms))
     about += f" · one core a run · seeds {', '.join(map(str, seeds))} · {dates[0]} to {dates[-1]}"
     lines = [_line(method, found) for method, found in measured.items()]
     curves = f"![kNN accuracy by epoch of every method]({FIGURE.name})"

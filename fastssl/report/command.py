@@ -12,9 +12,10 @@ from fastssl.run import Options, Run
 def reproduce(run: Run) -> str:
     """The shell command `fastssl pretrain …` with every option that differs from its default, except --folder.
 
-    The defaults are those of the run's preset, "paper" if it is unknown, with its milestones for the run's epochs.
+    The defaults are those of the run's preset, "paper" if it is unknown. For fewer epochs than the preset's the command
+    line scales milestones, such as the end of the warm-up: one that the run did not scale becomes an option.
     """
-    options, preset = run.options, run.facts.get("preset", "paper")
+    options, preset = run.options, "small" if run.facts.get("preset") == "small" else "paper"
     words = ["fastssl", "pretrain", run.method_name, "--data", options.data, "--preset", preset]
     if preset == "small":
         defaults = type(run.config).small()

@@ -106,7 +106,8 @@ def evaluations(runs: list[RunData]) -> Table | None:
 
 
 def _brief(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else short(str(value))
+    """A value of a record: floats with three digits, long text cut."""
+    return _number(value) if isinstance(value, float) else short(str(value))
 
 
 def profile(run: RunData) -> list[Table | Text]:
