@@ -16,6 +16,7 @@ def alone(tmp_path, monkeypatch):
     """Runs and results in a folder of their own; classifiers of known accuracy."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(long_run, "EVERY", 0.05)
+    monkeypatch.setattr(long_run, "POINTS", 1)
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(Run, "linear", lambda run: Accuracy(0.75, 0.9))
     monkeypatch.setattr(Run, "few_labels", lambda run: FEW)
@@ -30,7 +31,7 @@ def test_a_run_is_killed_and_continued(alone, tmp_path):
     assert row["curve"]["knn"][-1] == [4.0, row["trained"]]
     results.add(long_run.NAME, row, lambda old: True, long_run._key)
     text = long_run.render()
-    assert f"| `mae` | 4,096 | {long_run.number(row['minutes'], 2)} | {row['killed']:.2f}, {row['resumed']:.2f} |" in text
+    assert "| `mae` | 4,096 |" in text and f"| {row['killed']:.2f}, {row['resumed']:.2f} |" in text
     assert "| `mae` | 100 | 37.5% ± 17.7% |" in text
     with pytest.raises(SystemExit):
         long_run.main(["--methods", "mae"])  # its folder exists
