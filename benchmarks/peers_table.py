@@ -34,8 +34,8 @@ LEGEND = """\
 training images, each counted once however many views it has, per second of processor time of one core, with views,
 optimizer and momentum encoder. *min*: minutes of a core, without evaluation, fastssl / lightly. *lightly to fastssl's*:
 until the mean curve of lightly reaches fastssl's last accuracy; "–": not in its whole run, which ends with its learning
-rate at 0. *to the same*: until each reaches the smaller of both last accuracies. *busy*: other programs used this share
-of the core during a run, so no ratio is stated.
+rate at 0. *to the same*: until each reaches the smaller of both last accuracies; "–": which is not above that of the
+untrained encoder. *busy*: other programs used this share of the core during a run, so no ratio is stated.
 
 Both have the same images in memory, initial encoder, batch, epochs, schedule and laws of the views, one thread and no
 workers; the numbers are those of the preset `small`. lightly's parts are put together as in its documentation around
@@ -78,11 +78,15 @@ def files(folder: Path, shown_in: str | None = None) -> list[Path]:
 
 def lines_of(rows: Iterable[dict]) -> list[Line]:
     """The lines of the table: methods in the order of METHODS, for one source of images after the other."""
+    rows = list(rows)
+    sources = list(dict.fromkeys(row["data"] for row in rows))  # as they were measured
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
-        key = row["data"], METHODS.index(row["method"]), row["images"], row["settings"]
+        key = sources.index(row["data"]), METHODS.index(row["method"]), row["images"], row["settings"]
         groups.setdefault(key, {library: [] for library in LIBRARIES})[row["library"]].append(row)
-    return [Line(key[0], METHODS[key[1]], group) for key, group in sorted(groups.items()) if all(group.values())]
+    return [
+        Line(sources[key[0]], METHODS[key[1]], group) for key, group in sorted(groups.items()) if all(group.values())
+    ]
 
 
 def minutes_to(curve: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -152,10 +156,12 @@ def draw(paths: list[Path], target: Path) -> bool:
 def _cells(line: Line) -> list[str]:
     ours, theirs = (line.final(library) for library in LIBRARIES)
     curves = [line.curve(library) for library in LIBRARIES]
-    same = [minutes_to(curve, min(curves[0][-1][1], curves[1][-1][1])) for curve in curves]
     busy = line.busy > BUSY
     first = line.rows["fastssl"][0]
     raw, untrained = first["knn_raw"], _mean(row["knn_untrained"] for row in line.rows["fastssl"])
+    lasts = [curve[-1][1] for curve in curves]
+    same = [minutes_to(curve, min(lasts)) if min(lasts) > untrained else None for curve in curves]
+    caught_up = minutes_to(curves[1], lasts[0]) if lasts[0] > untrained else None
     rates = [line.rate(library) for library in LIBRARIES]
     return [
         line.data + (f" (busy: {line.busy:.0%})" if busy else ""),
@@ -167,7 +173,7 @@ def _cells(line: Line) -> list[str]:
         *map(number, rates),
         times(None if busy else rates[0] / rates[1]),
         " / ".join(number(curve[-1][0], 2) for curve in curves),
-        _minutes(minutes_to(curves[1], curves[0][-1][1])),
+        _minutes(caught_up),
         " / ".join(map(_minutes, same)),
         times(None if busy or not same[0] or same[1] is None else same[1] / same[0]),
     ]

@@ -1,6 +1,7 @@
 """benchmarks/learning_peers.py and the files beside it: lightly's parts against ours, and the table."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -220,6 +221,18 @@ def test_a_line_compares_accuracy_speed_and_time_to_the_same_accuracy():
     ]
     better = row_of(**LIGHTLY | {"knn": 0.8, "curve": [[0, 0.0, 0.3], [2, 240.0, 0.8]]})
     assert cells([row_of(), better])[-3:] == ["3.2", "2.0 / 3.2", "1.6×"]
+
+
+def test_without_a_gain_there_is_no_time_to_it():
+    lost = {"knn": 0.28, "curve": [[0, 0.0, 0.3], [2, 120.0, 0.28]]}
+    assert cells([row_of(**lost), row_of(**SLOW)])[-3:] == ["–", "– / –", "–"]
+    assert cells([row_of(), row_of(**LIGHTLY | lost)])[-3:] == ["–", "– / –", "–"]
+
+
+def test_sources_have_the_order_in_which_they_were_measured():
+    every = itertools.product(("z", "a"), ("mae", "moco_v2"), ("fastssl", "lightly"))
+    rows = [row_of(data=data, method=method, library=library) for data, method, library in every]
+    assert [line[:2] for line in lines_of(rows)] == [("z", "moco_v2"), ("z", "mae"), ("a", "moco_v2"), ("a", "mae")]
 
 
 def test_a_disturbed_line_has_no_ratios():
