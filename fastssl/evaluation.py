@@ -19,7 +19,7 @@ from fastssl.eval.prompts import Lines, class_names, name_of_lines, read_templat
 from fastssl.eval.protocols import FewLabels, Finetune, Official, Sweep, check_evaluation, check_protocol
 from fastssl.eval.ranks import Ranks, collect_ranks, lost_contrast
 from fastssl.eval.retrieval import WHOLE, Recall, captioned, retrieve
-from fastssl.eval.spectrum import measure_spectrum
+from fastssl.eval.spectrum import measure_spectrum, redundant_embeddings
 from fastssl.eval.texts import Texts
 from fastssl.eval.zeroshot import build_prompts, class_features, zeroshot_accuracy
 from fastssl.machine import available_engine, select_device, share_cores
@@ -387,7 +387,7 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
         print(f"positives: {ranks.text()}")
     collapse = spread.warning(isinstance(method, Reconstructs))
     lost = ranks and (ranks.warning() or lost_contrast(run.metrics()))
-    for sentence in filter(None, (collapse, lost) if step else ()):
+    for sentence in filter(None, (collapse, redundant_embeddings(run.metrics()), lost) if step else ()):
         print(f"warning: {sentence[0].lower()}{sentence[1:]}")
 
 

@@ -1,4 +1,4 @@
-"""The regression check: a method must still reach two thirds of the lift that is stated for it."""
+"""The regression check: a method still reaches two thirds of the lift that is stated for it, without new warnings."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,10 +25,25 @@ def stated_lift(method: str, length: str, folder: Path | None = None) -> float:
     return min(map(lift, rows))
 
 
+def usual_warnings(method: str, length: str, folder: Path | None = None) -> set[str]:
+    """The kinds of warnings that the measured runs of a method have."""
+    return {_kind(warning) for row in stated(method, length, folder) for warning in row["warnings"]}
+
+
+def new_warnings(row: dict, usual: set[str]) -> list[str]:
+    """Warnings of a run that the measured runs do not have."""
+    return [warning for warning in row["warnings"] if _kind(warning) not in usual]
+
+
+def _kind(warning: str) -> str:
+    """What a warning says, without its numbers."""
+    return warning.partition(":")[0]
+
+
 def check(
     methods: Iterable[str], processes: int, length: str = "preset", seed: int = 0, folder: Path | None = None
 ) -> list[str]:
-    """Trains each method and compares its lift with the stated one; prints a line for each.
+    """Trains each method and compares its lift and its warnings with the stated ones; prints a line for each.
 
     Args:
         methods: names of methods.
@@ -38,7 +53,7 @@ def check(
         folder: of the results.
 
     Returns:
-        A sentence for each method that has lost too much, or that failed.
+        A sentence for each method that has lost too much, that warns as the measured runs do not, or that failed.
 
     Raises:
         ValueError: a method has no stated lift.
@@ -49,20 +64,21 @@ def check(
     trials, lost = {trial_of(method, length, seed): lifts[method] for method in lifts}, []
     for trial, row in run_all(trials, processes):
         print(line(trial.method, row), flush=True)
-        if sentence := judge(trial.method, row, trials[trial]):
+        usual = usual_warnings(trial.method, length, folder)
+        if sentence := judge(trial.method, row, trials[trial], usual):
             lost.append(sentence)
             print(sentence, flush=True)
     return lost
 
 
-def judge(method: str, row: dict, healthy: float) -> str | None:
-    """A sentence if a run has lost a third of the stated lift or more."""
+def judge(method: str, row: dict, healthy: float, usual: set[str]) -> str | None:
+    """A sentence if a run has lost a third of the stated lift or more, or has other warnings than the `usual` ones."""
     if "failed" in row:
         return f"{method}: the run failed: {row['failed']}"
-    if lift(row) >= SHARE * healthy:
-        return None
-    watched = " ".join(row["warnings"][-2:])
-    return (
-        f"{method}: training added {100 * lift(row):.1f} points, less than two thirds of the stated "
-        f"{100 * healthy:.1f}. {watched}".strip()
-    )
+    gained, warnings = 100 * lift(row), " ".join(new_warnings(row, usual)[-2:])
+    if lift(row) < SHARE * healthy:
+        lost = f"{method}: training added {gained:.1f} points, less than two thirds of the stated {100 * healthy:.1f}."
+        return f"{lost} {warnings}".strip()
+    if warnings:
+        return f"{method}: training added {gained:.1f} points, with a warning that the measured runs lack: {warnings}"
+    return None

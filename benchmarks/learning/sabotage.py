@@ -23,7 +23,7 @@ from fastssl.nn.prototype_losses import DINOLoss, IBOTPatchLoss
 from fastssl.nn.queue import KeyQueue
 
 from . import results
-from .check import SHARE, stated_lift
+from .check import SHARE, new_warnings, stated_lift, usual_warnings
 from .measure import lift, stated, trial_of
 from .trial import Trial, recipe, run_all
 
@@ -146,6 +146,7 @@ SABOTAGES = {
         lambda: [(DINOLoss, "update_center", _nothing), (IBOTPatchLoss, "update_center", _nothing)],
     ),
     "variance": Sabotage("no variance term", ("vicreg",), settings={"std_weight": 0.0}),
+    "covariance": Sabotage("no covariance term", ("vicreg",), settings={"cov_weight": 0.0}),
     "redundancy": Sabotage("no redundancy term", ("barlow_twins",), settings={"redundancy_weight": 0.0}),
     "views": Sabotage("both views equal", PAIRS, lambda: _of_views(_equal_views)),
     "positives": Sabotage("positives of other images", PAIRS, lambda: _of_views(_strangers)),
@@ -212,14 +213,13 @@ def measured(folder: Path | None = None) -> list[dict]:
 
 
 def caught_by(row: dict, folder: Path | None = None) -> list[str]:
-    """What noticed the sabotage: "lift", "watch" (a kind of warning that the whole method does not have) or "failed"
-    (the run ended with an error)."""
+    """What the check fails at: "lift", "watch" (a kind of warning that the whole method does not have) or "failed" (the
+    run ended with an error)."""
     if "failed" in row:
         return ["failed"]
-    healthy = stated(row["method"], row["length"], folder)
-    usual = {_kind(warning) for known in healthy for warning in known["warnings"]}
-    lost = row["lift"] < SHARE * stated_lift(row["method"], row["length"], folder)
-    return ["lift"] * lost + ["watch"] * any(_kind(warning) not in usual for warning in row["warnings"])
+    about = row["method"], row["length"], folder
+    lost, warnings = row["lift"] < SHARE * stated_lift(*about), new_warnings(row, usual_warnings(*about))
+    return ["lift"] * lost + ["watch"] * bool(warnings)
 
 
 def _kept(trial: Trial, row: dict) -> dict:
@@ -230,11 +230,6 @@ def _kept(trial: Trial, row: dict) -> dict:
     numbers = ("untrained", "trained", "rankme", "two_directions", "deviation", "ranked_first", "rank_entropy")
     kept |= {name: row[name] for name in numbers if name in row}
     return {**kept, "lift": round(lift(row), 4), "warnings": row["warnings"]}
-
-
-def _kind(warning: str) -> str:
-    """What a warning says, without its numbers."""
-    return warning.partition(":")[0]
 
 
 def line(row: dict, folder: Path | None = None) -> str:

@@ -46,10 +46,10 @@ METHOD --data DATA --seed SEED`; the files in benchmarks/results/learning hold i
 machine."""
 
 SABOTAGE_LEGEND = f"""\
-Lifts in points (seed 0; the results name the length of the runs); stated is the least of the seeds. *the lift*:
-less than {SHARE:.0%} of the stated lift is left, so that the check fails. *the watch*: a sentence in the log
-and in the report says that features or ranks look collapsed. *nothing*: the method keeps two thirds of its lift or
-more without that part on this task; tests that replay the official steps notice it."""
+Lifts in points (seed 0; the results name the length of the runs); stated is the least of the seeds. The check fails at
+both: *the lift*, less than {SHARE:.0%} of the stated lift is left; *the watch*, a sentence that the runs of the whole
+method do not have, in the log and in the report, says that features or ranks look collapsed, or embeddings redundant.
+*nothing*: neither notices it on this task; tests that replay the official steps do."""
 
 
 TEXT_LEGEND = """\

@@ -126,7 +126,7 @@ def test_a_measurement_is_written_once_and_is_the_commands(tmp_path, about, in_t
 def test_a_run_that_fails_is_a_row_with_its_reason():
     row = trial.run_trial(trial.Trial("simclr_v1", "nowhere:x"))
     assert "nowhere" in row["failed"] and measure.line("simclr_v1", row).startswith("simclr_v1, seed 0: ")
-    assert check.judge("simclr_v1", row, 0.2).startswith("simclr_v1: the run failed: ")
+    assert check.judge("simclr_v1", row, 0.2, set()).startswith("simclr_v1: the run failed: ")
 
 
 def test_halving_keeps_the_best_third(tmp_path, about, monkeypatch):
@@ -159,6 +159,21 @@ def test_the_check_wants_two_thirds_of_the_least_stated_lift(tmp_path, about, mo
         monkeypatch.setattr(check, "run_all", lambda trials, _, t=trained: [(x, {**ROW, "trained": t}) for x in trials])
         assert len(check.check(["simclr_v1"], 1, "quick", folder=tmp_path)) == lost
     assert "training added 19.0 points, less than two thirds of the stated 30.0." in capsys.readouterr().out
+
+
+def test_the_check_wants_no_new_warning(tmp_path, about, monkeypatch, capsys):
+    quick = measure.trial_of("simclr_v1", "quick", 0)
+    facts = {"length": "quick", "data": quick.source, "recipe": trial.recipe("simclr_v1", quick.settings)}
+    add(tmp_path, **facts, warnings=["the contrast looks lost: 1.0% in epoch 2."])
+    for warnings, lost in (
+        (["the contrast looks lost: 3.0% in epoch 9."], 0),
+        (["the embeddings look redundant: 0.9."], 1),
+    ):
+        row = {**ROW, "warnings": warnings}
+        monkeypatch.setattr(check, "run_all", lambda trials, _, row=row: [(one, row) for one in trials])
+        assert len(check.check(["simclr_v1"], 1, "quick", folder=tmp_path)) == lost
+    said = "simclr_v1: training added 40.0 points, with a warning that the measured runs lack: the embeddings look"
+    assert said in capsys.readouterr().out
 
 
 def test_every_sabotage_replaces_what_exists_and_ends(monkeypatch):
@@ -240,7 +255,7 @@ def test_a_method_still_learns(method, in_this_process):
 def test_the_quick_check_notices_a_learning_rate_of_0(method, in_this_process):
     one = dataclasses.replace(measure.trial_of(method, "quick", 0), sabotage="lr-0")
     row = trial.run_trial(dataclasses.replace(one, settings={**one.settings, "lr": 0.0}))
-    assert "less than two thirds" in check.judge(method, row, check.stated_lift(method, "quick"))
+    assert "less than two thirds" in check.judge(method, row, check.stated_lift(method, "quick"), set())
 
 
 @pytest.mark.exhaustive

@@ -1,5 +1,6 @@
-"""How many dimensions the features use: RankMe, and signs of a collapse."""
+"""How many dimensions features and embeddings use: RankMe, and signs of a collapse."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from fastssl.distributed import all_sum
 
 MOST = 4096  # largest number of features of a rank to look at
 FLAT = 0.05  # mean standard deviation of a dimension, as a share of 1/√F, below which the features count as collapsed
+REDUNDANT = 0.5  # mean squared correlation of an embedding's dimensions, from which they count as redundant
 LINE = 0.9  # share of the variance in two directions, from which the features count as collapsed
 
 
@@ -94,4 +96,25 @@ def measure_spectrum(features: Tensor) -> Spectrum:
         width=x.shape[1],
         two_directions=float(variances[-2:].sum() / total),
         deviation=float(covariance.diagonal().clamp_min(0).sqrt().mean() * x.shape[1] ** 0.5),
+    )
+
+
+def redundant_embeddings(metrics: list[dict]) -> str | None:
+    """One sentence if the dimensions of the embeddings are strongly correlated in the newest epoch.
+
+    Args:
+        metrics: records of metrics.jsonl, with "redundancy" (`nn.noncontrastive.redundancy`) where the method should
+            keep it small.
+    """
+    known = [line for line in metrics if line.get("redundancy") is not None]
+    if not known:
+        return None
+    last = math.ceil(known[-1]["epoch"])
+    newest = [line["redundancy"] for line in known if math.ceil(line["epoch"]) == last]
+    mean = sum(newest) / len(newest)
+    if mean < REDUNDANT:
+        return None
+    return (
+        f"The embeddings look redundant: in epoch {last} the mean squared correlation of two of their dimensions is "
+        f"{mean:.2f}."
     )

@@ -18,6 +18,7 @@ from fastssl.eval.protocols import Official
 from fastssl.nn import BarlowTwinsLoss
 from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
+from fastssl.nn.noncontrastive import redundancy
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.train.config import Training
 
@@ -125,7 +126,8 @@ class BarlowTwins(nn.Module):
         a, b = self.bn(z1), self.bn(z2)
         with record_function("loss"):
             loss = self.criterion.of_standardised(a, b)
-        return loss, {"similarity": F.cosine_similarity(a.detach().float(), b.detach().float()).mean()}
+        similarity = F.cosine_similarity(a.detach().float(), b.detach().float()).mean()
+        return loss, {"similarity": similarity, "redundancy": redundancy(z1, z2)}
 
     def before_step(self, progress: float) -> None:
         """Barlow Twins has no scheduled values."""

@@ -17,6 +17,7 @@ from fastssl.eval.protocols import Official
 from fastssl.nn import VICRegLoss
 from fastssl.nn.backbones import build_backbone
 from fastssl.nn.heads import mlp_head
+from fastssl.nn.noncontrastive import redundancy
 from fastssl.nn.norm import sync_batch_norms
 from fastssl.train.config import Training
 
@@ -115,7 +116,8 @@ class VICReg(nn.Module):
         with record_function("loss"):
             sim, std, cov = self.criterion.terms(z1, z2)
             loss = self.criterion.weighted(sim, std, cov)
-        return loss, {"invariance": sim.detach(), "variance": std.detach(), "covariance": cov.detach()}
+        terms = {"invariance": sim.detach(), "variance": std.detach(), "covariance": cov.detach()}
+        return loss, terms | {"redundancy": redundancy(z1, z2)}
 
     def before_step(self, progress: float) -> None:
         """VICReg has no scheduled values."""

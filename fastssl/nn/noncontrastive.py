@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from fastssl.distributed import all_gather, all_sum, world_size
 from fastssl.ops.dispatch import acc_dtype, first_order, without_autocast
 
+COMPARED = 64  # most dimensions that `redundancy` compares
+
 
 class NegativeCosineSimilarity(nn.Module):
     """``loss = criterion(p, z)``: minus the mean cosine similarity of rows. Replaces lightly's of the same name.
@@ -149,6 +151,29 @@ class VICRegLoss(nn.Module):
         std = F.relu(1 - (variance + self.eps).sqrt()).mean()
         squares = squared_cross_product(centred, None, self.gather) / (count - 1) ** 2
         return std, (squares - variance.square().sum()) / z.shape[1]
+
+
+@torch.no_grad()
+def redundancy(z1: Tensor, z2: Tensor) -> Tensor:
+    """Mean squared correlation of different dimensions of two views' embeddings, less what chance gives; at most 1.
+
+    Near 0 each dimension has something of its own; at 1 all say the same. It is adjusted as R² is for B rows,
+    1 − (1 − c²)·(B − 1) / (B − 2), with c² the mean square off the diagonal of Barlow Twins' cross-correlation matrix.
+
+    Args:
+        z1: embeddings [B, D] of one view, of this rank; the first `COMPARED` dimensions stand for all.
+        z2: those of the other view.
+
+    Returns: a scalar, float32 (float64 for float64), without gradient; 0 of fewer than 3 rows or 2 dimensions.
+    """
+    rows, dim = z1.shape[0], min(z1.shape[1], COMPARED)
+    if rows < 3 or dim < 2:
+        return z1.new_zeros((), dtype=acc_dtype(z1))
+    with without_autocast(z1):
+        (a, first), (b, second) = (_centre(z[:, :dim], gather=False, correction=0) for z in (z1, z2))
+        squares = (a.T @ b / rows).square() / first.outer(second).clamp_min(torch.finfo(a.dtype).tiny)
+    off_diagonal = (squares.sum() - squares.diagonal().sum()) / (dim * (dim - 1))
+    return 1 - (1 - off_diagonal) * (rows - 1) / (rows - 2)
 
 
 def _check_views(name: str, z1: Tensor, z2: Tensor, gather: bool) -> None:

@@ -8,7 +8,7 @@ import jinja2
 
 from fastssl.contract import Completes, EmbedsText, RanksNegatives, Reconstructs
 from fastssl.eval.ranks import lost_contrast
-from fastssl.eval.spectrum import measure_spectrum
+from fastssl.eval.spectrum import measure_spectrum, redundant_embeddings
 from fastssl.files import write_atomically
 from fastssl.run import Run
 
@@ -130,15 +130,17 @@ def _neighbours(run: RunData, features, labels, numbers) -> list[Any]:
 def _map(run: RunData, features, labels, numbers, projection: Projection) -> list[Any]:
     if len(features) < feature_map.FEWEST:
         return []
-    places, text = feature_map.project(features, projection)
+    places, explained = feature_map.project(features, projection)
     spread = measure_spectrum(features)
     sentences = [
         f"{len(places):,} images.",
-        text,
+        explained,
         f"{spread.text()}.",
         spread.warning(isinstance(run.method, Reconstructs)) or "",
+        redundant_embeddings(run.metrics) or "",
     ]
-    return [feature_map.scatter(places, labels.tolist(), run.test_source.classes), Text(" ".join(sentences).strip())]
+    text = Text(" ".join(filter(None, sentences)))
+    return [feature_map.scatter(places, labels.tolist(), run.test_source.classes), text]
 
 
 def _ranks(run: RunData) -> list[Any]:

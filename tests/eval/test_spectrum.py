@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from fastssl import distributed
 from fastssl.eval import spectrum
-from fastssl.eval.spectrum import measure_spectrum
+from fastssl.eval.spectrum import measure_spectrum, redundant_embeddings
 from tests.support.ranks import run_ranks
 
 
@@ -51,6 +51,18 @@ def test_scale_and_number_of_rows(monkeypatch):
     assert measure_spectrum(x).rankme == pytest.approx(measure_spectrum(1000 * x).rankme)
     monkeypatch.setattr(spectrum, "MOST", 50)
     assert measure_spectrum(x) == measure_spectrum(x[::2])
+
+
+def test_redundant_embeddings():
+    def lines(*values):
+        return [{"epoch": (i + 1) / 2, "loss": 1.0, "redundancy": value} for i, value in enumerate(values)]
+
+    assert redundant_embeddings([]) is None
+    assert redundant_embeddings([{"epoch": 1.0, "loss": 2.0}, {"epoch": 2.0, "redundancy": None}]) is None
+    assert redundant_embeddings(lines(0.9, 0.9, 0.2, 0.29)) is None  # the newest epoch counts
+    assert redundant_embeddings(lines(0.1, 0.1, 0.5, 0.8)) == (
+        "The embeddings look redundant: in epoch 2 the mean squared correlation of two of their dimensions is 0.65."
+    )
 
 
 def test_refusals():

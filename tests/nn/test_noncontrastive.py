@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.distributed import all_gather, rank, world_size
 from fastssl.nn import BarlowTwinsLoss, NegativeCosineSimilarity, VICRegLoss, noncontrastive
-from fastssl.nn.noncontrastive import squared_cross_product, uses_gram
+from fastssl.nn.noncontrastive import redundancy, squared_cross_product, uses_gram
 from tests.support.contract import compiles, gradcheck, refused
 from tests.support.golden import read
 from tests.support.ranks import run_ranks
@@ -219,3 +219,40 @@ def test_lightlys_losses_are_equal():
     ):
         torch.testing.assert_close(ours(z1, z2), theirs(z1, z2), **EXACT)
     torch.testing.assert_close(NegativeCosineSimilarity()(z1, z2), -F.cosine_similarity(z1, z2).mean(), **EXACT)
+
+
+def test_redundancy_is_the_adjusted_mean_of_squared_correlations():
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = (torch.randn(40, 9, generator=generator, dtype=torch.float64) * 3 + 5 for _ in range(2))
+    correlations = torch.corrcoef(torch.cat([z1, z2], dim=1).T)[:9, 9:]
+    squares = correlations.square()[~torch.eye(9, dtype=torch.bool)].mean()
+    torch.testing.assert_close(redundancy(z1, z2), 1 - (1 - squares) * 39 / 38)
+    z1.requires_grad_()
+    assert not redundancy(z1, z2).requires_grad
+
+
+def test_redundancy_of_known_embeddings():
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(32, 1, generator=generator)
+    same = one * torch.linspace(-2, 3, 128)  # one direction; the sign does not matter
+    assert redundancy(same, 2 * same + 1).item() == pytest.approx(1)
+    own = [redundancy(z, z).item() for z in torch.randn(50, 8, 128, generator=generator)]
+    assert abs(sum(own) / len(own)) < 0.01  # by chance 1/7, which is taken off
+    wide = torch.cat([torch.randn(32, noncontrastive.COMPARED, generator=generator), same], dim=1)
+    assert redundancy(wide, wide).equal(
+        redundancy(wide[:, : noncontrastive.COMPARED], wide[:, : noncontrastive.COMPARED])
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (1, 8), (8, 1)])
+def test_no_redundancy_without_pairs(shape):
+    z = torch.randn(shape)
+    assert redundancy(z, z).item() == 0
+
+
+def test_redundancy_of_a_dead_dimension_and_under_autocast():
+    z = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    z[:, 2] = 1.0
+    assert redundancy(z, z).isfinite()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert redundancy(z, z).equal(redundancy(z.clone(), z.clone())) and redundancy(z, z).dtype == torch.float32
