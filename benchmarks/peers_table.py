@@ -34,14 +34,15 @@ LEGEND = """\
 training images, each counted once however many views it has, per second of processor time of one core, with views,
 optimizer and momentum encoder. *min*: minutes of a core, without evaluation, fastssl / lightly. *lightly to fastssl's*:
 until the mean curve of lightly reaches fastssl's last accuracy; "–": not in its whole run, which ends with its learning
-rate at 0. *to the same*: until each reaches the smaller of both last accuracies; "–": which is not above that of the
-untrained encoder. *busy*: other programs used this share of the core during a run, so no ratio is stated.
+rate at 0. *to the same*: until each reaches the smaller of both last accuracies. Both are "–" where that accuracy is
+not above the untrained encoder's.
 
 Both have the same images in memory, initial encoder, batch, epochs, schedule and laws of the views, one thread and no
 workers; the numbers are those of the preset `small`. lightly's parts are put together as in its documentation around
 torch's and timm's modules, with what makes plain torch faster on a CPU: channels-last layout, the fused optimizer, and
 freed memory that stays in the process. Its heads have their own initial weights, its batch norms see one view at a time
 (SimCLR, DINO), its BYOL starts with a copy as the target network."""
+DISTURBED = "*busy*: other programs used this share of the core during a run, so no ratio is stated."
 PICTURE = "learning-peers.png"
 SHOWN = f"![kNN accuracy of fastssl and of lightly against minutes of a core]({PICTURE})"
 
@@ -107,8 +108,8 @@ def render(paths: list[Path]) -> str:
         document = store.read(path)
         lines = lines_of(row for run in document["runs"] for row in run["rows"])
         if lines:
-            about = dict.fromkeys(_about(document["machine"], run["environment"]) for run in document["runs"])
-            parts += [*about, markdown_table(HEADER, map(_cells, lines), text_columns=2), _facts(lines)]
+            parts += [*_about(document), markdown_table(HEADER, map(_cells, lines), text_columns=2), _facts(lines)]
+            parts += [DISTURBED] * any(line.busy > BUSY for line in lines)
     return (
         "\n\n".join([*parts, LEGEND, SHOWN]) if parts else "No measurements yet: `python -m benchmarks.learning_peers`."
     )
@@ -212,9 +213,14 @@ def _facts(lines: list[Line]) -> str:
     return "\n".join(sentences).replace("_", "\\_")
 
 
-def _about(machine: dict, software: dict) -> str:
-    versions = ", ".join(f"{name} {software[name]}" for name in VERSIONS)
-    return f"**{machine['name']}** · level {software['level']} · {versions} · commit `{software['commit']}`"
+def _about(document: dict) -> list[str]:
+    """Machine and versions, a line for each set of versions with its commits."""
+    commits: dict[str, dict[str, None]] = {}
+    for software in (run["environment"] for run in document["runs"]):
+        versions = ", ".join(f"{name} {software[name]}" for name in VERSIONS)
+        about = f"**{document['machine']['name']}** · level {software['level']} · {versions}"
+        commits.setdefault(about, {})[f"`{software['commit']}`"] = None
+    return [f"{about} · commit {', '.join(names)}" for about, names in commits.items()]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -194,12 +194,14 @@ def test_a_sabotage_is_run_and_written(tmp_path, about, in_this_process, monkeyp
     (row,) = sabotage.sabotage(["lr-0"], ["simclr_v1"], 1, "quick", folder=tmp_path)
     assert row["sabotage"] == "lr-0" and row["recipe"]["lr"] == 0.0 and "lift" in sabotage.caught_by(row, tmp_path)
     assert results.read("sabotage", tmp_path) == [{**row, **results.about()}]
-    assert "| learning rate 0 | `simclr_v1` | +40.0 |" in table.render_sabotage(tmp_path)
+    assert "| learning rate 0 | `simclr_v1`, quick | +40.0 |" in table.render_sabotage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(sabotage, "run_all", lambda trials, processes: [pytest.fail("measured again")] if trials else [])
         assert sabotage.sabotage(["lr-0"], ["simclr_v1"], 1, "quick", folder=tmp_path)[0]["lift"] == row["lift"]
     add(tmp_path, length="quick", data=one.source, recipe=trial.recipe("simclr_v1", one.settings), seed=1, trained=0.2)
-    assert "| learning rate 0 | `simclr_v1` | +5.0 |" in table.render_sabotage(tmp_path)  # the least of the seeds
+    assert "| learning rate 0 | `simclr_v1`, quick | +5.0 |" in table.render_sabotage(
+        tmp_path
+    )  # the least of the seeds
     results.add("sabotage", {**row, "recipe": {}}, lambda old: True, lambda row: (), tmp_path)
     assert table.render_sabotage(tmp_path).startswith("No measurements yet")  # of another recipe
 
