@@ -355,8 +355,7 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
     dimensions its features use, and, if it ranks negatives, where the positives stand.
 
     Before the first step it also notes that of raw pixels. Without labels the rest is only printed. The method is left
-    in evaluation mode and torch's random state unchanged. All ranks call it together, and the first one notes and
-    prints.
+    in evaluation mode, torch's random state unchanged. All ranks call it together; the first one notes and prints.
     """
     method.eval()
     train = run.source("train")
@@ -385,10 +384,12 @@ def note_knn(run: Run, method: nn.Module, step: int, epoch: float, device: torch
     print(f"features: {spread.text()}")
     if ranks:
         print(f"positives: {ranks.text()}")
-    collapse = spread.warning(isinstance(method, Reconstructs))
-    lost = ranks and (ranks.warning() or lost_contrast(run.metrics()))
-    for sentence in filter(None, (collapse, redundant_embeddings(run.metrics()), lost) if step else ()):
-        print(f"warning: {sentence[0].lower()}{sentence[1:]}")
+    masked, metrics = isinstance(method, Reconstructs), run.metrics()
+    lost = ranks and (ranks.warning() or lost_contrast(metrics))
+    warnings = [("warning", sentence) for sentence in (spread.warning(masked), redundant_embeddings(metrics), lost)]
+    for kind, sentence in [*warnings, ("note", spread.note(masked))]:
+        if step and sentence:
+            print(f"{kind}: {sentence[0].lower()}{sentence[1:]}")
 
 
 def _ranks(run: Run, method: nn.Module) -> Ranks | None:

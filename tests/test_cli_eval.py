@@ -15,9 +15,11 @@ from fastssl.data.source import Subset, open_source
 from fastssl.eval.features import extract
 from fastssl.eval.knn import knn_accuracy
 from fastssl.evaluation import note_knn
+from fastssl.methods import barlow_twins
 from fastssl.run import open_run
 from tests.support.command import refused, run
 from tests.support.ranks import run_ranks
+from tests.support.runs import make_run
 
 TINY = ["--data", "digits", "--epochs", "1", "--batch-size", "512", "--decoder-depth", "1", "--image-size", "8", "8"]
 
@@ -294,6 +296,15 @@ def test_ranks_write_the_same_records_as_one_process(capsys, folder):
     assert run_ranks(2, _note_knn, folder) == [(True, False)] * 2
     assert (folder / "evaluations.jsonl").read_text() == alone
     assert len(alone.splitlines()) == 3
+
+
+def test_the_log_warns_of_redundant_embeddings_but_not_at_the_start(tmp_path, capsys):
+    made = make_run(tmp_path / "run", barlow_twins, "digits", redundancy=0.95)
+    method = made.load()
+    note_knn(made, method, 0, 0, torch.device("cpu"))
+    assert "redundant" not in capsys.readouterr().out
+    note_knn(made, method, 30, 3, torch.device("cpu"))
+    assert "\nwarning: the embeddings look redundant: in epoch 3 the mean" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@
     python -m benchmarks.learning measure                       # all methods, three seeds; skips what is measured
     python -m benchmarks.learning measure byol mae --seeds 0 1 --processes 2 --again
     python -m benchmarks.learning measure albef --set itm_weight=0 mlm_weight=0  # beside the preset
-    python -m benchmarks.learning check                         # has a method lost a third of its lift?
+    python -m benchmarks.learning check                         # has a method lost a third of its lift, or new warnings
     python -m benchmarks.learning sabotage                      # does anything notice methods broken on purpose?
     python -m benchmarks.learning table                         # the tables of the documentation, and the curves
     python -m benchmarks.learning table --check                 # exit status 1 if a table is out of date
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--few-labels", action="store_true", help="train with 10, 100 and 1,000 labels, too")
     command.add_argument("--again", action="store_true", help="replace what is measured already")
 
-    command = add("check", "whether a method has lost a third of the lift that is stated for it")
+    command = add("check", "whether a method has lost a third of its stated lift, or has new warnings")
     command.add_argument("methods", nargs="*", metavar="METHOD", help="all with a stated lift by default")
     command.add_argument("--length", choices=measure.LENGTHS, default="preset", help="of the runs (preset)")
     command.add_argument("--seed", type=int, default=0, help="of the runs (0)")

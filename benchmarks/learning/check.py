@@ -1,5 +1,6 @@
 """The regression check: a method still reaches two thirds of the lift that is stated for it, without new warnings."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def new_warnings(row: dict, usual: set[str]) -> list[str]:
 
 def _kind(warning: str) -> str:
     """What a warning says, without its numbers."""
-    return warning.partition(":")[0]
+    return re.sub(r"\d[\d.,]*", "N", warning)
 
 
 def check(
@@ -75,10 +76,10 @@ def judge(method: str, row: dict, healthy: float, usual: set[str]) -> str | None
     """A sentence if a run has lost a third of the stated lift or more, or has other warnings than the `usual` ones."""
     if "failed" in row:
         return f"{method}: the run failed: {row['failed']}"
-    gained, warnings = 100 * lift(row), " ".join(new_warnings(row, usual)[-2:])
+    said = f"{method}: training added {100 * lift(row):.1f} points"
     if lift(row) < SHARE * healthy:
-        lost = f"{method}: training added {gained:.1f} points, less than two thirds of the stated {100 * healthy:.1f}."
-        return f"{lost} {warnings}".strip()
-    if warnings:
-        return f"{method}: training added {gained:.1f} points, with a warning that the measured runs lack: {warnings}"
+        lost = f"{said}, less than two thirds of the stated {100 * healthy:.1f}."
+        return " ".join([lost, *row["warnings"][-2:]])
+    if new := new_warnings(row, usual):
+        return f"{said}, with a warning that the measured runs lack: {new[-1]}"
     return None

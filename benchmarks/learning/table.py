@@ -49,7 +49,7 @@ machine."""
 SABOTAGE_LEGEND = f"""\
 Lifts in points of seed 0; stated is the least of the seeds. *quick*: a run on a quarter of the images. At learning rate
 0 the running statistics of batch norms still change. The check fails at both: *the lift*, less than {SHARE:.0%} of the
-stated lift is left; *the watch*, a sentence that the runs of the whole method do not have, in the log and in the report,
+stated lift is left; *the watch*, a sentence that the runs of the whole method do not have, in the log and the report,
 says that features or ranks look collapsed, or embeddings redundant. *nothing*: neither notices it on this task; tests
 that replay the official steps do."""
 

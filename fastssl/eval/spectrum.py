@@ -11,7 +11,7 @@ from fastssl.distributed import all_sum
 
 MOST = 4096  # largest number of features of a rank to look at
 FLAT = 0.05  # mean standard deviation of a dimension, as a share of 1/√F, below which the features count as collapsed
-REDUNDANT = 0.5  # mean squared correlation of an embedding's dimensions, from which they count as redundant
+REDUNDANT = 0.9  # mean squared correlation of an embedding's dimensions, from which they count as redundant
 LINE = 0.9  # share of the variance in two directions, from which the features count as collapsed
 
 
@@ -39,26 +39,30 @@ class Spectrum(NamedTuple):
         }
 
     def warning(self, reconstructs: bool = False) -> str | None:
-        """One sentence if the features look collapsed, or have most of their variance in two directions.
+        """One sentence if the features look collapsed: are nearly equal, or have their variance in two directions.
 
         Args:
             reconstructs: the method predicts masked patches. Two directions often hold most of the variance of such
-                features without a collapse, so another sentence is given.
+                features without a collapse: see `note`.
         """
         if self.deviation < FLAT:
             return (
                 f"The features look collapsed: those of all images are nearly equal, with a standard deviation per "
                 f"dimension of {self.deviation:.1%} of 1/√{self.width}."
             )
-        if self.width > 2 and self.two_directions > LINE and reconstructs:
-            return (
-                f"Two of {self.width} directions hold most of the features' variance, as often where masked patches "
-                f"are predicted: {self.two_directions:.0%}; a linear classifier or fine-tuning tells more than kNN."
-            )
-        if self.width > 2 and self.two_directions > LINE:
+        if self.width > 2 and self.two_directions > LINE and not reconstructs:
             return (
                 f"The features look collapsed: {self.two_directions:.0%} of their variance lies in two of "
                 f"{self.width} directions."
+            )
+        return None
+
+    def note(self, reconstructs: bool) -> str | None:
+        """One sentence if a method that predicts masked patches has features with their variance in two directions."""
+        if self.width > 2 and self.two_directions > LINE and reconstructs:
+            return (
+                f"Two of {self.width} directions hold {self.two_directions:.0%} of the features' variance, as often "
+                "where masked patches are predicted; a linear classifier or fine-tuning tells more than kNN."
             )
         return None
 

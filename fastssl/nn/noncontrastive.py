@@ -154,26 +154,33 @@ class VICRegLoss(nn.Module):
 
 
 @torch.no_grad()
-def redundancy(z1: Tensor, z2: Tensor) -> Tensor:
-    """Mean squared correlation of different dimensions of two views' embeddings, less what chance gives; at most 1.
+def redundancy(*views: Tensor) -> Tensor:
+    """Mean squared correlation of two dimensions of the embeddings, less what chance gives: at most 1.
 
-    Near 0 each dimension has something of its own; at 1 all say the same. It is adjusted as R² is for B rows,
-    1 − (1 − c²)·(B − 1) / (B − 2), with c² the mean square off the diagonal of Barlow Twins' cross-correlation matrix.
+    Near 0 each dimension has something of its own; at 1 all say the same. It is the mean over the views of
+    1 − (1 − c²)·(B − 1) / (B − 2), which adjusts c², the mean square off the diagonal of a view's correlation matrix,
+    as R² is adjusted for B rows. By chance it is about 0, and may lie below.
 
     Args:
-        z1: embeddings [B, D] of one view, of this rank; the first `COMPARED` dimensions stand for all.
-        z2: those of the other view.
+        views: embeddings [B, D] of each view, of this rank; the first `COMPARED` dimensions stand for all.
 
-    Returns: a scalar, float32 (float64 for float64), without gradient; 0 of fewer than 3 rows or 2 dimensions.
+    Returns: a scalar, float32 (float64 for float64), without gradient; NaN of fewer than 3 rows or 2 dimensions.
     """
-    rows, dim = z1.shape[0], min(z1.shape[1], COMPARED)
-    if rows < 3 or dim < 2:
-        return z1.new_zeros((), dtype=acc_dtype(z1))
-    with without_autocast(z1):
-        (a, first), (b, second) = (_centre(z[:, :dim], gather=False, correction=0) for z in (z1, z2))
-        squares = (a.T @ b / rows).square() / first.outer(second).clamp_min(torch.finfo(a.dtype).tiny)
-    off_diagonal = (squares.sum() - squares.diagonal().sum()) / (dim * (dim - 1))
-    return 1 - (1 - off_diagonal) * (rows - 1) / (rows - 2)
+    rows, dim = views[0].shape[0], min(views[0].shape[1], COMPARED)
+    with without_autocast(views[0]):
+        unit = [_unit_columns(view[:, :dim]) for view in views]
+        if rows < 3 or dim < 2:
+            return unit[0].new_full((), float("nan"))
+        off_diagonal = torch.stack([((u.T @ u).square().sum() - u.square().sum(0).square().sum()) for u in unit]).mean()
+    return 1 - (1 - off_diagonal / (dim * (dim - 1))) * (rows - 1) / (rows - 2)
+
+
+def _unit_columns(z: Tensor) -> Tensor:
+    """Columns of z [B, D] without their mean, of length 1; 0 where a column is constant but for rounding."""
+    centred, _ = _centre(z, gather=False, correction=0)
+    smallest = z.shape[0] * torch.finfo(centred.dtype).eps * z.abs().amax(0).to(centred.dtype)
+    length = torch.linalg.vector_norm(centred, dim=0)
+    return torch.where(length > smallest, centred / length, 0)
 
 
 def _check_views(name: str, z1: Tensor, z2: Tensor, gather: bool) -> None:

@@ -4,6 +4,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from fastssl.eval.spectrum import redundant_embeddings
+
 from .parts import Picture, Section
 from .pictures import GREY, draw
 from .run_data import RunData
@@ -44,6 +46,9 @@ def training(runs: list[RunData]) -> Section:
         text += f" Lines of more than {POINTS} points are averaged; the band is their range."
     if len({run.run.method_name for run in runs}) > 1:
         text += " Losses of different methods are not comparable: each method has its own axes."
+    for run in runs:
+        if sentence := redundant_embeddings(run.metrics):
+            text += f" {run.name}: {sentence}" if len(runs) > 1 else f" {sentence}"
     return Section("curves", "Curves", text, pictures)
 
 

@@ -8,7 +8,7 @@ import jinja2
 
 from fastssl.contract import Completes, EmbedsText, RanksNegatives, Reconstructs
 from fastssl.eval.ranks import lost_contrast
-from fastssl.eval.spectrum import measure_spectrum, redundant_embeddings
+from fastssl.eval.spectrum import measure_spectrum
 from fastssl.files import write_atomically
 from fastssl.run import Run
 
@@ -131,13 +131,12 @@ def _map(run: RunData, features, labels, numbers, projection: Projection) -> lis
     if len(features) < feature_map.FEWEST:
         return []
     places, explained = feature_map.project(features, projection)
-    spread = measure_spectrum(features)
+    spread, masked = measure_spectrum(features), isinstance(run.method, Reconstructs)
     sentences = [
         f"{len(places):,} images.",
         explained,
         f"{spread.text()}.",
-        spread.warning(isinstance(run.method, Reconstructs)) or "",
-        redundant_embeddings(run.metrics) or "",
+        spread.warning(masked) or spread.note(masked),
     ]
     text = Text(" ".join(filter(None, sentences)))
     return [feature_map.scatter(places, labels.tolist(), run.test_source.classes), text]

@@ -32,9 +32,8 @@ def test_known_spectra():
     assert "nearly equal, with a standard deviation per dimension of 3.0% of 1/√16" in flat.warning()
     line = measure_spectrum(torch.randn(50, 1) @ torch.randn(1, 16) + 0.01 * torch.randn(50, 16))
     assert "of their variance lies in two of 16 directions" in line.warning()
-    assert "Two of 16 directions hold most of the features' variance, as often where masked" in line.warning(
-        reconstructs=True
-    )
+    assert line.warning(reconstructs=True) is None and line.note(reconstructs=False) is None
+    assert "Two of 16 directions hold 100% of the features' variance, as often where masked" in line.note(True)
     assert flat.warning(reconstructs=True) == flat.warning()
     assert measure_spectrum(torch.randn(9, 2)).warning() is None  # two dimensions have all of the variance
 
@@ -60,8 +59,8 @@ def test_redundant_embeddings():
     assert redundant_embeddings([]) is None
     assert redundant_embeddings([{"epoch": 1.0, "loss": 2.0}, {"epoch": 2.0, "redundancy": None}]) is None
     assert redundant_embeddings(lines(0.9, 0.9, 0.2, 0.29)) is None  # the newest epoch counts
-    assert redundant_embeddings(lines(0.1, 0.1, 0.5, 0.8)) == (
-        "The embeddings look redundant: in epoch 2 the mean squared correlation of two of their dimensions is 0.65."
+    assert redundant_embeddings(lines(0.1, 0.1, 0.95, 0.99)) == (
+        "The embeddings look redundant: in epoch 2 the mean squared correlation of two of their dimensions is 0.97."
     )
 
 

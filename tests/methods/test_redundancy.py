@@ -11,6 +11,7 @@ from fastssl.methods.barlow_twins import BarlowTwins
 from fastssl.methods.vicreg import VICReg
 from fastssl.nn import BarlowTwinsLoss, VICRegLoss
 from fastssl.nn.heads import mlp_head
+from fastssl.nn.noncontrastive import redundancy
 from fastssl.train.optim import build_optimizer
 from tests.support.golden import read
 
@@ -38,6 +39,7 @@ def test_golden_loss_of_the_method(name, inputs, size):
     model = method_of(name, views[0].shape[1])
     loss, metrics = model(Batch(views, None, None))
     loss.backward()
+    torch.testing.assert_close(metrics["redundancy"], redundancy(*(model.projector(view) for view in views)))
     torch.testing.assert_close(loss.detach(), golden[f"{size}.loss"], **EXACT)
     for view, key in zip(views, inputs):
         torch.testing.assert_close(view.grad, golden[f"{size}.grad.{key}"], **EXACT)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastssl.methods import mae, moco_v2
+from fastssl.methods import barlow_twins, mae, moco_v2
 from fastssl.report import curves, tables
 from fastssl.report.run_data import RunData
 from tests.support.runs import make_run
@@ -41,6 +41,18 @@ def test_lines_may_lack_keys_and_values(tmp_path, drawn):
     assert drawn["loss"].values == [("", "2")]
     assert drawn["loss"].alt == "loss by epoch; at the end 2"
     assert drawn["positives ranked first"].values == [("", "50.0%")]
+
+
+def test_redundant_embeddings_are_said_of_each_run(tmp_path, drawn):
+    runs = [
+        opened(make_run(tmp_path / name, barlow_twins, "digits", trained=False, redundancy=value))
+        for name, value in (("whole", 0.1), ("broken", 0.95))
+    ]
+    sentence = (
+        "The embeddings look redundant: in epoch 3 the mean squared correlation of two of their dimensions is 0.95."
+    )
+    assert curves.training(runs).text.endswith(f" broken: {sentence}") and "whole:" not in curves.training(runs).text
+    assert curves.training(runs[1:]).text.endswith(f"record. {sentence}")
 
 
 def test_losses_of_one_method_share_axes(tmp_path, drawn):
