@@ -38,7 +38,8 @@ def main() -> None:
     for name, kind, default in (("lrs", float, [3e-4, 1e-3, 3e-3, 1e-2]), ("counts", int, [10, 100, 1000])):
         parser.add_argument(f"--{name}", type=kind, nargs="+", default=default)
     parser.add_argument("--layer-decays", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--starts", nargs="+", default=[few_labels.SCRATCH, few_labels.PRETRAINED])
+    starts = [few_labels.SCRATCH, few_labels.PRETRAINED]
+    parser.add_argument("--starts", nargs="+", default=starts, choices=starts)
     for name, default in (("draws", 2), ("steps", FewLabels.steps), ("batch-size", FewLabels.batch_size)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)

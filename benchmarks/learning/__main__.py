@@ -5,7 +5,7 @@
     python -m benchmarks.learning measure                       # all methods, three seeds; skips what is measured
     python -m benchmarks.learning measure byol mae --seeds 0 1 --processes 2 --again
     python -m benchmarks.learning measure albef --set itm_weight=0 mlm_weight=0  # beside the preset
-    python -m benchmarks.learning check                         # has a method lost a third of its lift, or new warnings
+    python -m benchmarks.learning check                         # does each method still learn, without new warnings?
     python -m benchmarks.learning sabotage                      # does anything notice methods broken on purpose?
     python -m benchmarks.learning table                         # the tables of the documentation, and the curves
     python -m benchmarks.learning table --check                 # exit status 1 if a table is out of date

@@ -38,6 +38,11 @@ class Spectrum(NamedTuple):
             "deviation": round(self.deviation, 4),
         }
 
+    @property
+    def _flat(self) -> bool:
+        """Whether two directions, of more than two, hold nearly all of the variance."""
+        return self.width > 2 and self.two_directions > LINE
+
     def warning(self, reconstructs: bool = False) -> str | None:
         """One sentence if the features look collapsed: are nearly equal, or have their variance in two directions.
 
@@ -50,7 +55,7 @@ class Spectrum(NamedTuple):
                 f"The features look collapsed: those of all images are nearly equal, with a standard deviation per "
                 f"dimension of {self.deviation:.1%} of 1/√{self.width}."
             )
-        if self.width > 2 and self.two_directions > LINE and not reconstructs:
+        if self._flat and not reconstructs:
             return (
                 f"The features look collapsed: {self.two_directions:.0%} of their variance lies in two of "
                 f"{self.width} directions."
@@ -59,7 +64,7 @@ class Spectrum(NamedTuple):
 
     def note(self, reconstructs: bool) -> str | None:
         """One sentence if a method that predicts masked patches has features with their variance in two directions."""
-        if self.width > 2 and self.two_directions > LINE and reconstructs:
+        if self._flat and reconstructs:
             return (
                 f"Two of {self.width} directions hold {self.two_directions:.0%} of the features' variance, as often "
                 "where masked patches are predicted; a linear classifier or fine-tuning tells more than kNN."

@@ -167,20 +167,21 @@ def redundancy(*views: Tensor) -> Tensor:
     Returns: a scalar, float32 (float64 for float64), without gradient; NaN of fewer than 3 rows or 2 dimensions.
     """
     rows, dim = views[0].shape[0], min(views[0].shape[1], COMPARED)
+    if rows < 3 or dim < 2:
+        return views[0].new_full((), float("nan"), dtype=acc_dtype(views[0]))
     with without_autocast(views[0]):
-        unit = [_unit_columns(view[:, :dim]) for view in views]
-        if rows < 3 or dim < 2:
-            return unit[0].new_full((), float("nan"))
-        off_diagonal = torch.stack([((u.T @ u).square().sum() - u.square().sum(0).square().sum()) for u in unit]).mean()
-    return 1 - (1 - off_diagonal / (dim * (dim - 1))) * (rows - 1) / (rows - 2)
+        squares = torch.stack([_correlations(view[:, :dim]).square().sum() for view in views]).mean()
+    return 1 - (1 - squares / (dim * (dim - 1))) * (rows - 1) / (rows - 2)
 
 
-def _unit_columns(z: Tensor) -> Tensor:
-    """Columns of z [B, D] without their mean, of length 1; 0 where a column is constant but for rounding."""
-    centred, _ = _centre(z, gather=False, correction=0)
-    smallest = z.shape[0] * torch.finfo(centred.dtype).eps * z.abs().amax(0).to(centred.dtype)
-    length = torch.linalg.vector_norm(centred, dim=0)
-    return torch.where(length > smallest, centred / length, 0)
+def _correlations(z: Tensor) -> Tensor:
+    """Correlations [D, D] of different columns of z [B, D]; 0 on the diagonal, and of a column that is constant but for
+    rounding."""
+    z = z.to(acc_dtype(z))
+    rounding = z.shape[0] ** 0.5 * torch.finfo(z.dtype).eps * z.abs().amax(0)
+    varied = z.std(0, correction=0) > rounding
+    pairs = varied.outer(varied) & ~torch.eye(len(varied), dtype=torch.bool, device=z.device)
+    return torch.where(pairs, torch.corrcoef(z.T), 0)
 
 
 def _check_views(name: str, z1: Tensor, z2: Tensor, gather: bool) -> None:
