@@ -176,12 +176,13 @@ def redundancy(*views: Tensor) -> Tensor:
 
 def _correlations(z: Tensor) -> Tensor:
     """Correlations [D, D] of different columns of z [B, D]; 0 on the diagonal, and of a column that is constant but for
-    rounding."""
+    rounding. `torch.corrcoef` reads a value on the host, so that neither torch.compile nor a CUDA graph can take it."""
     z = z.to(acc_dtype(z))
-    rounding = z.shape[0] ** 0.5 * torch.finfo(z.dtype).eps * z.abs().amax(0)
-    varied = z.std(0, correction=0) > rounding
-    pairs = varied.outer(varied) & ~torch.eye(len(varied), dtype=torch.bool, device=z.device)
-    return torch.where(pairs, torch.corrcoef(z.T), 0)
+    centred = z - z.mean(0)
+    length = torch.linalg.vector_norm(centred, dim=0)
+    rounding = z.shape[0] * torch.finfo(z.dtype).eps * z.abs().amax(0)
+    unit = torch.where(length > rounding, centred / length, 0)
+    return (unit.T @ unit).fill_diagonal_(0)
 
 
 def _check_views(name: str, z1: Tensor, z2: Tensor, gather: bool) -> None:
