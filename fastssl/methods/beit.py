@@ -85,7 +85,7 @@ class Config:
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
         config = cls("vit_mini", (32, 32), mask_patches=25, mask_min=5, drop_path=0.0, crop_min=0.6, flip_p=0.0)
         config.training = Training(
-            20, 64, "adamw", 6e-3, 0.05, warmup_epochs=2, warmup_includes_peak=True, clip_parameter_norm=3.0
+            30, 64, "adamw", 6e-3, 0.05, warmup_epochs=2, warmup_includes_peak=True, clip_parameter_norm=3.0
         )
         return config
 

@@ -67,7 +67,7 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(30, 32, "sgd", lr=0.3, weight_decay=5e-4, decay_all=True, warmup_epochs=1)
+        training = Training(60, 32, "sgd", lr=0.3, weight_decay=5e-4, decay_all=True, warmup_epochs=1)
         # NCE diverges where the negatives of an image are a large share of the bank's rows.
         return cls("resnet_mini", (32, 32), nce_k=512, softmax=True, tau=0.2, crop_min=0.25, training=training)
 
