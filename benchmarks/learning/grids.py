@@ -29,7 +29,7 @@ GRIDS: dict[str, dict[str, tuple] | tuple[dict[str, tuple], ...]] = {
     "ibot": {"lr": (2e-3, 4e-3, 8e-3), "batch_size": (32, 64), "ema_momentum": (0.95, 0.98)},
     "dinov2": {"lr": (4e-3, 8e-3, 1.6e-2), "batch_size": (32, 64), "ema_momentum": (0.9, 0.98)},
     "mae": {"lr": (3e-3, 6e-3, 1.2e-2), "batch_size": (32, 64), "mask_ratio": (0.6, 0.75)},
-    "simmim": {"lr": (3e-3, 6e-3, 1.2e-2), "batch_size": (32, 64), "mask_ratio": (0.5, 0.6)},
+    "simmim": {"lr": (3e-3, 6e-3, 1.2e-2), "batch_size": (32, 64), "layer_scale": (0.0, 0.1)},
     "beit": {"lr": (3e-3, 6e-3, 1.2e-2), "batch_size": (32, 64)},
     "dvae": {"lr": (2e-2, 4e-2, 8e-2), "batch_size": (16, 32)},
     "igpt": {"lr": (0.02, 0.04, 0.08), "batch_size": (16, 32), "colours": (16, 32)},

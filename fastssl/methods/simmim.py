@@ -62,8 +62,9 @@ class Config:
     @classmethod
     def small(cls) -> "Config":
         """Not from the paper: for images of at most 64 pixels, minutes on a laptop."""
-        training = Training(50, 64, "adamw", 6e-3, 0.05, warmup_epochs=4, clip_parameter_norm=5.0)
-        return cls("vit_mini", (24, 24), 8, drop_path=0.0, crop_min=0.85, flip_p=0.0, training=training)
+        training = Training(50, 32, "adamw", 6e-3, 0.05, warmup_epochs=4, clip_parameter_norm=5.0)
+        options = {"layer_scale": 0.0, "drop_path": 0.0, "crop_min": 0.85, "flip_p": 0.0}
+        return cls("vit_mini", (24, 24), 8, **options, training=training)
 
     @property
     def augmentation(self) -> Augmentation:

@@ -17,7 +17,7 @@ from tests.support.ranks import run_ranks
 
 
 def small(**changes):
-    config = dataclasses.replace(simmim.Config.small(), **{"image_size": (16, 24), **changes})
+    config = dataclasses.replace(simmim.Config.small(), **{"image_size": (16, 24), "layer_scale": 0.1, **changes})
     method = simmim.build(config)
     for p in method.parameters():
         torch.nn.init.normal_(p, std=0.2)
