@@ -1,8 +1,10 @@
 """What `make demo` measures, for the documentation: accuracies with few labels, beside training from scratch.
 
-make demo && python -m benchmarks.demo     # keep its results; write tables, picture and README's sentence
-python -m benchmarks.demo --render         # write tables, picture and sentence of the kept results
-python -m benchmarks.demo --check          # exit status 1 if a table or the sentence is out of date
+make demo && python -m benchmarks.demo     # keep its results; write tables and picture
+python -m benchmarks.demo --render         # write tables and picture of the kept results
+python -m benchmarks.demo --check          # exit status 1 if a table or a sentence is out of date
+
+Picture and README's sentence are of several seeds, which `python -m benchmarks.learning measure` trained.
 """
 
 import argparse
@@ -16,9 +18,12 @@ matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 
 from fastssl.eval.few_labels_table import Measured, row_name, sentences, table_of
+from fastssl.eval.protocols import FewLabels
 from fastssl.report.few_labels import lines_of, newest, plot_results
 from fastssl.run import open_run
 
+from .learning.measure import stated
+from .learning.table import few_results
 from .machine import environment, machine
 from .store import RESULTS
 from .table import PAGE, SUMMARY, insert, markdown_table, write_or_check
@@ -32,15 +37,21 @@ MARKERS = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--render", action="store_true", help="write table and picture of the kept results")
-    parser.add_argument("--check", action="store_true", help="exit status 1 if the table is out of date")
+    parser.add_argument("--render", action="store_true", help="write tables and picture of the kept results")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if a table or a sentence is out of date")
     options = parser.parse_args(arguments)
     if not options.render and not options.check:
         keep()
     runs = read()
     if not options.check:
-        draw(runs)
-    pages = {TARGET: insert(render(runs), TARGET, MARKERS), SUMMARY: insert(summarise(runs), SUMMARY, MARKERS)}
+        draw([method for method, _ in runs])
+    told = over_seeds(runs[0][0])
+    picture = f"![Accuracy against the number of labels, over seeds](docs/{FIGURE.name})"
+    more = f"[What pretraining is worth](docs/{TARGET.name}#what-pretraining-is-worth)"
+    pages = {
+        TARGET: insert(f"{render(runs)}\n\nThese are of one run. {told}", TARGET, MARKERS),
+        SUMMARY: insert(f"{picture}\n\n{told} {more}.", SUMMARY, MARKERS),
+    }
     return write_or_check(pages, options.check, "python -m benchmarks.demo --render")
 
 
@@ -79,22 +90,39 @@ def render(runs: list[tuple[str, list[Measured]]]) -> str:
     return "\n\n".join(parts)
 
 
-def summarise(runs: list[tuple[str, list[Measured]]]) -> str:
-    """README's sentence on what the demo's first run shows."""
-    method, results = runs[0]
-    text = sentences(results, method)
-    return f"Its result: {text[0].lower()}{text[1:]} [All figures](docs/{TARGET.name}#what-pretraining-is-worth)."
+def over_seeds(method: str) -> str:
+    """What the runs of several seeds show together, in some sentences."""
+    rows = rows_of_seeds(method)
+    text = sentences(few_results(rows), method)
+    images = f"`{rows[0]['data']}` (32 × 32 drawings of ten kinds, chance 10%)"
+    about = f"Over {len(rows)} seeds of pretraining, on {images}, {FewLabels().steps} steps of training with labels"
+    return f"{about}: {text[0].lower()}{text[1:]}"
 
 
-def draw(runs: list[tuple[str, list[Measured]]]) -> None:
-    """Accuracy by number of labels, one panel a run."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.8), sharey=True)
-    for panel, (method, results) in zip(axes, runs):
+def rows_of_seeds(method: str) -> list[dict]:
+    """Rows of the method's present preset that have accuracies with few labels.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = [row for row in stated(method, "preset") if "few_labels" in row]
+    if not rows:
+        command = f"python -m benchmarks.learning measure {method} --few-labels"
+        raise ValueError(f"demo: no accuracies with few labels of {method}'s present preset: run `{command}`")
+    return rows
+
+
+def draw(methods: list[str]) -> None:
+    """Accuracy by number of labels over the seeds of the presets, one panel a method."""
+    figure, axes = plt.subplots(1, len(methods), figsize=(4.2 * len(methods), 3.8), sharey=True)
+    for panel, method in zip(axes, methods):
+        rows = rows_of_seeds(method)
+        results = few_results(rows)
         plot_results(panel, results)
         names = [row_name(row, method) for row in lines_of(results)]
         marks = [line for line in panel.lines if line.get_marker() == "o"]
         panel.legend(marks, names, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-        panel.set_title(method, fontsize=9)
+        panel.set_title(f"{method}, {len(rows)} seeds", fontsize=9)
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on held-out images")
     figure.tight_layout()

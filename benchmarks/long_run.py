@@ -35,10 +35,11 @@ POINTS = 5  # kNN evaluations while it trains
 HEADER = ("method", "images seen", "minutes", "killed, resumed", "raw pixels", "untrained", "kNN", "linear")
 LEGEND = """\
 One core and one seed a run, of the preset `small` with more epochs. *minutes*: from the first start to the end, with
-kNN evaluations and what was trained again after the kill. *killed, resumed*: the epoch at which the process was killed,
-and that of the checkpoint from which the same command went on. *raw pixels* to *linear*: accuracy on all held-out
-images with the labels of all training images; kNN with k = 20. Few labels: share of the held-out images, mean ±
-standard deviation over draws of the labels, as `fastssl eval few-labels` gives it."""
+kNN evaluations and what was trained again after the kill. *killed, resumed*: the epoch at which the process was
+killed, and that of the checkpoint from which the same command went on. *raw pixels* to *linear*: accuracy on all
+held-out images with the labels of all training images; kNN with k = 20. Few labels: share of the held-out images,
+mean ± standard deviation over draws of the labels, as `fastssl eval few-labels` gives it; raw pixels by a linear
+classifier."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -43,6 +43,7 @@ torch's and timm's modules, with what makes plain torch faster on a CPU: channel
 freed memory that stays in the process. Its heads have their own initial weights, its batch norms see one view at a time
 (SimCLR, DINO), its BYOL starts with a copy as the target network."""
 DISTURBED = "*busy*: other programs used this share of the core during a run, so no ratio is stated."
+FAR = 2  # standard errors beyond which a difference of accuracies is named
 PICTURE = "learning-peers.png"
 SHOWN = f"![kNN accuracy of fastssl and of lightly against minutes of a core]({PICTURE})"
 
@@ -69,6 +70,35 @@ class Line(NamedTuple):
     def busy(self) -> float:
         """Largest share of a core that other programs used."""
         return max((row["others"] or 0 for rows in self.rows.values() for row in rows), default=0)
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of fastssl less lightly's."""
+        return _mean(self.final("fastssl")) - _mean(self.final("lightly"))
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the difference; None of a single seed."""
+        finals = [self.final(library) for library in LIBRARIES]
+        if min(map(len, finals)) < 2:
+            return None
+        return sum(statistics.variance(final) / len(final) for final in finals) ** 0.5
+
+    def faster(self) -> float | None:
+        """Images per second, as a multiple of lightly's; None if other programs were busy."""
+        return None if self.busy > BUSY else self.rate("fastssl") / self.rate("lightly")
+
+    def minutes_to_same(self) -> list[float | None]:
+        """Minutes of each library to the smaller of both last accuracies, if that is above the untrained encoder's."""
+        curves = [self.curve(library) for library in LIBRARIES]
+        last = min(curve[-1][1] for curve in curves)
+        untrained = _mean(row["knn_untrained"] for row in self.rows["fastssl"])
+        return [minutes_to(curve, last) if last > untrained else None for curve in curves]
+
+    def sooner(self) -> float | None:
+        """Minutes of lightly to the same accuracy, as a multiple of fastssl's; None where that is not known."""
+        ours, theirs = self.minutes_to_same()
+        return None if self.busy > BUSY or not ours or theirs is None else theirs / ours
 
 
 def files(folder: Path, shown_in: str | None = None) -> list[Path]:
@@ -108,7 +138,8 @@ def render(paths: list[Path]) -> str:
         document = store.read(path)
         lines = lines_of(row for run in document["runs"] for row in run["rows"])
         if lines:
-            parts += [*_about(document), markdown_table(HEADER, map(_cells, lines), text_columns=2), _facts(lines)]
+            table = markdown_table(HEADER, map(_cells, lines), text_columns=2)
+            parts += [*_about(document), *_summary(lines), table, _facts(lines)]
             parts += [DISTURBED] * any(line.busy > BUSY for line in lines)
     return (
         "\n\n".join([*parts, LEGEND, SHOWN]) if parts else "No measurements yet: `python -m benchmarks.learning_peers`."
@@ -155,29 +186,28 @@ def draw(paths: list[Path], target: Path) -> bool:
 
 
 def _cells(line: Line) -> list[str]:
-    ours, theirs = (line.final(library) for library in LIBRARIES)
     curves = [line.curve(library) for library in LIBRARIES]
-    busy = line.busy > BUSY
     first = line.rows["fastssl"][0]
     raw, untrained = first["knn_raw"], _mean(row["knn_untrained"] for row in line.rows["fastssl"])
-    lasts = [curve[-1][1] for curve in curves]
-    same = [minutes_to(curve, min(lasts)) if min(lasts) > untrained else None for curve in curves]
-    caught_up = minutes_to(curves[1], lasts[0]) if lasts[0] > untrained else None
-    rates = [line.rate(library) for library in LIBRARIES]
+    last = curves[0][-1][1]
     return [
-        line.data + (f" (busy: {line.busy:.0%})" if busy else ""),
+        line.data + (f" (busy: {line.busy:.0%})" if line.busy > BUSY else ""),
         f"`{line.method}`",
         f"{100 * raw:.1f}, {100 * untrained:.1f}",
-        _spread(ours),
-        _spread(theirs),
-        _difference(ours, theirs),
-        *map(number, rates),
-        times(None if busy else rates[0] / rates[1]),
+        *(_spread(line.final(library)) for library in LIBRARIES),
+        _difference(line),
+        *(number(line.rate(library)) for library in LIBRARIES),
+        times(line.faster()),
         " / ".join(number(curve[-1][0], 2) for curve in curves),
-        _minutes(caught_up),
-        " / ".join(map(_minutes, same)),
-        times(None if busy or not same[0] or same[1] is None else same[1] / same[0]),
+        _minutes(minutes_to(curves[1], last) if last > untrained else None),
+        " / ".join(map(_minutes, line.minutes_to_same())),
+        times(line.sooner()),
     ]
+
+
+def _span(values: list[float]) -> str:
+    """Smallest and largest of some ratios."""
+    return " to ".join(dict.fromkeys(number(end(values), 2) for end in (min, max)))
 
 
 def _minutes(value: float | None) -> str:
@@ -190,13 +220,29 @@ def _spread(values: list[float]) -> str:
     return f"{100 * _mean(values):.1f}{deviation}"
 
 
-def _difference(ours: list[float], theirs: list[float]) -> str:
+def _difference(line: Line) -> str:
     """Difference of the means in points ± its standard error."""
-    error = ""
-    if min(len(ours), len(theirs)) > 1:
-        squares = statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs)
-        error = f" ± {100 * squares**0.5:.1f}"
-    return f"{100 * (_mean(ours) - _mean(theirs)):+.1f}{error}"
+    return f"{100 * line.difference:+.1f}" + ("" if line.error is None else f" ± {100 * line.error:.1f}")
+
+
+def _summary(lines: list[Line]) -> list[str]:
+    """What the table shows, a sentence each on speed, accuracy and time to the same accuracy, as one paragraph."""
+    text = []
+    if faster := [value for line in lines if (value := line.faster())]:
+        text.append(f"fastssl trains on {_span(faster)} times as many images per second.")
+    if known := [line for line in lines if line.error is not None]:
+        far = [line for line in known if abs(line.difference) > FAR * line.error]
+        names = ", ".join(f"`{line.method}` on {line.data} ({_difference(line)})" for line in far)
+        text.append(
+            f"The accuracies of {len(known) - len(far)} of {len(known)} lines differ by at most {FAR} standard errors"
+            + (f"; by more those of {names}." if far else ".")
+        )
+    if sooner := [value for line in lines if (value := line.sooner())]:
+        text.append(
+            f"To the same accuracy lightly takes {_span(sooner)} times as long, in "
+            f"{sum(value < 1 for value in sooner)} of {len(sooner)} lines less than fastssl."
+        )
+    return [" ".join(text)] * bool(text)
 
 
 def _facts(lines: list[Line]) -> str:

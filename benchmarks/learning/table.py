@@ -29,29 +29,30 @@ TEXT_MARKERS = "<!-- text:begin -->", "<!-- text:end -->"
 FIGURE = PAGE.parent / "learning-curves.png"
 HEADER = ("method", "data", "images seen", "minutes", "raw pixels", "untrained", "trained", "lift", "linear", "RankMe")
 SABOTAGE_HEADER = ("what is broken", "method", "stated lift", "lift", "caught by")
-FEW_HEADER = ("method", "labels", "raw pixels", "from scratch", "kNN", "linear", "fine-tuned")
+FEW_HEADER = ("method", "seeds", "labels", "raw pixels", "from scratch", "kNN", "linear", "fine-tuned")
 FEW_COLUMNS = [row for row in ROWS if row != (PIXELS, "knn")]
 TEXT_HEADER = ("method", "zero-shot", "image → text R@1, 5, 10", "text → image R@1, 5, 10", "kNN untrained", "kNN")
 WATCHES = {"lift": "the lift", "watch": "the watch", "failed": "an error"}
 COLUMNS = 5  # of the figure
 
 LEGEND = f"""\
-Accuracy of weighted kNN (k = {K}) on the held-out images by the labels of all training images, of the preset `small`:
-mean ± standard deviation over the seeds. *raw pixels*, *untrained*: the same with pixels, and with the encoder before
-its first step; iGPT's images have 16 pixels a side, SimMIM's 24, all others 32. *lift*: what training added, in points.
-*linear*: a linear classifier on the frozen features by the same labels (`fastssl eval linear`). *minutes*: of one core,
-training alone. Marked ¹: the share of held-out pairs of image and caption that are found among the first
-{FOUND} of 1,000, in the worse direction. Marked ²: the share of the pixels' differences from their image's mean colour
-that the codes keep. A name with options is the preset with these settings. The command of a row is `fastssl pretrain
-METHOD --data DATA --seed SEED`; the files in benchmarks/results/learning hold it, the recipe, the curves and the
-machine."""
+Accuracy of weighted kNN (k = {K}) on the held-out images by the labels of all training images, of the preset
+`small`: mean ± standard deviation over the seeds. *raw pixels*, *untrained*: the same with pixels, and with the
+encoder before its first step; iGPT's images have 16 pixels a side, SimMIM's 24, all others 32. *lift*: what training
+added, in points. *linear*: a linear classifier on the frozen features by the same labels (`fastssl eval linear`).
+*RankMe*: how many dimensions the features use ([pretraining](pretraining.md#signs-of-a-collapse)). *minutes*: of one
+core, training alone. Marked ¹: R@{FOUND}, of both directions the worse: the share of held-out images with a right
+caption among the first {FOUND} of all captions, or of captions with the right image among the first {FOUND} images.
+Marked ²: the share of the pixels' differences from their image's mean colour that the codes keep. A name with
+options is the preset with these settings. The command of a row is `fastssl pretrain METHOD --data DATA --seed SEED`;
+the files in benchmarks/results/learning hold it, the recipe, the curves and the machine."""
 
 SABOTAGE_LEGEND = f"""\
-Lifts in points of seed 0; stated is the least of the seeds. *quick*: a run on a quarter of the images. At learning rate
-0 the running statistics of batch norms still change. The check fails at both: *the lift*, less than {SHARE:.0%} of the
-stated lift is left; *the watch*, a sentence that the runs of the whole method do not have, in the log and the report,
-says that features or ranks look collapsed, or embeddings redundant. *nothing*: neither notices it on this task; tests
-that replay the official steps do."""
+Lifts in points of seed 0; the stated lift is the least of the seeds, not their mean. *quick*: a run on a quarter of
+the images. At learning rate 0 the running statistics of batch norms still change. The check fails at either. *The
+lift*: less than {SHARE:.0%} of the stated lift is left. *The watch*: log and report warn, as they do in no run of
+the whole method, that features look collapsed, embeddings redundant, or the contrast lost or too easy."""
+SABOTAGE_UNNOTICED = "*nothing*: neither notices it on this task; tests that replay the official steps do."
 
 
 TEXT_LEGEND = """\
@@ -60,8 +61,9 @@ the first k. *zero-shot*: accuracy over ten shapes by the sentences of `fastssl 
 image tower's features by kNN (k = 20). By chance R@1 is 0.1 % and accuracy 10 %."""
 
 FEW_LEGEND = """\
-Share of the held-out images, mean ± standard deviation over draws of the labels, and over seeds where several were run.
-*raw pixels*: a linear classifier. The presets, recipes and machine are those of the table of all methods."""
+Share of the held-out images, mean ± standard deviation over three draws of the labels for each seed of pretraining.
+*raw pixels*: a linear classifier. Presets, recipes and machine are those of the table of all methods, which may have
+more seeds."""
 
 
 def learned(method: str, folder: Path | None = None, changes: dict[str, Any] | None = None) -> dict | None:
@@ -113,7 +115,7 @@ def render(folder: Path | None = None) -> str:
     days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     about += f" · one core a run · seeds {', '.join(map(str, seeds))} · {days}"
     lines = [_line(method, found) for method, found in measured.items()]
-    curves = f"![kNN accuracy by epoch of every method]({FIGURE.name})"
+    curves = f"![kNN accuracy of the image features by epoch, of every method]({FIGURE.name})"
     return "\n\n".join([about, markdown_table(HEADER, lines, text_columns=2), LEGEND, curves])
 
 
@@ -143,15 +145,22 @@ def render_few(folder: Path | None = None) -> str:
     return "\n\n".join([markdown_table(FEW_HEADER, lines, text_columns=1), FEW_LEGEND])
 
 
-def few_labels_lines(name: str, rows: list[dict]) -> list[list[str]]:
-    """Cells of the table of accuracies with few labels, over all seeds and draws; a line for each number of labels."""
+def few_results(rows: list[dict]) -> list[Measured]:
+    """Accuracies with few labels, of the draws of all rows together."""
     cells: dict[tuple, list[float]] = {}
     for result in (Measured(**result) for row in rows for result in row.get("few_labels", [])):
-        cells.setdefault((result.labels, result.row), []).extend(result.accuracies)
+        cells.setdefault((*result.row, result.labels), []).extend(result.accuracies)
+    return [Measured(*key, tuple(accuracies)) for key, accuracies in cells.items()]
+
+
+def few_labels_lines(name: str, rows: list[dict]) -> list[list[str]]:
+    """Cells of the table of accuracies with few labels, over all seeds and draws; a line for each number of labels."""
+    found = {(result.labels, result.row): result for result in few_results(rows)}
+    seeds = sum("few_labels" in row for row in rows)
     lines = []
-    for count in sorted({count for count, _ in cells}):
-        results = [Measured(*row, count, tuple(cells[count, row])) for row in FEW_COLUMNS]
-        lines.append([f"`{name}`", f"{count:,}", *(result.text() for result in results)])
+    for count in sorted({count for count, _ in found}):
+        results = [found[count, row] for row in FEW_COLUMNS]
+        lines.append([f"`{name}`", str(seeds), f"{count:,}", *(result.text() for result in results)])
     return lines
 
 
@@ -196,7 +205,8 @@ def render_sabotage(folder: Path | None = None) -> str:
         ]
         for row in rows
     ]
-    return "\n\n".join([markdown_table(SABOTAGE_HEADER, lines, text_columns=2), SABOTAGE_LEGEND])
+    legend = [SABOTAGE_LEGEND] + [SABOTAGE_UNNOTICED] * any(line[-1] == "nothing" for line in lines)
+    return "\n\n".join([markdown_table(SABOTAGE_HEADER, lines, text_columns=2), "\n".join(legend)])
 
 
 def draw(target: Path, folder: Path | None = None) -> None:
@@ -220,7 +230,7 @@ def draw(target: Path, folder: Path | None = None) -> None:
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
     for panel in axes.flat[len(measured) :]:
         panel.axis("off")
-    figure.suptitle("kNN accuracy by epoch, one line a seed; dashed: raw pixels", fontsize=9)
+    figure.suptitle("kNN accuracy of the image features by epoch, one line a seed; dashed: raw pixels", fontsize=9)
     figure.tight_layout()
     figure.savefig(target, dpi=110, metadata={"Software": None})  # the same bytes for the same numbers
     plt.close(figure)

@@ -218,7 +218,7 @@ def test_the_table_has_means_and_spread_and_is_checked(tmp_path, about, capsys):
     figure = tmp_path / "curves.png"
     assert table.write(False, tmp_path, page, figure) == 0 and figure.stat().st_size > 1000
     line, changed, few = (line for line in page.read_text().splitlines() if line.startswith("| `simclr_v1"))
-    assert few == f"| `simclr_v1` | 100 |{' 40.0% ± 16.7% |' * 5}"
+    assert few == f"| `simclr_v1` | 3 | 100 |{' 40.0% ± 16.7% |' * 5}"
     cells = f"| `simclr_v1` | {trial.DATA} | 57,344 | 1.5 | 20.0 % | 15.0 % | **55.0 ± 5.0 %** | +40.0 | – | 30.0 |"
     assert line == cells
     assert changed.startswith("| `simclr_v1 --lr 0.1` | ") and "**35.0 %** (1 seed)" in changed

@@ -223,6 +223,19 @@ def test_a_line_compares_accuracy_speed_and_time_to_the_same_accuracy():
     assert cells([row_of(), better])[-3:] == ["3.2", "2.0 / 3.2", "1.6×"]
 
 
+def test_the_summary_names_what_differs():
+    same = [row_of(seed=seed, knn=knn, method="mae") for seed, knn in enumerate((0.6, 0.7))]
+    same += [row_of(**{**LIGHTLY, "seed": seed, "knn": knn}, method="mae") for seed, knn in enumerate((0.62, 0.7))]
+    rows = [row_of(), row_of(seed=1, knn=0.72), row_of(**SLOW), row_of(**SLOW, seed=1)]
+    (text,) = peers_table._summary(lines_of([*rows, *same]))
+    assert text == (
+        "fastssl trains on 2.0 times as many images per second. The accuracies of 1 of 2 lines differ by at most 2 "
+        "standard errors; by more those of `moco_v2` on shapes (+11.0 ± 1.0). To the same accuracy lightly takes 1.0 "
+        "to 2.7 times as long, in 0 of 2 lines less than fastssl."
+    )
+    assert peers_table._summary(lines_of([row_of(others=0.4), row_of(**SLOW)])) == []  # busy, and of one seed
+
+
 def test_without_a_gain_there_is_no_time_to_it():
     lost = {"knn": 0.28, "curve": [[0, 0.0, 0.3], [2, 120.0, 0.28]]}
     assert cells([row_of(**lost), row_of(**SLOW)])[-3:] == ["–", "– / –", "–"]
