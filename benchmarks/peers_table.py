@@ -233,8 +233,9 @@ def _summary(lines: list[Line]) -> list[str]:
     if known := [line for line in lines if line.error is not None]:
         far = [line for line in known if abs(line.difference) > FAR * line.error]
         names = ", ".join(f"`{line.method}` on {line.data} ({_difference(line)})" for line in far)
+        near = f"{len(known) - len(far)} of {len(known)}" if far else f"all {len(known)}"
         text.append(
-            f"The accuracies of {len(known) - len(far)} of {len(known)} lines differ by at most {FAR} standard errors"
+            f"The accuracies of {near} lines differ by at most {FAR} standard errors"
             + (f"; by more those of {names}." if far else ".")
         )
     if sooner := [value for line in lines if (value := line.sooner())]:
