@@ -4,7 +4,7 @@
 #   make test        the tests, without those marked exhaustive
 #   make test-fast   the tests, without those marked slow or exhaustive: minutes
 #   make test-all    every test: all kernel configurations, long kills, long learning runs
-#   make test-learning  every method still learns: two thirds of its least lift over the seeds, no new warning
+#   make test-learning  methods still learn (but iGPT): two thirds of the least lift over the seeds, no new warning
 #   make lint        format, style and types
 #   make docs        the documentation as a site, build/docs/index.html; every warning is an error
 #   make bench       time each op beside its baselines; writes benchmarks/results and the tables of the documentation

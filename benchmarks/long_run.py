@@ -130,9 +130,9 @@ def render() -> str:
     parts = [" · ".join(about)]
     for data in dict.fromkeys(row["data"] for row in rows):
         chosen = [row for row in rows if row["data"] == data]
-        few = [line for row in chosen for line in few_labels_lines(row["method"], [row])]
+        few = [line for row in chosen for line in few_labels_lines(row["method"], [{"seed": 0, **row}])]
         parts += [f"`{data}`:", markdown_table(HEADER, map(_cells, chosen), text_columns=1)]
-        parts += [markdown_table(FEW_HEADER, few, text_columns=1)]
+        parts += [markdown_table(FEW_HEADER[:1] + FEW_HEADER[2:], [[x[0], *x[2:]] for x in few], text_columns=1)]
     return "\n\n".join([*parts, LEGEND])
 
 

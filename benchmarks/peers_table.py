@@ -229,19 +229,20 @@ def _summary(lines: list[Line]) -> list[str]:
     """What the table shows, a sentence each on speed, accuracy and time to the same accuracy, as one paragraph."""
     text = []
     if faster := [value for line in lines if (value := line.faster())]:
-        text.append(f"fastssl trains on {_span(faster)} times as many images per second.")
+        text.append(f"fastssl trains on {_span(faster)} times as many images per second as lightly.")
     if known := [line for line in lines if line.error is not None]:
         far = [line for line in known if abs(line.difference) > FAR * line.error]
         names = ", ".join(f"`{line.method}` on {line.data} ({_difference(line)})" for line in far)
-        near = f"{len(known) - len(far)} of {len(known)}" if far else f"all {len(known)}"
         text.append(
-            f"The accuracies of {near} lines differ by at most {FAR} standard errors"
-            + (f"; by more those of {names}." if far else ".")
+            f"In {len(known) - len(far)} of {len(known)} rows the accuracies differ by at most {FAR} standard errors"
+            + (f", by more in {names}" if far else "")
+            + f"; fastssl's is the smaller in {sum(line.difference < 0 for line in known)}. The standard errors reach "
+            f"{100 * max(line.error or 0 for line in known):.1f} points."
         )
     if sooner := [value for line in lines if (value := line.sooner())]:
         text.append(
-            f"To the same accuracy lightly takes {_span(sooner)} times as long, in "
-            f"{sum(value < 1 for value in sooner)} of {len(sooner)} lines less than fastssl."
+            f"To the same accuracy lightly takes {_span(sooner)} times as long as fastssl; it is there first in "
+            f"{sum(value < 1 for value in sooner)} of the {len(sooner)} rows that rise above the untrained encoder."
         )
     return [" ".join(text)] * bool(text)
 
@@ -251,11 +252,11 @@ def _facts(lines: list[Line]) -> str:
     sentences = []
     for data in dict.fromkeys(line.data for line in lines):
         rows = [row for line in lines if line.data == data for row in line.rows["fastssl"]]
-        seeds = sorted({len(group) for line in lines if line.data == data for group in line.rows.values()})
+        seeds = ", ".join(f"{line.method} {len(line.rows['fastssl'])}" for line in lines if line.data == data)
         epochs = ", ".join(f"{row['method']} {row['epochs']}" for row in {row["method"]: row for row in rows}.values())
         sentences.append(
             f"*{data}*: {rows[0]['training_images']:,} training and {rows[0]['held_out_images']:,} held-out images, "
-            f"seeds a method: {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}; epochs: {epochs}."
+            f"seeds: {seeds}; epochs: {epochs}."
         )
     return "\n".join(sentences).replace("_", "\\_")
 

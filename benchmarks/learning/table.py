@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fastssl.eval.few_labels_table import PIXELS, ROWS, Measured
+from fastssl.eval.few_labels_table import PIXELS, PRETRAINED, ROWS, Measured
 from fastssl.method_modules import method_names
 
 from ..table import PAGE, insert, markdown_table, number, write_or_check
@@ -41,11 +41,11 @@ Accuracy of weighted kNN (k = {K}) on the held-out images by the labels of all t
 encoder before its first step; iGPT's images have 16 pixels a side, SimMIM's 24, all others 32. *lift*: what training
 added, in points. *linear*: a linear classifier on the frozen features by the same labels (`fastssl eval linear`).
 *RankMe*: how many dimensions the features use ([pretraining](pretraining.md#signs-of-a-collapse)). *minutes*: of one
-core, training alone. Marked ¹: R@{FOUND}, of both directions the worse: the share of held-out images with a right
-caption among the first {FOUND} of all captions, or of captions with the right image among the first {FOUND} images.
-Marked ²: the share of the pixels' differences from their image's mean colour that the codes keep. A name with
-options is the preset with these settings. The command of a row is `fastssl pretrain METHOD --data DATA --seed SEED`;
-the files in benchmarks/results/learning hold it, the recipe, the curves and the machine."""
+core, training alone. Marked ¹: R@{FOUND}, the share of held-out images whose caption is among the {FOUND} that rank
+first, or of captions whose image is; the smaller of the two. Marked ²: the share of the pixels' differences from
+their image's mean colour that the codes keep. A name with options is the preset with these settings. The command of
+a row is `fastssl pretrain METHOD --data DATA --seed SEED`; the files in benchmarks/results/learning hold it, the
+recipe, the curves and the machine."""
 
 SABOTAGE_LEGEND = f"""\
 Lifts in points of seed 0; the stated lift is the least of the seeds, not their mean. *quick*: a run on a quarter of
@@ -61,9 +61,10 @@ the first k. *zero-shot*: accuracy over ten shapes by the sentences of `fastssl 
 image tower's features by kNN (k = 20). By chance R@1 is 0.1 % and accuracy 10 %."""
 
 FEW_LEGEND = """\
-Share of the held-out images, mean ± standard deviation over three draws of the labels for each seed of pretraining.
-*raw pixels*: a linear classifier. Presets, recipes and machine are those of the table of all methods, which may have
-more seeds."""
+Share of the held-out images, mean ± standard deviation over draws of the labels: three for each seed of pretraining,
+five different ones for pixels and for training from scratch where there are three seeds, which share draws. *seeds*:
+runs that were evaluated with few labels. *raw pixels*: a linear classifier. Presets, recipes and machine are those
+of the table of all methods."""
 
 
 def learned(method: str, folder: Path | None = None, changes: dict[str, Any] | None = None) -> dict | None:
@@ -132,9 +133,15 @@ def _line(method: str, found: dict) -> list[str]:
         percent(found["untrained"]),
         f"**{100 * found['trained']:.1f}{spread} %**{fewer}",
         f"{100 * found['lift']:+.1f}",
-        percent(found["linear"]),
+        percent(found["linear"]) + _fewer(found["rows"], "linear"),
         "–" if found["rankme"] is None else number(found["rankme"]),
     ]
+
+
+def _fewer(rows: list[dict], name: str) -> str:
+    """How many rows have a value, if some have none."""
+    having = sum(row.get(name) is not None for row in rows)
+    return f" ({having} seed{'s' * (having > 1)})" if 0 < having < len(rows) else ""
 
 
 def render_few(folder: Path | None = None) -> str:
@@ -146,11 +153,18 @@ def render_few(folder: Path | None = None) -> str:
 
 
 def few_results(rows: list[dict]) -> list[Measured]:
-    """Accuracies with few labels, of the draws of all rows together."""
-    cells: dict[tuple, list[float]] = {}
-    for result in (Measured(**result) for row in rows for result in row.get("few_labels", [])):
-        cells.setdefault((*result.row, result.labels), []).extend(result.accuracies)
-    return [Measured(*key, tuple(accuracies)) for key, accuracies in cells.items()]
+    """Accuracies with few labels, of the draws of all rows together.
+
+    Row and draw have seeds s and s + i, so that rows share draws. Pixels and training from scratch know nothing of the
+    pretraining: the same draw gives the same accuracy again, which counts once.
+    """
+    cells: dict[tuple, dict[tuple, float]] = {}
+    for row in rows:
+        for result in (Measured(**result) for result in row.get("few_labels", [])):
+            cell = cells.setdefault((*result.row, result.labels), {})
+            for i, accuracy in enumerate(result.accuracies):
+                cell[row["seed"] if result.start == PRETRAINED else None, row["seed"] + i] = accuracy
+    return [Measured(*key, tuple(cell.values())) for key, cell in cells.items()]
 
 
 def few_labels_lines(name: str, rows: list[dict]) -> list[list[str]]:

@@ -229,9 +229,10 @@ def test_the_summary_names_what_differs():
     rows = [row_of(), row_of(seed=1, knn=0.72), row_of(**SLOW), row_of(**SLOW, seed=1)]
     (text,) = peers_table._summary(lines_of([*rows, *same]))
     assert text == (
-        "fastssl trains on 2.0 times as many images per second. The accuracies of 1 of 2 lines differ by at most 2 "
-        "standard errors; by more those of `moco_v2` on shapes (+11.0 ± 1.0). To the same accuracy lightly takes 1.0 "
-        "to 2.7 times as long, in 0 of 2 lines less than fastssl."
+        "fastssl trains on 2.0 times as many images per second as lightly. In 1 of 2 rows the accuracies differ by at "
+        "most 2 standard errors, by more in `moco_v2` on shapes (+11.0 ± 1.0); fastssl's is the smaller in 1. The "
+        "standard errors reach 6.4 points. To the same accuracy lightly takes 1.0 to 2.7 times as long as fastssl; it "
+        "is there first in 0 of the 2 rows that rise above the untrained encoder."
     )
     assert peers_table._summary(lines_of([row_of(others=0.4), row_of(**SLOW)])) == []  # busy, and of one seed
 
