@@ -106,7 +106,7 @@ def over_seeds(method: str) -> str:
         f"reach {means[scratch, 100]}. The same network, {pretraining}, reaches {means[tuned, 100]} when fine-tuned as "
         f"long, and {means[linear, 100]} with a linear classifier on its features: means over {len(rows)} pretrained "
         f"networks. From scratch, {LONGER_STEPS:,} steps reach {longer['accuracy']:.0%} at the best of the learning "
-        f"rates tried, and 1,000 labels {means[scratch, 1000]}."
+        f"rates tried; 1,000 labels and {STEPS} steps {means[scratch, 1000]}."
     )
 
 
