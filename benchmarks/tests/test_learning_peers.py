@@ -313,7 +313,7 @@ def test_the_command_continues_where_it_stopped(command, monkeypatch):
     assert main(*few, "--seeds", "0") == 0 and len(ran) == 8
     assert main("--methods", "mae", "--seeds", "0", "--again") == 0 and len(ran) == 10
     assert main("--check") == 0 and (page.parent / peers_table.PICTURE).is_file()
-    assert page.read_text().count("| `mae` |") == 1 and "seeds a method: 2;" in page.read_text()
+    assert page.read_text().count("| `mae` |") == 1 and r"seeds: moco\_v2 2, mae 2;" in page.read_text()
     (path,) = peers_table.files(page.parent / "kept")
     assert len(store.rows_of(path)) == 8
     monkeypatch.setattr(peers_runs, "settings", lambda cell: "changed")
