@@ -111,7 +111,7 @@ class Workers:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             collate_fn=_Sharing(collate),
-            worker_init_fn=_freeze_garbage,
+            worker_init_fn=_prepare_process,
             **options,
         )
 
@@ -331,12 +331,23 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _freeze_garbage(worker: int) -> None:
-    """Keeps the garbage collector of a worker from objects that it inherited from its parent.
+def _prepare_process(worker: int) -> None:
+    """Keeps a worker from what it inherited from its parent, and from outliving it.
 
-    A DALI pipeline waits for its threads when it is collected; a forked process has no such threads and would hang.
+    A DALI pipeline waits for its threads when it is collected; a forked process has no such threads and would hang, so
+    inherited objects are not collected. torch's workers see a killed parent by the number of their parent process,
+    which with the start method "forkserver" is that of the server: they would stay for ever.
     """
     gc.freeze()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), name="fastssl-parent", daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """Ends this process when its parent has ended."""
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 # torch raises an error in the main thread as soon as a worker dies, wherever that thread is: in a step, or while it

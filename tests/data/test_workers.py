@@ -352,6 +352,46 @@ for batch in loader.epoch(0):
     assert "KeyboardInterrupt" in errors
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_end_with_a_killed_parent(method):
+    script = f"""
+import multiprocessing
+from fastssl.data.loader import Loader
+from tests.data.test_loader import Numbers
+from tests.support.loaders import plain
+if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r})
+    for batch in Loader(Numbers(10**6), plain((64, 64)), 64, workers=2).epoch(0):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        input()  # until it is killed
+"""
+    run = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with run:
+        alive = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(alive) == 2
+        run.kill()
+        run.wait()
+        end = time.monotonic() + 20
+        while alive and time.monotonic() < end:
+            time.sleep(0.1)
+            alive = [pid for pid in alive if _runs(pid)]
+        for pid in alive:
+            os.kill(pid, signal.SIGKILL)
+    assert not alive
+
+
+def _runs(pid):
+    """Whether a process runs; one that ended may wait for its new parent to notice."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_the_kind_of_workers(monkeypatch):
     assert choose_kind("thread") == "thread"
     for has_lock, kind in ((True, "process"), (False, "thread")):
