@@ -3,7 +3,8 @@
     python -m benchmarks.few_labels RUN [--lrs 0.0003 0.001 0.003 0.01] [--counts 10 100 1000] [--draws 2]
 
 Each setting is trained as `eval few-labels` does and judged on training images without a label in any draw: held-out
-images play no part. The table of all settings is written to benchmarks/results/learning/few-labels-METHOD-DATA.json.
+images play no part. The table of all settings is written to benchmarks/results/learning/few-labels-METHOD-DATA.json, or
+to the file of --out; one with a sweep of other options is kept.
 """
 
 import argparse
@@ -31,7 +32,7 @@ FOLDER = Path(__file__).parent / "results" / "learning"
 JUDGED = 500  # training images without a label that a setting is judged on
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
@@ -43,11 +44,13 @@ def main() -> None:
     for name, default in (("draws", 2), ("steps", FewLabels.steps), ("batch-size", FewLabels.batch_size)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     run = open_run(options.run)
-    rows = sweep(run, options)
     path = options.out or FOLDER / f"few-labels-{run.short_name}-{run.options.data.partition(':')[0]}.json"
     chosen = {name: value for name, value in vars(options).items() if name != "out"}
+    if path.exists() and json.loads(path.read_text())["options"] != chosen:
+        parser.error(f"{path} holds a sweep with other options, which would be lost: name another file with --out")
+    rows = sweep(run, options)
     record = {"options": chosen, "method": run.method_name, "data": run.options.data}
     path.write_text(json.dumps({**record, "facts": facts(), "rows": rows}, indent=1, default=str) + "\n")
     print(f"wrote {path}")

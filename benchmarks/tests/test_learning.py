@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import few_labels
 from benchmarks.learning import __main__ as command
 from benchmarks.learning import check, measure, results, sabotage, sweep, table, trial
 from benchmarks.learning.grids import GRIDS
@@ -280,3 +282,16 @@ if __name__ == "__main__":
     )
     first, second = json.loads(done.stdout)
     assert first["trained"] == second["trained"] and first["curve"] == second["curve"]
+
+
+def test_a_sweep_with_few_labels_keeps_the_results_of_other_options(tmp_path, monkeypatch, capsys):
+    run = SimpleNamespace(short_name="mae", method_name="mae", options=SimpleNamespace(data="patterns"))
+    monkeypatch.setattr(few_labels, "open_run", lambda folder: run)
+    monkeypatch.setattr(few_labels, "sweep", lambda run, options: [{"lr": options.lrs[0]}])
+    words = ["runs/mae", "--out", str(tmp_path / "sweep.json"), "--lrs"]
+    few_labels.main([*words, "0.1"])
+    few_labels.main([*words, "0.1"])  # the same sweep again
+    with pytest.raises(SystemExit):
+        few_labels.main([*words, "0.2"])
+    assert "holds a sweep with other options" in capsys.readouterr().err
+    assert json.loads((tmp_path / "sweep.json").read_text())["rows"] == [{"lr": 0.1}]

@@ -332,11 +332,11 @@ def _megabytes(size: int) -> str:
 
 
 def _prepare_process(worker: int) -> None:
-    """Keeps a worker from what it inherited from its parent, and from outliving it.
+    """Prepares a worker process: inherited objects are never collected, and it ends when its parent does.
 
-    A DALI pipeline waits for its threads when it is collected; a forked process has no such threads and would hang, so
-    inherited objects are not collected. torch's workers see a killed parent by the number of their parent process,
-    which with the start method "forkserver" is that of the server: they would stay for ever.
+    A DALI pipeline waits for its threads when it is collected; a forked process has no such threads and would hang.
+    torch's own check for a killed parent compares `os.getppid()`, which under the start method "forkserver" is the
+    server: without the thread here, workers of a killed run would stay for ever.
     """
     gc.freeze()
     parent = multiprocessing.parent_process()
